@@ -1,0 +1,1 @@
+"""What every step needs and that names no step."""

@@ -1,0 +1,345 @@
+"""Schemas shared by all steps: plain dataclasses with enums, one docstring line per field.
+
+Each class checks its own values in `__post_init__` (a `UserError` naming key, value and what is
+allowed). Checks that need two groups are made by the step's own config. Nothing here reads a file
+except `load_resolved`, and nothing imports torch.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Dict, List, Optional
+
+from common.errors import UserError
+
+
+class Dtype(Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Quantize(Enum):
+    none = "none"
+    nf4 = "nf4"
+
+
+class Truncation(Enum):
+    drop = "drop"
+    left = "left"
+    right = "right"
+
+
+class OnBadRow(Enum):
+    error = "error"
+    skip = "skip"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    muon = "muon"
+
+
+class SchedulerName(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+    inverse_sqrt = "inverse_sqrt"
+    wsd = "wsd"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+
+
+class Launcher(Enum):
+    local = "local"
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raise the standard error for a value out of range."""
+    if not condition:
+        raise UserError(f"{key}={value} is not allowed", hint=f"allowed: {allowed}")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (peft)."""
+
+    enabled: bool = False
+    """train adapters instead of all weights"""
+    r: int = 16
+    """rank"""
+    alpha: int = 32
+    """scale: the update is multiplied by alpha / r"""
+    dropout: float = 0.0
+    """dropout on the adapter's input"""
+    targets: List[str] = field(default_factory=lambda: ["all-linear"])
+    """module names, or all-linear"""
+    dora: bool = False
+    """weight-decomposed LoRA"""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "model.lora.r", self.r, "1 or more")
+        require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 up to (not including) 1")
+
+
+@dataclass
+class TokenizerConfig:
+    """Where the tokenizer comes from; by default from the model's own folder."""
+
+    path: Optional[str] = None
+    """folder or hub name of another tokenizer"""
+    train_vocab_size: Optional[int] = None
+    """train a byte-level BPE of this size on the training rows (with model.config only)"""
+
+
+@dataclass
+class ModelConfig:
+    """The base model: either `path` (weights) or `config` (random initialisation)."""
+
+    path: Optional[str] = None
+    """local folder or hub name"""
+    revision: Optional[str] = None
+    """commit of the hub model; a branch name is resolved and recorded"""
+    config: Dict[str, Any] = field(default_factory=dict)
+    """fields of a transformers config, with model_type: initialise at random from it"""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """where the tokenizer comes from"""
+    chat_template: Optional[str] = None
+    """chatml, alpaca, plain, or a .jinja file; only needed when the tokenizer has none"""
+    dtype: Dtype = Dtype.bf16
+    """of the weights in the forward pass; the optimizer's own copy is always fp32"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """low-rank adapters"""
+    quantize: Quantize = Quantize.none
+    """nf4: 4-bit base weights under LoRA (needs a GPU and bitsandbytes)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile each decoder layer"""
+    trust_remote_code: bool = False
+    """run Python code that comes with the model"""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.config:
+            raise UserError(
+                f"model.path={self.path} and model.config are both set",
+                hint="keep one: model.path loads weights, model.config initialises at random",
+            )
+        if self.quantize is Quantize.nf4 and not self.lora.enabled:
+            raise UserError("model.quantize=nf4 needs adapters to train", hint="add model.lora.enabled=true")
+
+
+@dataclass
+class SourceConfig:
+    """One source of rows."""
+
+    path: str = ""
+    """file (.jsonl[.gz|.zst], .json, .csv, .parquet, .arrow), folder, saved data set, or hub name"""
+    name: Optional[str] = None
+    """how the source is called in logs; by default its path's last part"""
+    split: str = "train"
+    """split of a hub or saved data set"""
+    revision: Optional[str] = None
+    """commit of a hub data set"""
+    weight: float = 1.0
+    """how often its rows are seen per epoch: 0.5 a seeded half, 2 twice"""
+    max_rows: Optional[int] = None
+    """a seeded sample of at most this many rows"""
+    format: Optional[str] = None
+    """recognised by columns when not given"""
+    columns: Dict[str, str] = field(default_factory=dict)
+    """our name: theirs, e.g. {prompt: query, completion: reply}"""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "data.sources.weight", self.weight, "a number above 0")
+        require(self.max_rows is None or self.max_rows >= 1, "data.sources.max_rows", self.max_rows, "1 or more")
+
+
+@dataclass
+class DataConfig:
+    """What to train on, and how rows become tokens."""
+
+    path: Optional[str] = None
+    """short form for one source"""
+    sources: List[SourceConfig] = field(default_factory=list)
+    """the sources, mixed by weight"""
+    max_length: int = 2048
+    """tokens per row, prompt and response together"""
+    packing: bool = True
+    """fill rows with several documents, isolated from each other"""
+    truncation: Truncation = Truncation.drop
+    """what happens to a document longer than max_length"""
+    eval_fraction: Optional[float] = None
+    """share of the rows held out (0.05 unless eval_path is given)"""
+    eval_path: Optional[str] = None
+    """held-out rows from a file of their own"""
+    on_bad_row: OnBadRow = OnBadRow.error
+    """stop at the first bad row, or skip and report it"""
+    max_bad_rows: int = 100
+    """with on_bad_row=skip: give up after this many"""
+    cache_dir: Optional[str] = None
+    """tokenized rows; by default <output_dir>/.cache/data"""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.sources:
+            raise UserError("data.path and data.sources are both set", hint="keep one of them")
+        if self.eval_path is not None and self.eval_fraction is not None:
+            raise UserError("data.eval_path and data.eval_fraction are both set", hint="keep one of them")
+        fraction = self.eval_fraction
+        require(fraction is None or 0 <= fraction < 1, "data.eval_fraction", fraction, "0 up to (not including) 1")
+        require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more")
+        require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "0 or more")
+
+    def all_sources(self) -> list[SourceConfig]:
+        """The sources, whichever form was used; empty when none is named."""
+        return [SourceConfig(path=self.path)] if self.path is not None else list(self.sources)
+
+    def held_out_fraction(self) -> float:
+        """Share of the training rows that is held out for evaluation."""
+        if self.eval_path is not None:
+            return 0.0
+        return 0.05 if self.eval_fraction is None else self.eval_fraction
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    global_batch_size: int = 128
+    """rows per optimizer step, over all ranks (packed rows when packing)"""
+    micro_batch_size: int = 1
+    """rows per rank and forward pass; accumulation follows from the three numbers"""
+    epochs: float = 1.0
+    """passes over the data"""
+    max_steps: Optional[int] = None
+    """optimizer steps; takes the place of epochs"""
+    eval_every: int = 0
+    """steps between evaluations; 0: only at the end"""
+    save_every: int = 0
+    """steps between checkpoints; 0: only at the end and when told to stop"""
+    keep_checkpoints: int = 2
+    """newest checkpoints kept, beside the best one"""
+
+    def __post_init__(self) -> None:
+        require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "1 or more")
+        require(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "1 or more")
+        require(self.epochs > 0, "train.epochs", self.epochs, "a number above 0")
+        require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more")
+        require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 or more")
+        require(self.save_every >= 0, "train.save_every", self.save_every, "0 or more")
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "1 or more")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: OptimizerName = OptimizerName.adamw
+    """adamw is torch's fused one"""
+    lr: Optional[float] = None
+    """peak learning rate; by default the step's own (2e-5 for SFT, 2e-4 with LoRA)"""
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates"""
+    eps: float = 1e-8
+    """AdamW's epsilon"""
+    weight_decay: float = 0.0
+    """never applied to biases and norms"""
+    scheduler: SchedulerName = SchedulerName.cosine
+    """shape after warm-up"""
+    warmup_ratio: float = 0.03
+    """share of the steps with rising learning rate"""
+    min_lr_ratio: float = 0.1
+    """floor of cosine and wsd, as a share of the peak"""
+    max_grad_norm: float = 1.0
+    """clip the global gradient norm; 0: off"""
+
+    def __post_init__(self) -> None:
+        require(self.lr is None or self.lr > 0, "optim.lr", self.lr, "a number above 0")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optim.betas", self.betas, "two numbers from 0 up to (not including) 1",
+        )
+        require(self.eps > 0, "optim.eps", self.eps, "a number above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "0 to 1")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or more")
+
+
+@dataclass
+class SamplingConfig:
+    """Completions sampled from held-out prompts at each evaluation."""
+
+    num_prompts: int = 8
+    """held-out prompts; 0: none"""
+    max_new_tokens: int = 128
+    """longest completion"""
+    temperature: float = 0.0
+    """0: greedy"""
+
+
+@dataclass
+class DeepSpeedConfig:
+    """ZeRO, always stage 1 or higher."""
+
+    stage: int = 2
+    """1: optimizer state sharded; 2: gradients too; 3: parameters too"""
+    offload_optimizer: Offload = Offload.none
+    """keep optimizer state in host memory (stage 2, 3)"""
+    offload_param: Offload = Offload.none
+    """keep parameters in host memory (stage 3)"""
+    hpz_partition_size: int = 1
+    """ZeRO++ secondary partition: ranks per node (stage 3)"""
+    reduce_bucket_size: int = 200_000_000
+    """elements reduced at once"""
+    overlap_comm: bool = True
+    """reduce gradients during the backward pass (GPU only)"""
+
+    def __post_init__(self) -> None:
+        if self.stage == 0:
+            raise UserError(
+                "deepspeed.stage=0 is not allowed",
+                hint="use deepspeed=zero1: at stage 0 DeepSpeed takes a wrong first step in bf16 and has no NaN guard in fp32",
+            )
+        require(self.stage in (1, 2, 3), "deepspeed.stage", self.stage, "1, 2 or 3")
+        if self.offload_optimizer is not Offload.none and self.stage < 2:
+            raise UserError("deepspeed.offload_optimizer=cpu needs stage 2 or 3", hint="use deepspeed=zero2_offload")
+        if self.offload_param is not Offload.none and self.stage != 3:
+            raise UserError("deepspeed.offload_param=cpu needs stage 3", hint="use deepspeed=zero3_offload")
+        if self.hpz_partition_size > 1 and self.stage != 3:
+            raise UserError("deepspeed.hpz_partition_size needs stage 3", hint="use deepspeed=zero3_hpz")
+
+
+@dataclass
+class LaunchConfig:
+    """Where the ranks run."""
+
+    kind: Launcher = Launcher.local
+    """local: this machine"""
+    nproc_per_node: str = "auto"
+    """ranks on this machine: a number, or auto (one per GPU; one on a machine without)"""
+
+
+@dataclass
+class TrackingConfig:
+    """metrics.jsonl is always written; this is about Weights & Biases."""
+
+    wandb: WandbMode = WandbMode.auto
+    """auto: online with a key, else offline"""
+    project: str = "rlhf"
+    """W&B project"""
+    entity: Optional[str] = None
+    """W&B team or user"""

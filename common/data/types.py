@@ -1,0 +1,108 @@
+"""The nouns of the data path, in the order a row becomes them.
+
+RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch. Each hop is one file;
+nothing goes back. Who decides what: `chat.py` decides which tokens are trained and shifts the
+labels, once; `packing.py` decides which documents share a row; `batches.py` decides which rows
+make a step. Nothing here reads or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+IGNORE = -100
+"""Label of a position that is not trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row came from, for error messages."""
+
+    file: str
+    row: int  # line number for line-based files, row number otherwise; from 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class RawExample:
+    """One row as read: columns by name, nothing interpreted yet."""
+
+    columns: Mapping[str, object]
+    source: str  # the source's name in the ledger
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `extra` holds what templates may read besides (tool_calls, reasoning_content, name)."""
+
+    role: str  # system, user, assistant or tool
+    content: str
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row understood: turns to be rendered by a chat template, or plain text trained whole."""
+
+    messages: tuple[Message, ...]  # empty for plain text
+    text: str | None  # set for plain text only
+    source: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """One document. Owns its labels: aligned here, and nowhere else.
+
+    input_ids: int32 [T]. labels: int32 [T]; labels[t] is the token that position t must predict,
+    that is input_ids[t + 1], or IGNORE where that token is not trained. labels[T - 1] is IGNORE.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    source: str
+
+    @property
+    def trained(self) -> int:
+        """Number of trained positions."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch: all its documents laid end to end in one sequence, without padding.
+
+    input_ids: int64 [1, N]. position_ids: int64 [1, N], from 0 in each document.
+    cu_seqlens: int32 [D + 1], where documents begin and the last ends (0 first, N last).
+    trained_positions: int64 [M], indices into N. targets: int64 [M], the token each must predict.
+    source_of_target: int64 [M], index of the source each target belongs to (for evaluation).
+    max_seqlen: longest document. row_ids: dataset indices of its documents, for logs.
+    A batch may have M = 0: ranks that run out of rows still take part in the collectives.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    trained_positions: torch.Tensor
+    targets: torch.Tensor
+    source_of_target: torch.Tensor
+    max_seqlen: int
+    row_ids: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            move(self.input_ids), move(self.position_ids), move(self.cu_seqlens),
+            move(self.trained_positions), move(self.targets), move(self.source_of_target),
+            self.max_seqlen, self.row_ids,
+        )
