@@ -165,7 +165,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "data.sources.weight", self.weight, "a number above 0")
-        require(self.max_rows is None or self.max_rows >= 1, "data.sources.max_rows", self.max_rows, "1 or more")
+        rows = self.max_rows
+        require(rows is None or rows >= 1, "data.sources.max_rows", rows, "1 or more")
 
 
 @dataclass
@@ -199,7 +200,8 @@ class DataConfig:
         if self.eval_path is not None and self.eval_fraction is not None:
             raise UserError("data.eval_path and data.eval_fraction are both set", hint="keep one of them")
         fraction = self.eval_fraction
-        require(fraction is None or 0 <= fraction < 1, "data.eval_fraction", fraction, "0 up to (not including) 1")
+        in_range = fraction is None or 0 <= fraction < 1
+        require(in_range, "data.eval_fraction", fraction, "0 up to (not including) 1")
         require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more")
         require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "0 or more")
 
@@ -270,7 +272,9 @@ class OptimConfig:
         require(self.lr is None or self.lr > 0, "optim.lr", self.lr, "a number above 0")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "optim.betas", self.betas, "two numbers from 0 up to (not including) 1",
+            "optim.betas",
+            self.betas,
+            "two numbers from 0 up to (not including) 1",
         )
         require(self.eps > 0, "optim.eps", self.eps, "a number above 0")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
@@ -312,11 +316,13 @@ class DeepSpeedConfig:
         if self.stage == 0:
             raise UserError(
                 "deepspeed.stage=0 is not allowed",
-                hint="use deepspeed=zero1: at stage 0 DeepSpeed takes a wrong first step in bf16 and has no NaN guard in fp32",
+                hint="use deepspeed=zero1 (stage 0 takes a wrong first step in bf16 and has no NaN guard in fp32)",
             )
         require(self.stage in (1, 2, 3), "deepspeed.stage", self.stage, "1, 2 or 3")
         if self.offload_optimizer is not Offload.none and self.stage < 2:
-            raise UserError("deepspeed.offload_optimizer=cpu needs stage 2 or 3", hint="use deepspeed=zero2_offload")
+            raise UserError(
+                "deepspeed.offload_optimizer=cpu needs stage 2 or 3", hint="deepspeed=zero2_offload"
+            )
         if self.offload_param is not Offload.none and self.stage != 3:
             raise UserError("deepspeed.offload_param=cpu needs stage 3", hint="use deepspeed=zero3_offload")
         if self.hpz_partition_size > 1 and self.stage != 3:

@@ -102,7 +102,12 @@ class Batch:
         """The same batch with its tensors on `device`."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         return Batch(
-            move(self.input_ids), move(self.position_ids), move(self.cu_seqlens),
-            move(self.trained_positions), move(self.targets), move(self.source_of_target),
-            self.max_seqlen, self.row_ids,
+            move(self.input_ids),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            move(self.trained_positions),
+            move(self.targets),
+            move(self.source_of_target),
+            self.max_seqlen,
+            self.row_ids,
         )
