@@ -14,15 +14,12 @@ from typing import Any
 
 HIDDEN = "[redacted]"
 
-_ALWAYS = set(
-    "password passwd passphrase secret secrets credential credentials authorization apikey bearer cookie".split()
-)
+_ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"}
+_ALWAYS |= {"authorization", "apikey", "bearer", "cookie"}
 # "<word>_token" names a vocabulary entry, not a credential, after these words
-_VOCABULARY = set(
-    "pad eos bos unk sep cls mask stop end start image audio video special added per next last first "
-    "user assistant system decoder".split()
-)
-_ENDS_IN_KEY = set("api access private wandb hf auth encryption signing account ssh".split())
+_VOCABULARY = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "end", "start", "image", "audio"}
+_VOCABULARY |= {"video", "special", "added", "per", "next", "last", "first", "user", "assistant", "system"}
+_ENDS_IN_KEY = {"api", "access", "private", "wandb", "hf", "auth", "encryption", "signing", "account", "ssh"}
 # a 40-digit hexadecimal value under these names is a commit or a checksum, not a W&B key
 _DIGESTS = {"revision", "commit", "hash", "sha", "sha1", "checksum", "digest", "fingerprint", "id"}
 

@@ -8,14 +8,19 @@ from common.redact import HIDDEN, names_a_credential, redact, redact_text
 
 HEX_40 = "0123456789abcdef0123456789abcdef01234567"
 
-CREDENTIAL_NAMES = (
-    "token hf_token HF_TOKEN accessToken auth-token wandb_api_key api_key apikey key private_key password "
-    "db_password secret client_secret aws_secret_access_key"
-).split()
-HARMLESS_NAMES = (
-    "num_tokens tokenizer max_new_tokens pad_token eos_token image_token pad_token_id num_key_value_heads "
-    "tokens_per_second sort_key monkey keep_checkpoints run_name"
-).split() + [""]
+CREDENTIAL_NAMES = ["token", "hf_token", "HF_TOKEN", "accessToken", "auth-token", "wandb_api_key", "api_key"]
+CREDENTIAL_NAMES += ["apikey", "key", "private_key", "password", "db_password", "secret", "client_secret"]
+CREDENTIAL_NAMES += ["aws_secret_access_key"]
+HARMLESS_NAMES = ["num_tokens", "tokenizer", "max_new_tokens", "pad_token", "eos_token", "image_token"]
+HARMLESS_NAMES += [
+    "pad_token_id",
+    "num_key_value_heads",
+    "tokens_per_second",
+    "sort_key",
+    "monkey",
+    "run_name",
+]
+HARMLESS_NAMES += ["keep_checkpoints", ""]
 
 
 @pytest.mark.parametrize("name", CREDENTIAL_NAMES)
