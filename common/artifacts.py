@@ -1,0 +1,283 @@
+"""Folders that are complete or absent: hashing, manifests, atomic commit, verification.
+
+Takes a folder that a step has written and returns proof of what is in it. An artifact (a model
+that plain transformers loads) and a checkpoint (resumable state) share one format: their files,
+and `manifest.json` written last, so that no manifest means not finished. What the files mean is
+not known here, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypedDict
+
+from common.errors import UserError
+from common.stage import Role
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+KINDS = ("artifact", "checkpoint")
+
+# Files that a loader might pick up although nobody recorded them: a stray shard or adapter changes
+# what is loaded. Other extra files (a README, a plot) are harmless.
+LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt", ".py")
+
+
+class FileRecord(TypedDict):
+    """What is known of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder holds, and how it came to be."""
+
+    kind: str  # "artifact" or "checkpoint"
+    role: Role | None  # what an artifact is for; None for a checkpoint
+    files: Mapping[str, FileRecord]  # by path relative to the folder, with forward slashes
+    details: Mapping[str, Any] = field(default_factory=dict)  # base model, tokenizer, parents, metrics, ...
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], role: Role) -> Artifact:
+        """Re-hash the artifact at `path`. UserError when it is damaged, or made for another role."""
+        folder = Path(path)
+        manifest = verify(folder)
+        found = manifest.role.value if manifest.role is not None else f"a {manifest.kind}"
+        if manifest.kind != "artifact" or manifest.role is not role:
+            raise UserError(
+                f"{folder} is {found}, where a {role.value} is needed",
+                hint=f"name the export/ folder of a step that produces a {role.value}",
+            )
+        return cls(folder, manifest)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the artifact: the hash of its manifest, which names every file by hash."""
+        return file_sha256(self.path / MANIFEST)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; reads it once, with flat memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """The same text for equal values, whatever order their keys were inserted in. NaN becomes null."""
+    return json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def content_sha256(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: the identity of a configuration."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Replace the file at `path` by the canonical JSON of `value`, in one step that survives a crash."""
+    write_text(path, canonical_json(value))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the file at `path`: readers see the old text or the new, never a part of either."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with disk_errors(target):
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _fsync(target.parent)
+
+
+def hash_files(folder: str | os.PathLike[str]) -> dict[str, FileRecord]:
+    """Hash and size of every file below `folder` except its manifest, by relative path, sorted."""
+    root = Path(folder)
+    return {
+        name: FileRecord(sha256=file_sha256(root / name), bytes=(root / name).stat().st_size)
+        for name in _file_names(root)
+    }
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
+    """Write `manifest.json` into `folder`, durably; call it when every other file is in place."""
+    body = {
+        "format_version": manifest.format_version,
+        "kind": manifest.kind,
+        "role": manifest.role,
+        "files": dict(manifest.files),
+        "details": dict(manifest.details),
+    }
+    path = Path(folder) / MANIFEST
+    # The checksum covers what no file hash does: the details themselves.
+    write_json(path, {**body, "checksum": content_sha256(body)})
+    return path
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a finished folder; its files are not looked at. UserError when it cannot be used."""
+    path = Path(folder) / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        recorded = body.pop("checksum")
+        version, kind, role = body["format_version"], body["kind"], body["role"]
+        files = {str(name): _record(entry) for name, entry in body["files"].items()}
+        details = dict(body["details"])
+    except OSError as error:
+        _raise_unreadable(path, error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}", hint=_RESTORE) from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
+            hint="use the version of this program that wrote it",
+        )
+    if recorded != content_sha256(body):
+        raise UserError(f"{path} is damaged: its checksum does not match its content", hint=_RESTORE)
+    return Manifest(kind, None if role is None else Role(role), files, details, version)
+
+
+def verify(folder: str | os.PathLike[str]) -> Manifest:
+    """Re-hash a finished folder against its manifest.
+
+    Returns the manifest. UserError that names each file that is missing, not recorded, of another
+    size or of other content.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    faults = list(_faults(root, manifest))
+    if faults:
+        shown = "\n    ".join(faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else []))
+        raise UserError(f"{root} does not match its manifest:\n    {shown}", hint=_RESTORE)
+    return manifest
+
+
+def commit_folder(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) -> Path:
+    """Make `tmp` durable and rename it to `final`: afterwards `final` is there whole, or not at all.
+
+    `final` must not exist; nothing is ever overwritten. UserError on a full or read-only disk; on
+    a full one `tmp` is removed, so that the space it took does not keep the next attempt from working.
+    """
+    source, target = Path(tmp), Path(final)
+    if target.exists():
+        raise UserError(f"{target} already exists and is not overwritten", hint="move it away first")
+    with disk_errors(target):
+        try:
+            for folder, _, names in os.walk(source):
+                for name in names:
+                    _fsync(Path(folder) / name)
+                _fsync(Path(folder))
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                shutil.rmtree(source, ignore_errors=True)
+            raise
+        _fsync(target.parent)
+    return target
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a full, read-only or forbidden disk raises inside into a UserError naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = _DISK_REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        what, way_out = reason
+        raise UserError(f"cannot write {path}: {what}", hint=way_out) from error
+
+
+_RESTORE = "restore it from a copy, or make it again; a damaged one is never used"
+
+_DISK_REASONS = {
+    errno.ENOSPC: ("the disk is full", "free some space, or write elsewhere with output_dir=DIR"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or write elsewhere with output_dir=DIR"),
+    errno.EROFS: ("the file system is read-only", "write elsewhere with output_dir=DIR"),
+    errno.EACCES: ("permission denied", "write elsewhere with output_dir=DIR"),
+    errno.EPERM: ("operation not permitted", "write elsewhere with output_dir=DIR"),
+    errno.ENOTDIR: ("a file is in the way of a folder", "write elsewhere with output_dir=DIR"),
+}
+
+
+def _raise_unreadable(path: Path, error: OSError) -> None:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        there = "there is no such folder" if not path.parent.is_dir() else f"it has no {MANIFEST}"
+        raise UserError(
+            f"{path.parent} is not finished: {there}", hint="the manifest is written last: run the step again"
+        ) from None
+    raise UserError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+
+
+def _record(entry: Any) -> FileRecord:
+    return FileRecord(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+
+
+def _file_names(root: Path) -> list[str]:
+    names = []
+    for folder, _, files in os.walk(root):
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
+    present = set(_file_names(root))
+    for name, record in sorted(manifest.files.items()):
+        if name not in present:
+            yield f"{name}: missing"
+        elif (size := (root / name).stat().st_size) != record["bytes"]:
+            yield f"{name}: {size} bytes, recorded {record['bytes']}"
+        elif (found := file_sha256(root / name)) != record["sha256"]:
+            yield f"{name}: content differs (sha256 {found[:12]}, recorded {record['sha256'][:12]})"
+    for name in sorted(present - set(manifest.files)):
+        if name.endswith(LOADED_SUFFIXES):
+            yield f"{name}: not recorded, yet a loader could read it"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in terms of JSON: enums by value, paths as text, NaN and infinities as null."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=str)
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,193 @@
+"""A folder is complete or absent, and a changed byte is found and named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from common import artifacts
+from common.artifacts import (
+    MANIFEST,
+    Artifact,
+    Manifest,
+    canonical_json,
+    commit_folder,
+    content_sha256,
+    hash_files,
+    read_manifest,
+    verify,
+    write_json,
+    write_manifest,
+)
+from common.errors import UserError
+from common.stage import Role
+
+HELLO = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # sha256sum of "hello"
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def finished(folder: Path, role: Role | None = Role.policy, kind: str = "artifact") -> Path:
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"hello")
+    (folder / "adapter" / "config.json").write_bytes(b"")
+    details = {"eos_token_id": [2, 7], "metrics": {"eval/loss": 0.5}}
+    write_manifest(folder, Manifest(kind, role, hash_files(folder), details))
+    return folder
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_hashes_and_sizes_of_all_files_below_a_folder_are_recorded(tmp_path: Path) -> None:
+    assert hash_files(finished(tmp_path / "export")) == {
+        "adapter/config.json": {"sha256": EMPTY, "bytes": 0},
+        "model.safetensors": {"sha256": HELLO, "bytes": 5},
+    }
+
+
+def test_an_untouched_folder_verifies_and_gives_its_manifest_back(tmp_path: Path) -> None:
+    manifest = verify(finished(tmp_path / "export"))
+    assert manifest.role is Role.policy
+    assert manifest.kind == "artifact"
+    assert manifest.details["eos_token_id"] == [2, 7]
+    assert set(manifest.files) == {"adapter/config.json", "model.safetensors"}
+
+
+def test_one_flipped_bit_is_found_and_its_file_named(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "export")
+    flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: content differs"):
+        verify(folder)
+
+
+def test_a_missing_and_a_shortened_file_are_both_named(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "export")
+    (folder / "adapter" / "config.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"hell")
+    with pytest.raises(UserError) as caught:
+        verify(folder)
+    assert "adapter/config.json: missing" in caught.value.message
+    assert "model.safetensors: 4 bytes, recorded 5" in caught.value.message
+
+
+def test_an_extra_weights_file_is_refused_and_an_extra_readme_is_not(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "export")
+    (folder / "README.md").write_text("notes")
+    verify(folder)
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors: not recorded"):
+        verify(folder)
+
+
+def test_a_folder_without_a_manifest_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not finished: it has no manifest\.json"):
+        verify(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        verify(tmp_path / "nowhere")
+
+
+def test_a_changed_detail_in_the_manifest_itself_is_found(tmp_path: Path) -> None:
+    path = finished(tmp_path / "export") / MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace("0.5", "0.4"))
+    assert path.read_text() != text
+    with pytest.raises(UserError, match="checksum"):
+        verify(path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"kind": "artifact"}', "null"])
+def test_a_manifest_that_is_no_manifest_is_called_damaged(tmp_path: Path, content: str) -> None:
+    path = finished(tmp_path / "export") / MANIFEST
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        read_manifest(path.parent)
+
+
+def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path, Manifest("artifact", Role.policy, {}, format_version=2))
+    with pytest.raises(UserError, match="format version 2; this program reads version 1"):
+        read_manifest(tmp_path)
+
+
+def test_an_artifact_is_refused_where_another_role_is_needed(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "export", Role.reward_model)
+    assert Artifact.load(folder, Role.reward_model).manifest.role is Role.reward_model
+    with pytest.raises(UserError, match="is reward_model, where a policy is needed"):
+        Artifact.load(folder, Role.policy)
+    checkpoint = finished(tmp_path / "step_1", None, "checkpoint")
+    with pytest.raises(UserError, match="is a checkpoint, where a policy is needed"):
+        Artifact.load(checkpoint, Role.policy)
+
+
+def test_the_identity_of_an_artifact_is_the_hash_of_its_manifest(tmp_path: Path) -> None:
+    first = Artifact.load(finished(tmp_path / "a"), Role.policy)
+    second = Artifact.load(finished(tmp_path / "b"), Role.policy)
+    assert first.sha256 == second.sha256  # nothing in it depends on place or time
+    other = Artifact.load(finished(tmp_path / "c", Role.reward_model), Role.reward_model)
+    assert other.sha256 != first.sha256
+
+
+def test_json_is_the_same_for_equal_values_and_strict() -> None:
+    value = {"b": float("nan"), "a": [Role.policy, Path("x/y"), float("inf"), 1.5, {"z", "k"}]}
+    assert json.loads(canonical_json(value)) == {"a": ["policy", "x/y", None, 1.5, ["k", "z"]], "b": None}
+    assert canonical_json({"a": 1, "b": 2}) == canonical_json({"b": 2, "a": 1})
+    assert canonical_json({"b": 2, "a": 1}) == '{\n  "a": 1,\n  "b": 2\n}\n'
+    assert content_sha256({"a": 1, "b": 2}) == content_sha256({"b": 2, "a": 1})
+    assert content_sha256({"a": 1}) != content_sha256({"a": 2})
+
+
+def test_commit_moves_the_whole_folder_and_leaves_no_temporary_one(tmp_path: Path) -> None:
+    tmp = finished(tmp_path / "export.tmp")
+    assert commit_folder(tmp, tmp_path / "export") == tmp_path / "export"
+    assert not tmp.exists()
+    verify(tmp_path / "export")
+
+
+def test_commit_never_overwrites(tmp_path: Path) -> None:
+    finished(tmp_path / "export")
+    before = hash_files(tmp_path / "export")
+    tmp = tmp_path / "export.tmp"
+    tmp.mkdir()
+    (tmp / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match="already exists and is not overwritten"):
+        commit_folder(tmp, tmp_path / "export")
+    assert hash_files(tmp_path / "export") == before
+    assert (tmp / "model.safetensors").read_bytes() == b"other"
+
+
+def test_a_full_disk_during_commit_leaves_neither_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp = finished(tmp_path / "export.tmp")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*export: the disk is full"):
+        commit_folder(tmp, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    assert not tmp.exists()
+
+
+def test_a_read_only_disk_is_named_and_the_old_file_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"status": "done"})
+
+    def read_only(source: object, target: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(artifacts.os, "replace", read_only)
+    with pytest.raises(UserError, match="the file system is read-only"):
+        write_json(path, {"status": "failed"})
+    assert json.loads(path.read_text()) == {"status": "done"}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
