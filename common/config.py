@@ -316,7 +316,7 @@ class DeepSpeedConfig:
         if self.stage == 0:
             raise UserError(
                 "deepspeed.stage=0 is not allowed",
-                hint="use deepspeed=zero1 (stage 0 takes a wrong first step in bf16 and has no NaN guard in fp32)",
+                hint="deepspeed=zero1 (stage 0 takes a wrong first step in bf16, has no NaN guard in fp32)",
             )
         require(self.stage in (1, 2, 3), "deepspeed.stage", self.stage, "1, 2 or 3")
         if self.offload_optimizer is not Offload.none and self.stage < 2:

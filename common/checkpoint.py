@@ -1,0 +1,206 @@
+"""Resumable state on disk: commit, verify, fall back, keep.
+
+A checkpoint is a folder `step_00000200/` that exists whole or not at all: every rank writes into
+`step_00000200.tmp/`, every file is hashed and fsynced, the manifest is written, the folder is
+renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
+one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
+
+What DeepSpeed writes is the engine's business; what the counters mean is the recipe's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.artifacts import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    commit_folder,
+    disk_errors,
+    file_sha256,
+    read_manifest,
+    write_manifest,
+)
+from common.distributed import World, barrier, gather_objects, rng_state, set_rng_state
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.engine import Engine
+
+COUNTERS = "counters.json"
+QUARANTINE = "quarantine"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What was restored, beside the engine's and the generators' state."""
+
+    path: Path
+    counters: dict[str, Any]
+    set_aside: tuple[str, ...]  # newer checkpoints that could not be verified, and why
+
+
+class Checkpoints:
+    """The checkpoints of one step of one run."""
+
+    def __init__(self, folder: Path, *, keep: int, world: World) -> None:
+        self.folder, self._keep, self._world = folder, keep, world
+
+    def save(self, step: int, engine: Engine, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
+        """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
+
+        UserError on a full or read-only disk, with what was saved before left as it was.
+        """
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_name(f"{final.name}.tmp")
+        if self._exists_everywhere(final):
+            return final
+        self._on_main(lambda: self._start(partial))
+        self._on_every_rank(partial, lambda: self._write_own(partial, engine, counters))
+        records = self._hash_own_share(partial)
+        self._on_main(lambda: self._commit(partial, final, step, records))
+        self._on_main(lambda: self._forget_old(best_step))
+        return final
+
+    def resume(self, engine: Engine) -> Resumed | None:
+        """Restore the newest checkpoint that every rank can verify; None when there never was one.
+
+        UserError when there were some and none can be verified, or the world size differs.
+        """
+        set_aside: list[str] = []
+        for step in sorted(self.steps(), reverse=True):
+            path = self.folder / f"step_{step:08d}"
+            faults = self._vote(path)
+            if not faults:
+                counters = self._restore(path, engine)
+                return Resumed(path, counters, tuple(set_aside))
+            set_aside.append(f"{path.name}: {'; '.join(faults)}")
+            self._on_main(lambda path=path: self._quarantine(path))
+        if set_aside:
+            raise UserError(
+                f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(set_aside),
+                hint=f"they are kept under {self.folder / QUARANTINE}: restore one from a copy, "
+                "or run the same command again to start from the beginning",
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint; the same list on every rank."""
+        own = [int(m.group(1)) for p in self.folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]
+        return gather_objects(own)[0]
+
+    def _start(self, partial: Path) -> None:
+        with disk_errors(self.folder):
+            if partial.exists():  # left by a process that was killed while writing
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+
+    def _write_own(self, partial: Path, engine: Engine, counters: Mapping[str, Any]) -> None:
+        engine.save(partial)
+        torch.save(rng_state(), partial / f"rng_rank_{self._world.rank:05d}.pt")
+        if self._world.is_main:
+            (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
+
+    def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
+        """Hash and fsync every world_size-th file; return all ranks' records."""
+        names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+        own = {}
+        for name in names[self._world.rank :: self._world.size]:
+            own[name] = FileRecord(sha256=file_sha256(partial / name), bytes=(partial / name).stat().st_size)
+        return {name: record for share in gather_objects(own) for name, record in share.items()}
+
+    def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
+        details = {"step": step, "world_size": self._world.size}
+        with disk_errors(partial):
+            write_manifest(partial, Manifest("checkpoint", None, records, details))
+        commit_folder(partial, final)
+
+    def _forget_old(self, best_step: int | None) -> None:
+        present = sorted(int(m.group(1)) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+        for step in present[: -self._keep]:
+            if step != best_step:
+                shutil.rmtree(self.folder / f"step_{step:08d}")
+
+    def _vote(self, path: Path) -> list[str]:
+        """Faults that any rank found; each rank verifies its share of the files."""
+        try:
+            manifest = read_manifest(path)
+            names = sorted(manifest.files)[self._world.rank :: self._world.size]
+            found = [fault for name in names if (fault := _fault(path, name, manifest.files[name]))]
+        except UserError as error:
+            found = [error.message]
+        return [fault for faults in gather_objects(found) for fault in faults]
+
+    def _restore(self, path: Path, engine: Engine) -> dict[str, Any]:
+        written_by = read_manifest(path).details["world_size"]
+        if written_by != self._world.size:
+            raise UserError(
+                f"{path} was written by {written_by} ranks; this run has {self._world.size}",
+                hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
+            )
+        engine.load(path)
+        state = torch.load(path / f"rng_rank_{self._world.rank:05d}.pt", weights_only=True)
+        set_rng_state(state)
+        return json.loads((path / COUNTERS).read_text())
+
+    def _quarantine(self, path: Path) -> None:
+        target = self.folder / QUARANTINE / path.name
+        target.parent.mkdir(exist_ok=True)
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{path.name}-{number}")
+        with disk_errors(target):
+            os.rename(path, target)
+
+    def _exists_everywhere(self, final: Path) -> bool:
+        return all(gather_objects((final / MANIFEST).exists()))
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Run on rank 0; a UserError there is raised on every rank."""
+        error: UserError | None = None
+        if self._world.is_main:
+            try:
+                action()
+            except UserError as caught:
+                error = caught
+        error = gather_objects(error)[0]
+        if error is not None:
+            raise error
+
+    def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
+        """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
+        try:
+            with disk_errors(partial):
+                action()
+        except (UserError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError about positions in its archive
+            free = shutil.disk_usage(self.folder).free
+            if isinstance(error, RuntimeError) and free > 64 * 2**20:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"cannot write {partial}: the disk is full or refuses writing ({free / 2**20:.0f} MiB free)",
+                hint="what was saved before is untouched: free space and run the same command again",
+            ) from error
+        barrier()
+
+
+def _fault(folder: Path, name: str, record: FileRecord) -> str | None:
+    path = folder / name
+    if not path.exists():
+        return f"{name} is missing"
+    if path.stat().st_size != record["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes, recorded {record['bytes']}"
+    return None if file_sha256(path) == record["sha256"] else f"{name} differs from its recorded hash"

@@ -1,0 +1,60 @@
+"""DeepSpeedConfig and three numbers in, DeepSpeed's configuration dict out. Pure: imports nothing heavy."""
+
+from __future__ import annotations
+
+from common.config import DeepSpeedConfig, Dtype, Offload
+
+
+def build_ds_config(
+    deepspeed: DeepSpeedConfig,
+    *,
+    dtype: Dtype,
+    max_grad_norm: float,
+    micro_batch_size: int,
+    world_size: int,
+    num_parameters: int,
+) -> dict[str, object]:
+    """The dict given to `deepspeed.initialize`.
+
+    Every value that changes numerics is set here, because DeepSpeed's own defaults are not neutral
+    (it clips at 1.0 and accumulates bf16 gradients in bf16). Accumulation is owned by the recipe:
+    `managed_gradient_accumulation` is off, so each `engine.step()` ends a step of as many
+    micro-batches as were run, and the batch sizes below only satisfy DeepSpeed's own arithmetic.
+    `num_parameters` bounds the reduce bucket, which DeepSpeed allocates whole.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro_batch_size * world_size,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,  # client optimizers are ours, and tested
+        "zero_force_ds_cpu_optimizer": False,  # CPUAdam would be compiled on first use
+        "bf16": {"enabled": dtype is Dtype.bf16},
+        "fp16": {"enabled": dtype is Dtype.fp16, "hysteresis": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": _zero(deepspeed, num_parameters),
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero(deepspeed: DeepSpeedConfig, num_parameters: int) -> dict[str, object]:
+    bucket = max(1, min(deepspeed.reduce_bucket_size, num_parameters))
+    zero: dict[str, object] = {
+        "stage": deepspeed.stage,
+        "contiguous_gradients": True,
+        # DeepSpeed allows overlap with recipe-owned accumulation from stage 2 on
+        "overlap_comm": deepspeed.overlap_comm and deepspeed.stage >= 2,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if deepspeed.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = {"device": deepspeed.offload_optimizer.value, "pin_memory": True}
+    if deepspeed.offload_param is not Offload.none:
+        zero["offload_param"] = {"device": deepspeed.offload_param.value, "pin_memory": True}
+    if deepspeed.stage == 3:
+        zero["stage3_prefetch_bucket_size"] = bucket
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        zero["zero_hpz_partition_size"] = deepspeed.hpz_partition_size
+    return zero

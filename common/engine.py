@@ -1,0 +1,123 @@
+"""DeepSpeed's engine behind the calls a recipe makes. The only file that imports deepspeed.
+
+Takes a module whose forward returns sums over trained tokens, an optimizer and a config dict; owns
+the exact scaling of gradients, the outcome of a step, the engine's state on disk and the gathering
+of full weights. Does not decide when anything happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+STATE_TAG = "zero"
+"""Name of the folder DeepSpeed writes below a checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did."""
+
+    applied: bool  # False: a gradient was not finite, weights and optimizer state are untouched
+    grad_norm: float  # global, before clipping; nan when the step was not applied
+
+
+class Engine:
+    """A module under ZeRO."""
+
+    def __init__(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+    ) -> None:
+        import deepspeed
+        import deepspeed.ops
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On the CPU DeepSpeed would compile a shared-memory collective with g++ at the first start
+        # (and hang at the next one if that was killed); gloo serves, and no compiler is needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its wrappers of torch collectives warn at every call about their own older names.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self._world_size = dist.get_world_size()
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module given to `__init__`; its weights may be partitioned."""
+        return self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def train(self) -> None:
+        """Dropout on, as the model's config says."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Dropout off."""
+        self._engine.eval()
+
+    def backward(self, loss_sum: torch.Tensor, denominator: float) -> None:
+        """Accumulate the gradient of `loss_sum / denominator`, both taken over all ranks.
+
+        `denominator` is the step's global count of trained tokens, known before the first
+        micro-batch. DeepSpeed averages gradients over ranks; the factor world size undoes it.
+        """
+        self._engine.backward(loss_sum * (self._world_size / denominator), scale_wrt_gas=False)
+
+    def step(self) -> StepOutcome:
+        """Reduce, clip, update. A gradient that is not finite on any rank skips it on all."""
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = self._engine.get_global_grad_norm()
+        return StepOutcome(applied, float(norm) if applied and norm is not None else math.nan)
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's current loss scale; 1 otherwise."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state of this rank into `folder`; all ranks call it."""
+        self._engine.save_checkpoint(
+            str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen()
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, bit for bit; same world size and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=STATE_TAG, load_module_strict=not self._has_frozen()
+        )
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no state in {folder}")
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The module's whole state dict on rank 0, None elsewhere; all ranks call it."""
+        if self.zero_stage == 3:
+            state = self._engine._zero3_consolidated_16bit_state_dict()
+        else:
+            state = self._engine.module_state_dict()
+        return state if dist.get_rank() == 0 else None
+
+    def _has_frozen(self) -> bool:
+        return any(not p.requires_grad for p in self.module.parameters())
+
+
+def muon_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon with plain AdamW for the groups whose `use_muon` is false.
+
+    It must be DeepSpeed's own class: its ZeRO optimizers orthogonalise only for that one. Without
+    `adam_optimizer` it updates the others inline, which spares compiling FusedAdam.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam(groups)
