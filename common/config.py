@@ -349,3 +349,35 @@ class TrackingConfig:
     """W&B project"""
     entity: Optional[str] = None
     """W&B team or user"""
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses as dicts and enums by value: what JSON and YAML can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def load_resolved(path: Path, schema: type[T]) -> T:
+    """Read a resolved.yaml into `schema`, keeping only the top-level keys that the schema has.
+
+    The controller has composed and checked it; a step reads it and never composes.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}", hint="give the run's resolved.yaml"
+        ) from None
+    assert isinstance(loaded, DictConfig)
+    known = {f.name for f in fields(schema)}  # type: ignore[arg-type]
+    wanted = OmegaConf.masked_copy(loaded, [key for key in loaded if key in known])
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), wanted))  # type: ignore[return-value]
