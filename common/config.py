@@ -5,11 +5,14 @@ allowed). Checks that need two groups are made by the step's own config. Nothing
 except `load_resolved`, and nothing imports torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, Dict, List, Optional
+from pathlib import Path
+from typing import Any, Dict, List, Optional, TypeVar
 
 from common.errors import UserError
+
+T = TypeVar("T")
 
 
 class Dtype(Enum):
