@@ -1,0 +1,253 @@
+"""Command-line overrides in, a checked PipelineConfig out.
+
+Hydra composes; this module decides what is said about it. Overrides are brought into the form that
+Hydra understands (`steps=sft`, text that looks like a number, `optim=muon`), the embedded demo is
+filled in when nothing is named, and every error names the key, the value and the way out. Nothing
+here looks at a file that the configuration names (see `pipeline/checks.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+from pipeline import schema
+from pipeline.config import CONF, PipelineConfig, register
+from pipeline.plan import STAGES
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+SHARED_GROUPS = ("data", "optim")  # mounted once per step: data@sft.data
+DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Overrides as Hydra takes them, and what the user should be told about it."""
+
+    overrides: list[str]
+    notes: list[str]
+
+
+def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
+    """Check the keys of the overrides, rewrite short forms, and add the demo when nothing is named."""
+    parsed = [_parse(_short_steps(text, multirun)) for text in overrides]
+    parsed = [_parse(_full_group(override)) for override in parsed]
+    ready = []
+    for override in parsed:
+        _check_key(override)
+        ready.append(_rewritten(override))
+    if any(_names_a_job(override.key_or_group) for override in parsed):
+        return Prepared(ready, [])
+    return Prepared(["experiment=demo", *ready], [DEMO])
+
+
+def compose(overrides: Sequence[str]) -> PipelineConfig:
+    """Compose prepared overrides into the configuration. UserError for whatever Hydra refuses."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            node = hydra_compose("config", overrides=list(overrides))
+        return to_config(node, overrides)
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        raise explain(error) from error
+
+
+def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
+    """A composed node as dataclasses, checked once more against the schema, interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    # Through a plain container: a typed node keeps keys that were forced into it with `+`.
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    _replace_what_an_experiment_chose(plain, overrides)
+    checked = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.create(plain))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(PipelineConfig):
+        values[field.name] = _as_object(checked, field.name)
+    return PipelineConfig(**values)
+
+
+def explain(error: BaseException) -> UserError:
+    """What Hydra or OmegaConf found, in our words: key, value, what is allowed."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error)
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _unknown_item(cause, error)
+    if isinstance(cause, OmegaConfBaseException):
+        key = str(getattr(cause, "full_key", "") or "")
+        place = f"{key}: " if key else ""
+        what = first_line.partition(", expected one of")[0]
+        return UserError(place + what[:1].lower() + what[1:], hint=schema.allowed(key.split("[")[0]) or None)
+    if first_line.startswith("Ambiguous value for argument"):
+        text = first_line.partition("'")[2].rstrip("'")
+        key, _, value = text.partition("=")
+        return UserError(
+            f"{text}: several values",
+            hint=f"a list: '{key}=[{value}]'; one text: '{key}=\"{value}\"'; a sweep over them: add -m",
+        )
+    return UserError(" ".join(str(error).split()))
+
+
+def _parse(text: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = (str(error).splitlines() or ["not understood"])[0].rpartition("': ")[2]
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} is not of the form key=value", hint=_did_you_mean(text)) from None
+        inner = value.replace("\\", "\\\\").replace('"', '\\"')
+        quoted = shlex.quote(f'{key}="{inner}"')
+        raise UserError(f"{text} cannot be read: {reason}", hint=f"quote the value: {quoted}") from None
+
+
+def _short_steps(text: str, multirun: bool) -> str:
+    """steps=sft and steps=sft,reward as lists; with -m commas separate the runs of a sweep."""
+    key, equals, value = text.partition("=")
+    if key != "steps" or not equals or not value or value[0] in "[\"'$" or "(" in value:
+        return text
+    runs = value.split(",") if multirun else [value]
+    return "steps=" + ",".join(f"[{run}]" for run in runs)
+
+
+def _full_group(override: Override) -> str:
+    """optim=muon and sft.optim=muon as optim@sft.optim=muon: shared groups are mounted once per step."""
+    text = override.input_line or ""
+    for step, group in itertools.product(STAGES, SHARED_GROUPS):
+        if override.key_or_group == f"{step.value}.{group}" and isinstance(override.value(), str):
+            return text.replace(f"{step.value}.{group}", f"{group}@{step.value}.{group}", 1)
+    if override.key_or_group not in SHARED_GROUPS or override.package is not None:
+        return text
+    group, steps = override.key_or_group, [step.value for step in STAGES]
+    if len(steps) > 1:
+        ways = ", ".join(f"{group}@{step}.{group}" for step in steps)
+        raise UserError(f"{text}: for which step?", hint=f"one of {ways}")
+    return text.replace(group, f"{group}@{steps[0]}.{group}", 1)
+
+
+def _check_key(override: Override) -> None:
+    """An unknown key is an error, also one added with `+`."""
+    key = override.key_or_group
+    if override.package is not None or key.split(".")[0].split("/")[0] in ("hydra", *_groups()):
+        is_group = override.package is not None or "." not in key
+        if is_group or schema.type_of(key) is not None or key.startswith("hydra"):
+            return
+    if schema.type_of(key) is None:
+        raise UserError(f"unknown key {key} (in {override.input_line})", hint=_did_you_mean(key))
+
+
+def _rewritten(override: Override) -> str:
+    """The override as Hydra should see it: text stays text, free-form keys may be new."""
+    text, key = override.input_line or "", override.key_or_group
+    if override.package is not None or key.startswith("hydra") or override.is_delete():
+        return text
+    if schema.is_free_form(key):
+        return "++" + text.lstrip("+")
+    if override.is_add():
+        return text.lstrip("+")  # every key of the schema is there already
+    if schema.is_text(key) and isinstance(override.value(), bool | int | float):
+        name, _, value = text.partition("=")
+        return f'{name}="{value}"'  # run_name=12e45678 is a name, not infinity
+    return text
+
+
+def _names_a_job(key: str) -> bool:
+    """Whether an override names a model, an experiment or a step's data."""
+    if key in ("experiment", "model", "model.path", "data") or key.startswith("model.config"):
+        return True
+    return any(key in (f"{step.value}.data.path", f"{step.value}.data.sources") for step in STAGES)
+
+
+def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence[str]) -> None:
+    """What the command line names takes the place of the other form, which an experiment may have set."""
+    keys = {text.partition("=")[0].lstrip("+") for text in overrides}
+    model = plain.get("model") or {}
+    if "model.path" in keys and model.get("path") and not any(k.startswith("model.config") for k in keys):
+        model["config"] = {}
+        if "model.tokenizer.train_vocab_size" not in keys:
+            model["tokenizer"]["train_vocab_size"] = None
+    for step in STAGES:
+        data = (plain.get(step.value) or {}).get("data") or {}
+        path, sources = f"{step.value}.data.path", f"{step.value}.data.sources"
+        if path in keys and sources not in keys:
+            data["sources"] = []
+        if sources in keys and path not in keys:
+            data["path"] = None
+
+
+def _as_object(checked: Any, name: str) -> Any:
+    """One top-level value as an object; a step's own errors get the step's name before the key."""
+    from omegaconf import OmegaConf
+
+    try:
+        value = checked[name]
+        return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    except UserError as error:
+        if name in {step.value for step in STAGES} and not error.message.startswith(f"{name}."):
+            raise UserError(f"{name}.{error.message}", hint=error.hint) from None
+        raise
+
+
+def _unknown_option(error: Any) -> UserError:
+    """deepspeed=zero9: a group has no such file."""
+    group, _, option = str(error.missing_cfg_file or "").rpartition("/")
+    options = [str(name) for name in error.options or ()]
+    near = schema.nearest(option, options)
+    listed = f"allowed: {', '.join(sorted(options))}" if options else f"there is no folder conf/{group}"
+    hint = f"did you mean {group}={near}? {listed}" if near else listed
+    return UserError(f"{group}={option} is unknown", hint=hint)
+
+
+def _unknown_item(cause: Any, error: BaseException) -> UserError:
+    """A key that is not in the schema, written in a YAML file or inside a value."""
+    key = str(cause.full_key or cause.key)
+    text = str(error).splitlines()[0]
+    where = f" (in {text.split(chr(39))[1]})" if text.count(chr(39)) >= 2 and cause is not error else ""
+    owner = cause.object_type
+    siblings = list(getattr(owner, "__dataclass_fields__", ()))
+    near = schema.nearest(str(cause.key), siblings) if siblings else None
+    if near is not None:
+        return UserError(f"unknown key {key}{where}", hint=f"did you mean {near}?")
+    return UserError(f"unknown key {key}{where}", hint=_did_you_mean(key))
+
+
+def _did_you_mean(key: str) -> str:
+    """The nearest known key, or what there is at the level the key was written at."""
+    near = schema.nearest(key, [*schema.known_keys(), *_groups()])
+    if near is not None:
+        return f"did you mean {near}?"
+    parent = key.rpartition(".")[0]
+    while parent and schema.type_of(parent) is None:
+        parent = parent.rpartition(".")[0]
+    prefix = f"{parent}." if parent else ""
+    level = [k[len(prefix) :] for k in schema.known_keys() if k.startswith(prefix)]
+    return f"known {'below ' + parent if parent else 'keys'}: {', '.join(k for k in level if '.' not in k)}"
+
+
+def _groups() -> list[str]:
+    """Folders of `conf/` that hold YAML files."""
+    return sorted({path.parent.name for path in CONF.glob("*/*.yaml")})

@@ -1,0 +1,81 @@
+"""The whole configuration as one typed schema, and its registration with Hydra.
+
+Takes nothing and returns nothing but types: values come from `conf/` and the command line (see
+`pipeline/compose.py`). A new step adds one key here and one line in `pipeline/plan.py`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Optional
+
+from common.config import DeepSpeedConfig, LaunchConfig, ModelConfig, TrackingConfig
+from common.errors import UserError
+from common.stage import Step
+from step1_sft.config import SFTConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""Folder that holds the packages, `conf/` and `demo/`."""
+CONF = PROJECT / "conf"
+
+
+@dataclass
+class PipelineConfig:
+    """What `python -m pipeline run` can be told."""
+
+    steps: List[Step] = field(default_factory=lambda: [Step.sft])
+    """the steps of the run, e.g. [sft]"""
+    run_name: Optional[str] = None
+    """folder under output_dir; by default the steps and a hash of the configuration"""
+    output_dir: str = "runs"
+    """where runs are kept"""
+    seed: int = 0
+    """of everything that is random"""
+    force: bool = False
+    """start a step over whose configuration or inputs changed; its old folder is kept as <step>.old-1"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """the base model"""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """supervised fine-tuning"""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """how state is sharded"""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """where the ranks run"""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Weights & Biases"""
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise UserError("steps=[] is not allowed", hint="name at least one step: 'steps=[sft]'")
+        if len(set(self.steps)) != len(self.steps):
+            names = ",".join(step.value for step in self.steps)
+            raise UserError(f"steps=[{names}] names a step twice", hint="name each step once")
+        if self.run_name is not None:
+            _check_run_name(self.run_name)
+        if not self.output_dir:
+            raise UserError("output_dir is empty", hint="leave it out, or name a folder: output_dir=runs")
+
+
+def _check_run_name(name: str) -> None:
+    """A run's name is the name of its folder: one visible path component."""
+    bad = not name or name != name.strip() or name.startswith((".", "-")) or len(name.encode()) > 200
+    if bad or "/" in name or "\\" in name or not name.isprintable():
+        raise UserError(
+            f"run_name={name!r} cannot name a folder",
+            hint="allowed: letters, digits, spaces and signs, without slashes, not beginning with . or -",
+        )
+
+
+def register() -> None:
+    """Make the schema known to Hydra, and `${project:PATH}`, a path relative to the project's folder."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name="pipeline_schema", node=PipelineConfig)
+    OmegaConf.register_new_resolver("project", _project_path, replace=True)
+
+
+def _project_path(relative: str) -> str:
+    # Made plain textually, without resolve(): a link inside the project is kept as the user sees it.
+    import os.path
+
+    return os.path.normpath(PROJECT / relative)

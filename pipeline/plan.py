@@ -1,0 +1,69 @@
+"""Steps in, an ordered and wired list of stages out.
+
+Pure: reads no file and starts nothing. `STAGES` is the table of steps that exist; a step's stage
+says what it consumes and produces, and everything here follows from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from common.errors import UserError
+from common.stage import Role, Stage, Step
+from step1_sft.stage import STAGE as SFT
+
+STAGES: Mapping[Step, Stage] = {Step.sft: SFT}
+
+
+@dataclass(frozen=True)
+class Wired:
+    """A stage and where each artifact that it consumes comes from."""
+
+    stage: Stage
+    sources: Mapping[Role, Step | str] = field(default_factory=dict)  # an earlier step, or a path
+
+
+def stages_of(steps: Sequence[Step], known: Mapping[Step, Stage] = STAGES) -> list[Stage]:
+    """The stages of the named steps, in the order in which steps may follow each other."""
+    for step in steps:
+        if step not in known:
+            built = ", ".join(s.value for s in Step if s in known)
+            raise UserError(f"steps: {step.value} is not built yet", hint=f"built so far: {built}")
+    return [known[step] for step in Step if step in steps]
+
+
+def wire(
+    steps: Sequence[Step],
+    given: Mapping[tuple[Step, Role], str] | None = None,
+    known: Mapping[Step, Stage] = STAGES,
+) -> list[Wired]:
+    """Order the steps and find the source of every artifact that they consume.
+
+    given: paths the user named, by step and role; they come before earlier steps. The latest
+    earlier step that produces a role is its source. UserError when a role has no source.
+    """
+    paths = given or {}
+    wired: list[Wired] = []
+    for stage in stages_of(steps, known):
+        sources: dict[Role, Step | str] = {}
+        for role in stage.consumes:
+            path = paths.get((stage.name, role))
+            sources[role] = path if path is not None else _earlier(stage, role, wired, known)
+        wired.append(Wired(stage, sources))
+    return wired
+
+
+def _earlier(stage: Stage, role: Role, before: Sequence[Wired], known: Mapping[Step, Stage]) -> Step:
+    for other in reversed(before):
+        if other.stage.produces is role:
+            return other.stage.name
+    name = stage.name.value
+    order = list(Step)
+    makers = [
+        step.value
+        for step in order[: order.index(stage.name)]
+        if step in known and known[step].produces is role
+    ]
+    add = f"add {' or '.join(makers)} to steps, or " if makers else ""
+    raise UserError(f"{name} needs a {role.value}", hint=f"{add}set {name}.{role.value}=PATH")

@@ -1,0 +1,107 @@
+"""Questions about the configuration's schema: which keys exist, of what type, and which is nearest.
+
+Pure: takes dotted keys, returns keys, types or text. Knows the schema, not its values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from enum import Enum
+from typing import Any
+
+from pipeline.config import PipelineConfig
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema, groups included, in the schema's order."""
+    return list(_walk(PipelineConfig, ""))
+
+
+def type_of(key: str) -> Any:
+    """Declared type of a dotted key; None when it does not exist. Below a mapping anything exists."""
+    declared: Any = PipelineConfig
+    for part in key.split("."):
+        declared = without_none(declared)
+        if typing.get_origin(declared) is dict:
+            return Any
+        fields = _fields(declared)
+        if part not in fields:
+            return None
+        declared = fields[part]
+    return declared
+
+
+def is_free_form(key: str) -> bool:
+    """Whether the key lies below a mapping with keys of the user's choice, such as model.config."""
+    parts = key.split(".")
+    parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(typing.get_origin(without_none(type_of(parent))) is dict for parent in parents)
+
+
+def is_text(key: str) -> bool:
+    """Whether the key takes text."""
+    return without_none(type_of(key)) is str
+
+
+def allowed(key: str) -> str:
+    """What a key takes, in words; empty when there is nothing to say."""
+    declared = without_none(type_of(key))
+    if isinstance(declared, type) and issubclass(declared, Enum):
+        return "allowed: " + ", ".join(declared.__members__)
+    if typing.get_origin(declared) is list:
+        (item,) = typing.get_args(declared)
+        if isinstance(item, type) and issubclass(item, Enum):
+            return f"expected a list of {', '.join(item.__members__)}, e.g. '{key}=[{next(iter(item.__members__))}]'"
+        return f"expected a list, e.g. '{key}=[...]'"
+    if dataclasses.is_dataclass(declared):
+        return "it has the keys " + ", ".join(_fields(declared))
+    return _WORDS.get(declared, "")
+
+
+def nearest(key: str, candidates: list[str] | None = None) -> str | None:
+    """The known key most like `key`, or None when none is much like it.
+
+    The last part counts most: whoever writes sft.lr means sft.optim.lr.
+    """
+    known = known_keys() if candidates is None else candidates
+    scored = [(_likeness(_leaf(key), _leaf(k)) + 0.5 * _likeness(key, k), k) for k in known]
+    close = [(score, k) for score, k in scored if _likeness(_leaf(key), _leaf(k)) >= 0.6]
+    return max(close, key=lambda pair: pair[0])[1] if close else None
+
+
+def without_none(declared: Any) -> Any:
+    """T for Optional[T], else the type itself."""
+    if typing.get_origin(declared) is typing.Union:
+        (declared,) = [arg for arg in typing.get_args(declared) if arg is not type(None)]
+    return declared
+
+
+_WORDS = {
+    int: "expected a whole number",
+    float: "expected a number",
+    bool: "expected true or false",
+    str: "text",
+}
+
+
+def _walk(schema: type, prefix: str) -> typing.Iterator[str]:
+    for name, declared in _fields(schema).items():
+        yield prefix + name
+        yield from _walk(without_none(declared), f"{prefix}{name}.")
+
+
+def _fields(declared: Any) -> dict[str, Any]:
+    if not (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
+        return {}
+    hints = typing.get_type_hints(declared)
+    return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
+
+
+def _leaf(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
+
+
+def _likeness(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()
