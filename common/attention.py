@@ -1,0 +1,255 @@
+"""One attention for packed sequences, registered with transformers under the name "packed".
+
+It takes what a transformers attention module gives (query [1, H, N, d], key and value [1, G, N, d] with
+G key-value heads, G dividing H) and, through the model's forward arguments, where documents begin and
+end; it returns [1, N, H, d]. Each document attends causally to itself and to nothing else. The backend
+follows the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
+precision, the same loop elsewhere.
+
+It does not know about padding, caches or masks: whoever generates text uses `plain_attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+NAME = "packed"
+
+FLASH_MAX_HEAD_DIM = 256
+"""Widest head that the flash kernels of torch accept."""
+
+# What a model may ask of its attention that changes the result and that no backend here computes.
+UNSUPPORTED_ARGUMENTS = {
+    "softcap": "soft-capped attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "sparse attention",
+}
+
+
+def register() -> None:
+    """Make `attn_implementation="packed"` known to transformers. Calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document of one flat sequence.
+
+    cu_seq_lens_q: int32 [D + 1], document boundaries (0 first, N last); max_length_q: longest document;
+    sliding_window: each token sees itself and the `sliding_window - 1` before it. Returns ([1, N, H, d],
+    None). Raises UserError for what no backend computes, ValueError when called without boundaries.
+    """
+    _refuse_unsupported(module, attention_mask, is_causal, kwargs)
+    if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            "packed attention needs one flat sequence, cu_seq_lens_q and no cache; "
+            "generate inside `with plain_attention(model)`"
+        )
+    if _varlen_applies(query, value, dropout):
+        longest = max_length_q or int(cu_seq_lens_q.diff().max())
+        out = _varlen(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window)
+    else:
+        lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]
+        out = _by_document(query, key, value, lengths, scaling, dropout, sliding_window)
+    return out, None
+
+
+def _refuse_unsupported(
+    module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None, extra: dict[str, Any]
+) -> None:
+    asked = [what for name, what in UNSUPPORTED_ARGUMENTS.items() if extra.get(name) is not None]
+    asked += ["a mask of its own"] * (mask is not None)
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        asked.append("attention to later tokens")
+    if asked:
+        raise unsupported(getattr(getattr(module, "config", None), "model_type", "?"), asked[0])
+
+
+def unsupported(model_type: str, what: str) -> UserError:
+    """The error for an architecture that cannot be trained packed."""
+    return UserError(
+        f"model_type={model_type} uses {what}, which packed attention does not compute",
+        hint="choose a decoder with plain causal or sliding-window attention, e.g. Llama, Qwen 3, Gemma 3",
+    )
+
+
+def _by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """SDPA once per document. `split`, not slices: the backward of a slice fills a whole sequence."""
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outs = []
+    for q, k, v in parts:
+        length = q.shape[2]
+        banded = window is not None and length > window
+        mask = _band(length, window, q.device) if banded and window is not None else None
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=not banded,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, 1)
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: true where column j is at most `window - 1` before row i, and not after."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+@cache
+def _varlen_function() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@cache
+def _varlen_keywords() -> frozenset[str]:
+    function = _varlen_function()
+    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
+
+
+def _varlen_applies(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Flash attention takes half precision, equal head widths in steps of 8, and no dropout."""
+    width = query.shape[-1]
+    fits = width == value.shape[-1] and width % 8 == 0 and width <= FLASH_MAX_HEAD_DIM
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    # `window_size` and `scale` came with torch 2.11; without them causality is spelled differently
+    known = {"window_size", "scale"} <= _varlen_keywords()
+    return query.is_cuda and half and fits and dropout == 0.0 and known
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    function = _varlen_function()
+    assert function is not None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in _varlen_keywords():  # torch 2.12 and later insist on it
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    # flash attention counts the tokens before the query; transformers counts the query as well
+    left = -1 if window is None or window > longest else window - 1
+    out = function(
+        q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=(left, 0), **options
+    )
+    return out[None]
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """The same result from one N x N mask and a softmax in fp32: slow and plain, for comparison.
+
+    Shapes as for `packed_attention`; returns [1, N, H, d] in the query's dtype.
+    """
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    positions = torch.arange(length, device=query.device)
+    document = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
+    seen = _band(length, sliding_window or length, query.device) & (document[:, None] == document[None, :])
+    k, v = (x.repeat_interleave(groups, 1).float() for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query.float() @ k.transpose(2, 3)) * scale
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ v).transpose(1, 2).to(query.dtype)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse, by reading the model's class and config, what packed attention cannot compute.
+
+    Raises UserError naming the model type. What can only be seen by running is `losses.check_packed`.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kind = config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise unsupported(kind, "an encoder and a decoder")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise unsupported(kind, "an attention of its own")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise unsupported(kind, UNSUPPORTED_ARGUMENTS["softcap"])
+    if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
+        raise unsupported(kind, UNSUPPORTED_ARGUMENTS["s_aux"])
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        raise unsupported(kind, f"layers of type {', '.join(sorted(map(str, other)))}")
+    if getattr(config, "sliding_window", None) and not _passes_window(model):
+        raise unsupported(kind, "a sliding window that it does not hand to its attention")
+
+
+def _passes_window(model: PreTrainedModel) -> bool:
+    source_module = sys.modules.get(type(model).__module__)
+    try:
+        return source_module is not None and "sliding_window=" in inspect.getsource(source_module)
+    except (OSError, TypeError):
+        return False
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switch the model to transformers' own SDPA, with masks and caches, while the block runs."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

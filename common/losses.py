@@ -1,0 +1,403 @@
+"""Cross-entropy at trained positions, and the causal LM that computes nothing else.
+
+`token_cross_entropy` takes hidden states, the output projection and targets; it returns sums over tokens,
+never means: who divides knows the global number of tokens. `PackedCausalLM` takes the tensors of a
+`Batch` and returns the same. Neither pads, shifts labels, or reads a mask: targets come aligned.
+
+The loss is that of supervised fine-tuning in InstructGPT (arXiv 2203.02155): minus the log-likelihood of
+the trained tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from common import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from common.data.types import Batch
+
+CPU_CHUNK_BYTES = 4 << 20
+"""fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
+
+GPU_CHUNK_ROWS = 4096
+"""Rows of a chunk on a GPU: fewer leave the matrix units idle."""
+
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+"""Config fields by which a model changes what its projection gives, and the value that changes nothing."""
+
+
+class TokenLoss(NamedTuple):
+    """Sums over the M trained tokens of a micro-batch.
+
+    loss_sum: fp32 scalar, minus the log-likelihood in nats; carries the gradient. correct: int64 scalar,
+    tokens whose target has the largest logit. entropy_sum: fp32 scalar in nats, of the predicted
+    distributions (0 when not asked for). token_losses: fp32 [M], what loss_sum sums. All but loss_sum are
+    detached.
+    """
+
+    loss_sum: torch.Tensor
+    correct: torch.Tensor
+    entropy_sum: torch.Tensor
+    token_losses: torch.Tensor
+
+
+def chunk_rows_for(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits made at once."""
+    if device.type != "cpu":
+        return GPU_CHUNK_ROWS
+    return max(64, CPU_CHUNK_BYTES // (4 * vocab_size))
+
+
+def token_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk_rows: int | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    with_entropy: bool = False,
+) -> TokenLoss:
+    """Cross-entropy of softmax(hidden @ weight.T + bias) with targets, summed; the logits never exist whole.
+
+    hidden [M, h]; weight [V, h]; targets int64 [M]; bias [V]. Logits are made `chunk_rows` rows at a time,
+    and gradients along with them, so that the backward pass is a multiplication. Log-probabilities and the
+    sum of the weight's gradient are fp32 for every dtype. M = 0 gives a zero that still carries (zero)
+    gradients. Backward works once; no second derivative.
+    """
+    rows = chunk_rows or chunk_rows_for(hidden.device, weight.shape[0])
+    # inside forward autograd is always off, so whether gradients are wanted at all is asked here
+    sums = _TokenCrossEntropy.apply(hidden, weight, bias, targets, rows, with_entropy, torch.is_grad_enabled())
+    return TokenLoss(*sums)
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in forward, while a chunk's logits are at hand, and kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        rows: int,
+        with_entropy: bool,
+        grad_enabled: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        wanted = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        gradients = _Gradients.zeros(hidden, weight, bias, wanted)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            chunk = _score_chunk(hidden[part], weight, bias, targets[part], with_entropy)
+            losses[part] = chunk.losses
+            correct += chunk.correct
+            entropy += chunk.entropy
+            gradients.add(part, hidden[part], weight, targets[part], chunk.probabilities)
+        ctx.gradients = gradients
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(correct, entropy, losses)
+        return losses.sum(), correct, entropy, losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the backward pass of token_cross_entropy works once; run forward again")
+        gradients, ctx.gradients = ctx.gradients, None  # freed as they are handed on
+        scaled = [
+            # in fp32: a loss scale of 65,536 does not exist in fp16
+            None if gradient is None else gradient.float().mul_(grad_loss).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None)
+
+
+class _Gradients(NamedTuple):
+    """Of the loss sum; None where nobody asked. The weight's and the bias's are summed in fp32."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @staticmethod
+    def zeros(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: tuple[bool, ...]
+    ) -> _Gradients:
+        return _Gradients(
+            torch.empty_like(hidden) if wanted[0] else None,
+            torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None,
+            torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None,
+        )
+
+    def add(
+        self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, p: torch.Tensor
+    ) -> None:
+        """Add one chunk. p: fp32 [m, V], the predicted probabilities; it is overwritten."""
+        if self.hidden is None and self.weight is None and self.bias is None:
+            return
+        p[torch.arange(len(targets), device=p.device), targets] -= 1  # the loss's gradient by the logits
+        low = p.to(hidden.dtype)
+        if self.hidden is not None:
+            torch.mm(low, weight, out=self.hidden[part])
+        if self.weight is not None:
+            _add_product(self.weight, low.t(), hidden)
+        if self.bias is not None:
+            self.bias.add_(p.sum(0))
+
+
+class _Chunk(NamedTuple):
+    losses: torch.Tensor  # fp32 [m]
+    correct: torch.Tensor  # int64 scalar
+    entropy: torch.Tensor | float  # fp32 scalar
+    probabilities: torch.Tensor  # fp32 [m, V]
+
+
+def _score_chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    with_entropy: bool,
+) -> _Chunk:
+    logits = _product(hidden, weight.t())  # the only [m, V] tensor: everything below works in place
+    if bias is not None:
+        logits += bias
+    of_target = logits.gather(1, targets[:, None]).squeeze(1)
+    largest, predicted = logits.max(1)
+    correct = (predicted == targets).sum()
+    shifted = logits.clone().sub_(largest[:, None]) if with_entropy else None
+    p = logits.sub_(largest[:, None]).exp_()
+    total = p.sum(1)
+    p.div_(total[:, None])
+    log_total = total.log()
+    entropy: torch.Tensor | float = 0.0
+    if shifted is not None:
+        # H = log Z - E[z], both relative to the largest logit
+        entropy = log_total.sum() - torch.dot(p.view(-1), shifted.view(-1))
+    return _Chunk(log_total - (of_target - largest), correct, entropy, p)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32. On CUDA the matrix units accumulate in fp32 anyway and need not round to a's dtype."""
+    if a.dtype is torch.float32:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, with total in fp32."""
+    if a.dtype is torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)
+
+
+class ScoringHead(nn.Linear):
+    """An output projection that scores targets inside its own call.
+
+    Under ZeRO-3 a module's weight is whole only while the module is called, so the loss must be computed
+    here. Made from the model's own nn.Linear by changing its class: same parameters, names and hooks.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, with_entropy: bool = False
+    ) -> torch.Tensor | TokenLoss:
+        if targets is None:
+            return super().forward(hidden)
+        return token_cross_entropy(hidden, self.weight, targets, bias=self.bias, with_entropy=with_entropy)
+
+
+class PackedCausalLM(nn.Module):
+    """A transformers causal LM (also one wrapped by peft) that takes packed batches and returns sums.
+
+    Only trained positions reach the output projection. Models that change their logits after the
+    projection go through their own forward and plain cross-entropy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        head = self.base().get_output_embeddings()
+        # a subclass (an adapter, a quantized layer) does more than multiply by its weight
+        self.scores_in_head = type(head) in (nn.Linear, ScoringHead) and not changes_logits(self.base())
+        if self.scores_in_head:
+            cast(nn.Module, head).__class__ = ScoringHead
+
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without peft's wrapper; adapters stay active in it."""
+        unwrap = getattr(self.model, "get_base_model", None)
+        return cast("PreTrainedModel", self.model if unwrap is None else unwrap())
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        trained_positions: torch.Tensor,
+        targets: torch.Tensor,
+        with_entropy: bool = False,
+    ) -> TokenLoss:
+        """Score the trained positions of one packed sequence. Shapes as in `Batch`."""
+        arguments = _packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen)
+        if not self.scores_in_head:
+            logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
+            return _plain_cross_entropy(logits, targets, with_entropy)
+        hidden = self.base().get_decoder()(**arguments).last_hidden_state
+        selected = hidden[0].index_select(0, trained_positions)
+        return cast(TokenLoss, self.base().get_output_embeddings()(selected, targets, with_entropy))
+
+    def score(self, batch: Batch, with_entropy: bool = False) -> TokenLoss:
+        """`forward` with a Batch's fields, for callers without an engine around this module."""
+        return cast(TokenLoss, self(**batch_arguments(batch), with_entropy=with_entropy))
+
+    def logits(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [N, V] of the flat sequence input_ids [1, N]; one document unless cu_seqlens says more."""
+        length = input_ids.shape[1]
+        whole = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
+        boundaries = whole if cu_seqlens is None else cu_seqlens
+        positions = positions_within(boundaries, length)
+        longest = int(boundaries.diff().max())
+        arguments = _packed_arguments(input_ids, positions, boundaries, longest)
+        return cast(torch.Tensor, self.base()(**arguments).logits[0])
+
+
+def batch_arguments(batch: Batch) -> dict[str, Any]:
+    """The arguments of `PackedCausalLM.forward` for a batch."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+        "trained_positions": batch.trained_positions,
+        "targets": batch.targets,
+    }
+
+
+def positions_within(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """int64 [1, N]: the position of each token in its own document, from 0."""
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+    return (torch.arange(length, device=cu_seqlens.device) - starts)[None]
+
+
+def changes_logits(model: PreTrainedModel) -> bool:
+    """Whether the model scales or caps what its output projection gives, by its config."""
+    config = model.config.get_text_config(decoder=True)
+    return any(getattr(config, name, None) not in (None, same) for name, same in LOGIT_CHANGES.items())
+
+
+def _packed_arguments(
+    input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> dict[str, Any]:
+    """What a transformers model wants to hear about a packed sequence."""
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": None,
+        "use_cache": False,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seqlen,
+        "max_length_k": max_seqlen,
+    }
+
+
+def _plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool) -> TokenLoss:
+    """From logits [M, V] that the model made itself."""
+    scores = logits.float()
+    losses = F.cross_entropy(scores, targets, reduction="none")
+    with torch.no_grad():
+        correct = (scores.argmax(1) == targets).sum() if len(targets) else targets.new_zeros(())
+        entropy = scores.new_zeros(())
+        if with_entropy:
+            logprobs = scores.log_softmax(1)
+            entropy = -(logprobs.exp() * logprobs).sum()
+    return TokenLoss(losses.sum(), correct, entropy, losses.detach())
+
+
+@torch.no_grad()
+def check_packed(model: nn.Module) -> None:
+    """Run a few tokens and refuse a model that packing would train wrongly.
+
+    Catches what no list of architectures can: state that crosses documents (convolutions, recurrences),
+    attention to later tokens, logits changed after the projection. Raises UserError. Costs five forward
+    passes of some tokens; leaves mode, weights and random state as they were.
+    """
+    packed = PackedCausalLM(model)
+    training = model.training
+    model.eval()
+    try:
+        _check_isolation(packed)
+        _check_head(packed)
+    finally:
+        model.train(training)
+
+
+def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) -> torch.Tensor:
+    boundaries = torch.tensor(cu_seqlens, dtype=torch.int32, device=ids.device)
+    positions = positions_within(boundaries, ids.shape[1])
+    longest = int(boundaries.diff().max())
+    arguments = _packed_arguments(ids, positions, boundaries, longest)
+    return packed.base().get_decoder()(**arguments).last_hidden_state[0].float()
+
+
+def _check_isolation(packed: PackedCausalLM) -> None:
+    """Document B after A, after another A, and alone under transformers' own attention: always the same."""
+    base = packed.base()
+    ids = _some_tokens(base, 12)
+    other = ids.clone()
+    other[:, :6] = ids[:, :6].flip(1)
+    later = ids.clone()
+    later[:, -1] = ids[:, 0]
+    b = _hidden(packed, ids, [0, 6, 12])[6:]
+    with attention.plain_attention(base):
+        alone = base.get_decoder()(input_ids=ids[:, 6:], use_cache=False).last_hidden_state[0].float()
+    kind = base.config.model_type
+    if _differ(b, _hidden(packed, other, [0, 6, 12])[6:], base.dtype):
+        raise attention.unsupported(kind, "state that crosses documents")
+    if _differ(b, alone, base.dtype):
+        raise attention.unsupported(kind, "an attention with arguments of its own")
+    if _differ(b[:-1], _hidden(packed, later, [0, 6, 12])[6:-1], base.dtype):
+        raise attention.unsupported(kind, "attention to later tokens")
+
+
+def _check_head(packed: PackedCausalLM) -> None:
+    base = packed.base()
+    if not packed.scores_in_head:
+        return
+    ids = _some_tokens(base, 4)
+    projected = base.get_output_embeddings()(_hidden(packed, ids, [0, 4]).to(base.dtype))
+    if _differ(projected.float(), packed.logits(ids).float(), base.dtype):
+        raise attention.unsupported(base.config.model_type, "logits changed after the output projection")
+
+
+def _some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:
+    """int64 [1, count], different ids where the vocabulary is large enough."""
+    table = cast(nn.Embedding, base.get_input_embeddings()).weight
+    return torch.arange(3, 3 + count, device=table.device)[None] % table.shape[0]
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Beyond rounding. The median row: with experts, rounding can reroute a token or two."""
+    scale = a.abs().max().clamp_min(1e-6)
+    relative = float(((a - b).abs().amax(1) / scale).median())
+    return not relative < (1e-4 if dtype is torch.float32 else 3e-2)
