@@ -1,0 +1,45 @@
+# make demo   train the embedded default and show where the policy is
+# make test   the whole test suite
+# make check  what CI runs: style, types, import contracts, tests
+# make bench  the CPU benchmarks (long)
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check style bench clean
+
+demo: $(VENV)/.core
+	$(RUN) -m pipeline run 'steps=[sft]'
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest
+
+check: style test
+
+style: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.bench
+	$(RUN) -m benchmarks.run_all
+
+# One environment; each marker says which extras are in it. A change of the pins installs again.
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) --editable '.[dev,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
