@@ -13,7 +13,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import UserError
 from pipeline import schema
@@ -70,8 +70,7 @@ def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
     from omegaconf import OmegaConf
 
     # Through a plain container: a typed node keeps keys that were forced into it with `+`.
-    plain = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(plain, dict)
+    plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     plain.pop("hydra", None)
     _replace_what_an_experiment_chose(plain, overrides)
     checked = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.create(plain))

@@ -53,7 +53,8 @@ def allowed(key: str) -> str:
     if typing.get_origin(declared) is list:
         (item,) = typing.get_args(declared)
         if isinstance(item, type) and issubclass(item, Enum):
-            return f"expected a list of {', '.join(item.__members__)}, e.g. '{key}=[{next(iter(item.__members__))}]'"
+            names = list(item.__members__)
+            return f"expected a list of {', '.join(names)}, e.g. '{key}=[{names[0]}]'"
         return f"expected a list, e.g. '{key}=[...]'"
     if dataclasses.is_dataclass(declared):
         return "it has the keys " + ", ".join(_fields(declared))

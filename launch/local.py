@@ -1,0 +1,134 @@
+"""Start a step's ranks on this machine, under torchrun's environment contract.
+
+Takes a module to run and how many ranks it has, returns the started process. One rank is started
+directly; more are started and watched by torchrun's elastic agent (`launch/agent.py`). Devices are
+counted without torch. Waiting, signals and exit statuses are the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import LaunchConfig
+from common.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""Folder that holds the packages, so that ranks find them from any working directory."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A module to be run by a number of ranks."""
+
+    module: str
+    arguments: tuple[str, ...]
+    ranks: int = 1
+    log_dir: Path | None = None  # output of the ranks after the first, and every rank's traceback
+
+
+def ranks_of(launch: LaunchConfig) -> int:
+    """How many ranks the configuration asks for on this machine. UserError when it cannot have them."""
+    devices = count_gpus()
+    asked = launch.nproc_per_node.strip()
+    if asked == "auto":
+        return max(devices, 1)
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError(
+            f"launch.nproc_per_node={asked} is not allowed", hint="allowed: auto, or a number from 1"
+        )
+    if 0 < devices < int(asked):
+        raise UserError(
+            f"launch.nproc_per_node={asked}, but this machine offers {devices} GPU(s)",
+            hint=f"launch.nproc_per_node={devices}, or auto",
+        )
+    return int(asked)
+
+
+def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """CUDA devices that a process started here may use; 0 on a machine without."""
+    present = _gpus_present()
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or present == 0:
+        return present
+    count = 0
+    for device in (part.strip() for part in visible.split(",")):
+        # CUDA ignores everything after the first entry that names no device.
+        if not device or device == "-1" or (device.isdecimal() and int(device) >= present):
+            break
+        count += 1
+    return count
+
+
+def start(job: Job, *, keep_open: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start the job in a process group of its own; it is killed when this process dies.
+
+    keep_open: file descriptors the process inherits, such as the lock of the run's folder.
+    """
+    return subprocess.Popen(
+        command(job),
+        env={**os.environ, **environment(job)},
+        stdin=subprocess.DEVNULL,
+        pass_fds=tuple(keep_open),
+        process_group=0,  # Ctrl-C reaches the ranks once, through the caller, not once per process
+    )
+
+
+def command(job: Job) -> list[str]:
+    """The command line that runs the job on this machine."""
+    logs = [] if job.log_dir is None else ["--log-dir", str(job.log_dir)]
+    parent = ["--parent", str(os.getpid())]
+    what = [job.module, *job.arguments]
+    if job.ranks == 1:
+        return [sys.executable, "-m", "launch.rank", *parent, *logs, *what]
+    return [sys.executable, "-m", "launch.agent", "--ranks", str(job.ranks), *parent, *logs, *what]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What the job's process needs beside this process's own environment."""
+    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    values = {"PYTHONPATH": os.pathsep.join(paths)}
+    if "OMP_NUM_THREADS" not in os.environ:
+        values["OMP_NUM_THREADS"] = str(max(1, count_cores() // job.ranks))
+    if job.ranks == 1:
+        values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return values
+
+
+def count_cores() -> int:
+    """CPU cores this process may use: its affinity, or less where the container has a quota."""
+    affine = getattr(os, "sched_getaffinity", None)
+    cores = len(affine(0)) if affine is not None else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or the word max: no quota
+        return cores
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _gpus_present() -> int:
+    """GPUs of this machine or container, asked of the driver's own tool where there is one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        try:
+            listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            listed = None
+        if listed is not None and listed.returncode == 0:
+            return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    # Device nodes, because /proc/driver/nvidia also names GPUs that a container may not use.
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()])
