@@ -1,0 +1,53 @@
+"""One log file per rank, and how a step ends: done, told to stop, or with an error a person can read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import UserError
+
+_ERROR_FILE = "error.txt"
+
+
+def open_rank_log(folder: Path, rank: int) -> None:
+    """Send every log record of this process to `folder/rank_<rank>.log`, and nothing to the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank_{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    if rank == 0:
+        (folder / _ERROR_FILE).unlink(missing_ok=True)
+
+
+def run_and_report(work: Callable[[], int], folder: Path) -> int:
+    """The exit status of `work()`. A UserError is printed by the first rank that meets it, without traceback.
+
+    `folder` holds the ranks' logs. Other exceptions keep their traceback, there and on the terminal.
+    """
+    try:
+        return work()
+    except UserError as error:
+        logging.getLogger("rlhf").error("%s", error)
+        if _is_first(folder, str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return UserError.EXIT_CODE
+    except Exception:
+        logging.getLogger("rlhf").exception("unexpected error")
+        raise
+
+
+def _is_first(folder: Path, message: str) -> bool:
+    try:
+        with open(folder / _ERROR_FILE, "x") as file:
+            file.write(message)
+    except FileExistsError:
+        return False
+    except OSError:  # a full or read-only disk must not hide the message
+        return True
+    return True

@@ -1,0 +1,52 @@
+"""How fast a step was, and what share of the device's peak that is."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.distributed import World
+from common.progress import peak_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def training_flops_per_token(model: PreTrainedModel) -> float:
+    """Floating-point operations per token of a forward and backward pass: 6 per weight that multiplies.
+
+    Embeddings are looked up, not multiplied, so an input embedding of its own does not count; a tied one
+    counts once, as the output projection. Attention scores are left out: at usual lengths they are
+    under a tenth (PaLM, arXiv 2204.02311, appendix B).
+    """
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    looked_up = 0 if is_tied else getattr(embedding, "ds_numel", embedding.numel())
+    return 6.0 * (weights - looked_up)
+
+
+def performance(
+    flops_per_token: float, tokens: float, seconds: float, dtype: str, world: World
+) -> dict[str, float]:
+    """The `perf/` metrics of one step of `tokens` tokens over all ranks, in `seconds`.
+
+    `perf/mfu` is present where the device's peak is known. `perf/peak_memory_gb` (10^9 bytes) is the
+    device's on a GPU and this process's resident peak on the CPU.
+    """
+    metrics = {"perf/tokens_per_second": tokens / seconds, "perf/peak_memory_gb": _peak_memory() / 1e9}
+    if world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device), dtype)
+        if peak is not None:
+            metrics["perf/mfu"] = flops_per_token * tokens / seconds / (peak * world.size)
+    return metrics
+
+
+def _peak_memory() -> float:
+    """Bytes."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,78 @@
+"""What SFT minimises, and the numbers read off it.
+
+The loss of an optimizer step is the negative log-likelihood of its trained tokens, divided by their
+number; both over all micro-batches and ranks (InstructGPT, arXiv 2203.02155). Sums travel through
+here; they are divided once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.data.types import Batch
+from common.distributed import sum_over_ranks
+from common.engine import Engine
+from common.losses import TokenLoss, batch_arguments
+
+
+def score(engine: Engine, batch: Batch, device: torch.device, *, with_entropy: bool) -> TokenLoss:
+    """Sums over the batch's trained tokens; `loss_sum` carries the gradient."""
+    return engine(**batch_arguments(batch.to(device)), with_entropy=with_entropy)
+
+
+@dataclass
+class TokenSums:
+    """Sums over the trained tokens that one rank saw in one step."""
+
+    loss: torch.Tensor | float = 0.0
+    correct: torch.Tensor | float = 0.0
+    entropy: torch.Tensor | float = 0.0
+
+    def add(self, result: TokenLoss) -> None:
+        """Add one micro-batch; nothing waits for the device here."""
+        self.loss = self.loss + result.loss_sum.detach().double()
+        self.correct = self.correct + result.correct.double()
+        self.entropy = self.entropy + result.entropy_sum.double()
+
+    def means(self, tokens: float) -> dict[str, float]:
+        """Token means over all ranks; `tokens` is the global number of trained tokens."""
+        loss, correct, entropy = sum_over_ranks([float(self.loss), float(self.correct), float(self.entropy)])
+        return {
+            "loss": loss / tokens,
+            "mean_token_accuracy": correct / tokens,
+            "entropy": entropy / tokens,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, batches: Iterable[Batch], sources: Sequence[str], device: torch.device
+) -> dict[str, float]:
+    """Token-weighted loss, accuracy and perplexity over all held-out rows, and the loss per source.
+
+    Does not depend on the evaluation batch size or the world size: sums are divided once.
+    """
+    loss, tokens = (torch.zeros(len(sources), dtype=torch.float64) for _ in range(2))
+    correct = 0.0
+    engine.eval()
+    for batch in batches:
+        result = score(engine, batch, device, with_entropy=False)
+        loss.index_add_(0, batch.source_of_target, result.token_losses.double().cpu())
+        tokens += torch.bincount(batch.source_of_target, minlength=len(sources))
+        correct += float(result.correct)
+    engine.train()
+    loss, tokens = (torch.tensor(sum_over_ranks(sums)) for sums in (loss, tokens))
+    mean = float(loss.sum() / tokens.sum())
+    metrics = {
+        "eval/loss": mean,
+        "eval/perplexity": math.exp(min(mean, 700.0)),
+        "eval/mean_token_accuracy": sum_over_ranks([correct])[0] / float(tokens.sum()),
+    }
+    seen = [i for i in range(len(sources)) if tokens[i] > 0]
+    if len(sources) > 1:
+        metrics |= {f"eval/{sources[i]}/loss": float(loss[i] / tokens[i]) for i in seen}
+    return metrics
