@@ -1,0 +1,177 @@
+"""Rows -> Batch: which rows make a step, and which of them this rank computes.
+
+The documents of step k are a pure function of the seed and k, whatever the number of ranks, the micro
+batch or the accumulation. An epoch's documents are drawn by the sources' weights, packed afresh and
+shuffled; ranks take turns through the rows of a step. Nothing is remembered between calls but a
+cache of the last epochs, so resuming needs no more than the step's number. Does not tokenize.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from common.data.packing import Packing, one_per_row, pack
+from common.data.types import IGNORE, Batch, TokenizedExample
+
+
+class Documents(Protocol):
+    """What batches need to know of a data set (see `dataset.TokenizedDataset`)."""
+
+    lengths: np.ndarray
+    source_ids: np.ndarray
+    sources: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows become batches. Only `rank`, `world_size` and `micro_batch_size` differ between
+    machines, and they never change which documents a step has."""
+
+    max_length: int
+    packing: bool
+    global_batch_size: int  # rows per optimizer step, over all ranks
+    micro_batch_size: int  # rows per rank and forward pass
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+
+class Batches:
+    """The batches of every step. `weights`: how often a source's rows are seen per epoch (default 1)."""
+
+    def __init__(
+        self, dataset: Documents, plan: BatchPlan, weights: Mapping[str, float] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self._weights = [(weights or {}).get(name, 1.0) for name in dataset.sources]
+        self._by_source = [np.flatnonzero(dataset.source_ids == i) for i in range(len(dataset.sources))]
+        self._rows_of_epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
+        self._first_steps = [0]  # of each epoch known so far, and of the one after
+
+    def documents(self, epoch: int) -> np.ndarray:
+        """Dataset indices seen in an epoch: whole copies of each source and a seeded share of it."""
+        chosen = []
+        for source, (weight, members) in enumerate(zip(self._weights, self._by_source, strict=True)):
+            copies = math.floor(weight)
+            extra = round((weight - copies) * len(members))
+            generator = np.random.default_rng([self.plan.seed, epoch, source, 1])
+            chosen += [members] * copies + [generator.permutation(members)[:extra]]
+        return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+
+    def steps_in_epochs(self, epochs: float) -> int:
+        """Optimizer steps in this many passes; the last one may be short of rows."""
+        whole = math.floor(epochs)
+        first = self._first_step(whole)
+        part = epochs - whole
+        # a rounding error in 0.1 + 0.2 must not cost a step
+        return first + (math.ceil(part * self._steps_of(whole) - 1e-9) if part > 1e-12 else 0)
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the data before step `step` (from 0)."""
+        epoch, within = self._position(step)
+        return epoch + within / self._steps_of(epoch)
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        """The step's rows on all ranks together; each an array of dataset indices."""
+        epoch, within = self._position(step)
+        documents, packing = self._rows_of_epoch(epoch)
+        first = within * self.plan.global_batch_size
+        last = min(first + self.plan.global_batch_size, len(packing))
+        return [documents[packing[row]] for row in range(first, last)]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of a step; equally many on every rank, the missing ones without targets."""
+        return _share(self.dataset, self.rows(step), self.plan)
+
+    def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
+        documents = self.documents(epoch)
+        seed = int(np.random.SeedSequence([self.plan.seed, epoch, 2]).generate_state(1)[0])
+        if self.plan.packing:
+            return documents, pack(self.dataset.lengths[documents], self.plan.max_length, seed=seed)
+        return documents, one_per_row(len(documents), seed=seed)
+
+    def _steps_of(self, epoch: int) -> int:
+        return self._first_step(epoch + 1) - self._first_step(epoch)
+
+    def _first_step(self, epoch: int) -> int:
+        while len(self._first_steps) <= epoch:
+            known = len(self._first_steps) - 1
+            if known and all(weight.is_integer() for weight in map(float, self._weights)):
+                steps = self._first_steps[1]  # same documents, so as many rows
+            else:
+                steps = -(-len(self._rows_of_epoch(known)[1]) // self.plan.global_batch_size)
+            if not steps:
+                raise ValueError("a data set without documents has no steps")
+            self._first_steps.append(self._first_steps[-1] + steps)
+        return self._first_steps[epoch]
+
+    def _position(self, step: int) -> tuple[int, int]:
+        epoch = 0
+        while self._first_step(epoch + 1) <= step:
+            epoch += 1
+        return epoch, step - self._first_step(epoch)
+
+
+def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
+    """Every document exactly once over all ranks; equally many batches on every rank."""
+    if plan.packing:
+        packing = pack(dataset.lengths, plan.max_length, seed=0)
+        rows = [packing[row] for row in range(len(packing))]
+    else:
+        rows = [np.array([index]) for index in range(len(dataset))]
+    per_pass = plan.micro_batch_size * plan.world_size
+    for first in range(0, len(rows), per_pass):
+        yield from _share(dataset, rows[first : first + per_pass], plan)
+
+
+def collate(examples: Sequence[TokenizedExample], row_ids: Sequence[int], source_ids: Sequence[int]) -> Batch:
+    """Documents laid end to end; none at all gives one token without targets.
+
+    row_ids, source_ids: of each document. Shapes are those of `Batch`.
+    """
+    if not examples:
+        nothing = TokenizedExample(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32), "")
+        examples, source_ids = [nothing], [0]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    ends = np.cumsum(lengths)
+    labels = np.concatenate([example.labels for example in examples])
+    trained = np.flatnonzero(labels != IGNORE)
+    return Batch(
+        input_ids=_tensor(np.concatenate([example.input_ids for example in examples]))[None],
+        position_ids=_tensor(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))[None],
+        cu_seqlens=_tensor(np.concatenate([[0], ends])).to(torch.int32),
+        trained_positions=_tensor(trained),
+        targets=_tensor(labels[trained]),
+        source_of_target=_tensor(np.repeat(np.asarray(source_ids), lengths)[trained]),
+        max_seqlen=int(lengths.max()),
+        row_ids=tuple(int(index) for index in row_ids),
+    )
+
+
+def _share(dataset: Documents, rows: Sequence[np.ndarray], plan: BatchPlan) -> list[Batch]:
+    size = plan.micro_batch_size
+    passes = -(-len(rows[:: plan.world_size]) // size)  # of rank 0, which never has fewer rows
+    mine = rows[plan.rank :: plan.world_size]
+    return [_batch(dataset, mine[first * size : (first + 1) * size]) for first in range(passes)]
+
+
+def _batch(dataset: Documents, rows: Sequence[np.ndarray]) -> Batch:
+    indices = [int(index) for row in rows for index in row]
+    examples = [dataset[index] for index in indices]
+    return collate(examples, indices, [int(dataset.source_ids[index]) for index in indices])
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
