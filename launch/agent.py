@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from common.errors import UserError
 from launch.rank import die_with
 
 STOPPED = 143
@@ -48,7 +49,8 @@ def main() -> int:
         return 0
     number, exit_code = first
     status = exit_status(exit_code, stopping=bool(stopping))
-    if number != 0 and status not in (0, STOPPED) and not _already_told(failures, status):
+    # Rank 0 shows its own traceback, and a status of 2 comes with a message already printed.
+    if number != 0 and status not in (UserError.EXIT_CODE, STOPPED):
         tell(number, exit_code, args.log_dir)
     return status
 
@@ -145,11 +147,6 @@ def tell(rank: int, exit_code: int, log_dir: Path | None) -> None:
     if log is not None and log.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
         print(f"the end of {log}:", *lines, sep="\n  ", file=sys.stderr)
-
-
-def _already_told(failures: Sequence[tuple[int, int]], status: int) -> bool:
-    """Whether rank 0, which writes to the terminal, failed in the same way."""
-    return (0, status) in failures
 
 
 if __name__ == "__main__":

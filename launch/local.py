@@ -30,7 +30,7 @@ class Job:
     module: str
     arguments: tuple[str, ...]
     ranks: int = 1
-    log_dir: Path | None = None  # output of the ranks after the first, and every rank's traceback
+    log_dir: Path | None = None  # output and tracebacks of the ranks after the first
 
 
 def ranks_of(launch: LaunchConfig) -> int:

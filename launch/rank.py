@@ -1,8 +1,9 @@
 """One rank: `python -m launch.rank [--parent PID] [--log-dir DIR] MODULE ARGUMENTS...`
 
 Runs MODULE as `python -m MODULE ARGUMENTS...` would, in this process, after two preparations: the
-rank dies when the process that started it does, and its output goes where it belongs. The first
-rank writes to the terminal, the others to `DIR/rank_N.log`; a traceback is in the log in any case.
+rank dies when the process that started it does, and only the first rank writes to the terminal. What
+the others print goes to `DIR/rank_N.log`, and so do their tracebacks; their stderr stays the terminal's,
+because an error that a person must read may come from any of them.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ def main() -> None:
     args = parser.parse_args()
     if args.parent is not None:
         die_with(args.parent)
-    log = log_file(args.log_dir)
-    if log is not None and os.environ.get("RANK", "0") != "0":
-        _redirect(log)
+    log = None if os.environ.get("RANK", "0") == "0" else log_file(args.log_dir)
+    if log is not None:
+        _redirect_stdout(log)
     run(args.module, args.arguments, log)
 
 
 def run(module: str, arguments: list[str], log: Path | None) -> None:
-    """Run the module as __main__; an uncaught exception is also written into the log."""
+    """Run the module as __main__. With a log, a traceback is written there instead of to the terminal."""
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception:
-        if log is not None and os.environ.get("RANK", "0") == "0":
-            with open(log, "a", encoding="utf-8") as file:
-                traceback.print_exc(file=file)
-        raise
+        if log is None:
+            raise
+        with open(log, "a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        sys.exit(1)
 
 
 def die_with(parent: int) -> None:
@@ -68,12 +70,10 @@ def log_file(folder: Path | None) -> Path | None:
     return folder / f"rank_{os.environ.get('RANK', '0')}.log"
 
 
-def _redirect(log: Path) -> None:
+def _redirect_stdout(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
-    sys.stderr.flush()
     os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     os.close(descriptor)
 
 

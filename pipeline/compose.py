@@ -80,6 +80,40 @@ def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
     return PipelineConfig(**values)
 
 
+def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every run of a sweep over comma-separated values.
+
+    A sweep that Hydra's own sweeper cannot split (another sweeper's ranges) counts as no job.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if any(text.startswith("hydra/sweeper=") for text in overrides):
+        return []
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        raise explain(error) from error
+    return [list(job) for job in jobs]
+
+
+def share_a_name(jobs: Sequence[Sequence[str]]) -> bool:
+    """Whether runs of a sweep would have the same run_name, and so the same folder."""
+    names = [tuple(text for text in job if text.startswith("run_name=")) for job in jobs]
+    return len(set(names)) < max(len(names), 2)
+
+
+def name_of_sweep_job(config: PipelineConfig) -> PipelineConfig:
+    """The configuration with a run_name of its own within a sweep: the shared one and a hash."""
+    from pipeline.state import config_hash
+
+    if config.run_name is None:
+        return config
+    return dataclasses.replace(config, run_name=f"{config.run_name}-{config_hash(config)[:8]}")
+
+
 def explain(error: BaseException) -> UserError:
     """What Hydra or OmegaConf found, in our words: key, value, what is allowed."""
     from hydra.errors import MissingConfigException

@@ -1,0 +1,160 @@
+"""The command line: `python -m pipeline VERB ...`, also installed as `rlhf`.
+
+Takes the verb off the arguments and hands the rest to it. What the user can fix ends with exit
+status 2 and no traceback. Hydra's own flags (-m, --cfg, --help, --info, ...) are Hydra's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+USAGE = """\
+usage: python -m pipeline VERB ...
+
+  run [overrides]       run the steps; the same command again resumes, or skips what is done
+  preview [overrides]   rows as the model sees them, with the trained tokens marked
+  verify PATH           re-hash an artifact, a checkpoint or a whole run
+
+  python -m pipeline run                                              the embedded demo
+  python -m pipeline run model.path=FOLDER sft.data.path=FILE.jsonl   your model, your data
+  python -m pipeline run --help                                       all settings
+"""
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of `python -m pipeline` and of the console script; ends the process."""
+    try:
+        status = dispatch(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = UserError.EXIT_CODE
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Run one verb; returns the exit status."""
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if not arguments:
+        print(USAGE, end="", file=sys.stderr)
+        return UserError.EXIT_CODE
+    verb, rest = arguments[0], list(arguments[1:])
+    if verb in ("run", "preview"):
+        return composed(verb, rest)
+    if verb == "verify":
+        return verify(rest)
+    near = difflib.get_close_matches(verb, ("run", "preview", "verify"), 1)
+    way_out = f"did you mean {near[0]}?" if near else "verbs: run, preview, verify"
+    if "=" in verb:
+        way_out = f"name a verb first: python -m pipeline run {' '.join(arguments)}"
+    raise UserError(f"unknown verb {verb}", hint=way_out)
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """`verify PATH`."""
+    from pipeline.verify import verify_path
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("verify takes one path", hint="python -m pipeline verify runs/NAME")
+    return verify_path(Path(arguments[0]))
+
+
+def composed(verb: str, arguments: Sequence[str]) -> int:
+    """`run` or `preview`: compose the configuration once, or leave that to Hydra when a flag asks for it."""
+    from pipeline.compose import compose, prepare
+
+    overrides = [text for text in arguments if not text.startswith("-")]
+    if len(overrides) == len(arguments):
+        prepared = prepare(overrides)
+        for note in prepared.notes:
+            print(note)
+        return execute(verb, compose(prepared.overrides))
+    return with_hydra(verb, arguments)
+
+
+def execute(verb: str, config: object) -> int:
+    """Do what the verb says with a finished configuration."""
+    from pipeline.config import PipelineConfig
+    from pipeline.run import preview, run
+
+    assert isinstance(config, PipelineConfig)
+    return run(config, say=say) if verb == "run" else preview(config)
+
+
+def with_hydra(verb: str, arguments: Sequence[str]) -> int:
+    """Let Hydra read its own flags; a sweep calls back once per run."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from pipeline.compose import compose, jobs_of, prepare, share_a_name
+    from pipeline.config import CONF, register
+
+    args = get_args_parser().parse_args(list(arguments))
+    prepared = prepare(args.overrides, multirun=args.multirun)
+    register()
+    jobs = jobs_of(prepared.overrides) if args.multirun else [prepared.overrides]
+    own_search_path = args.config_dir or args.config_path or args.config_name or args.experimental_rerun
+    if not own_search_path and not args.hydra_help and not args.shell_completion:
+        for job in jobs:
+            compose(job)  # errors of every job in our words, before the first one starts
+    if args.multirun or not any((args.cfg, args.help, args.info)):
+        for note in prepared.notes:
+            print(note)
+    flags = [text for text in arguments if text not in args.overrides]
+    sys.argv = [f"{sys.argv[0]}", *flags, *prepared.overrides]
+    task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
+        _Task(verb, shared_name=args.multirun and share_a_name(jobs))
+    )
+    task()
+    return 0
+
+
+class _Task:
+    """What Hydra calls with a composed configuration, once or once per run of a sweep."""
+
+    def __init__(self, verb: str, *, shared_name: bool) -> None:
+        self.verb, self.shared_name = verb, shared_name
+        self.__name__ = verb
+
+    def __call__(self, node: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        from pipeline.compose import name_of_sweep_job, to_config
+
+        try:
+            config = to_config(node, list(HydraConfig.get().overrides.task))
+            if self.shared_name:
+                config = name_of_sweep_job(config)
+            status = execute(self.verb, config)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = UserError.EXIT_CODE
+        if status != 0:
+            sys.exit(status)
+
+
+def say(line: str) -> None:
+    """Print a line at once, so that it stays in order with what the ranks print."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Checks between keys, and of the files they name, before anything is launched.
+
+Takes a PipelineConfig and the number of ranks, returns nothing, raises the first UserError. Looks at
+folders, files and disks; never at rows or weights (the step does), and never at the network: what
+could be a hub name passes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.config import DataConfig, Dtype, ModelConfig, OptimizerName
+from common.errors import UserError
+from common.stage import Step
+from launch.local import count_gpus
+from pipeline.config import PipelineConfig
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
+GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
+SMALLEST_DISK = 64 * 2**20
+"""Bytes that must be free for any run: logs, metrics and a tokenized cache."""
+
+
+def check(config: PipelineConfig, ranks: int) -> None:
+    """Every check; `ranks` is the number of ranks that a step will have."""
+    check_model(config.model)
+    if Step.sft in config.steps:
+        check_data(config.sft.data, "sft.data")
+        check_length(config.model, config.sft.data.max_length, "sft.data.max_length")
+        check_batch(config.sft.train.global_batch_size, ranks, "sft.train.global_batch_size")
+        check_optimizer(config.sft.optim.name, "sft.optim.name")
+    check_sharding(config, ranks)
+    check_disk(config)
+
+
+def check_model(model: ModelConfig) -> None:
+    """A model is named, its folder is one, and a model made from scratch has a tokenizer."""
+    if model.path is None and not model.config:
+        raise UserError(
+            "no model is named: model.path is missing",
+            hint="model.path=FOLDER_OR_HUB_NAME, model=llama_4m, or experiment=demo",
+        )
+    if model.config and "model_type" not in model.config:
+        raise UserError("model.config has no model_type", hint="e.g. model.config.model_type=llama")
+    tokenizer = model.tokenizer
+    if model.config and tokenizer.path is None and tokenizer.train_vocab_size is None:
+        raise UserError(
+            "model.config makes a model from scratch, and no tokenizer is named",
+            hint="model.tokenizer.path=FOLDER_OR_HUB_NAME, or model.tokenizer.train_vocab_size=4096",
+        )
+    _check_model_folder(model.path, "model.path", "config.json")
+    _check_model_folder(tokenizer.path, "model.tokenizer.path", "tokenizer.json", "tokenizer_config.json")
+    template = model.chat_template
+    if template is not None and template.endswith(".jinja") and not Path(template).is_file():
+        raise UserError(f"model.chat_template={template}: no such file", hint=_similar(Path(template)))
+
+
+def check_data(data: DataConfig, key: str) -> None:
+    """Every source is named and, when it is a local file or folder, can be read."""
+    sources = data.all_sources()
+    if not sources:
+        raise UserError(
+            f"no data is named: {key}.path is missing",
+            hint=f"{key}.path=FILE_OR_HUB_NAME, or experiment=demo",
+        )
+    for index, source in enumerate(sources):
+        name = f"{key}.path" if data.path is not None else f"{key}.sources[{index}].path"
+        if not source.path:
+            raise UserError(f"{name} is empty", hint="name a file, a folder or a hub data set")
+        _check_readable(source.path, name)
+    if data.eval_path is not None:
+        _check_readable(data.eval_path, f"{key}.eval_path")
+
+
+def check_length(model: ModelConfig, max_length: int, key: str) -> None:
+    """Rows fit into the model's context, where that is known without loading anything."""
+    context = context_length(model)
+    if context is not None and max_length > context:
+        raise UserError(
+            f"{key}={max_length}, but the model's context is {context} tokens (max_position_embeddings)",
+            hint=f"{key}={context} or less",
+        )
+
+
+def context_length(model: ModelConfig) -> int | None:
+    """max_position_embeddings of model.config or of a local folder's config.json; None when unknown."""
+    config: Any = model.config
+    if model.path is not None:
+        try:
+            config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{model.path}/config.json cannot be read: {error}", hint="restore the model's folder"
+            ) from None
+    value = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
+    """Every rank has a row in every optimizer step."""
+    if global_batch_size < ranks:
+        raise UserError(
+            f"{key}={global_batch_size} is less than the {ranks} ranks it is shared by",
+            hint=f"{key}={ranks} or more, or fewer ranks with launch.nproc_per_node",
+        )
+
+
+def check_optimizer(name: OptimizerName, key: str) -> None:
+    """Optimizers that exist for GPUs only are not asked for on a machine without."""
+    if name in GPU_OPTIMIZERS and count_gpus() == 0:
+        raise UserError(
+            f"{key}={name.value} needs a GPU, and this machine offers none", hint=f"{key}=adamw or adafactor"
+        )
+
+
+def check_sharding(config: PipelineConfig, ranks: int) -> None:
+    """A secondary partition divides the ranks of a node."""
+    size = config.deepspeed.hpz_partition_size
+    if size > 1 and ranks % size != 0:
+        raise UserError(
+            f"deepspeed.hpz_partition_size={size} does not divide the {ranks} rank(s) of this machine",
+            hint=f"deepspeed.hpz_partition_size={ranks}" if ranks > 1 else "deepspeed=zero3",
+        )
+
+
+def check_disk(config: PipelineConfig) -> None:
+    """The output folder can be written, and one checkpoint and the export of a known model fit."""
+    folder = Path(config.output_dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir={folder}: {existing} is not a folder", hint="output_dir=ANOTHER_FOLDER")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir={folder}: {existing} cannot be written (read-only, or not yours)",
+            hint="output_dir=ANOTHER_FOLDER",
+        )
+    free, needed = shutil.disk_usage(existing).free, disk_needed(config.model)
+    if free < needed:
+        has, wants = f"{free / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
+        raise UserError(
+            f"output_dir={folder}: {has} are free, about {wants} are needed",
+            hint="free some space, or output_dir=FOLDER_ON_ANOTHER_DISK",
+        )
+
+
+def disk_needed(model: ModelConfig) -> int:
+    """Bytes for the export and one checkpoint of a local model; a constant where its size is unknown.
+
+    A full checkpoint holds the weights and three fp32 numbers for each (the optimizer's own copy
+    and two moments); with adapters only the export counts.
+    """
+    if model.path is None or not Path(model.path).is_dir():
+        return SMALLEST_DISK
+    weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
+    copies = 4 if model.dtype is Dtype.fp32 else 7
+    return SMALLEST_DISK + weights * (1 if model.lora.enabled else 1 + copies)
+
+
+def _check_model_folder(path: str | None, key: str, *expected: str) -> None:
+    if path is None:
+        return
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in expected):
+            raise UserError(
+                f"{key}={path} has no {expected[0]}", hint="name a folder that transformers can load"
+            )
+    elif folder.exists():
+        raise UserError(f"{key}={path} is a file, not a folder", hint=f"{key}={folder.parent}")
+    elif _must_be_local(path):
+        raise UserError(f"{key}={path}: no such folder", hint=_similar(folder))
+
+
+def _check_readable(path: str, key: str) -> None:
+    place = Path(path)
+    if place.exists():
+        if not os.access(place, os.R_OK):
+            raise UserError(f"{key}={path} cannot be read", hint="check its permissions")
+        if place.is_file() and place.stat().st_size == 0:
+            raise UserError(f"{key}={path} is empty", hint="name a file with rows in it")
+    elif _must_be_local(path) or path.endswith(DATA_SUFFIXES):
+        raise UserError(f"{key}={path}: no such file or folder", hint=_similar(place))
+
+
+def _must_be_local(path: str) -> bool:
+    """Whether the text cannot be a hub name (`name` or `organisation/name`)."""
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def _similar(place: Path) -> str:
+    """A hint with the most similar name in the nearest folder that exists."""
+    if str(place).startswith("~"):
+        return f"~ is not expanded here; write {place.expanduser()}"
+    if not place.parent.is_dir():
+        return f"there is no folder {place.parent} either (working directory: {Path.cwd()})"
+    close = difflib.get_close_matches(place.name, [other.name for other in place.parent.iterdir()], 1)
+    if close:
+        return f"did you mean {place.parent / close[0]}?"
+    return f"nothing in {place.parent} has a similar name (working directory: {Path.cwd()})"

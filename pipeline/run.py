@@ -1,0 +1,275 @@
+"""Run the steps in order: per step write the configuration, launch, check the manifest.
+
+Takes a checked PipelineConfig, returns the exit status. A step that is done is verified and skipped, one
+that was interrupted goes on, one whose configuration or inputs changed is refused with the
+difference. Trains nothing and imports no torch: a step is a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from common.artifacts import (
+    MANIFEST,
+    Artifact,
+    content_sha256,
+    disk_errors,
+    verify,
+    write_json,
+    write_text,
+)
+from common.config import to_plain
+from common.errors import UserError
+from common.redact import redact
+from common.stage import Stage
+from launch.local import Job, ranks_of, start
+from pipeline import checks, state
+from pipeline.config import PipelineConfig
+from pipeline.plan import Wired, wire
+
+RESOLVED = "resolved.yaml"
+LINEAGE = "lineage.json"
+EXPORT = "export"
+STOPPED = 143
+"""Exit status of a step that was told to stop and saved its state."""
+
+Say = Callable[[str], None]
+
+
+def run(config: PipelineConfig, *, say: Say = print) -> int:
+    """Run every step of `config`. Returns 0 when all are done, else the status of the one that was not."""
+    ranks = ranks_of(config.launch)
+    wired = wire(config.steps)
+    checks.check(config, ranks)
+    folder = Path(config.output_dir) / state.run_name(config)
+    lock = state.lock_run(folder)
+    try:
+        for step in wired:
+            status = run_step(config, step, folder, ranks, lock, say)
+            if status != 0:
+                return status
+    finally:
+        os.close(lock)
+    return 0
+
+
+def preview(config: PipelineConfig) -> int:
+    """Show the rows of every step as the model will see them, in one process and without a run's folder."""
+    wired = wire(config.steps)
+    checks.check(config, 1)
+    with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
+        resolved = write_resolved(config, Path(folder), print)
+        for step in wired:
+            job = Job(step.stage.module, ("--preview", "--config", str(resolved)))
+            status, _ = supervise(job, ())
+            if status != 0:
+                return status
+    return 0
+
+
+def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lock: int, say: Say) -> int:
+    """Run one step, or find that there is nothing to do. Returns its exit status."""
+    name = wired.stage.name.value
+    folder = run_dir / name
+    before = None if config.force and is_broken(folder) else state.read_state(folder)
+    part = state.step_config(config, wired.stage)
+    inputs = state.inputs_of(config, wired.stage, {} if before is None else before["inputs"])
+    if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, folder)):
+        if not config.force:
+            raise refusal(name, folder, refused)
+        say(f"{name}: starting over; the old folder is kept as {set_aside(folder)}")
+        before = None
+    if before is not None and is_finished(folder, before):
+        sha256 = finish(run_dir, wired, before)
+        say(f"{name}: done already, verified: {folder / EXPORT} ({sha256[:12]})")
+        return 0
+
+    resolved = write_resolved(config, run_dir, say)
+    say(f"{name}: {'going on' if before is not None else 'starting'} in {folder}, {ranks} rank(s)")
+    current = {
+        "step": name,
+        "status": "running",
+        "config": part,
+        "config_hash": content_sha256(part),
+        "inputs": inputs,
+        "started": before["started"] if before is not None else state.now(),
+        "launched": state.now(),
+    }
+    state.write_state(folder, current)
+    arguments = ("--config", str(resolved), "--run-dir", str(run_dir))
+    job = Job(wired.stage.module, arguments, ranks, folder / "logs")
+    status, stopped = supervise(job, (lock,))
+    return conclude(run_dir, wired, current, status, stopped, say)
+
+
+def conclude(
+    run_dir: Path, wired: Wired, current: Mapping[str, Any], status: int, stopped: bool, say: Say
+) -> int:
+    """Record how a step ended, and tell the user what there is now. Returns the exit status to pass on."""
+    name = wired.stage.name.value
+    folder = run_dir / name
+    ended = {**current, "exit_status": status, "ended": state.now()}
+    if status == 0:
+        try:
+            sha256 = finish(run_dir, wired, ended)
+        except UserError:
+            state.write_state(folder, {**ended, "status": "failed"})
+            raise
+        say(f"{name}: done")
+        say(f"  artifact  {folder / EXPORT} ({sha256[:12]})")
+        if (folder / "samples.jsonl").exists():
+            say(f"  samples   {folder / 'samples.jsonl'}")
+        return STOPPED if stopped else 0
+    if status == STOPPED or stopped:
+        state.write_state(folder, {**ended, "status": "stopped"})
+        say(f"{name}: stopped; the same command goes on from here")
+        return STOPPED
+    state.write_state(folder, {**ended, "status": "failed"})
+    if status != UserError.EXIT_CODE:  # a UserError was printed by the step itself
+        died = f"killed by signal {status - 128}" if status > 128 else f"exit status {status}"
+        print(f"{name} failed ({died}); its logs are in {folder / 'logs'}", file=sys.stderr)
+        if status - 128 == signal.SIGKILL:
+            print(
+                "  perhaps it ran out of memory; the same command goes on from its last save", file=sys.stderr
+            )
+    return status
+
+
+def reasons_to_refuse(
+    before: Mapping[str, Any] | None, part: Mapping[str, Any], inputs: Mapping[str, Any], folder: Path
+) -> list[str]:
+    """Why the step in `folder` cannot go on with this configuration; empty when it can."""
+    if before is None:
+        return [f"{folder} holds files, but no usable {state.STATE}"] if any(folder.iterdir()) else []
+    changed = state.differences(before["config"], part) + state.input_differences(before["inputs"], inputs)
+    if not changed and before["status"] == "done":
+        try:
+            verify(folder / EXPORT)
+        except UserError as error:
+            return [error.message]
+    return changed
+
+
+def refusal(name: str, folder: Path, reasons: list[str]) -> UserError:
+    """The error for a step that cannot go on: what differs, and the two ways out."""
+    listed = "".join(f"\n    {line}" for line in reasons)
+    return UserError(
+        f"{name} in {folder} was made differently:{listed}",
+        hint="run_name=ANOTHER_NAME keeps both; force=true starts over and keeps the old folder beside it",
+    )
+
+
+def is_broken(folder: Path) -> bool:
+    """Whether a step's state cannot be read."""
+    try:
+        state.read_state(folder)
+    except UserError:
+        return True
+    return False
+
+
+def is_finished(folder: Path, before: Mapping[str, Any]) -> bool:
+    """Whether the export is complete: it appears by one rename, as the last thing a step does."""
+    return before["status"] == "done" or (folder / EXPORT / MANIFEST).exists()
+
+
+def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:
+    """Verify the artifact, record it in state and lineage; returns the hash of its manifest."""
+    folder = run_dir / wired.stage.name.value
+    artifact = Artifact.load(folder / EXPORT, wired.stage.produces)
+    sha256 = artifact.sha256
+    state.write_state(folder, {**ended, "status": "done", "manifest_sha256": sha256})
+    record_lineage(run_dir, wired.stage, artifact, ended)
+    return sha256
+
+
+def record_lineage(run_dir: Path, stage: Stage, artifact: Artifact, ended: Mapping[str, Any]) -> None:
+    """Add the artifact to the run's lineage: what it is, by hash, and what it was made from."""
+    path = run_dir / LINEAGE
+    lineage = read_lineage(path)
+    lineage[stage.name.value] = {
+        "path": f"{stage.name.value}/{EXPORT}",
+        "role": stage.produces,
+        "manifest_sha256": artifact.sha256,
+        "parents": artifact.manifest.details.get("parents", []),
+        "config_hash": ended["config_hash"],
+        "inputs": {key: value["sha256"] for key, value in ended["inputs"].items()},
+    }
+    write_json(path, {"format_version": 1, "artifacts": lineage})
+
+
+def read_lineage(path: Path) -> dict[str, Any]:
+    """The artifacts of a run by step; empty when there are none yet."""
+    import json
+
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["artifacts"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}", hint="move it away; it is written anew") from None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a step's folder to the first free `<step>.old-N`; nothing is deleted."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    with disk_errors(target):
+        folder.rename(target)
+    return target
+
+
+def write_resolved(config: PipelineConfig, folder: Path, say: Say) -> Path:
+    """Write the whole configuration for the ranks, credentials hidden; returns its path."""
+    from omegaconf import OmegaConf
+
+    plain = {**to_plain(config), "run_name": state.run_name(config)}
+    hidden = redact(plain)
+    for line in state.differences(plain, hidden):
+        say(f"note: {line.partition(':')[0]} looks like a credential and is not written; use the environment")
+    path = folder / RESOLVED
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(hidden)))
+    return path
+
+
+def supervise(job: Job, keep_open: tuple[int, ...]) -> tuple[int, bool]:
+    """Run a job to its end, passing each signal to stop on to it once.
+
+    Returns its exit status (128 + N when signal N killed it) and whether it was told to stop.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    told: set[int] = set()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        # Ranks save on SIGTERM and SIGUSR1; a Python process would end on SIGINT without saving.
+        passed_on = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+        if passed_on not in told:
+            told.add(passed_on)
+            if process is not None:
+                process.send_signal(passed_on)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    kept = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if kept[number] is not signal.SIG_IGN:  # nohup stays in force
+            signal.signal(number, forward)
+    try:
+        process = start(job, keep_open=keep_open)
+        for early in told:  # it came while the process was being started
+            process.send_signal(early)
+        code = process.wait()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    if code < 0 and -code in told:
+        return STOPPED, True
+    return (code if code >= 0 else 128 - code), bool(told)

@@ -1,0 +1,173 @@
+"""What a run's folder remembers: its lock, the state of each step, and what has changed since.
+
+Takes folders and configurations; returns states and differences. `state.json` in a step's folder
+records the configuration and inputs it was started with and how it ended. Decides nothing (see
+`pipeline/run.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common.artifacts import content_sha256, disk_errors, file_sha256, write_json
+from common.config import to_plain
+from common.errors import UserError
+from common.redact import redact
+from common.stage import Stage
+from pipeline.config import PipelineConfig
+
+STATE = "state.json"
+LOCK = ".lock"
+
+# What may change under a run without changing its result.
+FREE_KEYS = ("train.keep_checkpoints", "data.cache_dir")
+
+
+def lock_run(folder: Path) -> int:
+    """Lock the run's folder, which is made, until the returned file descriptor is closed everywhere.
+
+    Processes that inherit the descriptor keep the lock. UserError naming the holder when it is taken.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                f"{folder} cannot be locked: {error.strerror}", hint="output_dir=FOLDER_ON_A_LOCAL_DISK"
+            ) from None
+        raise UserError(
+            f"another run is using {folder} ({holder or 'holder unknown'})",
+            hint="wait for it, stop it (kill and the process number), or choose another run_name",
+        ) from None
+    with disk_errors(folder):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
+    """The part of the configuration that decides a step's result, as plain values, credentials hidden."""
+    name = stage.name.value
+    part = {key: to_plain(getattr(config, key)) for key in ("seed", "model", name, "deepspeed")}
+    for key in FREE_KEYS:
+        group, _, leaf = key.partition(".")
+        part[name].get(group, {}).pop(leaf, None)
+    return redact(part)
+
+
+def run_name(config: PipelineConfig) -> str:
+    """The run's name; without one, the steps and a hash of everything that decides their results."""
+    if config.run_name is not None:
+        return config.run_name
+    steps = "-".join(step.value for step in config.steps)
+    return f"{steps}-{config_hash(config)[:8]}"
+
+
+def config_hash(config: PipelineConfig) -> str:
+    """Hash of everything that decides the run's results."""
+    plain = to_plain(config)
+    for key in ("run_name", "output_dir", "force", "launch", "tracking"):
+        plain.pop(key)
+    return content_sha256(redact(plain))
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """A step's state; None when it was never started. UserError when the file is damaged."""
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["status"], state["config"], state["inputs"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: {error!r}",
+            hint="a new run_name starts afresh; force=true sets this folder aside and starts over",
+        ) from None
+    return dict(state)
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Replace a step's state."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STATE, state)
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def inputs_of(config: PipelineConfig, stage: Stage, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and hash of every local file or folder that the step reads, by key.
+
+    known: what an earlier run recorded; a file of the same size and time is not hashed again.
+    """
+    data = getattr(config, stage.name.value).data
+    paths: dict[str, str | None] = {
+        f"{stage.name.value}.data.sources[{index}]": source.path
+        for index, source in enumerate(data.all_sources())
+    }
+    paths[f"{stage.name.value}.data.eval_path"] = data.eval_path
+    paths["model.path"] = config.model.path
+    paths["model.tokenizer.path"] = config.model.tokenizer.path
+    paths["model.chat_template"] = config.model.chat_template
+    return {
+        key: fingerprint(Path(path), known.get(key))
+        for key, path in paths.items()
+        if path is not None and Path(path).exists()
+    }
+
+
+def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Bytes, newest modification time and content hash of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [file.stat() for file in files]
+    found: dict[str, Any] = {
+        "bytes": sum(stat.st_size for stat in stats),
+        "files": len(files),
+        "modified": max((stat.st_mtime_ns for stat in stats), default=0),
+    }
+    if known is not None and all(known.get(name) == value for name, value in found.items()):
+        return dict(known)
+    hashes = {"" if file == path else file.relative_to(path).as_posix(): file_sha256(file) for file in files}
+    return {**found, "sha256": hashes[""] if path.is_file() else content_sha256(hashes)}
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two configurations differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted({**old, **new}):
+            lines += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return lines
+    return [] if old == new else [f"{prefix}: {_shown(old)} -> {_shown(new)}"]
+
+
+def input_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines for every input whose content changed; paths and times do not count."""
+    lines = []
+    for key in sorted({**old, **new}):
+        before, after = (side.get(key, {}).get("sha256", "nothing") for side in (old, new))
+        if before != after:
+            lines.append(f"content of {key}: {before[:12]} -> {after[:12]}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:197] + "..."
