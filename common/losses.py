@@ -80,7 +80,9 @@ def token_cross_entropy(
     """
     rows = chunk_rows or chunk_rows_for(hidden.device, weight.shape[0])
     # inside forward autograd is always off, so whether gradients are wanted at all is asked here
-    sums = _TokenCrossEntropy.apply(hidden, weight, bias, targets, rows, with_entropy, torch.is_grad_enabled())
+    sums = _TokenCrossEntropy.apply(
+        hidden, weight, bias, targets, rows, with_entropy, torch.is_grad_enabled()
+    )
     return TokenLoss(*sums)
 
 

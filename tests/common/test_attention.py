@@ -198,7 +198,11 @@ def test_registering_twice_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "named"),
-    [({"softcap": 50.0}, "soft-capped"), ({"s_aux": torch.zeros(2)}, "sinks"), ({"is_causal": False}, "later")],
+    [
+        ({"softcap": 50.0}, "soft-capped"),
+        ({"s_aux": torch.zeros(2)}, "sinks"),
+        ({"is_causal": False}, "later"),
+    ],
 )
 def test_what_no_backend_computes_is_refused_by_name(asked: dict, named: str) -> None:
     q = torch.zeros(1, 2, 3, 8)

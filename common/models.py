@@ -1,0 +1,637 @@
+"""The tokenizer and the causal LM that a step trains, ready for packed batches.
+
+Takes a `ModelConfig`; returns objects of transformers (or peft) with pad, eos and chat template settled,
+vocabulary covered, packed attention in place and adapters attached. Weights come from safetensors in a
+local folder or a hub repository pinned to a commit, or at random from a config. Does not tokenize rows,
+wrap the loss, or know of DeepSpeed.
+
+Weights are loaded in `model.dtype`: DeepSpeed rounds parameters to that type and makes its fp32 masters
+from the rounded ones, so loading in fp32 first would end in the same bits at twice the memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from common import attention
+from common.config import Dtype, LoraConfig, ModelConfig, Quantize
+from common.data.chat import find_terminators
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger("rlhf.models")
+
+TEMPLATE_FOLDER = Path(__file__).resolve().parents[1] / "conf" / "chat_template"
+TRAINED_SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+# Tokens that tokenizers ship for padding or for nothing yet, in the order in which they are taken for it.
+SPARE_TOKENS = (
+    r"<pad>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|finetune_right_pad_id\|>|<\|end_?of_?text\|>",
+    r"<\|?reserved_special_token_\d+\|?>|<unused\d+>|<\|extra_\d+\|>|<SPECIAL_\d+>|<\|dummy_\d+\|>",
+)
+
+
+# --- Tokenizer ------------------------------------------------------------------------------------
+
+
+def load_tokenizer(
+    model: ModelConfig,
+    training_texts: Callable[[], Iterator[str]] | None = None,
+    save_to: Path | None = None,
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that `model` names, with a pad distinct from eos, an eos, and a chat template if named.
+
+    From `model.tokenizer.path`, else trained on `training_texts()` to `model.tokenizer.train_vocab_size`,
+    else from `model.path`. A trained one is kept in `save_to` and taken from there the next time, so that
+    ranks and resumed runs agree. UserError: not found, not a fast tokenizer, no eos, no network.
+    """
+    size = model.tokenizer.train_vocab_size
+    if model.tokenizer.path is not None:
+        tokenizer = _read_tokenizer(model.tokenizer.path, None, "model.tokenizer.path", model)
+    elif size is not None:
+        tokenizer = _trained_tokenizer(size, training_texts, save_to)
+    elif model.path is not None:
+        tokenizer = _read_tokenizer(model.path, model.revision, "model.path", model)
+    else:
+        raise UserError(
+            "model.config needs a tokenizer",
+            hint="set model.tokenizer.path=FOLDER_OR_HUB_NAME or model.tokenizer.train_vocab_size=4096",
+        )
+    _set_template(tokenizer, model)
+    _settle_eos(tokenizer)
+    _settle_pad(tokenizer)
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens; the same texts give the same tokenizer.
+
+    Digits are tokens of their own, which makes arithmetic learnable for small models. Nothing is added
+    around a text: templates write what is needed.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = 256 + len(TRAINED_SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(
+            f"model.tokenizer.train_vocab_size={vocab_size} is not allowed",
+            hint=f"allowed: {smallest} or more (256 bytes and {len(TRAINED_SPECIAL_TOKENS)} special tokens)",
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(TRAINED_SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    trained = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    trained.chat_template = read_template("chatml")
+    return trained
+
+
+def read_template(name: str) -> str:
+    """The Jinja text of a named chat template, or of a file."""
+    path = TEMPLATE_FOLDER / f"{name}.jinja"
+    if not path.is_file():
+        path = Path(name).expanduser()
+    if not path.is_file():
+        known = sorted(p.stem for p in TEMPLATE_FOLDER.glob("*.jinja"))
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f"model.chat_template={name} is neither a template nor a file",
+            hint=(f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def terminators_of(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Ids that end a turn, ascending: what the chat template ends turns with, or eos without one."""
+    if tokenizer.chat_template:
+        return find_terminators(tokenizer)
+    return (cast(int, tokenizer.eos_token_id),)
+
+
+def _read_tokenizer(path: str, revision: str | None, key: str, model: ModelConfig) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    where, commit = _locate(path, revision, key)
+    with _loading_errors(path, key):
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, revision=commit, trust_remote_code=model.trust_remote_code
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{key}={path} has a slow tokenizer ({type(tokenizer).__name__})",
+            hint="character offsets are needed to place masks: name a tokenizer with a tokenizer.json",
+        )
+    return tokenizer
+
+
+def _trained_tokenizer(
+    size: int, texts: Callable[[], Iterator[str]] | None, save_to: Path | None
+) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    if save_to is not None and (save_to / "tokenizer.json").is_file():
+        return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(save_to))
+    if texts is None:
+        raise ValueError("training a tokenizer needs texts")
+    tokenizer = train_tokenizer(texts(), size)
+    if len(tokenizer) < size:
+        log.info("the texts give %d tokens, fewer than the %d asked for", len(tokenizer), size)
+    if save_to is None:
+        return tokenizer
+    save_to.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{save_to.name}.", dir=save_to.parent))
+    tokenizer.save_pretrained(partial)
+    if save_to.exists():
+        shutil.rmtree(save_to)
+    os.replace(partial, save_to)
+    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(save_to))
+
+
+def _set_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
+    """The template that was named, whatever the tokenizer had; ChatML's two tokens are added if missing."""
+    name = model.chat_template
+    if name is None:
+        return
+    if tokenizer.chat_template:
+        log.info("model.chat_template=%s takes the place of the tokenizer's own template", name)
+    text = read_template(name)
+    tokenizer.chat_template = text
+    known = tokenizer.get_vocab()
+    missing = [token for token in CHATML_TOKENS if token in text and token not in known]
+    if missing:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+        )
+        log.info("added the chat template's tokens %s to the vocabulary", ", ".join(missing))
+
+
+def _settle_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    if tokenizer.eos_token is not None:
+        return
+    ends = find_terminators(tokenizer) if tokenizer.chat_template else ()
+    if not ends:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has no eos token and no chat template that ends turns",
+            hint="set model.chat_template=chatml, or name a tokenizer with an eos token",
+        )
+    tokenizer.eos_token = cast(str, tokenizer.convert_ids_to_tokens(ends[0]))
+    log.info("eos is %s, with which the chat template ends turns", tokenizer.eos_token)
+
+
+def _settle_pad(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A pad that is neither eos nor a terminator: where they are one, a model never learns to stop."""
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, *_terminators_or_none(tokenizer)}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
+        return
+    spare = _spare_token(tokenizer, taken)
+    if spare is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        log.info("added <pad> to the vocabulary: the tokenizer had no pad distinct from its terminators")
+    else:
+        tokenizer.pad_token = spare
+        log.info("pad is %s: the tokenizer had none distinct from its terminators", spare)
+
+
+def _terminators_or_none(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    try:
+        return terminators_of(tokenizer)
+    except UserError:  # reported where the template is checked
+        return ()
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerFast, taken: set[Any]) -> str | None:
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    tokens = {str(token): id for id, token in sorted(tokenizer.added_tokens_decoder.items())}
+    free = [name for name, id in tokens.items() if id not in taken and name not in template]
+    for pattern in SPARE_TOKENS:
+        found = [name for name in free if re.fullmatch(pattern, name)]
+        if found:
+            return found[0]
+    return None
+
+
+# --- Model ----------------------------------------------------------------------------------------
+
+
+def load_model(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    device: torch.device,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """The causal LM on `device` in `model.dtype`, in training mode, with packed attention.
+
+    With adapters it is a PeftModel around it. Everything random comes from `seed` and is the same on every
+    rank; the caller's generators are left as they were. `max_length` is checked against the context.
+    UserError for whatever the user named wrongly or what packing would train wrongly.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from common.losses import check_packed
+
+    attention.register()
+    transformers_logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _from_config(model, tokenizer) if model.config else _from_weights(model, device)
+        _check_context(network.config, max_length)
+        attention.check_supported(network)
+        _cover_vocabulary(network, tokenizer, model)
+        _set_token_ids(network, tokenizer)
+        if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
+            cast(Any, network).to(device)
+        check_packed(network)
+        if model.gradient_checkpointing:
+            _enable_checkpointing(network)
+        if model.compile:
+            _compile_layers(network)
+        if model.lora.enabled:
+            network = _add_adapters(network, model.lora)
+    return network.train()
+
+
+def resolved_commit(path: str, revision: str | None = None) -> str | None:
+    """The commit of a hub model that `load_model` uses, for the record; None for a local folder."""
+    return _locate(path, revision, "model.path")[1]
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """torch's name for it."""
+    import torch
+
+    return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
+
+
+def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A transformers config from `model.config`. UserError for an unknown type, field or value."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    given = dict(fields)
+    kind = given.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.config.model_type={kind} is unknown",
+            hint=_nearest(str(kind), list(CONFIG_MAPPING), "for example llama, qwen3, mistral"),
+        )
+    known = _config_fields(CONFIG_MAPPING[kind])
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"model.config.{name} is not a field of {kind}",
+                hint=_nearest(name, sorted(known), "see the documentation of its config in transformers"),
+            )
+    try:
+        return AutoConfig.for_model(kind, **given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.config of {kind} is not valid: {_one_line(error)}") from error
+
+
+def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    names = set(config_class().to_dict()) | set(config_class.attribute_map)
+    for parent in config_class.__mro__:
+        names |= set(vars(parent).get("__annotations__", ()))
+    return {name for name in names if not name.startswith("_")}
+
+
+def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    fields = {"vocab_size": len(tokenizer), **model.config}
+    if fields["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"model.config.vocab_size={fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens",
+            hint="leave vocab_size out: it is then the tokenizer's",
+        )
+    config = build_config(fields)
+    _set_config_ids(config, tokenizer)
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(model.dtype), attn_implementation=attention.NAME
+        )
+    except ValueError as error:
+        raise UserError(
+            f"model.config.model_type={config.model_type} does not make a causal LM: {_one_line(error)}",
+            hint="use a decoder, for example llama, qwen3, mistral",
+        ) from error
+
+
+def _from_weights(model: ModelConfig, device: torch.device) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if model.path is None:
+        raise UserError(
+            "no model is named", hint="set model.path=FOLDER_OR_HUB_NAME, or model.config.model_type=..."
+        )
+    where, commit = _locate(model.path, model.revision, "model.path")
+    if commit is None:
+        _check_folder(Path(where))
+    options: dict[str, Any] = {}
+    if model.quantize is Quantize.nf4:
+        options = {"quantization_config": _nf4(device), "device_map": {"": device}}
+    with _loading_errors(model.path, "model.path"), _quiet_report():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=commit,
+            dtype=torch_dtype(model.dtype),
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    network, report = loaded
+    _check_report(report, model.path)
+    if commit is not None:
+        log.info("model.path=%s is commit %s", model.path, commit)
+    return network
+
+
+def _nf4(device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if device.type != "cuda":
+        raise UserError(
+            "model.quantize=nf4 needs a CUDA GPU",
+            hint="leave model.quantize out: adapters alone work anywhere",
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"model.quantize=nf4 needs bitsandbytes ({_one_line(error)})", hint="install the extra: .[gpu]"
+        ) from error
+    import torch
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _check_report(report: Mapping[str, Any], path: str) -> None:
+    """A model with parts made up at random is not the model that was named."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path={path} lacks {len(missing)} of the model's tensors: {_first(missing)}",
+            hint="the weights do not belong to this config.json, or are incomplete: get the model again",
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        log.warning(
+            "model.path=%s has tensors that this model has no place for: %s", path, _first(unexpected)
+        )
+
+
+def _check_context(config: PreTrainedConfig, max_length: int | None) -> None:
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    scaling = getattr(text, "rope_parameters", None) or {}
+    if not max_length or not context:
+        return
+    stretched = scaling.get("original_max_position_embeddings") or context
+    context = max(context, int(stretched * (scaling.get("factor") or 1)))
+    if max_length > context:
+        raise UserError(
+            f"data.max_length={max_length} is more than the model's context of {context} tokens",
+            hint=f"set data.max_length={context} or less",
+        )
+
+
+def _cover_vocabulary(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig
+) -> None:
+    """Grow the embeddings until every token id has a row; never shrink them."""
+    rows = cast(Any, network.get_input_embeddings()).weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed <= rows:
+        return
+    new = [
+        token for token, id in tokenizer.get_vocab().items() if id >= rows and token != tokenizer.pad_token
+    ]
+    if new and model.lora.enabled:
+        raise UserError(
+            f"the model has no embeddings for {_first(sorted(new))}, and adapters would not train them",
+            hint="set model.chat_template=plain or alpaca, which need no new tokens, or train all weights",
+        )
+    network.resize_token_embeddings(needed, mean_resizing=True)
+    log.info("embeddings grown from %d to %d rows to cover the tokenizer", rows, needed)
+
+
+def _set_config_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = config.get_text_config(decoder=True)
+    for target in (config, text):
+        target.bos_token_id = tokenizer.bos_token_id
+        target.eos_token_id = tokenizer.eos_token_id
+        target.pad_token_id = tokenizer.pad_token_id
+
+
+def _set_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Generation stops at whatever ends a turn; the rest of the base model's settings stay."""
+    _set_config_ids(network.config, tokenizer)
+    network.config.use_cache = False
+    settings = copy.deepcopy(network.generation_config)
+    settings.bos_token_id = tokenizer.bos_token_id
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.eos_token_id = sorted({*_terminators_or_none(tokenizer), cast(int, tokenizer.eos_token_id)})
+    network.generation_config = settings
+
+
+def _enable_checkpointing(network: PreTrainedModel) -> None:
+    if not network.supports_gradient_checkpointing:
+        raise UserError(
+            f"model_type={network.config.model_type} cannot recompute activations",
+            hint="set model.gradient_checkpointing=false",
+        )
+    # renamed in the course of transformers 5
+    enable = (
+        getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
+def _compile_layers(network: PreTrainedModel) -> None:
+    layers = getattr(network.get_decoder(), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"model_type={network.config.model_type} has no list of layers to compile",
+            hint="set model.compile=false",
+        )
+    for layer in layers:
+        layer.compile()
+
+
+def _add_adapters(network: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+    import peft
+
+    everything = list(lora.targets) == ["all-linear"]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if everything else list(lora.targets),
+        use_dora=lora.dora,
+    )
+    try:
+        # in the base's dtype: the optimizer keeps fp32 copies of its own
+        return cast(Any, peft.get_peft_model(network, config, autocast_adapter_dtype=False))
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, _ in network.named_modules() if "." in name})
+        raise UserError(
+            f"model.lora.targets={list(lora.targets)} cannot be adapted: {_one_line(error)}",
+            hint=f"use all-linear, or names of this model's modules: {', '.join(names)}",
+        ) from error
+
+
+# --- Finding things, and saying what is wrong -------------------------------------------------------
+
+
+def _locate(path: str, revision: str | None, key: str) -> tuple[str, str | None]:
+    """(folder, None) for a local path, (hub name, commit) for a hub model."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local), None
+    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        found = "is a file" if local.exists() else "does not exist"
+        raise UserError(f"{key}={path} {found}", hint="name a model's folder, or a hub model org/name")
+    return path, _hub_commit(path, revision, key)
+
+
+def _hub_commit(name: str, revision: str | None, key: str) -> str:
+    """The commit behind a branch, or behind the default branch: everything is then loaded from it."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    with _loading_errors(name, key, revision):
+        file = cached_file(
+            name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        ) or cached_file(name, "tokenizer_config.json", revision=revision)
+    commit = extract_commit_hash(file, None)
+    if commit is None:
+        raise RuntimeError(f"no commit in {file}")
+    return commit
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"model.path={folder} has no config.json", hint="name the folder of a saved model")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config} is not JSON: {error}", hint="get the model again") from error
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"model.path={folder} has its weights in {pickles[0]}, a pickle, which can run code when loaded",
+            hint="convert it to safetensors: load it where you trust it and call save_pretrained",
+        )
+    raise UserError(f"model.path={folder} has no weights (*.safetensors)", hint="get the model again")
+
+
+@contextmanager
+def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterator[None]:
+    """Say what went wrong while loading in terms of what the user named."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from safetensors import SafetensorError
+
+    at = name if revision is None else f"{name} (revision {revision})"
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(
+            f"a weight file of {key}={at} is damaged: {_one_line(error)}", hint="get the model again"
+        ) from error
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if Path(name).expanduser().is_dir():
+            raise UserError(f"{key}={at} cannot be loaded: {_one_line(error)}") from error
+        raise _hub_error(at, key, error) from error
+    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+        text = _one_line(error)
+        if "trust_remote_code" in text or "custom code" in text:
+            raise UserError(
+                f"{key}={at} comes with Python code of its own",
+                hint="read that code; to run it set model.trust_remote_code=true",
+            ) from error
+        if "mismatched" in text:
+            text = "the shapes of its weights are not those its config.json says"
+        raise UserError(f"{key}={at} cannot be loaded: {text}") from error
+
+
+def _hub_error(at: str, key: str, error: Exception) -> UserError:
+    text = f"{error} {error.__cause__}"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    if offline or "connect" in text.lower() or "offline" in text.lower():
+        return UserError(
+            f"{key}={at} is not a local folder, not in the cache, and the hub cannot be reached",
+            hint="check the name and the network, or download it elsewhere and name the folder",
+        )
+    if "safetensors" in text:
+        return UserError(
+            f"{key}={at} has no safetensors weights; pickles can run code and are not loaded",
+            hint="choose a revision or a model with safetensors",
+        )
+    return UserError(
+        f"{key}={at} cannot be loaded from the hub: {_one_line(error)}",
+        hint="check the name, the revision, and (gated models) that you are logged in: hf auth login",
+    )
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Without transformers' table of missing tensors: what matters in it is an error of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _nearest(word: str, known: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _one_line(error: BaseException, width: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= width else text[: width - 3] + "..."
