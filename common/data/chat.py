@@ -61,7 +61,7 @@ class Turns:
 
     header: the last characters before what the model writes (its generation prompt).
     lead: what the template puts between header and content, such as a space.
-    terminator: what ends the turn, through its first special token; empty when there is nothing.
+    terminator: what ends a turn, through its special tokens; empty when there is nothing.
     """
 
     header: str
@@ -143,27 +143,27 @@ def fit(
 
 
 def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of the tokens with which the chat template really ends an assistant turn, ascending.
+    """Ids of the tokens with which the chat template really ends an assistant turn.
 
     Raises UserError when there is no template or its turns have no one-token terminator.
     """
     terminator = read_template(tokenizer).turns.terminator
-    ids = tokenizer.backend_tokenizer.encode(terminator, add_special_tokens=False).ids if terminator else []
+    ids = tokenizer.backend_tokenizer.encode(terminator, add_special_tokens=False).ids
     special = [token for token in ids if token in tokenizer.added_tokens_decoder]
     if not special and len(ids) != 1:
         raise UserError(
-            f"the chat template ends an assistant turn with {terminator!r}, which is not one token: a model"
-            " trained on it would never stop",
+            f"the chat template ends an assistant turn with {terminator!r}, which is not one token:"
+            " a model trained on it would never stop",
             hint="use a template that ends turns with a special token, e.g. model.chat_template=chatml",
         )
-    return tuple(sorted(set(special or ids)))
+    return ((special or ids)[-1],)
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse a tokenizer that cannot be trained with: slow, no template, no span, no terminator."""
     terminators = find_terminators(tokenizer)
-    probe = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
-    conversation = Conversation(probe[:2], None, "probe", Place("chat template", 1))
+    probe = (Message("user", "a"), Message("assistant", "b"))
+    conversation = Conversation(probe, None, "probe", Place("chat template", 1))
     result = tokenize([conversation], tokenizer)[0]
     if isinstance(result, Drop):
         raise UserError(f"the chat template trains nothing: {result.reason}", hint=TEMPLATE_HINT)
@@ -273,18 +273,35 @@ def render(conversation: Conversation, template: ChatTemplate) -> tuple[str, lis
     """
     text, blocks = _render(conversation.messages, template, tagged=template.tagged)
     spans = _spans_of_turns(text, conversation.messages, template)
-    if not template.tagged:
-        if spans is None:
+    if spans is None and not template.tagged:
+        raise UserError(
+            f"{conversation.place}: the chat template rewrites this conversation, so that its assistant"
+            " turns cannot be found in the text",
+            hint=TEMPLATE_HINT,
+        )
+    if spans is None:
+        return text, _tidy(blocks, text, template.turns.terminator)
+    _refuse_lost_calls(text, conversation.messages, spans, template.turns.terminator)
+    spans = _joined(spans)
+    if template.tagged:
+        tags = _tidy(blocks, text, template.turns.terminator)
+        different = _first_difference(text, tags, spans)
+        if different is not None:
             raise UserError(
-                f"{conversation.place}: the chat template rewrites this conversation, so that its assistant"
-                " turns cannot be found in the text",
-                hint=TEMPLATE_HINT,
+                f"{conversation.place}: {different}",
+                hint="the tags must hold what follows the generation prompt, through the turn's terminator",
             )
-        return text, spans
-    tags = _tidy(blocks, text, template.turns.terminator)
-    if spans is not None and _joined(spans) != tags:
-        raise UserError(_difference(text, tags, _joined(spans), conversation.place), hint=TEMPLATE_HINT)
-    return text, tags
+    return text, spans
+
+
+def _refuse_lost_calls(
+    text: str, messages: Sequence[Message], spans: Sequence[Span], terminator: str
+) -> None:
+    """A template that leaves out tool calls would teach the model to say nothing."""
+    answers = [message for message in messages if message.role == "assistant"]
+    for number, (message, (start, end)) in enumerate(zip(answers, spans, strict=True), start=1):
+        if message.extra.get("tool_calls") and text[start:end].strip() == terminator.strip():
+            raise RenderError(f"the chat template leaves out the tool calls of assistant turn {number}")
 
 
 def read_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
@@ -324,10 +341,15 @@ def _render_turns(
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": tagged}
+    options: dict[str, Any] = {
+        **dict(special),
+        "chat_template": template,
+        "add_generation_prompt": prompt,
+        "return_assistant_tokens_mask": tagged,
+    }
     rendered: Any
     try:
-        rendered = render_jinja_template([turns], chat_template=template, **options, **dict(special))
+        rendered = render_jinja_template([turns], **options)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
@@ -359,13 +381,30 @@ def _turns_of(template: str, special: tuple[tuple[str, str], ...], added: tuple[
     # the generation prompt alone is best; templates that end the question with it show more
     start = len(asked) if prompted.startswith(asked) and len(asked) < common else min(user_end, common)
     tail = answered[content + len(_ASSISTANT) :]
-    return Turns(answered[start:common], answered[common:content], _terminator(tail, added))
+    inner = _tail_before_question(template, special)
+    return Turns(answered[start:common], answered[common:content], _terminator(tail, inner, added))
 
 
-def _terminator(tail: str, added: Sequence[str]) -> str:
-    """Through the first special token after the content; without one, all but the last white space."""
-    ends = [(tail.find(token), tail.find(token) + len(token)) for token in added if token in tail]
-    return tail[: min(ends)[1]] if ends else tail.rstrip()
+def _tail_before_question(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
+    """What follows the assistant's content when another question comes; None when that fails."""
+    turns = [("user", "b"), ("assistant", _ASSISTANT), ("user", _USER)]
+    try:
+        text, _ = _render_turns([{"role": r, "content": c} for r, c in turns], template, special)
+    except RenderError:
+        return None
+    return text.partition(_ASSISTANT)[2]
+
+
+def _terminator(tail: str, inner: str | None, added: Sequence[str]) -> str:
+    """Special tokens that end a turn (those that follow each other without a gap, if inner turns have
+    them all, else the first); without a special token everything but the last white space."""
+    special = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))
+    first = re.search(special, tail) if special else None
+    if first is None:
+        return tail.rstrip()
+    run = re.compile(f"(?:{special})+").match(tail, first.start())
+    whole = tail[: run.end()] if run else ""
+    return whole if inner is None or inner.startswith(whole) else tail[: first.end()]
 
 
 def _common_prefix(left: str, right: str) -> int:
@@ -517,14 +556,16 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
     return joined
 
 
-def _difference(text: str, tags: list[Span], spans: list[Span], place: Place) -> str:
+def _first_difference(text: str, tags: list[Span], spans: list[Span]) -> str | None:
+    """Where tags and rendered turns disagree. White space at the beginning is left to the turns: it
+    belongs to the header or to the answer according to the generation prompt, not to the tags."""
     for number in range(max(len(tags), len(spans))):
-        tag = tags[number] if number < len(tags) else None
-        span = spans[number] if number < len(spans) else None
-        if tag != span:
-            tagged, rendered = [repr(text[slice(*pair)]) if pair else "nothing" for pair in (tag, span)]
+        tag = tags[number] if number < len(tags) else (0, 0)
+        span = spans[number] if number < len(spans) else (0, 0)
+        between = text[min(tag[0], span[0]) : max(tag[0], span[0])]
+        if tag[1] != span[1] or between.strip():
             return (
-                f"{place}: the chat template's {{% generation %}} tags and its rendered turns differ in"
-                f" assistant turn {number + 1}: the tags train {tagged}, the turn is {rendered}"
+                "the chat template's {% generation %} tags and its rendered turns differ in assistant turn"
+                f" {number + 1}: the tags train {text[slice(*tag)]!r}, the turn is {text[slice(*span)]!r}"
             )
-    return f"{place}: the chat template's tags and turns differ"
+    return None
