@@ -135,7 +135,8 @@ def conclude(
     state.write_state(folder, {**ended, "status": "failed"})
     if status != UserError.EXIT_CODE:  # a UserError was printed by the step itself
         died = f"killed by signal {status - 128}" if status > 128 else f"exit status {status}"
-        print(f"{name} failed ({died}); its logs are in {folder / 'logs'}", file=sys.stderr)
+        logs = f"; its logs are in {folder / 'logs'}" if (folder / "logs").is_dir() else ""
+        print(f"{name} failed ({died}){logs}", file=sys.stderr)
         if status - 128 == signal.SIGKILL:
             print(
                 "  perhaps it ran out of memory; the same command goes on from its last save", file=sys.stderr

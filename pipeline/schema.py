@@ -67,9 +67,14 @@ def nearest(key: str, candidates: list[str] | None = None) -> str | None:
     The last part counts most: whoever writes sft.lr means sft.optim.lr.
     """
     known = known_keys() if candidates is None else candidates
-    scored = [(_likeness(_leaf(key), _leaf(k)) + 0.5 * _likeness(key, k), k) for k in known]
-    close = [(score, k) for score, k in scored if _likeness(_leaf(key), _leaf(k)) >= 0.6]
-    return max(close, key=lambda pair: pair[0])[1] if close else None
+    parent = key.rpartition(".")[0]
+    best: tuple[float, str] | None = None
+    for other in known:
+        leaves = _likeness(_leaf(key), _leaf(other))
+        # Short words are like many others by chance: elsewhere in the tree the bar is higher.
+        if leaves >= (0.6 if other.rpartition(".")[0] == parent else 0.75):
+            best = max(best or (0.0, other), (leaves + 0.5 * _likeness(key, other), other), key=_first)
+    return None if best is None else best[1]
 
 
 def without_none(declared: Any) -> Any:
@@ -98,6 +103,10 @@ def _fields(declared: Any) -> dict[str, Any]:
         return {}
     hints = typing.get_type_hints(declared)
     return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
+
+
+def _first(pair: tuple[float, str]) -> float:
+    return pair[0]
 
 
 def _leaf(key: str) -> str:

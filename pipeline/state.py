@@ -7,11 +7,11 @@ records the configuration and inputs it was started with and how it ended. Decid
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,8 @@ from pipeline.config import PipelineConfig
 
 STATE = "state.json"
 LOCK = ".lock"
+DYING_SECONDS = 10.0
+"""How long the ranks of a killed controller may hold its lock."""
 
 # What may change under a run without changing its result.
 FREE_KEYS = ("train.keep_checkpoints", "data.cache_dir")
@@ -34,28 +36,57 @@ FREE_KEYS = ("train.keep_checkpoints", "data.cache_dir")
 def lock_run(folder: Path) -> int:
     """Lock the run's folder, which is made, until the returned file descriptor is closed everywhere.
 
-    Processes that inherit the descriptor keep the lock. UserError naming the holder when it is taken.
+    Processes that inherit the descriptor keep the lock. UserError naming the holder when it is
+    taken; when the holder is dead, its ranks are given a moment to die as well.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    end = time.monotonic() + DYING_SECONDS
+    while not _try_lock(descriptor, folder):
         holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
+        if not _is_dead(holder) or time.monotonic() > end:
+            os.close(descriptor)
             raise UserError(
-                f"{folder} cannot be locked: {error.strerror}", hint="output_dir=FOLDER_ON_A_LOCAL_DISK"
-            ) from None
-        raise UserError(
-            f"another run is using {folder} ({holder or 'holder unknown'})",
-            hint="wait for it, stop it (kill and the process number), or choose another run_name",
-        ) from None
+                f"another run is using {folder} ({holder or 'holder unknown'})",
+                hint="wait for it, stop it (kill and the process number), or choose another run_name",
+            )
+        time.sleep(0.05)
     with disk_errors(folder):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"host {socket.gethostname()}, process {os.getpid()}\n".encode(), 0)
+        os.pwrite(descriptor, _holder(os.getpid()).encode(), 0)
     return descriptor
+
+
+def _try_lock(descriptor: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"{folder} cannot be locked: {error.strerror}", hint="output_dir=FOLDER_ON_A_LOCAL_DISK"
+        ) from None
+    return True
+
+
+def _holder(process_id: int) -> str:
+    return f"host {socket.gethostname()}, process {process_id}"
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether the recorded holder was a process of this host that is no more."""
+    number = holder.rpartition(" ")[2]
+    if not number.isdecimal() or holder != _holder(int(number)):
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:

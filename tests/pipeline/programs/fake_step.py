@@ -51,7 +51,7 @@ def main() -> int:
     behaviour = os.environ.get("FAKE_STEP", "done")
     if behaviour == "wait":
         return wait(run_dir)
-    if behaviour == "crash" and RANK == os.environ.get("FAKE_RANK", "0"):
+    if behaviour == "crash" and os.environ.get("FAKE_RANK", "0") == RANK:
         raise RuntimeError("the fake step crashed")
     if behaviour == "user-error":
         print("error: the fake step found something", file=sys.stderr)

@@ -1,0 +1,97 @@
+"""Every file under conf/ composes into a configuration that its schema accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config import Offload, OptimizerName, WandbMode
+from pipeline import checks
+from pipeline.compose import compose, prepare
+from pipeline.config import CONF, PROJECT, PipelineConfig
+
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+EXPERIMENTS = [path for path in FILES if path.parent.name == "experiment"]
+PER_STEP = ("data", "optim")
+
+
+def composed(*overrides: str) -> PipelineConfig:
+    return compose(prepare(overrides).overrides)
+
+
+def choice(path: Path) -> list[str]:
+    """Overrides that select a file of a group, in a job that admits it."""
+    group, name = path.parent.name, path.stem
+    if group == "experiment":
+        return [f"experiment={name}"]
+    key = f"{group}@sft.{group}" if group in PER_STEP else group
+    return ["model=llama_4m" if group == "data" else "experiment=demo", f"{key}={name}"]
+
+
+def test_all_groups_of_the_design_are_there() -> None:
+    assert {path.parent.name for path in FILES} == {
+        "model", "data", "deepspeed", "optim", "tracking", "launch", "sft", "experiment",
+    }  # fmt: skip
+    names = {path.stem for path in FILES if path.parent.name == "deepspeed"}
+    assert names == {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz"}
+    assert {path.stem for path in FILES if path.parent.name == "optim"} == set(OptimizerName.__members__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_yaml_composes(path: Path) -> None:
+    assert isinstance(composed(*choice(path)), PipelineConfig)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_yaml_begins_with_a_comment_that_explains_it(path: Path) -> None:
+    lines = (CONF / path).read_text().splitlines()
+    assert [line for line in lines[:2] if line.startswith("# ") and "@package" not in line]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+def test_every_experiment_begins_with_the_command_that_runs_it(path: Path) -> None:
+    first = [line for line in (CONF / path).read_text().splitlines() if line != "# @package _global_"][0]
+    assert first == f"# python -m pipeline run experiment={path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_yaml_value_became_a_boolean_where_a_name_was_meant(path: Path) -> None:
+    values = yaml.safe_load((CONF / path).read_text()) or {}
+    assert not isinstance(values.get("wandb"), bool)
+
+
+def test_the_files_say_what_their_names_say() -> None:
+    zero3 = composed("experiment=demo", "deepspeed=zero3_offload").deepspeed
+    assert (zero3.stage, zero3.offload_optimizer, zero3.offload_param) == (3, Offload.cpu, Offload.cpu)
+    zero2 = composed("experiment=demo", "deepspeed=zero2_offload").deepspeed
+    assert (zero2.stage, zero2.offload_optimizer, zero2.offload_param) == (2, Offload.cpu, Offload.none)
+    assert composed("experiment=demo", "tracking=off").tracking.wandb is WandbMode.off
+    for name in OptimizerName:
+        assert composed("experiment=demo", f"optim={name.value}").sft.optim.name is name
+
+
+def test_the_demo_needs_nothing_but_the_project() -> None:
+    demo = composed()
+    assert demo.run_name == "demo"
+    assert demo.model.path is None and demo.model.config["model_type"] == "llama"
+    sources = [Path(source.path) for source in demo.sft.data.all_sources()]
+    assert sources and all(path.is_relative_to(PROJECT / "demo" / "data") for path in sources)
+    checks.check_model(demo.model)
+    checks.check_data(demo.sft.data, "sft.data")
+    checks.check_length(demo.model, demo.sft.data.max_length, "sft.data.max_length")
+
+
+def test_gsm8k_is_a_four_million_parameter_model_from_scratch_on_the_rows_beside_the_project() -> None:
+    config = composed("experiment=gsm8k")
+    llama = config.model.config
+    hidden, layers, ffn = llama["hidden_size"], llama["num_hidden_layers"], llama["intermediate_size"]
+    head = hidden // llama["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * head * llama["num_key_value_heads"]
+    parameters = 4096 * hidden + layers * (attention + 3 * hidden * ffn + 2 * hidden) + hidden
+    assert parameters == 3_950_848
+    assert config.model.tokenizer.train_vocab_size == 4096
+    assert config.sft.data.path == str(PROJECT.parent / "shared" / "data" / "gsm8k" / "train.jsonl")
+    assert (config.sft.data.max_length, config.sft.data.eval_fraction) == (512, 0.05)
+    assert config.sft.data.packing

@@ -1,0 +1,66 @@
+"""Several ranks through the elastic agent: their environment, and what is said when one fails."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.agent import STOPPED, exit_status, first_failure
+from launch.local import Job, start
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+rank = os.environ["RANK"]
+names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+Path(sys.argv[1], rank).write_text(" ".join(os.environ[name] for name in names))
+assert int(os.environ["MASTER_PORT"]) > 0
+print("printed by rank", rank)
+if rank == "1" and len(sys.argv) > 2:
+    raise RuntimeError("rank one crashed")
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "some_module.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return "some_module"
+
+
+def test_two_ranks_get_torchruns_environment_and_the_first_one_the_terminal(
+    module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start(Job(module, (str(tmp_path),), 2, tmp_path / "logs")).wait() == 0
+    assert (tmp_path / "0").read_text() == "2 0 2 127.0.0.1"
+    assert (tmp_path / "1").read_text() == "2 1 2 127.0.0.1"
+    assert capfd.readouterr().out == "printed by rank 0\n"
+    assert (tmp_path / "logs" / "rank_1.log").read_text() == "printed by rank 1\n"
+
+
+def test_a_crash_of_another_rank_ends_with_its_status_and_the_end_of_its_log(
+    module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start(Job(module, (str(tmp_path), "crash"), 2, tmp_path / "logs")).wait() == 1
+    shown = capfd.readouterr().err
+    assert "rank 1 failed first (exit status 1)" in shown
+    assert "RuntimeError: rank one crashed" in shown
+    assert "ChildFailedError" not in shown and "torch/distributed" not in shown
+
+
+def test_the_cause_is_preferred_to_ranks_that_were_only_told_to_stop() -> None:
+    assert first_failure([]) is None
+    assert first_failure([(0, -15), (1, 1)]) == (1, 1)
+    assert first_failure([(1, 143), (0, 143)]) == (1, 143)
+    assert first_failure([(2, -9), (1, 1)]) == (2, -9)
+
+
+def test_death_by_a_signal_to_stop_counts_as_stopped_only_when_one_was_sent() -> None:
+    assert exit_status(2, stopping=True) == 2
+    assert exit_status(-signal.SIGTERM, stopping=True) == STOPPED == 143
+    assert exit_status(-signal.SIGUSR1, stopping=True) == STOPPED
+    assert exit_status(-signal.SIGUSR1, stopping=False) == 128 + signal.SIGUSR1
+    assert exit_status(-signal.SIGKILL, stopping=True) == 137

@@ -1,0 +1,100 @@
+"""Devices are counted without torch, and ranks find torchrun's environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import LaunchConfig
+from common.errors import UserError
+from launch import local
+from launch.local import Job, command, count_gpus, environment, ranks_of
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("0,9,1", 1), ("0,-1,1", 1), ("GPU-a1,GPU-b2", 2)],
+)
+def test_visible_devices_are_counted_as_cuda_does(
+    visible: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_gpus_present", lambda: 4)
+    assert count_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def test_a_machine_without_gpus_has_none_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "_gpus_present", lambda: 0)
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
+
+
+def test_gpus_are_the_lines_of_the_drivers_own_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\necho "GPU 0: A (UUID: GPU-1)"\necho "  MIG 1g.5gb (UUID: MIG-2)"\necho "GPU 1: A"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert count_gpus({}) == 2
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 1), (1, 1), (8, 8)])
+def test_auto_is_one_rank_per_gpu_and_one_without(
+    gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "count_gpus", lambda: gpus)
+    assert ranks_of(LaunchConfig()) == ranks
+
+
+def test_a_number_of_ranks_may_be_named_up_to_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "count_gpus", lambda: 0)
+    assert ranks_of(LaunchConfig(nproc_per_node="3")) == 3
+    monkeypatch.setattr(local, "count_gpus", lambda: 2)
+    assert ranks_of(LaunchConfig(nproc_per_node="2")) == 2
+    with pytest.raises(UserError, match=r"launch\.nproc_per_node=3, but this machine offers 2"):
+        ranks_of(LaunchConfig(nproc_per_node="3"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", ""])
+def test_anything_but_a_number_from_one_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match="is not allowed"):
+        ranks_of(LaunchConfig(nproc_per_node=value))
+
+
+def test_one_rank_is_started_directly_with_the_whole_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(local, "count_cores", lambda: 6)
+    job = Job("step1_sft", ("--config", "resolved.yaml"))
+    assert command(job)[:3] == [sys.executable, "-m", "launch.rank"]
+    assert command(job)[-3:] == ["step1_sft", "--config", "resolved.yaml"]
+    values = environment(job)
+    assert {name: values[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    }  # fmt: skip
+    assert values["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(values["MASTER_PORT"]) <= 65535
+    assert values["OMP_NUM_THREADS"] == "6"
+
+
+def test_several_ranks_share_the_cores_and_get_their_environment_from_the_agent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(local, "count_cores", lambda: 6)
+    values = environment(Job("m", (), ranks=4))
+    assert values["OMP_NUM_THREADS"] == "1"
+    assert "RANK" not in values
+    assert command(Job("m", (), ranks=4))[2:5] == ["launch.agent", "--ranks", "4"]
+
+
+def test_a_number_of_threads_that_was_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "OMP_NUM_THREADS" not in environment(Job("m", ()))
+
+
+def test_the_projects_packages_are_found_before_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert environment(Job("m", ()))["PYTHONPATH"] == os.pathsep.join([str(local.PROJECT), "/elsewhere"])

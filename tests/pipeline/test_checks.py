@@ -1,0 +1,170 @@
+"""What cannot work is refused before anything is launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from common.config import DataConfig, ModelConfig, OptimizerName, SourceConfig, TokenizerConfig
+from common.errors import UserError
+from common.stage import Step
+from pipeline import checks
+from pipeline.config import PipelineConfig
+
+LLAMA = {"model_type": "llama", "max_position_embeddings": 256}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+    """A configuration that passes every check."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "count_gpus", lambda: 0)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    config = PipelineConfig(model=ModelConfig(config=dict(LLAMA), tokenizer=TokenizerConfig(None, 512)))
+    config.sft.data = DataConfig(path="rows.jsonl", max_length=256)
+    checks.check(config, ranks=2)
+    return config
+
+
+def error_of(config: PipelineConfig, ranks: int = 1) -> UserError:
+    with pytest.raises(UserError) as caught:
+        checks.check(config, ranks)
+    assert caught.value.hint
+    return caught.value
+
+
+def test_data_without_a_model_names_the_missing_key(config: PipelineConfig) -> None:
+    config.model = ModelConfig()
+    error = error_of(config)
+    assert "model.path is missing" in error.message and "experiment=demo" in str(error)
+
+
+def test_a_model_without_data_names_the_missing_key(config: PipelineConfig) -> None:
+    config.sft.data = DataConfig(max_length=256)
+    assert "sft.data.path is missing" in error_of(config).message
+
+
+def test_a_global_batch_smaller_than_the_number_of_ranks_is_refused(config: PipelineConfig) -> None:
+    config.sft.train.global_batch_size = 3
+    checks.check(config, ranks=3)
+    assert "sft.train.global_batch_size=3 is less than the 4 ranks" in error_of(config, ranks=4).message
+
+
+def test_a_missing_file_is_named_with_its_nearest_neighbour(config: PipelineConfig) -> None:
+    config.sft.data = DataConfig(path="row.jsonl", max_length=256)
+    error = error_of(config)
+    assert error.message == "sft.data.path=row.jsonl: no such file or folder"
+    assert error.hint == "did you mean rows.jsonl?"
+    config.sft.data = DataConfig(sources=[SourceConfig("rows.jsonl"), SourceConfig("no/such/rows.csv")])
+    config.sft.data.max_length = 256
+    error = error_of(config)
+    assert error.message.startswith("sft.data.sources[1].path=no/such/rows.csv")
+    assert "there is no folder no/such" in str(error.hint)
+
+
+def test_an_empty_file_and_a_missing_held_out_file_are_refused(config: PipelineConfig) -> None:
+    Path("empty.jsonl").touch()
+    config.sft.data = DataConfig(path="empty.jsonl", max_length=256)
+    assert "sft.data.path=empty.jsonl is empty" in error_of(config).message
+    config.sft.data = DataConfig(path="rows.jsonl", eval_path="held_out.jsonl", max_length=256)
+    assert "sft.data.eval_path=held_out.jsonl: no such" in error_of(config).message
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k"])
+def test_what_may_be_a_hub_name_passes(config: PipelineConfig, name: str) -> None:
+    config.sft.data = DataConfig(path=name, max_length=256)
+    config.model = ModelConfig(path=name)
+    checks.check(config, ranks=1)
+
+
+@pytest.mark.parametrize("path", ["./model", "/no/model", "../model", "a/b/c", "~/model"])
+def test_what_can_only_be_a_local_folder_must_exist(config: PipelineConfig, path: str) -> None:
+    config.model = ModelConfig(path=path)
+    assert error_of(config).message == f"model.path={path}: no such folder"
+
+
+def test_a_model_folder_without_a_config_is_refused(config: PipelineConfig) -> None:
+    Path("model").mkdir()
+    config.model = ModelConfig(path="model")
+    assert error_of(config).message == "model.path=model has no config.json"
+    config.model = ModelConfig(path="rows.jsonl")
+    assert "is a file, not a folder" in error_of(config).message
+
+
+def test_a_model_from_scratch_needs_a_type_and_a_tokenizer(config: PipelineConfig) -> None:
+    config.model = ModelConfig(config={"hidden_size": 8})
+    assert "model.config has no model_type" in error_of(config).message
+    config.model = ModelConfig(config=dict(LLAMA))
+    assert "no tokenizer is named" in error_of(config).message
+
+
+def test_rows_longer_than_the_models_context_are_refused(config: PipelineConfig) -> None:
+    config.sft.data.max_length = 257
+    error = error_of(config)
+    assert "sft.data.max_length=257, but the model's context is 256 tokens" in error.message
+    assert error.hint == "sft.data.max_length=256 or less"
+
+
+def test_the_context_of_a_local_model_is_read_from_its_folder(config: PipelineConfig) -> None:
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps({**LLAMA, "max_position_embeddings": 128}))
+    config.model = ModelConfig(path="model")
+    assert "context is 128 tokens" in error_of(config).message
+    Path("model/config.json").write_text("{")
+    assert "config.json cannot be read" in error_of(config).message
+
+
+@pytest.mark.parametrize("name", [OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit])
+def test_an_optimizer_for_gpus_is_refused_without_one(
+    config: PipelineConfig, name: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.sft.optim.name = name
+    assert f"sft.optim.name={name.value} needs a GPU" in error_of(config).message
+    monkeypatch.setattr(checks, "count_gpus", lambda: 1)
+    checks.check(config, ranks=1)
+
+
+def test_a_secondary_partition_must_divide_the_ranks(config: PipelineConfig) -> None:
+    config.deepspeed.stage, config.deepspeed.hpz_partition_size = 3, 2
+    checks.check(config, ranks=4)
+    assert "hpz_partition_size=2 does not divide the 3 rank(s)" in error_of(config, ranks=3).message
+
+
+def test_an_output_folder_below_a_file_is_refused(config: PipelineConfig) -> None:
+    config.output_dir = "rows.jsonl/runs"
+    assert "is not a folder" in error_of(config).message
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What access() answers on a read-only mount; permissions alone do not stop root.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    assert "cannot be written (read-only, or not yours)" in error_of(config).message
+
+
+def test_a_disk_too_full_for_the_export_and_a_checkpoint_is_refused(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, checks.SMALLEST_DISK + 799))
+    checks.check(config, ranks=1)
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(LLAMA))
+    Path("model/model.safetensors").write_bytes(b"x" * 100)  # exported once, and 7 times in a checkpoint
+    config.model = ModelConfig(path="model")
+    assert checks.disk_needed(config.model) == checks.SMALLEST_DISK + 800
+    assert "are free" in error_of(config).message
+    config.model.lora.enabled = True
+    checks.check(config, ranks=1)
+
+
+def test_checks_of_a_step_that_does_not_run_are_not_made(config: PipelineConfig) -> None:
+    config.steps = [Step.reward]
+    config.sft.data = DataConfig()
+    checks.check(config, ranks=1)

@@ -1,0 +1,217 @@
+"""What a user may type, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from common.config import OptimizerName, Truncation
+from common.errors import UserError
+from common.stage import Step
+from pipeline.compose import DEMO, compose, jobs_of, name_of_sweep_job, prepare, share_a_name
+from pipeline.config import PROJECT, PipelineConfig
+
+JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
+
+
+def composed(*overrides: str) -> PipelineConfig:
+    return compose(prepare(overrides).overrides)
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        composed(*overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["steps=sft", "steps=[sft]", "steps=[ sft ]"])
+def test_one_step_may_be_named_with_or_without_brackets(text: str) -> None:
+    assert composed(*JOB, text).steps == [Step.sft]
+
+
+def test_several_steps_may_be_named_with_or_without_brackets() -> None:
+    assert composed(*JOB, "steps=sft,reward").steps == [Step.sft, Step.reward]
+
+
+def test_with_a_sweep_commas_between_steps_separate_runs() -> None:
+    assert prepare([*JOB, "steps=sft,dpo"], multirun=True).overrides[-1] == "steps=[sft],[dpo]"
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("sft.lrr=1", "sft.optim.lr"),
+        ("+sft.lrr=1", "sft.optim.lr"),
+        ("++sft.lrr=1", "sft.optim.lr"),
+        ("lr=1e-3", "sft.optim.lr"),
+        ("sft.train.global_batchsize=8", "sft.train.global_batch_size"),
+        ("sft.data.max_len=8", "sft.data.max_length"),
+        ("run_nam=x", "run_name"),
+        ("+experimnt=demo", "experiment"),
+        ("model.lora.rank=8", ""),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest_known_one(text: str, near: str) -> None:
+    message = error_of(*JOB, text)
+    assert f"unknown key {text.lstrip('+').split('=')[0]} (in {text})" in message
+    assert (
+        (f"did you mean {near}?" in message) if near else ("known below model.lora: enabled, r," in message)
+    )
+
+
+def test_an_unknown_key_inside_a_value_is_found_too() -> None:
+    message = error_of("model.path=org/name", "sft.data.sources=[{path: x, weigth: 2}]")
+    assert "unknown key weigth (in sft.data.sources)" in message
+    assert "did you mean weight?" in message
+
+
+def test_a_wrong_enum_value_lists_what_is_allowed() -> None:
+    assert (
+        error_of(*JOB, "model.dtype=fp8") == "model.dtype: invalid value 'fp8'\n  allowed: bf16, fp16, fp32"
+    )
+    assert "steps[0]: invalid value 'sftt'" in error_of(*JOB, "steps=[sftt]")
+
+
+def test_a_wrong_type_says_what_was_expected() -> None:
+    message = error_of(*JOB, "seed=abc")
+    assert "seed" in message and "'abc'" in message and "expected a whole number" in message
+    assert "expected a list" in error_of(*JOB, "model.lora.targets=q_proj")
+
+
+def test_an_unknown_option_of_a_group_lists_the_options() -> None:
+    message = error_of(*JOB, "deepspeed=zero9")
+    assert "deepspeed=zero9 is unknown" in message
+    assert "allowed: zero1, zero2, zero2_offload, zero3, zero3_hpz, zero3_offload" in message
+    assert "did you mean experiment=gsm8k?" in error_of("experiment=gsm8")
+
+
+def test_a_value_out_of_range_is_named_with_its_whole_key() -> None:
+    message = error_of(*JOB, "sft.data.max_length=1")
+    assert message == "sft.data.max_length=1 is not allowed\n  allowed: 2 or more"
+    assert "deepspeed.stage=0 is not allowed" in error_of(*JOB, "deepspeed.stage=0")
+
+
+@pytest.mark.parametrize("value", ["12e45678", "1e5", "0x10", "true", "007", "1_000", "inf", "nan"])
+def test_a_name_that_looks_like_a_number_stays_the_text_that_was_typed(value: str) -> None:
+    assert composed(*JOB, f"run_name={value}").run_name == value
+
+
+def test_null_is_no_name_and_quoted_text_is_text() -> None:
+    assert composed(*JOB, "run_name=null").run_name is None
+    assert composed(*JOB, 'run_name="null"').run_name == "null"
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("run_name=a=b", "'run_name=\"a=b\"'"),
+        ("model.path=my(model)", "'model.path=\"my(model)\"'"),
+        ("run_name=héllo", "'run_name=\"héllo\"'"),
+        ('run_name=a"b=', '\'run_name="a\\"b="\''),
+    ],
+)
+def test_a_grammar_error_prints_the_quoted_form_and_that_form_works(text: str, quoted: str) -> None:
+    message = error_of(*JOB[1:], text)
+    assert f"{text} cannot be read" in message
+    assert f"quote the value: {quoted}" in message
+    key, _, value = text.partition("=")
+    in_words = quoted[1:-1]  # what is left when the shell has taken its quotes off
+    result = composed("model.path=org/name", *JOB[1:], in_words)
+    assert (result.run_name if key == "run_name" else result.model.path) == value
+
+
+def test_something_without_an_equals_sign_is_no_override() -> None:
+    assert "'sft' is not of the form key=value" in error_of("sft")
+
+
+def test_several_values_without_a_sweep_show_the_three_ways_to_mean_it() -> None:
+    message = error_of(*JOB, "seed=1,2")
+    assert "'seed=[1,2]'" in message and "'seed=\"1,2\"'" in message and "add -m" in message
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "-m", '" x"', '""'])
+def test_a_run_name_that_cannot_name_a_folder_is_refused(name: str) -> None:
+    assert "cannot name a folder" in error_of(*JOB, f"run_name={name}")
+
+
+def test_a_shared_group_may_be_chosen_by_its_short_name() -> None:
+    for text in ("optim=muon", "sft.optim=muon", "optim@sft.optim=muon"):
+        assert composed(*JOB, text).sft.optim.name is OptimizerName.muon
+    assert composed(*JOB, "data=default").sft.data.truncation is Truncation.drop
+
+
+def test_fields_of_a_model_config_need_no_plus_sign() -> None:
+    for sign in ("", "+", "++"):
+        config = composed(f"{sign}model.config.model_type=llama", "sft.data.path=x.jsonl").model.config
+        assert config == {"model_type": "llama"}
+
+
+def test_plus_before_a_known_key_is_forgiven() -> None:
+    assert composed(*JOB, "+seed=3").seed == 3
+
+
+def test_naming_nothing_runs_the_demo_and_says_so() -> None:
+    for overrides in ([], ["steps=[sft]"], ["seed=3", "model.dtype=fp32", "sft.data.max_length=128"]):
+        prepared = prepare(overrides)
+        assert prepared.notes == [DEMO]
+        assert prepared.overrides[0] == "experiment=demo"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "model.path=x",
+        "model=llama_4m",
+        "model.config.model_type=llama",
+        "experiment=gsm8k",
+        "sft.data.path=x",
+        "sft.data.sources=[{path: x}]",
+        "data@sft.data=gsm8k",
+        "data=gsm8k",
+    ],
+)
+def test_naming_a_model_an_experiment_or_data_keeps_the_demo_away(named: str) -> None:
+    prepared = prepare([named])
+    assert prepared.notes == []
+    assert "experiment=demo" not in prepared.overrides
+
+
+def test_a_named_model_takes_the_place_of_the_one_an_experiment_makes() -> None:
+    model = composed("experiment=gsm8k", "model.path=org/name").model
+    assert (model.path, model.config, model.tokenizer.train_vocab_size) == ("org/name", {}, None)
+
+
+def test_named_data_takes_the_place_of_an_experiments_in_either_form() -> None:
+    by_path = composed("experiment=demo", "sft.data.path=mine.jsonl").sft.data
+    assert [source.path for source in by_path.all_sources()] == ["mine.jsonl"]
+    by_list = composed("experiment=gsm8k", "sft.data.sources=[{path: mine.jsonl}]").sft.data
+    assert [source.path for source in by_list.all_sources()] == ["mine.jsonl"]
+
+
+def test_naming_both_forms_at_once_is_an_error() -> None:
+    message = error_of("model.path=x", "sft.data.path=a", "sft.data.sources=[{path: b}]")
+    assert "sft.data.path and data.sources are both set" in message
+
+
+def test_a_sweep_is_split_into_its_runs_and_each_gets_a_name_of_its_own() -> None:
+    jobs = jobs_of(["experiment=demo", "seed=1,2"])
+    assert jobs == [["experiment=demo", "seed=1"], ["experiment=demo", "seed=2"]]
+    assert share_a_name(jobs)
+    assert not share_a_name(jobs_of(["experiment=demo", "run_name=a,b"]))
+    names = [name_of_sweep_job(compose(job)).run_name for job in jobs]
+    assert len(set(names)) == 2 and all(name is not None and name.startswith("demo-") for name in names)
+
+
+def test_composing_imports_neither_torch_nor_any_other_heavy_library() -> None:
+    program = (
+        "import sys\n"
+        "from pipeline.compose import compose, prepare\n"
+        "import pipeline.run, pipeline.verify\n"
+        "compose(prepare([]).overrides)\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'wandb', 'peft', 'numpy', 'pyarrow'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -1,0 +1,59 @@
+"""Steps are ordered and wired by what they consume and produce."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import UserError
+from common.stage import Role, Stage, Step
+from pipeline.plan import STAGES, wire
+
+POLICY, REWARD = Role.policy, Role.reward_model
+MADE_UP = {
+    Step.sft: Stage(Step.sft, (), POLICY, "made.up.sft"),
+    Step.reward: Stage(Step.reward, (POLICY,), REWARD, "made.up.reward"),
+    Step.dpo: Stage(Step.dpo, (POLICY,), POLICY, "made.up.dpo"),
+    Step.ppo: Stage(Step.ppo, (POLICY, REWARD), POLICY, "made.up.ppo"),
+}
+
+
+def test_sft_is_built_and_needs_nothing() -> None:
+    (only,) = wire([Step.sft])
+    assert only.stage is STAGES[Step.sft]
+    assert only.stage.module == "step1_sft"
+    assert dict(only.sources) == {}
+
+
+@pytest.mark.parametrize("step", [step for step in Step if step not in STAGES])
+def test_a_step_that_is_not_built_says_so(step: Step) -> None:
+    with pytest.raises(UserError, match=f"{step.value} is not built yet"):
+        wire([Step.sft, step])
+
+
+def test_steps_run_in_their_own_order_whatever_order_they_are_named_in() -> None:
+    wired = wire([Step.ppo, Step.reward, Step.sft], known=MADE_UP)
+    assert [w.stage.name for w in wired] == [Step.sft, Step.reward, Step.ppo]
+    assert dict(wired[1].sources) == {POLICY: Step.sft}
+    assert dict(wired[2].sources) == {POLICY: Step.sft, REWARD: Step.reward}
+
+
+def test_the_latest_earlier_step_that_makes_a_role_is_its_source() -> None:
+    wired = wire([Step.sft, Step.reward, Step.dpo, Step.ppo], known=MADE_UP)
+    assert dict(wired[3].sources) == {POLICY: Step.dpo, REWARD: Step.reward}
+
+
+def test_a_named_path_comes_before_an_earlier_step() -> None:
+    given = {(Step.ppo, POLICY): "elsewhere/export"}
+    wired = wire([Step.sft, Step.reward, Step.ppo], given, MADE_UP)
+    assert dict(wired[2].sources) == {POLICY: "elsewhere/export", REWARD: Step.reward}
+    assert dict(wired[1].sources) == {POLICY: Step.sft}
+
+
+def test_a_missing_role_is_an_error_with_both_ways_out() -> None:
+    with pytest.raises(UserError) as caught:
+        wire([Step.sft, Step.ppo], known=MADE_UP)
+    assert caught.value.message == "ppo needs a reward_model"
+    assert caught.value.hint == "add reward to steps, or set ppo.reward_model=PATH"
+    with pytest.raises(UserError) as caught:
+        wire([Step.reward], known=MADE_UP)
+    assert caught.value.hint == "add sft to steps, or set reward.policy=PATH"
