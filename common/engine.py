@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Engine:
     def __init__(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
     ) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search, and a warning
         import deepspeed
         import deepspeed.ops
 

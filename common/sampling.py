@@ -69,7 +69,9 @@ def sample_completions(
         )
     model.train(was_training)
     new_tokens = output[: len(share), input_ids.shape[1] :].tolist()
-    own = [_sample(tokenizer, prompt, new, terminators) for prompt, new in zip(share, new_tokens, strict=True)]
+    own = [
+        _sample(tokenizer, prompt, new, terminators) for prompt, new in zip(share, new_tokens, strict=True)
+    ]
     shares = gather_objects(own)
     return [shares[i % world.size][i // world.size] for i in range(len(prompts))]
 
@@ -86,7 +88,7 @@ def _left_pad(
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
+        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, longest - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
 

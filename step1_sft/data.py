@@ -7,16 +7,19 @@ while the others wait on the file system), then batches. What becomes a trained 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.artifacts import write_json
 from common.data import dataset
 from common.data.batches import BatchPlan
-from common.data.chat import check_template, find_terminators
+from common.data.chat import check_template
 from common.data.types import IGNORE, Batch
 from common.distributed import World
 from common.models import load_tokenizer
@@ -24,6 +27,9 @@ from step1_sft.config import SFTJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+log = logging.getLogger("rlhf.data")
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,51 @@ class SFTData:
 
 
 def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int) -> PreTrainedTokenizerFast:
-    """The base model's tokenizer, or one trained on the training rows and kept in `folder/tokenizer`."""
-    ...
+    """The base model's tokenizer, or one trained on the training rows and kept in `folder/tokenizer`.
+
+    UserError when its chat template cannot say which tokens an assistant writes.
+    """
+    saved = folder / "tokenizer"
+    if job.model.tokenizer.train_vocab_size is not None and local_rank > 0:
+        while not saved.exists():  # renamed into place by local rank 0, whose death ends us all
+            time.sleep(0.1)
+    tokenizer = load_tokenizer(
+        job.model,
+        training_texts=lambda: dataset.training_texts(job.sft.data, seed=job.seed, report=log.info),
+        save_to=saved,
+    )
+    check_template(tokenizer)
+    return tokenizer
+
+
+def cache_dir(job: SFTJob) -> Path:
+    """Where tokenized rows are kept."""
+    return Path(job.sft.data.cache_dir or Path(job.output_dir) / ".cache" / "data")
+
+
+def load_data(job: SFTJob, tokenizer: PreTrainedTokenizerFast, folder: Path, world: World) -> SFTData:
+    """Tokenize the job's sources, or find them in the cache; writes `folder/ledger.json`."""
+    data = job.sft.data
+    train, held_out, ledger = dataset.build(
+        data, tokenizer, seed=job.seed, cache_dir=cache_dir(job), report=log.info, wait=world.local_rank > 0
+    )
+    if world.is_main:
+        write_json(folder / "ledger.json", ledger.to_json())
+    weights = {name: source.weight for name, source in zip(train.sources, data.all_sources(), strict=False)}
+    return SFTData(train, held_out, ledger, weights)
+
+
+def batch_plan(job: SFTJob, world: World) -> BatchPlan:
+    """How this job's rows become this rank's batches."""
+    return BatchPlan(
+        max_length=job.sft.data.max_length,
+        packing=job.sft.data.packing,
+        global_batch_size=job.sft.train.global_batch_size,
+        micro_batch_size=job.sft.train.micro_batch_size,
+        seed=job.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
 
 
 def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:

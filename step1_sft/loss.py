@@ -7,8 +7,6 @@ here; they are divided once, at the end.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,33 +44,3 @@ class TokenSums:
             "mean_token_accuracy": correct / tokens,
             "entropy": entropy / tokens,
         }
-
-
-@torch.no_grad()
-def evaluate(
-    engine: Engine, batches: Iterable[Batch], sources: Sequence[str], device: torch.device
-) -> dict[str, float]:
-    """Token-weighted loss, accuracy and perplexity over all held-out rows, and the loss per source.
-
-    Does not depend on the evaluation batch size or the world size: sums are divided once.
-    """
-    loss, tokens = (torch.zeros(len(sources), dtype=torch.float64) for _ in range(2))
-    correct = 0.0
-    engine.eval()
-    for batch in batches:
-        result = score(engine, batch, device, with_entropy=False)
-        loss.index_add_(0, batch.source_of_target, result.token_losses.double().cpu())
-        tokens += torch.bincount(batch.source_of_target, minlength=len(sources))
-        correct += float(result.correct)
-    engine.train()
-    loss, tokens = (torch.tensor(sum_over_ranks(sums)) for sums in (loss, tokens))
-    mean = float(loss.sum() / tokens.sum())
-    metrics = {
-        "eval/loss": mean,
-        "eval/perplexity": math.exp(min(mean, 700.0)),
-        "eval/mean_token_accuracy": sum_over_ranks([correct])[0] / float(tokens.sum()),
-    }
-    seen = [i for i in range(len(sources)) if tokens[i] > 0]
-    if len(sources) > 1:
-        metrics |= {f"eval/{sources[i]}/loss": float(loss[i] / tokens[i]) for i in seen}
-    return metrics

@@ -2,7 +2,7 @@
 
 Takes an `SFTJob` and a run's folder; leaves `<run>/sft/` with metrics, samples, checkpoints and, when it
 is finished, the policy under `export/`. How rows become tokens is in `data.py`, what is minimised in
-`loss.py`; mechanisms are in `common/`.
+`loss.py`, what is measured in `evaluate.py`; mechanisms are in `common/`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,33 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from common.checkpoint import Checkpoints
 from common.config import Dtype, to_plain
-from common.data.batches import Batches
-from common.distributed import STOPPED_EXIT_CODE, StopSignal, init_world, seed_everything, sum_over_ranks
+from common.data.batches import Batches, evaluation_batches
+from common.data.chat import find_terminators
+from common.distributed import (
+    STOPPED_EXIT_CODE,
+    StopSignal,
+    init_world,
+    seed_everything,
+    sum_over_ranks,
+)
 from common.ds_config import build_ds_config
-from common.engine import Engine
+from common.engine import Engine, StepOutcome
 from common.errors import UserError
 from common.losses import PackedCausalLM
 from common.models import load_model
 from common.optim import build_optimizer, build_schedule, set_learning_rate
-from common.performance import measure
+from common.performance import performance, training_flops_per_token
 from common.progress import Progress
+from common.sampling import sample_completions, stop_rate
 from common.tracking import Tracker
 from step1_sft.config import SFTJob
-from step1_sft.data import batch_plan, count_tokens, load_data, load_sft_tokenizer
-from step1_sft.evaluate import evaluate, sample
+from step1_sft.data import batch_plan, count_tokens, held_out_prompts, load_data, load_sft_tokenizer
+from step1_sft.evaluate import evaluate
 from step1_sft.loss import TokenSums, score
-from step1_sft.save import export
 
 MAX_SKIPPED_IN_A_ROW = 5
 log = logging.getLogger("rlhf.sft")
@@ -56,18 +65,21 @@ def train(job: SFTJob, run_dir: Path) -> int:
     world = init_world()
     stop = StopSignal()
     seed_everything(job.seed)
-    progress = Progress("sft", enabled=world.is_main)
+    say = print if world.is_main else log.info
 
     # Load --------------------------------------------------------------------------------------
-    tokenizer = load_sft_tokenizer(job, folder, world)
+    tokenizer = load_sft_tokenizer(job, folder, world.local_rank)
     data = load_data(job, tokenizer, folder, world)
-    progress.lines(data.ledger.lines())
-    model = load_model(job.model, tokenizer, seed=job.seed, device=world.device)
+    say("\n".join(data.ledger.lines()))
+    model = load_model(
+        job.model, tokenizer, seed=job.seed, device=world.device, max_length=job.sft.data.max_length
+    )
 
     # Data --------------------------------------------------------------------------------------
     plan = batch_plan(job, world)
     batches = Batches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
+    prompts = held_out_prompts(data.held_out, job.sft.sampling.num_prompts, job.seed) if data.held_out else []
 
     # Engine ------------------------------------------------------------------------------------
     module = PackedCausalLM(model)
@@ -90,34 +102,33 @@ def train(job: SFTJob, run_dir: Path) -> int:
     counters = Counters()
     if resumed := checkpoints.resume(engine):
         counters = Counters(**resumed.counters)
-        progress.lines([f"set aside {line}" for line in resumed.set_aside])
-        progress.lines([f"resumed from {resumed.path}"])
-    tracker = Tracker(
-        "sft",
-        job.run_name,
-        folder,
-        job.tracking,
-        to_plain(job),
-        counters.step,
-        enabled=world.is_main,
-        say=progress.log,
-    )
+        for line in resumed.set_aside:
+            say(f"set aside, not verified: {line}")
+        say(f"resuming from {resumed.path}")
+    flops_per_token = training_flops_per_token(model)
 
     # Loop --------------------------------------------------------------------------------------
-    progress.start(total_steps, done=counters.step)
+    progress = Progress(total_steps, label="sft", done=counters.step, enabled=world.is_main)
+    tracker = Tracker(
+        "sft", job.run_name, folder, job.tracking, to_plain(job), counters.step,
+        enabled=world.is_main, say=progress.log,
+    )  # fmt: skip
+    held_out_metrics: dict[str, float] = {}
+    engine.train()
     while counters.step < total_steps:
         began = time.perf_counter()
         micro_batches = batches.micro_batches(counters.step)
-        # the one collective before the first backward: tokens of the whole step, and who was told to stop
+        # the one collective before the first backward: the step's tokens, and whether to stop
         tokens, trained, stopping = sum_over_ranks([*count_tokens(micro_batches), stop.received])
         if stopping:
             checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
             progress.log(f"told to stop: saved at step {counters.step}; the same command goes on from there")
             tracker.finish(exit_code=STOPPED_EXIT_CODE)
+            progress.close()
             return STOPPED_EXIT_CODE
 
-        lr = peak_lr * schedule(counters.applied)
-        set_learning_rate(optimizer, lr)
+        learning_rate = peak_lr * schedule(counters.applied)
+        set_learning_rate(optimizer, learning_rate)
         sums = TokenSums()
         for batch in micro_batches:
             result = score(engine, batch, world.device, with_entropy=True)
@@ -125,36 +136,88 @@ def train(job: SFTJob, run_dir: Path) -> int:
             sums.add(result)
         outcome = engine.step()
 
-        counters.step += 1
-        counters.num_tokens += int(tokens)
-        counters.num_trained_tokens += int(trained)
-        counters.applied += outcome.applied
-        counters.skipped_in_a_row = 0 if outcome.applied else counters.skipped_in_a_row + 1
+        rows, counters = batches.rows(counters.step), advance(counters, outcome, tokens, trained)
         metrics = {
             **sums.means(trained),
             "grad_norm": outcome.grad_norm,
-            "learning_rate": lr,
+            "learning_rate": learning_rate,
             "num_tokens": counters.num_tokens,
             "num_trained_tokens": counters.num_trained_tokens,
             "epoch": batches.epoch_of(counters.step),
-            **measure(model, tokens, time.perf_counter() - began, world),
+            **performance(flops_per_token, tokens, time.perf_counter() - began, job.model.dtype.value, world),
         }
         tracker.log(metrics, counters.step)
-        progress.update(counters.step, metrics)
+        progress.update(
+            counters.step,
+            loss=metrics["loss"],
+            tokens_per_second=metrics["perf/tokens_per_second"],
+            mfu=metrics.get("perf/mfu"),
+        )
         if not outcome.applied:
-            report_skipped(counters, batches, metrics["loss"], engine, job.model.dtype)
+            report_skipped(counters, rows, metrics["loss"], engine.loss_scale, job.model.dtype, progress)
 
         is_last, is_best = counters.step == total_steps, False
         if data.held_out is not None and (is_due(counters.step, config.eval_every) or is_last):
-            held_out = evaluate(engine, data.held_out, plan, world.device)
-            samples = sample(engine, tokenizer, data, job, world, counters.step)
-            ...
-            is_best = counters.best_loss is None or held_out["eval/loss"] < counters.best_loss
+            held_out_metrics = evaluate(
+                engine, evaluation_batches(data.held_out, plan), data.held_out.sources, world.device
+            )
+            if prompts:
+                samples = sample_completions(
+                    module.base(), tokenizer, prompts, find_terminators(tokenizer), job.sft.sampling, world,
+                    seed=job.seed, is_partitioned=engine.zero_stage == 3,
+                )  # fmt: skip
+                held_out_metrics["eval/stop_rate"] = stop_rate(samples)
+                tracker.log_samples([asdict(sample) for sample in samples], counters.step)
+            tracker.log(held_out_metrics, counters.step)
+            is_best = counters.best_loss is None or held_out_metrics["eval/loss"] < counters.best_loss
             if is_best:
-                counters.best_step, counters.best_loss = counters.step, held_out["eval/loss"]
-        if is_due(counters.step, config.save_every) or is_last or is_best:
+                counters.best_step, counters.best_loss = counters.step, held_out_metrics["eval/loss"]
+        if is_due(counters.step, config.save_every) or is_best or is_last:
             checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
+    progress.close()
 
     # Save --------------------------------------------------------------------------------------
-    ...
     return 0
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
+    """The counters after one more step."""
+    return Counters(
+        step=counters.step + 1,
+        applied=counters.applied + outcome.applied,
+        skipped_in_a_row=0 if outcome.applied else counters.skipped_in_a_row + 1,
+        num_tokens=counters.num_tokens + int(tokens),
+        num_trained_tokens=counters.num_trained_tokens + int(trained),
+        best_step=counters.best_step,
+        best_loss=counters.best_loss,
+    )
+
+
+def report_skipped(
+    counters: Counters,
+    rows: list[np.ndarray],
+    loss: float,
+    loss_scale: float,
+    dtype: Dtype,
+    progress: Progress,
+) -> None:
+    """Say which documents a skipped step had; UserError after too many in a row."""
+    documents = ", ".join(str(int(index)) for row in rows for index in row)
+    log.warning("step %d skipped, loss %s, documents %s", counters.step, loss, documents)
+    if dtype is Dtype.fp16 and math.isfinite(loss) and loss_scale > 1:
+        return  # fp16 looks for its loss scale by overflowing
+    progress.log(
+        f"step {counters.step}: loss {loss:.4g}, its gradient is not finite; skipped on all ranks "
+        f"(its documents are in logs/rank_0.log)"
+    )
+    if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise UserError(
+            f"{counters.skipped_in_a_row} optimizer steps in a row were not finite, up to step {counters.step}",
+            hint="the weights are as before them: lower sft.optim.lr, use model.dtype=bf16 or fp32, "
+            "or look at the documents named in sft/logs/rank_0.log",
+        )

@@ -1,0 +1,44 @@
+"""Rows as the model sees them: a seeded handful, how long they are, and what was dropped or cut."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.data import dataset
+from common.data.types import IGNORE, TokenizedExample
+from common.progress import show_preview
+from step1_sft.config import SFTJob
+from step1_sft.data import cache_dir, load_sft_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ROWS_SHOWN = 5
+
+
+def preview(job: SFTJob, folder: Path) -> None:
+    """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model."""
+    tokenizer = load_sft_tokenizer(job, folder, local_rank=0)
+    train, _, ledger = dataset.build(
+        job.sft.data, tokenizer, seed=job.seed, cache_dir=cache_dir(job), report=lambda line: None
+    )
+    chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
+    show_preview(
+        [runs(train[int(index)], tokenizer) for index in np.sort(chosen)],
+        train.lengths.tolist(),
+        ledger.lines(),
+        float(train.trained.sum() / train.lengths.sum()),
+        job.sft.data.max_length,
+    )
+
+
+def runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
+    """The document as decoded stretches of equally treated tokens: (text, whether it is trained)."""
+    # labels are shifted: the token at t + 1 is trained where position t has a label
+    is_trained = [False, *(example.labels[:-1] != IGNORE).tolist()]
+    stretches = groupby(zip(example.input_ids.tolist(), is_trained, strict=True), key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in tokens]), trained) for trained, tokens in stretches]
