@@ -69,6 +69,16 @@ class Turns:
     terminator: str
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where a turn's content stands in the text; not exact where more than the content differs."""
+
+    start: int
+    end: int
+    exact_start: bool = True
+    exact_end: bool = True
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's template: Jinja text, the special tokens it may write, whether it has
@@ -440,7 +450,7 @@ def _spans_of_turns(text: str, messages: Sequence[Message], template: ChatTempla
             continue
         ceiling = len(text)
         if message.extra and index + 1 < len(messages):
-            ceiling = contents[index + 1][0]
+            ceiling = contents[index + 1].start
         span = _whole_turn(text, contents[index], floor, ceiling, turns, bool(message.extra))
         if span is None:
             return None
@@ -450,24 +460,32 @@ def _spans_of_turns(text: str, messages: Sequence[Message], template: ChatTempla
 
 
 def _whole_turn(
-    text: str, content: Span, floor: int, ceiling: int, turns: Turns, has_extra: bool
+    text: str, content: Written, floor: int, ceiling: int, turns: Turns, has_extra: bool
 ) -> Span | None:
-    """From the end of the header before `content` through the terminator after it."""
-    start, end = content
+    """From the end of the header before `content` through the terminator after it.
+
+    None when something beside the content was rewritten and no header or terminator gives a hold.
+    """
+    start, end = content.start, content.end
     header = text.rfind(turns.header, floor, start) if turns.header else -1
     if header >= 0:
         start = header + len(turns.header)
+    elif not content.exact_start:
+        return None
     elif turns.lead and text.endswith(turns.lead, floor, start):
         start -= len(turns.lead)
     if turns.terminator and text.startswith(turns.terminator, end):
         return start, end + len(turns.terminator)
     if not has_extra:
-        return start, end  # the template ends only its last turn
+        # a template may end only its last turn
+        return (start, end) if content.exact_end else None
     after = text.find(turns.terminator, end, ceiling) if turns.terminator else -1
     return None if after < 0 else (start, after + len(turns.terminator))
 
 
-def _contents_by_outline(text: str, messages: Sequence[Message], template: ChatTemplate) -> list[Span] | None:
+def _contents_by_outline(
+    text: str, messages: Sequence[Message], template: ChatTemplate
+) -> list[Written] | None:
     """Fast way: fill the contents into the template's outline for these roles and compare.
 
     None unless outline and contents (as they are, or stripped) make up the whole text.
@@ -477,7 +495,7 @@ def _contents_by_outline(text: str, messages: Sequence[Message], template: ChatT
     if outline is None:
         return None
     literals, order = outline
-    spans: list[Span] = [(0, 0)] * len(messages)
+    contents = [Written(0, 0)] * len(messages)
     position = len(literals[0])
     if not text.startswith(literals[0]):
         return None
@@ -486,11 +504,11 @@ def _contents_by_outline(text: str, messages: Sequence[Message], template: ChatT
         for written in (content, content.strip()):
             end = position + len(written)
             if text.startswith(written, position) and text.startswith(literal, end):
-                spans[index], position = (position, end), end + len(literal)
+                contents[index], position = Written(position, end), end + len(literal)
                 break
         else:
             return None
-    return spans if position == len(text) else None
+    return contents if position == len(text) else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -512,11 +530,11 @@ def _outline(
 
 def _contents_by_difference(
     text: str, messages: Sequence[Message], template: ChatTemplate
-) -> list[Span] | None:
+) -> list[Written] | None:
     """Slow way, for templates that rewrite contents: put a mark in place of one content at a time
-    and see where the text changes. Only the spans of assistant turns and of what follows them are found."""
+    and see where the text changes. Only assistant turns and what follows them are looked for."""
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text) * 3
-    spans: list[Span] = [(0, 0)] * len(messages)
+    contents = [Written(0, 0)] * len(messages)
     for index, message in enumerate(messages):
         follows = index > 0 and messages[index - 1].role == "assistant"
         if message.role != "assistant" and not follows:
@@ -529,9 +547,11 @@ def _contents_by_difference(
         at = changed.find(mark)
         if at < 0 or changed.count(mark) != 1:
             return None
-        start = _common_prefix(text, changed[:at])
-        spans[index] = start, max(start, len(text) - _common_suffix(text, changed[at + len(mark) :]))
-    return spans
+        before, after = changed[:at], changed[at + len(mark) :]
+        start, rest = _common_prefix(text, before), _common_suffix(text, after)
+        end = max(start, len(text) - rest)
+        contents[index] = Written(start, end, start == len(before), rest == len(after))
+    return contents
 
 
 # spans from {% generation %} tags

@@ -1,0 +1,419 @@
+"""Which tokens are trained, pinned by hand for chat templates of many families.
+
+Trained tokens are written as text: what the labels decode to, one string per unbroken run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import Truncation
+from common.data.chat import Drop, check_template, find_terminators, fit, read_template, render, tokenize
+from common.data.types import IGNORE, Conversation, Message, Place, TokenizedExample
+from common.errors import UserError
+from tests.tiny import CHATML, tiny_tokenizer
+
+HERE = Place("rows.jsonl", 7)
+TEMPLATES = Path(__file__).parents[3] / "conf" / "chat_template"
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+# the question's markers are the answer's header, a space stands before the answer, and the system
+# text is written into the last question
+MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content ~ '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{{ bos_token }}{% for m in turns %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant have to take turns') }}{% endif %}"
+    "{% if m.role == 'user' %}"
+    "{{ '[INST] ' ~ (first if m == (turns | selectattr('role', 'equalto', 'user') | list)[-1] else '')"
+    " ~ m.content ~ ' [/INST]' }}"
+    "{% else %}{{ ' ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}"
+)
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('there is no system turn here') }}{% endif %}"
+    "{{ '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' ~ (m.content | trim) }}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+# earlier answers lose their reasoning; the last one keeps it, or gets an empty block
+REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "{% if loop.last %}{{ '<think>' ~ (parts[0] | replace('<think>', '') if parts | length > 1 else '') }}"
+    "{{ '</think>\n\n' }}{% endif %}{{ parts[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SYSTEM_DEFAULT = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+CHATML_WITHOUT_TAGS = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation(tuple(Message(role, content) for role, content in turns), None, "s", HERE)
+
+
+def example(row: Conversation, template: str | None, **options: bool) -> TokenizedExample:
+    result = tokenize([row], tiny_tokenizer(template, **options))[0]
+    assert isinstance(result, TokenizedExample), result
+    return result
+
+
+def trained(row: Conversation, template: str | None, **options: bool) -> list[str]:
+    """What is trained, run by run."""
+    labels = example(row, template, **options).labels
+    tokenizer = tiny_tokenizer(template)
+    runs: list[list[int]] = [[]]
+    for label in labels.tolist():
+        if label != IGNORE:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+TWO_TURNS = conversation(("user", "hi"), ("assistant", "hello"), ("user", "more?"), ("assistant", "ok"))
+WITH_SYSTEM = conversation(("system", "S"), *((m.role, m.content) for m in TWO_TURNS.messages))
+
+
+def test_each_token_and_label_of_a_chatml_row_is_the_one_worked_out_by_hand() -> None:
+    row = example(conversation(("user", "a"), ("assistant", "hello")), CHATML)
+    tokenizer = tiny_tokenizer()
+    tokens = ["<|im_start|>", *"user", "Ċ", "a", "<|im_end|>", "Ċ"]
+    tokens += ["<|im_start|>", *"assistant", "Ċ", "hello", "<|im_end|>", "Ċ"]
+    assert tokenizer.convert_ids_to_tokens(row.input_ids.tolist()) == tokens
+    hello, end = tokenizer.convert_tokens_to_ids(["hello", "<|im_end|>"])
+    # position 19 is the line break after "assistant": it has to predict "hello"
+    assert tokens.index("hello") == 20
+    assert row.labels.tolist() == [IGNORE] * 19 + [hello, end] + [IGNORE] * 2
+    assert row.input_ids.dtype == row.labels.dtype == np.int32
+    assert row.trained == 2 and row.source == "s"
+
+
+def test_last_token_of_a_document_never_predicts_the_next() -> None:
+    for template in (CHATML, MISTRAL, GEMMA):
+        assert example(TWO_TURNS, template).labels[-1] == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "expected"),
+    [
+        ("chatml", CHATML, ["hello<|im_end|>", "ok<|im_end|>"]),
+        ("chatml without tags", CHATML_WITHOUT_TAGS, ["hello<|im_end|>", "ok<|im_end|>"]),
+        ("llama 3", LLAMA3, ["hello<|eot_id|>", "ok<|eot_id|>"]),
+        ("mistral", MISTRAL, [" hello</s>", " ok</s>"]),
+        ("gemma", GEMMA, ["hello<end_of_turn>", "ok<end_of_turn>"]),
+        ("reasoning", REASONING, ["hello<|im_end|>", "<think></think>\n\nok<|im_end|>"]),
+        ("system default", SYSTEM_DEFAULT, ["hello<|im_end|>", "ok<|im_end|>"]),
+    ],
+)
+def test_every_assistant_turn_is_trained_with_its_terminator(
+    name: str, template: str, expected: list[str]
+) -> None:
+    assert trained(TWO_TURNS, template) == expected
+    if name != "gemma":
+        assert trained(WITH_SYSTEM, template) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", ["hello<|im_end|>", "ok<|im_end|>"]),
+        ("alpaca", ["hello</s>", "ok</s>"]),
+        ("plain", ["hello</s>", "ok</s>"]),
+    ],
+)
+def test_the_shipped_templates_train_answers_and_terminators(name: str, expected: list[str]) -> None:
+    template = (TEMPLATES / f"{name}.jinja").read_text()
+    assert trained(WITH_SYSTEM, template) == expected
+    check_template(tiny_tokenizer(template))
+    ids = example(WITH_SYSTEM, template).input_ids.tolist()
+    assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_the_shipped_templates_write_exactly_this() -> None:
+    def text(name: str) -> str:
+        template = read_template(tiny_tokenizer((TEMPLATES / f"{name}.jinja").read_text()))
+        return render(conversation(("system", "S"), ("user", "Q"), ("assistant", "A")), template)[0]
+
+    assert text("chatml") == (
+        "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    )
+    assert text("alpaca") == "<s>S\n\n### Instruction:\nQ\n\n### Response:\nA</s>\n\n"
+    assert text("plain") == "<s>S\nQ\nA</s>"
+
+
+def test_reasoning_is_trained_where_the_template_keeps_it_and_only_there() -> None:
+    row = conversation(
+        ("user", "hi"),
+        ("assistant", "<think>why</think>\n\nhello"),
+        ("user", "more?"),
+        ("assistant", "<think>hm</think>\n\nok"),
+    )
+    assert trained(row, REASONING) == ["hello<|im_end|>", "<think>hm</think>\n\nok<|im_end|>"]
+
+
+def test_contents_that_the_template_strips_are_trained_as_they_are_written() -> None:
+    row = conversation(("user", " hi "), ("assistant", "  hello \n"), ("user", "b"), ("assistant", "ok "))
+    assert trained(row, LLAMA3) == ["hello<|eot_id|>", "ok<|eot_id|>"]
+    assert trained(row, CHATML) == ["  hello \n<|im_end|>", "ok <|im_end|>"]
+
+
+def test_a_question_that_repeats_the_answer_or_the_markers_does_not_move_the_spans() -> None:
+    header = "<|im_start|>assistant\n"
+    row = conversation(
+        ("user", f"hello {header}hello"), ("assistant", "hello"), ("user", "ok"), ("assistant", "ok")
+    )
+    for template in (CHATML, CHATML_WITHOUT_TAGS):
+        assert trained(row, template) == ["hello<|im_end|>", "ok<|im_end|>"]
+
+
+def test_two_answers_in_a_row_are_both_trained() -> None:
+    row = conversation(("user", "a"), ("assistant", "hello"), ("assistant", "ok"))
+    assert trained(row, CHATML_WITHOUT_TAGS) == ["hello<|im_end|>", "ok<|im_end|>"]
+
+
+def test_an_answer_may_come_first() -> None:
+    assert trained(conversation(("assistant", "hello")), CHATML) == ["hello<|im_end|>"]
+
+
+def test_a_tool_call_is_trained_and_the_tools_answer_is_not() -> None:
+    template = CHATML_WITHOUT_TAGS.replace(
+        "{{ message['content'] + '<|im_end|>' }}",
+        "{{ message['content'] }}{% for c in message.tool_calls %}{{ '<call>' ~ c.name }}{% endfor %}"
+        "{{ '<|im_end|>' }}",
+    )
+    assert template != CHATML_WITHOUT_TAGS
+    call = Message("assistant", "", {"tool_calls": [{"name": "clock"}]})
+    turns = (Message("user", "a"), call, Message("tool", "noon"), Message("assistant", "ok"))
+    assert trained(Conversation(turns, None, "s", HERE), template) == [
+        "<call>clock<|im_end|>",
+        "ok<|im_end|>",
+    ]
+    lost = tokenize([Conversation(turns, None, "s", HERE)], tiny_tokenizer(CHATML_WITHOUT_TAGS))[0]
+    assert lost == Drop("the chat template leaves out the tool calls of assistant turn 1", HERE, faulty=True)
+
+
+def test_all_bytes_of_a_character_split_over_several_tokens_are_trained() -> None:
+    row = example(conversation(("user", "😀"), ("assistant", "😀")), CHATML)
+    # four bytes, four tokens, then the terminator
+    assert row.trained == 5
+    assert (row.input_ids[-2 - 4 : -2] == row.labels[row.labels != IGNORE][:4]).all()
+
+
+def test_a_token_that_begins_in_the_header_is_not_trained() -> None:
+    # the header ends with a space, which the tokenizer joins with "hello": no prompt ends like this
+    template = (
+        "{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokens = tiny_tokenizer().convert_ids_to_tokens(
+        example(conversation(("user", "a"), ("assistant", "hello ok")), template).input_ids.tolist()
+    )
+    assert "Ġhello" in tokens
+    assert trained(conversation(("user", "a"), ("assistant", "hello ok")), template) == [" ok</s>"]
+
+
+def test_a_space_that_the_template_writes_before_the_answer_belongs_to_it() -> None:
+    ids = example(conversation(("user", "a"), ("assistant", "hello")), MISTRAL).labels
+    assert tiny_tokenizer().convert_ids_to_tokens(ids[ids != IGNORE].tolist()) == ["Ġhello", "</s>"]
+
+
+def test_there_is_one_bos_even_when_template_and_tokenizer_both_write_one() -> None:
+    for template in (LLAMA3, "{{ bos_token }}" + LLAMA3):
+        ids = example(TWO_TURNS, template, adds_bos=True).input_ids.tolist()
+        assert ids[0] == 1 and ids.count(1) == 1
+    assert 1 not in example(TWO_TURNS, CHATML, adds_bos=True).input_ids.tolist()
+
+
+def test_masks_do_not_depend_on_the_pad_token() -> None:
+    plain, padded_with_eos = tiny_tokenizer(MISTRAL), tiny_tokenizer(MISTRAL)
+    padded_with_eos.pad_token = "</s>"
+    first, second = (tokenize([TWO_TURNS], t)[0] for t in (plain, padded_with_eos))
+    assert isinstance(first, TokenizedExample) and isinstance(second, TokenizedExample)
+    assert first.labels.tolist() == second.labels.tolist()
+    assert first.labels.tolist().count(2) == 2  # both EOS
+
+
+# plain text
+
+
+def test_plain_text_is_trained_whole_and_ends_with_one_eos() -> None:
+    row = Conversation((), "hello ok", "s", HERE)
+    result = example(row, None)
+    tokens = ["hello", "Ġ", "ok", "</s>"]
+    ids = tiny_tokenizer().convert_tokens_to_ids(tokens)
+    assert result.input_ids.tolist() == ids
+    assert result.labels.tolist() == [*ids[1:], IGNORE]
+
+
+def test_plain_text_gets_a_bos_if_and_only_if_the_tokenizer_writes_one() -> None:
+    ids = example(Conversation((), "ok", "s", HERE), None, adds_bos=True)
+    ok = tiny_tokenizer().convert_tokens_to_ids("ok")
+    assert ids.input_ids.tolist() == [1, ok, 2]
+    assert ids.labels.tolist() == [ok, 2, IGNORE]
+    already = example(Conversation((), "<s>ok</s>", "s", HERE), None, adds_bos=True)
+    assert already.input_ids.tolist() == [1, ok, 2]
+
+
+# tags and turns must agree
+
+
+def test_tags_that_leave_out_the_terminator_are_refused_naming_the_difference() -> None:
+    template = CHATML.replace(
+        "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"
+    )
+    assert template != CHATML
+    with pytest.raises(UserError) as error:
+        tokenize([TWO_TURNS], tiny_tokenizer(template))
+    assert "rows.jsonl:7" in str(error.value)
+    assert "assistant turn 1: the tags train 'hello', the turn is 'hello<|im_end|>'" in str(error.value)
+
+
+def test_tags_that_leave_out_a_turn_are_refused() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% if loop.last %}{% generation %}{{ m.content ~ '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content ~ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(
+        UserError,
+        match="turn 1: the tags train 'ok<|im_end|>', the turn is 'hello<|im_end|>'".replace("|", r"\|"),
+    ):
+        tokenize([TWO_TURNS], tiny_tokenizer(template))
+
+
+def test_a_line_break_inside_the_tags_is_not_trained() -> None:
+    template = CHATML.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}")
+    assert template != CHATML
+    assert trained(TWO_TURNS, template) == ["hello<|im_end|>", "ok<|im_end|>"]
+
+
+def test_a_conversation_whose_answers_cannot_be_found_asks_for_tags() -> None:
+    # the text begins with a number that changes with every content, so every mark moves everything
+    count = "{{ messages | map(attribute='content') | join | length }}{% for m in messages %}"
+    template = MISTRAL.replace("{% for m in turns %}", count.replace("messages %}", "turns %}"))
+    assert template != MISTRAL
+    with pytest.raises(UserError, match=r"rows.jsonl:7: .* cannot be found .*\n.*generation"):
+        tokenize([TWO_TURNS], tiny_tokenizer(template))
+
+
+def test_answers_are_found_behind_their_header_when_something_else_is_rewritten() -> None:
+    template = "{{ messages | map(attribute='content') | join | length }}\n" + CHATML_WITHOUT_TAGS
+    assert trained(conversation(("user", "a"), ("assistant", "hello")), template) == ["hello<|im_end|>"]
+
+
+def test_the_tags_alone_decide_when_the_turns_cannot_be_found() -> None:
+    # contents are written twice, which no offset can explain
+    template = CHATML.replace("+ '<|im_end|>' }}{% endgen", "+ message['content'] + '<|im_end|>' }}{% endgen")
+    assert template != CHATML
+    assert trained(TWO_TURNS, template) == ["hellohello<|im_end|>", "okok<|im_end|>"]
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place() -> None:
+    rows = [conversation(("user", "a"), ("user", "b"), ("assistant", "c")), TWO_TURNS]
+    refused, kept = tokenize(rows, tiny_tokenizer(MISTRAL))
+    assert isinstance(refused, Drop) and refused.faulty and refused.place == HERE
+    assert "user and assistant have to take turns" in refused.reason
+    assert isinstance(kept, TokenizedExample)
+
+
+# templates and terminators
+
+
+@pytest.mark.parametrize(
+    ("template", "terminator"),
+    [
+        (CHATML, "<|im_end|>"),
+        (LLAMA3, "<|eot_id|>"),
+        (MISTRAL, "</s>"),
+        (GEMMA, "<end_of_turn>"),
+        (REASONING, "<|im_end|>"),
+        (CHATML.replace("{{ '\n' }}{% else", "{{ '\n' }}{{ eos_token if loop.last }}{% else"), "<|im_end|>"),
+    ],
+)
+def test_the_terminator_is_the_token_that_really_ends_a_turn(template: str, terminator: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    assert tokenizer.convert_ids_to_tokens(list(find_terminators(tokenizer))) == [terminator]
+    check_template(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ broken", "not valid Jinja: line 1"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not write the assistant's content"),
+        ("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}", "not one token"),
+        ("{{ raise_exception('never') }}", "never"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with_is_refused(template: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        check_template(tiny_tokenizer(template))
+    assert error.value.hint is not None and "model.chat_template=chatml" in error.value.hint
+
+
+# truncation
+
+
+def short(ids: list[int], labels: list[int]) -> TokenizedExample:
+    return TokenizedExample(np.array(ids, np.int32), np.array(labels, np.int32), "s")
+
+
+LONG = short([1, 10, 11, 12, 2], [IGNORE, IGNORE, 12, 2, IGNORE])
+
+
+def test_a_row_that_fits_is_left_alone() -> None:
+    assert fit(LONG, HERE, 5, Truncation.drop) is LONG
+
+
+def test_a_row_too_long_is_dropped_with_its_place() -> None:
+    assert fit(LONG, HERE, 4, Truncation.drop) == Drop("longer than data.max_length=4", HERE)
+
+
+def test_cut_on_the_right_ends_without_terminator_and_without_an_invented_one() -> None:
+    cut = fit(LONG, HERE, 4, Truncation.right)
+    assert isinstance(cut, TokenizedExample)
+    assert cut.input_ids.tolist() == [1, 10, 11, 12]
+    assert cut.labels.tolist() == [IGNORE, IGNORE, 12, IGNORE]
+    assert LONG.labels.tolist() == [IGNORE, IGNORE, 12, 2, IGNORE]  # the original is not touched
+
+
+def test_cut_on_the_left_keeps_the_end() -> None:
+    cut = fit(LONG, HERE, 3, Truncation.left)
+    assert isinstance(cut, TokenizedExample)
+    assert cut.input_ids.tolist() == [11, 12, 2] and cut.labels.tolist() == [12, 2, IGNORE]
+
+
+def test_cut_on_the_left_keeps_the_bos_which_then_predicts_nothing() -> None:
+    row = short([1, 10, 11, 12, 2], [10, 11, 12, 2, IGNORE])
+    cut = fit(row, HERE, 3, Truncation.left, bos_id=1)
+    assert isinstance(cut, TokenizedExample)
+    assert cut.input_ids.tolist() == [1, 12, 2] and cut.labels.tolist() == [IGNORE, 2, IGNORE]
+
+
+def test_a_cut_that_leaves_no_trained_token_drops_the_row() -> None:
+    assert fit(LONG, HERE, 2, Truncation.right) == Drop("no trained token left after truncation", HERE)
+    ends_with_question = short([10, 11, 12, 13], [11, IGNORE, IGNORE, IGNORE])
+    assert isinstance(fit(ends_with_question, HERE, 2, Truncation.left), Drop)
