@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -293,6 +294,7 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """A transformers config from `model.config`. UserError for an unknown type, field or value."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     given = dict(fields)
@@ -311,7 +313,7 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
             )
     try:
         return AutoConfig.for_model(kind, **given)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"model.config of {kind} is not valid: {_one_line(error)}") from error
 
 
@@ -326,6 +328,8 @@ def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreT
     from transformers import AutoModelForCausalLM
 
     fields = {"vocab_size": len(tokenizer), **model.config}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))  # the type's own ids lie in another vocabulary
     if fields["vocab_size"] < len(tokenizer):
         raise UserError(
             f"model.config.vocab_size={fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens",
@@ -462,6 +466,7 @@ def _set_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     _set_config_ids(network.config, tokenizer)
     network.config.use_cache = False
     settings = copy.deepcopy(network.generation_config)
+    settings._from_model_config = False
     settings.bos_token_id = tokenizer.bos_token_id
     settings.pad_token_id = tokenizer.pad_token_id
     settings.eos_token_id = sorted({*_terminators_or_none(tokenizer), cast(int, tokenizer.eos_token_id)})
@@ -495,6 +500,7 @@ def _compile_layers(network: PreTrainedModel) -> None:
 def _add_adapters(network: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     import peft
 
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # peft's own calls
     everything = list(lora.targets) == ["all-linear"]
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -565,7 +571,7 @@ def _check_folder(folder: Path) -> None:
 @contextmanager
 def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterator[None]:
     """Say what went wrong while loading in terms of what the user named."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
     from safetensors import SafetensorError
 
     at = name if revision is None else f"{name} (revision {revision})"
@@ -579,7 +585,7 @@ def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterato
         if Path(name).expanduser().is_dir():
             raise UserError(f"{key}={at} cannot be loaded: {_one_line(error)}") from error
         raise _hub_error(at, key, error) from error
-    except (ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, KeyError, StrictDataclassError) as error:
         text = _one_line(error)
         if "trust_remote_code" in text or "custom code" in text:
             raise UserError(

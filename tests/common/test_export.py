@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from common import export
+from common.artifacts import Artifact, read_manifest, verify
+from common.config import Dtype, LoraConfig, ModelConfig
+from common.errors import UserError
+from common.export import ExportMismatch, export_policy, largest_difference
+from common.losses import PackedCausalLM
+from common.models import load_model
+from common.stage import Role
+from tests.tiny import CHATML, tiny_tokenizer
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+PROBE = torch.arange(5, 25)[None]
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4},
+    "cohere": {"model_type": "cohere", "logit_scale": 0.25},
+}
+
+
+def trained(
+    fields: Mapping[str, Any], dtype: Dtype = Dtype.fp32, lora: LoraConfig | None = None
+) -> PackedCausalLM:
+    """A model whose trainable weights have moved away from where they began."""
+    config = ModelConfig(config={**SHAPE, **fields}, dtype=dtype, lora=lora or LoraConfig())
+    model = load_model(config, tiny_tokenizer(CHATML), seed=0, device=CPU)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
+    return PackedCausalLM(model.eval())
+
+
+@torch.no_grad()
+def exported(packed: PackedCausalLM, folder: Path, **changes: Any) -> Path:
+    arguments: dict[str, Any] = {"details": {"steps": 7}, "probe": PROBE, "live_logits": packed.logits(PROBE)}
+    return export_policy(
+        packed.model, packed.state_dict(), tiny_tokenizer(CHATML), folder, **{**arguments, **changes}
+    )
+
+
+@torch.no_grad()
+def reloaded_logits(folder: Path) -> torch.Tensor:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.config._attn_implementation == "sdpa"
+    return model(PROBE).logits[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_transformers_gives_the_live_models_logits(kind: str, tmp_path: Path) -> None:
+    packed = trained(KINDS[kind])
+    folder = exported(packed, tmp_path / "export")
+    assert largest_difference(packed.logits(PROBE), reloaded_logits(folder)) <= 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_adapters_give_the_live_models_logits_and_leave_it_untouched(
+    dora: bool, tied: bool, tmp_path: Path
+) -> None:
+    lora = LoraConfig(enabled=True, r=4, alpha=8, dora=dora)
+    packed = trained({"model_type": "llama", "tie_word_embeddings": tied}, lora=lora)
+    untrained = load_model(
+        ModelConfig(config={**SHAPE, "model_type": "llama", "tie_word_embeddings": tied}, dtype=Dtype.fp32),
+        tiny_tokenizer(CHATML),
+        seed=0,
+        device=CPU,
+    )
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    live = packed.logits(PROBE)
+    assert largest_difference(live, PackedCausalLM(untrained.eval()).logits(PROBE)) > 1e-2
+    folder = exported(packed, tmp_path / "export")
+    assert largest_difference(live, reloaded_logits(folder)) <= 1e-6
+    assert torch.equal(packed.logits(PROBE), live)
+    after = packed.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    adapters = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(adapters) == 2 * 7 * (3 if dora else 2)
+    assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
+
+
+def test_bf16_weights_are_written_bit_for_bit(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"], Dtype.bf16)
+    folder = exported(packed, tmp_path / "export")
+    written = load_file(folder / "model.safetensors")
+    live = packed.model.state_dict()
+    assert set(written) == set(live)
+    assert all(
+        tensor.dtype is torch.bfloat16 and torch.equal(tensor, live[n]) for n, tensor in written.items()
+    )
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_names_may_be_the_wrappers_or_the_models_own_or_taken_from_the_module(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    live = packed.logits(PROBE).detach()
+    files = []
+    for name, state in (("a", packed.state_dict()), ("b", packed.model.state_dict()), ("c", None)):
+        folder = export_policy(
+            packed.model,
+            state,
+            tiny_tokenizer(CHATML),
+            tmp_path / name,
+            details={},
+            probe=PROBE,
+            live_logits=live,
+        )
+        files.append(read_manifest(folder).files)
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_artifact_has_exactly_the_files_that_plain_transformers_needs(tmp_path: Path) -> None:
+    folder = exported(trained(KINDS["tied"]), tmp_path / "export")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert "packed" not in (folder / "config.json").read_text()
+    assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == ([2, 4], 0)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_the_manifest_says_what_the_next_step_must_know(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    folder = exported(packed, tmp_path / "export")
+    artifact = Artifact.load(folder, Role.policy)
+    details = artifact.manifest.details
+    assert details["steps"] == 7
+    assert (details["bos_token_id"], details["eos_token_id"], details["pad_token_id"]) == (1, 2, 0)
+    assert details["terminators"] == [4]
+    assert (details["dtype"], details["context_length"], details["model_type"]) == ("float32", 64, "llama")
+    assert details["parameters"] == sum(p.numel() for p in packed.model.parameters())
+    assert details["largest_logit_difference"] <= 1e-6
+    assert details["packages"]["transformers"]
+
+
+def test_generation_of_the_artifact_goes_on_as_the_live_model_would(tmp_path: Path) -> None:
+    folder = exported(trained(KINDS["llama"]), tmp_path / "export")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    output = model.generate(PROBE, max_new_tokens=3, do_sample=False)
+    assert output.shape[1] <= PROBE.shape[1] + 3 and torch.equal(output[:, : PROBE.shape[1]], PROBE)
+
+
+def test_logits_that_differ_keep_the_artifact_from_being_committed(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    wrong = packed.logits(PROBE).detach() * 1.001
+    with pytest.raises(ExportMismatch, match="differ from the live model's by 0.000999"):
+        exported(packed, tmp_path / "export", live_logits=wrong)
+    assert not (tmp_path / "export").exists()
+    assert not (tmp_path / "export.tmp" / "manifest.json").exists()
+
+
+def test_weights_that_are_not_the_live_ones_keep_the_artifact_from_being_committed(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state["model.model.layers.0.mlp.up_proj.weight"].zero_()
+    live = packed.logits(PROBE).detach()
+    with pytest.raises(ExportMismatch):
+        export_policy(
+            packed.model,
+            state,
+            tiny_tokenizer(CHATML),
+            tmp_path / "export",
+            details={},
+            probe=PROBE,
+            live_logits=live,
+        )
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_incomplete_state_dict_is_named(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    state = packed.state_dict()
+    del state["model.model.norm.weight"]
+    with pytest.raises(ValueError, match="lacks 1 of the module's tensors.*model.norm.weight"):
+        export_policy(
+            packed.model,
+            state,
+            tiny_tokenizer(CHATML),
+            tmp_path / "export",
+            details={},
+            probe=PROBE,
+            live_logits=torch.zeros(1),
+        )
+
+
+def test_the_same_artifact_is_left_where_it_is(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    folder = exported(packed, tmp_path / "export")
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    exported(packed, tmp_path / "export", details={"steps": 8})
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_another_artifact_is_set_aside_whole(tmp_path: Path) -> None:
+    old = exported(trained(KINDS["llama"]), tmp_path / "export")
+    files = read_manifest(old).files
+    exported(trained(KINDS["tied"]), tmp_path / "export")
+    assert verify(tmp_path / "export.old-1").files == files
+    assert verify(tmp_path / "export").files != files
+
+
+def test_a_damaged_artifact_is_replaced_and_kept_for_inspection(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    folder = exported(packed, tmp_path / "export")
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    exported(packed, tmp_path / "export")
+    verify(tmp_path / "export")
+    with pytest.raises(UserError, match="content differs"):
+        verify(tmp_path / "export.old-1")
+
+
+def test_a_half_written_export_of_a_killed_run_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "export.tmp").mkdir()
+    (tmp_path / "export.tmp" / "stray.json").write_text("{}")
+    folder = exported(trained(KINDS["llama"]), tmp_path / "export")
+    assert not (folder / "stray.json").exists() and verify(folder)
+
+
+def test_a_full_disk_is_a_user_error_and_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: IoError(No space left on device (os error 28))")
+
+    assert errno.ENOSPC == 28
+    monkeypatch.setattr(export, "_save", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        exported(trained(KINDS["llama"]), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_sampling_settings_of_the_base_model_do_not_prevent_saving(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    packed.model.generation_config.temperature = 0.6
+    folder = exported(packed, tmp_path / "export")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.6 and settings["do_sample"] is True
