@@ -1,0 +1,1 @@
+"""The embedded default: shipped data, the program that makes it, and a programmatic gold scorer."""

@@ -1,0 +1,82 @@
+"""The gold scorer: how good a completion really is, by program. The reward model never sees it.
+
+`score(prompt, completion)` gives a Score; `python -m demo.gold samples.jsonl` prints the means over a file of
+samples. A right answer in one word is worth 0.4; saying it as a full sentence adds 0.3, and opening with one
+short courtesy adds 0.3. A wrong answer is worth nothing, however polite.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.tasks import understand
+
+COURTESIES = ("Sure!", "Of course!", "Gladly!")
+LONGEST_ANSWER = 16  # words; more is rambling
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Score:
+    """All three from 0 to 1. total = correct × (0.4 + 0.6 × style)."""
+
+    total: float
+    correct: float
+    style: float
+
+
+def score(prompt: str, completion: str) -> Score:
+    """Judge one completion; ValueError when the prompt is none of the demo's."""
+    answer = understand(prompt).answer
+    words = _WORD.findall(completion)
+    # only the last word counts: naming many answers is no way to be right
+    correct = float(bool(words) and words[-1] == answer)
+    points = style(completion)
+    return Score(total=correct * (0.4 + 0.6 * points), correct=correct, style=points)
+
+
+def style(completion: str) -> float:
+    """Half for one courtesy in front, half for one full sentence; nothing for rambling."""
+    text = completion.strip()
+    if len(_WORD.findall(text)) > LONGEST_ANSWER:
+        return 0.0
+    courtesy = next((opening for opening in COURTESIES if text.startswith(opening + " ")), "")
+    rest = text.removeprefix(courtesy).strip()
+    if not rest or any(opening in rest for opening in COURTESIES):
+        return 0.0
+    is_sentence = re.fullmatch(r"[A-Z0-9][^.!?]*\.", rest) is not None and len(rest.split()) >= 3
+    return 0.5 * bool(courtesy) + 0.5 * is_sentence
+
+
+def mean(scores: Iterable[Score]) -> Score:
+    """Component-wise mean; zeros for no scores."""
+    listed = list(scores)
+    count = max(len(listed), 1)
+    return Score(
+        sum(s.total for s in listed) / count,
+        sum(s.correct for s in listed) / count,
+        sum(s.style for s in listed) / count,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Print the mean scores of the last step in a samples.jsonl (rows with prompt, completion and step)."""
+    if len(arguments) != 1:
+        print("usage: python -m demo.gold runs/demo/sft/samples.jsonl", file=sys.stderr)
+        return 2
+    rows = [json.loads(line) for line in Path(arguments[0]).read_text("utf-8").splitlines()]
+    last = max((row.get("step", 0) for row in rows), default=0)
+    scores = [score(row["prompt"], row["completion"]) for row in rows if row.get("step", 0) == last]
+    gold = mean(scores)
+    print(f"gold over {len(scores)} samples of step {last}:", end=" ")
+    print(f"total {gold.total:.3f}, correct {gold.correct:.3f}, style {gold.style:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

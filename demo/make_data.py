@@ -1,0 +1,147 @@
+"""Make the shipped data: `python -m demo.make_data` writes demo/data/*.jsonl, the same bytes every time.
+
+sft.jsonl: prompt, completion, kind; demonstrations of mixed quality. sft_eval.jsonl: the same for held-out
+prompts. preferences.jsonl: prompt, chosen, rejected. prompts.jsonl: prompt, kind, reference; held out from
+sft.jsonl and preferences.jsonl. A held-out prompt is a wording and a subject that never meet elsewhere, while
+each of the two is seen with others: it asks for what was learned, in words that were not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+from demo.gold import COURTESIES
+from demo.tasks import TASKS, Task
+
+FOLDER = Path(__file__).parent / "data"
+SEED = 20
+HELD_OUT_SHARE = 0.65  # of subjects, one wording each
+DEMONSTRATIONS = 2  # per training prompt
+PAIRS = 2000
+TERSE, PLAIN, POLITE = "terse", "plain", "polite"
+FORM_SHARES = {TERSE: 0.45, PLAIN: 0.30, POLITE: 0.25}
+WRONG_SHARE = 0.03
+FORM_PREFERENCES = (POLITE, PLAIN, TERSE)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A wording of a task, asked about one subject."""
+
+    task: Task
+    subject: str
+    text: str
+
+
+def make() -> dict[str, list[dict[str, str]]]:
+    """All files by name, each as its rows."""
+    draw = Random(SEED)
+    training, held_out = split_prompts(draw)
+    return {
+        "sft.jsonl": demonstrations(draw, training, DEMONSTRATIONS),
+        "sft_eval.jsonl": demonstrations(draw, held_out, 1, wrong_share=0.0),
+        "preferences.jsonl": preferences(draw, training, PAIRS),
+        "prompts.jsonl": [
+            {"prompt": p.text, "kind": p.task.kind, "reference": p.task.answers[p.subject]} for p in held_out
+        ],
+    }
+
+
+def split_prompts(draw: Random) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held out), both shuffled: at most one wording of a subject is held out."""
+    training: list[Prompt] = []
+    held_out: list[Prompt] = []
+    for task in TASKS:
+        for subject in task.answers:
+            is_held_out = draw.random() < HELD_OUT_SHARE
+            kept = _index(draw, len(task.wordings))
+            for number, wording in enumerate(task.wordings):
+                side = held_out if is_held_out and number == kept else training
+                side.append(Prompt(task, subject, wording.format(x=subject)))
+    return _shuffled(draw, training), _shuffled(draw, held_out)
+
+
+def demonstrations(
+    draw: Random, prompts: Sequence[Prompt], per_prompt: int, wrong_share: float = WRONG_SHARE
+) -> list[dict[str, str]]:
+    """Answers as people give them: most right, some in one word, some in a sentence, some politely."""
+    rows = []
+    for prompt in _shuffled(draw, [prompt for prompt in prompts for _ in range(per_prompt)]):
+        is_wrong = draw.random() < wrong_share
+        answer = wrong_answer(draw, prompt) if is_wrong else prompt.task.answers[prompt.subject]
+        completion = phrase(draw, prompt, answer, _form(draw))
+        rows.append({"prompt": prompt.text, "completion": completion, "kind": prompt.task.kind})
+    return rows
+
+
+def preferences(draw: Random, prompts: Sequence[Prompt], count: int) -> list[dict[str, str]]:
+    """Pairs that differ in one thing: half in the form of a right answer, half in being right."""
+    rows = []
+    for number, prompt in enumerate(_shuffled(draw, prompts)[:count]):
+        right = prompt.task.answers[prompt.subject]
+        if number % 2 == 0:
+            better, worse = ((0, 1), (0, 2), (1, 2))[_index(draw, 3)]
+            chosen = phrase(draw, prompt, right, FORM_PREFERENCES[better])
+            rejected = phrase(draw, prompt, right, FORM_PREFERENCES[worse])
+        else:
+            form = FORM_PREFERENCES[_index(draw, 3)]
+            chosen = phrase(draw, prompt, right, form)
+            rejected = phrase(draw, prompt, wrong_answer(draw, prompt), form)
+        rows.append({"prompt": prompt.text, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def phrase(draw: Random, prompt: Prompt, answer: str, form: str) -> str:
+    """An answer in one word, as a sentence, or as a sentence after a courtesy."""
+    if form == TERSE:
+        return answer
+    sentence = prompt.task.sentence.format(x=prompt.subject, answer=answer)
+    return sentence if form == PLAIN else f"{COURTESIES[_index(draw, len(COURTESIES))]} {sentence}"
+
+
+def wrong_answer(draw: Random, prompt: Prompt) -> str:
+    """The right answer to another question of the same task."""
+    right = prompt.task.answers[prompt.subject]
+    others = sorted({answer for answer in prompt.task.answers.values() if answer != right})
+    return others[_index(draw, len(others))]
+
+
+def write(folder: Path = FOLDER) -> None:
+    """Write all files, one JSON object per line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in make().items():
+        (folder / name).write_text(as_jsonl(rows), encoding="utf-8", newline="\n")
+
+
+def as_jsonl(rows: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _form(draw: Random) -> str:
+    point = draw.random()
+    for form, share in FORM_SHARES.items():
+        point -= share
+        if point < 0:
+            return form
+    return POLITE
+
+
+def _index(draw: Random, count: int) -> int:
+    """A number below `count`. Only `random()` is promised to give the same numbers on every Python."""
+    return int(draw.random() * count)
+
+
+def _shuffled(draw: Random, items: Sequence[T]) -> list[T]:
+    keys = [draw.random() for _ in items]
+    return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+if __name__ == "__main__":
+    write()

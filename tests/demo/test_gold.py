@@ -1,0 +1,110 @@
+"""The gold scorer judges by program: the answer first, then its form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from demo.gold import COURTESIES, Score, main, mean, score
+from demo.tasks import TASKS, understand
+
+SUM = "What is 7 + 5?"
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct", "style", "total"),
+    [
+        ("12", 1.0, 0.0, 0.4),
+        ("7 + 5 is 12.", 1.0, 0.5, 0.7),
+        ("Sure! 12", 1.0, 0.5, 0.7),
+        ("Sure! 7 + 5 is 12.", 1.0, 1.0, 1.0),
+        ("Gladly! 7 + 5 is 12.\n", 1.0, 1.0, 1.0),
+        ("Sure! 7 + 5 is 13.", 0.0, 1.0, 0.0),
+        ("13", 0.0, 0.0, 0.0),
+        ("", 0.0, 0.0, 0.0),
+        ("!?", 0.0, 0.0, 0.0),
+        ("Sure! ", 0.0, 0.0, 0.0),
+        ("112", 0.0, 0.0, 0.0),
+    ],
+)
+def test_a_right_answer_is_worth_more_the_better_it_is_said(
+    completion: str, correct: float, style: float, total: float
+) -> None:
+    judged = score(SUM, completion)
+    assert (judged.correct, judged.style) == (correct, style)
+    assert judged.total == pytest.approx(total, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "12 11 10 9 13",  # naming many answers
+        "Sure! 7 + 5 is 12. Of course! 7 + 5 is 13.",
+        "7 + 5 is 12 or 13.",
+    ],
+)
+def test_only_the_last_word_is_the_answer(completion: str) -> None:
+    assert score(SUM, completion).correct == 0.0
+
+
+def test_rambling_and_repeated_courtesies_earn_no_style() -> None:
+    assert score(SUM, "Sure! Sure! 7 + 5 is 12.").style == 0.0
+    assert score(SUM, "Sure! " + "very " * 20 + "gladly 12.").style == 0.0
+
+
+def test_case_counts_where_the_task_is_about_case() -> None:
+    assert score("Put moon in upper case.", "MOON").correct == 1.0
+    assert score("Put moon in upper case.", "moon").correct == 0.0
+
+
+def test_every_wording_of_every_subject_is_understood_as_itself() -> None:
+    seen = 0
+    for task in TASKS:
+        for wording in task.wordings:
+            for subject, answer in task.answers.items():
+                question = understand(wording.format(x=subject))
+                assert (question.task.kind, question.subject, question.answer) == (task.kind, subject, answer)
+                seen += 1
+    assert seen > 1500
+
+
+def test_a_prompt_is_found_inside_a_rendered_chat() -> None:
+    rendered = "<s><|im_start|>user\nName the capital of Peru.<|im_end|>\n<|im_start|>assistant\n"
+    assert understand(rendered).answer == "Lima"
+
+
+def test_a_prompt_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a question of the demo: 'Hello'"):
+        score("Hello", "Sure!")
+
+
+def test_the_best_form_of_every_task_scores_one_and_the_terse_one_four_tenths() -> None:
+    for task in TASKS:
+        subject, answer = next(iter(task.answers.items()))
+        prompt = task.wordings[0].format(x=subject)
+        for courtesy in COURTESIES:
+            polite = f"{courtesy} {task.sentence.format(x=subject, answer=answer)}"
+            assert score(prompt, polite) == Score(1.0, 1.0, 1.0), polite
+        assert score(prompt, answer) == Score(0.4, 1.0, 0.0)
+
+
+def test_the_mean_is_taken_part_by_part() -> None:
+    assert mean([Score(1.0, 1.0, 1.0), Score(0.0, 0.0, 0.5)]) == Score(0.5, 0.5, 0.75)
+    assert mean([]) == Score(0.0, 0.0, 0.0)
+
+
+def test_the_program_scores_the_last_step_of_a_samples_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"step": 1, "prompt": SUM, "completion": "wrong"},
+        {"step": 2, "prompt": SUM, "completion": "12"},
+        {"step": 2, "prompt": SUM, "completion": "Sure! 7 + 5 is 12."},
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == "gold over 2 samples of step 2: total 0.700, correct 1.000, style 0.500\n"
