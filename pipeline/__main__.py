@@ -111,10 +111,11 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     prepared = prepare(args.overrides, multirun=args.multirun)
     register()
     jobs = jobs_of(prepared.overrides) if args.multirun else [prepared.overrides]
-    own_search_path = args.config_dir or args.config_path or args.config_name or args.experimental_rerun
-    if not own_search_path and not args.hydra_help and not args.shell_completion:
+    own_config = args.config_path or args.config_name or args.experimental_rerun
+    if not own_config and not args.hydra_help and not args.shell_completion:
+        beside = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
         for job in jobs:
-            compose(job)  # errors of every job in our words, before the first one starts
+            compose([*job, *beside])  # errors of every job in our words, before the first one starts
     if args.multirun or not any((args.cfg, args.help, args.info)):
         for note in prepared.notes:
             print(note)

@@ -123,7 +123,8 @@ def explain(error: BaseException) -> UserError:
         return error
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    below = error.__cause__ or error.__context__  # Hydra chains an error of a file's content implicitly
+    cause = below if isinstance(below, OmegaConfBaseException) else error
     first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _unknown_item(cause, error)

@@ -1,0 +1,104 @@
+"""The command line as a user meets it, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import PROJECT
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def rlhf(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the controller (with the fake step) in `folder`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROGRAMS)])}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, str(PROGRAMS / "drive.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    return ["model=llama_4m", "sft.data.path=rows.jsonl", "sft.data.max_length=256"]
+
+
+def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: Path, job: list[str]) -> None:
+    done = rlhf("run", *job, "run_name=a", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "runs"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a"]
+    assert "artifact  runs/a/sft/export" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "usage: python -m pipeline"),
+        (("rnu",), "did you mean run?"),
+        (("sft.data.path=x",), "python -m pipeline run sft.data.path=x"),
+        (("run", "+sft.lrr=1"), "did you mean sft.optim.lr?"),
+        (("run", "--cfg", "job", "sft.lrr=1"), "did you mean sft.optim.lr?"),
+        (("run", "-m", "seed=1,x"), "seed: value 'x'"),
+        (("run", "steps=[sft,ppo]"), "ppo is not built yet"),
+        (("run", "--no-such-flag"), "unrecognized arguments: --no-such-flag"),
+        (("preview", "model.path=./nowhere"), "model.path=./nowhere: no such folder"),
+        (("verify",), "verify takes one path"),
+        (("verify", "nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_what_the_user_can_fix_ends_with_status_two_and_no_traceback(
+    arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = rlhf(*arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:
+    shown = rlhf("run", "--cfg", "job", "seed=7", "--package", "sft.optim", folder=tmp_path)
+    assert (shown.returncode, "name: adamw" in shown.stdout) == (0, True), shown.stderr
+    helped = rlhf("run", "--help", folder=tmp_path)
+    assert helped.returncode == 0
+    assert "deepspeed: zero1, zero2, zero2_offload, zero3, zero3_hpz, zero3_offload" in helped.stdout
+    assert rlhf("run", "--info", "defaults", folder=tmp_path).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_no_error(tmp_path: Path) -> None:
+    done = rlhf("--help", folder=tmp_path)
+    assert done.returncode == 0 and "verify PATH" in done.stdout
+
+
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path: Path, job: list[str]) -> None:
+    done = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", "sft.optim.lr=1e-3,1e-4", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
+    assert len(folders) == 4 and all(name.startswith("s-") for name in folders)
+    again = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", "sft.optim.lr=1e-3,1e-4", folder=tmp_path)
+    assert again.stdout.count("done already, verified") == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "runs"]
+
+
+def test_a_users_own_folder_of_experiments_is_found(tmp_path: Path, job: list[str]) -> None:
+    own = tmp_path / "mine" / "experiment"
+    own.mkdir(parents=True)
+    (own / "short.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: llama_4m\n"
+        "run_name: short\nsft:\n  data:\n    path: rows.jsonl\n    max_length: 128\n"
+    )
+    done = rlhf("run", "--config-dir", "mine", "experiment=short", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "max_length: 128" in (tmp_path / "runs" / "short" / "resolved.yaml").read_text()
+    text = (own / "short.yaml").read_text()
+    (own / "typo.yaml").write_text(text.replace("max_length", "max_lenght"))
+    done = rlhf("run", "--config-dir", "mine", "experiment=typo", folder=tmp_path)
+    assert done.returncode == 2
+    assert "unknown key sft.data.max_lenght" in done.stderr and "did you mean max_length?" in done.stderr
