@@ -217,7 +217,7 @@ def report_skipped(
     )
     if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
-            f"{counters.skipped_in_a_row} optimizer steps in a row were not finite, up to step {counters.step}",
+            f"{counters.skipped_in_a_row} steps in a row were not finite, up to step {counters.step}",
             hint="the weights are as before them: lower sft.optim.lr, use model.dtype=bf16 or fp32, "
             "or look at the documents named in sft/logs/rank_0.log",
         )
