@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,8 +300,18 @@ def _details(saved: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "terminators": list(terminators_of(tokenizer)),
+        "git_commit": _git_commit(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _git_commit() -> str | None:
+    """Of the program that trained; None where it does not run from a repository."""
+    where = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

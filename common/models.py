@@ -16,9 +16,9 @@ import difflib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common import attention
+from common.artifacts import disk_errors
 from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.data.chat import find_terminators
 from common.errors import UserError
@@ -40,10 +41,12 @@ TEMPLATE_FOLDER = Path(__file__).resolve().parents[1] / "conf" / "chat_template"
 TRAINED_SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
-# Tokens that tokenizers ship for padding or for nothing yet, in the order in which they are taken for it.
+# Tokens that tokenizers ship for padding, or for nothing yet, or to end a text that is not a turn; in
+# the order in which they are taken for padding.
 SPARE_TOKENS = (
-    r"<pad>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|finetune_right_pad_id\|>|<\|end_?of_?text\|>",
+    r"<pad>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|finetune_right_pad_id\|>",
     r"<\|?reserved_special_token_\d+\|?>|<unused\d+>|<\|extra_\d+\|>|<SPECIAL_\d+>|<\|dummy_\d+\|>",
+    r"<\|end_?of_?text\|>",
 )
 
 
@@ -165,13 +168,22 @@ def _trained_tokenizer(
         log.info("the texts give %d tokens, fewer than the %d asked for", len(tokenizer), size)
     if save_to is None:
         return tokenizer
-    save_to.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{save_to.name}.", dir=save_to.parent))
-    tokenizer.save_pretrained(partial)
-    if save_to.exists():
-        shutil.rmtree(save_to)
-    os.replace(partial, save_to)
+    _keep(tokenizer, save_to)
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(save_to))
+
+
+def _keep(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save into `folder` by a rename: it is there whole or not at all. The first of several nodes wins."""
+    partial = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
+    with disk_errors(folder):
+        partial.mkdir(parents=True)
+        tokenizer.save_pretrained(partial)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            shutil.rmtree(partial)
+            if not (folder / "tokenizer.json").is_file():
+                raise
 
 
 def _set_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:
@@ -262,7 +274,7 @@ def load_model(
     attention.register()
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
         network = _from_config(model, tokenizer) if model.config else _from_weights(model, device)
         _check_context(network.config, max_length)
         attention.check_supported(network)

@@ -15,6 +15,7 @@ from transformers import (
 
 from common import attention
 from common.errors import UserError
+from common.models import _enable_checkpointing
 
 SHAPE = {
     "vocab_size": 64,
@@ -155,7 +156,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         model = tiny(CONFIGS["llama"]).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _enable_checkpointing(model)
         cu_seqlens = boundaries(LENGTHS)
         ids = torch.arange(15)[None]
         positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]

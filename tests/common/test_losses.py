@@ -27,6 +27,7 @@ from common.losses import (
     check_packed,
     token_cross_entropy,
 )
+from common.models import _enable_checkpointing
 
 SHAPE = {
     "vocab_size": 64,
@@ -277,7 +278,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     def gradients(on: bool) -> list[torch.Tensor]:
         model = tiny(LLAMA).train()
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _enable_checkpointing(model)
         PackedCausalLM(model).score(BATCH).loss_sum.backward()
         return [p.grad for p in model.parameters()]
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from common.attention import plain_attention
 from common.config import Dtype, LoraConfig, ModelConfig, Quantize, TokenizerConfig
 from common.errors import UserError
 from common.losses import PackedCausalLM
@@ -105,6 +106,18 @@ def test_the_same_texts_give_the_same_tokenizer_and_a_kept_one_is_not_trained_ag
     assert asked == [1]
     assert kept.get_vocab() == made.get_vocab() == first.get_vocab()
     assert kept.chat_template == first.chat_template
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_of_two_nodes_that_train_the_tokenizer_the_first_one_wins(tmp_path: Path) -> None:
+    model = config(tokenizer=TokenizerConfig(train_vocab_size=280))
+    kept = tmp_path / "tokenizer"
+
+    def texts_while_another_node_finishes() -> Iterator[str]:
+        train_tokenizer(iter(TEXTS), 270).save_pretrained(kept)
+        return iter(TEXTS)
+
+    assert len(load_tokenizer(model, texts_while_another_node_finishes, kept)) == 270
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
 
 
@@ -378,6 +391,16 @@ def test_adapters_start_as_the_base_model_and_only_they_train(dora: bool) -> Non
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     # seven linear layers in each of two decoder layers, each with A and B (and a magnitude)
     assert len(trained) == 2 * 7 * (3 if dora else 2) and all("lora_" in n for n in trained)
+
+
+def test_a_model_with_adapters_generates_under_plain_attention() -> None:
+    model = load_model(
+        config(lora=LoraConfig(enabled=True)), tiny_tokenizer(CHATML), seed=0, device=CPU
+    ).eval()
+    with plain_attention(model):
+        output = model.generate(input_ids=torch.arange(5, 9)[None], max_new_tokens=3, do_sample=False)
+    assert output[0, :4].tolist() == [5, 6, 7, 8] and output.shape[1] > 4
+    assert model.get_base_model().config._attn_implementation == "packed"
 
 
 def test_unknown_adapter_targets_name_the_modules_there_are() -> None:
