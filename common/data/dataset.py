@@ -299,6 +299,11 @@ def training_texts(data: DataConfig, *, seed: int, report: Report = print) -> It
             yield from (message.content for message in conversation.messages)
 
 
+def source_weights(data: DataConfig) -> dict[str, float]:
+    """`weight` of each source under the name it has in the ledger and in `TokenizedDataset.sources`."""
+    return {name: source.weight for name, source in _named_sources(data)}
+
+
 def content_hash(conversation: Conversation, seed: int) -> int:
     """64 bits of what the row says (not of where it stands), different for each seed."""
     turns = [(message.role, message.content, message.extra) for message in conversation.messages]
@@ -557,10 +562,13 @@ def _why_missed(root: Path, key: Mapping[str, Any]) -> str:
             continue
         now = _flat(key)
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        return "tokenizing; changed since the last time: " + "; ".join(
+        if not names:
+            return "tokenizing; the cached rows are damaged"
+        changes = [
             f"{name} {before.get(name)} -> {now.get(name)}" if name.startswith("options.") else name
             for name in names
-        )
+        ]
+        return "tokenizing; changed since the last time: " + "; ".join(changes)
     return f"tokenizing; nothing is cached yet in {root}"
 
 

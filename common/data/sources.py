@@ -18,6 +18,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,7 +224,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[Place, bytes]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield Place(str(path), number), line
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read after line {number}: {error}", hint="the file is damaged or cut off"
         ) from error

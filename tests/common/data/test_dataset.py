@@ -1,0 +1,389 @@
+"""From files to documents on disk: cache, split, ledger, and data that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
+from common.data import chat, dataset
+from common.data.dataset import (
+    Ledger,
+    TokenizedDataset,
+    build,
+    held_out,
+    source_weights,
+    training_texts,
+    wait_for,
+)
+from common.data.types import IGNORE
+from common.errors import UserError
+from tests.tiny import CHATML, tiny_tokenizer
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(first, first + count)]
+
+
+class Said(list[str]):
+    """What was reported."""
+
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+
+def made(
+    tmp_path: Path, tokenizer: Any = None, said: Said | None = None, seed: int = 0, **options: Any
+) -> tuple[TokenizedDataset, TokenizedDataset | None, Ledger]:
+    if "sources" not in options:
+        options.setdefault("path", str(tmp_path / "rows.jsonl"))
+    return build(
+        DataConfig(**options),
+        tiny_tokenizer(CHATML) if tokenizer is None else tokenizer,
+        seed=seed,
+        cache_dir=tmp_path / "cache",
+        report=Said() if said is None else said,
+    )
+
+
+def texts(documents: TokenizedDataset) -> list[str]:
+    tokenizer = tiny_tokenizer()
+    return [tokenizer.decode(documents[index].input_ids) for index in range(len(documents))]
+
+
+def test_documents_come_back_as_they_were_tokenized(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(3000))
+    train, evaluation, ledger = made(tmp_path)
+    assert evaluation is not None and len(train) == 2850 and len(evaluation) == 150
+    index = 2700  # beyond the second block of the file
+    document = train[index]
+    text = tiny_tokenizer().decode(document.input_ids)
+    number = text.partition("question ")[2].partition("<")[0]
+    assert text == (
+        f"<|im_start|>user\nquestion {number}<|im_end|>\n<|im_start|>assistant\nanswer {number}<|im_end|>\n"
+    )
+    trained = document.labels[document.labels != IGNORE]
+    assert tiny_tokenizer().decode(trained) == f"answer {number}<|im_end|>"
+    assert train.lengths[index] == len(document.input_ids) and train.trained[index] == len(trained)
+    assert train.lengths.dtype == np.int32 and document.input_ids.dtype == np.int32
+    assert train.sources == ["rows"] and document.source == "rows" and not train.source_ids.any()
+    assert ledger.sources[0].tokens == train.lengths.sum() + evaluation.lengths.sum()
+    with pytest.raises(IndexError):
+        train[2850]
+
+
+# the cache
+
+
+def test_the_same_again_is_a_hit(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, ledger = made(tmp_path)
+    said = Said()
+    again, _, same = made(tmp_path, said=said)
+    assert said == []
+    assert first.fingerprint == again.fingerprint and ledger == same
+
+
+def changed(tmp_path: Path, *, tokenizer: Any = None, **options: Any) -> str:
+    """Build once plainly and once changed; the line that says why the second was a miss."""
+    write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, _ = made(tmp_path)
+    said = Said()
+    second, _, _ = made(tmp_path, tokenizer, said, **options)
+    assert first.fingerprint != second.fingerprint
+    return said[0]
+
+
+def test_another_tokenizer_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    other = tiny_tokenizer(CHATML)
+    other.add_tokens(["question"])
+    assert changed(tmp_path, tokenizer=other) == "tokenizing; changed since the last time: tokenizer"
+
+
+def test_another_template_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    other = tiny_tokenizer(CHATML + " ")
+    assert changed(tmp_path, tokenizer=other) == "tokenizing; changed since the last time: chat_template"
+
+
+def test_another_option_is_a_miss_that_says_which_and_how(tmp_path: Path) -> None:
+    line = changed(tmp_path, max_length=512, truncation=Truncation.left)
+    changes = "options.max_length 2048 -> 512; options.truncation drop -> left"
+    assert line == f"tokenizing; changed since the last time: {changes}"
+
+
+def test_another_seed_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    assert changed(tmp_path, seed=1).endswith("options.seed 0 -> 1")
+
+
+def test_other_rows_are_a_miss_that_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    made(tmp_path)
+    write(tmp_path / "rows.jsonl", pairs(41))
+    said = Said()
+    made(tmp_path, said=said)
+    assert said[0] == "tokenizing; changed since the last time: rows.rows"
+
+
+def test_changed_code_is_a_miss_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    made(tmp_path)
+    monkeypatch.setattr(dataset, "_code_version", lambda: "newer")
+    said = Said()
+    made(tmp_path, said=said)
+    assert said[0] == "tokenizing; changed since the last time: code"
+
+
+def test_weights_and_the_pad_token_do_not_cost_a_new_build(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, _ = made(tmp_path, sources=[SourceConfig(path=path)])
+    padded = tiny_tokenizer(CHATML)
+    padded.pad_token = "</s>"
+    said = Said()
+    second, _, _ = made(tmp_path, padded, said, sources=[SourceConfig(path=path, weight=3.0)])
+    assert said == [] and first.fingerprint == second.fingerprint
+
+
+def test_an_interrupted_build_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "rows.jsonl", pairs(3000))
+    real, calls = chat.tokenize, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(chat, "tokenize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(chat, "tokenize", real)
+    assert len(made(tmp_path)[0]) == 2850
+
+
+def test_what_a_killed_builder_left_is_cleared_away_and_never_used(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    train, _, _ = made(tmp_path)
+    folder = next((tmp_path / "cache").iterdir())
+    child = multiprocessing.get_context("spawn").Process(target=int)
+    child.start()
+    child.join()
+    left = folder.with_name(f"{folder.name}.tmp-{os.uname().nodename}-{child.pid}")
+    folder.rename(left)
+    (left / dataset.KEY_FILE).unlink()
+    again, _, _ = made(tmp_path)
+    assert again.fingerprint == train.fingerprint
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_a_cache_whose_rows_were_cut_short_is_built_again(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    before = texts(made(tmp_path)[0])
+    rows = next((tmp_path / "cache").iterdir()) / dataset.ROWS_FILE
+    rows.write_bytes(rows.read_bytes()[:-100])
+    said = Said()
+    assert texts(made(tmp_path, said=said)[0]) == before
+    assert said[0] == "tokenizing; the cached rows are damaged"
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"data.cache_dir=.*cache: .*\n.*data.cache_dir"):
+        made(tmp_path)
+
+
+def test_others_wait_for_the_builder_without_building(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    data, tokenizer = DataConfig(path=str(tmp_path / "rows.jsonl")), tiny_tokenizer(CHATML)
+    options: dict[str, Any] = {"seed": 0, "cache_dir": tmp_path / "cache", "report": Said()}
+    found: list[TokenizedDataset] = []
+    waiter = threading.Thread(target=lambda: found.append(build(data, tokenizer, wait=True, **options)[0]))
+    waiter.start()
+    waiter.join(0.3)
+    assert waiter.is_alive() and not (tmp_path / "cache").exists()
+    train, _, _ = build(data, tiny_tokenizer(CHATML), **options)
+    waiter.join(10)
+    assert not waiter.is_alive() and found[0].fingerprint == train.fingerprint
+
+
+def test_waiting_ends_with_an_error_when_nobody_builds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none did"):
+        wait_for(tmp_path / "never", report=Said(), silence=0.05, poll=0.01)
+
+
+# the held-out part
+
+
+def test_equal_rows_never_sit_on_both_sides(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", pairs(60) * 3)
+    second = write(tmp_path / "b.jsonl", pairs(60, 30))
+    sources = [SourceConfig(path=first), SourceConfig(path=second)]
+    train, evaluation, _ = made(tmp_path, sources=sources, eval_fraction=0.2)
+    assert evaluation is not None
+    assert len(train) + len(evaluation) == 240
+    assert not set(texts(train)) & set(texts(evaluation))
+    assert set(evaluation.source_ids.tolist()) == {0, 1}
+
+
+def test_the_share_is_held_out_of_each_source_and_follows_the_seed() -> None:
+    hashes = np.arange(1000, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
+    source_ids = np.array([0] * 900 + [1] * 100)
+    chosen = held_out(hashes, source_ids, 0.05)
+    mask = np.isin(hashes, np.array(sorted(chosen), np.uint64))
+    assert mask[:900].sum() == 45 and mask[900:].sum() == 5
+    assert held_out(hashes, source_ids, 0.0) == set()
+    assert held_out(np.array([7, 7], np.uint64), np.array([0, 0]), 0.5) == set()  # nothing would be left
+
+
+def test_another_seed_holds_out_other_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(200))
+    first, second = made(tmp_path, seed=0)[1], made(tmp_path, seed=1)[1]
+    assert first is not None and second is not None and len(first) == len(second) == 10
+    assert texts(first) != texts(second)
+
+
+def test_nothing_is_held_out_when_not_wanted(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(20))
+    train, evaluation, _ = made(tmp_path, eval_fraction=0.0)
+    assert evaluation is None and len(train) == 20
+
+
+def test_a_file_of_its_own_for_evaluation_is_kept_out_of_training(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(20))
+    held = write(tmp_path / "held.jsonl", pairs(5, 18))
+    train, evaluation, ledger = made(tmp_path, eval_path=held)
+    assert evaluation is not None
+    assert len(train) == 18 and len(evaluation) == 5
+    assert ledger.sources[0].dropped["also in data.eval_path"].places == [
+        f"{tmp_path / 'rows.jsonl'}:19",
+        f"{tmp_path / 'rows.jsonl'}:20",
+    ]
+    assert evaluation.sources == ["rows", "held"] and set(evaluation.source_ids.tolist()) == {1}
+
+
+def test_texts_for_a_tokenizer_leave_out_what_is_held_out(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.25)
+    found = list(training_texts(data, seed=0, report=Said()))
+    train, _, _ = made(tmp_path, eval_fraction=0.25)
+    assert len(found) == 2 * len(train) == 60
+    assert all(any(text in row for row in texts(train)) for text in found)
+
+
+# the ledger
+
+
+def test_the_ledger_accounts_for_every_row(tmp_path: Path) -> None:
+    rows: list[Any] = pairs(20)
+    rows[3] = {"prompt": "q"}  # line 4: no completion
+    rows[5] = {"prompt": "q" * 200, "completion": "a"}  # line 6: too long
+    rows[7] = {"prompt": "q" * 300, "completion": "a"}  # line 8: too long
+    path = write(tmp_path / "rows.jsonl", rows)
+    with open(path, "a") as file:
+        file.write("{broken\n")  # line 21
+    said = Said()
+    train, evaluation, ledger = made(tmp_path, said=said, max_length=100, on_bad_row=OnBadRow.skip)
+    entry = ledger.sources[0]
+    assert entry.format == "prompt/completion"
+    assert (entry.rows_read, entry.rows_kept, entry.rows_held_out, entry.bad_rows) == (21, 17, 1, 2)
+    assert entry.dropped["longer than data.max_length=100"].places == [f"{path}:6", f"{path}:8"]
+    assert evaluation is not None and len(train) + len(evaluation) == 17
+    assert [line for line in said if line.startswith("skipped")] == [
+        f"skipped {path}:4: no completion (the source's format is prompt/completion)",
+        f"skipped {path}:21: not valid JSON: Expecting property name enclosed in double quotes at column 2",
+    ]
+    lines = ledger.lines()
+    assert lines[0].split() == [
+        *["source", "format", "read", "kept", "held", "out", "tokens", "trained", "cut", "bad", "dropped"]
+    ]
+    assert lines[1].split()[:5] == ["rows", "prompt/completion", "21", "17", "1"]
+    assert lines[2] == f"dropped from rows: 2 × longer than data.max_length=100 ({path}:6, {path}:8)"
+    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+
+
+def test_cut_rows_are_counted(tmp_path: Path) -> None:
+    rows = [*pairs(9), {"prompt": "q", "completion": "a" * 200}]
+    write(tmp_path / "rows.jsonl", rows)
+    train, _, ledger = made(tmp_path, max_length=100, truncation=Truncation.right, eval_fraction=0.0)
+    assert ledger.sources[0].truncated == 1 and len(train) == 10
+    assert train.lengths.max() == 100
+    assert tiny_tokenizer().eos_token_id not in train[9].input_ids
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    first = write(tmp_path / "rows.jsonl", pairs(10))
+    second = write(tmp_path / "x" / "rows.jsonl", [{"text": f"text {n}"} for n in range(10)])
+    train, _, ledger = made(tmp_path, sources=[SourceConfig(path=first), SourceConfig(path=second)])
+    assert train.sources == ["rows", "rows-2"]
+    weighted = [SourceConfig(path=first, weight=2.0), SourceConfig(path=second)]
+    assert source_weights(DataConfig(sources=weighted)) == {"rows": 2.0, "rows-2": 1.0}
+    assert [entry.format for entry in ledger.sources] == ["prompt/completion", "text"]
+
+
+# data that cannot be used
+
+
+def test_a_row_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", pairs(5))
+    template = (
+        "{% if 'question 2' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(UserError, match=f"{path}:3: the chat template refuses it: not this"):
+        made(tmp_path, tiny_tokenizer(template))
+    _, _, ledger = made(tmp_path, tiny_tokenizer(template), on_bad_row=OnBadRow.skip)
+    assert ledger.sources[0].bad_rows == 1 and ledger.sources[0].rows_kept == 4
+
+
+def test_bad_rows_of_reading_and_rendering_share_one_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [*pairs(5), {"prompt": "q"}])
+    template = (
+        "{% if 'question 2' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(UserError, match="more than data.max_bad_rows=1"):
+        made(tmp_path, tiny_tokenizer(template), on_bad_row=OnBadRow.skip, max_bad_rows=1)
+    assert Path(path).exists()
+
+
+def test_an_unknown_role_is_named_by_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "alien", "content": "x"}]}])
+    with pytest.raises(UserError, match=f"{path}:1: messages, turn 1: unknown role 'alien'"):
+        made(tmp_path)
+
+
+def test_a_missing_assistant_turn_is_named_by_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(UserError, match=f"{path}:1: no assistant turn"):
+        made(tmp_path)
+
+
+def test_columns_of_no_known_format_are_named_by_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"body": "x"}])
+    with pytest.raises(UserError, match=f"{path}:1: no known format has the columns body"):
+        made(tmp_path)
+
+
+def test_a_data_set_without_a_row_left_says_why(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(20))
+    with pytest.raises(UserError, match="no row is left to train on: .*20 × longer than data.max_length=8"):
+        made(tmp_path, max_length=8)
+    with pytest.raises(UserError, match="no row is left to train on"):
+        made(tmp_path, max_length=8)  # also from the cache
+
+
+def test_no_data_at_all_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no data is named\n.*data.path"):
+        made(tmp_path, path=None)
