@@ -326,7 +326,12 @@ def read_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
             "the tokenizer has no chat template",
             hint="name one: model.chat_template=chatml (or alpaca, plain)",
         )
-    text = tokenizer.get_chat_template()
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError as error:  # several named templates, none of them the default
+        raise UserError(
+            f"the tokenizer's chat template cannot be chosen: {error}", hint=TEMPLATE_HINT
+        ) from error
     special = tuple((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
     added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
     tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None

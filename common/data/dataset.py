@@ -462,13 +462,14 @@ def _column(arrays: list[np.ndarray]) -> pyarrow.ListArray:
 
 def _index(rows: _Rows, fraction: float) -> dict[str, np.ndarray]:
     """Per row of the file: lengths, trained tokens, source; and which rows are whose (`train`, `eval`)."""
-    hashes, source_ids = np.array(rows.hashes, np.uint64), np.array(rows.source_ids, np.int32)
-    for_eval = np.array(rows.for_eval, bool)
+    # views, not copies: with a million rows these numbers are most of the memory in use
+    hashes, source_ids = np.frombuffer(rows.hashes, np.uint64), np.frombuffer(rows.source_ids, np.int32)
+    for_eval = np.frombuffer(rows.for_eval, np.int8) != 0
     chosen = held_out(hashes[~for_eval], source_ids[~for_eval], fraction)
     for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
     return {
-        "lengths": np.array(rows.lengths, np.int32),
-        "trained": np.array(rows.trained, np.int32),
+        "lengths": np.frombuffer(rows.lengths, np.int32),
+        "trained": np.frombuffer(rows.trained, np.int32),
         "source_ids": source_ids,
         "train": np.flatnonzero(~for_eval),
         "eval": np.flatnonzero(for_eval),
@@ -479,7 +480,7 @@ def _count(ledger: Ledger, index: Mapping[str, np.ndarray], rows: _Rows) -> None
     """Fill in what is only known once every row was seen."""
     held = np.zeros(len(index["lengths"]), bool)
     held[index["eval"]] = True
-    truncated = np.array(rows.truncated, bool)
+    truncated = np.frombuffer(rows.truncated, np.int8) != 0
     for number, entry in enumerate(ledger.sources):
         of_source = index["source_ids"] == number
         entry.rows_kept = int(of_source.sum())

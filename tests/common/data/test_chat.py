@@ -6,6 +6,7 @@ Trained tokens are written as text: what the labels decode to, one string per un
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +160,14 @@ def test_the_shipped_templates_write_exactly_this() -> None:
     )
     assert text("alpaca") == "<s>S\n\n### Instruction:\nQ\n\n### Response:\nA</s>\n\n"
     assert text("plain") == "<s>S\nQ\nA</s>"
+
+
+def test_the_shipped_templates_write_no_bos_that_is_also_the_eos() -> None:
+    tokenizer = tiny_tokenizer((TEMPLATES / "chatml.jinja").read_text())
+    tokenizer.bos_token = tokenizer.eos_token
+    result = tokenize([TWO_TURNS], tokenizer)[0]
+    assert isinstance(result, TokenizedExample)
+    assert result.input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_reasoning_is_trained_where_the_template_keeps_it_and_only_there() -> None:
@@ -366,9 +375,10 @@ def test_the_terminator_is_the_token_that_really_ends_a_turn(template: str, term
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not write the assistant's content"),
         ("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}", "not one token"),
         ("{{ raise_exception('never') }}", "never"),
+        ({"tool_use": CHATML, "rag": CHATML}, "cannot be chosen"),
     ],
 )
-def test_a_template_that_cannot_be_trained_with_is_refused(template: str | None, message: str) -> None:
+def test_a_template_that_cannot_be_trained_with_is_refused(template: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         check_template(tiny_tokenizer(template))
     assert error.value.hint is not None and "model.chat_template=chatml" in error.value.hint
