@@ -6,7 +6,8 @@ element, so that changes nothing; what it means for the others is written beside
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common.config import OptimConfig, OptimizerName, SchedulerName
@@ -14,7 +15,6 @@ from common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch.optim.lr_scheduler import LambdaLR
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -124,12 +124,13 @@ def _bitsandbytes(
     return kind(groups, lr=lr, betas=betas, eps=optim.eps)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimConfig, total_steps: int) -> LambdaLR:
-    """Learning rate by applied step: linear warm-up, then the named shape.
+def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Applied steps so far -> share of the peak learning rate for the next one (transformers' schedules).
 
-    `total_steps` and the warm-up count applied optimizer steps; a skipped step does not advance it.
-    The warm-up is `ceil(warmup_ratio * total_steps)` steps long.
+    Linear warm-up over `warmup_steps`, then the named shape: the first step has learning rate 0 when
+    there is a warm-up. A pure function, so that a resumed run needs no scheduler state.
     """
+    import torch
     from transformers import get_scheduler
 
     warmup = warmup_steps(optim.warmup_ratio, total_steps)
@@ -140,14 +141,16 @@ def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimConfig, total_
     if optim.scheduler is SchedulerName.wsd:
         name = "warmup_stable_decay"
         extra = {"num_decay_steps": max(1, (total_steps - warmup) // 5), "min_lr_ratio": optim.min_lr_ratio}
-    return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
+    carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return get_scheduler(name, carrier, warmup, total_steps, scheduler_specific_kwargs=extra).lr_lambdas[0]
 
 
 def warmup_steps(ratio: float, total_steps: int) -> int:
     """Optimizer steps with rising learning rate."""
-    return -int(-ratio * total_steps // 1)
+    return math.ceil(ratio * total_steps - 1e-9)  # 0.07 * 100 is a little over 7 in binary
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> Iterable[float]:
-    """The learning rate of each parameter group, as it is now."""
-    return (float(group["lr"]) for group in optimizer.param_groups)
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every parameter group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

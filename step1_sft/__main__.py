@@ -19,11 +19,13 @@ def main() -> int:
     """Exit status: 0 done, 2 something the user can fix, 143 told to stop with its state saved."""
     parser = argparse.ArgumentParser(prog="python -m step1_sft")
     parser.add_argument("--config", type=Path, required=True, help="a run's resolved.yaml")
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder")
+    parser.add_argument(
+        "--run-dir", type=Path, help="the run's folder; by default the one that holds the config"
+    )
     parser.add_argument("--preview", action="store_true", help="show the data and stop")
     arguments = parser.parse_args()
-    folder = arguments.run_dir / "sft"
-    logs = folder / "logs"
+    run_dir = arguments.run_dir or arguments.config.parent
+    logs = run_dir / "sft" / "logs"
     open_rank_log(logs, int(os.environ.get("RANK", "0")))
 
     def work() -> int:
@@ -31,11 +33,11 @@ def main() -> int:
         if arguments.preview:
             from step1_sft.preview import preview
 
-            preview(job, folder)
+            preview(job, run_dir / "sft")
             return 0
         from step1_sft.train import train
 
-        return train(job, arguments.run_dir)
+        return train(job, run_dir)
 
     return run_and_report(work, logs)
 

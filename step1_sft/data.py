@@ -41,6 +41,11 @@ class SFTData:
     ledger: dataset.Ledger
     weights: dict[str, float]  # by source name
 
+    def fingerprints(self) -> dict[str, str | None]:
+        """Hashes of everything that decided the documents, for the manifest."""
+        held_out = None if self.held_out is None else self.held_out.fingerprint
+        return {"train": self.train.fingerprint, "held_out": held_out}
+
 
 def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int) -> PreTrainedTokenizerFast:
     """The base model's tokenizer, or one trained on the training rows and kept in `folder/tokenizer`.
@@ -73,8 +78,7 @@ def load_data(job: SFTJob, tokenizer: PreTrainedTokenizerFast, folder: Path, wor
     )
     if world.is_main:
         write_json(folder / "ledger.json", ledger.to_json())
-    weights = {name: source.weight for name, source in zip(train.sources, data.all_sources(), strict=False)}
-    return SFTData(train, held_out, ledger, weights)
+    return SFTData(train, held_out, ledger, dataset.source_weights(data))
 
 
 def batch_plan(job: SFTJob, world: World) -> BatchPlan:

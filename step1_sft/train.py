@@ -14,14 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import Dtype, to_plain
 from common.data.batches import Batches, evaluation_batches
 from common.data.chat import find_terminators
+from common.data.types import TokenizedExample
 from common.distributed import (
     STOPPED_EXIT_CODE,
     StopSignal,
+    barrier,
     init_world,
     seed_everything,
     sum_over_ranks,
@@ -29,6 +33,7 @@ from common.distributed import (
 from common.ds_config import build_ds_config
 from common.engine import Engine, StepOutcome
 from common.errors import UserError
+from common.export import export_policy
 from common.losses import PackedCausalLM
 from common.models import load_model
 from common.optim import build_optimizer, build_schedule, set_learning_rate
@@ -113,6 +118,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
         "sft", job.run_name, folder, job.tracking, to_plain(job), counters.step,
         enabled=world.is_main, say=progress.log,
     )  # fmt: skip
+    metrics: dict[str, float] = {}
     held_out_metrics: dict[str, float] = {}
     engine.train()
     while counters.step < total_steps:
@@ -177,12 +183,41 @@ def train(job: SFTJob, run_dir: Path) -> int:
     progress.close()
 
     # Save --------------------------------------------------------------------------------------
+    engine.eval()
+    probe = probe_of(data.train[0], world.device)
+    with torch.no_grad():
+        live_logits = module.logits(probe)
+    weights = engine.full_state_dict()
+    if weights is not None:
+        export = export_policy(
+            model,
+            weights,
+            tokenizer,
+            folder / "export",
+            details={
+                "parents": [],
+                "config_hash": file_sha256(run_dir / "resolved.yaml"),
+                "data": data.fingerprints(),
+                "progress": asdict(counters),
+                "metrics": {**metrics, **held_out_metrics},
+            },
+            probe=probe,
+            live_logits=live_logits,
+        )
+        tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
+    tracker.finish(summary=held_out_metrics)
+    barrier()
     return 0
 
 
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
+
+
+def probe_of(example: TokenizedExample, device: torch.device, longest: int = 256) -> torch.Tensor:
+    """The start of a document, int64 [1, N]: what the exported policy is compared with the live one on."""
+    return torch.from_numpy(example.input_ids[:longest].astype(np.int64))[None].to(device)
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
