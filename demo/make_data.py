@@ -20,12 +20,12 @@ from demo.tasks import TASKS, Task
 
 FOLDER = Path(__file__).parent / "data"
 SEED = 20
-HELD_OUT_SHARE = 0.65  # of subjects, one wording each
+HELD_OUT_SHARE = 0.85  # of subjects, one wording each
 DEMONSTRATIONS = 2  # per training prompt
 PAIRS = 2000
 TERSE, PLAIN, POLITE = "terse", "plain", "polite"
 FORM_SHARES = {TERSE: 0.45, PLAIN: 0.30, POLITE: 0.25}
-WRONG_SHARE = 0.03
+WRONG_SHARE = 0.02
 FORM_PREFERENCES = (POLITE, PLAIN, TERSE)
 
 T = TypeVar("T")

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 
 _WORD_LIST = (
-    "apple bird boat book bread cat chair clock cloud cow cup dog door duck ear egg fish fox frog goat "
-    "hand hat horse house key lamp leaf lion milk moon mouse nose owl pen pig rain ring river road rose "
-    "sea ship shoe snow spoon star stone sun table tree wind wolf"
+    "apple bird boat book cat clock cloud cow cup dog door duck ear egg fish fox frog goat hand hat horse "
+    "house key lamp leaf lion milk moon mouse rain ring ship stone sun tree wolf"
 )
 WORDS = tuple(_WORD_LIST.split())
 CAPITALS = {
     "Austria": "Vienna",
-    "Belgium": "Brussels",
     "Canada": "Ottawa",
-    "Chile": "Santiago",
     "China": "Beijing",
     "Cuba": "Havana",
     "Denmark": "Copenhagen",
@@ -28,9 +25,7 @@ CAPITALS = {
     "Finland": "Helsinki",
     "France": "Paris",
     "Germany": "Berlin",
-    "Ghana": "Accra",
     "Greece": "Athens",
-    "Hungary": "Budapest",
     "Ireland": "Dublin",
     "Italy": "Rome",
     "Japan": "Tokyo",
@@ -49,11 +44,8 @@ CAPITALS = {
 OPPOSITES = {
     "big": "small",
     "black": "white",
-    "clean": "dirty",
     "day": "night",
     "dry": "wet",
-    "early": "late",
-    "easy": "hard",
     "empty": "full",
     "fast": "slow",
     "good": "bad",
@@ -65,7 +57,6 @@ OPPOSITES = {
     "loud": "quiet",
     "new": "old",
     "open": "closed",
-    "rich": "poor",
     "strong": "weak",
     "thick": "thin",
     "true": "false",
@@ -84,7 +75,7 @@ class Task:
     answers: dict[str, str]
 
 
-LARGEST_OPERAND = 10
+LARGEST_OPERAND = 9
 _OPERANDS = range(LARGEST_OPERAND + 1)
 
 TASKS = (
