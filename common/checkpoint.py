@@ -5,7 +5,8 @@ A checkpoint is a folder `step_00000200/` that exists whole or not at all: every
 renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
 one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
 
-What DeepSpeed writes is the engine's business; what the counters mean is the recipe's.
+What DeepSpeed writes is the engine's business; what the counters mean is the recipe's. Generators have no
+state here: a recipe seeds them before each step (`distributed.seed_everything`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from common.artifacts import (
     MANIFEST,
     FileRecord,
@@ -31,7 +30,7 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
-from common.distributed import World, barrier, gather_objects, rng_state, set_rng_state
+from common.distributed import World, barrier, gather_objects
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ _NAME = re.compile(r"step_(\d{8})")
 
 @dataclass(frozen=True)
 class Resumed:
-    """What was restored, beside the engine's and the generators' state."""
+    """What was restored, beside the engine's state."""
 
     path: Path
     counters: dict[str, Any]
@@ -108,7 +107,6 @@ class Checkpoints:
 
     def _write_own(self, partial: Path, engine: Engine, counters: Mapping[str, Any]) -> None:
         engine.save(partial)
-        torch.save(rng_state(), partial / f"rng_rank_{self._world.rank:05d}.pt")
         if self._world.is_main:
             (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
 
@@ -150,8 +148,6 @@ class Checkpoints:
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
         engine.load(path)
-        state = torch.load(path / f"rng_rank_{self._world.rank:05d}.pt", weights_only=True)
-        set_rng_state(state)
         return json.loads((path / COUNTERS).read_text())
 
     def _quarantine(self, path: Path) -> None:

@@ -57,11 +57,16 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch; the same on every rank, so that initial weights agree."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def seed_everything(*key: int) -> None:
+    """Seed python, numpy and torch from all of `key`, for example (seed, step, rank).
+
+    A recipe does this before each step, so what a step draws (dropout) is a pure function of the key: a
+    resumed run needs no generator's state, and libraries that draw in between change nothing.
+    """
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
 
 
 def sum_over_ranks(values: Sequence[float] | torch.Tensor) -> list[float]:
@@ -84,28 +89,6 @@ def gather_objects(value: Any) -> list[Any]:
 def barrier() -> None:
     """Wait for all ranks."""
     sum_over_ranks([0.0])
-
-
-def rng_state() -> dict[str, Any]:
-    """State of every generator this rank draws from, as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned."""
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 class StopSignal:

@@ -135,6 +135,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
 
         learning_rate = peak_lr * schedule(counters.applied)
         set_learning_rate(optimizer, learning_rate)
+        seed_everything(job.seed, counters.step, world.rank)
         sums = TokenSums()
         for batch in micro_batches:
             result = score(engine, batch, world.device, with_entropy=True)

@@ -1,0 +1,289 @@
+"""Kill a run with SIGKILL again and again, resume it, and compare what is left with a run nobody touched.
+
+    python -m benchmarks.kill_resume --kills 20
+
+For 1 and 2 ranks and ZeRO 1, 2 and 3: one uninterrupted run of a small model with dropout, and one that is
+killed `--kills` times at seeded moments: at start-up, in the middle of a step, and while a checkpoint is
+being written. At the end the weights, the fp32 masters, the optimizer's state, the exported artifact and
+every logged number (but for times) must be the same bits. Exit status 1 when any differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, SAVE_EVERY = 24, 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination."""
+
+    ranks: int
+    stage: int
+
+
+@dataclass
+class Kills:
+    """How many kills hit which moment, and how many attempts ended before theirs came."""
+
+    startup: int = 0
+    step: int = 0
+    checkpoint: int = 0
+    missed: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.startup + self.step + self.checkpoint
+
+
+def write_rows(path: Path, count: int = 96) -> None:
+    """Questions and answers of different lengths, the same each time."""
+    generator = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            a, b = generator.randrange(1000), generator.randrange(1000)
+            words = " ".join(
+                generator.choice(["so", "then", "thus", "and"]) for _ in range(generator.randrange(20))
+            )
+            file.write(json.dumps({"question": f"What is {a} + {b}?", "answer": f"{words} {a + b}"}) + "\n")
+
+
+def write_config(run_dir: Path, point: Point, data: Path) -> Path:
+    """The resolved configuration that the ranks read, as the controller would write it."""
+    from omegaconf import OmegaConf
+
+    from common.config import DeepSpeedConfig, Dtype, TokenizerConfig, WandbMode, to_plain
+    from step1_sft.config import SFTJob
+
+    job = SFTJob(run_name="killed", output_dir=str(run_dir.parent), seed=3)
+    job.model.config = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "attention_dropout": 0.1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    job.model.tokenizer = TokenizerConfig(train_vocab_size=300)
+    job.model.dtype = Dtype.bf16
+    job.sft.data.path, job.sft.data.max_length = str(data), 128
+    job.sft.data.cache_dir = str(run_dir.parent / "cache")
+    job.sft.train.global_batch_size, job.sft.train.micro_batch_size = 6, 2
+    job.sft.train.max_steps, job.sft.train.save_every, job.sft.train.eval_every = STEPS, SAVE_EVERY, 8
+    job.sft.sampling.num_prompts, job.sft.sampling.max_new_tokens = 2, 4
+    job.sft.optim.lr = 1e-2
+    job.deepspeed = DeepSpeedConfig(stage=point.stage)
+    job.tracking.wandb = WandbMode.off
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "resolved.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(job))))
+    return path
+
+
+class Attempt:
+    """All ranks of one start of the run, in a process group of their own."""
+
+    def __init__(self, config: Path, ranks: int, log: Path) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        shared = {
+            **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        with log.open("a") as output:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "step1_sft", "--config", str(config)],
+                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )  # fmt: skip
+                for rank in range(ranks)
+            ]
+
+    def is_running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def finish(self) -> list[int]:
+        return [process.wait(timeout=600) for process in self.processes]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in metrics.jsonl."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return max((json.loads(line)["step"] for line in lines), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills) -> None:
+    """Kill the attempt at a moment drawn from `generator`, unless it ends before."""
+    kind = generator.choices(["startup", "step", "checkpoint"], [1, 5, 4])[0]
+    before, count = last_step(folder), generator.randint(1, 3)
+    delay = generator.uniform(0.0, 6.0 if kind == "startup" else 0.15)
+    present = set((folder / "checkpoints").glob("step_*"))
+    while attempt.is_running() and kind != "startup":
+        if kind == "step" and last_step(folder) >= before + count:
+            break
+        partial = set((folder / "checkpoints").glob("step_*.tmp")) - present
+        if kind == "checkpoint" and partial:
+            delay /= 5  # a save of this model takes tens of milliseconds
+            break
+        time.sleep(0.001)
+    time.sleep(delay)
+    if attempt.is_running():
+        setattr(kills, kind, getattr(kills, kind) + 1)
+    else:
+        kills.missed += 1
+    attempt.kill()
+
+
+def run_to_the_end(config: Path, ranks: int) -> None:
+    attempt = Attempt(config, ranks, config.parent / "output.log")
+    codes = attempt.finish()
+    if any(codes):
+        raise RuntimeError(f"exit status {codes}:\n" + (config.parent / "output.log").read_text()[-3000:])
+
+
+def run_and_kill(config: Path, ranks: int, count: int, seed: int) -> Kills:
+    """Start and kill until `count` kills have hit; then let it end."""
+    kills, generator, folder = Kills(), random.Random(seed), config.parent / "sft"
+    while kills.total < count and last_step(folder) < STEPS:
+        strike(Attempt(config, ranks, config.parent / "output.log"), folder, generator, kills)
+    run_to_the_end(config, ranks)
+    return kills
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value in nested containers, by path."""
+    if isinstance(value, dict):
+        for key in value:
+            yield from leaves(value[key], f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}/{index}")
+    else:
+        yield name, value
+
+
+def state_differences(one: Path, other: Path) -> list[str]:
+    """Names of everything that differs between the last checkpoints and the artifacts of two runs."""
+    import torch
+    from safetensors.torch import load_file
+
+    differences = []
+    checkpoints = [folder / "sft" / "checkpoints" / f"step_{STEPS:08d}" for folder in (one, other)]
+    files = [sorted(p.relative_to(c) for p in c.rglob("*") if p.is_file()) for c in checkpoints]
+    if files[0] != files[1]:
+        return [f"files: {sorted(set(files[0]) ^ set(files[1]))}"]
+    tensors = 0
+    for name in (file for file in files[0] if file.suffix == ".pt"):
+        left, right = (dict(leaves(torch.load(c / name, weights_only=False))) for c in checkpoints)
+        if left.keys() != right.keys():
+            differences.append(f"{name}: other keys")
+        for key in left.keys() & right.keys():
+            if isinstance(left[key], torch.Tensor):
+                tensors += 1
+                same = torch.equal(left[key].float().nan_to_num(), right[key].float().nan_to_num())
+                same = same and left[key].dtype == right[key].dtype
+            else:
+                same = left[key] == right[key] or not isinstance(left[key], int | float | str | bool)
+            if not same:
+                differences.append(f"{name}{key}")
+    assert tensors > 10, "a comparison of nothing would always succeed"
+    weights = [load_file(folder / "sft" / "export" / "model.safetensors") for folder in (one, other)]
+    differences += [f"export/{k}" for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])]
+    return differences
+
+
+def metric_differences(one: Path, other: Path) -> list[str]:
+    """Lines of metrics.jsonl and samples.jsonl that differ in more than times."""
+    found = []
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        rows = [
+            [
+                {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
+                for line in (folder / "sft" / file).read_text().splitlines()
+            ]
+            for folder in (one, other)
+        ]
+        if len(rows[0]) != len(rows[1]):
+            found.append(f"{file}: {len(rows[0])} and {len(rows[1])} lines")
+        found += [
+            f"{file} line {i + 1}: {a} {b}" for i, (a, b) in enumerate(zip(*rows, strict=False)) if a != b
+        ]
+    return found
+
+
+def trial(folder: Path, point: Point, count: int, seed: int) -> tuple[Kills, list[str]]:
+    """Both runs of one combination: the kills that hit, and what differs at the end."""
+    data = folder / "rows.jsonl"
+    if not data.exists():
+        write_rows(data)
+    name = f"ranks{point.ranks}-zero{point.stage}"
+    whole, killed = (write_config(folder / f"{name}-{kind}", point, data) for kind in ("whole", "killed"))
+    run_to_the_end(whole, point.ranks)
+    kills = run_and_kill(killed, point.ranks, count, seed)
+    differences = state_differences(whole.parent, killed.parent) + metric_differences(
+        whole.parent, killed.parent
+    )
+    return kills, differences
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="kills per combination")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kill_resume.json")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kill_resume_"))
+    results = []
+    for ranks in (1, 2):
+        for stage in (1, 2, 3):
+            kills, differences = trial(
+                folder, Point(ranks, stage), arguments.kills, arguments.seed + 10 * ranks + stage
+            )
+            results.append(
+                {
+                    "ranks": ranks,
+                    "zero": stage,
+                    **vars(kills),
+                    "kills": kills.total,
+                    "differences": differences,
+                }
+            )
+            print(json.dumps(results[-1]), flush=True)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(
+        json.dumps({"steps": STEPS, "save_every": SAVE_EVERY, "results": results}, indent=1) + "\n"
+    )
+    shutil.rmtree(folder)
+    return int(any(result["differences"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
