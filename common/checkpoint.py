@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial as partial_function
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ class Checkpoints:
                 counters = self._restore(path, engine)
                 return Resumed(path, counters, tuple(set_aside))
             set_aside.append(f"{path.name}: {'; '.join(faults)}")
-            self._on_main(lambda path=path: self._quarantine(path))
+            self._on_main(partial_function(self._quarantine, path))
         if set_aside:
             raise UserError(
                 f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(set_aside),

@@ -78,7 +78,8 @@ def _muon(module: torch.nn.Module, optim: OptimConfig, lr: float) -> torch.optim
     """
     from common.engine import muon_optimizer
 
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,8 +21,8 @@ def training_flops_per_token(model: PreTrainedModel) -> float:
     counts once, as the output projection. Attention scores are left out: at usual lengths they are
     under a tenth (PaLM, arXiv 2204.02311, appendix B).
     """
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     looked_up = 0 if is_tied else getattr(embedding, "ds_numel", embedding.numel())

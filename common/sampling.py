@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def sample_completions(
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), plain_attention(model):
         torch.manual_seed(seed + world.rank)
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=mask,
             max_new_tokens=sampling.max_new_tokens,
@@ -97,5 +97,8 @@ def _sample(
     tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, new: Sequence[int], terminators: Sequence[int]
 ) -> Sample:
     end = next((i for i, token in enumerate(new) if token in terminators), None)
-    completion = tokenizer.decode(new[:end], skip_special_tokens=False)
-    return Sample(tokenizer.decode(prompt.tolist()), completion, end is not None)
+    return Sample(_text(tokenizer, prompt.tolist()), _text(tokenizer, list(new[:end])), end is not None)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False))

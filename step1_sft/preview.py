@@ -41,4 +41,4 @@ def runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[
     # labels are shifted: the token at t + 1 is trained where position t has a label
     is_trained = [False, *(example.labels[:-1] != IGNORE).tolist()]
     stretches = groupby(zip(example.input_ids.tolist(), is_trained, strict=True), key=lambda pair: pair[1])
-    return [(tokenizer.decode([token for token, _ in tokens]), trained) for trained, tokens in stretches]
+    return [(str(tokenizer.decode([token for token, _ in tokens])), trained) for trained, tokens in stretches]
