@@ -1,0 +1,253 @@
+"""Loss and gradient norm, step by step, beside TRL's SFTTrainer: `python -m benchmarks.sft_parity`.
+
+Both sides start from the same fp32 weights and see the same documents in the same steps: ours through
+Batches (documents laid end to end), PackedCausalLM and Engine (ZeRO 1), TRL through padded batches of its
+own collator and its own trainer. Same AdamW, schedule and clipping. The criterion is a relative difference of at
+most 1e-4 in the loss of every step. Writes `results/sft_parity.json`; exit status 1 when the criterion fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.measure import run_measured, table, threads_environment, write_results
+from launch import local
+
+TOLERANCE = 1e-4
+ROWS_PER_STEP = 32
+MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one side logged about one optimizer step."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+def main() -> int:
+    """Run both sides, print the table; 0 when every step agrees."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sft_parity")
+    parser.add_argument("--data", type=Path, default=workload.GSM8K)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="keep files here; by default a folder that is removed")
+    parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
+    parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)  # the child process of our side
+    arguments = parser.parse_args()
+    if arguments.ours is not None:
+        run_ours(json.loads(arguments.ours.read_text()))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="sft_parity_") as temporary:
+        folder = arguments.work or Path(temporary)
+        made = workload.prepare(folder, arguments.data, arguments.steps * ROWS_PER_STEP)
+        ours, theirs = compare(made, folder, arguments.steps, arguments.threads)
+    result = summary(ours, theirs)
+    print(render(ours, theirs))
+    print(verdict(result))
+    print(f"written: {write_results('sft_parity', result, to=arguments.results)}")
+    return 0 if result["passed"] else 1
+
+
+def compare(
+    made: workload.Workload, folder: Path, steps: int, threads: int
+) -> tuple[list[Step], list[Step]]:
+    """(ours, TRL's), one entry per step."""
+    environment = threads_environment(threads)
+    settings = {"base": str(made.base), "rows": str(made.rows), "steps": steps, "out": str(folder)}
+    (folder / "ours.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "benchmarks.sft_parity", "--ours", str(folder / "ours.json")]
+    one_rank = local.environment(local.Job("benchmarks.sft_parity", ()))
+    run_measured(command, log=folder / "ours.log", environment={**one_rank, **environment})
+    (folder / "trl.json").write_text(json.dumps(trl_settings(made, folder, steps)))
+    command = [sys.executable, "-m", "benchmarks.trl_sft", str(folder / "trl.json")]
+    run_measured(command, log=folder / "trl.log", environment=environment)
+    return read_steps(folder / "ours_steps.json"), read_steps(folder / "trl" / "logs.json")
+
+
+def trl_settings(made: workload.Workload, folder: Path, steps: int) -> dict[str, Any]:
+    """TRL on the documents that our side wrote down, in that order."""
+    return {
+        "base": str(made.base),
+        "dtype": "fp32",
+        "tokenized": str(folder / "documents.json"),
+        "out": str(folder / "trl"),
+        "save": False,
+        "arguments": {
+            **optimizer_arguments(),
+            "warmup_steps": _warmup_steps(steps),
+            "max_steps": steps,
+            "per_device_train_batch_size": MICRO_BATCH,
+            "gradient_accumulation_steps": ROWS_PER_STEP // MICRO_BATCH,
+            "train_sampling_strategy": "sequential",
+            "max_length": workload.MAX_LENGTH,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        },
+    }
+
+
+def optimizer_arguments() -> dict[str, Any]:
+    """Our optimizer and schedule as arguments of SFTConfig, warm-up apart."""
+    return {
+        "optim": "adamw_torch_fused",
+        "learning_rate": workload.LEARNING_RATE,
+        "adam_beta1": workload.BETAS[0],
+        "adam_beta2": workload.BETAS[1],
+        "adam_epsilon": workload.EPS,
+        "weight_decay": 0.0,
+        "max_grad_norm": workload.MAX_GRAD_NORM,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": workload.MIN_LR_RATIO},
+    }
+
+
+def _warmup_steps(steps: int) -> int:
+    from common.optim import warmup_steps
+
+    return warmup_steps(workload.WARMUP_RATIO, steps)
+
+
+def read_steps(path: Path) -> list[Step]:
+    """Entries with a loss, in order; the trainer's closing entry has none."""
+    return [
+        Step(entry["loss"], entry["grad_norm"], entry["learning_rate"])
+        for entry in json.loads(path.read_text())
+        if "loss" in entry
+    ]
+
+
+def summary(ours: list[Step], theirs: list[Step]) -> dict[str, Any]:
+    """Largest relative differences and whether the criterion holds; ValueError when steps are missing."""
+    if not ours or len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} steps of ours and {len(theirs)} of TRL's cannot be compared")
+    loss = max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours, theirs, strict=True))
+    norm = max(abs(a.grad_norm - b.grad_norm) / abs(b.grad_norm) for a, b in zip(ours, theirs, strict=True))
+    rates = max(abs(a.learning_rate - b.learning_rate) for a, b in zip(ours, theirs, strict=True))
+    return {
+        "steps": len(ours),
+        "rows_per_step": ROWS_PER_STEP,
+        "dtype": "fp32",
+        "tolerance": TOLERANCE,
+        "largest_relative_difference_of_loss": loss,
+        "largest_relative_difference_of_grad_norm": norm,
+        "largest_difference_of_learning_rate": rates,
+        "passed": bool(loss <= TOLERANCE and rates < 1e-12),
+        "ours": [vars(step) for step in ours],
+        "trl": [vars(step) for step in theirs],
+    }
+
+
+def render(ours: list[Step], theirs: list[Step]) -> str:
+    """The table."""
+    rows = [
+        (
+            str(number), f"{a.learning_rate:.3e}", f"{a.loss:.7f}", f"{b.loss:.7f}",
+            f"{abs(a.loss - b.loss) / abs(b.loss):.1e}", f"{a.grad_norm:.6f}", f"{b.grad_norm:.6f}",
+            f"{abs(a.grad_norm - b.grad_norm) / abs(b.grad_norm):.1e}",
+        )
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1)
+    ]  # fmt: skip
+    head = ("step", "learning rate", "loss", "TRL", "difference", "grad norm", "TRL", "difference")
+    return table(head, rows)
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One line."""
+    return (
+        f"{'passed' if result['passed'] else 'FAILED'}: over {result['steps']} steps the loss differs by at most "
+        f"{result['largest_relative_difference_of_loss']:.1e} (allowed {TOLERANCE:.0e}), "
+        f"the gradient norm by {result['largest_relative_difference_of_grad_norm']:.1e}"
+    )
+
+
+# our side, in a process of its own
+
+
+def run_ours(settings: dict[str, Any]) -> None:
+    """Train with the pipeline's own classes; write `documents.json` and `ours_steps.json`."""
+    from common.config import DataConfig, Dtype, ModelConfig
+    from common.data import dataset
+    from common.data.batches import Batches, BatchPlan
+    from common.distributed import close_world, init_world
+    from common.models import load_tokenizer
+
+    out, steps = Path(settings["out"]), settings["steps"]
+    world = init_world()
+    model_config = ModelConfig(path=settings["base"], dtype=Dtype.fp32)
+    tokenizer = load_tokenizer(model_config)
+    data = DataConfig(path=settings["rows"], max_length=workload.MAX_LENGTH, packing=False, eval_fraction=0.0)
+    documents, _, _ = dataset.build(data, tokenizer, seed=0, cache_dir=out / "cache")
+    plan = BatchPlan(workload.MAX_LENGTH, False, ROWS_PER_STEP, MICRO_BATCH, 0, world.rank, world.size)
+    batches = Batches(documents, plan)
+    order = [int(index) for step in range(steps) for row in batches.rows(step) for index in row]
+    (out / "documents.json").write_text(json.dumps(as_lists(documents, order)))
+    (out / "ours_steps.json").write_text(json.dumps(_train_ours(model_config, tokenizer, batches, steps, world)))
+    close_world()
+
+
+def _train_ours(model_config: Any, tokenizer: Any, batches: Any, steps: int, world: Any) -> list[dict[str, float]]:
+    from common.config import DeepSpeedConfig, Dtype, OptimConfig
+    from common.ds_config import build_ds_config
+    from common.engine import Engine
+    from common.losses import PackedCausalLM
+    from common.models import load_model
+    from common.optim import build_optimizer, build_schedule, set_learning_rate
+    from step1_sft.data import count_tokens
+    from step1_sft.loss import TokenSums, score
+
+    optim = OptimConfig(
+        lr=workload.LEARNING_RATE, betas=list(workload.BETAS), eps=workload.EPS,
+        warmup_ratio=workload.WARMUP_RATIO, min_lr_ratio=workload.MIN_LR_RATIO,
+        max_grad_norm=workload.MAX_GRAD_NORM,
+    )  # fmt: skip
+    model = load_model(model_config, tokenizer, seed=0, device=world.device, max_length=workload.MAX_LENGTH)
+    module = PackedCausalLM(model)
+    optimizer = build_optimizer(module, optim, workload.LEARNING_RATE)
+    ds_config = build_ds_config(
+        DeepSpeedConfig(stage=1), dtype=Dtype.fp32, max_grad_norm=optim.max_grad_norm,
+        micro_batch_size=MICRO_BATCH, world_size=world.size, num_parameters=model.num_parameters(),
+    )  # fmt: skip
+    engine, schedule = Engine(module, optimizer, ds_config), build_schedule(optim, steps)
+    engine.train()
+    logged = []
+    for step in range(steps):
+        learning_rate = workload.LEARNING_RATE * schedule(step)
+        set_learning_rate(optimizer, learning_rate)
+        micro_batches = batches.micro_batches(step)
+        _, trained = count_tokens(micro_batches)
+        sums = TokenSums()
+        for batch in micro_batches:
+            result = score(engine, batch, world.device, with_entropy=False)
+            engine.backward(result.loss_sum, trained)
+            sums.add(result)
+        norm = engine.step().grad_norm
+        logged.append({"loss": sums.means(trained)["loss"], "grad_norm": norm, "learning_rate": learning_rate})
+    return logged
+
+
+def as_lists(documents: Any, order: list[int]) -> dict[str, list[list[int]]]:
+    """Documents as TRL takes them: labels stand where their tokens do, not one to the left."""
+    from common.data.types import IGNORE
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for index in order:
+        example = documents[index]
+        columns["input_ids"].append(example.input_ids.tolist())
+        columns["labels"].append([IGNORE, *example.labels[:-1].tolist()])
+    return columns
+
+
+if __name__ == "__main__":
+    sys.exit(main())
