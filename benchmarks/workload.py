@@ -37,7 +37,7 @@ class Workload:
 
 
 def prepare(folder: Path, data: Path, rows: int, seed: int = 0) -> Workload:
-    """Make what is missing. rows: how many; all of them fit `MAX_LENGTH` tokens, so none is cut or dropped."""
+    """Make what is missing. rows: how many; all fit `MAX_LENGTH` tokens, so that none is cut or dropped."""
     workload = Workload(folder / "base", folder / f"rows_{rows}.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     if not (workload.base / "model.safetensors").is_file():
@@ -88,7 +88,9 @@ def _save_base(base: Path, data: Path, seed: int) -> None:
         config=fields["config"], tokenizer=TokenizerConfig(**fields["tokenizer"]), dtype=Dtype.fp32
     )
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    tokenizer = load_tokenizer(config, lambda: (text for row in rows for text in (row["question"], row["answer"])))
+    tokenizer = load_tokenizer(
+        config, lambda: (text for row in rows for text in (row["question"], row["answer"]))
+    )
     model = load_model(config, tokenizer, seed=seed, device=torch.device("cpu"))
     tokenizer.save_pretrained(base)
     model.save_pretrained(base)
