@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAVE_EVERY = 24, 2
+SAVE_EVERY = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Point:
 
     ranks: int
     stage: int
+    steps: int = 24
 
 
 @dataclass
@@ -82,7 +83,7 @@ def write_config(run_dir: Path, point: Point, data: Path) -> Path:
     job.sft.data.path, job.sft.data.max_length = str(data), 128
     job.sft.data.cache_dir = str(run_dir.parent / "cache")
     job.sft.train.global_batch_size, job.sft.train.micro_batch_size = 6, 2
-    job.sft.train.max_steps, job.sft.train.save_every, job.sft.train.eval_every = STEPS, SAVE_EVERY, 8
+    job.sft.train.max_steps, job.sft.train.save_every, job.sft.train.eval_every = point.steps, SAVE_EVERY, 8
     job.sft.sampling.num_prompts, job.sft.sampling.max_new_tokens = 2, 4
     job.sft.optim.lr = 1e-2
     job.deepspeed = DeepSpeedConfig(stage=point.stage)
@@ -169,12 +170,12 @@ def run_to_the_end(config: Path, ranks: int) -> None:
         raise RuntimeError(f"exit status {codes}:\n" + (config.parent / "output.log").read_text()[-3000:])
 
 
-def run_and_kill(config: Path, ranks: int, count: int, seed: int) -> Kills:
+def run_and_kill(config: Path, point: Point, count: int, seed: int) -> Kills:
     """Start and kill until `count` kills have hit; then let it end."""
     kills, generator, folder = Kills(), random.Random(seed), config.parent / "sft"
-    while kills.total < count and last_step(folder) < STEPS:
-        strike(Attempt(config, ranks, config.parent / "output.log"), folder, generator, kills)
-    run_to_the_end(config, ranks)
+    while kills.total < count and last_step(folder) < point.steps:
+        strike(Attempt(config, point.ranks, config.parent / "output.log"), folder, generator, kills)
+    run_to_the_end(config, point.ranks)
     return kills
 
 
@@ -190,13 +191,13 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def state_differences(one: Path, other: Path) -> list[str]:
+def state_differences(one: Path, other: Path, steps: int) -> list[str]:
     """Names of everything that differs between the last checkpoints and the artifacts of two runs."""
     import torch
     from safetensors.torch import load_file
 
     differences = []
-    checkpoints = [folder / "sft" / "checkpoints" / f"step_{STEPS:08d}" for folder in (one, other)]
+    checkpoints = [folder / "sft" / "checkpoints" / f"step_{steps:08d}" for folder in (one, other)]
     files = [sorted(p.relative_to(c) for p in c.rglob("*") if p.is_file()) for c in checkpoints]
     if files[0] != files[1]:
         return [f"files: {sorted(set(files[0]) ^ set(files[1]))}"]
@@ -247,16 +248,15 @@ def trial(folder: Path, point: Point, count: int, seed: int) -> tuple[Kills, lis
     name = f"ranks{point.ranks}-zero{point.stage}"
     whole, killed = (write_config(folder / f"{name}-{kind}", point, data) for kind in ("whole", "killed"))
     run_to_the_end(whole, point.ranks)
-    kills = run_and_kill(killed, point.ranks, count, seed)
-    differences = state_differences(whole.parent, killed.parent) + metric_differences(
-        whole.parent, killed.parent
-    )
-    return kills, differences
+    kills = run_and_kill(killed, point, count, seed)
+    differences = state_differences(whole.parent, killed.parent, point.steps)
+    return kills, differences + metric_differences(whole.parent, killed.parent)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="kills per combination")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kill_resume.json")
     arguments = parser.parse_args()
@@ -264,23 +264,12 @@ def main() -> int:
     results = []
     for ranks in (1, 2):
         for stage in (1, 2, 3):
-            kills, differences = trial(
-                folder, Point(ranks, stage), arguments.kills, arguments.seed + 10 * ranks + stage
-            )
-            results.append(
-                {
-                    "ranks": ranks,
-                    "zero": stage,
-                    **vars(kills),
-                    "kills": kills.total,
-                    "differences": differences,
-                }
-            )
+            point, seed = Point(ranks, stage, arguments.steps), arguments.seed + 10 * ranks + stage
+            kills, differences = trial(folder, point, arguments.kills, seed)
+            results.append({**vars(point), **vars(kills), "kills": kills.total, "differences": differences})
             print(json.dumps(results[-1]), flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"steps": STEPS, "save_every": SAVE_EVERY, "results": results}, indent=1) + "\n"
-    )
+    arguments.output.write_text(json.dumps({"save_every": SAVE_EVERY, "results": results}, indent=1) + "\n")
     shutil.rmtree(folder)
     return int(any(result["differences"] for result in results))
 

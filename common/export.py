@@ -209,6 +209,8 @@ def _save(
     saved.generation_config = _generation_config(module, tokenizer)
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # written for the owner alone, whatever the umask
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def _generation_config(module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
