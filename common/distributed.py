@@ -47,7 +47,8 @@ def init_world() -> World:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+        store = dist.HashStore() if size == 1 else None  # a lone process needs no address to meet at
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT, store=store)
     return World(rank, size, local_rank, device)
 
 

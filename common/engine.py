@@ -7,9 +7,13 @@ of full weights. Does not decide when anything happens.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import logging
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,18 +42,21 @@ class Engine:
     ) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search, and a warning
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a lone process
         import deepspeed
         import deepspeed.ops
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        _import_muon(compiled=False)
         # On the CPU DeepSpeed would compile a shared-memory collective with g++ at the first start
         # (and hang at the next one if that was killed); gloo serves, and no compiler is needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Its wrappers of torch collectives warn at every call about their own older names.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
 
@@ -121,6 +128,25 @@ def muon_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     It must be DeepSpeed's own class: its ZeRO optimizers orthogonalise only for that one. Without
     `adam_optimizer` it updates the others inline, which spares compiling FusedAdam.
     """
+    _import_muon(compiled=torch.cuda.is_available())
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam(groups)
+
+
+def _import_muon(*, compiled: bool) -> None:
+    """Import DeepSpeed's Muon, whose functions are wrapped for torch.compile unless `compiled` is false.
+
+    ZeRO imports it whichever optimizer is used, and the wrapping imports torch's compiler: two seconds of
+    every start. On the CPU the first step would also need a C++ compiler, for a minute.
+    """
+    name = "deepspeed.runtime.zero.muon.original_muon"
+    if compiled or name in sys.modules:
+        return
+    from deepspeed.runtime import compiler
+
+    wrap, compiler.compile = compiler.compile, lambda *args, **kwargs: lambda function: function
+    try:
+        importlib.import_module(name)
+    finally:
+        compiler.compile = wrap
