@@ -100,6 +100,11 @@ def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
     return tokens, sum(len(batch.targets) for batch in micro_batches)
 
 
+def count_padding(micro_batches: Sequence[Batch]) -> int:
+    """Computed positions that are nobody's token. Documents lie end to end: only filler batches have any."""
+    return sum(batch.input_ids.shape[1] for batch in micro_batches if not batch.row_ids)
+
+
 def held_out_prompts(held_out: dataset.TokenizedDataset, count: int, seed: int) -> list[np.ndarray]:
     """A seeded choice of held-out documents, each cut where its first trained token would come.
 

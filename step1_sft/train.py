@@ -42,7 +42,14 @@ from common.progress import Progress
 from common.sampling import sample_completions, stop_rate
 from common.tracking import Tracker
 from step1_sft.config import SFTJob
-from step1_sft.data import batch_plan, count_tokens, held_out_prompts, load_data, load_sft_tokenizer
+from step1_sft.data import (
+    batch_plan,
+    count_padding,
+    count_tokens,
+    held_out_prompts,
+    load_data,
+    load_sft_tokenizer,
+)
 from step1_sft.evaluate import evaluate
 from step1_sft.loss import TokenSums, score
 
@@ -125,7 +132,9 @@ def train(job: SFTJob, run_dir: Path) -> int:
         began = time.perf_counter()
         micro_batches = batches.micro_batches(counters.step)
         # the one collective before the first backward: the step's tokens, and whether to stop
-        tokens, trained, stopping = sum_over_ranks([*count_tokens(micro_batches), stop.received])
+        tokens, trained, padding, stopping = sum_over_ranks(
+            [*count_tokens(micro_batches), count_padding(micro_batches), stop.received]
+        )
         if stopping:
             checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
             progress.log(f"told to stop: saved at step {counters.step}; the same command goes on from there")
@@ -151,6 +160,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
             "num_tokens": counters.num_tokens,
             "num_trained_tokens": counters.num_trained_tokens,
             "epoch": batches.epoch_of(counters.step),
+            "perf/padding_share": padding / (tokens + padding),
             **performance(flops_per_token, tokens, time.perf_counter() - began, job.model.dtype.value, world),
         }
         tracker.log(metrics, counters.step)
