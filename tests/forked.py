@@ -1,0 +1,119 @@
+"""Start a step's ranks by forking a process that has everything imported.
+
+Each rank is a process of its own under torchrun's environment contract: it can be killed, told to stop
+and waited for. A start costs tenths of a second instead of the eight that the imports take.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import free_port
+
+IMPORTED = (
+    "pytest", "torch", "deepspeed", "deepspeed.ops", "setuptools", "pandas", "pyarrow.compute", "omegaconf",
+    "rich.console", "peft", "transformers.optimization", "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama", "step1_sft.train", "step1_sft.__main__", "tests.forked",
+)  # fmt: skip
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+SECONDS = 120.0
+"""After which a rank is taken to hang."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(list(IMPORTED))
+
+
+@dataclass
+class Ranks:
+    """All ranks of one start, and the file with everything they printed."""
+
+    processes: list[Any]
+    output: Path
+
+    def is_running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def tell(self, number: int, ranks: Sequence[int]) -> None:
+        """Send a signal to some ranks."""
+        for rank in ranks:
+            os.kill(self.processes[rank].pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL all of them."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        for process in self.processes:
+            process.join()
+
+    def finish(self) -> list[int]:
+        """Wait for all; exit codes by rank. One that hangs is killed, and so has -9."""
+        end = time.monotonic() + SECONDS
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        self.kill()
+        return [process.exitcode for process in self.processes]
+
+
+def start(program: Callable[..., int], arguments: Sequence[Any], size: int, output: Path) -> Ranks:
+    """Start `program(*arguments)` on every rank; it must be importable by name, and returns an exit code."""
+    _start_server()
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(size):
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = _context.Process(target=_run, args=(environment, str(output), program, tuple(arguments)))
+        process.start()
+        processes.append(process)
+    return Ranks(processes, output)
+
+
+def sft(config: str, *extra: str) -> int:
+    """`python -m step1_sft --config CONFIG ...` in this process."""
+    from step1_sft.__main__ import main
+
+    sys.argv = ["step1_sft", "--config", config, *extra]
+    return main()
+
+
+def _start_server() -> None:
+    kept = dict(os.environ)
+    os.environ.update(ENVIRONMENT)  # the server's children inherit what it was started with
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _run(environment: dict[str, str], output: str, program: Callable[..., int], arguments: tuple) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        status = program(*arguments)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.exit(status)
