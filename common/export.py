@@ -292,6 +292,7 @@ def _details(saved: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict
     config = saved.config.get_text_config(decoder=True)
     return {
         "base_model": saved.config.name_or_path or None,
+        "base_revision": getattr(saved.config, "_commit_hash", None),  # of a hub model
         "model_type": saved.config.model_type,
         "parameters": sum(p.numel() for p in saved.parameters()),
         "dtype": str(saved.dtype).removeprefix("torch."),

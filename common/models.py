@@ -292,11 +292,6 @@ def load_model(
     return network.train()
 
 
-def resolved_commit(path: str, revision: str | None = None) -> str | None:
-    """The commit of a hub model that `load_model` uses, for the record; None for a local folder."""
-    return _locate(path, revision, "model.path")[1]
-
-
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """torch's name for it."""
     import torch

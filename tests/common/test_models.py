@@ -19,7 +19,6 @@ from common.models import (
     load_model,
     load_tokenizer,
     read_template,
-    resolved_commit,
     terminators_of,
     train_tokenizer,
 )
@@ -286,7 +285,6 @@ def test_a_local_model_is_loaded_as_it_was_saved(base: Path) -> None:
     written = load_file(base / "model.safetensors")
     assert {n for n, _ in model.named_parameters()} == set(written)
     assert all(torch.equal(p, written[n]) for n, p in model.named_parameters())
-    assert resolved_commit(str(base)) is None
 
 
 def test_a_missing_tensor_is_refused_rather_than_made_up(base: Path) -> None:
