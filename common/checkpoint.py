@@ -78,6 +78,7 @@ class Checkpoints:
 
         UserError when there were some and none can be verified, or the world size differs.
         """
+        self._on_main(self._remove_unfinished)
         set_aside: list[str] = []
         for step in sorted(self.steps(), reverse=True):
             path = self.folder / f"step_{step:08d}"
@@ -101,10 +102,24 @@ class Checkpoints:
         return gather_objects(own)[0]
 
     def _start(self, partial: Path) -> None:
+        self._remove_unfinished()
         with disk_errors(self.folder):
-            if partial.exists():  # left by a process that was killed while writing
-                shutil.rmtree(partial)
             partial.mkdir(parents=True)
+        self._check_room()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a process that was killed while writing, or while deleting, left behind."""
+        with disk_errors(self.folder):
+            for path in self.folder.glob("step_*.tmp"):
+                shutil.rmtree(path)
+
+    def _check_room(self) -> None:
+        """Refuse to begin what cannot end: this checkpoint will be about as large as the one before."""
+        before = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        needed = sum(p.stat().st_size for p in before[-1].rglob("*") if p.is_file()) if before else 0
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
     def _write_own(self, partial: Path, engine: Engine, counters: Mapping[str, Any]) -> None:
         engine.save(partial)
@@ -129,7 +144,11 @@ class Checkpoints:
         present = sorted(int(m.group(1)) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
         for step in present[: -self._keep]:
             if step != best_step:
-                shutil.rmtree(self.folder / f"step_{step:08d}")
+                path = self.folder / f"step_{step:08d}"
+                unfinished = path.with_name(f"{path.name}.tmp")
+                with disk_errors(path):
+                    path.rename(unfinished)  # one that is half deleted must not look like a damaged one
+                    shutil.rmtree(unfinished)
 
     def _vote(self, path: Path) -> list[str]:
         """Faults that any rank found; each rank verifies its share of the files."""
@@ -181,17 +200,24 @@ class Checkpoints:
         try:
             with disk_errors(partial):
                 action()
-        except (UserError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError about positions in its archive
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except RuntimeError as error:
+            # torch reports a full disk as an unexpected position in its archive
             free = shutil.disk_usage(self.folder).free
-            if isinstance(error, RuntimeError) and free > 64 * 2**20:
+            if free > 64 * 2**20:
                 raise
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"cannot write {partial}: the disk is full or refuses writing ({free / 2**20:.0f} MiB free)",
-                hint="what was saved before is untouched: free space and run the same command again",
-            ) from error
+            raise _no_room(partial, free, "the disk is full or refuses writing") from error
         barrier()
+
+
+def _no_room(place: Path, free: int, reason: str) -> UserError:
+    return UserError(
+        f"cannot write {place}: {reason}, {free / 2**20:.1f} MiB are free",
+        hint="what was saved before is untouched: free space and run the same command again",
+    )
 
 
 def _fault(folder: Path, name: str, record: FileRecord) -> str | None:

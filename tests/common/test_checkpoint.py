@@ -1,0 +1,245 @@
+"""Checkpoints of an engine that writes a few small files, on one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.artifacts import MANIFEST
+from common.checkpoint import Checkpoints
+from common.distributed import World
+from common.errors import UserError
+from tests import mounts
+
+FILES = ("zero/weights.pt", "zero/optimizer.pt", "counters.json", "manifest.json")
+
+
+class StateOnly:
+    """As much of an engine as checkpoints use: a number that is saved in two files."""
+
+    def __init__(self, value: float = 0.0, numbers: int = 100) -> None:
+        self.value, self.numbers = value, numbers
+
+    def save(self, folder: Path) -> None:
+        (folder / "zero").mkdir()
+        for name in ("weights", "optimizer"):
+            torch.save(torch.full((self.numbers,), self.value), folder / "zero" / f"{name}.pt")
+
+    def load(self, folder: Path) -> None:
+        values = {float(torch.load(folder / "zero" / f"{n}.pt")[0]) for n in ("weights", "optimizer")}
+        (self.value,) = values
+
+
+def world_of(size: int = 1) -> World:
+    return World(0, size, 0, torch.device("cpu"))
+
+
+def checkpoints_in(folder: Path, keep: int = 2, size: int = 1) -> Checkpoints:
+    return Checkpoints(folder, keep=keep, world=world_of(size))
+
+
+def save(checkpoints: Checkpoints, step: int, best: int | None = None, numbers: int = 100) -> None:
+    engine: Any = StateOnly(step * 1.0, numbers)
+    checkpoints.save(step, engine, {"step": step}, best_step=best)
+
+
+def resumed_value(checkpoints: Checkpoints) -> tuple[float, Any]:
+    engine: Any = StateOnly(-1.0)
+    return engine.value if (found := checkpoints.resume(engine)) is None else engine.value, found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Checkpoints:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints")
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    return checkpoints
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    assert resumed_value(checkpoints_in(tmp_path / "none")) == (-1.0, None)
+
+
+def test_the_newest_checkpoint_is_restored_with_its_counters(two: Checkpoints) -> None:
+    value, resumed = resumed_value(two)
+    assert value == 20.0
+    assert resumed.counters == {"step": 20} and resumed.set_aside == ()
+    assert set(content(two.folder / "step_00000020")) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_in_any_file_sets_the_checkpoint_aside_and_uses_the_one_before(
+    two: Checkpoints, name: str
+) -> None:
+    path = two.folder / "step_00000020" / name
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    value, resumed = resumed_value(two)
+    assert value == 10.0
+    assert len(resumed.set_aside) == 1 and resumed.set_aside[0].startswith("step_00000020: ")
+    assert name in resumed.set_aside[0]
+    # nothing is deleted: it can still be looked at
+    assert content(two.folder / "quarantine" / "step_00000020")[name] == bytes(damaged)
+    assert two.steps() == [10]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_sets_the_checkpoint_aside(two: Checkpoints, name: str) -> None:
+    (two.folder / "step_00000020" / name).unlink()
+    value, resumed = resumed_value(two)
+    assert value == 10.0 and "step_00000020" in resumed.set_aside[0]
+    assert name in resumed.set_aside[0] or "not finished" in resumed.set_aside[0]
+
+
+def test_a_truncated_file_is_named_with_both_sizes(two: Checkpoints) -> None:
+    path = two.folder / "step_00000020" / "zero" / "weights.pt"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    _, resumed = resumed_value(two)
+    assert f"zero/weights.pt has {size - 1} bytes, recorded {size}" in resumed.set_aside[0]
+
+
+def test_when_all_are_broken_the_error_names_them_and_nothing_is_deleted(two: Checkpoints) -> None:
+    for step in (10, 20):
+        (two.folder / f"step_000000{step}" / "zero" / "weights.pt").write_bytes(b"nothing")
+    before = content(two.folder)
+    with pytest.raises(UserError, match="no checkpoint .* can be verified") as caught:
+        resumed_value(two)
+    assert "step_00000010" in caught.value.message and "step_00000020" in caught.value.message
+    assert "quarantine" in str(caught.value.hint)
+    assert content(two.folder / "quarantine") == before
+
+
+def test_a_second_broken_checkpoint_of_the_same_step_does_not_overwrite_the_first(two: Checkpoints) -> None:
+    for text in (b"first", b"second"):
+        (two.folder / "step_00000020" / "zero" / "weights.pt").write_bytes(text)
+        resumed_value(two)
+        save(two, 20)
+    kept = two.folder / "quarantine"
+    assert (kept / "step_00000020" / "zero" / "weights.pt").read_bytes() == b"first"
+    assert (kept / "step_00000020-2" / "zero" / "weights.pt").read_bytes() == b"second"
+
+
+def test_another_number_of_ranks_is_refused_naming_both(two: Checkpoints) -> None:
+    manifest_before = content(two.folder)
+    engine: Any = StateOnly(-1.0)
+    with pytest.raises(UserError, match="was written by 1 ranks; this run has 3") as caught:
+        checkpoints_in(two.folder, size=3).resume(engine)
+    assert "launch.nproc_per_node=1" in str(caught.value.hint)
+    assert engine.value == -1.0 and content(two.folder) == manifest_before
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [(None, [40, 50]), (10, [10, 40, 50]), (50, [40, 50])], ids=["none", "old", "new"]
+)
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, best: int | None, kept: list[int]) -> None:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints", keep=2)
+    for step in (10, 20, 30, 40, 50):
+        save(checkpoints, step, best if best is not None and step >= best else None)
+    assert sorted(checkpoints.steps()) == kept
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [f"step_{s:08d}" for s in kept]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(two: Checkpoints) -> None:
+    before = content(two.folder)
+    two.save(20, StateOnly(99.0), {"step": 99}, best_step=None)  # type: ignore[arg-type]
+    assert content(two.folder) == before
+
+
+def test_nothing_is_deleted_before_the_next_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints", keep=1)
+    save(checkpoints, 10)
+    seen: list[list[int]] = []
+
+    def look(self: StateOnly, folder: Path) -> None:
+        seen.append(checkpoints.steps())
+        raise KeyboardInterrupt  # the process ends in the middle of writing
+
+    monkeypatch.setattr(StateOnly, "save", look)
+    with pytest.raises(KeyboardInterrupt):
+        save(checkpoints, 20)
+    monkeypatch.undo()
+    assert seen == [[10]] and resumed_value(checkpoints)[0] == 10.0
+
+
+def test_what_was_left_unfinished_is_removed(two: Checkpoints) -> None:
+    for step in (20, 25):
+        (two.folder / f"step_{step:08d}.tmp" / "zero").mkdir(parents=True)
+    assert resumed_value(two)[0] == 20.0
+    assert [path.name for path in two.folder.glob("*.tmp")] == []
+    (two.folder / "step_00000025.tmp").mkdir()
+    save(two, 30)
+    assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_an_unfinished_checkpoint_is_never_loaded(two: Checkpoints) -> None:
+    (two.folder / "step_00000020").rename(two.folder / "step_00000020.tmp")
+    value, resumed = resumed_value(two)
+    assert value == 10.0 and resumed.set_aside == ()
+
+
+def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, size = namedtuple("usage", "total used free"), sum(map(len, content(two.folder).values())) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size - 1))
+    monkeypatch.setattr(StateOnly, "save", lambda self, folder: pytest.fail("it was begun"))
+    with pytest.raises(UserError, match="a checkpoint takes 0.0 MiB") as caught:
+        save(two, 30)
+    assert "what was saved before is untouched" in str(caught.value.hint)
+    assert sorted(two.steps()) == [10, 20]
+
+
+def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(tmp_path: Path) -> None:
+    with mounts.small_disk(tmp_path / "disk", 256 << 10) as disk:
+        checkpoints = checkpoints_in(disk / "checkpoints")
+        save(checkpoints, 10)
+        before = content(disk)
+        with pytest.raises(UserError, match="cannot write .*step_00000020.tmp: .*full"):
+            save(checkpoints, 20, numbers=50_000)
+        assert content(disk) == before
+        assert resumed_value(checkpoints)[0] == 10.0
+        save(checkpoints, 20)  # with room again
+        assert resumed_value(checkpoints)[0] == 20.0
+
+
+def test_a_full_disk_in_plain_files_is_the_same_error(tmp_path: Path) -> None:
+    class PlainFile(StateOnly):
+        def save(self, folder: Path) -> None:
+            (folder / "weights.bin").write_bytes(bytes(self.numbers))
+
+    with mounts.small_disk(tmp_path / "disk", 256 << 10) as disk:
+        checkpoints, engine = checkpoints_in(disk / "checkpoints"), PlainFile(numbers=300 << 10)
+        with pytest.raises(UserError, match="the disk is full"):
+            checkpoints.save(10, engine, {}, best_step=None)  # type: ignore[arg-type]
+        assert content(disk) == {} and not list(disk.rglob("*.tmp"))
+
+
+def test_a_read_only_disk_is_an_error_that_leaves_earlier_checkpoints_intact(two: Checkpoints) -> None:
+    before = content(two.folder)
+    with mounts.read_only(two.folder):
+        with pytest.raises(UserError, match="read-only"):
+            save(two, 30)
+        assert resumed_value(two)[0] == 20.0
+    assert content(two.folder) == before
+
+
+def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints) -> None:
+    manifest = json.loads((two.folder / "step_00000020" / MANIFEST).read_text())
+    assert set(manifest["files"]) == set(FILES) - {MANIFEST}
+    assert manifest["details"] == {"step": 20, "world_size": 1}
+    assert manifest["kind"] == "checkpoint"
