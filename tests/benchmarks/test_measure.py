@@ -1,0 +1,103 @@
+"""Measuring a process from outside, and the arithmetic of the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import data_scale, measure, sft_cpu
+
+BUSY = """
+import sys, time
+for step in range(3):
+    end = time.process_time() + 0.15
+    while time.process_time() < end: pass
+    with open(sys.argv[1], "a") as file: file.write("line\\n")
+time.sleep(1)
+"""
+
+
+def test_a_child_is_seen_at_each_of_its_steps(tmp_path: Path) -> None:
+    steps = tmp_path / "steps"
+    command = [sys.executable, "-c", BUSY, str(steps)]
+    usage, ticks = measure.run_measured(command, log=tmp_path / "log", steps_file=steps)
+    seen = [tick.step for tick in ticks]
+    assert seen == sorted(set(seen)) and seen[-1] == 3  # a busy machine may see two steps at once
+    assert 0.4 < ticks[-1].cpu_seconds <= usage.cpu_seconds + 0.02  # clock ticks of 10 ms
+    assert usage.peak_rss_mb > 1
+
+
+def test_cpu_time_of_grandchildren_counts(tmp_path: Path) -> None:
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])"
+    command = [sys.executable, "-c", start, BUSY, str(tmp_path / "steps")]
+    usage, _ = measure.run_measured(command, log=tmp_path / "log")
+    assert usage.cpu_seconds > 0.4
+
+
+def test_a_child_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
+    with pytest.raises(measure.ChildFailed, match="status 3(.|\n)*the reason"):
+        measure.run_measured(
+            [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], log=tmp_path / "log"
+        )
+
+
+def test_the_steady_rate_leaves_out_the_first_steps() -> None:
+    ticks = [measure.Tick(1, 10.0, 8.0), measure.Tick(2, 12.0, 9.0), measure.Tick(4, 16.0, 13.0)]
+    rate = measure.steady_rate(ticks, [100, 200, 310, 400], skip=2)
+    assert rate == {"tokens_per_cpu_second": 50.0, "tokens_per_second": 50.0}
+
+
+def test_too_few_steps_for_a_rate_are_refused() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        measure.steady_rate([measure.Tick(2, 1.0, 1.0)], [10, 20], skip=2)
+
+
+def test_medians_are_taken_number_by_number() -> None:
+    runs = [{"a": 1.0, "b": 9.0}, {"a": 3.0, "b": 7.0}, {"a": 2.0, "b": 8.0}]
+    assert measure.median_of(runs) == {"a": 2.0, "b": 8.0}
+
+
+def test_results_say_on_what_machine_they_were_taken(tmp_path: Path) -> None:
+    written = json.loads(measure.write_results("x", {"answer": 42}, to=tmp_path).read_text())
+    assert written["answer"] == 42
+    assert {"cpu", "cores", "packages", "commit", "date", "load_average"} <= written["machine"].keys()
+
+
+def test_ratios_compare_ours_with_both_of_trls_settings() -> None:
+    def record(value: float) -> dict[str, float]:
+        return dict.fromkeys(sft_cpu.NAMES, value)
+
+    medians = {"ours": record(3.0), "TRL best": record(2.0), "TRL default": record(1.0)}
+    warm = {"ours": record(1.0), "TRL best": record(4.0)}
+    ratios = sft_cpu.ratios_of(medians, warm)
+    assert ratios["tokens_per_cpu_second_to_trl_best"] == 1.5
+    assert ratios["wall_seconds_to_trl_default"] == 3.0
+    assert ratios["warm_wall_seconds_to_trl_best"] == 0.25
+    lines = sft_cpu.verdicts(ratios)
+    assert lines[0].endswith(": met") and lines[1].endswith(": not met")
+
+
+def test_evaluations_are_not_steps(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "num_tokens": 5}, {"step": 1, "eval/loss": 2.0}, {"step": 2, "num_tokens": 9}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sft_cpu.running_tokens(file) == [5, 9]
+
+
+def test_memory_growth_is_counted_from_ten_thousand_rows() -> None:
+    records = [
+        {"rows": 1_000, "peak_rss_mb": 100.0},
+        {"rows": 10_000, "peak_rss_mb": 200.0},
+        {"rows": 1_000_000, "peak_rss_mb": 250.0},
+    ]
+    assert data_scale.growth_of(records) == 1.25
+
+
+def test_a_synthetic_row_is_the_same_each_time() -> None:
+    assert data_scale.row(20) == {
+        "question": "How is 20 spelled, and what follows?",
+        "answer": "two zero; 20, 21, 22, 23, 24.",
+    }
