@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,14 @@ def finish(
     printed = output.read_text()[begin:]
     assert codes == [code] * ranks, f"exit {codes}\n{printed[-4000:]}"
     return printed
+
+
+def wait_while(started: forked.Ranks, condition: Callable[[], bool]) -> None:
+    """Return as soon as the condition is false; what was printed is shown when that takes too long."""
+    end = time.monotonic() + forked.SECONDS
+    while condition():
+        assert time.monotonic() < end, started.output.read_text()[-3000:]
+        time.sleep(0.002)
 
 
 def training_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The SFT step, keeping what its live model said when it was exported: `live_logits.pt` in the run's folder."""
+"""The SFT step, keeping what its live model said when it was exported."""
 
 from __future__ import annotations
 
