@@ -186,9 +186,10 @@ def train(job: SFTJob, run_dir: Path) -> int:
                 held_out_metrics["eval/stop_rate"] = stop_rate(samples)
                 tracker.log_samples([asdict(sample) for sample in samples], counters.step)
             tracker.log(held_out_metrics, counters.step)
-            is_best = counters.best_loss is None or held_out_metrics["eval/loss"] < counters.best_loss
+            held_out_loss = held_out_metrics["eval/loss"]
+            is_best = held_out_loss < (math.inf if counters.best_loss is None else counters.best_loss)
             if is_best:
-                counters.best_step, counters.best_loss = counters.step, held_out_metrics["eval/loss"]
+                counters.best_step, counters.best_loss = counters.step, held_out_loss
         if is_due(counters.step, config.save_every) or is_best or is_last:
             checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
     progress.close()
