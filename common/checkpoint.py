@@ -31,7 +31,7 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
-from common.distributed import World, barrier, gather_objects
+from common.distributed import World, gather_objects
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,8 +54,10 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one step of one run."""
 
-    def __init__(self, folder: Path, *, keep: int, world: World) -> None:
+    def __init__(self, folder: Path, *, keep: int, world: World, base_revision: str | None = None) -> None:
+        """base_revision: commit of a hub model; one that moved under a run is refused on resume."""
         self.folder, self._keep, self._world = folder, keep, world
+        self._details = {"world_size": world.size, "base_revision": base_revision}
 
     def save(self, step: int, engine: Engine, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
@@ -127,7 +129,7 @@ class Checkpoints:
             (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
 
     def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
-        """Hash and fsync every world_size-th file; return all ranks' records."""
+        """Hash every world_size-th file; return all ranks' records."""
         names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
         own = {}
         for name in names[self._world.rank :: self._world.size]:
@@ -135,7 +137,7 @@ class Checkpoints:
         return {name: record for share in gather_objects(own) for name, record in share.items()}
 
     def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
-        details = {"step": step, "world_size": self._world.size}
+        details = {"step": step, **self._details}
         with disk_errors(partial):
             write_manifest(partial, Manifest("checkpoint", None, records, details))
         commit_folder(partial, final)
@@ -161,11 +163,18 @@ class Checkpoints:
         return [fault for faults in gather_objects(found) for fault in faults]
 
     def _restore(self, path: Path, engine: Engine) -> dict[str, Any]:
-        written_by = read_manifest(path).details["world_size"]
+        details = read_manifest(path).details
+        written_by, revision = details["world_size"], details.get("base_revision")
         if written_by != self._world.size:
             raise UserError(
                 f"{path} was written by {written_by} ranks; this run has {self._world.size}",
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
+            )
+        if revision != self._details["base_revision"]:
+            raise UserError(
+                f"{path} was trained from commit {revision} of the base model, which is now at "
+                f"{self._details['base_revision']}",
+                hint=f"resume with model.revision={revision}, or start a new run_name",
             )
         engine.load(path)
         return json.loads((path / COUNTERS).read_text())
@@ -197,20 +206,24 @@ class Checkpoints:
 
     def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
         """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
+        refused: UserError | None = None
         try:
             with disk_errors(partial):
                 action()
-        except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except RuntimeError as error:
+        except UserError as error:
+            refused = error
+        except RuntimeError:
             # torch reports a full disk as an unexpected position in its archive
             free = shutil.disk_usage(self.folder).free
             if free > 64 * 2**20:
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _no_room(partial, free, "the disk is full or refuses writing") from error
-        barrier()
+            refused = _no_room(partial, free, "the disk is full or refuses writing")
+        # all ranks learn of it before anything is removed under those that still write
+        errors = [error for error in gather_objects(refused) if error is not None]
+        if errors:
+            if self._world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise errors[0]
 
 
 def _no_room(place: Path, free: int, reason: str) -> UserError:

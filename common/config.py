@@ -5,6 +5,7 @@ allowed). Checks that need two groups are made by the step's own config. Nothing
 except `load_resolved`, and nothing imports torch.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -95,6 +96,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "model.lora.r", self.r, "1 or more")
+        require(self.alpha >= 1, "model.lora.alpha", self.alpha, "1 or more")
         require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 up to (not including) 1")
 
 
@@ -107,6 +109,14 @@ class TokenizerConfig:
     train_vocab_size: Optional[int] = None
     """train a byte-level BPE of this size on the training rows (with model.config only)"""
 
+    def __post_init__(self) -> None:
+        if self.path is not None and self.train_vocab_size is not None:
+            raise UserError(
+                f"model.tokenizer.path={self.path} names a tokenizer and "
+                f"model.tokenizer.train_vocab_size={self.train_vocab_size} asks for a new one",
+                hint="keep one: model.tokenizer.train_vocab_size=null uses the one that exists",
+            )
+
 
 @dataclass
 class ModelConfig:
@@ -115,7 +125,7 @@ class ModelConfig:
     path: Optional[str] = None
     """local folder or hub name"""
     revision: Optional[str] = None
-    """commit of the hub model; a branch name is resolved and recorded"""
+    """commit of the hub model; a branch is resolved, recorded, and refused when it moves under a run"""
     config: Dict[str, Any] = field(default_factory=dict)
     """fields of a transformers config, with model_type: initialise at random from it"""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -140,6 +150,12 @@ class ModelConfig:
             raise UserError(
                 f"model.path={self.path} and model.config are both set",
                 hint="keep one: model.path loads weights, model.config initialises at random",
+            )
+        if self.path is not None and self.tokenizer.train_vocab_size is not None:
+            raise UserError(
+                f"model.path={self.path} has weights that belong to its own tokenizer; "
+                f"model.tokenizer.train_vocab_size={self.tokenizer.train_vocab_size} would train another",
+                hint="leave model.tokenizer.train_vocab_size out, or use model.config instead of model.path",
             )
         if self.quantize is Quantize.nf4 and not self.lora.enabled:
             raise UserError("model.quantize=nf4 needs adapters to train", hint="add model.lora.enabled=true")
@@ -241,7 +257,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "1 or more")
         require(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "1 or more")
-        require(self.epochs > 0, "train.epochs", self.epochs, "a number above 0")
+        require(0.0 < self.epochs < math.inf, "train.epochs", self.epochs, "a number above 0")
         require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 or more")
         require(self.save_every >= 0, "train.save_every", self.save_every, "0 or more")
@@ -272,7 +288,7 @@ class OptimConfig:
     """clip the global gradient norm; 0: off"""
 
     def __post_init__(self) -> None:
-        require(self.lr is None or self.lr > 0, "optim.lr", self.lr, "a number above 0")
+        require(self.lr is None or 0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optim.betas",
@@ -296,6 +312,12 @@ class SamplingConfig:
     """longest completion"""
     temperature: float = 0.0
     """0: greedy"""
+
+    def __post_init__(self) -> None:
+        require(self.num_prompts >= 0, "sampling.num_prompts", self.num_prompts, "0 or more")
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "1 or more")
+        in_range = 0 <= self.temperature < math.inf
+        require(in_range, "sampling.temperature", self.temperature, "0 (greedy) or more")
 
 
 @dataclass
@@ -322,6 +344,12 @@ class DeepSpeedConfig:
                 hint="deepspeed=zero1 (stage 0 takes a wrong first step in bf16, has no NaN guard in fp32)",
             )
         require(self.stage in (1, 2, 3), "deepspeed.stage", self.stage, "1, 2 or 3")
+        require(
+            self.hpz_partition_size >= 1, "deepspeed.hpz_partition_size", self.hpz_partition_size, "1 or more"
+        )
+        require(
+            self.reduce_bucket_size >= 1, "deepspeed.reduce_bucket_size", self.reduce_bucket_size, "1 or more"
+        )
         if self.offload_optimizer is not Offload.none and self.stage < 2:
             raise UserError(
                 "deepspeed.offload_optimizer=cpu needs stage 2 or 3", hint="deepspeed=zero2_offload"

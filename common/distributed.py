@@ -93,12 +93,18 @@ def barrier() -> None:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 set a flag; the recipe agrees on it with all ranks once per step."""
+    """SIGTERM and SIGUSR1: leave at once where nothing can be lost, else set a flag.
+
+    While `deferred`, the recipe looks at `received` and agrees on it with all ranks once per step.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self.deferred = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = True
+        if not self.deferred:
+            raise SystemExit(STOPPED_EXIT_CODE)

@@ -1,8 +1,8 @@
-"""DeepSpeedConfig and three numbers in, DeepSpeed's configuration dict out. Pure: imports nothing heavy."""
+"""What a run asks of DeepSpeed in, its configuration dict out. Pure: imports nothing heavy."""
 
 from __future__ import annotations
 
-from common.config import DeepSpeedConfig, Dtype, Offload
+from common.config import DeepSpeedConfig, Dtype, Offload, OptimizerName
 
 
 def build_ds_config(
@@ -13,6 +13,7 @@ def build_ds_config(
     micro_batch_size: int,
     world_size: int,
     num_parameters: int,
+    optimizer: OptimizerName = OptimizerName.adamw,
 ) -> dict[str, object]:
     """The dict given to `deepspeed.initialize`.
 
@@ -33,13 +34,13 @@ def build_ds_config(
         "bf16": {"enabled": dtype is Dtype.bf16},
         "fp16": {"enabled": dtype is Dtype.fp16, "hysteresis": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(deepspeed, num_parameters),
+        "zero_optimization": _zero(deepspeed, num_parameters, optimizer),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
 
 
-def _zero(deepspeed: DeepSpeedConfig, num_parameters: int) -> dict[str, object]:
+def _zero(deepspeed: DeepSpeedConfig, num_parameters: int, optimizer: OptimizerName) -> dict[str, object]:
     bucket = max(1, min(deepspeed.reduce_bucket_size, num_parameters))
     zero: dict[str, object] = {
         "stage": deepspeed.stage,
@@ -53,6 +54,8 @@ def _zero(deepspeed: DeepSpeedConfig, num_parameters: int) -> dict[str, object]:
         zero["offload_optimizer"] = {"device": deepspeed.offload_optimizer.value, "pin_memory": True}
     if deepspeed.offload_param is not Offload.none:
         zero["offload_param"] = {"device": deepspeed.offload_param.value, "pin_memory": True}
+    if deepspeed.stage == 3 and optimizer is OptimizerName.muon:
+        zero["reduce_scatter"] = False  # DeepSpeed's Muon wants whole gradients there
     if deepspeed.stage == 3:
         zero["stage3_prefetch_bucket_size"] = bucket
         zero["stage3_gather_16bit_weights_on_model_save"] = True

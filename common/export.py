@@ -44,10 +44,10 @@ ADAPTER_FOLDER = "adapter"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "deepspeed", "peft", "datasets")
 
 EXACT_TOLERANCE = 1e-6
-"""fp32, same device, weights untouched: the same kernels on the same numbers, up to their blocking."""
+"""fp32 on the CPU, weights untouched: the same kernels on the same numbers, up to their blocking."""
 
 REORDERED_TOLERANCE = 1e-4
-"""fp32 with merged adapters or on another device: sums in another order, through all layers."""
+"""fp32 with merged adapters, compiled layers or on a GPU: sums in another order, through all layers."""
 
 HALF_TOLERANCE = 5e-2
 """bf16 and fp16: attention kernels round at other places (2^-9 for bf16, at every layer). The tensors
@@ -245,7 +245,8 @@ def _check(
     with torch.no_grad():
         logits = reloaded.to(device).eval()(probe.to(device), use_cache=False).logits[0]
     difference = largest_difference(live_logits, logits)
-    exact = device == live_logits.device and not hasattr(module, "peft_config")
+    same_kernels = live_logits.device.type == "cpu" and not _is_compiled(module)
+    exact = same_kernels and not hasattr(module, "peft_config")
     tolerance = _tolerance(saved.dtype, exact=exact)
     if not difference <= tolerance:
         raise ExportMismatch(
@@ -253,6 +254,10 @@ def _check(
             f"logit (allowed: {tolerance:g}); the artifact was not committed"
         )
     return difference
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return any(child._compiled_call_impl is not None for child in module.modules())
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 ParameterGroups = list[dict[str, Any]]
 
+LR_SCALE = "lr_scale"
+"""Key of a parameter group that takes another learning rate than the rest."""
+
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> ParameterGroups:
     """Trainable parameters as one group with weight decay and one without (biases, norms).
@@ -74,35 +77,34 @@ def _adafactor(groups: ParameterGroups, lr: float) -> torch.optim.Optimizer:
 def _muon(module: torch.nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """Muon for the matrices of the decoder, AdamW for embeddings, head, norms and biases.
 
-    DeepSpeed orthogonalises whole matrices before it shards them, for parameters marked `use_muon`.
+    DeepSpeed orthogonalises whole matrices before it shards them, for parameters marked `use_muon`. Its
+    update has singular values of about sqrt(max(1, rows / columns)); times 0.2 sqrt(columns) its elements
+    are as large as AdamW's, so that one learning rate serves both (arXiv 2502.16982, section 2.2).
     """
     from common.engine import muon_optimizer
 
-    matrices: list[torch.nn.Parameter] = []
+    by_columns: dict[int, list[torch.nn.Parameter]] = {}
     others: list[torch.nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_matrix = _dimensions(parameter) == 2 and not _is_vocabulary(name)
         parameter.use_muon = is_matrix  # type: ignore[attr-defined]  # DeepSpeed reads this mark
-        (matrices if is_matrix else others).append(parameter)
+        columns = getattr(parameter, "ds_shape", parameter.shape)[-1]
+        (by_columns.setdefault(columns, []) if is_matrix else others).append(parameter)
     groups: ParameterGroups = [
         {
             "params": matrices,
             "use_muon": True,
             "lr": lr,
+            LR_SCALE: 0.2 * math.sqrt(columns),
             "momentum": 0.95,
             "weight_decay": optim.weight_decay,
-        },
-        {
-            "params": others,
-            "use_muon": False,
-            "lr": lr,
-            "betas": (optim.betas[0], optim.betas[1]),
-            "eps": optim.eps,
-            "weight_decay": 0.0,
-        },
+        }
+        for columns, matrices in by_columns.items()
     ]
+    rest = {"params": others, "use_muon": False, "lr": lr, "eps": optim.eps, "weight_decay": 0.0}
+    groups.append({**rest, "betas": (optim.betas[0], optim.betas[1])})
     return muon_optimizer([group for group in groups if group["params"]])
 
 
@@ -147,11 +149,12 @@ def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], floa
 
 
 def warmup_steps(ratio: float, total_steps: int) -> int:
-    """Optimizer steps with rising learning rate."""
-    return math.ceil(ratio * total_steps - 1e-9)  # 0.07 * 100 is a little over 7 in binary
+    """Optimizer steps with rising learning rate, never all of them: the first one has rate 0."""
+    warmup = math.ceil(ratio * total_steps - 1e-9)  # 0.07 * 100 is a little over 7 in binary
+    return min(warmup, total_steps - 1)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every parameter group's learning rate."""
+    """Set every parameter group's learning rate, times the group's own scale where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def training_flops_per_token(model: PreTrainedModel) -> float:
-    """Floating-point operations per token of a forward and backward pass: 6 per weight that multiplies.
+    """Floating-point operations per token of a forward and backward pass: 6 per weight that multiplies
+    and is trained, 4 per frozen one (its own gradient is not computed).
 
     Embeddings are looked up, not multiplied, so an input embedding of its own does not count; a tied one
     counts once, as the output projection. Attention scores are left out: at usual lengths they are
@@ -24,9 +25,8 @@ def training_flops_per_token(model: PreTrainedModel) -> float:
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding
-    weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    looked_up = 0 if is_tied else getattr(embedding, "ds_numel", embedding.numel())
-    return 6.0 * (weights - looked_up)
+    multiplied = [p for p in model.parameters() if is_tied or p is not embedding]
+    return float(sum(_size(p) * (6 if p.requires_grad else 4) for p in multiplied))
 
 
 def performance(
@@ -43,6 +43,11 @@ def performance(
         if peak is not None:
             metrics["perf/mfu"] = flops_per_token * tokens / seconds / (peak * world.size)
     return metrics
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Weights in it, also when ZeRO-3 has partitioned it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _peak_memory() -> float:

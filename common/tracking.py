@@ -35,7 +35,7 @@ RUN_ID_FILE = "wandb_run_id"
 
 PROBE_SECONDS = 5.0
 INIT_SECONDS = 10.0
-FINISH_SECONDS = 30.0
+FINISH_SECONDS = 15.0
 _DEFAULT_SERVER = "https://api.wandb.ai"
 
 
@@ -102,6 +102,14 @@ class Tracker:
         if self._enabled and self._mirror is not None:
             self._mirror.log_artifact(name, folder, role, digest, parents)
         return f"{name}:{digest[:12]}"
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Close the mirror, with the exit status that the error means."""
+        code = error.code if isinstance(error, SystemExit) else 0 if error is None else 1
+        self.finish(exit_code=code if isinstance(code, int) else 1)
 
     def finish(self, summary: Mapping[str, float] | None = None, exit_code: int = 0) -> None:
         """Close the mirror; waits at most `FINISH_SECONDS` for uploads. Safe to call twice."""

@@ -26,7 +26,8 @@ STOPPED = 143
 """Exit status of ranks that were told to stop and saved."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 60
-"""How long ranks may take to end after one has ended, before they are killed: time to finish a save."""
+"""How long ranks may take to end after one was told to stop, before they are killed: time to finish a save.
+After a rank failed, torch gives the others 30 s of its own."""
 
 
 def main() -> int:

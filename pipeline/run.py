@@ -128,7 +128,7 @@ def conclude(
         if (folder / "samples.jsonl").exists():
             say(f"  samples   {folder / 'samples.jsonl'}")
         return STOPPED if stopped else 0
-    if status == STOPPED or stopped:
+    if status == STOPPED:
         state.write_state(folder, {**ended, "status": "stopped"})
         say(f"{name}: stopped; the same command goes on from here")
         return STOPPED
@@ -151,7 +151,7 @@ def reasons_to_refuse(
     if before is None:
         return [f"{folder} holds files, but no usable {state.STATE}"] if any(folder.iterdir()) else []
     changed = state.differences(before["config"], part) + state.input_differences(before["inputs"], inputs)
-    if not changed and before["status"] == "done":
+    if not changed and is_finished(folder, before):
         try:
             verify(folder / EXPORT)
         except UserError as error:

@@ -8,8 +8,9 @@ while the others wait on the file system), then batches. What becomes a trained 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +27,11 @@ from common.models import load_tokenizer
 from step1_sft.config import SFTJob
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 log = logging.getLogger("rlhf.data")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,34 @@ class SFTData:
         held_out = None if self.held_out is None else self.held_out.fingerprint
         return {"train": self.train.fingerprint, "held_out": held_out}
 
+    def prompts(self, job: SFTJob, model: PreTrainedModel) -> list[np.ndarray]:
+        """Held-out prompts to complete, with room for the completion in the model's context."""
+        if self.held_out is None:
+            return []
+        sampling = job.sft.sampling
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = math.inf if context is None else context - sampling.max_new_tokens
+        return held_out_prompts(self.held_out, sampling.num_prompts, room, job.seed)
 
-def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int) -> PreTrainedTokenizerFast:
+
+def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int, say: Say) -> PreTrainedTokenizerFast:
     """The base model's tokenizer, or one trained on the training rows and kept in `folder/tokenizer`.
 
-    UserError when its chat template cannot say which tokens an assistant writes.
+    UserError when its chat template cannot say which tokens an assistant writes. Without a template
+    only plain text can be trained on.
     """
-    saved = folder / "tokenizer"
-    if job.model.tokenizer.train_vocab_size is not None and local_rank > 0:
+    size, saved = job.model.tokenizer.train_vocab_size, folder / "tokenizer"
+    if size is not None and local_rank > 0:
         while not saved.exists():  # renamed into place by local rank 0, whose death ends us all
             time.sleep(0.1)
-    tokenizer = load_tokenizer(
-        job.model,
-        training_texts=lambda: dataset.training_texts(job.sft.data, seed=job.seed, report=log.info),
-        save_to=saved,
-    )
-    check_template(tokenizer)
+
+    def training_texts() -> Iterator[str]:
+        say(f"training a tokenizer of {size} tokens on the rows")
+        return dataset.training_texts(job.sft.data, seed=job.seed, report=log.info)
+
+    tokenizer = load_tokenizer(job.model, training_texts, saved)
+    if tokenizer.chat_template:
+        check_template(tokenizer)
     return tokenizer
 
 
@@ -70,11 +84,13 @@ def cache_dir(job: SFTJob) -> Path:
     return Path(job.sft.data.cache_dir or Path(job.output_dir) / ".cache" / "data")
 
 
-def load_data(job: SFTJob, tokenizer: PreTrainedTokenizerFast, folder: Path, world: World) -> SFTData:
+def load_data(
+    job: SFTJob, tokenizer: PreTrainedTokenizerFast, folder: Path, world: World, say: Say
+) -> SFTData:
     """Tokenize the job's sources, or find them in the cache; writes `folder/ledger.json`."""
     data = job.sft.data
     train, held_out, ledger = dataset.build(
-        data, tokenizer, seed=job.seed, cache_dir=cache_dir(job), report=log.info, wait=world.local_rank > 0
+        data, tokenizer, seed=job.seed, cache_dir=cache_dir(job), report=say, wait=world.local_rank > 0
     )
     if world.is_main:
         write_json(folder / "ledger.json", ledger.to_json())
@@ -105,10 +121,13 @@ def count_padding(micro_batches: Sequence[Batch]) -> int:
     return sum(batch.input_ids.shape[1] for batch in micro_batches if not batch.row_ids)
 
 
-def held_out_prompts(held_out: dataset.TokenizedDataset, count: int, seed: int) -> list[np.ndarray]:
+def held_out_prompts(
+    held_out: dataset.TokenizedDataset, count: int, longest: float, seed: int
+) -> list[np.ndarray]:
     """A seeded choice of held-out documents, each cut where its first trained token would come.
 
-    Documents that are trained from their start (plain text) have no prompt and are left out.
+    Left out are documents trained from their start (plain text), which have no prompt, and prompts
+    of more than `longest` tokens, which leave no room for a completion.
     """
     order = np.random.default_rng(seed).permutation(len(held_out))
     prompts: list[np.ndarray] = []
@@ -117,6 +136,6 @@ def held_out_prompts(held_out: dataset.TokenizedDataset, count: int, seed: int) 
             break
         example = held_out[int(index)]
         first = int(np.argmax(example.labels != IGNORE))
-        if first > 0:
+        if 0 < first < longest:
             prompts.append(example.input_ids[: first + 1])
     return prompts

@@ -30,7 +30,9 @@ def evaluate(
         tokens += torch.bincount(batch.source_of_target, minlength=len(sources))
         correct += float(result.correct)
     engine.train()
-    *sums, total_correct = sum_over_ranks(torch.cat([loss, tokens, torch.tensor([correct])]))
+    *sums, total_correct = sum_over_ranks(
+        torch.cat([loss, tokens, torch.tensor([correct], dtype=torch.float64)])
+    )
     losses, counts = sums[: len(sources)], sums[len(sources) :]
     mean = sum(losses) / sum(counts)
     metrics = {

@@ -20,12 +20,12 @@ from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import Dtype, to_plain
 from common.data.batches import Batches, evaluation_batches
-from common.data.chat import find_terminators
 from common.data.types import TokenizedExample
 from common.distributed import (
     STOPPED_EXIT_CODE,
     StopSignal,
     barrier,
+    close_world,
     init_world,
     seed_everything,
     sum_over_ranks,
@@ -35,18 +35,17 @@ from common.engine import Engine, StepOutcome
 from common.errors import UserError
 from common.export import export_policy
 from common.losses import PackedCausalLM
-from common.models import load_model
+from common.models import load_model, terminators_of
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.sampling import sample_completions, stop_rate
-from common.tracking import Tracker
+from common.tracking import METRICS_FILE, Tracker, read_metrics
 from step1_sft.config import SFTJob
 from step1_sft.data import (
     batch_plan,
     count_padding,
     count_tokens,
-    held_out_prompts,
     load_data,
     load_sft_tokenizer,
 )
@@ -80,8 +79,9 @@ def train(job: SFTJob, run_dir: Path) -> int:
     say = print if world.is_main else log.info
 
     # Load --------------------------------------------------------------------------------------
-    tokenizer = load_sft_tokenizer(job, folder, world.local_rank)
-    data = load_data(job, tokenizer, folder, world)
+    tokenizer = load_sft_tokenizer(job, folder, world.local_rank, say)
+    terminators = terminators_of(tokenizer)
+    data = load_data(job, tokenizer, folder, world, say)
     say("\n".join(data.ledger.lines()))
     model = load_model(
         job.model, tokenizer, seed=job.seed, device=world.device, max_length=job.sft.data.max_length
@@ -91,7 +91,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
     plan = batch_plan(job, world)
     batches = Batches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
-    prompts = held_out_prompts(data.held_out, job.sft.sampling.num_prompts, job.seed) if data.held_out else []
+    prompts = data.prompts(job, model)
 
     # Engine ------------------------------------------------------------------------------------
     module = PackedCausalLM(model)
@@ -108,9 +108,15 @@ def train(job: SFTJob, run_dir: Path) -> int:
             micro_batch_size=config.micro_batch_size,
             world_size=world.size,
             num_parameters=model.num_parameters(),
+            optimizer=job.sft.optim.name,
         ),
     )
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=config.keep_checkpoints,
+        world=world,
+        base_revision=getattr(module.base().config, "_commit_hash", None),
+    )
     counters = Counters()
     if resumed := checkpoints.resume(engine):
         counters = Counters(**resumed.counters)
@@ -119,107 +125,122 @@ def train(job: SFTJob, run_dir: Path) -> int:
         say(f"resuming from {resumed.path}")
     flops_per_token = training_flops_per_token(model)
 
-    # Loop --------------------------------------------------------------------------------------
-    progress = Progress(total_steps, label="sft", done=counters.step, enabled=world.is_main)
-    tracker = Tracker(
-        "sft", job.run_name, folder, job.tracking, to_plain(job), counters.step,
-        enabled=world.is_main, say=progress.log,
-    )  # fmt: skip
-    metrics: dict[str, float] = {}
-    held_out_metrics: dict[str, float] = {}
-    engine.train()
-    while counters.step < total_steps:
-        began = time.perf_counter()
-        micro_batches = batches.micro_batches(counters.step)
-        # the one collective before the first backward: the step's tokens, and whether to stop
-        tokens, trained, padding, stopping = sum_over_ranks(
-            [*count_tokens(micro_batches), count_padding(micro_batches), stop.received]
-        )
-        if stopping:
-            checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
-            progress.log(f"told to stop: saved at step {counters.step}; the same command goes on from there")
-            tracker.finish(exit_code=STOPPED_EXIT_CODE)
-            progress.close()
-            return STOPPED_EXIT_CODE
-
-        learning_rate = peak_lr * schedule(counters.applied)
-        set_learning_rate(optimizer, learning_rate)
-        seed_everything(job.seed, counters.step, world.rank)
-        sums = TokenSums()
-        for batch in micro_batches:
-            result = score(engine, batch, world.device, with_entropy=True)
-            engine.backward(result.loss_sum, trained)
-            sums.add(result)
-        outcome = engine.step()
-
-        rows, counters = batches.rows(counters.step), advance(counters, outcome, tokens, trained)
-        metrics = {
-            **sums.means(trained),
-            "grad_norm": outcome.grad_norm,
-            "learning_rate": learning_rate,
-            "num_tokens": counters.num_tokens,
-            "num_trained_tokens": counters.num_trained_tokens,
-            "epoch": batches.epoch_of(counters.step),
-            "perf/padding_share": padding / (tokens + padding),
-            **performance(flops_per_token, tokens, time.perf_counter() - began, job.model.dtype.value, world),
-        }
-        tracker.log(metrics, counters.step)
-        progress.update(
-            counters.step,
-            loss=metrics["loss"],
-            tokens_per_second=metrics["perf/tokens_per_second"],
-            mfu=metrics.get("perf/mfu"),
-        )
-        if not outcome.applied:
-            report_skipped(counters, rows, metrics["loss"], engine.loss_scale, job.model.dtype, progress)
-
-        is_last, is_best = counters.step == total_steps, False
-        if data.held_out is not None and (is_due(counters.step, config.eval_every) or is_last):
-            held_out_metrics = evaluate(
-                engine, evaluation_batches(data.held_out, plan), data.held_out.sources, world.device
+    with (
+        Progress(total_steps, label="sft", done=counters.step, enabled=world.is_main) as progress,
+        Tracker(
+            "sft", job.run_name, folder, job.tracking, to_plain(job), counters.step,
+            enabled=world.is_main, say=progress.log,
+        ) as tracker,
+    ):  # fmt: skip
+        # Loop ----------------------------------------------------------------------------------
+        engine.train()
+        stop.deferred = True
+        while counters.step < total_steps:
+            began = time.perf_counter()
+            micro_batches = batches.micro_batches(counters.step)
+            # the one collective before the first backward: the step's tokens, and whether to stop
+            tokens, trained, padding, stopping = sum_over_ranks(
+                [*count_tokens(micro_batches), count_padding(micro_batches), stop.received]
             )
-            if prompts:
-                samples = sample_completions(
-                    module.base(), tokenizer, prompts, find_terminators(tokenizer), job.sft.sampling, world,
-                    seed=job.seed, is_partitioned=engine.zero_stage == 3,
-                )  # fmt: skip
-                held_out_metrics["eval/stop_rate"] = stop_rate(samples)
-                tracker.log_samples([asdict(sample) for sample in samples], counters.step)
-            tracker.log(held_out_metrics, counters.step)
-            held_out_loss = held_out_metrics["eval/loss"]
-            is_best = held_out_loss < (math.inf if counters.best_loss is None else counters.best_loss)
-            if is_best:
-                counters.best_step, counters.best_loss = counters.step, held_out_loss
-        if is_due(counters.step, config.save_every) or is_best or is_last:
-            checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
-    progress.close()
+            if stopping:
+                checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
+                progress.log(
+                    f"told to stop: saved at step {counters.step}; the same command goes on from there"
+                )
+                raise SystemExit(STOPPED_EXIT_CODE)
 
-    # Save --------------------------------------------------------------------------------------
-    engine.eval()
-    probe = probe_of(data.train[0], world.device)
-    with torch.no_grad():
-        live_logits = module.logits(probe)
-    weights = engine.full_state_dict()
-    if weights is not None:
-        export = export_policy(
-            model,
-            weights,
-            tokenizer,
-            folder / "export",
-            details={
-                "parents": [],
-                "config_hash": file_sha256(run_dir / "resolved.yaml"),
-                "data": data.fingerprints(),
-                "progress": asdict(counters),
-                "metrics": {**metrics, **held_out_metrics},
-            },
-            probe=probe,
-            live_logits=live_logits,
-        )
-        tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
-    tracker.finish(summary=held_out_metrics)
-    barrier()
+            learning_rate = peak_lr * schedule(counters.applied)
+            set_learning_rate(optimizer, learning_rate)
+            seed_everything(job.seed, counters.step, world.rank)
+            sums = TokenSums()
+            for batch in micro_batches:
+                result = score(engine, batch, world.device, with_entropy=True)
+                engine.backward(result.loss_sum, trained)
+                sums.add(result)
+            outcome = engine.step()
+
+            rows, counters = batches.rows(counters.step), advance(counters, outcome, tokens, trained)
+            metrics = {
+                **sums.means(trained),
+                "grad_norm": outcome.grad_norm,
+                "learning_rate": learning_rate,
+                "num_tokens": counters.num_tokens,
+                "num_trained_tokens": counters.num_trained_tokens,
+                "epoch": batches.epoch_of(counters.step),
+                "perf/padding_share": padding / (tokens + padding),
+                **performance(
+                    flops_per_token, tokens, time.perf_counter() - began, job.model.dtype.value, world
+                ),
+            }
+            tracker.log(metrics, counters.step)
+            progress.update(
+                counters.step,
+                loss=metrics["loss"],
+                tokens_per_second=metrics["perf/tokens_per_second"],
+                mfu=metrics.get("perf/mfu"),
+            )
+            if not outcome.applied:
+                places = [data.train.place(int(index)) for row in rows for index in row]
+                report_skipped(
+                    counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
+                )
+
+            is_last, is_best = counters.step == total_steps, False
+            if data.held_out is not None and (is_due(counters.step, config.eval_every) or is_last):
+                held_out = evaluate(
+                    engine, evaluation_batches(data.held_out, plan), data.held_out.sources, world.device
+                )
+                if prompts:
+                    samples = sample_completions(
+                        module.base(), tokenizer, prompts, terminators, job.sft.sampling, world,
+                        seed=job.seed, is_partitioned=engine.zero_stage == 3,
+                    )  # fmt: skip
+                    held_out["eval/stop_rate"] = stop_rate(samples)
+                    tracker.log_samples([asdict(sample) for sample in samples], counters.step)
+                tracker.log(held_out, counters.step)
+                is_best = held_out["eval/loss"] < (
+                    math.inf if counters.best_loss is None else counters.best_loss
+                )
+                if is_best:
+                    counters.best_step, counters.best_loss = counters.step, held_out["eval/loss"]
+            if is_due(counters.step, config.save_every) or is_best or is_last:
+                checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
+
+        # Save ----------------------------------------------------------------------------------
+        stop.deferred = False  # everything is saved: what is left can be done again
+        engine.eval()
+        probe = probe_of(data.train[0], world.device)
+        with torch.no_grad():
+            live_logits = module.logits(probe)
+        weights = engine.full_state_dict()
+        if weights is not None:
+            final = metrics_of_step(folder / METRICS_FILE, total_steps)
+            export = export_policy(
+                model,
+                weights,
+                tokenizer,
+                folder / "export",
+                details={
+                    "parents": [],
+                    "resolved_config_hash": file_sha256(run_dir / "resolved.yaml"),
+                    "data": data.fingerprints(),
+                    "progress": asdict(counters),
+                    "metrics": final,
+                },
+                probe=probe,
+                live_logits=live_logits,
+            )
+            tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
+            tracker.finish(summary=final)
+        barrier()
+    close_world()
     return 0
+
+
+def metrics_of_step(path: Path, step: int) -> dict[str, float]:
+    """What was logged at a step, of training and of evaluation; a resume may have had nothing left to do."""
+    lines = [line for line in read_metrics(path) if line["step"] == step]
+    return {name: value for line in lines for name, value in line.items() if name != "step"}
 
 
 def is_due(step: int, every: int) -> bool:
@@ -247,24 +268,23 @@ def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: fl
 
 def report_skipped(
     counters: Counters,
-    rows: list[np.ndarray],
+    places: list[str],
     loss: float,
     loss_scale: float,
     dtype: Dtype,
     progress: Progress,
 ) -> None:
-    """Say which documents a skipped step had; UserError after too many in a row."""
-    documents = ", ".join(str(int(index)) for row in rows for index in row)
-    log.warning("step %d skipped, loss %s, documents %s", counters.step, loss, documents)
+    """Say which rows a skipped step had; UserError after too many in a row."""
+    log.warning("step %d skipped, loss %s, rows %s", counters.step, loss, ", ".join(places))
     if dtype is Dtype.fp16 and math.isfinite(loss) and loss_scale > 1:
         return  # fp16 looks for its loss scale by overflowing
     progress.log(
         f"step {counters.step}: loss {loss:.4g}, its gradient is not finite; skipped on all ranks "
-        f"(its documents are in logs/rank_0.log)"
+        f"(its rows are named in logs/rank_0.log)"
     )
     if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
             f"{counters.skipped_in_a_row} steps in a row were not finite, up to step {counters.step}",
-            hint="the weights are as before them: lower sft.optim.lr, use model.dtype=bf16 or fp32, "
-            "or look at the documents named in sft/logs/rank_0.log",
+            hint="none of them changed the weights: lower sft.optim.lr, use model.dtype=bf16 or fp32, "
+            "or look at the rows named in sft/logs/rank_0.log",
         )

@@ -78,6 +78,7 @@ class SourceLedger:
     trained_tokens: int = 0
     truncated: int = 0
     bad_rows: int = 0
+    bad_examples: list[str] = field(default_factory=list)
     dropped: dict[str, Dropped] = field(default_factory=dict)
 
 
@@ -113,6 +114,7 @@ class Ledger:
             for row in table
         ]
         for entry in self.sources:
+            lines += [f"skipped from {entry.name}: {example}" for example in entry.bad_examples]
             for reason, drop in entry.dropped.items():
                 more = ", ..." if drop.count > len(drop.places) else ""
                 places = ", ".join(drop.places)
@@ -145,6 +147,7 @@ class TokenizedDataset:
         self.trained = index["trained"][rows]
         self.source_ids = index["source_ids"][rows]
         self.fingerprint = f"{folder.name}-{part}"
+        self._numbers = index["numbers"]
         self._rows = rows
         self._file = folder / ROWS_FILE
         self._opened: _Columns | None = None
@@ -159,6 +162,10 @@ class TokenizedDataset:
             self._opened = _Columns(self._file)
         ids, labels = self._opened[int(self._rows[index])]
         return TokenizedExample(ids, labels, self.sources[int(self.source_ids[index])])
+
+    def place(self, index: int) -> str:
+        """Where the document came from: source and row (line of a JSONL file), for messages."""
+        return f"{self.sources[int(self.source_ids[index])]}:{self._numbers[self._rows[index]]}"
 
 
 class _Columns:
@@ -370,6 +377,7 @@ class _Rows:
     trained: array[int] = field(default_factory=lambda: array("i"))
     truncated: array[int] = field(default_factory=lambda: array("b"))
     for_eval: array[int] = field(default_factory=lambda: array("b"))
+    numbers: array[int] = field(default_factory=lambda: array("i"))
 
 
 def _write(
@@ -424,6 +432,7 @@ def _documents(
             rows.lengths.append(len(document.input_ids))
             rows.trained.append(document.trained)
             rows.truncated.append(document is not result)
+            rows.numbers.append(conversation.place.row)
             rows.for_eval.append(for_eval)
             yield document
         done += len(chunk)
@@ -432,6 +441,7 @@ def _documents(
             last_line = time.monotonic()
     for entry in ledger.sources:
         entry.bad_rows = bad_rows.count.get(entry.name, 0)
+        entry.bad_examples = bad_rows.examples.get(entry.name, [])
 
 
 def _fitted(
@@ -461,7 +471,7 @@ def _column(arrays: list[np.ndarray]) -> pyarrow.ListArray:
 
 
 def _index(rows: _Rows, fraction: float) -> dict[str, np.ndarray]:
-    """Per row of the file: lengths, trained tokens, source; and which rows are whose (`train`, `eval`)."""
+    """Per row of the file: lengths, trained tokens, source and row number there; which rows are whose."""
     # views, not copies: with a million rows these numbers are most of the memory in use
     hashes, source_ids = np.frombuffer(rows.hashes, np.uint64), np.frombuffer(rows.source_ids, np.int32)
     for_eval = np.frombuffer(rows.for_eval, np.int8) != 0
@@ -471,6 +481,7 @@ def _index(rows: _Rows, fraction: float) -> dict[str, np.ndarray]:
         "lengths": np.frombuffer(rows.lengths, np.int32),
         "trained": np.frombuffer(rows.trained, np.int32),
         "source_ids": source_ids,
+        "numbers": np.frombuffer(rows.numbers, np.int32),
         "train": np.flatnonzero(~for_eval),
         "eval": np.flatnonzero(for_eval),
     }

@@ -34,6 +34,10 @@ READ_ROWS = 1024
 """Rows read from a columnar file at once."""
 
 
+EXAMPLES_KEPT = 5
+"""Bad rows of a source that are remembered with place and reason."""
+
+
 class RowError(ValueError):
     """One row cannot be used; the text says why. `BadRows` decides what happens."""
 
@@ -51,6 +55,8 @@ class BadRows:
     report: Callable[[str], None] = print
     count: dict[str, int] = field(default_factory=dict)
     """bad rows by source name"""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """the first few of them, each as place and reason"""
 
     def add(self, source: str, place: Place, reason: str) -> None:
         """Record one; raises UserError when it is one too many."""
@@ -59,6 +65,9 @@ class BadRows:
                 f"{place}: {reason}", hint="correct the row, or skip bad rows with data.on_bad_row=skip"
             )
         self.count[source] = self.count.get(source, 0) + 1
+        examples = self.examples.setdefault(source, [])
+        if len(examples) < EXAMPLES_KEPT:
+            examples.append(f"{place}: {reason}")
         self.report(f"skipped {place}: {reason}")
         if sum(self.count.values()) > self.limit:
             raise UserError(

@@ -241,5 +241,5 @@ def test_a_read_only_disk_is_an_error_that_leaves_earlier_checkpoints_intact(two
 def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints) -> None:
     manifest = json.loads((two.folder / "step_00000020" / MANIFEST).read_text())
     assert set(manifest["files"]) == set(FILES) - {MANIFEST}
-    assert manifest["details"] == {"step": 20, "world_size": 1}
+    assert manifest["details"] == {"step": 20, "world_size": 1, "base_revision": None}
     assert manifest["kind"] == "checkpoint"

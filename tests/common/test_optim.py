@@ -58,6 +58,10 @@ def test_warmup_is_rounded_up_and_free_of_float_noise() -> None:
     assert warmup_steps(0.0, 10) == 0
 
 
+def test_a_run_of_one_step_trains() -> None:
+    assert build_schedule(OptimConfig(), 1)(0) == 1.0
+
+
 def test_weight_decay_spares_biases_norms_and_frozen_weights() -> None:
     model = Model()
     decayed, plain = parameter_groups(model, 0.1)

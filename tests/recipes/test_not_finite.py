@@ -71,17 +71,18 @@ def test_a_step_that_is_not_finite_on_one_of_two_ranks_is_skipped_on_both(
     assert counters_of(run_dir, STEPS)["skipped_in_a_row"] == 0
 
 
-def test_the_documents_of_a_skipped_step_are_in_the_log(base: Base) -> None:
+def test_the_rows_of_a_skipped_step_are_in_the_log_by_source_and_line(base: Base) -> None:
     run_dir = base.write("nan-logged", job_of(base, 2, Dtype.fp32))
     finish(run_dir, 1, sft_not_finite, [BAD], 0)
     (named,) = re.findall(
-        r"step 3 skipped, loss nan, documents ([\d, ]+)\n", (run_dir / "sft/logs/rank_0.log").read_text()
+        r"step 3 skipped, loss nan, rows ([\w:, ]+)\n", (run_dir / "sft/logs/rank_0.log").read_text()
     )
-    documents = [int(number) for number in named.split(", ")]
-    ledger = json.loads((run_dir / "sft" / "ledger.json").read_text())["sources"]
-    trained = sum(entry["rows_kept"] - entry["rows_held_out"] for entry in ledger)
-    assert len(set(documents)) == len(documents) >= 4
-    assert all(0 <= number < trained for number in documents)
+    places = named.split(", ")
+    lines = {path.stem: len(path.read_text().splitlines()) for path in base.sources}
+    assert len(set(places)) == len(places) >= 4
+    for place in places:
+        source, row = place.split(":")
+        assert 1 <= int(row) <= lines[source]
 
 
 def test_five_skipped_steps_in_a_row_end_the_run_with_a_clear_error(base: Base) -> None:

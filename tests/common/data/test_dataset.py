@@ -310,7 +310,11 @@ def test_the_ledger_accounts_for_every_row(tmp_path: Path) -> None:
         *["source", "format", "read", "kept", "held", "out", "tokens", "trained", "cut", "bad", "dropped"]
     ]
     assert lines[1].split()[:5] == ["rows", "prompt/completion", "21", "17", "1"]
-    assert lines[2] == f"dropped from rows: 2 × longer than data.max_length=100 ({path}:6, {path}:8)"
+    assert (
+        lines[2] == f"skipped from rows: {path}:4: no completion (the source's format is prompt/completion)"
+    )
+    assert lines[3].startswith(f"skipped from rows: {path}:21: not valid JSON")
+    assert lines[4] == f"dropped from rows: 2 × longer than data.max_length=100 ({path}:6, {path}:8)"
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
 

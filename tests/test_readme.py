@@ -1,0 +1,59 @@
+"""The README says only what works: its commands compose, its targets and paths exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline.compose import compose, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    (?:\$ )?python -m pipeline (\w+)([^\n]*)$", README, re.MULTILINE)
+TARGETS = re.findall(r"^    (?:\$ )?make (\w+)", README, re.MULTILINE)
+
+
+def test_the_commands_were_found() -> None:
+    assert len(COMMANDS) >= 4
+    assert {"demo", "test"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize(("verb", "rest"), COMMANDS, ids=lambda text: text.strip()[:40])
+def test_every_command_of_the_readme_composes(verb: str, rest: str) -> None:
+    arguments = shlex.split(rest, comments=True)
+    if verb == "verify":
+        assert len(arguments) == 1
+        return
+    assert verb in ("run", "preview")
+    config = compose(prepare(arguments).overrides)
+    assert config.sft.data.all_sources()
+
+
+@pytest.mark.parametrize("target", sorted(set(TARGETS)))
+def test_every_make_target_of_the_readme_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_every_linked_or_captioned_path_exists() -> None:
+    linked = re.findall(r"\]\(([\w./]+)\)", README)
+    tree = README.split("## The tree")[1].split("## Not tested")[0]
+    named = re.findall(r"(?:^|  )([a-z0-9_]+(?:/|\.py))", tree, re.MULTILINE)
+    assert len(linked) >= 2 and len(named) >= 15
+    folders = [ROOT, ROOT / "common"]
+    missing = [n for n in [*linked, *named] if not any((folder / n).exists() for folder in folders)]
+    assert missing == []
+
+
+def test_every_key_of_the_configuration_table_exists() -> None:
+    table = README.split("## Configuration")[1].split("## Resume")[0]
+    keys = re.findall(r"`((?:model|sft|launch|tracking)(?:\.\w+)+)", table)
+    assert len(keys) >= 10
+    config = compose([])
+    for key in keys:
+        node: object = config
+        for part in key.split("."):
+            assert hasattr(node, part), key
+            node = getattr(node, part)
