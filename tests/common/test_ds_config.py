@@ -1,6 +1,6 @@
 import pytest
 
-from common.config import DeepSpeedConfig, Dtype, Offload
+from common.config import DeepSpeedConfig, Dtype, Offload, OptimizerName
 from common.ds_config import build_ds_config
 from common.errors import UserError
 
@@ -60,3 +60,10 @@ def test_stages_that_cannot_work_are_refused_with_a_way_out(values: dict, named:
     with pytest.raises(UserError, match=named) as caught:
         DeepSpeedConfig(**values)
     assert caught.value.hint
+
+
+def test_muon_reduces_whole_gradients_at_stage_three() -> None:
+    muon = build(DeepSpeedConfig(stage=3), optimizer=OptimizerName.muon)
+    assert muon["zero_optimization"]["reduce_scatter"] is False
+    for other in (build(DeepSpeedConfig(stage=3)), build(DeepSpeedConfig(), optimizer=OptimizerName.muon)):
+        assert "reduce_scatter" not in other["zero_optimization"]

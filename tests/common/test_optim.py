@@ -5,7 +5,13 @@ import torch
 
 from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
-from common.optim import build_optimizer, build_schedule, parameter_groups, warmup_steps
+from common.optim import (
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    set_learning_rate,
+    warmup_steps,
+)
 
 
 class Model(torch.nn.Module):
@@ -102,6 +108,14 @@ def test_muon_takes_matrices_only() -> None:
     assert [id(p) for p in matrices["params"]] == [id(model.linear.weight)]
     assert id(model.embed.weight) in {id(p) for p in others["params"]}
     assert len(others["params"]) == 4
+
+
+def test_muons_learning_rate_is_scaled_by_the_width_of_each_matrix_to_adamws_size() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(16, 4, bias=False), torch.nn.Linear(100, 5)])
+    optimizer = build_optimizer(model, OptimConfig(name=OptimizerName.muon), lr=0.1)
+    set_learning_rate(optimizer, 0.5)
+    # 0.2 * sqrt(16), 0.2 * sqrt(100), and AdamW for the bias
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 1.0, 0.5])
 
 
 def test_bitsandbytes_optimizers_say_what_is_missing() -> None:

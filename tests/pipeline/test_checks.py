@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from common.config import DataConfig, ModelConfig, OptimizerName, SourceConfig, TokenizerConfig
+from common.config import (
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    SourceConfig,
+    TokenizerConfig,
+)
 from common.errors import UserError
 from common.stage import Step
 from pipeline import checks
@@ -127,6 +135,28 @@ def test_an_optimizer_for_gpus_is_refused_without_one(
     assert f"sft.optim.name={name.value} needs a GPU" in error_of(config).message
     monkeypatch.setattr(checks, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "works"),
+    [("bf16", 1, False), ("bf16", 2, False), ("fp16", 2, False), ("bf16", 3, True), ("fp32", 1, True)],
+)
+def test_muon_is_refused_where_deepspeed_does_not_compute_it(
+    config: PipelineConfig, dtype: str, stage: int, works: bool
+) -> None:
+    config.sft.optim = OptimConfig(name=OptimizerName.muon, max_grad_norm=0)
+    config.model.dtype, config.deepspeed.stage = Dtype(dtype), stage
+    if works:
+        return checks.check(config, ranks=1)
+    error = error_of(config)
+    assert f"sft.optim.name=muon with model.dtype={dtype}" in error.message
+    assert error.hint == "deepspeed=zero3, or model.dtype=fp32"
+
+
+def test_muons_update_is_not_clipped(config: PipelineConfig) -> None:
+    config.sft.optim = OptimConfig(name=OptimizerName.muon)
+    config.deepspeed.stage = 3
+    assert "sft.optim.max_grad_norm=1.0 would clip" in error_of(config).message
 
 
 def test_a_secondary_partition_must_divide_the_ranks(config: PipelineConfig) -> None:
