@@ -106,8 +106,10 @@ class Checkpoints:
     def _start(self, partial: Path) -> None:
         self._remove_unfinished()
         with disk_errors(self.folder):
-            partial.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._check_room()
+        with disk_errors(self.folder):
+            partial.mkdir()
 
     def _remove_unfinished(self) -> None:
         """Remove what a process that was killed while writing, or while deleting, left behind."""

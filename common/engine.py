@@ -57,6 +57,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+        self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
 
@@ -97,10 +98,30 @@ class Engine:
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state of this rank into `folder`; all ranks call it."""
-        self._engine.save_checkpoint(
-            str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen()
-        )
+        """Write weights and optimizer state of this rank into `folder`; all ranks call it.
+
+        Raises what this rank's disk refused, once all ranks are done: DeepSpeed's own collectives lie between
+        its writes, and a rank that leaves them early takes the others down with it.
+        """
+        refused: list[Exception] = []
+        writer = self._engine.checkpoint_engine
+        write = writer.save
+
+        def try_to_write(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                refused.append(error)
+
+        writer.save = try_to_write
+        try:
+            self._engine.save_checkpoint(
+                str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen()
+            )
+        finally:
+            writer.save = write
+        if refused:
+            raise refused[0]
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, bit for bit; same world size and ZeRO stage."""

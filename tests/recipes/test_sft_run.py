@@ -22,8 +22,6 @@ CHECKPOINT = (
     "manifest.json",
     "zero/mp_rank_00_model_states.pt",
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-    "zero_to_fp32.py",
-    "zero_to_torch.py",
 )
 TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 EXPORT = (*TOKENIZER, "config.json", "generation_config.json", "manifest.json", "model.safetensors")
