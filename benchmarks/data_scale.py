@@ -95,7 +95,7 @@ def build_and_pack(folder: Path) -> None:
     from common.data import dataset
     from common.data.packing import pack
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = DataConfig(path=str(folder / "rows.jsonl"), max_length=MAX_LENGTH, eval_fraction=0.01)
     began = time.perf_counter()
     train, held_out, ledger = dataset.build(data, tokenizer, seed=0, cache_dir=folder / "cache")

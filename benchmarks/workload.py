@@ -72,7 +72,8 @@ def tokens_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> list[i
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": row["answer"]},
     ]
-    return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+    return encoded["input_ids"]
 
 
 def _save_base(base: Path, data: Path, seed: int) -> None:
