@@ -52,7 +52,7 @@ def sample(data: Path, base: Path, rows: int, seed: int) -> list[dict[str, str]]
     """A seeded sample of the rows that fit; ValueError when there are too few."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
     every = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
     random.Random(seed).shuffle(every)
     chosen: list[dict[str, str]] = []
