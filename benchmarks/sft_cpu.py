@@ -53,7 +53,7 @@ BEST: dict[str, dict[str, Any]] = {
     "fp32": {**GROUPED, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 32},
     "bf16": {**GROUPED, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
 }
-"""Per precision the fastest of `CANDIDATES`: fp32 by `--search`; in bf16 only batches of 1 and 4 were tried."""
+"""The fastest of `CANDIDATES`: in fp32 by `--search`; in bf16 only batches of 1 and 4 were tried."""
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "padded, 8": {**QUIET, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
