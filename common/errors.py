@@ -1,5 +1,16 @@
 """The one exception for what a user can fix."""
 
+from __future__ import annotations
+
+import re
+
+# Keys that exist once per step, as code that knows no step writes them in its messages.
+_STEP_KEY = re.compile(
+    r"(?<![\w./-])(?=(?:data\.(?:path|sources|max_length|packing|truncation|eval_\w+|on_bad_row|max_bad_rows|cache_dir)"
+    r"|train\.(?:\w+_batch_size|epochs|max_steps|\w+_every|keep_checkpoints)"
+    r"|optim\.\w+|sampling\.\w+)\b)"
+)
+
 
 class UserError(Exception):
     """Something the user can fix: what was found, what was expected, how to get out.
@@ -14,6 +25,11 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def in_step(self, step: str) -> UserError:
+        """The same error with the step's name before the keys of its part: `data.path` -> `sft.data.path`."""
+        hint = None if self.hint is None else _STEP_KEY.sub(f"{step}.", self.hint)
+        return type(self)(_STEP_KEY.sub(f"{step}.", self.message), hint=hint)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"

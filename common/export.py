@@ -208,7 +208,9 @@ def _save(
     transformers_logging.disable_progress_bar()
     saved.generation_config = _generation_config(module, tokenizer)
     saved.save_pretrained(folder)
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"  # else batched generation is damaged
     tokenizer.save_pretrained(folder)
+    tokenizer.padding_side = side
     for path in folder.glob("*.safetensors"):  # written for the owner alone, whatever the umask
         path.chmod((folder / "config.json").stat().st_mode)
 

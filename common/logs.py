@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ def open_rank_log(folder: Path, rank: int) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it has a handler of its own, for every retry
     if rank == 0:
         (folder / _ERROR_FILE).unlink(missing_ok=True)
 

@@ -58,7 +58,7 @@ def sample_completions(
         output = cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=mask,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=_new_tokens(model, input_ids.shape[1], sampling.max_new_tokens),
             do_sample=sampling.temperature > 0,
             temperature=sampling.temperature or None,
             top_k=0 if sampling.temperature > 0 else None,
@@ -79,6 +79,12 @@ def sample_completions(
 def stop_rate(samples: Sequence[Sample]) -> float:
     """Share of the completions that stopped by themselves."""
     return sum(sample.stopped for sample in samples) / len(samples)
+
+
+def _new_tokens(model: PreTrainedModel, prompt_length: int, wanted: int) -> int:
+    """As many as wanted, as far as the model's context reaches."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return wanted if context is None else min(wanted, context - prompt_length)
 
 
 def _left_pad(

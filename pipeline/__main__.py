@@ -120,7 +120,8 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
         for note in prepared.notes:
             print(note)
     flags = [text for text in arguments if text not in args.overrides]
-    sys.argv = [f"{sys.argv[0]}", *flags, *prepared.overrides]
+    # overrides first: after a flag with an optional value (--info) the first one would be taken for it
+    sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *flags]
     task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
         _Task(verb, shared_name=args.multirun and share_a_name(jobs))
     )

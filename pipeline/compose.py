@@ -199,7 +199,7 @@ def _rewritten(override: Override) -> str:
     text, key = override.input_line or "", override.key_or_group
     if override.package is not None or key.startswith("hydra") or override.is_delete():
         return text
-    if schema.is_free_form(key):
+    if schema.is_free_form(key) or (isinstance(override.value(), dict) and schema.is_free_form(f"{key}.any")):
         return "++" + text.lstrip("+")
     if override.is_add():
         return text.lstrip("+")  # every key of the schema is there already
@@ -241,9 +241,7 @@ def _as_object(checked: Any, name: str) -> Any:
         value = checked[name]
         return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     except UserError as error:
-        if name in {step.value for step in STAGES} and not error.message.startswith(f"{name}."):
-            raise UserError(f"{name}.{error.message}", hint=error.hint) from None
-        raise
+        raise (error.in_step(name) if name in {step.value for step in STAGES} else error) from None
 
 
 def _unknown_option(error: Any) -> UserError:

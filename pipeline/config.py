@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
-from common.config import DeepSpeedConfig, LaunchConfig, ModelConfig, TrackingConfig
+from common.config import DeepSpeedConfig, LaunchConfig, ModelConfig, TrackingConfig, require
 from common.errors import UserError
 from common.stage import Step
 from step1_sft.config import SFTConfig
@@ -51,6 +51,7 @@ class PipelineConfig:
             raise UserError(f"steps=[{names}] names a step twice", hint="name each step once")
         if self.run_name is not None:
             _check_run_name(self.run_name)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 up to 2**63 - 1")
         if not self.output_dir:
             raise UserError("output_dir is empty", hint="leave it out, or name a folder: output_dir=runs")
 

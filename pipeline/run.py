@@ -8,6 +8,7 @@ difference. Trains nothing and imports no torch: a step is a process of its own.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,9 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
     before = None if config.force and is_broken(folder) else state.read_state(folder)
     part = state.step_config(config, wired.stage)
     inputs = state.inputs_of(config, wired.stage, {} if before is None else before["inputs"])
+    if before is not None and not holds_work(folder):
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # trained on rows that may have changed
+        before = {**before, "config": part, "inputs": inputs}
     if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, folder)):
         if not config.force:
             raise refusal(name, folder, refused)
@@ -157,6 +161,11 @@ def reasons_to_refuse(
         except UserError as error:
             return [error.message]
     return changed
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a step left anything to go on from: a checkpoint, even a broken one, or an export."""
+    return (folder / EXPORT).exists() or any((folder / "checkpoints").glob("*"))
 
 
 def refusal(name: str, folder: Path, reasons: list[str]) -> UserError:

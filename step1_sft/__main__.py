@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from common.config import load_resolved
+from common.errors import UserError
 from common.logs import open_rank_log, run_and_report
 from step1_sft.config import SFTJob
 
@@ -30,14 +31,17 @@ def main() -> int:
 
     def work() -> int:
         job = load_resolved(arguments.config, SFTJob)
-        if arguments.preview:
-            from step1_sft.preview import preview
+        try:
+            if arguments.preview:
+                from step1_sft.preview import preview
 
-            preview(job, run_dir / "sft")
-            return 0
-        from step1_sft.train import train
+                preview(job, run_dir / "sft")
+                return 0
+            from step1_sft.train import train
 
-        return train(job, run_dir)
+            return train(job, run_dir)
+        except UserError as error:
+            raise error.in_step("sft") from error
 
     return run_and_report(work, logs)
 

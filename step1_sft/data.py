@@ -54,7 +54,7 @@ class SFTData:
             return []
         sampling = job.sft.sampling
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = math.inf if context is None else context - sampling.max_new_tokens
+        room = math.inf if context is None else context - min(sampling.max_new_tokens, context // 2)
         return held_out_prompts(self.held_out, sampling.num_prompts, room, job.seed)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
                     held_out["eval/stop_rate"] = stop_rate(samples)
                     tracker.log_samples([asdict(sample) for sample in samples], counters.step)
                 tracker.log(held_out, counters.step)
+                progress.log(held_out_line(counters.step, held_out))
                 is_best = held_out["eval/loss"] < (
                     math.inf if counters.best_loss is None else counters.best_loss
                 )
@@ -235,6 +237,13 @@ def train(job: SFTJob, run_dir: Path) -> int:
         barrier()
     close_world()
     return 0
+
+
+def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    stopped = f", {metrics['eval/stop_rate']:.0%} of samples stop" if "eval/stop_rate" in metrics else ""
+    accuracy = metrics["eval/mean_token_accuracy"]
+    return f"held out, step {step}: loss {metrics['eval/loss']:.4f}, token accuracy {accuracy:.1%}{stopped}"
 
 
 def metrics_of_step(path: Path, step: int) -> dict[str, float]:

@@ -218,7 +218,13 @@ def build(
         with _new_folder(folder) as unfinished:
             _write(data, tokenizer, unfinished, seed=seed, report=report)
             _seal(unfinished, key)
-    return load(folder)
+    train, held_out, ledger = load(folder)
+    if data.eval_path is not None and held_out is None:
+        raise UserError(
+            f"data.eval_path={data.eval_path}: no row is left to evaluate on",
+            hint="\n  ".join(["see what became of them:", *ledger.lines()]),
+        )
+    return train, held_out, ledger
 
 
 def load(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, Ledger]:

@@ -301,7 +301,7 @@ def _parse_json_row(line: bytes) -> Mapping[str, object]:
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(text.rstrip())
         what = "truncated JSON" if at_end or "Unterminated" in error.msg else "not valid JSON"
-        raise RowError(f"{what}: {error.msg} at column {error.colno}") from error
+        raise RowError(f"{what}: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     if "\\u" in text:  # only an escape can bring a lone surrogate into valid UTF-8
         _refuse_surrogates(row)
     return _check_row(row)
@@ -384,7 +384,7 @@ def _json_rows(path: Path) -> Iterator[tuple[Place, object]]:
         _refuse_surrogates(value)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}",
+            f"{path}:{error.lineno}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
             hint="if it has one object per line, name it .jsonl",
         ) from error
     except (RowError, UnicodeDecodeError) as error:

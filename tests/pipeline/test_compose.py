@@ -192,7 +192,7 @@ def test_named_data_takes_the_place_of_an_experiments_in_either_form() -> None:
 
 def test_naming_both_forms_at_once_is_an_error() -> None:
     message = error_of("model.path=x", "sft.data.path=a", "sft.data.sources=[{path: b}]")
-    assert "sft.data.path and data.sources are both set" in message
+    assert "sft.data.path and sft.data.sources are both set" in message
 
 
 def test_a_sweep_is_split_into_its_runs_and_each_gets_a_name_of_its_own() -> None:
