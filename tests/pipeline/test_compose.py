@@ -215,3 +215,29 @@ def test_composing_imports_neither_torch_nor_any_other_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_a_free_form_key_may_be_given_as_one_value() -> None:
+    config = composed("model.config={model_type: gpt2, n_embd: 8}", "sft.data.path=a")
+    assert config.model.config == {"model_type": "gpt2", "n_embd": 8}
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=-1", "seed=-1"),
+        ("sft.train.epochs=inf", "sft.train.epochs=inf"),
+        ("sft.optim.lr=inf", "sft.optim.lr=inf"),
+        ("sft.sampling.max_new_tokens=0", "sft.sampling.max_new_tokens=0"),
+        ("sft.sampling.num_prompts=-1", "sft.sampling.num_prompts=-1"),
+        ("deepspeed.reduce_bucket_size=0", "deepspeed.reduce_bucket_size=0"),
+        ("model.lora.alpha=-1", "model.lora.alpha=-1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_key_and_value(override: str, named: str) -> None:
+    assert f"{named} is not allowed" in error_of(*JOB, override)
+
+
+def test_weights_are_never_paired_with_a_tokenizer_of_their_own_making() -> None:
+    message = error_of("model.path=x", "sft.data.path=a", "model.tokenizer.train_vocab_size=300")
+    assert "model.path=x" in message and "train_vocab_size=300" in message

@@ -161,6 +161,26 @@ def test_a_step_that_crashed_goes_on_with_the_same_command(
     assert "going on" in lines[0]
 
 
+def test_a_correction_is_accepted_while_there_is_nothing_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEP", "user-error")
+    assert go()[0] == 2
+    monkeypatch.setenv("FAKE_STEP", "done")
+    assert go(config(seed=7))[0] == 0
+    assert launches() == 2
+    with pytest.raises(UserError, match="seed: 7 -> 8"):  # now there is
+        go(config(seed=8))
+
+
+def test_a_failure_after_a_signal_is_not_called_stopped() -> None:
+    wired = plan.wire([Step.sft])[0]
+    Path("runs/a/sft").mkdir(parents=True)
+    current = {"step": "sft", "config": {}, "config_hash": "", "inputs": {}, "started": "", "launched": ""}
+    assert run.conclude(Path("runs/a"), wired, current, 2, True, print) == 2
+    assert status()["status"] == "failed"
+    assert run.conclude(Path("runs/a"), wired, current, 143, True, print) == 143
+    assert status()["status"] == "stopped"
+
+
 def test_an_error_that_the_step_has_printed_is_not_commented(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
