@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import write_results
+
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 2
 
@@ -258,7 +260,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="kills per combination")
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kill_resume.json")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_resume_"))
     results = []
@@ -268,8 +269,7 @@ def main() -> int:
             kills, differences = trial(folder, point, arguments.kills, seed)
             results.append({**vars(point), **vars(kills), "kills": kills.total, "differences": differences})
             print(json.dumps(results[-1]), flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"save_every": SAVE_EVERY, "results": results}, indent=1) + "\n")
+    write_results("kill_resume", {"save_every": SAVE_EVERY, "results": results})
     shutil.rmtree(folder)
     return int(any(result["differences"] for result in results))
 
