@@ -41,7 +41,8 @@ def build_ds_config(
 
 
 def _zero(deepspeed: DeepSpeedConfig, num_parameters: int, optimizer: OptimizerName) -> dict[str, object]:
-    bucket = max(1, min(deepspeed.reduce_bucket_size, num_parameters))
+    bucket = min(deepspeed.reduce_bucket_size, num_parameters)
+    bucket += bucket % 2  # DeepSpeed refuses an odd one
     zero: dict[str, object] = {
         "stage": deepspeed.stage,
         "contiguous_gradients": True,

@@ -28,8 +28,14 @@ def test_no_clipping_is_said_and_not_left_to_the_default_of_one() -> None:
 
 def test_reduce_bucket_is_never_larger_than_the_model() -> None:
     assert build(DeepSpeedConfig(), num_parameters=10)["zero_optimization"]["reduce_bucket_size"] == 10
-    small = DeepSpeedConfig(reduce_bucket_size=7)
-    assert build(small, num_parameters=10)["zero_optimization"]["reduce_bucket_size"] == 7
+    small = DeepSpeedConfig(reduce_bucket_size=8)
+    assert build(small, num_parameters=10)["zero_optimization"]["reduce_bucket_size"] == 8
+
+
+def test_buckets_are_even_because_deepspeed_refuses_odd_ones() -> None:
+    for config in (build(DeepSpeedConfig(reduce_bucket_size=7)), build(DeepSpeedConfig(), num_parameters=7)):
+        zero = config["zero_optimization"]
+        assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 8
 
 
 def test_overlap_is_off_at_stage_one_where_deepspeed_refuses_it() -> None:
