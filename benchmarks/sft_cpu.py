@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--micro-batch", type=int, default=4, help="ours, in rows")
+    parser.add_argument("--micro-batch", type=int, default=8, help="ours, in rows")
     parser.add_argument("--search", action="store_true", help="measure TRL's candidates once each")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     arguments = parser.parse_args()
