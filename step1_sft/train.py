@@ -71,7 +71,7 @@ class Counters:
 
 
 def train(job: SFTJob, run_dir: Path) -> int:
-    """Train the policy and export it. Returns the exit status: 0 done, 143 told to stop (state saved)."""
+    """Train the policy and export it. Returns 0; leaves by SystemExit(143) when told to stop, state saved."""
     # Set up ------------------------------------------------------------------------------------
     folder, config = run_dir / "sft", job.sft.train
     world = init_world()
