@@ -19,6 +19,9 @@ import os
 import platform
 import re
 import shutil
+import socket
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -546,14 +549,33 @@ def _hub_commit(name: str, revision: str | None, key: str) -> str:
     """The commit behind a branch, or behind the default branch: everything is then loaded from it."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    options: dict[str, Any] = {"revision": revision, "local_files_only": not _hub_answers()}
     with _loading_errors(name, key, revision):
         file = cached_file(
-            name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        ) or cached_file(name, "tokenizer_config.json", revision=revision)
+            name, "config.json", _raise_exceptions_for_missing_entries=False, **options
+        ) or cached_file(name, "tokenizer_config.json", **options)
     commit = extract_commit_hash(file, None)
     if commit is None:
         raise RuntimeError(f"no commit in {file}")
     return commit
+
+
+def _hub_answers(seconds: float = 5.0) -> bool:
+    """Whether the hub's host takes connections; its client would retry for most of a minute to find out.
+
+    Behind a proxy only the client can tell, and is let to.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    if urllib.request.getproxies():
+        return True
+    endpoint = urllib.parse.urlsplit(ENDPOINT)
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_folder(folder: Path) -> None:

@@ -337,6 +337,23 @@ def test_a_hub_name_without_a_network_names_it_and_the_way_out(monkeypatch: pyte
     assert "name the folder" in str(caught.value.hint)
 
 
+def test_whether_the_hub_answers_is_known_without_its_clients_retries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import socket
+
+    import huggingface_hub.constants
+
+    from common import models
+
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        assert models._hub_answers()
+    assert not models._hub_answers()
+
+
 def test_code_that_comes_with_a_model_is_not_run_unasked(base: Path) -> None:
     fields = json.loads((base / "config.json").read_text())
     fields |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
