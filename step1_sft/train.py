@@ -160,7 +160,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
                 sums.add(result)
             outcome = engine.step()
 
-            rows, counters = batches.rows(counters.step), advance(counters, outcome, tokens, trained)
+            counters = advance(counters, outcome, tokens, trained)
             metrics = {
                 **sums.means(trained),
                 "grad_norm": outcome.grad_norm,
@@ -181,6 +181,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
                 mfu=metrics.get("perf/mfu"),
             )
             if not outcome.applied:
+                rows = batches.rows(counters.step - 1)
                 places = [data.train.place(int(index)) for row in rows for index in row]
                 report_skipped(
                     counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
