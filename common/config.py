@@ -206,6 +206,8 @@ class DataConfig:
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None
     """held-out rows from a file of their own"""
+    stage_split: Dict[str, float] = field(default_factory=dict)
+    """shares of the rows by step, e.g. {sft: 2, reward: 4, ppo: 4}: each step sees its own part only"""
     on_bad_row: OnBadRow = OnBadRow.error
     """stop at the first bad row, or skip and report it"""
     max_bad_rows: int = 100
@@ -380,6 +382,19 @@ class TrackingConfig:
     """W&B project"""
     entity: Optional[str] = None
     """W&B team or user"""
+
+
+@dataclass
+class JobConfig:
+    """The part of resolved.yaml that every step's ranks read; a step adds its own group."""
+
+    run_name: str = ""
+    output_dir: str = "runs"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def to_plain(value: Any) -> Any:

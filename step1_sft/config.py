@@ -2,16 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from common.config import (
-    DataConfig,
-    DeepSpeedConfig,
-    LaunchConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
 
 
 @dataclass
@@ -29,14 +20,7 @@ class SFTConfig:
 
 
 @dataclass
-class SFTJob:
+class SFTJob(JobConfig):
     """The part of resolved.yaml that the step's ranks read."""
 
-    run_name: str = ""
-    output_dir: str = "runs"
-    seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,7 +1,8 @@
 """The nouns of the data path, in the order a row becomes them.
 
-RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch. Each hop is one file;
-nothing goes back. Who decides what: `chat.py` decides which tokens are trained and shifts the
+RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch, and for pairs of answers
+RawExample -> Preference -> TokenizedPair -> (row of a batch) -> PairBatch. Each hop is one file; nothing
+goes back. Who decides what: `chat.py` decides which tokens are trained and shifts the
 labels, once; `packing.py` decides which documents share a row; `batches.py` decides which rows
 make a step. Nothing here reads or writes.
 """
@@ -57,6 +58,19 @@ class Conversation:
     text: str | None  # set for plain text only
     source: str
     place: Place
+    first_trained: int = 0  # turns before this one are a prompt: assistant turns in it are not trained
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A row understood: a prompt and two ways to go on, of which the first is preferred."""
+
+    prompt: tuple[Message, ...]  # at least one turn, the last of which is not an assistant's
+    chosen: tuple[Message, ...]  # what follows the prompt; its last turn is an assistant's
+    rejected: tuple[Message, ...]
+    source: str
+    place: Place
+    margin: float = 0.0  # by how much chosen should be better, in units of reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,19 @@ class TokenizedExample:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """Two documents that begin with the same prompt.
+
+    Each ends with the terminator of its last turn: the last token, which is where a reward is read.
+    Labels are those of the response (all turns that follow the prompt), through the terminator.
+    """
+
+    chosen: TokenizedExample
+    rejected: TokenizedExample
+    margin: float
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch: all its documents laid end to end in one sequence, without padding.
 
@@ -86,6 +113,8 @@ class Batch:
     trained_positions: int64 [M], indices into N. targets: int64 [M], the token each must predict.
     source_of_target: int64 [M], index of the source each target belongs to (for evaluation).
     max_seqlen: longest document. row_ids: dataset indices of its documents, for logs.
+    shared_prefix: of each document, how many tokens it has in common with the one before it and does not
+    repeat: it begins with those, in place there (empty: none does).
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -97,6 +126,7 @@ class Batch:
     source_of_target: torch.Tensor
     max_seqlen: int
     row_ids: tuple[int, ...]
+    shared_prefix: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -110,4 +140,42 @@ class Batch:
             move(self.source_of_target),
             self.max_seqlen,
             self.row_ids,
+            self.shared_prefix,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """One micro-batch of P pairs; document 2p is the chosen side of pair p, document 2p + 1 the rejected one.
+
+    documents: all 2P documents in one sequence of N positions (its row_ids are pair indices).
+    score_positions: int64 [2P], index into N of each document's terminator. document_of_target: int64 [M],
+    the document that each target of `documents` belongs to. margins: fp32 [P]. source_ids: int64 [P].
+    lengths: int64 [2P], tokens of each document. num_tokens: their sum, shared prefixes counted on both sides.
+    A batch may have P = 0: ranks that run out of rows still take part in the collectives.
+    """
+
+    documents: Batch
+    score_positions: torch.Tensor
+    document_of_target: torch.Tensor
+    margins: torch.Tensor
+    source_ids: torch.Tensor
+    lengths: torch.Tensor
+    pair_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same batch with its tensors on `device`."""
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return PairBatch(
+            self.documents.to(device),
+            move(self.score_positions),
+            move(self.document_of_target),
+            move(self.margins),
+            move(self.source_ids),
+            move(self.lengths),
+            self.pair_ids,
         )

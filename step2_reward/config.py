@@ -1,0 +1,41 @@
+"""What the reward model's training can be told."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
+
+
+@dataclass
+class RewardConfig:
+    """The `reward` group."""
+
+    policy: Optional[str] = None
+    """folder of the policy artifact to start from; by default what an earlier step of this run made"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """pairs of answers to train on; max_length is that of one answer with its prompt"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """the loop; global_batch_size counts pairs"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """optimizer and schedule"""
+    center_rewards_coefficient: float = 0.0
+    """weight of the mean squared sum of a pair's rewards, which draws rewards towards 0 (0.01 is usual)"""
+    warn_below_accuracy: float = 0.6
+    """say so when fewer held-out pairs than this share are ordered as people ordered them"""
+
+    def __post_init__(self) -> None:
+        weight = self.center_rewards_coefficient
+        require(0 <= weight < float("inf"), "reward.center_rewards_coefficient", weight, "0 or more")
+        require(
+            0 <= self.warn_below_accuracy <= 1,
+            "reward.warn_below_accuracy",
+            self.warn_below_accuracy,
+            "0 to 1",
+        )
+
+
+@dataclass
+class RewardJob(JobConfig):
+    """The part of resolved.yaml that the step's ranks read."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
