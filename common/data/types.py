@@ -151,7 +151,7 @@ class PairBatch:
     documents: all 2P documents in one sequence of N positions (its row_ids are pair indices).
     score_positions: int64 [2P], index into N of each document's terminator. document_of_target: int64 [M],
     the document that each target of `documents` belongs to. margins: fp32 [P]. source_ids: int64 [P].
-    lengths: int64 [2P], tokens of each document. num_tokens: their sum, shared prefixes counted on both sides.
+    lengths: int64 [2P], tokens of each document. num_tokens: their sum; shared prefixes count on both sides.
     A batch may have P = 0: ranks that run out of rows still take part in the collectives.
     """
 
