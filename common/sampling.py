@@ -6,15 +6,17 @@ Plain `generate` on a left-padded batch: roll-outs for PPO are another matter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 
 from common.attention import plain_attention
 from common.config import SamplingConfig
+from common.data.types import IGNORE, TokenizedExample
 from common.distributed import World, gather_objects
 
 if TYPE_CHECKING:
@@ -28,6 +30,38 @@ class Sample:
     prompt: str
     completion: str
     stopped: bool
+
+
+class Documents(Protocol):
+    """What prompts are taken from: documents of which some tokens are trained."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+
+
+def held_out_prompts(documents: Documents, count: int, longest: float, seed: int) -> list[np.ndarray]:
+    """A seeded choice of prompts (int32 [T]): documents cut where their first trained token would come.
+
+    Each prompt once. Left out are documents trained from their start (plain text), which have no prompt,
+    and prompts of `longest` tokens or more, which leave no room for a completion.
+    """
+    prompts: dict[bytes, np.ndarray] = {}
+    for index in np.random.default_rng(seed).permutation(len(documents)):
+        if len(prompts) == count:
+            break
+        example = documents[int(index)]
+        first = int(np.argmax(example.labels != IGNORE))
+        if 0 < first < longest:
+            prompt = example.input_ids[: first + 1]
+            prompts.setdefault(prompt.tobytes(), prompt)
+    return list(prompts.values())
+
+
+def room_for_prompts(model: PreTrainedModel, sampling: SamplingConfig) -> float:
+    """Tokens that a prompt may have, so that its completion fits into the model's context too."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if context is None else context - min(sampling.max_new_tokens, context // 2)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ while the others wait on the file system), then batches. What becomes a trained 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from common.artifacts import write_json
 from common.data import dataset
 from common.data.batches import BatchPlan
 from common.data.chat import check_template
-from common.data.types import IGNORE, Batch
+from common.data.types import Batch
 from common.distributed import World
 from common.models import load_tokenizer
+from common.sampling import held_out_prompts, room_for_prompts
 from step1_sft.config import SFTJob
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class SFTData:
         if self.held_out is None:
             return []
         sampling = job.sft.sampling
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = math.inf if context is None else context - min(sampling.max_new_tokens, context // 2)
+        room = room_for_prompts(model, sampling)
         return held_out_prompts(self.held_out, sampling.num_prompts, room, job.seed)
 
 
@@ -119,23 +118,3 @@ def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
 def count_padding(micro_batches: Sequence[Batch]) -> int:
     """Computed positions that are nobody's token. Documents lie end to end: only filler batches have any."""
     return sum(batch.input_ids.shape[1] for batch in micro_batches if not batch.row_ids)
-
-
-def held_out_prompts(
-    held_out: dataset.TokenizedDataset, count: int, longest: float, seed: int
-) -> list[np.ndarray]:
-    """A seeded choice of held-out documents, each cut where its first trained token would come.
-
-    Left out are documents trained from their start (plain text), which have no prompt, and prompts
-    of more than `longest` tokens, which leave no room for a completion.
-    """
-    order = np.random.default_rng(seed).permutation(len(held_out))
-    prompts: list[np.ndarray] = []
-    for index in order:
-        if len(prompts) == count:
-            break
-        example = held_out[int(index)]
-        first = int(np.argmax(example.labels != IGNORE))
-        if 0 < first < longest:
-            prompts.append(example.input_ids[: first + 1])
-    return prompts

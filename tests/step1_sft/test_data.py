@@ -8,8 +8,9 @@ from common.config import SourceConfig
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.distributed import World
+from common.sampling import held_out_prompts
 from step1_sft.config import SFTJob
-from step1_sft.data import batch_plan, cache_dir, count_padding, count_tokens, held_out_prompts
+from step1_sft.data import batch_plan, cache_dir, count_padding, count_tokens
 
 
 class Documents:

@@ -1,0 +1,56 @@
+"""How a step is started: `python -m <step> --config resolved.yaml --run-dir DIR`, one rank of it.
+
+Takes what a step's `__main__` hands over; returns an exit status. Runs under torchrun's environment; with
+`--preview` it shows the data instead, with neither model nor ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from common.config import JobConfig, load_resolved
+from common.errors import UserError
+from common.logs import open_rank_log, run_and_report
+
+Job = TypeVar("Job", bound=JobConfig)
+
+
+def step_main(
+    name: str,
+    module: str,
+    schema: type[Job],
+    *,
+    train: Callable[[Job, Path], int],
+    preview: Callable[[Job, Path], None],
+) -> int:
+    """Exit status: 0 done, 2 something the user can fix, 143 told to stop with its state saved.
+
+    name: the step's folder below the run's, and the prefix of its keys. train: gets the job and the run's
+    folder. preview: gets the job and the step's folder.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("--config", type=Path, required=True, help="a run's resolved.yaml")
+    parser.add_argument(
+        "--run-dir", type=Path, help="the run's folder; by default the one that holds the config"
+    )
+    parser.add_argument("--preview", action="store_true", help="show the data and stop")
+    arguments = parser.parse_args()
+    run_dir = arguments.run_dir or arguments.config.parent
+    logs = run_dir / name / "logs"
+    open_rank_log(logs, int(os.environ.get("RANK", "0")))
+
+    def work() -> int:
+        job = load_resolved(arguments.config, schema)
+        try:
+            if not arguments.preview:
+                return train(job, run_dir)
+            preview(job, run_dir / name)
+            return 0
+        except UserError as error:
+            raise error.in_step(name) from error
+
+    return run_and_report(work, logs)

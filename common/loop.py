@@ -1,0 +1,164 @@
+"""What the loops of all recipes keep and say alike: counters, cadence, a stop, a step that was skipped.
+
+Takes and returns plain values; which of these happens when is written in each step's train.py. Nothing here
+knows what a step minimises.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from common.checkpoint import Checkpoints
+from common.config import Dtype, JobConfig, OptimConfig, TrainConfig
+from common.data.types import TokenizedExample
+from common.distributed import STOPPED_EXIT_CODE, World
+from common.ds_config import build_ds_config
+from common.engine import Engine, StepOutcome
+from common.errors import UserError
+from common.progress import Progress
+from common.tracking import read_metrics
+
+MAX_SKIPPED_IN_A_ROW = 5
+log = logging.getLogger("rlhf.loop")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where the run is; part of every checkpoint."""
+
+    step: int = 0  # optimizer steps whose rows were consumed
+    applied: int = 0  # of these, the ones that changed the weights
+    skipped_in_a_row: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+def build_engine(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    job: JobConfig,
+    train: TrainConfig,
+    optim: OptimConfig,
+    world: World,
+) -> Engine:
+    """The module under ZeRO, as the job says."""
+    config = build_ds_config(
+        job.deepspeed,
+        dtype=job.model.dtype,
+        max_grad_norm=optim.max_grad_norm,
+        micro_batch_size=train.micro_batch_size,
+        world_size=world.size,
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        optimizer=optim.name,
+    )
+    return Engine(module, optimizer, config)
+
+
+def resume(checkpoints: Checkpoints, engine: Engine, say: Callable[[str], None]) -> Counters:
+    """Counters of the newest checkpoint that verifies, its state restored; new ones when there is none."""
+    resumed = checkpoints.resume(engine)
+    if resumed is None:
+        return Counters()
+    for line in resumed.set_aside:
+        say(f"set aside, not verified: {line}")
+    say(f"resuming from {resumed.path}")
+    return Counters(**resumed.counters)
+
+
+def save_and_leave(
+    checkpoints: Checkpoints, engine: Engine, counters: Counters, progress: Progress
+) -> NoReturn:
+    """Save and end the process, because all ranks were told to stop."""
+    save(checkpoints, engine, counters)
+    progress.log(f"told to stop: saved at step {counters.step}; the same command goes on from there")
+    raise SystemExit(STOPPED_EXIT_CODE)
+
+
+def save(checkpoints: Checkpoints, engine: Engine, counters: Counters) -> None:
+    """Commit a checkpoint of this moment, unless there is one."""
+    checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
+
+
+def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
+    """The counters after one more step."""
+    return replace(
+        counters,
+        step=counters.step + 1,
+        applied=counters.applied + outcome.applied,
+        skipped_in_a_row=0 if outcome.applied else counters.skipped_in_a_row + 1,
+        num_tokens=counters.num_tokens + int(tokens),
+        num_trained_tokens=counters.num_trained_tokens + int(trained),
+    )
+
+
+def with_best(counters: Counters, held_out_loss: float) -> Counters:
+    """The counters with this step as the best one, if it is; smaller is better."""
+    if not held_out_loss < (math.inf if counters.best_loss is None else counters.best_loss):
+        return counters
+    return replace(counters, best_step=counters.step, best_loss=held_out_loss)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def metrics_of_step(path: Path, step: int) -> dict[str, float]:
+    """What was logged at a step, of training and of evaluation; a resume may have had nothing left to do."""
+    lines = [line for line in read_metrics(path) if line["step"] == step]
+    return {name: value for line in lines for name, value in line.items() if name != "step"}
+
+
+def probe_of(example: TokenizedExample, device: torch.device, longest: int = 256) -> torch.Tensor:
+    """The start of a document, int64 [1, N]: what an exported model is compared with the live one on."""
+    return torch.from_numpy(example.input_ids[:longest].astype(np.int64))[None].to(device)
+
+
+def report_skipped(
+    counters: Counters,
+    places: Sequence[str],
+    loss: float,
+    loss_scale: float,
+    dtype: Dtype,
+    progress: Progress,
+) -> None:
+    """Say which rows a skipped step had; UserError after too many in a row."""
+    log.warning("step %d skipped, loss %s, rows %s", counters.step, loss, ", ".join(places))
+    if dtype is Dtype.fp16 and math.isfinite(loss) and loss_scale > 1:
+        return  # fp16 looks for its loss scale by overflowing
+    progress.log(
+        f"step {counters.step}: loss {loss:.4g}, its gradient is not finite; skipped on all ranks "
+        f"(its rows are named in logs/rank_0.log)"
+    )
+    if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise UserError(
+            f"{counters.skipped_in_a_row} steps in a row were not finite, up to step {counters.step}",
+            hint="none of them changed the weights: lower optim.lr, use model.dtype=bf16 or fp32, "
+            "or look at the rows named in the step's logs/rank_0.log",
+        )
+
+
+def swapped_warning(metrics: Mapping[str, float], accuracy: str, margin: str) -> str | None:
+    """What to say when answers that people rejected ended above those they chose; None when they did not.
+
+    accuracy, margin: names of the metrics that hold the share of pairs in the right order and the mean
+    difference of rewards.
+    """
+    share, mean = metrics.get(accuracy, 1.0), metrics.get(margin, 0.0)
+    if mean >= 0 or share >= 0.5:
+        return None
+    return (
+        f"warning: at the end the rejected answers have higher rewards than the chosen ones ({margin} "
+        f"{mean:.3g}; {share:.1%} of the pairs are in the right order): are the columns chosen and rejected "
+        "swapped, in the rows or in data.sources.columns?"
+    )
