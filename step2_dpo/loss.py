@@ -1,0 +1,214 @@
+"""What DPO minimises, and the numbers read off it.
+
+Of each pair, Δ is how much further the policy has moved from the reference on the chosen answer than on the
+rejected one, both measured by the answers' summed log-probabilities. The loss of an optimizer step is the
+mean over its pairs of
+
+    sigmoid  −(1−ε) log σ(βΔ) − ε log σ(−βΔ)    DPO (arXiv 2305.18290); ε > 0 is cDPO
+    ipo      (Δ̄ − 1/(2β))²                      IPO (arXiv 2310.12036), Δ̄ of log-probabilities per token
+    hinge    max(0, 1 − βΔ)                      SLiC (arXiv 2305.10425)
+
+plus `sft_weight` times the mean over its chosen tokens of their negative log-likelihood. Both means are over
+all micro-batches and ranks: sums travel through here and are divided by counts known beforehand. Computes
+nothing of the reference; see reference.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from common.data.types import PairBatch
+from common.distributed import sum_over_ranks
+from common.engine import Engine
+from common.losses import TokenLoss, batch_arguments
+from step2_dpo.config import DPOConfig, LossType
+
+
+class Answers(NamedTuple):
+    """One number for each pair's chosen answer and one for its rejected answer: float64 [P] each."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, of a pair. The fields are those of `DPOConfig`."""
+
+    loss_type: LossType = LossType.sigmoid
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    length_normalized: bool = False
+    sft_weight: float = 0.0
+
+    @classmethod
+    def of(cls, config: DPOConfig) -> Objective:
+        return cls(
+            config.loss_type,
+            config.beta,
+            config.label_smoothing,
+            config.length_normalized,
+            config.sft_weight,
+        )
+
+    def losses(self, ratios: Answers, lengths: Answers) -> torch.Tensor:
+        """The preference part of each pair's loss, float64 [P].
+
+        ratios: log π − log π_ref of each answer. lengths: its response tokens.
+        """
+        if self.length_normalized or self.loss_type is LossType.ipo:
+            ratios = Answers(ratios.chosen / lengths.chosen, ratios.rejected / lengths.rejected)
+        return self.of_difference(ratios.chosen - ratios.rejected)
+
+    def of_difference(self, delta: torch.Tensor) -> torch.Tensor:
+        """The loss as a function of Δ, element by element."""
+        if self.loss_type is LossType.ipo:
+            return (delta - 1 / (2 * self.beta)) ** 2
+        if self.loss_type is LossType.hinge:
+            return torch.relu(1 - self.beta * delta)
+        smoothing = self.label_smoothing
+        right, wrong = F.logsigmoid(self.beta * delta), F.logsigmoid(-self.beta * delta)
+        return -(1 - smoothing) * right - smoothing * wrong
+
+    def at_reference(self) -> float:
+        """The loss of a policy that is its reference: log 2 for sigmoid."""
+        return float(self.of_difference(torch.zeros((), dtype=torch.float64)))
+
+
+class PairLosses(NamedTuple):
+    """A micro-batch of P pairs. `losses` and `chosen_nll` carry the gradient.
+
+    losses: float64 [P], the preference part. chosen_nll: float64 scalar, minus the log-likelihood of all
+    chosen answers' tokens. logps, ratios: of each answer, log π and log π − log π_ref. tokens: what the
+    projection says of all response tokens, chosen and rejected.
+    """
+
+    losses: torch.Tensor
+    chosen_nll: torch.Tensor
+    logps: Answers
+    ratios: Answers
+    tokens: TokenLoss
+
+
+def answer_sums(values: torch.Tensor, document_of_target: torch.Tensor, pairs: int) -> Answers:
+    """Sums over each answer's tokens, in float64. values: [M]; document_of_target: int64 [M], ascending.
+
+    By segments, in order: adding by index would sum in another order each time on a GPU.
+    """
+    lengths = torch.bincount(document_of_target, minlength=2 * pairs)
+    # `unsafe` skips checks that fail for a batch without pairs
+    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
+    return Answers(sums[0::2], sums[1::2])
+
+
+def count_answers(batch: PairBatch) -> Answers:
+    """Response tokens of each answer."""
+    ones = torch.ones_like(batch.document_of_target, dtype=torch.float64)
+    return answer_sums(ones, batch.document_of_target, len(batch.pair_ids))
+
+
+def score(
+    engine: Engine,
+    batch: PairBatch,
+    reference: Answers,
+    objective: Objective,
+    device: torch.device,
+    *,
+    with_entropy: bool,
+) -> PairLosses:
+    """The batch's losses under the live policy. reference: log π_ref of its pairs, in its order."""
+    batch = batch.to(device)
+    tokens = engine(**batch_arguments(batch.documents), with_entropy=with_entropy, per_token=True)
+    return pair_losses(tokens, batch, reference, objective)
+
+
+def pair_losses(tokens: TokenLoss, batch: PairBatch, reference: Answers, objective: Objective) -> PairLosses:
+    """From tokens to pairs; `tokens.token_losses` carry the gradient."""
+    nll = answer_sums(tokens.token_losses, batch.document_of_target, len(batch.pair_ids))
+    logps = Answers(-nll.chosen, -nll.rejected)
+    ratios = Answers(
+        logps.chosen - reference.chosen.to(logps.chosen.device),
+        logps.rejected - reference.rejected.to(logps.rejected.device),
+    )
+    losses = objective.losses(ratios, count_answers(batch))
+    return PairLosses(losses, nll.chosen.sum(), logps, ratios, tokens)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step, or an evaluation, has over all its micro-batches and ranks."""
+
+    pairs: float
+    response_tokens: float
+    chosen_tokens: float  # of the response tokens, those of chosen answers
+
+    @staticmethod
+    def of(batch: PairBatch) -> tuple[int, int, int]:
+        """The same of one batch, to be summed."""
+        is_chosen = batch.document_of_target % 2 == 0
+        return len(batch.pair_ids), len(is_chosen), int(is_chosen.sum())
+
+
+def step_loss(result: PairLosses, objective: Objective, counts: Counts) -> torch.Tensor:
+    """This micro-batch's share of the step's loss; carries the gradient."""
+    loss = result.losses.sum() / counts.pairs
+    if objective.sft_weight:
+        loss = loss + objective.sft_weight * result.chosen_nll / counts.chosen_tokens
+    return loss
+
+
+@dataclass
+class PairSums:
+    """Sums over the pairs that one rank saw in one step, or in an evaluation."""
+
+    above_reference: torch.Tensor | float = 0.0  # preference losses less their value at the reference
+    chosen_nll: torch.Tensor | float = 0.0
+    correct_order: torch.Tensor | float = 0.0
+    chosen_ratio: torch.Tensor | float = 0.0
+    rejected_ratio: torch.Tensor | float = 0.0
+    chosen_logp: torch.Tensor | float = 0.0
+    rejected_logp: torch.Tensor | float = 0.0
+    correct_tokens: torch.Tensor | float = 0.0
+    entropy: torch.Tensor | float = 0.0
+
+    def add(self, result: PairLosses, objective: Objective) -> None:
+        """Add one micro-batch; nothing waits for the device here."""
+        chosen, rejected = (ratio.detach() for ratio in result.ratios)
+        # the mean of equal numbers is that number for any count of them only when the number is 0
+        self.above_reference += (result.losses.detach() - objective.at_reference()).sum()
+        self.chosen_nll += result.chosen_nll.detach()
+        self.correct_order += ((chosen > rejected).double() + 0.5 * (chosen == rejected)).sum()
+        self.chosen_ratio += chosen.sum()
+        self.rejected_ratio += rejected.sum()
+        self.chosen_logp += result.logps.chosen.detach().sum()
+        self.rejected_logp += result.logps.rejected.detach().sum()
+        self.correct_tokens += result.tokens.correct.double()
+        self.entropy += result.tokens.entropy_sum.detach().double()
+
+    def metrics(self, objective: Objective, counts: Counts) -> dict[str, float]:
+        """Means over all ranks. Ties count half in `rewards/accuracies`, so it is 1/2 at the reference.
+
+        Rewards are implicit, β (log π − log π_ref), never divided by lengths. `entropy` and
+        `mean_token_accuracy` are over the tokens of both answers.
+        """
+        total = PairSums(*sum_over_ranks([float(value) for value in vars(self).values()]))
+        preference = objective.at_reference() + total.above_reference / counts.pairs
+        nll = total.chosen_nll / counts.chosen_tokens
+        chosen, rejected = (
+            objective.beta * ratio / counts.pairs for ratio in (total.chosen_ratio, total.rejected_ratio)
+        )
+        return {
+            "loss": float(preference + objective.sft_weight * nll),
+            "rewards/chosen": float(chosen),
+            "rewards/rejected": float(rejected),
+            "rewards/accuracies": float(total.correct_order / counts.pairs),
+            "rewards/margins": float(chosen - rejected),
+            "logps/chosen": float(total.chosen_logp / counts.pairs),
+            "logps/rejected": float(total.rejected_logp / counts.pairs),
+            "entropy": float(total.entropy / counts.response_tokens),
+            "mean_token_accuracy": float(total.correct_tokens / counts.response_tokens),
+        }
