@@ -2,8 +2,9 @@
 
 It takes what a transformers attention module gives (query [1, H, N, d], key and value [1, G, N, d] with
 G key-value heads, G dividing H) and, through the model's forward arguments, where documents begin and
-end; it returns [1, N, H, d]. Each document attends causally to itself and to nothing else. The backend
-follows the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
+end; it returns [1, N, H, d]. Each document attends causally to itself and to nothing else; what it has in
+common with the beginning of the document before it may stand there only (`SharedPrefix`). The backend follows
+the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
 precision, the same loop elsewhere.
 
 It does not know about padding, caches or masks: whoever generates text uses `plain_attention`.
@@ -15,7 +16,8 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -46,6 +48,33 @@ UNSUPPORTED_ARGUMENTS = {
 }
 
 
+class SharedPrefix:
+    """Documents that begin with tokens which stand in the document before them, and only there.
+
+    tokens: of each document, how many (0: none). cu_seqlens: int32 [D + 1], boundaries of what stands.
+    """
+
+    def __init__(self, tokens: Sequence[int], cu_seqlens: torch.Tensor) -> None:
+        self.tokens = tuple(tokens)
+        self._cu_seqlens = cu_seqlens
+
+    @cached_property
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """What the documents attend to, end to end: positions int64 [K], boundaries int32 [D + 1], longest.
+
+        Flash attention aligns the last query with the last key, so every query sees the keys in front. Made
+        once per batch, for all layers.
+        """
+        starts, device = self._cu_seqlens.tolist(), self._cu_seqlens.device
+        parts, ends = [], [0]
+        for index, shared in enumerate(self.tokens):
+            before = starts[index - 1]
+            parts += [torch.arange(before, before + shared), torch.arange(starts[index], starts[index + 1])]
+            ends.append(ends[-1] + shared + starts[index + 1] - starts[index])
+        longest = max(end - start for start, end in pairwise(ends))
+        return torch.cat(parts).to(device), torch.tensor(ends, dtype=torch.int32, device=device), longest
+
+
 def register() -> None:
     """Make `attn_implementation="packed"` known to transformers. Calling it again changes nothing."""
     from transformers import AttentionInterface
@@ -65,13 +94,15 @@ def packed_attention(
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    shared_prefix: SharedPrefix | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of one flat sequence.
 
     cu_seq_lens_q: int32 [D + 1], document boundaries (0 first, N last); max_length_q: longest document;
-    sliding_window: each token sees itself and the `sliding_window - 1` before it. Returns ([1, N, H, d],
-    None). Raises UserError for what no backend computes, ValueError when called without boundaries.
+    sliding_window: each token sees itself and the `sliding_window - 1` before it. shared_prefix: what
+    documents see of the one before them (None: nothing). Returns ([1, N, H, d], None). Raises UserError for
+    what no backend computes, ValueError when called without boundaries.
     """
     _refuse_unsupported(module, attention_mask, is_causal, kwargs)
     if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
@@ -81,10 +112,10 @@ def packed_attention(
         )
     if _varlen_applies(query, value, dropout):
         longest = max_length_q or int(cu_seq_lens_q.diff().max())
-        out = _varlen(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window)
+        out = _varlen(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window, shared_prefix)
     else:
-        lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]
-        out = _by_document(query, key, value, lengths, scaling, dropout, sliding_window)
+        lengths = cu_seq_lens_q.diff().tolist()
+        out = _by_document(query, key, value, lengths, scaling, dropout, sliding_window, shared_prefix)
     return out, None
 
 
@@ -115,16 +146,23 @@ def _by_document(
     scaling: float | None,
     dropout: float,
     window: int | None,
+    shared_prefix: SharedPrefix | None,
 ) -> torch.Tensor:
     """SDPA once per document. `split`, not slices: the backward of a slice fills a whole sequence."""
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    queries, keys, values = (tensor.split(lengths, 2) for tensor in (query, key, value))
     outs = []
-    for q, k, v in parts:
-        length = q.shape[2]
-        if q.device.type == "cpu" and length <= CPU_FP32_LENGTH:
+    for index, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        if not lengths[index]:
+            continue
+        shared = 0 if shared_prefix is None else shared_prefix.tokens[index]
+        if shared:
+            k = torch.cat([keys[index - 1][:, :, :shared], k], 2)
+            v = torch.cat([values[index - 1][:, :, :shared], v], 2)
+        seen = k.shape[2]
+        if q.device.type == "cpu" and seen <= CPU_FP32_LENGTH:
             q, k, v = q.float(), k.float(), v.float()
-        banded = window is not None and length > window
-        mask = _band(length, window, q.device) if banded and window is not None else None
+        banded = shared > 0 or (window is not None and seen > window)
+        mask = _band(seen, window or seen, q.device)[shared:] if banded else None
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -179,9 +217,14 @@ def _varlen(
     longest: int,
     scaling: float | None,
     window: int | None,
+    shared_prefix: SharedPrefix | None,
 ) -> torch.Tensor:
     function = _varlen_function()
     assert function is not None
+    key_boundaries, key_longest = boundaries, longest
+    if shared_prefix is not None:
+        order, key_boundaries, key_longest = shared_prefix.keys
+        key, value = key.index_select(2, order), value.index_select(2, order)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
@@ -190,10 +233,11 @@ def _varlen(
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     # flash attention counts the tokens before the query; transformers counts the query as well
-    left = -1 if window is None or window > longest else window - 1
+    left = -1 if window is None or window > key_longest else window - 1
     out = function(
-        q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=(left, 0), **options
-    )
+        q, k, v, boundaries, key_boundaries, longest, key_longest,
+        scale=scaling, window_size=(left, 0), **options,
+    )  # fmt: skip
     return out[None]
 
 

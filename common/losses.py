@@ -45,8 +45,8 @@ class TokenLoss(NamedTuple):
 
     loss_sum: fp32 scalar, minus the log-likelihood in nats; carries the gradient. correct: int64 scalar,
     tokens whose target has the largest logit. entropy_sum: fp32 scalar in nats, of the predicted
-    distributions (0 when not asked for). token_losses: fp32 [M], what loss_sum sums. All but loss_sum are
-    detached.
+    distributions (0 when not asked for). token_losses: fp32 [M], what loss_sum sums. All but loss_sum (or,
+    when asked for per token, all but token_losses) are detached.
     """
 
     loss_sum: torch.Tensor
@@ -70,6 +70,7 @@ def token_cross_entropy(
     *,
     bias: torch.Tensor | None = None,
     with_entropy: bool = False,
+    per_token: bool = False,
 ) -> TokenLoss:
     """Cross-entropy of softmax(hidden @ weight.T + bias) with targets, summed; the logits never exist whole.
 
@@ -77,8 +78,15 @@ def token_cross_entropy(
     and gradients along with them, so that the backward pass is a multiplication. Log-probabilities and the
     sum of the weight's gradient are fp32 for every dtype. M = 0 gives a zero that still carries (zero)
     gradients. Backward works once; no second derivative.
+
+    per_token: `token_losses` carry the gradient instead of loss_sum, for losses that weigh answers by what
+    they were found to be. How much each token weighs is then known in the backward pass only, and the logits
+    are made again there.
     """
     rows = chunk_rows or chunk_rows_for(hidden.device, weight.shape[0])
+    if per_token:
+        losses, correct, entropy = _TokenLosses.apply(hidden, weight, bias, targets, rows, with_entropy)
+        return TokenLoss(losses.detach().sum(), correct, entropy, losses)
     # inside forward autograd is always off, so whether gradients are wanted at all is asked here
     sums = _TokenCrossEntropy.apply(
         hidden, weight, bias, targets, rows, with_entropy, torch.is_grad_enabled()
@@ -131,6 +139,50 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+class _TokenLosses(torch.autograd.Function):
+    """Each token's loss; the backward pass makes the logits again, a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        rows: int,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            chunk = _score_chunk(hidden[part], weight, bias, targets[part], with_entropy)
+            losses[part] = chunk.losses
+            correct += chunk.correct
+            entropy += chunk.entropy
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.rows = rows
+        ctx.mark_non_differentiable(correct, entropy)
+        return losses, correct, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        gradients = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for start in range(0, len(targets), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            p = _probabilities(hidden[part], weight, bias)
+            gradients.add(part, hidden[part], weight, targets[part], p, grad_losses[part])
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        found = [
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, dtypes, strict=True)
+        ]
+        return (*found, None, None, None)
+
+
 class _Gradients(NamedTuple):
     """Of the loss sum; None where nobody asked. The weight's and the bias's are summed in fp32."""
 
@@ -149,12 +201,21 @@ class _Gradients(NamedTuple):
         )
 
     def add(
-        self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, p: torch.Tensor
+        self,
+        part: slice,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        p: torch.Tensor,
+        weights: torch.Tensor | None = None,
     ) -> None:
-        """Add one chunk. p: fp32 [m, V], the predicted probabilities; it is overwritten."""
+        """Add one chunk. p: fp32 [m, V], the predicted probabilities; it is overwritten. weights: fp32 [m],
+        by which each token's loss counts (None: 1)."""
         if self.hidden is None and self.weight is None and self.bias is None:
             return
         p[torch.arange(len(targets), device=p.device), targets] -= 1  # the loss's gradient by the logits
+        if weights is not None:
+            p *= weights[:, None]
         low = p.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(low, weight, out=self.hidden[part])
@@ -196,6 +257,15 @@ def _score_chunk(
     return _Chunk(log_total - (of_target - largest), correct, entropy, p)
 
 
+def _probabilities(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """fp32 [m, V], the softmax of the logits."""
+    logits = _product(hidden, weight.t())
+    if bias is not None:
+        logits += bias
+    logits.sub_(logits.amax(1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(1, keepdim=True))
+
+
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in fp32. On CUDA the matrix units accumulate in fp32 anyway and need not round to a's dtype."""
     if a.dtype is torch.float32:
@@ -221,11 +291,17 @@ class ScoringHead(nn.Linear):
     """
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, with_entropy: bool = False
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        with_entropy: bool = False,
+        per_token: bool = False,
     ) -> torch.Tensor | TokenLoss:
         if targets is None:
             return super().forward(hidden)
-        return token_cross_entropy(hidden, self.weight, targets, bias=self.bias, with_entropy=with_entropy)
+        return token_cross_entropy(
+            hidden, self.weight, targets, bias=self.bias, with_entropy=with_entropy, per_token=per_token
+        )
 
 
 class PackedCausalLM(nn.Module):
@@ -257,16 +333,23 @@ class PackedCausalLM(nn.Module):
         max_seqlen: int,
         trained_positions: torch.Tensor,
         targets: torch.Tensor,
+        shared_prefix: tuple[int, ...] = (),
         with_entropy: bool = False,
+        per_token: bool = False,
     ) -> TokenLoss:
-        """Score the trained positions of one packed sequence. Shapes as in `Batch`."""
-        arguments = _packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen)
+        """Score the trained positions of one packed sequence. Shapes as in `Batch`.
+
+        per_token: `token_losses` carry the gradient, and loss_sum does not.
+        """
+        arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
         if not self.scores_in_head:
             logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
-            return _plain_cross_entropy(logits, targets, with_entropy)
+            return _plain_cross_entropy(logits, targets, with_entropy, per_token)
         hidden = self.base().get_decoder()(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, trained_positions)
-        return cast(TokenLoss, self.base().get_output_embeddings()(selected, targets, with_entropy))
+        return cast(
+            TokenLoss, self.base().get_output_embeddings()(selected, targets, with_entropy, per_token)
+        )
 
     def score(self, batch: Batch, with_entropy: bool = False) -> TokenLoss:
         """`forward` with a Batch's fields, for callers without an engine around this module."""
@@ -279,7 +362,7 @@ class PackedCausalLM(nn.Module):
         boundaries = whole if cu_seqlens is None else cu_seqlens
         positions = positions_within(boundaries, length)
         longest = int(boundaries.diff().max())
-        arguments = _packed_arguments(input_ids, positions, boundaries, longest)
+        arguments = packed_arguments(input_ids, positions, boundaries, longest)
         return cast(torch.Tensor, self.base()(**arguments).logits[0])
 
 
@@ -292,6 +375,7 @@ def batch_arguments(batch: Batch) -> dict[str, Any]:
         "max_seqlen": batch.max_seqlen,
         "trained_positions": batch.trained_positions,
         "targets": batch.targets,
+        "shared_prefix": batch.shared_prefix,
     }
 
 
@@ -307,11 +391,19 @@ def changes_logits(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) not in (None, same) for name, same in LOGIT_CHANGES.items())
 
 
-def _packed_arguments(
-    input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+def packed_arguments(
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    shared_prefix: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """What a transformers model wants to hear about a packed sequence."""
+    """What a transformers model wants to hear about a packed sequence. Shapes as in `Batch`."""
+    shared = (
+        {"shared_prefix": attention.SharedPrefix(shared_prefix, cu_seqlens)} if any(shared_prefix) else {}
+    )
     return {
+        **shared,
         "input_ids": input_ids,
         "position_ids": position_ids,
         "attention_mask": None,
@@ -323,7 +415,9 @@ def _packed_arguments(
     }
 
 
-def _plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool) -> TokenLoss:
+def _plain_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool, per_token: bool
+) -> TokenLoss:
     """From logits [M, V] that the model made itself."""
     scores = logits.float()
     losses = F.cross_entropy(scores, targets, reduction="none")
@@ -333,6 +427,8 @@ def _plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, with_entro
         if with_entropy:
             logprobs = scores.log_softmax(1)
             entropy = -(logprobs.exp() * logprobs).sum()
+    if per_token:
+        return TokenLoss(losses.detach().sum(), correct, entropy, losses)
     return TokenLoss(losses.sum(), correct, entropy, losses.detach())
 
 
@@ -358,7 +454,7 @@ def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) ->
     boundaries = torch.tensor(cu_seqlens, dtype=torch.int32, device=ids.device)
     positions = positions_within(boundaries, ids.shape[1])
     longest = int(boundaries.diff().max())
-    arguments = _packed_arguments(ids, positions, boundaries, longest)
+    arguments = packed_arguments(ids, positions, boundaries, longest)
     return packed.base().get_decoder()(**arguments).last_hidden_state[0].float()
 
 

@@ -1,24 +1,30 @@
-"""Rows -> Batch: which rows make a step, and which of them this rank computes.
+"""Rows -> Batch, pairs -> PairBatch: which rows make a step, and which of them this rank computes.
 
 The documents of step k are a pure function of the seed and k, whatever the number of ranks, the micro
 batch or the accumulation. An epoch's documents are drawn by the sources' weights, packed afresh and
 shuffled; ranks take turns through the rows of a step. Nothing is remembered between calls but a
 cache of the last epochs, so resuming needs no more than the step's number. Does not tokenize.
+
+The two sides of a pair lie next to each other, and what they begin with alike (the prompt) is there once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from common.data.packing import Packing, one_per_row, pack
-from common.data.types import IGNORE, Batch, TokenizedExample
+from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair
+
+PAIR = 2
+"""Answers in a pair: a row of packed pairs has room for so many documents of the greatest length."""
 
 
 class Documents(Protocol):
@@ -33,6 +39,18 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> TokenizedExample: ...
 
 
+class Pairs(Protocol):
+    """The same of a data set of pairs (see `dataset.PairDataset`). lengths: tokens of both sides together."""
+
+    lengths: np.ndarray
+    source_ids: np.ndarray
+    sources: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How rows become batches. Only `rank`, `world_size` and `micro_batch_size` differ between
@@ -40,18 +58,19 @@ class BatchPlan:
 
     max_length: int
     packing: bool
-    global_batch_size: int  # rows per optimizer step, over all ranks
+    global_batch_size: int  # rows (of pairs: pairs) per optimizer step, over all ranks
     micro_batch_size: int  # rows per rank and forward pass
     seed: int
     rank: int = 0
     world_size: int = 1
+    share_prefix: bool = True  # of pairs: what both sides begin with is computed once
 
 
 class Batches:
     """The batches of every step. `weights`: how often a source's rows are seen per epoch (default 1)."""
 
     def __init__(
-        self, dataset: Documents, plan: BatchPlan, weights: Mapping[str, float] | None = None
+        self, dataset: Documents | Pairs, plan: BatchPlan, weights: Mapping[str, float] | None = None
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -91,16 +110,23 @@ class Batches:
         last = min(first + self.plan.global_batch_size, len(packing))
         return [documents[packing[row]] for row in range(first, last)]
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's part of a step; equally many on every rank, the missing ones without targets."""
-        return _share(self.dataset, self.rows(step), self.plan)
+    def micro_batches(self, step: int) -> list[Any]:
+        """This rank's part of a step as `Batch`es; equally many on every rank, the missing ones without
+        targets."""
+        return _share(self.rows(step), self.plan, self._collate)
+
+    def _collate(self, indices: list[int]) -> Any:
+        return _documents(self.dataset, indices)
 
     def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
         documents = self.documents(epoch)
-        seed = int(np.random.SeedSequence([self.plan.seed, epoch, 2]).generate_state(1)[0])
+        seed = self._seed_of(epoch)
         if self.plan.packing:
             return documents, pack(self.dataset.lengths[documents], self.plan.max_length, seed=seed)
         return documents, one_per_row(len(documents), seed=seed)
+
+    def _seed_of(self, epoch: int) -> int:
+        return int(np.random.SeedSequence([self.plan.seed, epoch, 2]).generate_state(1)[0])
 
     def _steps_of(self, epoch: int) -> int:
         return self._first_step(epoch + 1) - self._first_step(epoch)
@@ -124,6 +150,26 @@ class Batches:
         return epoch, step - self._first_step(epoch)
 
 
+class PairBatches(Batches):
+    """The batches of every step of pairs, as `PairBatch`es.
+
+    A step has `global_batch_size` pairs however they are packed: packing puts as many pairs of the step into
+    a row as fit into two documents of `max_length` tokens.
+    """
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        """The step's rows on all ranks together; each an array of pair indices."""
+        pairs = np.concatenate(super().rows(step))
+        return _pair_rows(self.dataset.lengths, pairs, self.plan, seed=self.plan.seed + step)
+
+    def _collate(self, indices: list[int]) -> Any:
+        return _pairs(self.dataset, indices, self.plan)
+
+    def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
+        documents = self.documents(epoch)
+        return documents, one_per_row(len(documents), seed=self._seed_of(epoch))
+
+
 def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
     """Every document exactly once over all ranks; equally many batches on every rank."""
     if plan.packing:
@@ -131,9 +177,13 @@ def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
         rows = [packing[row] for row in range(len(packing))]
     else:
         rows = [np.array([index]) for index in range(len(dataset))]
-    per_pass = plan.micro_batch_size * plan.world_size
-    for first in range(0, len(rows), per_pass):
-        yield from _share(dataset, rows[first : first + per_pass], plan)
+    yield from _passes(rows, plan, functools.partial(_documents, dataset))
+
+
+def evaluation_pair_batches(dataset: Pairs, plan: BatchPlan) -> Iterator[PairBatch]:
+    """Every pair exactly once over all ranks; equally many batches on every rank."""
+    rows = _pair_rows(dataset.lengths, np.arange(len(dataset)), plan, seed=0)
+    yield from _passes(rows, plan, lambda indices: _pairs(dataset, indices, plan))
 
 
 def collate(examples: Sequence[TokenizedExample], row_ids: Sequence[int], source_ids: Sequence[int]) -> Batch:
@@ -160,17 +210,114 @@ def collate(examples: Sequence[TokenizedExample], row_ids: Sequence[int], source
     )
 
 
-def _share(dataset: Documents, rows: Sequence[np.ndarray], plan: BatchPlan) -> list[Batch]:
+def collate_pairs(
+    pairs: Sequence[TokenizedPair],
+    pair_ids: Sequence[int],
+    source_ids: Sequence[int],
+    *,
+    share_prefix: bool = True,
+) -> PairBatch:
+    """Both sides of each pair end to end; none at all gives one token without targets or scores.
+
+    share_prefix: what both sides begin with stands only once, in front of the chosen one. Shapes are those
+    of `PairBatch`.
+    """
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    sources = np.asarray(source_ids, np.int64)
+    lengths = np.array([len(side.input_ids) for side in sides], np.int64)
+    shared = np.zeros(len(sides), np.int64)
+    if share_prefix:
+        shared[1::2] = [_common_tokens(pair) for pair in pairs]
+    standing = lengths - shared
+    starts = np.cumsum(standing) - standing
+    trained = [np.flatnonzero(side.labels != IGNORE) for side in sides]
+    places = [
+        # what is shared stands in the document before
+        np.where(at < shared[d], at + starts[d - 1], at - shared[d] + starts[d])
+        for d, at in enumerate(trained)
+    ]
+    documents = _laid_out(sides, shared, starts, standing)
+    return PairBatch(
+        documents=dataclasses.replace(
+            documents,
+            trained_positions=_tensor(_joined(places)),
+            targets=_tensor(_joined([side.labels[at] for side, at in zip(sides, trained, strict=True)])),
+            source_of_target=_tensor(np.repeat(np.repeat(sources, PAIR), [len(at) for at in trained])),
+            row_ids=tuple(int(index) for index in pair_ids),
+        ),
+        score_positions=_tensor(starts + standing - 1),
+        document_of_target=_tensor(np.repeat(np.arange(len(sides)), [len(at) for at in trained])),
+        margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        source_ids=_tensor(sources),
+        lengths=_tensor(lengths),
+        pair_ids=tuple(int(index) for index in pair_ids),
+    )
+
+
+def _laid_out(
+    sides: Sequence[TokenizedExample], shared: np.ndarray, starts: np.ndarray, standing: np.ndarray
+) -> Batch:
+    """The documents without what they share with the one before, and without targets yet."""
+    if not sides:
+        return collate([], [], [])
+    ids = np.concatenate([side.input_ids[count:] for side, count in zip(sides, shared, strict=True)])
+    nothing = _tensor(np.empty(0, np.int64))
+    return Batch(
+        input_ids=_tensor(ids)[None],
+        position_ids=_tensor(np.arange(len(ids)) - np.repeat(starts - shared, standing))[None],
+        cu_seqlens=_tensor(np.append(starts, len(ids))).to(torch.int32),
+        trained_positions=nothing,
+        targets=nothing,
+        source_of_target=nothing,
+        max_seqlen=int(standing.max()),
+        row_ids=(),
+        shared_prefix=tuple(shared.tolist()),
+    )
+
+
+def _common_tokens(pair: TokenizedPair) -> int:
+    """How many tokens both sides begin with; each keeps at least its last one."""
+    chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
+    shorter = min(len(chosen), len(rejected)) - 1
+    different = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+
+
+def _pair_rows(lengths: np.ndarray, pairs: np.ndarray, plan: BatchPlan, *, seed: int) -> list[np.ndarray]:
+    """The pairs as rows: packed, or each a row of its own."""
+    if not plan.packing:
+        return [pairs[index : index + 1] for index in range(len(pairs))]
+    packing = pack(lengths[pairs], PAIR * plan.max_length, seed=seed)
+    return [pairs[packing[row]] for row in range(len(packing))]
+
+
+def _passes(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> Iterator[Any]:
+    per_pass = plan.micro_batch_size * plan.world_size
+    for first in range(0, len(rows), per_pass):
+        yield from _share(rows[first : first + per_pass], plan, make)
+
+
+def _share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> list[Any]:
     size = plan.micro_batch_size
     passes = -(-len(rows[:: plan.world_size]) // size)  # of rank 0, which never has fewer rows
     mine = rows[plan.rank :: plan.world_size]
-    return [_batch(dataset, mine[first * size : (first + 1) * size]) for first in range(passes)]
+    parts = [mine[first * size : (first + 1) * size] for first in range(passes)]
+    return [make([int(index) for row in part for index in row]) for part in parts]
 
 
-def _batch(dataset: Documents, rows: Sequence[np.ndarray]) -> Batch:
-    indices = [int(index) for row in rows for index in row]
-    examples = [dataset[index] for index in indices]
-    return collate(examples, indices, [int(dataset.source_ids[index]) for index in indices])
+def _documents(dataset: Any, indices: list[int]) -> Batch:
+    source_ids = [int(dataset.source_ids[index]) for index in indices]
+    return collate([dataset[index] for index in indices], indices, source_ids)
+
+
+def _pairs(dataset: Any, indices: list[int], plan: BatchPlan) -> PairBatch:
+    source_ids = [int(dataset.source_ids[index]) for index in indices]
+    pairs = [dataset[index] for index in indices]
+    return collate_pairs(pairs, indices, source_ids, share_prefix=plan.share_prefix)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

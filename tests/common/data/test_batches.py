@@ -5,12 +5,21 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from common.data.batches import Batches, BatchPlan, collate, evaluation_batches
-from common.data.types import IGNORE, Batch, TokenizedExample
+from common.data.batches import (
+    Batches,
+    BatchPlan,
+    PairBatches,
+    collate,
+    collate_pairs,
+    evaluation_batches,
+    evaluation_pair_batches,
+)
+from common.data.types import IGNORE, Batch, TokenizedExample, TokenizedPair
 
 
 class Made:
@@ -173,3 +182,111 @@ def test_evaluation_sees_each_document_once_over_all_ranks(
 def test_evaluation_takes_the_same_rows_whatever_the_seed() -> None:
     first, second = (list(evaluation_batches(Made(LENGTHS), plan(seed=seed))) for seed in (1, 2))
     assert [batch.row_ids for batch in first] == [batch.row_ids for batch in second]
+
+
+def pair(prompt: list[int], chosen: list[int], rejected: list[int], margin: float = 0.0) -> TokenizedPair:
+    """Sides of which what follows the prompt is trained."""
+    sides = []
+    for answer in (chosen, rejected):
+        ids = np.array(prompt + answer, np.int32)
+        labels = np.append(ids[1:], IGNORE).astype(np.int32)
+        labels[: len(prompt) - 1] = IGNORE
+        sides.append(TokenizedExample(ids, labels, "s"))
+    return TokenizedPair(sides[0], sides[1], margin)
+
+
+FIRST, SECOND = pair([5, 6, 7], [1, 2, 9], [3, 9], 0.5), pair([8], [4, 9], [4, 4, 9])
+
+
+def test_a_pair_without_sharing_is_two_documents() -> None:
+    batch = collate_pairs([FIRST], [3], [1], share_prefix=False)
+    documents = batch.documents
+    assert documents.input_ids.tolist() == [[5, 6, 7, 1, 2, 9, 5, 6, 7, 3, 9]]
+    assert documents.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]]
+    assert documents.cu_seqlens.tolist() == [0, 6, 11] and documents.shared_prefix == (0, 0)
+    assert documents.trained_positions.tolist() == [2, 3, 4, 8, 9]
+    assert documents.targets.tolist() == [1, 2, 9, 3, 9]
+    assert batch.document_of_target.tolist() == [0, 0, 0, 1, 1]
+    assert batch.score_positions.tolist() == [5, 10] and batch.lengths.tolist() == [6, 5]
+    assert batch.margins.tolist() == [0.5] and batch.source_ids.tolist() == [1] and batch.pair_ids == (3,)
+
+
+def test_what_both_sides_begin_with_stands_once() -> None:
+    batch = collate_pairs([FIRST, SECOND], [0, 1], [0, 0])
+    documents = batch.documents
+    assert documents.input_ids.tolist() == [[5, 6, 7, 1, 2, 9, 3, 9, 8, 4, 9, 4, 9]]
+    # the second pair's sides go on alike for one token of the answer
+    assert documents.shared_prefix == (0, 3, 0, 2)
+    assert documents.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 2, 3]]
+    assert documents.cu_seqlens.tolist() == [0, 6, 8, 11, 13] and documents.max_seqlen == 6
+    # the last token of the prompt predicts both answers
+    assert documents.trained_positions.tolist() == [2, 3, 4, 2, 6, 8, 9, 8, 9, 11]
+    assert documents.targets.tolist() == [1, 2, 9, 3, 9, 4, 9, 4, 4, 9]
+    assert batch.score_positions.tolist() == [5, 7, 10, 12]
+    assert batch.lengths.tolist() == [6, 5, 3, 4] and batch.num_tokens == 18
+    ends = documents.input_ids[0][batch.score_positions]
+    assert ends.tolist() == [9, 9, 9, 9]
+
+
+def test_no_pair_at_all_is_one_token_without_scores() -> None:
+    batch = collate_pairs([], [], [])
+    assert batch.documents.input_ids.shape == (1, 1) and len(batch.documents.targets) == 0
+    assert len(batch.score_positions) == len(batch.margins) == len(batch.pair_ids) == batch.num_tokens == 0
+
+
+class SomePairs:
+    """Eleven pairs of different lengths from two sources."""
+
+    sources: ClassVar = ["a", "b"]
+    source_ids = np.array([0] * 6 + [1] * 5, np.int32)
+
+    def __init__(self) -> None:
+        self.pairs = [pair([1, 2], [3] * (1 + i) + [9], [4] * (2 + i % 3) + [9]) for i in range(11)]
+        self.lengths = np.array([len(p.chosen.input_ids) + len(p.rejected.input_ids) for p in self.pairs])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        return self.pairs[index]
+
+
+def plan_of(packing: bool, micro: int = 1, rank: int = 0, ranks: int = 1) -> BatchPlan:
+    return BatchPlan(16, packing, 4, micro, 3, rank, ranks)
+
+
+def ids_of(step: int, packing: bool, micro: int, ranks: int) -> list[int]:
+    parts = [
+        PairBatches(SomePairs(), plan_of(packing, micro, rank, ranks)).micro_batches(step)
+        for rank in range(ranks)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    return sorted(index for part in parts for batch in part for index in batch.pair_ids)
+
+
+def test_the_pairs_of_a_step_do_not_depend_on_packing_micro_batch_or_ranks() -> None:
+    assert PairBatches(SomePairs(), plan_of(True)).steps_in_epochs(2) == 6
+    seen = []
+    for step in range(6):
+        (ids,) = {tuple(ids_of(step, p, m, r)) for p in (True, False) for m in (1, 3) for r in (1, 2, 3)}
+        assert len(ids) == (3 if step in (2, 5) else 4)
+        seen.append(ids)
+    assert sorted(i for ids in seen[:3] for i in ids) == list(range(11)) and seen[:3] != seen[3:]
+
+
+def test_a_packed_row_holds_no_more_than_two_documents_of_the_greatest_length() -> None:
+    pairs = SomePairs()
+    rows = PairBatches(pairs, plan_of(True)).rows(0)
+    assert len(rows) < 4 and all(pairs.lengths[row].sum() <= 32 for row in rows)
+    assert [len(row) for row in PairBatches(pairs, plan_of(False)).rows(0)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_evaluation_sees_each_pair_once(packing: bool) -> None:
+    seen = [
+        index
+        for rank in range(2)
+        for batch in evaluation_pair_batches(SomePairs(), plan_of(packing, 2, rank, 2))
+        for index in batch.pair_ids
+    ]
+    assert sorted(seen) == list(range(11))
