@@ -1,0 +1,268 @@
+"""What the starting policy says of every pair: log π_ref of both answers, computed once and kept.
+
+Takes the engine before anything was trained or restored, and the batches of the whole run; returns one number
+per answer, in float64. With adapters the reference is the model with them switched off. Each pair is
+computed in the micro-batch in which training first sees it, so that at step 0 policy and reference are the
+same bits. The numbers lie in the cache under a key of all that decides them, first of all the hash of the
+weights, so that nothing here needs the reference again, nor the memory for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from common import attention, losses
+from common.artifacts import MANIFEST, content_sha256, disk_errors, file_sha256
+from common.data import batches as batches_module
+from common.data import packing
+from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
+from common.data.types import PairBatch
+from common.distributed import World, gather_objects
+from common.engine import Engine
+from common.losses import batch_arguments
+from step2_dpo import loss
+from step2_dpo.loss import Answers, answer_sums
+
+if TYPE_CHECKING:
+    from common.data.dataset import PairDataset
+
+PROGRESS_SECONDS = 10.0
+"""Between two lines of progress."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """log π_ref, float64 [pairs, 2], chosen and rejected; NaN for pairs that the run never sees."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def of_train(self, batch: PairBatch) -> Answers:
+        """Of a training batch's pairs, in its order."""
+        return _answers(self.train, batch)
+
+    def of_held_out(self, batch: PairBatch) -> Answers:
+        """Of a held-out batch's pairs, in its order."""
+        return _answers(self.held_out, batch)
+
+
+def _answers(table: np.ndarray, batch: PairBatch) -> Answers:
+    found = torch.from_numpy(table[list(batch.pair_ids)])
+    return Answers(found[:, 0], found[:, 1])
+
+
+def reference_key(
+    policy: Path,
+    plan: BatchPlan,
+    *,
+    data: Mapping[str, str | None],
+    weights: Mapping[str, float],
+    steps: int,
+    dtype: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that decides the numbers, part by part, as JSON values; reads all weights at `policy`.
+
+    data: fingerprints of the data sets. weights: of the sources. The files are hashed anew each time, since a
+    path, and even a manifest, says nothing of weights that were overwritten in place.
+    """
+    layout = {name: value for name, value in asdict(plan).items() if name != "rank"}
+    return {
+        "weights": {path.name: file_sha256(path) for path in sorted(policy.glob("*.safetensors"))},
+        "manifest": file_sha256(policy / MANIFEST),
+        "data": dict(data),
+        "batches": {**layout, "steps": steps, "source_weights": dict(weights)},
+        "dtype": dtype,
+        # other kernels, other last bits
+        "machine": {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "code": _code_version(),
+    }
+
+
+def _code_version() -> str:
+    """Hash of the modules that compute the numbers: a change of code is a miss."""
+    total = hashlib.sha256()
+    for module in (attention, losses, batches_module, packing, loss):
+        total.update(Path(str(module.__file__)).read_bytes())
+    total.update(Path(__file__).read_bytes())
+    return total.hexdigest()
+
+
+def load_or_compute(
+    engine: Engine,
+    batches: PairBatches,
+    held_out: PairDataset | None,
+    steps: int,
+    make_key: Callable[[], dict[str, Any]],
+    folder: Path,
+    world: World,
+    say: Say,
+) -> Reference:
+    """The reference's numbers from the cache in `folder`, or computed and put there; all ranks call it.
+
+    The engine holds the starting policy. make_key: see `reference_key`; called by the first rank only.
+    """
+    key, found = {}, None
+    if world.is_main:
+        key = make_key()
+        found, why = _read(folder, key)
+        if found is None:
+            say(f"computing the reference log-probabilities ({why})")
+        else:
+            say("reference log-probabilities: from the cache")
+    found = gather_objects(found)[0]
+    if found is None:
+        found = _compute(engine, batches, held_out, steps, say)
+        if world.is_main:
+            _write(folder, key, found)
+    return found
+
+
+# --- Computing --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _compute(
+    engine: Engine, batches: PairBatches, held_out: PairDataset | None, steps: int, say: Say
+) -> Reference:
+    """Each rank computes its share of the batches; all return all numbers."""
+    engine.eval()
+    with _adapters_off(engine.module):
+        train = _sums(engine, _training_batches(batches, steps, say))
+        evaluation = () if held_out is None else evaluation_pair_batches(held_out, batches.plan)
+        reference = Reference(
+            _table(train, len(batches.dataset)),
+            _table(_sums(engine, iter(evaluation)), 0 if held_out is None else len(held_out)),
+        )
+    engine.train()
+    return reference
+
+
+def _training_batches(batches: PairBatches, steps: int, say: Say) -> Iterator[PairBatch]:
+    """The run's batches, without the steps of which all pairs were seen before: the same on every rank."""
+    seen = np.zeros(len(batches.dataset), bool)
+    last_line = time.monotonic()
+    for step in range(steps):
+        pairs = np.concatenate(batches.rows(step))
+        if seen[pairs].all():
+            if seen.all():
+                return
+            continue
+        seen[pairs] = True
+        yield from batches.micro_batches(step)
+        if time.monotonic() - last_line > PROGRESS_SECONDS:
+            say(f"reference log-probabilities of {int(seen.sum()):,} of {len(seen):,} pairs")
+            last_line = time.monotonic()
+
+
+def _sums(engine: Engine, batches: Iterator[PairBatch]) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """Of each of this rank's batches: its pairs, and float64 [P, 2]."""
+    device = next(engine.module.parameters()).device
+    sums = []
+    for batch in batches:
+        moved = batch.to(device)
+        tokens = engine(**batch_arguments(moved.documents))
+        nll = answer_sums(tokens.token_losses, moved.document_of_target, len(batch.pair_ids))
+        sums.append((batch.pair_ids, -torch.stack(nll, 1).cpu().numpy()))
+    return sums
+
+
+def _table(own: list[tuple[tuple[int, ...], np.ndarray]], pairs: int) -> np.ndarray:
+    table = np.full((pairs, 2), np.nan)
+    for share in gather_objects(own):
+        for pair_ids, values in share:
+            table[list(pair_ids)] = values
+    return table
+
+
+def _adapters_off(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """Within it, a model wrapped by peft is its base; others are what they are."""
+    switch = getattr(module.model, "disable_adapter", None)
+    return contextlib.nullcontext() if switch is None else switch()
+
+
+# --- The cache --------------------------------------------------------------------------------------
+
+
+def _path(folder: Path, key: Mapping[str, Any]) -> Path:
+    return folder / f"{content_sha256(key)[:24]}.npz"
+
+
+def _read(folder: Path, key: Mapping[str, Any]) -> tuple[Reference | None, str]:
+    """What is cached under the key; or None, and why there is nothing."""
+    path = _path(folder, key)
+    if path.exists():
+        try:
+            return _unpacked(path.read_bytes()), ""
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None, "the cached ones are damaged"
+    return None, _why_missed(folder, key)
+
+
+def _unpacked(content: bytes) -> Reference:
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        reference, checksum = Reference(stored["train"], stored["held_out"]), str(stored["checksum"])
+    if checksum != _checksum(reference):
+        raise ValueError("the checksum does not match")
+    return reference
+
+
+def _write(folder: Path, key: Mapping[str, Any], reference: Reference) -> None:
+    """Put the numbers under their key by a rename: readers find the whole file or none."""
+    path = _path(folder, key)
+    content = io.BytesIO()
+    np.savez(
+        content,
+        allow_pickle=False,
+        train=reference.train,
+        held_out=reference.held_out,
+        key=np.array(json.dumps(key)),
+        checksum=np.array(_checksum(reference)),
+    )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _checksum(reference: Reference) -> str:
+    total = hashlib.sha256()
+    for table in (reference.train, reference.held_out):
+        total.update(str(table.shape).encode() + np.ascontiguousarray(table).tobytes())
+    return total.hexdigest()
+
+
+def _why_missed(folder: Path, key: Mapping[str, Any]) -> str:
+    """Which parts of the key differ from those of the newest numbers in the cache."""
+    newest_first = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in newest_first:
+        with contextlib.suppress(ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+            with np.load(path, allow_pickle=False) as stored:
+                before = json.loads(str(stored["key"]))
+            changed = [name for name in key if before.get(name) != key[name]]
+            return f"changed since the last time: {', '.join(changed)}"
+    return "none are cached yet"
