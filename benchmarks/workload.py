@@ -41,7 +41,7 @@ def prepare(folder: Path, data: Path, rows: int, seed: int = 0) -> Workload:
     workload = Workload(folder / "base", folder / f"rows_{rows}.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     if not (workload.base / "model.safetensors").is_file():
-        _save_base(workload.base, data, seed)
+        save_base(workload.base, data, seed)
     if not workload.rows.is_file():
         chosen = sample(data, workload.base, rows, seed)
         workload.rows.write_text("".join(json.dumps(row) + "\n" for row in chosen))
@@ -76,7 +76,8 @@ def tokens_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> list[i
     return encoded["input_ids"]
 
 
-def _save_base(base: Path, data: Path, seed: int) -> None:
+def save_base(base: Path, data: Path, seed: int) -> None:
+    """The model of `experiment=gsm8k`, initialised from the seed, and its tokenizer, trained on the rows."""
     import torch
     from omegaconf import OmegaConf
 
