@@ -450,12 +450,39 @@ def check_packed(model: nn.Module) -> None:
         model.train(training)
 
 
-def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) -> torch.Tensor:
+@torch.no_grad()
+def can_share_prefix(model: PreTrainedModel) -> bool:
+    """Whether a document may begin in the one before it (`attention.SharedPrefix`): a model must hand its
+    attention what it is called with. Asked by running a few tokens; leaves mode and random state alone.
+
+    model: a transformers model with packed attention, without peft's wrapper.
+    """
+    training = model.training
+    model.eval()
+    try:
+        ids = _some_tokens(model, 12)
+        ids[:, 6:9] = ids[:, :3]  # the second document is 3 tokens of the first and 3 of its own
+        apart = _run_decoder(model, ids, [0, 6, 12], ())
+        together = _run_decoder(model, torch.cat([ids[:, :6], ids[:, 9:]], 1), [0, 6, 9], (0, 3))
+        return not _differ(apart[9:], together[6:], model.dtype)
+    finally:
+        model.train(training)
+
+
+def _run_decoder(
+    model: PreTrainedModel, ids: torch.Tensor, cu_seqlens: list[int], shared_prefix: tuple[int, ...]
+) -> torch.Tensor:
+    """fp32 [N, h], hidden states of documents which begin at `cu_seqlens`."""
     boundaries = torch.tensor(cu_seqlens, dtype=torch.int32, device=ids.device)
     positions = positions_within(boundaries, ids.shape[1])
-    longest = int(boundaries.diff().max())
-    arguments = packed_arguments(ids, positions, boundaries, longest)
-    return packed.base().get_decoder()(**arguments).last_hidden_state[0].float()
+    for start, end, shared in zip(cu_seqlens, cu_seqlens[1:], shared_prefix, strict=False):
+        positions[:, start:end] += shared
+    arguments = packed_arguments(ids, positions, boundaries, int(boundaries.diff().max()), shared_prefix)
+    return model.get_decoder()(**arguments).last_hidden_state[0].float()
+
+
+def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) -> torch.Tensor:
+    return _run_decoder(packed.base(), ids, cu_seqlens, ())
 
 
 def _check_isolation(packed: PackedCausalLM) -> None:

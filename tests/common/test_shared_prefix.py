@@ -9,7 +9,7 @@ import torch
 from common import attention
 from common.data.batches import collate_pairs
 from common.data.types import IGNORE, PairBatch, TokenizedExample, TokenizedPair
-from common.losses import PackedCausalLM, batch_arguments, token_cross_entropy
+from common.losses import PackedCausalLM, batch_arguments, can_share_prefix, token_cross_entropy
 
 VOCABULARY = 50
 
@@ -118,3 +118,17 @@ def test_token_losses_carry_the_gradient_of_any_weighting(with_bias: bool) -> No
 
     for ours, plain in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_drops_what_its_attention_is_told_does_not_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model().float()
+    assert can_share_prefix(model) and can_share_prefix(tiny_model(window=4).float())
+    forward = type(model.model.layers[0].self_attn).forward
+
+    def forgetful(self: object, *args: object, shared_prefix: object = None, **kwargs: object) -> object:
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forgetful)
+    assert not can_share_prefix(model)
