@@ -1,9 +1,9 @@
 """Make the shipped data: `python -m demo.make_data` writes demo/data/*.jsonl, the same bytes every time.
 
-sft.jsonl: prompt, completion, kind; demonstrations of mixed quality. sft_eval.jsonl: the same for held-out
-prompts. preferences.jsonl: prompt, chosen, rejected. prompts.jsonl: prompt, kind, reference; held out from
-sft.jsonl and preferences.jsonl. A held-out prompt is a wording and a subject that never meet elsewhere, while
-each of the two is seen with others: it asks for what was learned, in words that were not.
+sft.jsonl: prompt, completion, kind; demonstrations of mixed quality. preferences.jsonl: prompt, chosen, rejected.
+sft_eval.jsonl and preferences_eval.jsonl: the same for held-out prompts. prompts.jsonl: the held-out prompts
+with kind and reference. A held-out prompt is a wording and a subject that never meet elsewhere, while each of
+the two is seen with others: it asks for what was learned, in words that were not.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def make() -> dict[str, list[dict[str, str]]]:
         "prompts.jsonl": [
             {"prompt": p.text, "kind": p.task.kind, "reference": p.task.answers[p.subject]} for p in held_out
         ],
+        "preferences_eval.jsonl": preferences(draw, held_out, len(held_out)),
     }
 
 

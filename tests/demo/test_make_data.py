@@ -11,7 +11,7 @@ from demo.gold import mean, score
 from demo.make_data import FOLDER, as_jsonl, make
 from demo.tasks import understand
 
-NAMES = ["preferences.jsonl", "prompts.jsonl", "sft.jsonl", "sft_eval.jsonl"]
+NAMES = ["preferences.jsonl", "preferences_eval.jsonl", "prompts.jsonl", "sft.jsonl", "sft_eval.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def test_held_out_prompts_occur_nowhere_else(shipped: dict[str, list[dict[str, A
     trained = {row["prompt"] for row in shipped["sft.jsonl"] + shipped["preferences.jsonl"]}
     assert held_out and not held_out & trained
     assert {row["prompt"] for row in shipped["sft_eval.jsonl"]} == held_out
+    assert {row["prompt"] for row in shipped["preferences_eval.jsonl"]} == held_out
 
 
 def test_what_a_held_out_prompt_asks_about_is_trained_in_other_words(
@@ -69,5 +70,5 @@ def test_demonstrations_leave_room_above_them(shipped: dict[str, list[dict[str, 
 
 
 def test_the_chosen_answer_is_better_than_the_rejected_one(shipped: dict[str, list[dict[str, Any]]]) -> None:
-    for row in shipped["preferences.jsonl"]:
+    for row in shipped["preferences.jsonl"] + shipped["preferences_eval.jsonl"]:
         assert score(row["prompt"], row["chosen"]).total > score(row["prompt"], row["rejected"]).total, row
