@@ -1,9 +1,9 @@
 """Make the shipped data: `python -m demo.make_data` writes demo/data/*.jsonl, the same bytes every time.
 
-sft.jsonl: prompt, completion, kind; demonstrations of mixed quality. preferences.jsonl: prompt, chosen, rejected.
-sft_eval.jsonl and preferences_eval.jsonl: the same for held-out prompts. prompts.jsonl: the held-out prompts
-with kind and reference. A held-out prompt is a wording and a subject that never meet elsewhere, while each of
-the two is seen with others: it asks for what was learned, in words that were not.
+sft.jsonl: prompt, completion, kind; demonstrations of mixed quality. preferences.jsonl: prompt, chosen and
+rejected. sft_eval.jsonl and preferences_eval.jsonl: the same for held-out prompts. prompts.jsonl: the
+held-out prompts with kind and reference. A held-out prompt is a wording and a subject that never meet
+elsewhere, while each of the two is seen with others: it asks for what was learned, in words that were not.
 """
 
 from __future__ import annotations
