@@ -444,7 +444,7 @@ def check_packed(model: nn.Module) -> None:
     training = model.training
     model.eval()
     try:
-        _check_isolation(packed)
+        check_isolation(packed.base())
         _check_head(packed)
     finally:
         model.train(training)
@@ -485,23 +485,27 @@ def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) ->
     return _run_decoder(packed.base(), ids, cu_seqlens, ())
 
 
-def _check_isolation(packed: PackedCausalLM) -> None:
-    """Document B after A, after another A, and alone under transformers' own attention: always the same."""
-    base = packed.base()
+@torch.no_grad()
+def check_isolation(base: PreTrainedModel) -> None:
+    """Refuse a model whose documents are not on their own; in evaluation mode, without peft's wrapper.
+
+    Document B after A, after another A, and alone under transformers' own attention: always the same.
+    Raises UserError.
+    """
     ids = _some_tokens(base, 12)
     other = ids.clone()
     other[:, :6] = ids[:, :6].flip(1)
     later = ids.clone()
     later[:, -1] = ids[:, 0]
-    b = _hidden(packed, ids, [0, 6, 12])[6:]
+    b = _run_decoder(base, ids, [0, 6, 12], ())[6:]
     with attention.plain_attention(base):
         alone = base.get_decoder()(input_ids=ids[:, 6:], use_cache=False).last_hidden_state[0].float()
     kind = base.config.model_type
-    if _differ(b, _hidden(packed, other, [0, 6, 12])[6:], base.dtype):
+    if _differ(b, _run_decoder(base, other, [0, 6, 12], ())[6:], base.dtype):
         raise attention.unsupported(kind, "state that crosses documents")
     if _differ(b, alone, base.dtype):
         raise attention.unsupported(kind, "an attention with arguments of its own")
-    if _differ(b[:-1], _hidden(packed, later, [0, 6, 12])[6:-1], base.dtype):
+    if _differ(b[:-1], _run_decoder(base, later, [0, 6, 12], ())[6:-1], base.dtype):
         raise attention.unsupported(kind, "attention to later tokens")
 
 

@@ -1,9 +1,9 @@
-"""The tokenizer and the causal LM that a step trains, ready for packed batches.
+"""The tokenizer and the network that a step trains, ready for packed batches.
 
 Takes a `ModelConfig`; returns objects of transformers (or peft) with pad, eos and chat template settled,
 vocabulary covered, packed attention in place and adapters attached. Weights come from safetensors in a
 local folder or a hub repository pinned to a commit, or at random from a config. Does not tokenize rows,
-wrap the loss, or know of DeepSpeed.
+wrap the loss, or know of DeepSpeed. What a reward model has above its decoder is in `scalar_head.py`.
 
 Weights are loaded in `model.dtype`: DeepSpeed rounds parameters to that type and makes its fp32 masters
 from the rounded ones, so loading in fp32 first would end in the same bits at twice the memory.
@@ -25,6 +25,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -255,6 +256,21 @@ def _spare_token(tokenizer: PreTrainedTokenizerFast, taken: set[Any]) -> str | N
 # --- Model ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ending:
+    """What a network has above its decoder, and what follows from that when it is loaded."""
+
+    name: str  # for error messages
+    auto_class: str  # of transformers
+    task_type: str  # of peft
+    fields: Mapping[str, Any] = field(default_factory=dict)  # that the config must have
+    made_new: tuple[str, ...] = ()  # tensors that the weights may lack
+    left_out: tuple[str, ...] | None = None  # the only ones they may have besides; None: any, with a warning
+
+
+CAUSAL_LM = Ending("causal LM", "AutoModelForCausalLM", "CAUSAL_LM")
+
+
 def load_model(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -269,30 +285,67 @@ def load_model(
     rank; the caller's generators are left as they were. `max_length` is checked against the context.
     UserError for whatever the user named wrongly or what packing would train wrongly.
     """
+    from common.losses import check_packed
+
+    return load_network(
+        model, tokenizer, CAUSAL_LM, check_packed, seed=seed, device=device, max_length=max_length
+    )
+
+
+def load_network(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    ending: Ending,
+    prepare: Callable[[PreTrainedModel], None],
+    *,
+    seed: int,
+    device: torch.device,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """`load_model` for any ending. `prepare` is called with the network on `device`, before adapters are
+    added; it completes it, and raises UserError when packing would train it wrongly.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
-
-    from common.losses import check_packed
 
     attention.register()
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-        network = _from_config(model, tokenizer) if model.config else _from_weights(model, device)
+        network = (
+            _from_config(model, tokenizer, ending) if model.config else _from_weights(model, device, ending)
+        )
         _check_context(network.config, max_length)
         attention.check_supported(network)
         _cover_vocabulary(network, tokenizer, model)
         _set_token_ids(network, tokenizer)
         if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
             cast(Any, network).to(device)
-        check_packed(network)
+        prepare(network)
         if model.gradient_checkpointing:
             _enable_checkpointing(network)
         if model.compile:
             _compile_layers(network)
         if model.lora.enabled:
-            network = _add_adapters(network, model.lora)
+            network = _add_adapters(network, model.lora, ending)
     return network.train()
+
+
+def disable_dropout(network: torch.nn.Module) -> None:
+    """Turn off the model's own dropout, in training mode too; adapters keep theirs, configs are left alone.
+
+    Where two passes over a model are compared, as preferences do, dropout is noise in what is compared.
+    """
+    import torch
+
+    for name, module in network.named_modules():
+        if ".lora_" in name:
+            continue
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():  # for example attention_dropout
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
@@ -334,9 +387,7 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, ending: Ending) -> PreTrainedModel:
     fields = {"vocab_size": len(tokenizer), **model.config}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))  # the type's own ids lie in another vocabulary
@@ -346,21 +397,26 @@ def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreT
             hint="leave vocab_size out: it is then the tokenizer's",
         )
     config = build_config(fields)
+    config.update(dict(ending.fields))
     _set_config_ids(config, tokenizer)
     try:
-        return AutoModelForCausalLM.from_config(
+        return _auto_class(ending).from_config(
             config, dtype=torch_dtype(model.dtype), attn_implementation=attention.NAME
         )
     except ValueError as error:
         raise UserError(
-            f"model.config.model_type={config.model_type} does not make a causal LM: {_one_line(error)}",
+            f"model.config.model_type={config.model_type} does not make a {ending.name}: {_one_line(error)}",
             hint="use a decoder, for example llama, qwen3, mistral",
         ) from error
 
 
-def _from_weights(model: ModelConfig, device: torch.device) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _auto_class(ending: Ending) -> Any:
+    import transformers
 
+    return getattr(transformers, ending.auto_class)
+
+
+def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> PreTrainedModel:
     if model.path is None:
         raise UserError(
             "no model is named", hint="set model.path=FOLDER_OR_HUB_NAME, or model.config.model_type=..."
@@ -368,11 +424,11 @@ def _from_weights(model: ModelConfig, device: torch.device) -> PreTrainedModel:
     where, commit = _locate(model.path, model.revision, "model.path")
     if commit is None:
         _check_folder(Path(where))
-    options: dict[str, Any] = {}
+    options = dict(ending.fields)
     if model.quantize is Quantize.nf4:
-        options = {"quantization_config": _nf4(device), "device_map": {"": device}}
+        options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
     with _loading_errors(model.path, "model.path"), _quiet_report():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(ending).from_pretrained(
             where,
             revision=commit,
             dtype=torch_dtype(model.dtype),
@@ -383,7 +439,7 @@ def _from_weights(model: ModelConfig, device: torch.device) -> PreTrainedModel:
             **options,
         )
     network, report = loaded
-    _check_report(report, model.path)
+    _check_report(report, model.path, ending)
     if commit is not None:
         log.info("model.path=%s is commit %s", model.path, commit)
     return network
@@ -413,15 +469,20 @@ def _nf4(device: torch.device) -> Any:
     )
 
 
-def _check_report(report: Mapping[str, Any], path: str) -> None:
+def _check_report(report: Mapping[str, Any], path: str, ending: Ending) -> None:
     """A model with parts made up at random is not the model that was named."""
-    missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - set(ending.made_new))
     if missing:
         raise UserError(
             f"model.path={path} lacks {len(missing)} of the model's tensors: {_first(missing)}",
             hint="the weights do not belong to this config.json, or are incomplete: get the model again",
         )
-    unexpected = sorted(report["unexpected_keys"])
+    unexpected = sorted(set(report["unexpected_keys"]) - set(ending.left_out or ()))
+    if unexpected and ending.left_out is not None:
+        raise UserError(
+            f"model.path={path} has tensors that a {ending.name} has no place for: {_first(unexpected)}",
+            hint="the weights do not belong to this config.json: get the model again",
+        )
     if unexpected:
         log.warning(
             "model.path=%s has tensors that this model has no place for: %s", path, _first(unexpected)
@@ -475,6 +536,8 @@ def _set_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     """Generation stops at whatever ends a turn; the rest of the base model's settings stay."""
     _set_config_ids(network.config, tokenizer)
     network.config.use_cache = False
+    if not network.can_generate():
+        return
     settings = copy.deepcopy(network.generation_config)
     settings._from_model_config = False
     settings.bos_token_id = tokenizer.bos_token_id
@@ -507,13 +570,13 @@ def _compile_layers(network: PreTrainedModel) -> None:
         layer.compile()
 
 
-def _add_adapters(network: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+def _add_adapters(network: PreTrainedModel, lora: LoraConfig, ending: Ending) -> PreTrainedModel:
     import peft
 
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # peft's own calls
     everything = list(lora.targets) == ["all-linear"]
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=ending.task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -620,6 +683,13 @@ def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterato
             raise UserError(
                 f"{key}={at} comes with Python code of its own",
                 hint="read that code; to run it set model.trust_remote_code=true",
+            ) from error
+        if "Unrecognized configuration class" in text:
+            asked, wanted = re.search(r"(\w+)Config'>", text), re.search(r"AutoModel: (\w+)", text)
+            raise UserError(
+                f"{key}={at} is a {asked[1] if asked else 'model'}, for which transformers has no "
+                f"{wanted[1].removeprefix('AutoModelFor') if wanted else 'class'}",
+                hint="choose a decoder for which it has one, for example Llama, Qwen 3, Mistral",
             ) from error
         if "mismatched" in text:
             text = "the shapes of its weights are not those its config.json says"
