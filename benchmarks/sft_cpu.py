@@ -32,7 +32,6 @@ from benchmarks.measure import (
     threads_environment,
     write_results,
 )
-from benchmarks.sft_parity import optimizer_arguments
 
 ROWS_PER_STEP = 32
 WANTED_STEADY, WANTED_WHOLE = 1.5, 0.6
@@ -197,7 +196,7 @@ def _trl(setup: Setup, folder: Path, arguments: Mapping[str, Any]) -> tuple[list
             "max_length": workload.MAX_LENGTH,
             "num_train_epochs": 1,
             "warmup_steps": workload.WARMUP_RATIO,
-            **optimizer_arguments(),
+            **workload.optimizer_arguments(),
             **arguments,
         },
     }

@@ -87,7 +87,7 @@ def trl_settings(made: workload.Workload, folder: Path, steps: int) -> dict[str,
         "save": False,
         "exact_grad_norm": True,
         "arguments": {
-            **optimizer_arguments(),
+            **workload.optimizer_arguments(),
             "warmup_steps": _warmup_steps(steps),
             "max_steps": steps,
             "per_device_train_batch_size": MICRO_BATCH,
@@ -99,21 +99,6 @@ def trl_settings(made: workload.Workload, folder: Path, steps: int) -> dict[str,
             "save_strategy": "no",
             "disable_tqdm": True,
         },
-    }
-
-
-def optimizer_arguments() -> dict[str, Any]:
-    """Our optimizer and schedule as arguments of SFTConfig, warm-up apart."""
-    return {
-        "optim": "adamw_torch_fused",
-        "learning_rate": workload.LEARNING_RATE,
-        "adam_beta1": workload.BETAS[0],
-        "adam_beta2": workload.BETAS[1],
-        "adam_epsilon": workload.EPS,
-        "weight_decay": 0.0,
-        "max_grad_norm": workload.MAX_GRAD_NORM,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": workload.MIN_LR_RATIO},
     }
 
 

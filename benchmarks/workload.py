@@ -76,6 +76,21 @@ def tokens_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> list[i
     return encoded["input_ids"]
 
 
+def optimizer_arguments() -> dict[str, Any]:
+    """The optimizer and schedule of both sides as arguments of TRL's configs, warm-up apart."""
+    return {
+        "optim": "adamw_torch_fused",
+        "learning_rate": LEARNING_RATE,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPS,
+        "weight_decay": 0.0,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": MIN_LR_RATIO},
+    }
+
+
 def save_base(base: Path, data: Path, seed: int) -> None:
     """The model of `experiment=gsm8k`, initialised from the seed, and its tokenizer, trained on the rows."""
     import torch
