@@ -15,6 +15,7 @@ nothing of the reference; see reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,10 +148,14 @@ class Counts:
     chosen_tokens: float  # of the response tokens, those of chosen answers
 
     @staticmethod
-    def of(batch: PairBatch) -> tuple[int, int, int]:
-        """The same of one batch, to be summed."""
-        is_chosen = batch.document_of_target % 2 == 0
-        return len(batch.pair_ids), len(is_chosen), int(is_chosen.sum())
+    def of(batches: Sequence[PairBatch]) -> tuple[int, int, int]:
+        """The same of this rank's batches, to be summed over ranks."""
+        targets = [batch.document_of_target % 2 for batch in batches]
+        return (
+            sum(len(batch.pair_ids) for batch in batches),
+            sum(len(sides) for sides in targets),
+            sum(int((sides == 0).sum()) for sides in targets),
+        )
 
 
 def step_loss(result: PairLosses, objective: Objective, counts: Counts) -> torch.Tensor:

@@ -1,0 +1,37 @@
+"""What DPO measures on held-out pairs: pair-weighted numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from common.data.types import PairBatch
+from common.distributed import sum_over_ranks
+from common.engine import Engine
+from step2_dpo.loss import Counts, Objective, PairSums, score
+from step2_dpo.reference import Reference
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine,
+    batches: Iterable[PairBatch],
+    reference: Reference,
+    objective: Objective,
+    device: torch.device,
+) -> dict[str, float]:
+    """The metrics of a training step, as `eval/*`, over all held-out pairs.
+
+    Sums are divided once, so nothing depends on the evaluation batch size or the world size.
+    """
+    sums, counted = PairSums(), np.zeros(3)
+    engine.eval()
+    for batch in batches:
+        known = reference.of_held_out(batch)
+        sums.add(score(engine, batch, known, objective, device, with_entropy=True), objective)
+        counted += Counts.of([batch])
+    engine.train()
+    metrics = sums.metrics(objective, Counts(*sum_over_ranks(counted.tolist())))
+    return {f"eval/{name}": value for name, value in metrics.items()}

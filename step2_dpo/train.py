@@ -1,0 +1,220 @@
+"""DPO, read from top to bottom: set up, load, data, engine, reference, loop, save.
+
+Takes a `DPOJob` and a run's folder; leaves `<run>/dpo/` with metrics, samples, checkpoints and, when it is
+finished, the policy under `export/`. How rows become tokens is in `data.py`, what the starting policy says of
+them in `reference.py`, what is minimised in `loss.py`, what is measured in `evaluate.py`; mechanisms are in
+`common/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common import loop
+from common.artifacts import MANIFEST, file_sha256
+from common.checkpoint import Checkpoints
+from common.config import to_plain
+from common.data.batches import PairBatches, evaluation_pair_batches
+from common.distributed import (
+    StopSignal,
+    barrier,
+    close_world,
+    init_world,
+    seed_everything,
+    sum_over_ranks,
+)
+from common.export import export_policy
+from common.handoff import load_policy, model_of, parent_of
+from common.losses import PackedCausalLM
+from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
+from common.optim import build_optimizer, build_schedule, set_learning_rate
+from common.performance import performance, training_flops_per_token
+from common.progress import Progress
+from common.sampling import sample_completions, stop_rate
+from common.tracking import METRICS_FILE, Tracker
+from step2_dpo.config import DPOJob
+from step2_dpo.data import batch_plan, cache_dir, count_tokens, load_data
+from step2_dpo.evaluate import evaluate
+from step2_dpo.loss import Counts, Objective, PairSums, score, step_loss
+from step2_dpo.reference import load_or_compute, reference_key
+
+log = logging.getLogger("rlhf.dpo")
+
+
+def train(job: DPOJob, run_dir: Path) -> int:
+    """Train the policy and export it. Returns 0; leaves by SystemExit(143) when told to stop, state saved."""
+    # Set up ------------------------------------------------------------------------------------
+    folder, config = run_dir / "dpo", job.dpo.train
+    world = init_world()
+    stop = StopSignal()
+    seed_everything(job.seed)
+    say = print if world.is_main else log.info
+
+    # Load --------------------------------------------------------------------------------------
+    policy = load_policy(job.dpo.policy, "dpo.policy")
+    model_config = model_of(job.model, policy.path)
+    tokenizer = load_tokenizer(model_config)
+    terminators = terminators_of(tokenizer)
+    data = load_data(job, tokenizer, folder, world, say)
+    say("\n".join(data.ledger.lines()))
+    model = load_model(
+        model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.dpo.data.max_length
+    )
+    disable_dropout(model)  # the policy's answers are compared with the reference's, number by number
+
+    # Data --------------------------------------------------------------------------------------
+    module = PackedCausalLM(model)
+    plan = batch_plan(job, world, module)
+    batches = PairBatches(data.train, plan, data.weights)
+    total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
+    prompts = data.prompts(job, model)
+
+    # Engine ------------------------------------------------------------------------------------
+    objective = Objective.of(job.dpo)
+    peak_lr = job.dpo.optim.lr or (5e-6 if job.model.lora.enabled else 5e-7)
+    schedule = build_schedule(job.dpo.optim, total_steps)
+    optimizer = build_optimizer(module, job.dpo.optim, peak_lr)
+    flops_per_token = training_flops_per_token(model)
+    engine = loop.build_engine(module, optimizer, job, config, job.dpo.optim, world)
+
+    # Reference ---------------------------------------------------------------------------------
+    # while the engine still holds the policy that the run starts from
+    reference = load_or_compute(
+        engine, batches, data.held_out, total_steps,
+        lambda: reference_key(
+            policy.path, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
+            dtype=job.model.dtype.value, device=world.device,
+        ),
+        cache_dir(job) / "reference", world, say,
+    )  # fmt: skip
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
+    counters = loop.resume(checkpoints, engine, say)
+
+    with (
+        Progress(total_steps, label="dpo", done=counters.step, enabled=world.is_main) as progress,
+        Tracker(
+            "dpo", job.run_name, folder, job.tracking, to_plain(job), counters.step,
+            enabled=world.is_main, say=progress.log,
+        ) as tracker,
+    ):  # fmt: skip
+        # Loop ----------------------------------------------------------------------------------
+        engine.train()
+        stop.deferred = True
+        while counters.step < total_steps:
+            began = time.perf_counter()
+            micro_batches = batches.micro_batches(counters.step)
+            # the one collective before the first backward: what the step holds, and whether to stop
+            *counted, tokens, computed, padding, stopping = sum_over_ranks(
+                [*Counts.of(micro_batches), *count_tokens(micro_batches), stop.received]
+            )
+            if stopping:
+                loop.save_and_leave(checkpoints, engine, counters, progress)
+
+            counts = Counts(*counted)
+            learning_rate = peak_lr * schedule(counters.applied)
+            set_learning_rate(optimizer, learning_rate)
+            seed_everything(job.seed, counters.step, world.rank)
+            sums = PairSums()
+            for batch in micro_batches:
+                known = reference.of_train(batch)
+                result = score(engine, batch, known, objective, world.device, with_entropy=True)
+                engine.backward(step_loss(result, objective, counts), 1.0)
+                sums.add(result, objective)
+            outcome = engine.step()
+
+            counters = loop.advance(counters, outcome, tokens, counts.response_tokens)
+            seconds = time.perf_counter() - began
+            metrics = {
+                **sums.metrics(objective, counts),
+                "grad_norm": outcome.grad_norm,
+                "learning_rate": learning_rate,
+                "num_tokens": counters.num_tokens,
+                "num_trained_tokens": counters.num_trained_tokens,
+                "epoch": batches.epoch_of(counters.step),
+                "perf/padding_share": padding / (computed + padding),
+                # a shared prompt is two tokens to the reader and one to the device
+                **performance(
+                    flops_per_token * computed / tokens, tokens, seconds, job.model.dtype.value, world
+                ),
+            }
+            tracker.log(metrics, counters.step)
+            progress.update(
+                counters.step,
+                loss=metrics["loss"],
+                tokens_per_second=metrics["perf/tokens_per_second"],
+                mfu=metrics.get("perf/mfu"),
+            )
+            if not outcome.applied:
+                rows = batches.rows(counters.step - 1)
+                places = [data.train.place(int(index)) for row in rows for index in row]
+                loop.report_skipped(
+                    counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
+                )
+
+            is_last = counters.step == total_steps
+            if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
+                held_out = evaluate(
+                    engine, evaluation_pair_batches(data.held_out, plan), reference, objective, world.device
+                )
+                if prompts:
+                    samples = sample_completions(
+                        module.base(), tokenizer, prompts, terminators, job.dpo.sampling, world,
+                        seed=job.seed, is_partitioned=engine.zero_stage == 3,
+                    )  # fmt: skip
+                    held_out["eval/stop_rate"] = stop_rate(samples)
+                    tracker.log_samples([asdict(sample) for sample in samples], counters.step)
+                tracker.log(held_out, counters.step)
+                progress.log(held_out_line(counters.step, held_out))
+                counters = loop.with_best(counters, held_out["eval/loss"])
+            is_best = counters.best_step == counters.step
+            if loop.is_due(counters.step, config.save_every) or is_best or is_last:
+                loop.save(checkpoints, engine, counters)
+
+        # Save ----------------------------------------------------------------------------------
+        stop.deferred = False  # everything is saved: what is left can be done again
+        engine.eval()
+        probe = loop.probe_of(data.train[0].chosen, world.device)
+        with torch.no_grad():
+            live_logits = module.logits(probe)
+        weights = engine.full_state_dict()
+        if weights is not None:
+            final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
+            part = "" if data.held_out is None else "eval/"
+            if warning := loop.swapped_warning(final, f"{part}rewards/accuracies", f"{part}rewards/margins"):
+                progress.log(warning)
+            export = export_policy(
+                model,
+                weights,
+                tokenizer,
+                folder / "export",
+                details={
+                    "parents": [parent_of(policy, run_dir)],
+                    "resolved_config_hash": file_sha256(run_dir / "resolved.yaml"),
+                    "data": data.fingerprints(),
+                    "progress": asdict(counters),
+                    "metrics": final,
+                },
+                probe=probe,
+                live_logits=live_logits,
+            )
+            tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
+            tracker.finish(summary=final)
+        barrier()
+    close_world()
+    return 0
+
+
+def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    stopped = f", {metrics['eval/stop_rate']:.0%} of samples stop" if "eval/stop_rate" in metrics else ""
+    return (
+        f"held out, step {step}: loss {metrics['eval/loss']:.4f}, "
+        f"{metrics['eval/rewards/accuracies']:.1%} of pairs in order, "
+        f"margin {metrics['eval/rewards/margins']:.4f}{stopped}"
+    )
