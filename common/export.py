@@ -1,9 +1,9 @@
 """From a trained module to an artifact that plain transformers loads, checked by loading it.
 
-Takes the live module, its gathered weights, a tokenizer and the logits that the live model gives on a
-probe; writes `<folder>.tmp` (safetensors, tokenizer, chat template, generation config, adapters beside
-merged weights), loads it back without anything of ours, compares, and only then writes the manifest and
-renames. Runs on one rank; does not gather weights and does not change the live module.
+Takes the live module, its gathered weights, a tokenizer and what the live model says to a probe (logits of a
+policy, scores of a reward model); writes `<folder>.tmp` (safetensors, tokenizer, chat template, generation
+config, adapters beside merged weights), loads it back without anything of ours, compares, and only then
+writes the manifest and renames. Runs on one rank; neither gathers weights nor changes the live module.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,6 +59,34 @@ class ExportMismatch(RuntimeError):
     """The reloaded artifact is not the live model. Nothing was committed."""
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """Something asked of the live model, to be asked again of the one that is read back."""
+
+    role: Role
+    documents: Sequence[torch.Tensor]  # int64 [T] each
+    answer: torch.Tensor  # policy: logits [T, V] of the only document; reward model: scores [D]
+    unit: float = 0.0  # differences are relative to the largest answer, or to this if it is larger
+
+    def load(self, folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+        """The model in `folder`, as anybody would load it."""
+        import transformers
+
+        name = "AutoModelForCausalLM" if self.role is Role.policy else "AutoModelForSequenceClassification"
+        remote = type(like).__module__.startswith("transformers_modules")
+        auto_class: Any = getattr(transformers, name)
+        return cast(
+            "PreTrainedModel", auto_class.from_pretrained(folder, dtype=like.dtype, trust_remote_code=remote)
+        )
+
+    @torch.no_grad()
+    def ask(self, model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+        """What a plain model answers, to one document after the other."""
+        model.eval()
+        answers = [model(document[None].to(device), use_cache=False).logits[0] for document in self.documents]
+        return torch.cat(answers)
+
+
 def export_policy(
     module: PreTrainedModel,
     state_dict: Mapping[str, torch.Tensor] | None,
@@ -67,25 +96,70 @@ def export_policy(
     details: Mapping[str, Any],
     probe: torch.Tensor,
     live_logits: torch.Tensor,
-    role: Role = Role.policy,
 ) -> Path:
-    """Write, check and commit the artifact at `folder`; returns `folder`.
+    """Write, check and commit the policy at `folder`; returns `folder`.
 
     state_dict: the module's full weights (names may carry the "model." of a wrapper), or None to take the
     module's own. probe: int64 [1, N], one document; live_logits: [N, V], what the live model says to it.
     `details` goes into the manifest beside what is known here. An artifact already at `folder` stays when
     it is the same, and is set aside otherwise. Raises ExportMismatch, or UserError for the disk.
     """
+    asked = _Probe(Role.policy, [probe[0]], live_logits)
+    return _export(module, state_dict, tokenizer, folder, details, asked)
+
+
+def export_reward_model(
+    module: PreTrainedModel,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    *,
+    details: Mapping[str, Any],
+    probe: Sequence[torch.Tensor],
+    live_scores: torch.Tensor,
+) -> Path:
+    """Write, check and commit the reward model at `folder`; returns `folder`.
+
+    module: a sequence classifier with one label, as `scalar_head` makes it. probe: int64 [T] each, documents
+    that end where they are scored; live_scores: [D], what the live model gives them. The rest is as for
+    `export_policy`.
+    """
+    config, ends = module.config, terminators_of(tokenizer)
+    if config.num_labels != 1 or config.pad_token_id in (None, *ends):
+        raise ValueError(
+            f"plain transformers would score another token: {config.num_labels} labels, pad "
+            f"{config.pad_token_id}, terminators {ends}"
+        )
+    asked = _Probe(Role.reward_model, probe, live_scores, unit=_head_norm(module, state_dict))
+    return _export(module, state_dict, tokenizer, folder, details, asked)
+
+
+def _head_norm(module: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None) -> float:
+    """About how large a score is whose terms do not cancel: hidden states are normalised, to about 1 each."""
+    state = _own_names(module, module.state_dict() if state_dict is None else state_dict)
+    (head,) = [tensor for name, tensor in state.items() if _base_name(name) == "score.weight"]
+    return float(head.float().norm())
+
+
+def _export(
+    module: PreTrainedModel,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    details: Mapping[str, Any],
+    probe: _Probe,
+) -> Path:
     partial = folder.with_name(folder.name + ".tmp")
     with _disk_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         saved = _rebuild(module, state_dict, partial)
         _save(saved, module, tokenizer, partial)
-        difference = _check(partial, saved, module, probe, live_logits)
-        known = _details(saved, tokenizer) | {"largest_logit_difference": difference}
+        difference = _check(partial, saved, module, probe)
+        what = "logit" if probe.role is Role.policy else "score"
+        known = _details(saved, tokenizer) | {f"largest_{what}_difference": difference}
         files = hash_files(partial)
-        manifest = Manifest("artifact", role, files, {**known, **details})
+        manifest = Manifest("artifact", probe.role, files, {**known, **details})
         if folder.exists() and _is_same(folder, manifest):
             shutil.rmtree(partial)
             return folder
@@ -107,7 +181,7 @@ def _rebuild(
     if is_adapted:
         state = {**state, **_dequantized(module)}
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    plain = {_base_name(name): tensor for name, tensor in state.items() if not _is_adapter(name)}
+    plain = {_base_name(name): tensor for name, tensor in state.items() if _is_of_base(name)}
     rebuilt = _with_weights(type(base), plain_config(base), plain if is_adapted else state)
     return _merge(module, rebuilt, state, folder) if is_adapted else rebuilt
 
@@ -142,9 +216,15 @@ def _is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+def _is_of_base(name: str) -> bool:
+    """Whether the merged model has this tensor: of a head trained beside adapters, peft keeps the old one."""
+    return not _is_adapter(name) and ".original_module." not in name
+
+
 def _base_name(name: str) -> str:
     """The name a tensor has in the model without adapters."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return plain.replace(".modules_to_save.default.", ".")
 
 
 def _dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -206,7 +286,8 @@ def _save(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    saved.generation_config = _generation_config(module, tokenizer)
+    if saved.can_generate():
+        saved.generation_config = _generation_config(module, tokenizer)
     saved.save_pretrained(folder)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # else batched generation is damaged
     tokenizer.save_pretrained(folder)
@@ -230,30 +311,21 @@ def _generation_config(module: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     return settings
 
 
-def _check(
-    folder: Path,
-    saved: PreTrainedModel,
-    module: PreTrainedModel,
-    probe: torch.Tensor,
-    live_logits: torch.Tensor,
-) -> float:
-    """Load the folder as anybody would and compare; the largest difference, relative to the logits."""
-    from transformers import AutoModelForCausalLM
-
-    remote = type(saved).__module__.startswith("transformers_modules")
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=saved.dtype, trust_remote_code=remote)
+def _check(folder: Path, saved: PreTrainedModel, module: PreTrainedModel, probe: _Probe) -> float:
+    """Load the folder as anybody would and compare; the largest difference, relative to the answers."""
+    reloaded: Any = probe.load(folder, saved)
     _same_tensors(saved.state_dict(), reloaded.state_dict())
-    device = _device_with_room(reloaded, live_logits.device)
-    with torch.no_grad():
-        logits = reloaded.to(device).eval()(probe.to(device), use_cache=False).logits[0]
-    difference = largest_difference(live_logits, logits)
-    same_kernels = live_logits.device.type == "cpu" and not _is_compiled(module)
+    live = probe.answer.device
+    device = _device_with_room(reloaded, live)
+    difference = largest_difference(probe.answer, probe.ask(reloaded.to(device), device), probe.unit)
+    same_kernels = live.type == "cpu" and not _is_compiled(module)
     exact = same_kernels and not hasattr(module, "peft_config")
     tolerance = _tolerance(saved.dtype, exact=exact)
     if not difference <= tolerance:
+        what = "logit" if probe.role is Role.policy else "score"
         raise ExportMismatch(
-            f"{folder}: reloaded logits differ from the live model's by {difference:.3g} of the largest "
-            f"logit (allowed: {tolerance:g}); the artifact was not committed"
+            f"{folder}: reloaded {what}s differ from the live model's by {difference:.3g} of the largest "
+            f"{what} (allowed: {tolerance:g}); the artifact was not committed"
         )
     return difference
 
@@ -262,12 +334,12 @@ def _is_compiled(module: torch.nn.Module) -> bool:
     return any(child._compiled_call_impl is not None for child in module.modules())
 
 
-def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a - b| / max |a|, in fp32."""
+def largest_difference(a: torch.Tensor, b: torch.Tensor, unit: float = 0.0) -> float:
+    """max |a - b| / max(|a|, unit), in fp32."""
     if a.shape != b.shape:
-        raise ExportMismatch(f"live logits have shape {tuple(a.shape)}, reloaded ones {tuple(b.shape)}")
+        raise ExportMismatch(f"live answers have shape {tuple(a.shape)}, reloaded ones {tuple(b.shape)}")
     left, right = a.detach().float().cpu(), b.detach().float().cpu()
-    return float((left - right).abs().max() / left.abs().max().clamp_min(1e-30))
+    return float((left - right).abs().max() / left.abs().max().clamp_min(max(unit, 1e-30)))
 
 
 def _tolerance(dtype: torch.dtype, *, exact: bool) -> float:

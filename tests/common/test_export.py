@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from common import export
 from common.artifacts import Artifact, read_manifest, verify
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
-from common.export import ExportMismatch, export_policy, largest_difference
+from common.export import ExportMismatch, export_policy, export_reward_model, largest_difference
 from common.losses import PackedCausalLM
 from common.models import load_model
+from common.scalar_head import PackedScalarModel, load_scalar_model
 from common.stage import Role
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -274,3 +280,104 @@ def test_sampling_settings_of_the_base_model_do_not_prevent_saving(tmp_path: Pat
     folder = exported(packed, tmp_path / "export")
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["temperature"] == 0.6 and settings["do_sample"] is True
+
+
+# --- Reward models ----------------------------------------------------------------------------------
+
+END = 4  # <|im_end|>
+DOCUMENTS = [torch.tensor([*range(5, 25), END]), torch.tensor([7, 7, 9, END]), torch.tensor([60, 2, 61, END])]
+
+
+def trained_scorer(
+    folder: Path, dtype: Dtype = Dtype.fp32, lora: LoraConfig | None = None, **fields: Any
+) -> PackedScalarModel:
+    """A reward model above a policy that was exported, its trainable weights moved away from there."""
+    policy = exported(trained({"model_type": "llama", **fields}, dtype), folder)
+    config = ModelConfig(path=str(policy), dtype=dtype, lora=lora or LoraConfig())
+    model = load_scalar_model(config, tiny_tokenizer(CHATML), seed=0, device=CPU)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
+    return PackedScalarModel(model.eval())
+
+
+@torch.no_grad()
+def exported_scorer(packed: PackedScalarModel, folder: Path, **changes: Any) -> Path:
+    arguments: dict[str, Any] = {"details": {"calibration": {"mean": 0.5, "std": 2.0}}, "probe": DOCUMENTS}
+    arguments["live_scores"] = packed.scores(DOCUMENTS)
+    return export_reward_model(
+        packed.model, packed.state_dict(), tiny_tokenizer(CHATML), folder, **{**arguments, **changes}
+    )
+
+
+@torch.no_grad()
+def batched_scores(folder: Path, side: str) -> torch.Tensor:
+    """All documents in one batch of plain transformers, padded as the artifact's tokenizer says."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    batch = tokenizer.pad({"input_ids": [d.tolist() for d in DOCUMENTS]}, return_tensors="pt")
+    return model(**batch).logits[:, 0].float()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_plain_transformers_scores_a_padded_batch_as_the_live_model_does(
+    tied: bool, side: str, tmp_path: Path
+) -> None:
+    packed = trained_scorer(tmp_path / "policy", tie_word_embeddings=tied)
+    folder = exported_scorer(packed, tmp_path / "export")
+    scores = batched_scores(folder, side)
+    assert torch.allclose(scores, packed.scores(DOCUMENTS), atol=1e-5) and scores.std() > 0.01
+    assert Artifact.load(folder, Role.reward_model).manifest.details["largest_score_difference"] <= 1e-6
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_merged_and_the_trained_head_taken_along(dora: bool, tmp_path: Path) -> None:
+    packed = trained_scorer(tmp_path / "policy", lora=LoraConfig(enabled=True, r=4, alpha=8, dora=dora))
+    head = packed.base().score
+    assert not torch.equal(head.original_module.weight, head.modules_to_save["default"].weight)
+    before = packed.scores(DOCUMENTS).detach()
+    folder = exported_scorer(packed, tmp_path / "export")
+    assert torch.allclose(batched_scores(folder, "right"), before, atol=1e-5)
+    written = load_file(folder / "model.safetensors")
+    assert torch.equal(written["score.weight"], head.modules_to_save["default"].weight)
+    assert not any("lora" in name or "modules_to_save" in name for name in written)
+    assert "base_model.model.score.weight" in load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(packed.scores(DOCUMENTS), before)
+
+
+def test_a_reward_models_artifact_is_a_classifier_with_one_label_and_no_generation(tmp_path: Path) -> None:
+    folder = exported_scorer(trained_scorer(tmp_path / "policy"), tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert len(config["id2label"]) == 1 and config["pad_token_id"] == 0 and config["use_cache"] is True
+    assert not (folder / "generation_config.json").exists()
+    details = Artifact.load(folder, Role.reward_model).manifest.details
+    assert details["calibration"] == {"mean": 0.5, "std": 2.0}
+    assert (details["pad_token_id"], details["terminators"]) == (0, [END])
+    with pytest.raises(UserError, match="is reward_model, where a policy is needed"):
+        Artifact.load(folder, Role.policy)
+
+
+def test_bf16_heads_are_written_bit_for_bit(tmp_path: Path) -> None:
+    packed = trained_scorer(tmp_path / "policy", Dtype.bf16)
+    folder = exported_scorer(packed, tmp_path / "export")
+    head = load_file(folder / "model.safetensors")["score.weight"]
+    assert head.dtype is torch.bfloat16 and torch.equal(head, packed.base().score.weight)
+
+
+def test_scores_that_differ_keep_the_reward_model_from_being_committed(tmp_path: Path) -> None:
+    packed = trained_scorer(tmp_path / "policy")
+    wrong = packed.scores(DOCUMENTS).detach() + 1e-3
+    with pytest.raises(ExportMismatch, match="reloaded scores differ"):
+        exported_scorer(packed, tmp_path / "export", live_scores=wrong)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_pad_that_ends_turns_is_refused(tmp_path: Path) -> None:
+    packed = trained_scorer(tmp_path / "policy")
+    packed.base().config.pad_token_id = END
+    with pytest.raises(ValueError, match="plain transformers would score another token"):
+        exported_scorer(packed, tmp_path / "export")
