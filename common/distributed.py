@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
+
 STOPPED_EXIT_CODE = 143
 TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def from_main(world: World, make: Callable[[], T]) -> T:
+    """What `make()` returns on rank 0, on every rank; a UserError raised there is raised on all."""
+    made: Any = None
+    if world.is_main:
+        try:
+            made = make()
+        except UserError as error:
+            made = error
+    made = gather_objects(made)[0]
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def barrier() -> None:

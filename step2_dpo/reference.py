@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from common import attention, losses
-from common.artifacts import MANIFEST, content_sha256, disk_errors, file_sha256
+from common.artifacts import Artifact, content_sha256, disk_errors
 from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.data.types import PairBatch
-from common.distributed import World, gather_objects
+from common.distributed import World, from_main, gather_objects
 from common.engine import Engine
 from common.losses import batch_arguments
 from step2_dpo import loss
@@ -69,7 +69,7 @@ def _answers(table: np.ndarray, batch: PairBatch) -> Answers:
 
 
 def reference_key(
-    policy: Path,
+    policy: Artifact,
     plan: BatchPlan,
     *,
     data: Mapping[str, str | None],
@@ -78,15 +78,17 @@ def reference_key(
     dtype: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that decides the numbers, part by part, as JSON values; reads all weights at `policy`.
+    """Everything that decides the numbers, part by part, as JSON values.
 
-    data: fingerprints of the data sets. weights: of the sources. The files are hashed anew each time, since a
-    path, and even a manifest, says nothing of weights that were overwritten in place.
+    policy: just verified, so that the hashes in its manifest are those of the files, whatever lay at its path
+    before. data: fingerprints of the data sets. weights: of the sources.
     """
     layout = {name: value for name, value in asdict(plan).items() if name != "rank"}
+    files = policy.manifest.files
+    # the adapters beside them are merged into them already
+    loaded = [name for name in files if name.endswith(".safetensors") and "/" not in name]
     return {
-        "weights": {path.name: file_sha256(path) for path in sorted(policy.glob("*.safetensors"))},
-        "manifest": file_sha256(policy / MANIFEST),
+        "weights": {name: files[name]["sha256"] for name in [*sorted(loaded), "config.json"]},
         "data": dict(data),
         "batches": {**layout, "steps": steps, "source_weights": dict(weights)},
         "dtype": dtype,
@@ -110,28 +112,28 @@ def load_or_compute(
     batches: PairBatches,
     held_out: PairDataset | None,
     steps: int,
-    make_key: Callable[[], dict[str, Any]],
+    key: Mapping[str, Any],
     folder: Path,
     world: World,
     say: Say,
 ) -> Reference:
     """The reference's numbers from the cache in `folder`, or computed and put there; all ranks call it.
 
-    The engine holds the starting policy. make_key: see `reference_key`; called by the first rank only.
+    The engine holds the starting policy. key: see `reference_key`.
     """
-    key, found = {}, None
-    if world.is_main:
-        key = make_key()
+
+    def look() -> Reference | None:
         found, why = _read(folder, key)
         if found is None:
             say(f"computing the reference log-probabilities ({why})")
         else:
             say("reference log-probabilities: from the cache")
-    found = gather_objects(found)[0]
+        return found
+
+    found = from_main(world, look)
     if found is None:
-        found = _compute(engine, batches, held_out, steps, say)
-        if world.is_main:
-            _write(folder, key, found)
+        computed = found = _compute(engine, batches, held_out, steps, say)
+        from_main(world, lambda: _write(folder, key, computed))
     return found
 
 

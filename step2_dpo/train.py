@@ -25,18 +25,20 @@ from common.distributed import (
     StopSignal,
     barrier,
     close_world,
+    from_main,
     init_world,
     seed_everything,
     sum_over_ranks,
 )
 from common.export import export_policy
-from common.handoff import load_policy, model_of, parent_of
+from common.handoff import load_named, model_of, parent_record
 from common.losses import PackedCausalLM
 from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.sampling import sample_completions, stop_rate
+from common.stage import Role
 from common.tracking import METRICS_FILE, Tracker
 from step2_dpo.config import DPOJob
 from step2_dpo.data import batch_plan, cache_dir, count_tokens, load_data
@@ -57,7 +59,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
     say = print if world.is_main else log.info
 
     # Load --------------------------------------------------------------------------------------
-    policy = load_policy(job.dpo.policy, "dpo.policy")
+    named = job.dpo.policy or ""  # the controller has written down where an earlier step leaves it
+    policy = from_main(world, lambda: load_named(named, Role.policy, "dpo.policy"))
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     terminators = terminators_of(tokenizer)
@@ -85,14 +88,13 @@ def train(job: DPOJob, run_dir: Path) -> int:
 
     # Reference ---------------------------------------------------------------------------------
     # while the engine still holds the policy that the run starts from
-    reference = load_or_compute(
-        engine, batches, data.held_out, total_steps,
-        lambda: reference_key(
-            policy.path, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
-            dtype=job.model.dtype.value, device=world.device,
-        ),
-        cache_dir(job) / "reference", world, say,
+    key = reference_key(
+        policy, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
+        dtype=job.model.dtype.value, device=world.device,
     )  # fmt: skip
+    reference = load_or_compute(
+        engine, batches, data.held_out, total_steps, key, cache_dir(job) / "reference", world, say
+    )
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
     counters = loop.resume(checkpoints, engine, say)
 
@@ -194,7 +196,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
                 tokenizer,
                 folder / "export",
                 details={
-                    "parents": [parent_of(policy, run_dir)],
+                    "parents": [parent_record(policy.path, run_dir)],
                     "resolved_config_hash": file_sha256(run_dir / "resolved.yaml"),
                     "data": data.fingerprints(),
                     "progress": asdict(counters),

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.artifacts import MANIFEST, Artifact, Manifest, hash_files, write_manifest
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.distributed import World
+from common.errors import UserError
+from common.stage import Role
 from step2_dpo.loss import Counts, Objective, PairSums, score
 from step2_dpo.reference import Reference, load_or_compute, reference_key
 from tests.step2_dpo.pairs import MAX_LENGTH, PlainEngine, SomePairs, plain_logps, tiny_llama
@@ -34,23 +37,27 @@ class Cached:
     def __init__(self, folder: Path) -> None:
         self.folder, self.policy = folder / "reference", folder / "policy"
         self.policy.mkdir()
-        (self.policy / "model.safetensors").write_bytes(b"weights")
-        (self.policy / "manifest.json").write_text("{}")
+        self.put(b"weights")
         self.said: list[str] = []
+
+    def put(self, weights: bytes) -> None:
+        """Overwrite the policy in place."""
+        (self.policy / "model.safetensors").write_bytes(weights)
+        (self.policy / "config.json").write_text("{}")
+        (self.policy / MANIFEST).unlink(missing_ok=True)
+        write_manifest(self.policy, Manifest("artifact", Role.policy, hash_files(self.policy)))
 
     def get(
         self, engine: PlainEngine, steps: int = 3, weights: dict[str, float] | None = None, **changes: Any
     ) -> Reference:
         layout = plan(**changes)
         self.said.clear()
-        return load_or_compute(
-            engine, PairBatches(SomePairs(), layout, weights), SomePairs(), steps,  # type: ignore[arg-type]
-            lambda: reference_key(
-                self.policy, layout, data={"train": "seven"}, weights=weights or {}, steps=steps,
-                dtype="fp32", device=torch.device("cpu"),
-            ),
-            self.folder, ALONE, self.said.append,
+        key = reference_key(
+            Artifact.load(self.policy, Role.policy), layout, data={"train": "seven"}, weights=weights or {},
+            steps=steps, dtype="fp32", device=torch.device("cpu"),
         )  # fmt: skip
+        batches: Any = PairBatches(SomePairs(), layout, weights)
+        return load_or_compute(engine, batches, SomePairs(), steps, key, self.folder, ALONE, self.said.append)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -131,13 +138,26 @@ def test_the_second_time_nothing_is_computed(cached: Cached) -> None:
 
 def test_weights_overwritten_in_place_are_computed_anew(cached: Cached) -> None:
     before = cached.get(PlainEngine(tiny_llama()))
-    weights = cached.policy / "model.safetensors"
-    stamp = weights.stat()
-    weights.write_bytes(b"Weights")  # as many bytes, at the same time, beside the same manifest
-    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    stamp = (cached.policy / "model.safetensors").stat()
+    cached.put(b"Weights")  # as many bytes
+    os.utime(cached.policy / "model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     after = cached.get(PlainEngine(tiny_llama(seed=1)))
     assert cached.said == ["computing the reference log-probabilities (changed since the last time: weights)"]
     assert not np.isclose(before.train, after.train).any()
+
+
+def test_weights_overwritten_beside_their_old_manifest_are_refused(cached: Cached) -> None:
+    cached.get(PlainEngine(tiny_llama()))
+    (cached.policy / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(UserError, match="model.safetensors"):
+        cached.get(PlainEngine(tiny_llama(seed=1)))
+
+
+def test_the_same_weights_elsewhere_are_found_again(cached: Cached) -> None:
+    cached.get(PlainEngine(tiny_llama()))
+    cached.policy = cached.policy.rename(cached.policy.with_name("moved"))
+    cached.get(PlainEngine(tiny_llama()))
+    assert cached.said == ["reference log-probabilities: from the cache"]
 
 
 @pytest.mark.parametrize(
