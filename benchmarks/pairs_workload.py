@@ -42,7 +42,7 @@ class PairsWorkload:
 
 
 def prepare(folder: Path, kind: str, pairs: int, seed: int = 0, *, data: Path = DATA) -> PairsWorkload:
-    """Make what is missing. Both sides of all pairs fit `MAX_LENGTH` tokens, so that none is cut or dropped."""
+    """Make what is missing. All sides of all pairs fit `MAX_LENGTH` tokens: none is cut or dropped."""
     made = PairsWorkload(folder / "policy", folder / f"{kind}_{pairs}.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     if not (made.policy / "manifest.json").is_file():

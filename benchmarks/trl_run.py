@@ -3,7 +3,8 @@
 Takes a SETTINGS.json and a function that builds a trainer from it; leaves in the settings' `out`:
 `steps.jsonl`, a line per optimizer step with the running total of tokens; `logs.json`, what the trainer
 logged; `model/`, unless `save` is false; and with `exact_grad_norm` also `grad_norms.json`, the norms before
-clipping, summed in float64. Which trainer it is, and on what rows, is said in `trl_<step>.py`.
+clipping, summed in float64. With `only_prepare` there is no training, but `prepared.json`, the rows' tokens
+as the trainer made them. Which trainer it is, and on what rows, is said in `trl_<step>.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def run(build_trainer: Callable[[dict[str, Any], Path], Trainer]) -> None:
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(settings, out)
+    if settings.get("only_prepare"):
+        (out / "prepared.json").write_text(json.dumps(_tokens_of(trainer.train_dataset)))
+        return
     _write_steps(trainer, out / "steps.jsonl")
     norms = _measure_norms(trainer) if settings.get("exact_grad_norm") else []
     trainer.train()
@@ -44,6 +48,10 @@ def common_arguments(settings: dict[str, Any], out: Path) -> dict[str, Any]:
         "bf16": settings["dtype"] == "bf16",
         **settings["arguments"],
     }
+
+
+def _tokens_of(dataset: Any) -> dict[str, list[list[int]]]:
+    return {name: list(dataset[name]) for name in dataset.column_names if name.endswith("_ids")}
 
 
 def _write_steps(trainer: Any, path: Path) -> None:
