@@ -27,6 +27,9 @@ usage: python -m pipeline VERB ...
 
   python -m pipeline run                                              the embedded demo
   python -m pipeline run model.path=FOLDER sft.data.path=FILE.jsonl   your model, your data
+  python -m pipeline run 'steps=[sft,reward]'                         SFT, then a reward model from it
+  python -m pipeline run 'steps=[sft,dpo]'                            SFT, then preferences without one
+  python -m pipeline run 'steps=[dpo]' dpo.policy=runs/NAME/sft/export dpo.data.path=PAIRS.jsonl
   python -m pipeline run --help                                       all settings
 """
 

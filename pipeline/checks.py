@@ -8,7 +8,9 @@ could be a hub name passes.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import Any
 
 from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName
 from common.errors import UserError
+from common.handoff import model_of
 from common.stage import Step
 from launch.local import count_gpus
 from pipeline.config import PipelineConfig
+from pipeline.plan import start_of, wire_run
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
@@ -27,16 +31,57 @@ SMALLEST_DISK = 64 * 2**20
 
 
 def check(config: PipelineConfig, ranks: int) -> None:
-    """Every check; `ranks` is the number of ranks that a step will have."""
-    check_model(config.model)
+    """Every check, also that each step has a start; `ranks` is the number of ranks that a step will have."""
+    wired = wire_run(config)
     if Step.sft in config.steps:
-        check_data(config.sft.data, "sft.data")
-        check_length(config.model, config.sft.data.max_length, "sft.data.max_length")
-        check_batch(config.sft.train.global_batch_size, ranks, "sft.train.global_batch_size")
-        check_optimizer(config.sft.optim.name, "sft.optim.name")
-        check_muon(config, config.sft.optim, "sft.optim")
+        check_model(config.model)
+    for step in wired:
+        start = start_of(step.stage.name, wired)
+        model = config.model if start is None else model_of(config.model, Path(start))
+        check_step(config, step.stage.name, model, ranks)
+    check_stage_split(config)
     check_sharding(config, ranks)
-    check_disk(config)
+
+
+def check_step(config: PipelineConfig, step: Step, model: ModelConfig, ranks: int) -> None:
+    """What one step is told about data, loop and optimizer; `model` is what it starts from."""
+    name, part = step.value, getattr(config, step.value)
+    check_data(part.data, f"{name}.data")
+    check_length(model, part.data.max_length, f"{name}.data.max_length")
+    check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
+    check_optimizer(part.optim.name, f"{name}.optim.name")
+    check_muon(config, part.optim, f"{name}.optim")
+    check_disk(config, model)
+
+
+def check_stage_split(config: PipelineConfig) -> None:
+    """Steps that share out the rows of one data set agree on the shares, and have one themselves."""
+    splits = {
+        step: getattr(config, step.value).data.stage_split
+        for step in config.steps
+        if getattr(config, step.value).data.stage_split
+    }
+    for step, shares in splits.items():
+        key = f"{step.value}.data.stage_split"
+        for name, share in shares.items():
+            if name not in Step.__members__:
+                near = difflib.get_close_matches(name, Step.__members__, 1, cutoff=0.3)
+                way_out = f"did you mean {near[0]}?" if near else f"steps: {', '.join(Step.__members__)}"
+                raise UserError(f"{key}: {name} is not a step", hint=way_out)
+            if not 0 < share < math.inf:
+                raise UserError(f"{key}.{name}={share} is not allowed", hint="allowed: a number above 0")
+        if step.value not in shares:
+            raise UserError(
+                f"{key}={shares} leaves no rows to {step.value} itself",
+                hint=f"add a share for {step.value}, or leave stage_split out: the step then sees all rows",
+            )
+    for (first, ours), (second, theirs) in itertools.pairwise(splits.items()):
+        if ours != theirs:
+            raise UserError(
+                f"{first.value}.data.stage_split={ours}, but {second.value}.data.stage_split={theirs}: "
+                "their parts could overlap",
+                hint="give every step of the run the same shares",
+            )
 
 
 def check_model(model: ModelConfig) -> None:
@@ -151,8 +196,8 @@ def check_sharding(config: PipelineConfig, ranks: int) -> None:
         )
 
 
-def check_disk(config: PipelineConfig) -> None:
-    """The output folder can be written, and one checkpoint and the export of a known model fit."""
+def check_disk(config: PipelineConfig, model: ModelConfig) -> None:
+    """The output folder can be written, and one checkpoint and the export of a known `model` fit."""
     folder = Path(config.output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -162,7 +207,7 @@ def check_disk(config: PipelineConfig) -> None:
             f"output_dir={folder}: {existing} cannot be written (read-only, or not yours)",
             hint="output_dir=ANOTHER_FOLDER",
         )
-    free, needed = shutil.disk_usage(existing).free, disk_needed(config.model)
+    free, needed = shutil.disk_usage(existing).free, disk_needed(model)
     if free < needed:
         has, wants = f"{free / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
         raise UserError(

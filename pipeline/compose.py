@@ -13,6 +13,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SHARED_GROUPS = ("data", "optim")  # mounted once per step: data@sft.data
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
+DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,16 @@ class Prepared:
 def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     """Check the keys of the overrides, rewrite short forms, and add the demo when nothing is named."""
     parsed = [_parse(_short_steps(text, multirun)) for text in overrides]
-    parsed = [_parse(_full_group(override)) for override in parsed]
+    steps = _steps_of(parsed)
+    parsed = [_parse(_full_group(override, steps)) for override in parsed]
     ready = []
     for override in parsed:
         _check_key(override)
         ready.append(_rewritten(override))
     if any(_names_a_job(override.key_or_group) for override in parsed):
         return Prepared(ready, [])
-    return Prepared(["experiment=demo", *ready], [DEMO])
+    has_policy = any(override.key_or_group.endswith(".policy") for override in parsed)
+    return Prepared(["experiment=demo", *ready], [DEMO_DATA if has_policy else DEMO])
 
 
 def compose(overrides: Sequence[str]) -> PipelineConfig:
@@ -168,18 +172,44 @@ def _short_steps(text: str, multirun: bool) -> str:
     return "steps=" + ",".join(f"[{run}]" for run in runs)
 
 
-def _full_group(override: Override) -> str:
-    """optim=muon and sft.optim=muon as optim@sft.optim=muon: shared groups are mounted once per step."""
+def _steps_of(overrides: Sequence[Override]) -> list[str]:
+    """Names of the steps that the run has: as typed, else as its experiment says, else the default.
+
+    Several runs of a sweep count together.
+    """
+    typed: dict[str, Any] = {override.key_or_group: override.value() for override in overrides}
+    if "steps" in typed:
+        runs = getattr(typed["steps"], "list", [typed["steps"]])  # a sweep holds one list for each run
+        names = [str(name) for run in runs for name in (run if isinstance(run, list) else [run])]
+        return list(dict.fromkeys(names))
+    return _steps_in(CONF / "experiment" / f"{typed.get('experiment')}.yaml") or ["sft"]
+
+
+def _steps_in(experiment: Path) -> list[str]:
+    """`steps` of an experiment's file; empty when it does not say, or is not there."""
+    import yaml
+
+    if not experiment.is_file():
+        return []
+    named = (yaml.safe_load(experiment.read_text(encoding="utf-8")) or {}).get("steps") or []
+    return [str(name) for name in named]
+
+
+def _full_group(override: Override, steps: Sequence[str]) -> str:
+    """optim=muon and sft.optim=muon as optim@sft.optim=muon: shared groups are mounted once per step.
+
+    Without a step in front, a run of one step is clear, and with several (`steps`) it is asked which.
+    """
     text = override.input_line or ""
     for step, group in itertools.product(STAGES, SHARED_GROUPS):
         if override.key_or_group == f"{step.value}.{group}" and isinstance(override.value(), str):
             return text.replace(f"{step.value}.{group}", f"{group}@{step.value}.{group}", 1)
     if override.key_or_group not in SHARED_GROUPS or override.package is not None:
         return text
-    group, steps = override.key_or_group, [step.value for step in STAGES]
-    if len(steps) > 1:
-        ways = ", ".join(f"{group}@{step}.{group}" for step in steps)
-        raise UserError(f"{text}: for which step?", hint=f"one of {ways}")
+    group, value = override.key_or_group, text.partition("=")[2]
+    if len(steps) != 1:
+        ways = ", ".join(f"{step}.{group}={value}" for step in steps)
+        raise UserError(f"{text}: for which step?", hint=f"one or more of {ways}")
     return text.replace(group, f"{group}@{steps[0]}.{group}", 1)
 
 

@@ -12,6 +12,8 @@ from common.config import DeepSpeedConfig, LaunchConfig, ModelConfig, TrackingCo
 from common.errors import UserError
 from common.stage import Step
 from step1_sft.config import SFTConfig
+from step2_dpo.config import DPOConfig
+from step2_reward.config import RewardConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, `conf/` and `demo/`."""
@@ -23,7 +25,7 @@ class PipelineConfig:
     """What `python -m pipeline run` can be told."""
 
     steps: List[Step] = field(default_factory=lambda: [Step.sft])
-    """the steps of the run, e.g. [sft]"""
+    """the steps of the run, e.g. [sft,reward]; they run in their own order"""
     run_name: Optional[str] = None
     """folder under output_dir; by default the steps and a hash of the configuration"""
     output_dir: str = "runs"
@@ -36,6 +38,10 @@ class PipelineConfig:
     """the base model"""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """supervised fine-tuning"""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """a reward model from preference pairs"""
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    """preference pairs without a reward model"""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """how state is sharded"""
     launch: LaunchConfig = field(default_factory=LaunchConfig)

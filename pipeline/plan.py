@@ -7,13 +7,19 @@ says what it consumes and produces, and everything here follows from that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from common.errors import UserError
 from common.stage import Role, Stage, Step
+from pipeline.config import PipelineConfig
 from step1_sft.stage import STAGE as SFT
+from step2_dpo.stage import STAGE as DPO
+from step2_reward.stage import STAGE as REWARD
 
-STAGES: Mapping[Step, Stage] = {Step.sft: SFT}
+STAGES: Mapping[Step, Stage] = {stage.name: stage for stage in (SFT, REWARD, DPO)}
+EXPORT = "export"
+"""Where in its own folder a step leaves its artifact."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,11 @@ class Wired:
 
     stage: Stage
     sources: Mapping[Role, Step | str] = field(default_factory=dict)  # an earlier step, or a path
+
+    def folder_of(self, role: Role, run_dir: Path) -> Path:
+        """Where the artifact is, or will be when the run gets there."""
+        source = self.sources[role]
+        return run_dir / source.value / EXPORT if isinstance(source, Step) else Path(source)
 
 
 def stages_of(steps: Sequence[Step], known: Mapping[Step, Stage] = STAGES) -> list[Stage]:
@@ -52,6 +63,44 @@ def wire(
             sources[role] = path if path is not None else _earlier(stage, role, wired, known)
         wired.append(Wired(stage, sources))
     return wired
+
+
+def wire_run(config: PipelineConfig) -> list[Wired]:
+    """The run's steps in order, with the artifacts that the user named and those of earlier steps."""
+    return wire(config.steps, named_sources(config), STAGES)
+
+
+def named_sources(config: PipelineConfig) -> dict[tuple[Step, Role], str]:
+    """Paths the user named, such as reward.policy, by step and role."""
+    given = {}
+    for stage in stages_of(config.steps):
+        for role in stage.consumes:
+            path = getattr(getattr(config, stage.name.value), role.value)
+            if path is not None:
+                given[stage.name, role] = path
+    return given
+
+
+def start_of(step: Step, wired: Sequence[Wired]) -> str | None:
+    """The path of the policy whose weights the step starts from; None when that is the base model.
+
+    Followed through earlier steps of the run: DPO after SFT starts from the base model.
+    """
+    sources = {w.stage.name: w.sources.get(Role.policy) for w in wired}
+    source: Step | str | None = step
+    while isinstance(source, Step):
+        source = sources.get(source)
+    return source
+
+
+def with_sources(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> PipelineConfig:
+    """The configuration with a path for every artifact that a step consumes, as the ranks read it."""
+    filled = {}
+    for step in wired:
+        name = step.stage.name.value
+        paths = {role.value: str(step.folder_of(role, run_dir)) for role in step.sources}
+        filled[name] = replace(getattr(config, name), **paths)
+    return replace(config, **filled)
 
 
 def _earlier(stage: Stage, role: Role, before: Sequence[Wired], known: Mapping[Step, Stage]) -> Step:

@@ -7,13 +7,15 @@ difference. Trains nothing and imports no torch: a step is a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,22 +25,23 @@ from common.artifacts import (
     Artifact,
     content_sha256,
     disk_errors,
+    read_manifest,
     verify,
     write_json,
     write_text,
 )
-from common.config import to_plain
+from common.config import TokenizerConfig, to_plain
 from common.errors import UserError
+from common.handoff import check_same_tokens, load_named
 from common.redact import redact
-from common.stage import Stage
+from common.stage import Role, Stage, Step
 from launch.local import Job, ranks_of, start
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.plan import Wired, wire
+from pipeline.plan import EXPORT, Wired, start_of, wire_run, with_sources
 
 RESOLVED = "resolved.yaml"
 LINEAGE = "lineage.json"
-EXPORT = "export"
 STOPPED = 143
 """Exit status of a step that was told to stop and saved its state."""
 
@@ -48,9 +51,12 @@ Say = Callable[[str], None]
 def run(config: PipelineConfig, *, say: Say = print) -> int:
     """Run every step of `config`. Returns 0 when all are done, else the status of the one that was not."""
     ranks = ranks_of(config.launch)
-    wired = wire(config.steps)
+    wired = wire_run(config)
+    check_named_sources(wired)
     checks.check(config, ranks)
-    folder = Path(config.output_dir) / state.run_name(config)
+    name = state.run_name(config)
+    folder = Path(config.output_dir) / name
+    config = with_sources(replace(config, run_name=name), wired, folder)
     lock = state.lock_run(folder)
     try:
         for step in wired:
@@ -64,16 +70,59 @@ def run(config: PipelineConfig, *, say: Say = print) -> int:
 
 def preview(config: PipelineConfig) -> int:
     """Show the rows of every step as the model will see them, in one process and without a run's folder."""
-    wired = wire(config.steps)
+    wired = wire_run(config)
+    check_named_sources(wired)
     checks.check(config, 1)
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
-        resolved = write_resolved(config, Path(folder), print)
         for step in wired:
+            resolved = write_resolved(preview_config(config, step, wired, Path(folder)), Path(folder), print)
             job = Job(step.stage.module, ("--preview", "--config", str(resolved)))
             status, _ = supervise(job, ())
             if status != 0:
                 return status
     return 0
+
+
+def preview_config(
+    config: PipelineConfig, wired: Wired, steps: Sequence[Wired], folder: Path
+) -> PipelineConfig:
+    """The configuration for one step's preview: with the tokenizer that the step will read its rows with.
+
+    That of the policy it starts from, if there is one already; else the one that the preview of SFT has just
+    trained in `folder`, if it did; else the base model's own.
+    """
+    if Role.policy not in wired.sources:
+        return config
+    name = wired.stage.name.value
+    run_dir = Path(config.output_dir) / state.run_name(config)
+    made = wired.folder_of(Role.policy, run_dir)
+    policy = str(made) if (made / MANIFEST).exists() else start_of(wired.stage.name, steps)
+    part = replace(getattr(config, name), policy=policy)
+    trained = folder / Step.sft.value / "tokenizer"
+    if policy is None and trained.exists():
+        model = replace(config.model, tokenizer=TokenizerConfig(path=str(trained)))
+        return replace(config, model=model, **{name: part})
+    return replace(config, **{name: part})
+
+
+def check_named_sources(wired: Sequence[Wired]) -> None:
+    """Verify every artifact that the user named, before any step spends time."""
+    for step in wired:
+        for role, source in step.sources.items():
+            if not isinstance(source, Step):
+                load_named(source, role, f"{step.stage.name.value}.{role.value}")
+
+
+def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:
+    """What the step consumes, every file re-hashed, and made with one tokenizer."""
+    name = wired.stage.name.value
+    loaded = {
+        role: load_named(str(wired.folder_of(role, run_dir)), role, f"{name}.{role.value}")
+        for role in wired.stage.consumes
+    }
+    for left, right in itertools.combinations(loaded.values(), 2):
+        check_same_tokens(left, right)
+    return loaded
 
 
 def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lock: int, say: Say) -> int:
@@ -82,11 +131,12 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
     folder = run_dir / name
     before = None if config.force and is_broken(folder) else state.read_state(folder)
     part = state.step_config(config, wired.stage)
-    inputs = state.inputs_of(config, wired.stage, {} if before is None else before["inputs"])
+    known = {} if before is None else before["inputs"]
+    inputs = state.inputs_of(config, wired.stage, known, load_sources(wired, run_dir))
     if before is not None and not holds_work(folder):
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # trained on rows that may have changed
         before = {**before, "config": part, "inputs": inputs}
-    if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, folder)):
+    if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, wired, run_dir)):
         if not config.force:
             raise refusal(name, folder, refused)
         say(f"{name}: starting over; the old folder is kept as {set_aside(folder)}")
@@ -149,15 +199,20 @@ def conclude(
 
 
 def reasons_to_refuse(
-    before: Mapping[str, Any] | None, part: Mapping[str, Any], inputs: Mapping[str, Any], folder: Path
+    before: Mapping[str, Any] | None,
+    part: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    wired: Wired,
+    run_dir: Path,
 ) -> list[str]:
-    """Why the step in `folder` cannot go on with this configuration; empty when it can."""
+    """Why the step cannot go on in its folder with this configuration; empty when it can."""
+    folder = run_dir / wired.stage.name.value
     if before is None:
         return [f"{folder} holds files, but no usable {state.STATE}"] if any(folder.iterdir()) else []
     changed = state.differences(before["config"], part) + state.input_differences(before["inputs"], inputs)
     if not changed and is_finished(folder, before):
         try:
-            verify(folder / EXPORT)
+            check_parents(Artifact(folder / EXPORT, verify(folder / EXPORT)), wired, run_dir, inputs)
         except UserError as error:
             return [error.message]
     return changed
@@ -195,10 +250,29 @@ def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:
     """Verify the artifact, record it in state and lineage; returns the hash of its manifest."""
     folder = run_dir / wired.stage.name.value
     artifact = Artifact.load(folder / EXPORT, wired.stage.produces)
+    check_parents(artifact, wired, run_dir, ended["inputs"])
     sha256 = artifact.sha256
     state.write_state(folder, {**ended, "status": "done", "manifest_sha256": sha256})
     record_lineage(run_dir, wired.stage, artifact, ended)
     return sha256
+
+
+def check_parents(
+    artifact: Artifact, wired: Wired, run_dir: Path, inputs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The artifact was made from what the step was given, and reads text as that does."""
+    recorded = {parent["role"]: parent for parent in artifact.manifest.details.get("parents", [])}
+    for role in wired.stage.consumes:
+        given = inputs[f"{wired.stage.name.value}.{role.value}"]["sha256"]
+        made_from = recorded.get(role.value, {}).get("manifest_sha256", given)
+        if made_from != given:
+            raise UserError(
+                f"{artifact.path} was made from another {role.value} ({made_from[:12]}) than the one at "
+                f"{wired.folder_of(role, run_dir)} ({given[:12]})",
+                hint="force=true makes it again from the one that is there",
+            )
+        folder = wired.folder_of(role, run_dir)
+        check_same_tokens(Artifact(folder, read_manifest(folder)), artifact)
 
 
 def record_lineage(run_dir: Path, stage: Stage, artifact: Artifact, ended: Mapping[str, Any]) -> None:

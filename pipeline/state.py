@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import content_sha256, disk_errors, file_sha256, write_json
+from common.artifacts import Artifact, content_sha256, disk_errors, file_sha256, write_json
 from common.config import to_plain
 from common.errors import UserError
 from common.redact import redact
-from common.stage import Stage
+from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
 
 STATE = "state.json"
@@ -30,7 +30,10 @@ DYING_SECONDS = 10.0
 """How long the ranks of a killed controller may hold its lock."""
 
 # What may change under a run without changing its result.
-FREE_KEYS = ("train.keep_checkpoints", "data.cache_dir")
+FREE_KEYS = (("train", "keep_checkpoints"), ("data", "cache_dir"), ("warn_below_accuracy",))
+
+# What an artifact brings along: for a step that starts from one, these say nothing.
+BASE_MODEL_KEYS = ("path", "revision", "config", "tokenizer", "chat_template")
 
 
 def lock_run(folder: Path) -> int:
@@ -90,12 +93,22 @@ def _is_dead(holder: str) -> bool:
 
 
 def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
-    """The part of the configuration that decides a step's result, as plain values, credentials hidden."""
+    """The part of the configuration that decides a step's result, as plain values, credentials hidden.
+
+    Where an artifact lies is not part of it; what is in it is one of the step's inputs (see `inputs_of`).
+    """
     name = stage.name.value
     part = {key: to_plain(getattr(config, key)) for key in ("seed", "model", name, "deepspeed")}
-    for key in FREE_KEYS:
-        group, _, leaf = key.partition(".")
-        part[name].get(group, {}).pop(leaf, None)
+    for *groups, leaf in FREE_KEYS:
+        holder = part[name]
+        for group in groups:
+            holder = holder.get(group, {})
+        holder.pop(leaf, None)
+    for role in stage.consumes:
+        part[name].pop(role.value, None)
+    if Role.policy in stage.consumes:
+        for key in BASE_MODEL_KEYS:
+            part["model"].pop(key)
     return redact(part)
 
 
@@ -108,10 +121,11 @@ def run_name(config: PipelineConfig) -> str:
 
 
 def config_hash(config: PipelineConfig) -> str:
-    """Hash of everything that decides the run's results."""
+    """Hash of everything that decides the run's results; steps that do not run have no part in it."""
     plain = to_plain(config)
-    for key in ("run_name", "output_dir", "force", "launch", "tracking"):
-        plain.pop(key)
+    idle = [step.value for step in Step if step not in config.steps]
+    for key in ("run_name", "output_dir", "force", "launch", "tracking", *idle):
+        plain.pop(key, None)
     return content_sha256(redact(plain))
 
 
@@ -143,25 +157,37 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def inputs_of(config: PipelineConfig, stage: Stage, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Size and hash of every local file or folder that the step reads, by key.
+def inputs_of(
+    config: PipelineConfig,
+    stage: Stage,
+    known: Mapping[str, Any],
+    sources: Mapping[Role, Artifact] | None = None,
+) -> dict[str, Any]:
+    """Hash of everything local that the step reads, by key.
 
     known: what an earlier run recorded; a file of the same size and time is not hashed again.
+    sources: the artifacts that the step consumes, verified; their manifest's hash stands for all of them.
     """
+    consumed = {
+        f"{stage.name.value}.{role.value}": {"path": str(artifact.path), "sha256": artifact.sha256}
+        for role, artifact in (sources or {}).items()
+    }
     data = getattr(config, stage.name.value).data
     paths: dict[str, str | None] = {
         f"{stage.name.value}.data.sources[{index}]": source.path
         for index, source in enumerate(data.all_sources())
     }
     paths[f"{stage.name.value}.data.eval_path"] = data.eval_path
-    paths["model.path"] = config.model.path
-    paths["model.tokenizer.path"] = config.model.tokenizer.path
-    paths["model.chat_template"] = config.model.chat_template
-    return {
+    if Role.policy not in stage.consumes:
+        paths["model.path"] = config.model.path
+        paths["model.tokenizer.path"] = config.model.tokenizer.path
+        paths["model.chat_template"] = config.model.chat_template
+    files = {
         key: fingerprint(Path(path), known.get(key))
         for key, path in paths.items()
         if path is not None and Path(path).exists()
     }
+    return {**files, **consumed}
 
 
 def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -195,6 +195,7 @@ def test_a_disk_too_full_for_the_export_and_a_checkpoint_is_refused(
 
 
 def test_checks_of_a_step_that_does_not_run_are_not_made(config: PipelineConfig) -> None:
-    config.steps = [Step.reward]
-    config.sft.data = DataConfig()
+    config.reward.data = DataConfig()
     checks.check(config, ranks=1)
+    config.steps = [Step.sft, Step.reward]
+    assert "reward.data.path is missing" in error_of(config).message

@@ -1,0 +1,133 @@
+"""How one step's artifact becomes the next one's start.
+
+Takes artifacts on disk and settings; returns settings, records for a manifest, or a UserError that says what
+does not fit. Reads manifests and hashes files; loads neither weights nor tokenizers, and imports no torch:
+the controller asks here before anything is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from common.artifacts import MANIFEST, Artifact, file_sha256, read_manifest
+from common.config import ModelConfig, TokenizerConfig
+from common.errors import UserError
+from common.stage import Role
+
+TOKEN_FIELDS = {
+    "tokenizer_hash": "tokenizer",
+    "chat_template_hash": "chat template",
+    "bos_token_id": "bos id",
+    "eos_token_id": "eos id",
+    "pad_token_id": "pad id",
+    "terminators": "terminator ids",
+}
+"""What of a manifest's details decides how text becomes tokens and where a turn ends; its name in words."""
+
+
+def model_of(model: ModelConfig, policy: Path) -> ModelConfig:
+    """`model` with the weights, tokenizer and chat template of the artifact at `policy`.
+
+    dtype, adapters, checkpointing and compilation stay the job's own.
+    """
+    return dataclasses.replace(
+        model, path=str(policy), revision=None, config={}, tokenizer=TokenizerConfig(), chat_template=None
+    )
+
+
+def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
+    """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest.
+
+    The path is relative to the run's folder for an artifact inside of it, so that a run can be moved.
+    """
+    folder, run = artifact.resolve(), run_dir.resolve()
+    path = folder.relative_to(run).as_posix() if folder.is_relative_to(run) else str(folder)
+    role = read_manifest(folder).role
+    return {"role": role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
+
+
+def load_named(path: str, role: Role, key: str) -> Artifact:
+    """The artifact that the user named with `key=path`, every file re-hashed.
+
+    UserError naming key and path when there is none, when it is unfinished or damaged, or has another role.
+    """
+    folder = Path(path)
+    if not path:
+        raise UserError(f"{key} is empty", hint=f"{key}=FOLDER of a {role.value} artifact, or leave it out")
+    _check_is_artifact(folder, role, key)
+    try:
+        return Artifact.load(folder, role)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {error.message}", hint=error.hint) from error
+
+
+def check_same_tokens(left: Artifact, right: Artifact) -> None:
+    """UserError naming both artifacts and each field in which they read text differently."""
+    ours, theirs = left.manifest.details, right.manifest.details
+    differing = [
+        f"\n    {words}: {_shown(ours.get(name))} against {_shown(theirs.get(name))}"
+        for name, words in TOKEN_FIELDS.items()
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{_named(left)} and {_named(right)} do not read text alike:{''.join(differing)}",
+            hint="both must come from the same base model, with its tokenizer and chat template unchanged",
+        )
+
+
+def _check_is_artifact(folder: Path, role: Role, key: str) -> None:
+    """UserError in the user's terms for a folder that has no manifest."""
+    named = f"{key}={folder}"
+    if not folder.exists():
+        raise UserError(f"{named}: no such folder", hint=_similar(folder))
+    if not folder.is_dir():
+        raise UserError(f"{named} is a file, not a folder", hint=f"{key}={folder.parent}")
+    if (folder / MANIFEST).exists():
+        return
+    exports = sorted(path.parent for path in folder.glob("*/" + MANIFEST) if path.parent.name == "export")
+    exports += sorted(path.parent for path in folder.glob("*/export/" + MANIFEST))
+    fitting = [export for export in exports if _role_of(export) is role]
+    if fitting:
+        ways = " or ".join(f"{key}={export}" for export in fitting)
+        raise UserError(f"{named} holds artifacts, but is none itself", hint=f"did you mean {ways}?")
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{named} is a plain transformers model without {MANIFEST}, not an artifact of this pipeline",
+            hint=f"train it first: add sft to steps and name the model with model.path={folder}",
+        )
+    raise UserError(
+        f"{named} is not a finished artifact: it has no {MANIFEST}",
+        hint="the manifest is written last: let the step that makes it finish, or name another folder",
+    )
+
+
+def _role_of(folder: Path) -> Role | None:
+    try:
+        return read_manifest(folder).role
+    except UserError:
+        return None
+
+
+def _similar(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return f"there is no folder {folder.parent} either (working directory: {Path.cwd()})"
+    close = difflib.get_close_matches(folder.name, [other.name for other in folder.parent.iterdir()], 1)
+    if close:
+        return f"did you mean {folder.parent / close[0]}?"
+    return f"nothing in {folder.parent} has a similar name (working directory: {Path.cwd()})"
+
+
+def _named(artifact: Artifact) -> str:
+    role = artifact.manifest.role
+    return f"{artifact.path} ({'no role' if role is None else role.value})"
+
+
+def _shown(value: Any) -> str:
+    """A value of a manifest in short: hashes by their beginning."""
+    if value is None:
+        return "none"
+    return value[:12] if isinstance(value, str) else str(value)
