@@ -1,0 +1,159 @@
+"""One rank of DPO's gradient grid: `gradients.py OUT.pt` writes gradients and first metrics on rank 0.
+
+The gradient is read off a plain SGD step so large that the old weight is lost in rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from common.config import DeepSpeedConfig, Dtype
+from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
+from common.distributed import World, init_world, sum_over_ranks
+from common.ds_config import build_ds_config
+from common.engine import Engine
+from common.losses import PackedCausalLM
+from step2_dpo.config import LossType
+from step2_dpo.evaluate import evaluate
+from step2_dpo.loss import Counts, Objective, PairSums, score, step_loss
+from step2_dpo.reference import Reference, load_or_compute
+from tests.step2_dpo.pairs import MAX_LENGTH, SomePairs, plain_logps, tiny_llama
+
+LEARNING_RATE = 1e5
+EVERYTHING = Objective(beta=0.3, label_smoothing=0.1, sft_weight=0.5)
+OTHERS = (
+    Objective(),
+    Objective(LossType.ipo, beta=0.3),
+    Objective(LossType.hinge, beta=0.3, sft_weight=0.1),
+    Objective(beta=0.3, length_normalized=True),
+)
+
+
+class Point(NamedTuple):
+    """One way to compute the gradient of one step over all pairs."""
+
+    micro_batch_size: int
+    packing: bool
+    stage: int
+    objective: Objective = EVERYTHING
+    share_prefix: bool = True
+
+
+GRID = [
+    *(Point(*point) for point in itertools.product((1, 2, 4), (True, False), (1, 2, 3))),
+    *(Point(2, True, 2, objective) for objective in OTHERS),
+    Point(2, True, 2, share_prefix=False),
+]
+
+
+class Start(NamedTuple):
+    """One way to begin a run."""
+
+    packing: bool
+    stage: int
+    adapters: bool
+
+
+STARTS = [Start(*start) for start in itertools.product((True, False), (1, 2, 3), (False, True))]
+
+
+def reference_model() -> torch.nn.Module:
+    """Not the policy: the pairs' losses and weights are then all different."""
+    return tiny_llama("eager", seed=1).double()
+
+
+def other_reference() -> Reference:
+    model, pairs = reference_model(), SomePairs()
+    with torch.no_grad():
+        table = np.array([[float(x) for x in plain_logps(model, pairs[i])] for i in range(len(pairs))])
+    return Reference(table, table)
+
+
+def plan_of(point: Point | Start, world: World) -> BatchPlan:
+    return BatchPlan(
+        MAX_LENGTH, point.packing, 8, getattr(point, "micro_batch_size", 2), 0, world.rank, world.size,
+        share_prefix=getattr(point, "share_prefix", True),
+    )  # fmt: skip
+
+
+def engine_of(module: PackedCausalLM, stage: int, world: World, learning_rate: float) -> Engine:
+    config = build_ds_config(
+        DeepSpeedConfig(stage=stage), dtype=Dtype.fp32, max_grad_norm=0.0, micro_batch_size=2,
+        world_size=world.size, num_parameters=sum(p.numel() for p in module.parameters()),
+    )  # fmt: skip
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return Engine(module, torch.optim.SGD(trained, lr=learning_rate), config)
+
+
+def train_step(
+    engine: Engine, plan: BatchPlan, reference: Reference, objective: Objective, world: World
+) -> dict[str, float]:
+    """One optimizer step over all pairs, as in train.py; its metrics."""
+    micro_batches = PairBatches(SomePairs(), plan).micro_batches(0)
+    counts = Counts(*sum_over_ranks(Counts.of(micro_batches)))
+    sums = PairSums()
+    engine.train()
+    for batch in micro_batches:
+        known = reference.of_train(batch)
+        result = score(engine, batch, known, objective, world.device, with_entropy=True)
+        engine.backward(step_loss(result, objective, counts), 1.0)
+        sums.add(result, objective)
+    assert engine.step().applied
+    return sums.metrics(objective, counts)
+
+
+def gradient(world: World, point: Point) -> tuple[Any, dict[str, float]]:
+    """Gradients by name on rank 0, and the step's metrics."""
+    module = PackedCausalLM(tiny_llama())
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    engine = engine_of(module, point.stage, world, LEARNING_RATE)
+    metrics = train_step(engine, plan_of(point, world), other_reference(), point.objective, world)
+    after = engine.full_state_dict()
+    if after is None:
+        return None, metrics
+    return {name: (before[name] - after[f"model.{name}"]) / LEARNING_RATE for name in before}, metrics
+
+
+def beginning(world: World, start: Start, cache: Path) -> dict[str, float]:
+    """Metrics of an evaluation and of the first step of a run; then of a second step."""
+    model: Any = tiny_llama()
+    if start.adapters:
+        import peft
+
+        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    engine = engine_of(PackedCausalLM(model), start.stage, world, 0.1)
+    plan, pairs = plan_of(start, world), SomePairs()
+    batches: Any = PairBatches(pairs, plan)
+    key = {"start": list(start)}
+    reference = load_or_compute(engine, batches, pairs, 1, key, cache, world, lambda line: None)  # type: ignore[arg-type]
+    objective = Objective()
+    held_out = evaluate(engine, evaluation_pair_batches(pairs, plan), reference, objective, world.device)
+    first = train_step(engine, plan, reference, objective, world)
+    second = train_step(engine, plan, reference, objective, world)
+    return {**first, **held_out, "second loss": second["loss"]}
+
+
+def main() -> None:
+    world = init_world()
+    gradients, metrics = {}, {}
+    for point in GRID:
+        gradients[point], metrics[point] = gradient(world, point)
+    with tempfile.TemporaryDirectory() as folder:
+        starts = {start: beginning(world, start, Path(folder)) for start in STARTS}
+    if world.is_main:
+        torch.save({"gradients": gradients, "metrics": metrics, "starts": starts}, sys.argv[1])
+
+
+if __name__ == "__main__":
+    # the classes that are saved must have the name under which the tests know them
+    from tests.step2_dpo import gradients as named
+
+    named.main()
