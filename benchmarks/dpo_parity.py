@@ -29,7 +29,7 @@ QUANTITIES = (
     Quantity("rewards/chosen", signed=True),
     Quantity("rewards/rejected", signed=True),
     Quantity("rewards/margins", signed=True),
-    Quantity("rewards/accuracies"),
+    Quantity("rewards/accuracies", signed=True),
     Quantity("logps/chosen"),
     Quantity("logps/rejected"),
     GRAD_NORM,
@@ -113,13 +113,13 @@ def explained(known: dict[str, Any]) -> list[str]:
     """The known differences, one line each."""
     norms, first = known["first_grad_norm"], known["first_accuracy"]
     smoothing = known["label_smoothing"]
+    quotients = {side: norms[f"{side} smoothed"] / norms[side] for side in ("ours", "trl")}
     return [
         f"* prepared by TRL itself: {known['prepared_by_trl']}; it trains on all of them",
         f"* at the reference all pairs are tied: accuracy {first['ours']} here, {first['trl']} in TRL",
-        f"* label_smoothing={smoothing} with the sigmoid loss: cDPO's first gradient is 1 - 2 x {smoothing} = "
-        f"{1 - 2 * smoothing:.1f} times DPO's. Ours: {norms['ours smoothed']:.6f} / {norms['ours']:.6f} = "
-        f"{norms['ours smoothed'] / norms['ours']:.6f}. TRL's: {norms['trl smoothed']:.6f} / "
-        f"{norms['trl']:.6f} = {norms['trl smoothed'] / norms['trl']:.6f}, so that it has no effect there",
+        f"* label_smoothing={smoothing} with the sigmoid loss: cDPO's first gradient is 1 - 2 x {smoothing} "
+        f"= {1 - 2 * smoothing:.1f} times DPO's. Ours is {quotients['ours']:.6f} times, TRL's "
+        f"{quotients['trl']:.6f} times: there it has no effect",
         "* mean_token_accuracy is not compared: TRL's is that of chosen answers, ours of both",
     ]
 

@@ -124,19 +124,21 @@ def _cpu_of_tree(pid: int) -> float:
     return total
 
 
-def steady_rate(ticks: Sequence[Tick], tokens: Sequence[int], skip: int = 2) -> dict[str, float]:
-    """Tokens per CPU-second and per second of wall time after the first `skip` steps.
+def steady_rate(
+    ticks: Sequence[Tick], totals: Sequence[int], skip: int = 2, unit: str = "tokens"
+) -> dict[str, float]:
+    """How many per CPU-second and per second of wall time after the first `skip` steps.
 
-    tokens: the running total after each step (`tokens[0]` after the first).
+    totals: the running total of `unit` after each step (`totals[0]` after the first).
     """
     first = next(tick for tick in ticks if tick.step >= skip)
     last = ticks[-1]
     if last.step <= first.step:
         raise ValueError(f"{last.step} steps are too few to leave out {skip}")
-    done = tokens[last.step - 1] - tokens[first.step - 1]
+    done = totals[last.step - 1] - totals[first.step - 1]
     return {
-        "tokens_per_cpu_second": done / (last.cpu_seconds - first.cpu_seconds),
-        "tokens_per_second": done / (last.wall_seconds - first.wall_seconds),
+        f"{unit}_per_cpu_second": done / (last.cpu_seconds - first.cpu_seconds),
+        f"{unit}_per_second": done / (last.wall_seconds - first.wall_seconds),
     }
 
 

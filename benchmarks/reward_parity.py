@@ -1,4 +1,4 @@
-"""The reward model's training, step by step, beside TRL's RewardTrainer: `python -m benchmarks.reward_parity`.
+"""The reward model, step by step, beside TRL's RewardTrainer: `python -m benchmarks.reward_parity`.
 
 Both sides start from the same fp32 weights and the same head and see the same pairs in the same steps: ours
 is the real command, `python -m pipeline run 'steps=[reward]'`; TRL gets the tokens that our step saw. Same
@@ -28,7 +28,7 @@ QUANTITIES = (
     LOSS,
     Quantity("margin", signed=True),
     Quantity("mean_reward", signed=True),
-    Quantity("accuracy"),
+    Quantity("accuracy", signed=True),
     GRAD_NORM,
     LEARNING_RATE,
 )
@@ -108,8 +108,8 @@ def explained(known: dict[str, Any]) -> list[str]:
     """The known differences, one line each."""
     return [
         f"* prepared by TRL itself: {known['prepared_by_trl']}; the reward is read at the last token",
-        "* pad = eos (what TRL falls back to where a tokenizer has no pad): its mean reward in the first step "
-        f"is {known['mean_reward_with_pad_is_eos']:.7f}; the score at the terminator is "
+        "* pad = eos (what TRL falls back to where a tokenizer has no pad): its mean reward in the first "
+        f"step is {known['mean_reward_with_pad_is_eos']:.7f}; the score at the terminator is "
         f"{known['mean_score_at_the_terminator']:.7f}, one token before it "
         f"{known['mean_score_one_token_before']:.7f}",
         "* min_reward and max_reward are not compared: TRL logs means of its micro-batches' extremes",

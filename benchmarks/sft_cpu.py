@@ -5,17 +5,15 @@ epoch. Ours is the real command, `python -m pipeline run experiment=gsm8k ...`; 
 (see `BEST`; `--search` measures the candidates) and in its defaults. Every run is a fresh process with a cold
 data cache, sides take turns, and medians are reported; one more run each has a warm cache.
 
-Steady state: real tokens (no padding) per CPU-second of the whole process tree, from the end of the second
-step to the end of the last. Whole process: from start to exit with the trained weights on disk; ours also
-checkpoints, hashes, and compares the reloaded export with the live model. Writes
-`results/sft_cpu_<dtype>.json`.
+What is measured is real tokens (no padding), as comparison.py says; ours also checkpoints, hashes, and
+compares the reloaded export with the live model. Writes `results/sft_cpu_<dtype>.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,19 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import workload
-from benchmarks.measure import (
-    median_of,
-    run_measured,
-    steady_rate,
-    table,
-    threads_environment,
-    write_results,
-)
+from benchmarks import comparison, workload
+from benchmarks.measure import write_results
 
 ROWS_PER_STEP = 32
-WANTED_STEADY, WANTED_WHOLE = 1.5, 0.6
-NAMES = ("tokens_per_cpu_second", "tokens_per_second", "wall_seconds", "cpu_seconds", "peak_rss_mb")
 
 QUIET = {
     "gradient_checkpointing": False,
@@ -100,65 +89,26 @@ def main() -> int:
         folder = Path(temporary)
         made = workload.prepare(folder / "workload", arguments.data, arguments.rows)
         setup = Setup(made, folder, arguments.dtype, arguments.threads, arguments.micro_batch, arguments.rows)
-        result = search(setup) if arguments.search else compare(setup, arguments.repeats)
+        contest = comparison.Contest(folder, setup.threads, "tokens", comparison.running_tokens)
+        if arguments.search:
+            result = comparison.search(contest, trl_sides(setup, CANDIDATES))
+        else:
+            result = comparison.compare(contest, sides_of(setup), arguments.repeats)
     result = {**described(setup), **result}
     name = f"sft_cpu_{arguments.dtype}" + ("_search" if arguments.search else "")
     print(f"written: {write_results(name, result, to=arguments.results)}")
     return 0
 
 
-def compare(setup: Setup, repeats: int) -> dict[str, Any]:
-    """Ours, TRL's best and TRL's defaults in turn, `repeats` times; then ours and TRL's best, cache warm."""
-    sides = {"ours": None, "TRL best": BEST[setup.dtype], "TRL default": DEFAULT}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for number in range(repeats):
-        for name, arguments in sides.items():
-            runs[name].append(measure(setup, f"{name.replace(' ', '_')}_{number}", arguments))
-            print(f"{name}, run {number + 1}: {_line(runs[name][-1])}", flush=True)
-    medians = {name: median_of(records) for name, records in runs.items()}
-    warm = {}
-    for name in ("ours", "TRL best"):
-        last = f"{name.replace(' ', '_')}_{repeats - 1}"
-        warm[name] = measure(setup, f"{name.replace(' ', '_')}_warm", sides[name], cache_of=last)
-        print(f"{name}, cache warm: {_line(warm[name])}", flush=True)
-    ratios = ratios_of(medians, warm)
-    print("\nmedians\n" + rendered(medians))
-    print("\n".join(verdicts(ratios)))
-    return {"runs": runs, "medians": medians, "warm": warm, "ratios": ratios}
+def sides_of(setup: Setup) -> dict[str, comparison.Start]:
+    """Ours, TRL's best and TRL's defaults."""
+    trl = {comparison.BEST: BEST[setup.dtype], comparison.DEFAULT: DEFAULT}
+    return {comparison.OURS: functools.partial(_ours, setup), **trl_sides(setup, trl)}
 
 
-def search(setup: Setup) -> dict[str, Any]:
-    """Every candidate once."""
-    found = {}
-    for number, (name, arguments) in enumerate(CANDIDATES.items()):
-        found[name] = measure(setup, f"candidate_{number}", arguments)
-        print(f"{name}: {_line(found[name])}", flush=True)
-    print("\n" + rendered(found))
-    return {"candidates": found}
-
-
-def measure(
-    setup: Setup, name: str, trl: Mapping[str, Any] | None, cache_of: str | None = None
-) -> dict[str, float]:
-    """One run, of TRL with these arguments or of ours (None). cache_of: an earlier run whose cache to use."""
-    folder = setup.folder / name
-    cache = setup.folder / (cache_of or name) / "cache"
-    command, steps_file = _ours(setup, folder, cache) if trl is None else _trl(setup, folder, trl)
-    environment = {**threads_environment(setup.threads), "HF_HOME": str(cache)}
-    usage, ticks = run_measured(command, log=folder / "log", environment=environment, steps_file=steps_file)
-    tokens = running_tokens(steps_file)
-    if len(tokens) < 4 or ticks[-1].step != len(tokens):
-        raise ValueError(f"{name}: {len(tokens)} steps were logged and {ticks[-1:]} seen")
-    record = {**vars(usage), **steady_rate(ticks, tokens), "tokens": tokens[-1], "steps": len(tokens)}
-    if cache_of is not None:
-        shutil.rmtree(setup.folder / cache_of)
-    return record
-
-
-def running_tokens(steps_file: Path) -> list[int]:
-    """Tokens trained on after each step, from either side's file."""
-    lines = [json.loads(line) for line in steps_file.read_text().splitlines()]
-    return [int(line.get("num_tokens", line.get("tokens"))) for line in lines if "eval/loss" not in line]
+def trl_sides(setup: Setup, named: Mapping[str, Mapping[str, Any]]) -> dict[str, comparison.Start]:
+    """TRL with each of these arguments."""
+    return {name: functools.partial(_trl, setup, arguments) for name, arguments in named.items()}
 
 
 def _ours(setup: Setup, folder: Path, cache: Path) -> tuple[list[str], Path]:
@@ -185,7 +135,7 @@ def _ours(setup: Setup, folder: Path, cache: Path) -> tuple[list[str], Path]:
     return command, folder / "ours" / "sft" / "metrics.jsonl"
 
 
-def _trl(setup: Setup, folder: Path, arguments: Mapping[str, Any]) -> tuple[list[str], Path]:
+def _trl(setup: Setup, arguments: Mapping[str, Any], folder: Path, _: Path) -> tuple[list[str], Path]:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "base": str(setup.made.base),
@@ -217,48 +167,6 @@ def described(setup: Setup) -> dict[str, Any]:
         "trl_best": BEST[setup.dtype],
         "trl_default": DEFAULT,
     }
-
-
-def ratios_of(
-    medians: Mapping[str, Mapping[str, float]], warm: Mapping[str, Mapping[str, float]]
-) -> dict[str, float]:
-    """Ours to TRL's: of the rates, more is better; of the times, less."""
-    ours, best, default = (medians[name] for name in ("ours", "TRL best", "TRL default"))
-    ratios = {}
-    for side, other in (("best", best), ("default", default)):
-        for name in NAMES:
-            ratios[f"{name}_to_trl_{side}"] = ours[name] / other[name]
-    ratios["warm_wall_seconds_to_trl_best"] = warm["ours"]["wall_seconds"] / warm["TRL best"]["wall_seconds"]
-    ratios["warm_cpu_seconds_to_trl_best"] = warm["ours"]["cpu_seconds"] / warm["TRL best"]["cpu_seconds"]
-    return ratios
-
-
-def verdicts(ratios: Mapping[str, float]) -> list[str]:
-    """The two bars, one line each."""
-    steady = ratios["tokens_per_cpu_second_to_trl_best"]
-    wall, cpu = ratios["wall_seconds_to_trl_best"], ratios["cpu_seconds_to_trl_best"]
-    return [
-        f"steady state: {steady:.2f} x TRL's best in tokens per CPU-second (wanted {WANTED_STEADY}): "
-        + ("met" if steady >= WANTED_STEADY else "not met"),
-        f"whole process: {wall:.2f} x TRL's best wall time, {cpu:.2f} x its CPU time "
-        f"(wanted {WANTED_WHOLE}): " + ("met" if max(wall, cpu) <= WANTED_WHOLE else "not met"),
-        f"beside TRL's defaults: {ratios['tokens_per_cpu_second_to_trl_default']:.2f} x tokens per "
-        "CPU-second, "
-        f"{ratios['wall_seconds_to_trl_default']:.2f} x wall time",
-    ]
-
-
-def rendered(records: Mapping[str, Mapping[str, float]]) -> str:
-    """One line per side."""
-    head = ("", "tokens/CPU-s", "tokens/s", "wall s", "CPU s", "peak RSS MB")
-    return table(head, [(name, *(record[key] for key in NAMES)) for name, record in records.items()])
-
-
-def _line(record: Mapping[str, float]) -> str:
-    return (
-        f"{record['tokens_per_cpu_second']:,.0f} tokens/CPU-s, {record['wall_seconds']:.1f} s wall, "
-        f"{record['cpu_seconds']:.1f} s CPU, {record['peak_rss_mb']:,.0f} MB"
-    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import data_scale, measure, sft_cpu
+from benchmarks import data_scale, measure
 
 BUSY = """
 import sys, time
@@ -50,6 +50,12 @@ def test_the_steady_rate_leaves_out_the_first_steps() -> None:
     assert rate == {"tokens_per_cpu_second": 50.0, "tokens_per_second": 50.0}
 
 
+def test_a_rate_is_of_what_is_counted() -> None:
+    ticks = [measure.Tick(2, 1.0, 1.0), measure.Tick(3, 2.0, 1.5)]
+    rate = measure.steady_rate(ticks, [8, 16, 24], unit="pairs")
+    assert rate == {"pairs_per_cpu_second": 16.0, "pairs_per_second": 8.0}
+
+
 def test_too_few_steps_for_a_rate_are_refused() -> None:
     with pytest.raises(ValueError, match="too few"):
         measure.steady_rate([measure.Tick(2, 1.0, 1.0)], [10, 20], skip=2)
@@ -64,27 +70,6 @@ def test_results_say_on_what_machine_they_were_taken(tmp_path: Path) -> None:
     written = json.loads(measure.write_results("x", {"answer": 42}, to=tmp_path).read_text())
     assert written["answer"] == 42
     assert {"cpu", "cores", "packages", "commit", "date", "load_average"} <= written["machine"].keys()
-
-
-def test_ratios_compare_ours_with_both_of_trls_settings() -> None:
-    def record(value: float) -> dict[str, float]:
-        return dict.fromkeys(sft_cpu.NAMES, value)
-
-    medians = {"ours": record(3.0), "TRL best": record(2.0), "TRL default": record(1.0)}
-    warm = {"ours": record(1.0), "TRL best": record(4.0)}
-    ratios = sft_cpu.ratios_of(medians, warm)
-    assert ratios["tokens_per_cpu_second_to_trl_best"] == 1.5
-    assert ratios["wall_seconds_to_trl_default"] == 3.0
-    assert ratios["warm_wall_seconds_to_trl_best"] == 0.25
-    lines = sft_cpu.verdicts(ratios)
-    assert lines[0].endswith(": met") and lines[1].endswith(": not met")
-
-
-def test_evaluations_are_not_steps(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "num_tokens": 5}, {"step": 1, "eval/loss": 2.0}, {"step": 2, "num_tokens": 9}]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert sft_cpu.running_tokens(file) == [5, 9]
 
 
 def test_memory_growth_is_counted_from_ten_thousand_rows() -> None:
