@@ -1,0 +1,218 @@
+"""The reward model, read from top to bottom: set up, load, data, engine, loop, save.
+
+Takes a `RewardJob` and a run's folder; leaves `<run>/reward/` with metrics, checkpoints and, when it is
+finished, the reward model under `export/`. How rows become tokens is in `data.py`, what is minimised in
+`loss.py`, what is measured in `evaluate.py`; mechanisms are in `common/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common import loop
+from common.artifacts import MANIFEST, file_sha256
+from common.checkpoint import Checkpoints
+from common.config import to_plain
+from common.data.batches import PairBatches, evaluation_pair_batches
+from common.distributed import (
+    StopSignal,
+    barrier,
+    close_world,
+    init_world,
+    seed_everything,
+    sum_over_ranks,
+)
+from common.export import export_reward_model
+from common.handoff import load_named, model_of, parent_record
+from common.models import load_tokenizer
+from common.optim import build_optimizer, build_schedule, set_learning_rate
+from common.performance import performance, training_flops_per_token
+from common.progress import Progress
+from common.scalar_head import PackedScalarModel, load_scalar_model
+from common.stage import Role
+from common.tracking import METRICS_FILE, Tracker
+from step2_reward.config import RewardConfig, RewardJob
+from step2_reward.data import Sample, batch_plan, count, load_data, probe_documents
+from step2_reward.evaluate import calibration, held_out_metrics, score_pairs
+from step2_reward.loss import ScoredPairs, measure, pair_losses, score
+
+log = logging.getLogger("rlhf.reward")
+
+CALIBRATION_PAIRS = 1024
+"""Training pairs that calibrate the rewards when none are held out, at most."""
+
+
+def train(job: RewardJob, run_dir: Path) -> int:
+    """Train the reward model and export it. Returns 0; leaves by SystemExit(143) when told to stop, state
+    saved."""
+    # Set up ------------------------------------------------------------------------------------
+    folder, config, centering = run_dir / "reward", job.reward.train, job.reward.center_rewards_coefficient
+    world = init_world()
+    stop = StopSignal()
+    seed_everything(job.seed)
+    say = print if world.is_main else log.info
+
+    # Load --------------------------------------------------------------------------------------
+    policy = load_named(job.reward.policy or "", Role.policy, "reward.policy")
+    model_config = model_of(job.model, policy.path)
+    tokenizer = load_tokenizer(model_config)
+    data = load_data(job, tokenizer, folder, world, say)
+    say("\n".join(data.ledger.lines()))
+    model = load_scalar_model(
+        model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.reward.data.max_length
+    )
+
+    # Data --------------------------------------------------------------------------------------
+    module = PackedScalarModel(model)
+    plan = batch_plan(job, world, module)
+    batches = PairBatches(data.train, plan, data.weights)
+    total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
+
+    # Engine ------------------------------------------------------------------------------------
+    peak_lr = job.reward.optim.lr or (1e-4 if job.model.lora.enabled else 1e-5)
+    schedule = build_schedule(job.reward.optim, total_steps)
+    optimizer = build_optimizer(module, job.reward.optim, peak_lr)
+    flops_per_token = training_flops_per_token(model)
+    engine = loop.build_engine(module, optimizer, job, config, job.reward.optim, world)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
+    counters = loop.resume(checkpoints, engine, say)
+
+    with (
+        Progress(total_steps, label="reward", done=counters.step, enabled=world.is_main) as progress,
+        Tracker(
+            "reward", job.run_name, folder, job.tracking, to_plain(job), counters.step,
+            enabled=world.is_main, say=progress.log,
+        ) as tracker,
+    ):  # fmt: skip
+        # Loop ----------------------------------------------------------------------------------
+        engine.train()
+        stop.deferred = True
+        while counters.step < total_steps:
+            began = time.perf_counter()
+            micro_batches = batches.micro_batches(counters.step)
+            # the one collective before the first backward: what the step holds, and whether to stop
+            pairs, tokens, computed, padding, stopping = sum_over_ranks(
+                [*count(micro_batches), stop.received]
+            )
+            if stopping:
+                loop.save_and_leave(checkpoints, engine, counters, progress)
+
+            learning_rate = peak_lr * schedule(counters.applied)
+            set_learning_rate(optimizer, learning_rate)
+            seed_everything(job.seed, counters.step, world.rank)
+            scored = []
+            for batch in micro_batches:
+                scores = score(engine, batch, world.device)
+                losses = pair_losses(scores, batch.margins.to(world.device), centering)
+                engine.backward(losses.sum(), pairs)
+                scored.append(ScoredPairs.of(batch, scores))
+            outcome = engine.step()
+
+            counters = loop.advance(counters, outcome, tokens, 2 * pairs)
+            seconds = time.perf_counter() - began
+            metrics = {
+                **measure(ScoredPairs.of_all_ranks(scored), centering),
+                "grad_norm": outcome.grad_norm,
+                "learning_rate": learning_rate,
+                "num_tokens": counters.num_tokens,
+                "epoch": batches.epoch_of(counters.step),
+                "perf/padding_share": padding / (computed + padding),
+                # a shared prompt is two times its tokens to the reader and once to the device
+                **performance(
+                    flops_per_token * computed / tokens, tokens, seconds, job.model.dtype.value, world
+                ),
+            }
+            tracker.log(metrics, counters.step)
+            progress.update(
+                counters.step,
+                loss=metrics["loss"],
+                tokens_per_second=metrics["perf/tokens_per_second"],
+                mfu=metrics.get("perf/mfu"),
+            )
+            if not outcome.applied:
+                rows = batches.rows(counters.step - 1)
+                places = [data.train.place(int(index)) for row in rows for index in row]
+                loop.report_skipped(
+                    counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
+                )
+
+            is_last = counters.step == total_steps
+            if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
+                scores_now = score_pairs(engine, evaluation_pair_batches(data.held_out, plan), world.device)
+                held_out = held_out_metrics(scores_now, data.held_out.sources, centering)
+                tracker.log(held_out, counters.step)
+                progress.log(held_out_line(counters.step, held_out))
+                counters = loop.with_best(counters, held_out["eval/loss"])
+            is_best = counters.best_step == counters.step
+            if loop.is_due(counters.step, config.save_every) or is_best or is_last:
+                loop.save(checkpoints, engine, counters)
+
+        # Save ----------------------------------------------------------------------------------
+        stop.deferred = False  # everything is saved: what is left can be done again
+        measured, measured_pairs = {}, data.held_out or Sample(data.train, CALIBRATION_PAIRS, job.seed)
+        if data.held_out is None:
+            scores_now = score_pairs(engine, evaluation_pair_batches(measured_pairs, plan), world.device)
+            measured = held_out_metrics(scores_now, data.train.sources, centering)
+        engine.eval()
+        probe = probe_documents(data.train, world.device)
+        with torch.no_grad():
+            live_scores = module.scores(probe)
+        weights = engine.full_state_dict()
+        if weights is not None:
+            final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
+            measured = measured or final
+            for line in closing_lines(measured, job.reward, on_held_out=data.held_out is not None):
+                progress.log(line)
+            export = export_reward_model(
+                model,
+                weights,
+                tokenizer,
+                folder / "export",
+                details={
+                    "parents": [parent_record(policy.path, run_dir)],
+                    "resolved_config_hash": file_sha256(run_dir / "resolved.yaml"),
+                    "data": data.fingerprints(),
+                    "progress": asdict(counters),
+                    "metrics": final,
+                    "calibration": calibration(measured, len(measured_pairs)),
+                },
+                probe=probe,
+                live_scores=live_scores,
+            )
+            tracker.log_artifact(export, "reward_model", file_sha256(export / MANIFEST))
+            tracker.finish(summary=final)
+        barrier()
+    close_world()
+    return 0
+
+
+def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    return (
+        f"held out, step {step}: loss {metrics['eval/loss']:.4f}, "
+        f"{metrics['eval/accuracy']:.1%} of pairs in order, margin {metrics['eval/margin']:.4f}"
+    )
+
+
+def closing_lines(metrics: Mapping[str, float], reward: RewardConfig, *, on_held_out: bool) -> list[str]:
+    """What the user should know of the finished model. metrics: of the pairs that calibrate its rewards."""
+    lines, accuracy, least = [], metrics["eval/accuracy"], reward.warn_below_accuracy
+    which = "held-out" if on_held_out else "training"
+    if not on_held_out:
+        lines.append(
+            f"no pairs are held out: accuracy ({accuracy:.1%}) and calibration are those of at most "
+            f"{CALIBRATION_PAIRS} training pairs, which flatters"
+        )
+    if accuracy < least:
+        lines.append(
+            f"warning: the reward model orders {accuracy:.1%} of the {which} pairs as people did, less than "
+            f"reward.warn_below_accuracy={least}: a policy trained on it would follow its mistakes"
+        )
+    swapped = loop.swapped_warning(metrics, "eval/accuracy", "eval/margin")
+    return [*lines, swapped] if swapped else lines
