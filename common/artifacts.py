@@ -63,7 +63,7 @@ class Artifact:
         """Re-hash the artifact at `path`. UserError when it is damaged, or made for another role."""
         folder = Path(path)
         manifest = verify(folder)
-        found = manifest.role.value if manifest.role is not None else f"a {manifest.kind}"
+        found = f"a {manifest.kind}" if manifest.role is None else f"a {manifest.role.value}"
         if manifest.kind != "artifact" or manifest.role is not role:
             raise UserError(
                 f"{folder} is {found}, where a {role.value} is needed",

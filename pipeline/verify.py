@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, file_sha256, verify
+from common.artifacts import MANIFEST, file_sha256, read_manifest, verify
 from common.errors import UserError
 from pipeline.run import LINEAGE, read_lineage
 
@@ -54,22 +54,31 @@ def verify_folder(folder: Path) -> str:
 
 
 def verify_lineage(run_dir: Path, entry: Mapping[str, Any]) -> str:
-    """Check that an artifact and its parents are those that were recorded; returns a description."""
+    """Check that an artifact and its parents are those that were recorded; returns a description.
+
+    Parents outside of the run are re-hashed: nothing else in it would notice that they are damaged.
+    """
+    folder = run_dir / entry["path"]
+    _is_recorded(folder, entry["manifest_sha256"], "")
     parents = list(entry.get("parents") or [])
-    links = [(run_dir / entry["path"], entry["manifest_sha256"])]
-    links += [(_found(run_dir, parent["path"]), parent["manifest_sha256"]) for parent in parents]
-    for folder, recorded in links:
-        manifest = folder / MANIFEST
-        if not manifest.exists():
-            raise UserError(f"{folder}: recorded in {LINEAGE}, but it has no {MANIFEST}")
-        if (found := file_sha256(manifest)) != recorded:
-            raise UserError(f"{folder}: another artifact ({found[:12]}) than recorded ({recorded[:12]})")
-    return f"lineage, {len(parents)} parent(s)"
+    if parents != list(read_manifest(folder).details.get("parents") or []):
+        raise UserError(f"{folder}: its manifest names other parents than {LINEAGE}")
+    for parent in parents:
+        place = run_dir / parent["path"]  # an absolute path stays what it is
+        _is_recorded(place, parent["manifest_sha256"], f"the {parent['role']} that {folder} was made from")
+        if Path(parent["path"]).is_absolute():
+            verify(place)
+    listed = ", ".join(f"{parent['role']} {parent['path']}" for parent in parents)
+    return f"lineage, made from {listed}" if parents else "lineage, made from no other artifact"
 
 
-def _found(run_dir: Path, path: str) -> Path:
-    """A parent's folder: as recorded, or relative to the run's folder."""
-    return Path(path) if Path(path).is_absolute() or not (run_dir / path).exists() else run_dir / path
+def _is_recorded(folder: Path, recorded: str, what: str) -> None:
+    """UserError unless the folder's manifest is the recorded one. what: what the folder is, in words."""
+    name = f"{folder} ({what})" if what else str(folder)
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{name}: recorded in {LINEAGE}, but it has no {MANIFEST}")
+    if (found := file_sha256(folder / MANIFEST)) != recorded:
+        raise UserError(f"{name}: another artifact ({found[:12]}) than recorded ({recorded[:12]})")
 
 
 def _check(work: Callable[[], str], name: object, say: Callable[[str], None]) -> bool:

@@ -119,7 +119,7 @@ def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_an_artifact_is_refused_where_another_role_is_needed(tmp_path: Path) -> None:
     folder = finished(tmp_path / "export", Role.reward_model)
     assert Artifact.load(folder, Role.reward_model).manifest.role is Role.reward_model
-    with pytest.raises(UserError, match="is reward_model, where a policy is needed"):
+    with pytest.raises(UserError, match="is a reward_model, where a policy is needed"):
         Artifact.load(folder, Role.policy)
     checkpoint = finished(tmp_path / "step_1", None, "checkpoint")
     with pytest.raises(UserError, match="is a checkpoint, where a policy is needed"):

@@ -1,10 +1,14 @@
-"""The controller with a fake SFT step in place of the real one: `python drive.py VERB ...`."""
+"""The controller with fake steps in place of the real ones: `python drive.py VERB ...`."""
 
-from common.stage import Role, Stage, Step
+import dataclasses
+
+from common.stage import Step
 from pipeline import plan
 from pipeline.__main__ import main
 
-plan.STAGES[Step.sft] = Stage(Step.sft, (), Role.policy, "fake_step")  # type: ignore[index]
+FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo"}
+for step, module in FAKES.items():
+    plan.STAGES[step] = dataclasses.replace(plan.STAGES[step], module=module)  # type: ignore[index]
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,8 @@
 
 done (default): leave an artifact. crash, user-error, no-export: end in that way. wait: write the
 process ids of rank and parent, then end with 143 when told to stop, as a step that saved.
+FAKE_WEIGHTS is what is in the artifact, FAKE_TOKENIZER the hash of its tokenizer. `fake_reward` and
+`fake_dpo` do the same, from the policy that resolved.yaml names.
 """
 
 import os
@@ -9,22 +11,45 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from common.artifacts import Manifest, commit_folder, hash_files, write_manifest
+from common.handoff import parent_record
 from common.stage import Role
 
-RANK = os.environ["RANK"]
+RANK = os.environ.get("RANK", "0")
 
 
-def leave_artifact(run_dir: Path) -> None:
-    if RANK != "0" or (run_dir / "sft" / "export").exists():
+def leave_artifact(run_dir: Path, name: str, role: Role, details: dict[str, Any]) -> None:
+    if RANK != "0" or (run_dir / name / "export").exists():
         return
-    tmp = run_dir / "sft" / "export.tmp"
+    tmp = run_dir / name / "export.tmp"
     tmp.mkdir(parents=True)
-    (tmp / "config.json").write_text("{}")
-    write_manifest(tmp, Manifest("artifact", Role.policy, hash_files(tmp)))
-    commit_folder(tmp, run_dir / "sft" / "export")
-    (run_dir / "sft" / "samples.jsonl").write_text("{}\n")
+    (tmp / "config.json").write_text(os.environ.get("FAKE_WEIGHTS", "{}"))
+    write_manifest(tmp, Manifest("artifact", role, hash_files(tmp), details))
+    commit_folder(tmp, run_dir / name / "export")
+    (run_dir / name / "samples.jsonl").write_text("{}\n")
+
+
+def details_of(run_dir: Path, name: str) -> dict[str, Any]:
+    """What the manifest says of tokenizer and parents."""
+    part = yaml.safe_load((run_dir / "resolved.yaml").read_text())[name]
+    tokenizer = {"tokenizer_hash": os.environ.get("FAKE_TOKENIZER", "t1"), "pad_token_id": 0}
+    if name == "sft":
+        return {**tokenizer, "parents": []}
+    return {**tokenizer, "parents": [parent_record(Path(part["policy"]), run_dir)]}
+
+
+def preview(name: str, config: Path) -> int:
+    """Say what the step was told, and leave a tokenizer as SFT does where it trains one."""
+    job = yaml.safe_load(config.read_text())
+    print("previewing", job[name]["data"]["max_length"] == 256, flush=True)
+    print(f"{name}: policy {job[name].get('policy')}, tokenizer {job['model']['tokenizer']['path']}", flush=True)
+    if name == "sft" and "FAKE_TRAINS_TOKENIZER" in os.environ:
+        (config.parent / "sft" / "tokenizer").mkdir(parents=True)
+    return int(os.environ.get("FAKE_STATUS", "0"))
 
 
 def wait(run_dir: Path) -> int:
@@ -39,15 +64,15 @@ def wait(run_dir: Path) -> int:
     return 143
 
 
-def main() -> int:
+def main(name: str = "sft", role: Role = Role.policy) -> int:
     arguments = sys.argv[1:]
     if "--preview" in arguments:
-        text = Path(arguments[arguments.index("--config") + 1]).read_text()
-        print("previewing", "max_length: 256" in text, flush=True)
-        return int(os.environ.get("FAKE_STATUS", "0"))
+        return preview(name, Path(arguments[arguments.index("--config") + 1]))
     run_dir = Path(arguments[arguments.index("--run-dir") + 1])
     with open(run_dir / f"launches_{RANK}", "a") as file:
         file.write(f"{os.environ['WORLD_SIZE']} {os.environ['MASTER_ADDR']}\n")
+    with open(run_dir / f"{name}_launches", "a") as file:
+        file.write("launched\n")
     behaviour = os.environ.get("FAKE_STEP", "done")
     if behaviour == "wait":
         return wait(run_dir)
@@ -57,8 +82,9 @@ def main() -> int:
         print("error: the fake step found something", file=sys.stderr)
         return 2
     if behaviour != "no-export":
-        leave_artifact(run_dir)
+        leave_artifact(run_dir, name, role, details_of(run_dir, name))
     return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
