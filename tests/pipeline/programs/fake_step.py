@@ -46,7 +46,9 @@ def preview(name: str, config: Path) -> int:
     """Say what the step was told, and leave a tokenizer as SFT does where it trains one."""
     job = yaml.safe_load(config.read_text())
     print("previewing", job[name]["data"]["max_length"] == 256, flush=True)
-    print(f"{name}: policy {job[name].get('policy')}, tokenizer {job['model']['tokenizer']['path']}", flush=True)
+    print(
+        f"{name}: policy {job[name].get('policy')}, tokenizer {job['model']['tokenizer']['path']}", flush=True
+    )
     if name == "sft" and "FAKE_TRAINS_TOKENIZER" in os.environ:
         (config.parent / "sft" / "tokenizer").mkdir(parents=True)
     return int(os.environ.get("FAKE_STATUS", "0"))
