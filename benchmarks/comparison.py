@@ -102,7 +102,8 @@ def step_lines(steps_file: Path) -> list[dict[str, Any]]:
 
 def running_tokens(steps_file: Path) -> list[int]:
     """Tokens trained on after each step."""
-    return [int(line.get("num_tokens", line.get("tokens"))) for line in step_lines(steps_file)]
+    lines = step_lines(steps_file)
+    return [int(line["num_tokens"] if "num_tokens" in line else line["tokens"]) for line in lines]
 
 
 def ratios_of(

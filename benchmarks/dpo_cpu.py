@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks import comparison, pair_cpu
 from benchmarks.pair_cpu import QUIET, batch_of
 from benchmarks.pairs_workload import PairsWorkload
 
 IN_STEP = f"{comparison.BEST}, reference in step"
-BEFORE = {"precompute_ref_log_probs": True}
+BEFORE: dict[str, Any] = {"precompute_ref_log_probs": True}
 
 CANDIDATES = {
     "random order, 8": batch_of(8, QUIET),

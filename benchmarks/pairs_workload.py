@@ -70,7 +70,7 @@ def export_as_policy(base: Path, folder: Path) -> None:
     probe = torch.arange(3, 35)[None] % len(tokenizer)
     with torch.no_grad():
         logits = PackedCausalLM(model.eval()).logits(probe)
-    details = {"parents": []}
+    details: dict[str, Any] = {"parents": []}
     export_policy(model, None, tokenizer, folder, details=details, probe=probe, live_logits=logits)
 
 
