@@ -193,13 +193,13 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def state_differences(one: Path, other: Path, steps: int) -> list[str]:
+def state_differences(one: Path, other: Path, steps: int, step_name: str = "sft") -> list[str]:
     """Names of everything that differs between the last checkpoints and the artifacts of two runs."""
     import torch
     from safetensors.torch import load_file
 
     differences = []
-    checkpoints = [folder / "sft" / "checkpoints" / f"step_{steps:08d}" for folder in (one, other)]
+    checkpoints = [folder / step_name / "checkpoints" / f"step_{steps:08d}" for folder in (one, other)]
     files = [sorted(p.relative_to(c) for p in c.rglob("*") if p.is_file()) for c in checkpoints]
     if files[0] != files[1]:
         return [f"files: {sorted(set(files[0]) ^ set(files[1]))}"]
@@ -218,19 +218,19 @@ def state_differences(one: Path, other: Path, steps: int) -> list[str]:
             if not same:
                 differences.append(f"{name}{key}")
     assert tensors > 10, "a comparison of nothing would always succeed"
-    weights = [load_file(folder / "sft" / "export" / "model.safetensors") for folder in (one, other)]
+    weights = [load_file(folder / step_name / "export" / "model.safetensors") for folder in (one, other)]
     differences += [f"export/{k}" for k in weights[0] if not torch.equal(weights[0][k], weights[1][k])]
     return differences
 
 
-def metric_differences(one: Path, other: Path) -> list[str]:
+def metric_differences(one: Path, other: Path, step_name: str = "sft") -> list[str]:
     """Lines of metrics.jsonl and samples.jsonl that differ in more than times."""
     found = []
     for file in ("metrics.jsonl", "samples.jsonl"):
         rows = [
             [
                 {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
-                for line in (folder / "sft" / file).read_text().splitlines()
+                for line in (folder / step_name / file).read_text().splitlines()
             ]
             for folder in (one, other)
         ]
