@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.data import dataset
-from common.handoff import load_named, model_of
+from common.handoff import model_to_preview
 from common.models import load_tokenizer
 from common.pair_preview import show_pairs
-from common.stage import Role
 from step2_reward.config import RewardJob
 from step2_reward.data import cache_dir
 
 
 def preview(job: RewardJob, folder: Path) -> None:
     """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model."""
-    policy = load_named(job.reward.policy or "", Role.policy, "reward.policy")
-    tokenizer = load_tokenizer(model_of(job.model, policy.path))
+    tokenizer = load_tokenizer(model_to_preview(job.model, job.reward.policy, "reward.policy"))
     train, _, ledger = dataset.build(
         job.reward.data, tokenizer, kind=dataset.PREFERENCES, stage="reward", seed=job.seed,
         cache_dir=cache_dir(job), report=print,

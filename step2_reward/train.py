@@ -24,6 +24,7 @@ from common.distributed import (
     StopSignal,
     barrier,
     close_world,
+    from_main,
     init_world,
     seed_everything,
     sum_over_ranks,
@@ -59,7 +60,8 @@ def train(job: RewardJob, run_dir: Path) -> int:
     say = print if world.is_main else log.info
 
     # Load --------------------------------------------------------------------------------------
-    policy = load_named(job.reward.policy or "", Role.policy, "reward.policy")
+    named = job.reward.policy or ""  # the controller has written down where an earlier step leaves it
+    policy = from_main(world, lambda: load_named(named, Role.policy, "reward.policy"))
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     data = load_data(job, tokenizer, folder, world, say)
