@@ -5,6 +5,7 @@ the model sees in use. What an assistant turn trains is a span of characters: ev
 has to write itself, from the end of the generation prompt through the terminator that ends the turn;
 not the header before it, not the line break after it. Spans come from the template's
 `{% generation %}` tags, from the offsets of the rendered turns, or from both, which then must agree.
+Assistant turns of a prompt (`Conversation.first_trained`) have no span.
 A token is trained if and only if its first character lies in a span; a token that begins in the
 header and reaches into the answer is not, because the model is never asked to write it.
 
@@ -282,26 +283,39 @@ def render(conversation: Conversation, template: ChatTemplate) -> tuple[str, lis
     Raises RenderError when the template refuses the row, UserError when it shows no usable spans.
     """
     text, blocks = _render(conversation.messages, template, tagged=template.tagged)
-    spans = _spans_of_turns(text, conversation.messages, template)
-    if spans is None and not template.tagged:
+    turns = _spans_of_turns(text, conversation.messages, template)
+    if turns is None and not template.tagged:
         raise UserError(
             f"{conversation.place}: the chat template rewrites this conversation, so that its assistant"
             " turns cannot be found in the text",
             hint=TEMPLATE_HINT,
         )
-    if spans is None:
-        return text, _tidy(blocks, text, template.turns.terminator)
-    _refuse_lost_calls(text, conversation.messages, spans, template.turns.terminator)
-    spans = _joined(spans)
+    terminator = template.turns.terminator
+    if turns is None:
+        return text, _tidy(_behind_prompt(blocks, conversation), text, terminator)
+    _refuse_lost_calls(text, conversation.messages, turns, terminator)
     if template.tagged:
-        tags = _tidy(blocks, text, template.turns.terminator)
-        different = _first_difference(text, tags, spans)
+        different = _first_difference(text, _tidy(blocks, text, terminator), _joined(turns))
         if different is not None:
             raise UserError(
                 f"{conversation.place}: {different}",
                 hint="the tags must hold what follows the generation prompt, through the turn's terminator",
             )
-    return text, spans
+    return text, _joined(_behind_prompt(turns, conversation))
+
+
+def _behind_prompt(spans: list[Span], conversation: Conversation) -> list[Span]:
+    """Without the spans of assistant turns that belong to the prompt. spans: one per assistant turn."""
+    if not conversation.first_trained:
+        return spans
+    is_answer = [message.role == "assistant" for message in conversation.messages]
+    if len(spans) != sum(is_answer):
+        raise UserError(
+            f"{conversation.place}: the chat template's {{% generation %}} tags mark {len(spans)} parts of"
+            f" {sum(is_answer)} assistant turns, so that the prompt's cannot be told from the response's",
+            hint="tag each assistant turn once, through its terminator",
+        )
+    return spans[sum(is_answer[: conversation.first_trained]) :]
 
 
 def _refuse_lost_calls(

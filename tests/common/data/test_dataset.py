@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
-from common.data import chat, dataset
+from common.data import cache, chat
+from common.data.cache import wait_for
 from common.data.dataset import (
     Ledger,
     TokenizedDataset,
@@ -21,7 +22,6 @@ from common.data.dataset import (
     held_out,
     source_weights,
     training_texts,
-    wait_for,
 )
 from common.data.types import IGNORE
 from common.errors import UserError
@@ -139,7 +139,7 @@ def test_other_rows_are_a_miss_that_says_so(tmp_path: Path) -> None:
 def test_changed_code_is_a_miss_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     made(tmp_path)
-    monkeypatch.setattr(dataset, "_code_version", lambda: "newer")
+    monkeypatch.setattr(cache, "_code_version", lambda: "newer")
     said = Said()
     made(tmp_path, said=said)
     assert said[0] == "tokenizing; changed since the last time: code"
@@ -182,7 +182,7 @@ def test_what_a_killed_builder_left_is_cleared_away_and_never_used(tmp_path: Pat
     child.join()
     left = folder.with_name(f"{folder.name}.tmp-{os.uname().nodename}-{child.pid}")
     folder.rename(left)
-    (left / dataset.KEY_FILE).unlink()
+    (left / cache.KEY_FILE).unlink()
     again, _, _ = made(tmp_path)
     assert again.fingerprint == train.fingerprint
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
@@ -191,7 +191,7 @@ def test_what_a_killed_builder_left_is_cleared_away_and_never_used(tmp_path: Pat
 def test_a_cache_whose_rows_were_cut_short_is_built_again(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     before = texts(made(tmp_path)[0])
-    rows = next((tmp_path / "cache").iterdir()) / dataset.ROWS_FILE
+    rows = next((tmp_path / "cache").iterdir()) / cache.ROWS_FILE
     rows.write_bytes(rows.read_bytes()[:-100])
     said = Said()
     assert texts(made(tmp_path, said=said)[0]) == before

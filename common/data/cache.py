@@ -1,0 +1,208 @@
+"""Folders of tokenized rows, each named by a hash of everything that decides its rows.
+
+A folder appears under its name only when it is whole; one process fills it while others wait on the file
+system. Knows what a folder depends on and when it is whole, not what its files say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.config import DataConfig, SourceConfig
+from common.data import chat, sources
+from common.data.stored import ROWS_FILE
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.npz", "ledger.json", "key.json"
+
+Report = Callable[[str], None]
+
+CODE = (
+    *("cache.py", "chat.py", "columns.py", "dataset.py", "formats.py", "kinds.py", "ledger.py", "pairs.py"),
+    *("preferences.py", "sources.py", "stages.py", "stored.py", "types.py"),
+)
+"""Modules of this folder that decide tokenized rows."""
+
+
+def wait_for(folder: Path, *, report: Report = print, silence: float = 1800.0, poll: float = 0.2) -> None:
+    """Return once `folder` is whole, built by another process that shares the file system.
+
+    No collective is involved, so nothing times out while a builder makes progress. Raises UserError
+    when for `silence` seconds there was neither the folder nor a sign of a builder at work.
+    """
+    signs: set[tuple[str, int]] = set()
+    last_sign = last_line = time.monotonic()
+    while not is_whole(folder):
+        now = time.monotonic()
+        seen = _signs(folder)
+        if seen != signs:
+            signs, last_sign = seen, now
+        if now - last_sign > silence:
+            raise UserError(
+                f"{folder}: waited {silence:.0f} s for another process to tokenize the data, and none did",
+                hint="see the log of the first rank on this machine; data.cache_dir must be shared",
+            )
+        if now - last_line > 60:
+            report("waiting for another process to tokenize the data")
+            last_line = now
+        time.sleep(poll)
+
+
+def cache_key(
+    data: DataConfig,
+    named: Sequence[tuple[str, SourceConfig]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    kind: str,
+    stage: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that decides the tokenized rows, part by part, as JSON values.
+
+    named: the sources with their names. kind: what rows are read as. stage: whose rows, of those shared.
+    """
+    reading = {
+        name: {
+            "split": source.split,
+            "revision": source.revision,
+            "max_rows": source.max_rows,
+            "format": source.format,
+            "columns": dict(source.columns),
+        }
+        for name, source in named
+    }
+    options = {
+        "seed": seed,
+        "max_length": data.max_length,
+        "truncation": data.truncation.value,
+        "eval_fraction": data.held_out_fraction(),
+        "eval_path": data.eval_path is not None,
+        "stage_split": dict(data.stage_split),
+        "on_bad_row": data.on_bad_row.value,
+        "max_bad_rows": data.max_bad_rows,
+        "sources": reading,
+    }
+    return {
+        "kind": kind,
+        "stage": stage if data.stage_split else None,
+        "rows": {name: sources.content_hash(source) for name, source in named},
+        "tokenizer": chat.tokenizer_hash(tokenizer),
+        "chat_template": chat.template_hash(tokenizer),
+        "code": _code_version(),
+        "options": options,
+    }
+
+
+def _code_version() -> str:
+    """Hash of the modules that turn rows into tokens: a change of code is a miss, with no number to bump."""
+    total = hashlib.blake2b(digest_size=16)
+    for name in CODE:
+        total.update(Path(__file__).with_name(name).read_bytes())
+    return total.hexdigest()
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """The name of the folder with this key."""
+    return hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder was finished, and its files have the sizes they had then."""
+    try:
+        sizes = json.loads((folder / KEY_FILE).read_text())["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def seal(folder: Path, key: Mapping[str, Any]) -> None:
+    """Write the key last: with it the folder is whole."""
+    sizes = {name: (folder / name).stat().st_size for name in (ROWS_FILE, INDEX_FILE, LEDGER_FILE)}
+    (folder / KEY_FILE).write_text(json.dumps({"key": key, "bytes": sizes}, indent=1))
+
+
+def why_missed(root: Path, key: Mapping[str, Any]) -> str:
+    """Which parts of the key differ from the newest data set of this kind in the cache."""
+    entries = sorted(root.glob(f"*/{KEY_FILE}"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(entries):
+        try:
+            cached = json.loads(path.read_text())["key"]
+            if any(cached[name] != key[name] for name in ("kind", "stage")):
+                continue  # other rows, for another step
+        except (OSError, ValueError, KeyError):
+            continue
+        before, now = _flat(cached), _flat(key)
+        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if not names:
+            return "tokenizing; the cached rows are damaged"
+        changes = [
+            f"{name} {before.get(name)} -> {now.get(name)}" if name.startswith("options.") else name
+            for name in names
+        ]
+        return "tokenizing; changed since the last time: " + "; ".join(changes)
+    return f"tokenizing; nothing is cached yet in {root}"
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = inner
+    return flat
+
+
+def _signs(folder: Path) -> set[tuple[str, int]]:
+    """What grows while a builder is at work."""
+    signs = set()
+    for path in _unfinished(folder):
+        with suppress(OSError):  # it may be renamed while we look
+            signs.add((path.name, (path / ROWS_FILE).stat().st_size))
+    return signs
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    return list(folder.parent.glob(f"{folder.name}.tmp-*"))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends well and vanishes when it does not."""
+    here = f"{socket.gethostname()}-"
+    unfinished = folder.parent / f"{folder.name}.tmp-{here}{os.getpid()}"
+    try:
+        for left in _unfinished(folder):  # by builders on this machine that were killed
+            owner = left.name.rpartition("-")[2]
+            if f".tmp-{here}" in left.name and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if folder.exists() and not is_whole(folder):
+            shutil.rmtree(folder)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not is_whole(folder):  # else another process was faster, with the same rows
+                raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"data.cache_dir={folder.parent}: tokenized rows cannot be written: {reason}",
+            hint="make room or choose another folder with data.cache_dir",
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""What became of each row: counted per source, with the places of the first few.
+
+Filled while rows are tokenized (`dataset.py`), stored beside them, and printed as a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.data.types import Place
+
+PLACES_KEPT = 5
+"""Places of dropped rows named in the ledger, per reason."""
+
+
+@dataclass
+class Dropped:
+    """Rows left out for one reason; the first few by place."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: Place) -> None:
+        self.count += 1
+        if len(self.places) < PLACES_KEPT:
+            self.places.append(str(place))
+
+
+@dataclass
+class SourceLedger:
+    """What became of the rows of one source. Tokens are counted over kept rows, held out or not.
+
+    Of preferences, what is kept or dropped is pairs, and trained tokens are those of both responses.
+    further_pairs: pairs beyond the first of their row; read + further = kept + dropped + bad.
+    """
+
+    name: str
+    path: str
+    format: str = ""
+    rows_read: int = 0
+    rows_kept: int = 0
+    rows_held_out: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated: int = 0
+    bad_rows: int = 0
+    bad_examples: list[str] = field(default_factory=list)
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    further_pairs: int = 0
+
+    def drop(self, reason: str, place: Place) -> None:
+        """Note that a row is left out."""
+        self.dropped.setdefault(reason, Dropped()).add(place)
+
+
+@dataclass
+class Ledger:
+    """The account of a whole data set, one entry per source."""
+
+    sources: list[SourceLedger] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ledger:
+        """The inverse of `to_json`."""
+        entries = []
+        for entry in value["sources"]:
+            dropped = {reason: Dropped(**drop) for reason, drop in entry["dropped"].items()}
+            entries.append(SourceLedger(**{**entry, "dropped": dropped}))
+        return cls(entries)
+
+    def lines(self) -> list[str]:
+        """A plain-text table, and below it why rows were dropped."""
+        head = ("source", "format", "read", "kept", "held out", "tokens", "trained", "cut", "bad", "dropped")
+        table = [head, *(_cells(entry) for entry in self.sources)]
+        widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        for entry in self.sources:
+            if entry.further_pairs:
+                pairs = entry.rows_read + entry.further_pairs
+                lines.append(f"{entry.name}: {entry.rows_read:,} rows gave {pairs:,} pairs, used or dropped")
+            lines += [f"skipped from {entry.name}: {example}" for example in entry.bad_examples]
+            for reason, drop in entry.dropped.items():
+                more = ", ..." if drop.count > len(drop.places) else ""
+                places = ", ".join(drop.places)
+                lines.append(f"dropped from {entry.name}: {drop.count} × {reason} ({places}{more})")
+        return lines
+
+
+def _cells(entry: SourceLedger) -> tuple[str, ...]:
+    numbers = (entry.rows_read, entry.rows_kept, entry.rows_held_out, entry.tokens, entry.trained_tokens)
+    dropped = sum(drop.count for drop in entry.dropped.values())
+    return (
+        entry.name,
+        entry.format,
+        *(f"{n:,}" for n in (*numbers, entry.truncated, entry.bad_rows, dropped)),
+    )

@@ -1,0 +1,113 @@
+"""Tokenized rows on disk, as data sets: documents, or pairs of them.
+
+Reads what `dataset.py` wrote: an Arrow file mapped into memory with the tokens of each record, and an
+index of a few numbers per record. Memory stays flat, and ranks of one machine share the pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.data.types import TokenizedExample, TokenizedPair
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CHUNK_ROWS = 1024
+"""Records in one block of the file (the last may have fewer)."""
+
+ROWS_FILE = "rows.arrow"
+
+
+class StoredRecords:
+    """Records of one part of a folder.
+
+    lengths: int32 [R] tokens. trained: int32 [R] trained tokens. source_ids: int32 [R], indices into
+    `sources`. fingerprint: hash of everything that decided the records, and of which part this is.
+    """
+
+    def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
+        # a record of the file belongs to one part; `rows` says which are this part's
+        rows = index[part]
+        self.sources = names
+        self.lengths = index["lengths"][rows]
+        self.trained = index["trained"][rows]
+        self.source_ids = index["source_ids"][rows]
+        self.fingerprint = f"{folder.name}-{part}"
+        self._numbers = index["numbers"]
+        self._rows = rows
+        self._file = folder / ROWS_FILE
+        self._opened: _Columns | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def place(self, index: int) -> str:
+        """Where the record came from: source and row (line of a JSONL file), for messages."""
+        return f"{self.sources[int(self.source_ids[index])]}:{self._numbers[self._rows[index]]}"
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        """Tokens, labels and source of a record."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        if self._opened is None:
+            self._opened = _Columns(self._file)
+        ids, labels = self._opened[int(self._rows[index])]
+        return ids, labels, self.sources[int(self.source_ids[index])]
+
+
+class TokenizedDataset(StoredRecords):
+    """Documents read from a memory-mapped file."""
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return TokenizedExample(*self._read(index))
+
+
+class PairDataset(StoredRecords):
+    """Pairs of documents; `lengths` and `trained` count both sides together."""
+
+    def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
+        super().__init__(folder, index, names, part)
+        self._chosen_lengths = index["chosen_lengths"][self._rows]
+        self._margins = index["margins"][self._rows]
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        ids, labels, source = self._read(index)
+        end = int(self._chosen_lengths[index])
+        return TokenizedPair(
+            TokenizedExample(ids[:end], labels[:end], source),
+            TokenizedExample(ids[end:], labels[end:], source),
+            float(self._margins[index]),
+        )
+
+
+class _Columns:
+    """The two columns of the file as views into the mapped memory, without a copy."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        self._batches = [
+            tuple(
+                (_numbers(column.offsets), _numbers(column.values))
+                for column in reader.get_batch(number).columns
+            )
+            for number in range(reader.num_record_batches)
+        ]
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        batch, within = divmod(row, CHUNK_ROWS)
+        ids, labels = (
+            values[offsets[within] : offsets[within + 1]] for offsets, values in self._batches[batch]
+        )
+        return ids, labels
+
+
+def _numbers(array: pyarrow.Array) -> np.ndarray:
+    """An int32 array as a view; pyarrow's own `to_numpy` imports pandas, half a second of every start."""
+    return np.frombuffer(array.buffers()[1], np.int32, len(array), 4 * array.offset)
