@@ -38,6 +38,14 @@ def model_of(model: ModelConfig, policy: Path) -> ModelConfig:
     )
 
 
+def model_to_preview(model: ModelConfig, policy: str | None, key: str) -> ModelConfig:
+    """The model whose tokenizer a step's preview reads rows with: the policy's, named with `key`.
+
+    Without a policy (no step has made it yet) it is `model` itself, as the controller has prepared it.
+    """
+    return model if policy is None else model_of(model, load_named(policy, Role.policy, key).path)
+
+
 def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
     """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest.
 

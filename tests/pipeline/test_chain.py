@@ -1,4 +1,4 @@
-"""Steps that start from each other's artifacts: what is checked, passed on and remembered, with fake steps."""
+"""Steps that start from each other's artifacts: what is checked, passed on, remembered (with fake steps)."""
 
 from __future__ import annotations
 
