@@ -65,7 +65,7 @@ def load_named(path: str, role: Role, key: str) -> Artifact:
     folder = Path(path)
     if not path:
         raise UserError(f"{key} is empty", hint=f"{key}=FOLDER of a {role.value} artifact, or leave it out")
-    _check_is_artifact(folder, role, key)
+    _check_is_artifact(path, role, key)
     try:
         return Artifact.load(folder, role)
     except UserError as error:
@@ -87,18 +87,17 @@ def check_same_tokens(left: Artifact, right: Artifact) -> None:
         )
 
 
-def _check_is_artifact(folder: Path, role: Role, key: str) -> None:
-    """UserError in the user's terms for a folder that has no manifest."""
-    named = f"{key}={folder}"
+def _check_is_artifact(path: str, role: Role, key: str) -> None:
+    """UserError in the user's terms for a path that is no folder with a manifest."""
+    folder, named = Path(path), f"{key}={path}"
     if not folder.exists():
         raise UserError(f"{named}: no such folder", hint=_similar(folder))
     if not folder.is_dir():
         raise UserError(f"{named} is a file, not a folder", hint=f"{key}={folder.parent}")
     if (folder / MANIFEST).exists():
         return
-    exports = sorted(path.parent for path in folder.glob("*/" + MANIFEST) if path.parent.name == "export")
-    exports += sorted(path.parent for path in folder.glob("*/export/" + MANIFEST))
-    fitting = [export for export in exports if _role_of(export) is role]
+    manifests = [*folder.glob("export/" + MANIFEST), *sorted(folder.glob("*/export/" + MANIFEST))]
+    fitting = [manifest.parent for manifest in manifests if _role_of(manifest.parent) is role]
     if fitting:
         ways = " or ".join(f"{key}={export}" for export in fitting)
         raise UserError(f"{named} holds artifacts, but is none itself", hint=f"did you mean {ways}?")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import Offload, OptimizerName, WandbMode
+from common.config import Offload, OptimizerName, Truncation, WandbMode
 from pipeline import checks
 from pipeline.compose import compose, prepare
 from pipeline.config import CONF, PROJECT, PipelineConfig
@@ -81,6 +81,45 @@ def test_the_demo_needs_nothing_but_the_project() -> None:
     checks.check_model(demo.model)
     checks.check_data(demo.sft.data, "sft.data")
     checks.check_length(demo.model, demo.sft.data.max_length, "sft.data.max_length")
+
+
+@pytest.mark.parametrize("second", ["reward", "dpo"])
+def test_the_demos_chains_need_nothing_but_the_project(second: str) -> None:
+    demo = composed(f"steps=[sft,{second}]")
+    data = getattr(demo, second).data
+    assert Path(data.eval_path) == PROJECT / "demo" / "data" / "preferences_eval.jsonl"
+    assert all(Path(source.path).is_relative_to(PROJECT / "demo") for source in data.all_sources())
+    checks.check(demo, 1)
+
+
+def test_hh_shares_its_rows_out_between_sft_and_the_reward_model() -> None:
+    job = composed("experiment=hh")
+    assert [step.value for step in job.steps] == ["sft", "reward"]
+    (demonstrations,), (pairs,) = job.sft.data.all_sources(), job.reward.data.all_sources()
+    assert demonstrations.path == pairs.path
+    assert pairs.path.endswith("shared/data/hh_rlhf/harmless_a.jsonl.gz")
+    assert (demonstrations.format, pairs.format) == ("chosen", None)
+    assert job.sft.data.stage_split == job.reward.data.stage_split == {"sft": 3.0, "reward": 7.0}
+    assert (job.sft.data.truncation, job.reward.data.truncation) == (Truncation.drop, Truncation.left)
+    assert job.sft.data.max_length == job.reward.data.max_length == 1024
+    checks.check_stage_split(job)
+
+
+@pytest.mark.parametrize("steps", ["[sft,reward]", "[sft,dpo]"])
+def test_gsm8k_preferences_goes_on_from_the_policy_of_gsm8k(steps: str) -> None:
+    job, sft = composed("experiment=gsm8k_preferences", f"steps={steps}"), composed("experiment=gsm8k")
+    assert (job.sft, job.model) == (sft.sft, sft.model)
+    solutions = str(PROJECT.parent / "shared" / "data" / "gsm8k" / "model_solutions.jsonl")
+    assert job.reward.data.path == job.dpo.data.path == solutions
+    assert job.run_name == "gsm8k_preferences"
+
+
+@pytest.mark.parametrize("step", ["reward", "dpo"])
+def test_steps_on_pairs_have_the_specifications_defaults(step: str) -> None:
+    part = getattr(composed("model.path=x", f"{step}.data.path=x"), step)
+    assert (part.train.global_batch_size, part.train.micro_batch_size, part.train.epochs) == (128, 1, 1.0)
+    assert part.optim.lr is None  # the step's own: it depends on adapters
+    assert part.policy is None
 
 
 def test_gsm8k_is_a_four_million_parameter_model_from_scratch_on_the_rows_beside_the_project() -> None:

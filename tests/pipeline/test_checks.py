@@ -159,6 +159,46 @@ def test_muons_update_is_not_clipped(config: PipelineConfig) -> None:
     assert "sft.optim.max_grad_norm=1.0 would clip" in error_of(config).message
 
 
+@pytest.mark.parametrize(
+    ("sft", "reward", "said"),
+    [
+        ({"sft": 3, "reward": 7}, {"sft": 3, "reward": 7}, None),
+        ({"sft": 3, "reward": 7}, {"reward": 7, "sft": 3}, None),
+        ({}, {"sft": 3, "reward": 7}, None),  # other data, not shared out
+        ({"sft": 2, "reward": 4, "ppo": 4}, {}, None),
+        ({"sft": 3, "reward": 7}, {"sft": 5, "reward": 5}, "their parts could overlap"),
+        ({"reward": 7}, {}, "leaves no rows to sft itself"),
+        ({"sft": 1, "rward": 1}, {}, "sft.data.stage_split: rward is not a step"),
+        ({"sft": 0, "reward": 1}, {}, "sft.data.stage_split.sft=0 is not allowed"),
+        ({"sft": 1, "reward": float("inf")}, {}, "sft.data.stage_split.reward=inf is not allowed"),
+    ],
+)
+def test_steps_that_share_out_the_rows_of_a_data_set_agree_on_the_shares(
+    config: PipelineConfig, sft: dict[str, float], reward: dict[str, float], said: str | None
+) -> None:
+    config.steps = [Step.sft, Step.reward]
+    config.reward.data = DataConfig(path="rows.jsonl", max_length=256, stage_split=reward)
+    config.sft.data.stage_split = sft
+    if said is None:
+        return checks.check(config, ranks=1)
+    error = error_of(config)
+    assert said in error.message
+    assert "rward" not in error.message or error.hint == "did you mean reward?"
+
+
+def test_every_step_of_a_chain_is_checked_under_its_own_name(config: PipelineConfig) -> None:
+    config.steps = [Step.sft, Step.dpo]
+    config.dpo.data = DataConfig(path="rows.jsonl", max_length=257)
+    assert "dpo.data.max_length=257" in error_of(config).message
+    config.dpo.data.max_length = 256
+    config.dpo.train.global_batch_size = 1
+    assert "dpo.train.global_batch_size=1 is less than the 2 ranks" in error_of(config, ranks=2).message
+    config.dpo.optim.name = OptimizerName.adamw_8bit
+    assert "dpo.optim.name=adamw_8bit needs a GPU" in error_of(config).message
+    config.dpo.data = DataConfig(path="rows.jsonl", eval_path="no.jsonl", max_length=256)
+    assert "dpo.data.eval_path=no.jsonl: no such" in error_of(config).message
+
+
 def test_a_secondary_partition_must_divide_the_ranks(config: PipelineConfig) -> None:
     config.deepspeed.stage, config.deepspeed.hpz_partition_size = 3, 2
     checks.check(config, ranks=4)

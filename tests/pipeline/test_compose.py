@@ -10,7 +10,7 @@ import pytest
 from common.config import OptimizerName, Truncation
 from common.errors import UserError
 from common.stage import Step
-from pipeline.compose import DEMO, compose, jobs_of, name_of_sweep_job, prepare, share_a_name
+from pipeline.compose import DEMO, DEMO_DATA, compose, jobs_of, name_of_sweep_job, prepare, share_a_name
 from pipeline.config import PROJECT, PipelineConfig
 
 JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
@@ -51,6 +51,9 @@ def test_with_a_sweep_commas_between_steps_separate_runs() -> None:
         ("run_nam=x", "run_name"),
         ("+experimnt=demo", "experiment"),
         ("model.lora.rank=8", ""),
+        ("dpo.bta=1", "dpo.beta"),
+        ("reward.lr=1", "reward.optim.lr"),
+        ("reward.polcy=x", "reward.policy"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest_known_one(text: str, near: str) -> None:
@@ -142,6 +145,33 @@ def test_a_shared_group_may_be_chosen_by_its_short_name() -> None:
     assert composed(*JOB, "data=default").sft.data.truncation is Truncation.drop
 
 
+def test_a_short_name_goes_to_the_one_step_of_the_run() -> None:
+    muon, adamw = OptimizerName.muon, OptimizerName.adamw
+    job = composed("experiment=demo", "steps=[dpo]", "dpo.policy=x", "optim=muon")
+    assert (job.sft.optim.name, job.reward.optim.name, job.dpo.optim.name) == (adamw, adamw, muon)
+    job = composed("steps=reward", "reward.policy=x", "data=gsm8k_preferences")
+    assert job.reward.data.path is not None and job.reward.data.path.endswith("model_solutions.jsonl")
+
+
+@pytest.mark.parametrize(
+    "named", [["experiment=demo", "steps=[sft,dpo]"], ["experiment=demo", "steps=sft,dpo"], ["experiment=hh"]]
+)
+def test_a_short_name_is_not_guessed_for_a_run_of_several_steps(named: list[str]) -> None:
+    second = "reward" if named == ["experiment=hh"] else "dpo"
+    message = error_of(*named, "optim=muon")
+    assert message == (f"optim=muon: for which step?\n  one or more of sft.optim=muon, {second}.optim=muon")
+    job = composed(*named, "sft.optim=muon", f"{second}.optim=adafactor")
+    assert job.sft.optim.name is OptimizerName.muon
+    assert getattr(job, second).optim.name is OptimizerName.adafactor
+
+
+def test_a_short_name_is_not_guessed_for_a_sweep_over_steps() -> None:
+    overrides = ["experiment=demo", "dpo.policy=x", "steps=sft,dpo", "optim=muon"]
+    with pytest.raises(UserError, match="for which step"):
+        prepare(overrides, multirun=True)
+    assert prepare(["experiment=demo", "steps=[sft]", "seed=1,2", "optim=muon"], multirun=True)
+
+
 def test_fields_of_a_model_config_need_no_plus_sign() -> None:
     for sign in ("", "+", "++"):
         config = composed(f"{sign}model.config.model_type=llama", "sft.data.path=x.jsonl").model.config
@@ -160,8 +190,31 @@ def test_naming_nothing_runs_the_demo_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "steps", "note"),
+    [
+        (["steps=[sft,reward]"], [Step.sft, Step.reward], DEMO),
+        (["steps=[sft,dpo]"], [Step.sft, Step.dpo], DEMO),
+        (["steps=[reward]", "reward.policy=a/export"], [Step.reward], DEMO_DATA),
+        (["steps=[dpo]", "dpo.policy=a/export"], [Step.dpo], DEMO_DATA),
+    ],
+)
+def test_steps_and_a_policy_alone_run_on_the_demos_data(
+    overrides: list[str], steps: list[Step], note: str
+) -> None:
+    assert prepare(overrides).notes == [note]
+    job = composed(*overrides)
+    assert job.steps == steps
+    for step in steps[1:] or steps:
+        (source,) = getattr(job, step.value).data.all_sources()
+        assert source.path == str(PROJECT / "demo" / "data" / "preferences.jsonl")
+
+
+@pytest.mark.parametrize(
     "named",
     [
+        "reward.data.path=x",
+        "dpo.data.sources=[{path: x}]",
+        "dpo.data=gsm8k_preferences",
         "model.path=x",
         "model=llama_4m",
         "model.config.model_type=llama",
@@ -226,6 +279,11 @@ def test_a_free_form_key_may_be_given_as_one_value() -> None:
     ("override", "named"),
     [
         ("seed=-1", "seed=-1"),
+        ("reward.center_rewards_coefficient=-1", "reward.center_rewards_coefficient=-1.0"),
+        ("reward.data.max_length=1", "reward.data.max_length=1"),
+        ("dpo.beta=0", "dpo.beta=0.0"),
+        ("dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5"),
+        ("dpo.optim.lr=0", "dpo.optim.lr=0.0"),
         ("sft.train.epochs=inf", "sft.train.epochs=inf"),
         ("sft.optim.lr=inf", "sft.optim.lr=inf"),
         ("sft.sampling.max_new_tokens=0", "sft.sampling.max_new_tokens=0"),

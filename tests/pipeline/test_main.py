@@ -47,6 +47,9 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         (("run", "-m", "seed=1,x"), "seed: value 'x'"),
         (("run", "steps=[sft,ppo]"), "ppo is not built yet"),
         (("run", "--no-such-flag"), "unrecognized arguments: --no-such-flag"),
+        (("run", "steps=[reward]"), "add sft to steps, or set reward.policy=PATH"),
+        (("run", "steps=[dpo]", "dpo.policy=./nowhere"), "dpo.policy=./nowhere: no such folder"),
+        (("run", "steps=[sft,dpo]", "optim=muon"), "one or more of sft.optim=muon, dpo.optim=muon"),
         (("preview", "model.path=./nowhere"), "model.path=./nowhere: no such folder"),
         (("verify",), "verify takes one path"),
         (("verify", "nowhere"), "nowhere: no such folder"),
@@ -70,6 +73,19 @@ def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:
     assert "deepspeed: zero1, zero2, zero2_offload, zero3, zero3_hpz, zero3_offload" in helped.stdout
     assert rlhf("run", "--info", "defaults", folder=tmp_path).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chains_run_on_the_demos_data_with_nothing_else_named(tmp_path: Path) -> None:
+    for steps in ("steps=[sft,reward]", "steps=[sft,dpo]"):
+        done = rlhf("run", steps, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "running the embedded demo" in done.stdout
+    for step in ("reward", "dpo"):
+        given = (f"steps=[{step}]", f"{step}.policy=runs/demo/sft/export", "run_name=b")
+        done = rlhf("run", *given, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "no data named" in done.stdout and f"artifact  runs/b/{step}/export" in done.stdout
+    assert rlhf("verify", "runs", folder=tmp_path).returncode == 0
 
 
 def test_help_is_no_error(tmp_path: Path) -> None:

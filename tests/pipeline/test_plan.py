@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.stage import Role, Stage, Step
-from pipeline.plan import STAGES, wire
+from pipeline.plan import STAGES, start_of, wire
 
 POLICY, REWARD = Role.policy, Role.reward_model
 MADE_UP = {
@@ -22,6 +22,22 @@ def test_sft_is_built_and_needs_nothing() -> None:
     assert only.stage is STAGES[Step.sft]
     assert only.stage.module == "step1_sft"
     assert dict(only.sources) == {}
+
+
+def test_reward_and_dpo_are_built_and_start_from_a_policy() -> None:
+    for step, module, produces in ((Step.reward, "step2_reward", REWARD), (Step.dpo, "step2_dpo", POLICY)):
+        last = wire([Step.sft, step])[-1]
+        assert (last.stage.module, last.stage.produces) == (module, produces)
+        assert dict(last.sources) == {POLICY: Step.sft}
+
+
+def test_the_start_of_a_step_is_followed_through_earlier_steps() -> None:
+    chain = wire([Step.sft, Step.reward, Step.dpo, Step.ppo], known=MADE_UP)
+    assert [start_of(wired.stage.name, chain) for wired in chain] == [None] * 4
+    given = {(Step.dpo, POLICY): "elsewhere/export"}
+    chain = wire([Step.sft, Step.reward, Step.dpo, Step.ppo], given, MADE_UP)
+    starts = [start_of(wired.stage.name, chain) for wired in chain]
+    assert starts == [None, None, "elsewhere/export", "elsewhere/export"]
 
 
 @pytest.mark.parametrize("step", [step for step in Step if step not in STAGES])
