@@ -1,6 +1,7 @@
 """Kill a run with SIGKILL again and again, resume it, and compare what is left with a run nobody touched.
 
     python -m benchmarks.kill_resume --kills 20
+    python -m benchmarks.kill_resume --step dpo --kills 10      (or reward)
 
 For 1 and 2 ranks and ZeRO 1, 2 and 3: one uninterrupted run of a small model with dropout, and one that is
 killed `--kills` times at seeded moments: at start-up, in the middle of a step, and while a checkpoint is
@@ -39,6 +40,7 @@ class Point:
     ranks: int
     stage: int
     steps: int = 24
+    step_name: str = "sft"
 
 
 @dataclass
@@ -55,39 +57,77 @@ class Kills:
         return self.startup + self.step + self.checkpoint
 
 
-def write_rows(path: Path, count: int = 96) -> None:
+MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo"}
+CONTEXT, VOCABULARY = 128, 300
+MODEL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+    "attention_dropout": 0.1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def write_rows(path: Path, step_name: str = "sft") -> None:
+    """Demonstrations, or preferences for the steps that take them."""
+    rows = demonstrations() if step_name == "sft" else preferences()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def demonstrations(count: int = 96) -> Iterator[dict[str, str]]:
     """Questions and answers of different lengths, the same each time."""
     generator = random.Random(0)
-    with path.open("w") as file:
-        for _ in range(count):
-            a, b = generator.randrange(1000), generator.randrange(1000)
-            words = " ".join(
-                generator.choice(["so", "then", "thus", "and"]) for _ in range(generator.randrange(20))
-            )
-            file.write(json.dumps({"question": f"What is {a} + {b}?", "answer": f"{words} {a + b}"}) + "\n")
+    for _ in range(count):
+        a, b = generator.randrange(1000), generator.randrange(1000)
+        words = " ".join(
+            generator.choice(["so", "then", "thus", "and"]) for _ in range(generator.randrange(20))
+        )
+        yield {"question": f"What is {a} + {b}?", "answer": f"{words} {a + b}"}
 
 
-def write_config(run_dir: Path, point: Point, data: Path) -> Path:
-    """The resolved configuration that the ranks read, as the controller would write it."""
+def preferences(count: int = 96) -> Iterator[dict[str, str]]:
+    """The same questions, each with its answer and a wrong one of another length."""
+    for number, row in enumerate(demonstrations(count)):
+        wrong = f"{'well ' * (number % 7)}{number}"
+        yield {"prompt": row["question"], "chosen": row["answer"], "rejected": wrong}
+
+
+def make_policy(folder: Path, rows: Path) -> None:
+    """A policy of random weights, its tokenizer trained on the rows."""
+    from benchmarks.pairs_workload import export_as_policy
+    from common.config import Dtype, ModelConfig, TokenizerConfig
+    from common.models import load_tokenizer
+
+    texts = [text for line in rows.read_text().splitlines() for text in json.loads(line).values()]
+    own = TokenizerConfig(train_vocab_size=VOCABULARY)
+    model = ModelConfig(config=dict(MODEL), tokenizer=own, dtype=Dtype.fp32)
+    export_as_policy(model, load_tokenizer(model, lambda: iter(texts)), folder, CONTEXT)
+
+
+def write_config(run_dir: Path, point: Point, data: Path, policy: Path | None = None) -> Path:
+    """The resolved configuration that the ranks read, as the controller would write it.
+
+    policy: the artifact that the steps after the first start from.
+    """
     from omegaconf import OmegaConf
 
     from common.config import DeepSpeedConfig, Dtype, TokenizerConfig, WandbMode, to_plain
-    from step1_sft.config import SFTJob
 
-    job = SFTJob(run_name="killed", output_dir=str(run_dir.parent), seed=3)
-    job.model.config = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "attention_dropout": 0.1, "tie_word_embeddings": True,
-    }  # fmt: skip
-    job.model.tokenizer = TokenizerConfig(train_vocab_size=300)
+    job = new_job(point.step_name, run_name="killed", output_dir=str(run_dir.parent), seed=3)
+    settings = getattr(job, point.step_name)
+    if point.step_name == "sft":
+        job.model.config = dict(MODEL)
+        job.model.tokenizer = TokenizerConfig(train_vocab_size=VOCABULARY)
+    else:
+        settings.policy = str(policy)
     job.model.dtype = Dtype.bf16
-    job.sft.data.path, job.sft.data.max_length = str(data), 128
-    job.sft.data.cache_dir = str(run_dir.parent / "cache")
-    job.sft.train.global_batch_size, job.sft.train.micro_batch_size = 6, 2
-    job.sft.train.max_steps, job.sft.train.save_every, job.sft.train.eval_every = point.steps, SAVE_EVERY, 8
-    job.sft.sampling.num_prompts, job.sft.sampling.max_new_tokens = 2, 4
-    job.sft.optim.lr = 1e-2
+    settings.data.path, settings.data.max_length = str(data), CONTEXT
+    settings.data.cache_dir = str(run_dir / "cache")  # its own: what fills it may be killed, too
+    settings.train.global_batch_size, settings.train.micro_batch_size = 6, 2
+    settings.train.max_steps, settings.train.save_every, settings.train.eval_every = (
+        point.steps, SAVE_EVERY, 8,
+    )  # fmt: skip
+    if hasattr(settings, "sampling"):
+        settings.sampling.num_prompts, settings.sampling.max_new_tokens = 2, 4
+    settings.optim.lr = 1e-2
     job.deepspeed = DeepSpeedConfig(stage=point.stage)
     job.tracking.wandb = WandbMode.off
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -96,10 +136,20 @@ def write_config(run_dir: Path, point: Point, data: Path) -> Path:
     return path
 
 
+def new_job(step_name: str, **identity: Any) -> Any:
+    """A job of the step, all settings at their defaults."""
+    from step1_sft.config import SFTJob
+    from step2_dpo.config import DPOJob
+    from step2_reward.config import RewardJob
+
+    return {"sft": SFTJob, "reward": RewardJob, "dpo": DPOJob}[step_name](**identity)
+
+
 class Attempt:
     """All ranks of one start of the run, in a process group of their own."""
 
-    def __init__(self, config: Path, ranks: int, log: Path) -> None:
+    def __init__(self, config: Path, point: Point) -> None:
+        ranks = point.ranks
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -108,10 +158,10 @@ class Attempt:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
-        with log.open("a") as output:
+        with (config.parent / "output.log").open("a") as output:
             self.processes = [
                 subprocess.Popen(
-                    [sys.executable, "-m", "step1_sft", "--config", str(config)],
+                    [sys.executable, "-m", MODULES[point.step_name], "--config", str(config)],
                     env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=output,
                     stderr=output,
@@ -165,19 +215,18 @@ def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kill
     attempt.kill()
 
 
-def run_to_the_end(config: Path, ranks: int) -> None:
-    attempt = Attempt(config, ranks, config.parent / "output.log")
-    codes = attempt.finish()
+def run_to_the_end(config: Path, point: Point) -> None:
+    codes = Attempt(config, point).finish()
     if any(codes):
         raise RuntimeError(f"exit status {codes}:\n" + (config.parent / "output.log").read_text()[-3000:])
 
 
 def run_and_kill(config: Path, point: Point, count: int, seed: int) -> Kills:
     """Start and kill until `count` kills have hit; then let it end."""
-    kills, generator, folder = Kills(), random.Random(seed), config.parent / "sft"
+    kills, generator, folder = Kills(), random.Random(seed), config.parent / point.step_name
     while kills.total < count and last_step(folder) < point.steps:
-        strike(Attempt(config, point.ranks, config.parent / "output.log"), folder, generator, kills)
-    run_to_the_end(config, point.ranks)
+        strike(Attempt(config, point), folder, generator, kills)
+    run_to_the_end(config, point)
     return kills
 
 
@@ -227,6 +276,8 @@ def metric_differences(one: Path, other: Path, step_name: str = "sft") -> list[s
     """Lines of metrics.jsonl and samples.jsonl that differ in more than times."""
     found = []
     for file in ("metrics.jsonl", "samples.jsonl"):
+        if not any((folder / step_name / file).exists() for folder in (one, other)):
+            continue  # a step that samples nothing
         rows = [
             [
                 {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
@@ -244,19 +295,23 @@ def metric_differences(one: Path, other: Path, step_name: str = "sft") -> list[s
 
 def trial(folder: Path, point: Point, count: int, seed: int) -> tuple[Kills, list[str]]:
     """Both runs of one combination: the kills that hit, and what differs at the end."""
-    data = folder / "rows.jsonl"
-    if not data.exists():
-        write_rows(data)
+    rows, policy = folder / "rows.jsonl", folder / "policy"
+    if not rows.exists():
+        write_rows(rows, point.step_name)
+        make_policy(policy, rows)
     name = f"ranks{point.ranks}-zero{point.stage}"
-    whole, killed = (write_config(folder / f"{name}-{kind}", point, data) for kind in ("whole", "killed"))
-    run_to_the_end(whole, point.ranks)
+    whole, killed = (
+        write_config(folder / f"{name}-{kind}", point, rows, policy) for kind in ("whole", "killed")
+    )
+    run_to_the_end(whole, point)
     kills = run_and_kill(killed, point, count, seed)
-    differences = state_differences(whole.parent, killed.parent, point.steps)
-    return kills, differences + metric_differences(whole.parent, killed.parent)
+    differences = state_differences(whole.parent, killed.parent, point.steps, point.step_name)
+    return kills, differences + metric_differences(whole.parent, killed.parent, point.step_name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", choices=tuple(MODULES), default="sft", help="which step is killed")
     parser.add_argument("--kills", type=int, default=20, help="kills per combination")
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0)
@@ -265,11 +320,13 @@ def main() -> int:
     results = []
     for ranks in (1, 2):
         for stage in (1, 2, 3):
-            point, seed = Point(ranks, stage, arguments.steps), arguments.seed + 10 * ranks + stage
+            point = Point(ranks, stage, arguments.steps, arguments.step)
+            seed = arguments.seed + 10 * ranks + stage
             kills, differences = trial(folder, point, arguments.kills, seed)
             results.append({**vars(point), **vars(kills), "kills": kills.total, "differences": differences})
             print(json.dumps(results[-1]), flush=True)
-    write_results("kill_resume", {"save_every": SAVE_EVERY, "results": results})
+    name = "kill_resume" if arguments.step == "sft" else f"kill_resume_{arguments.step}"
+    write_results(name, {"save_every": SAVE_EVERY, "results": results})
     shutil.rmtree(folder)
     return int(any(result["differences"] for result in results))
 

@@ -357,7 +357,7 @@ def test_a_reward_models_artifact_is_a_classifier_with_one_label_and_no_generati
     details = Artifact.load(folder, Role.reward_model).manifest.details
     assert details["calibration"] == {"mean": 0.5, "std": 2.0}
     assert (details["pad_token_id"], details["terminators"]) == (0, [END])
-    with pytest.raises(UserError, match="is reward_model, where a policy is needed"):
+    with pytest.raises(UserError, match="reward_model, where a policy is needed"):
         Artifact.load(folder, Role.policy)
 
 

@@ -1,0 +1,34 @@
+"""What a user is told of the finished model."""
+
+from __future__ import annotations
+
+from step2_reward.config import RewardConfig
+from step2_reward.train import closing_lines
+
+
+def lines(accuracy: float, margin: float, *, least: float = 0.6, on_held_out: bool = True) -> list[str]:
+    metrics = {"eval/accuracy": accuracy, "eval/margin": margin}
+    return closing_lines(metrics, RewardConfig(warn_below_accuracy=least), on_held_out=on_held_out)
+
+
+def test_nothing_is_said_of_a_model_that_orders_enough_held_out_pairs() -> None:
+    assert lines(0.6, 0.1) == [] and lines(0.0, 0.1, least=0.0) == []
+
+
+def test_a_model_under_the_set_accuracy_is_warned_of() -> None:
+    (line,) = lines(0.85, 0.1, least=0.9)
+    assert line.startswith("warning: the reward model orders 85.0% of the held-out pairs")
+    assert "less than reward.warn_below_accuracy=0.9" in line
+
+
+def test_swapped_columns_are_suspected_where_most_pairs_and_their_mean_are_the_wrong_way_round() -> None:
+    wrong, swapped = lines(0.2, -1.5)
+    assert "orders 20.0%" in wrong and "are the columns chosen and rejected swapped" in swapped
+    assert len(lines(0.45, 0.1)) == 1  # a few large margins the right way: not swapped, only poor
+    assert len(lines(0.55, -0.1)) == 1
+
+
+def test_numbers_of_training_pairs_are_called_that() -> None:
+    said, wrong = lines(0.5, 0.1, on_held_out=False)
+    assert said.startswith("no pairs are held out: accuracy (50.0%) and calibration")
+    assert "orders 50.0% of the training pairs" in wrong
