@@ -5,6 +5,7 @@ Trained tokens are written as text: what the labels decode to, one string per un
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,48 @@ def test_the_tags_alone_decide_when_the_turns_cannot_be_found() -> None:
     template = CHATML.replace("+ '<|im_end|>' }}{% endgen", "+ message['content'] + '<|im_end|>' }}{% endgen")
     assert template != CHATML
     assert trained(TWO_TURNS, template) == ["hellohello<|im_end|>", "okok<|im_end|>"]
+
+
+# turns of a prompt
+
+
+def answering(row: Conversation) -> Conversation:
+    """The conversation with everything before its last turn as the prompt."""
+    return replace(row, first_trained=len(row.messages) - 1)
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITHOUT_TAGS, LLAMA3, MISTRAL])
+def test_an_assistant_turn_of_the_prompt_is_not_trained(template: str) -> None:
+    whole, answer = example(TWO_TURNS, template), example(answering(TWO_TURNS), template)
+    assert answer.input_ids.tolist() == whole.input_ids.tolist()
+    last = answer.trained
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(answer.labels[answer.labels != IGNORE]).strip().startswith("ok<")
+    # what is trained is the last run of what the whole conversation trains
+    assert whole.labels[whole.labels != IGNORE][-last:].tolist() == [
+        label for label in answer.labels.tolist() if label != IGNORE
+    ]
+
+
+def test_two_answers_in_a_row_are_told_apart_when_the_first_is_prompt() -> None:
+    touching = "{% for m in messages %}{{ m.content ~ '<|im_end|>' }}{% endfor %}"
+    row = conversation(("user", "a"), ("assistant", "hello"), ("assistant", "ok"))
+    assert trained(row, touching) == ["hello<|im_end|>ok<|im_end|>"]
+    assert trained(answering(row), touching) == ["ok<|im_end|>"]
+
+
+def test_tags_alone_leave_out_the_prompts_turns_too() -> None:
+    # contents are written twice, which no offset can explain
+    twice = CHATML.replace("+ '<|im_end|>' }}{% endgen", "+ message['content'] + '<|im_end|>' }}{% endgen")
+    assert twice != CHATML
+    assert trained(answering(TWO_TURNS), twice) == ["okok<|im_end|>"]
+    in_parts = twice.replace(
+        "message['content'] + message['content']",
+        "message['content'] }}{% endgeneration %}{% generation %}{{ message['content']",
+    )
+    assert in_parts != twice
+    with pytest.raises(UserError, match="tags mark 4 parts of 2 assistant turns"):
+        trained(answering(TWO_TURNS), in_parts)
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place() -> None:

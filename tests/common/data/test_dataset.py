@@ -16,7 +16,9 @@ from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
 from common.data import cache, chat
 from common.data.cache import wait_for
 from common.data.dataset import (
+    PREFERENCES,
     Ledger,
+    PairDataset,
     TokenizedDataset,
     build,
     held_out,
@@ -391,3 +393,206 @@ def test_a_data_set_without_a_row_left_says_why(tmp_path: Path) -> None:
 def test_no_data_at_all_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no data is named\n.*data.path"):
         made(tmp_path, path=None)
+
+
+# pairs
+
+
+def preferences(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}", "margin": n / 4}
+        for n in range(first, first + count)
+    ]
+
+
+def made_pairs(
+    tmp_path: Path, said: Said | None = None, seed: int = 0, stage: str | None = None, **options: Any
+) -> tuple[PairDataset, PairDataset | None, Ledger]:
+    if "sources" not in options:
+        options.setdefault("path", str(tmp_path / "rows.jsonl"))
+    return build(
+        DataConfig(**options),
+        tiny_tokenizer(CHATML),
+        kind=PREFERENCES,
+        stage=stage,
+        seed=seed,
+        cache_dir=tmp_path / "cache",
+        report=Said() if said is None else said,
+    )
+
+
+def prompts(pairs: PairDataset | None) -> set[str]:
+    """The questions, without what the template writes around them."""
+    assert pairs is not None
+    every = (tiny_tokenizer().decode(pairs[index].chosen.input_ids) for index in range(len(pairs)))
+    return {text.partition("user\n")[2].partition("<")[0] for text in every}
+
+
+def test_pairs_come_back_as_they_were_tokenized(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", preferences(1500))
+    train, evaluation, ledger = made_pairs(tmp_path)
+    assert evaluation is not None and len(train) == 1425 and len(evaluation) == 75
+    index = 1300  # beyond the first block of the file
+    pair, decode = train[index], tiny_tokenizer().decode
+    number = int(train.place(index).removeprefix("rows:")) - 1
+    prompt = f"<|im_start|>user\nquestion {number}<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(pair.chosen.input_ids) == f"{prompt}good {number}<|im_end|>"
+    assert decode(pair.rejected.input_ids) == f"{prompt}bad {number}<|im_end|>"
+    assert decode(pair.rejected.labels[pair.rejected.labels != IGNORE]) == f"bad {number}<|im_end|>"
+    assert pair.margin == number / 4 and pair.chosen.source == "rows"
+    assert train.lengths[index] == len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
+    assert train.trained[index] == pair.chosen.trained + pair.rejected.trained
+    assert train.lengths.dtype == np.int32 and train.sources == ["rows"]
+    entry = ledger.sources[0]
+    assert (entry.path, entry.format, entry.rows_read, entry.rows_kept) == (path, "preference", 1500, 1500)
+    assert entry.tokens == train.lengths.sum() + evaluation.lengths.sum()
+    with pytest.raises(IndexError):
+        train[1425]
+
+
+def test_pairs_from_the_cache_are_the_same(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(40))
+    first, _, ledger = made_pairs(tmp_path)
+    said = Said()
+    again, _, same = made_pairs(tmp_path, said)
+    assert said == [] and again.fingerprint == first.fingerprint and same == ledger
+    assert again[3].rejected.labels.tolist() == first[3].rejected.labels.tolist()
+
+
+def test_pairs_with_one_prompt_never_sit_on_both_sides(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {n % 50}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(200)
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    train, evaluation, _ = made_pairs(tmp_path, eval_fraction=0.2)
+    assert evaluation is not None and len(train) == 160 and len(evaluation) == 40
+    assert len(prompts(train)) == 40 and not prompts(train) & prompts(evaluation)
+
+
+def test_pairs_whose_prompt_is_in_the_evaluation_file_are_kept_out_of_training(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(20))
+    other_answers = [{"prompt": f"question {n}", "chosen": "x", "rejected": "y"} for n in (18, 19, 30)]
+    held = write(tmp_path / "held.jsonl", other_answers)
+    train, evaluation, ledger = made_pairs(tmp_path, eval_path=held)
+    assert len(train) == 18 and evaluation is not None and len(evaluation) == 3
+    assert ledger.sources[0].dropped["also in data.eval_path"].count == 2
+
+
+def test_dropped_pairs_are_counted_by_reason(tmp_path: Path) -> None:
+    rows = preferences(8)
+    rows[1] |= {"chosen": "same", "rejected": "same"}
+    rows[2] |= {"chosen": ""}
+    rows[3] |= {"rejected": "x" * 100}
+    rows[4] |= {"margin": "wide"}
+    path = write(tmp_path / "rows.jsonl", rows)
+    _, _, ledger = made_pairs(
+        tmp_path, max_length=100, truncation=Truncation.right, on_bad_row=OnBadRow.skip, eval_fraction=0.0
+    )
+    entry = ledger.sources[0]
+    assert (entry.rows_read, entry.rows_kept, entry.bad_rows) == (8, 4, 1)
+    assert {reason: drop.places for reason, drop in entry.dropped.items()} == {
+        "chosen and rejected are the same": [f"{path}:2"],
+        "chosen is empty": [f"{path}:3"],
+        "cut by truncation": [f"{path}:4"],
+    }
+    assert f"skipped from rows: {path}:5: margin is not a finite number ('wide')" in ledger.lines()
+
+
+def test_pairs_cut_on_the_left_are_counted(tmp_path: Path) -> None:
+    rows = [*preferences(9), {"prompt": "q" * 100, "chosen": "good", "rejected": "bad", "margin": 0}]
+    write(tmp_path / "rows.jsonl", rows)
+    train, _, ledger = made_pairs(tmp_path, max_length=100, truncation=Truncation.left, eval_fraction=0.0)
+    assert ledger.sources[0].truncated == 1 and len(train) == 10
+    assert len(train[9].chosen.input_ids) == 100 and len(train[9].rejected.input_ids) == 99
+
+
+def test_rows_of_graded_answers_account_for_all_their_pairs(tmp_path: Path) -> None:
+    def row(question: str, *grades: bool) -> dict[str, Any]:
+        graded = [{"is_correct": grade, "solution": f"{index}"} for index, grade in enumerate(grades)]
+        return {"question": question, **{f"model{index}": answer for index, answer in enumerate(graded)}}
+
+    rows = [row("a", True, False, False), row("b", True, True, True), row("c", True, True, False)]
+    write(tmp_path / "rows.jsonl", rows)
+    train, evaluation, ledger = made_pairs(tmp_path, eval_fraction=0.5)
+    assert evaluation is not None and len(train) == len(evaluation) == 2  # both pairs of one question each
+    assert prompts(train) | prompts(evaluation) == {"a", "c"}
+    entry = ledger.sources[0]
+    assert (entry.rows_read, entry.rows_kept, entry.dropped["no wrong answer"].count) == (3, 4, 1)
+    assert "rows: 3 rows gave 5 pairs, used or dropped" in ledger.lines()
+
+
+def test_a_miss_is_explained_by_the_last_data_set_of_the_same_kind(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(40))
+    made_pairs(tmp_path)
+    path = write(tmp_path / "answers.jsonl", pairs(40))
+    said = Said()
+    made(tmp_path, said=said, path=path)
+    assert said[0] == f"tokenizing; nothing is cached yet in {tmp_path / 'cache'}"
+    made_pairs(tmp_path, said, max_length=512)
+    assert "tokenizing; changed since the last time: options.max_length 2048 -> 512" in said
+
+
+def test_the_preferred_side_alone_can_be_a_demonstration(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", preferences(10))
+    with pytest.raises(UserError, match="preference rows"):
+        made(tmp_path)
+    train, _, _ = made(tmp_path, sources=[SourceConfig(path=path, format="chosen")], eval_fraction=0.0)
+    labels = train[4].labels
+    assert tiny_tokenizer().decode(labels[labels != IGNORE]) == "good 4<|im_end|>"
+
+
+def test_demonstrations_are_no_pairs(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", pairs(10))
+    with pytest.raises(UserError, match=f"{path}:1: this step needs preferences.* completion, prompt"):
+        made_pairs(tmp_path)
+
+
+# one data set for several steps
+
+SHARES = {"sft": 2.0, "reward": 4.0, "ppo": 4.0}
+
+
+def test_steps_that_share_a_file_see_other_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", preferences(200))
+    options: dict[str, Any] = {"eval_fraction": 0.0, "stage_split": SHARES}
+    reward, _, ledger = made_pairs(tmp_path, stage="reward", **options)
+    ppo, _, _ = made_pairs(tmp_path, stage="ppo", **options)
+    # demonstrations of the same questions belong to the step that the preferences of them belong to
+    source = SourceConfig(path=path, format="chosen")
+    sft, _, _ = build(
+        DataConfig(sources=[source], **options),
+        tiny_tokenizer(CHATML),
+        stage="sft",
+        seed=0,
+        cache_dir=tmp_path / "cache",
+        report=Said(),
+    )
+    asked = {text.partition("user\n")[2].partition("<")[0] for text in texts(sft)}
+    assert asked | prompts(reward) | prompts(ppo) == {f"question {n}" for n in range(200)}
+    assert len(sft) + len(reward) + len(ppo) == 200
+    entry = ledger.sources[0]
+    assert entry.dropped["of another step (data.stage_split)"].count == 200 - len(reward)
+    assert (entry.rows_read, entry.rows_kept) == (200, len(reward))
+
+
+def test_texts_for_a_tokenizer_are_those_of_the_steps_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(100))
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, stage_split=SHARES)
+    found = {stage: set(training_texts(data, stage=stage, seed=0, report=Said())) for stage in SHARES}
+    assert set().union(*found.values()) == {text for row in pairs(100) for text in row.values()}
+    assert sum(map(len, found.values())) == 200 and all(found.values())
+
+
+def test_another_split_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(60))
+    first, _, _ = made_pairs(tmp_path, stage="reward", stage_split=SHARES)
+    said = Said()
+    second, _, _ = made_pairs(tmp_path, said, stage="reward", stage_split={**SHARES, "ppo": 1.0})
+    assert said[0] == "tokenizing; changed since the last time: options.stage_split.ppo 4.0 -> 1.0"
+    assert len(second) > len(first)
+
+
+def test_a_step_without_a_share_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(10))
+    with pytest.raises(UserError, match="no share for this step, dpo"):
+        made_pairs(tmp_path, stage="dpo", stage_split=SHARES)

@@ -169,8 +169,22 @@ def test_unknown_columns_list_what_was_found_and_what_is_known() -> None:
 
 
 def test_preference_rows_are_named_as_such() -> None:
-    with pytest.raises(UserError, match="preference rows"):
+    with pytest.raises(UserError, match=r"preference rows[^\n]*\n.*data.sources.format=chosen"):
         recognise(["chosen", "rejected"])
+
+
+def test_the_preferred_side_is_a_demonstration_when_asked_for() -> None:
+    whole = [ASKED, {"role": "assistant", "content": "once"}, ASKED]
+    columns = {"chosen": [*whole, ANSWERED], "rejected": [*whole, {"role": "assistant", "content": "b"}]}
+    row = to_conversation(RawExample(columns, "s", PLACE), recognise(columns, name="chosen"))
+    assert [message.content for message in row.messages] == ["q", "once", "q", "a"]
+    assert row.first_trained == 3  # the answer that both sides share was not preferred to anything
+
+
+def test_an_empty_preferred_side_is_no_demonstration() -> None:
+    columns = {"prompt": "q", "chosen": " ", "rejected": "b"}
+    with pytest.raises(RowError, match="turn 2: the assistant turn is empty"):
+        to_conversation(RawExample(columns, "s", PLACE), recognise(columns, name="chosen"))
 
 
 def test_a_format_asked_for_must_exist_and_have_its_columns() -> None:
