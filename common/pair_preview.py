@@ -49,7 +49,7 @@ def pair_runs(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> list[R
         *_runs(pair.chosen, tokenizer, prompt, len(pair.chosen.input_ids)),
         ("\nrejected:\n", False),
         *_runs(pair.rejected, tokenizer, prompt, len(pair.rejected.input_ids)),
-        (f"\nmargin: {pair.margin:g}" if pair.margin else "", False),
+        *([(f"\nmargin: {pair.margin:g}", False)] if pair.margin else []),
     ]
 
 

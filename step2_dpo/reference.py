@@ -265,6 +265,15 @@ def _why_missed(folder: Path, key: Mapping[str, Any]) -> str:
         with contextlib.suppress(ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
             with np.load(path, allow_pickle=False) as stored:
                 before = json.loads(str(stored["key"]))
-            changed = [name for name in key if before.get(name) != key[name]]
-            return f"changed since the last time: {', '.join(changed)}"
+            return f"changed since the last time: {', '.join(_changes(before, key))}"
     return "none are cached yet"
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the parts that differ; settings with what they were and are."""
+    for name, value in now.items():
+        if name in ("batches", "machine"):
+            old = before.get(name, {})
+            yield from (f"{k} {old.get(k)} -> {v}" for k, v in value.items() if old.get(k) != v)
+        elif before.get(name) != value:
+            yield name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def whole(folder: Path) -> dict[int, Path]:
     made = {ranks: prepare(folder, f"whole {ranks}", ranks) for ranks in STEPS}
     for ranks, run_dir in made.items():
         finish(run_dir, ranks, dpo)
+        # in bf16, and although the policy's config has dropout
+        assert lines_of(run_dir)[0]["loss"] == math.log(2)
     return made
 
 

@@ -72,12 +72,12 @@ def test_the_whole_runs_numbers_do_not_depend_on_how_it_is_spread(run_of: Any, p
     assert series(reference, "num_tokens") == series(other, "num_tokens")
     assert series(reference, "num_trained_tokens") == series(other, "num_trained_tokens")
     losses = series(reference, "loss")
-    assert len(losses) == 4 and losses[3] < losses[1]
+    assert len(losses) == 4 and series(reference, "rewards/margins")[3] > 0.05
     assert series(other, "loss") == pytest.approx(losses, rel=LOSS_TOLERANCE)
     assert series(other, "loss")[0] == pytest.approx(losses[0], rel=FIRST_TOLERANCE)
     for name in ("rewards/margins", "rewards/accuracies", "logps/chosen", "entropy", "eval/loss"):
         expected = series(reference, name)
-        assert series(other, name) == pytest.approx(expected, rel=100 * LOSS_TOLERANCE, abs=1e-6)
+        assert series(other, name) == pytest.approx(expected, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("point", [*SPREAD, *UNTIED, *LORA], ids=lambda point: point.name)
@@ -114,7 +114,8 @@ def test_plain_transformers_gives_the_live_models_logits(run_of: Any, point: Poi
 
 def test_untied_and_adapted_runs_do_not_depend_on_stage_or_ranks_either(run_of: Any) -> None:
     for one, *others in (UNTIED, LORA):
-        losses = series(run_of(one), "loss")
-        assert losses[3] < losses[1]
+        losses, margins = series(run_of(one), "loss"), series(run_of(one), "rewards/margins")
+        assert margins[3] > 1e-3
         for other in others:
             assert series(run_of(other), "loss") == pytest.approx(losses, rel=LOSS_TOLERANCE)
+            assert series(run_of(other), "rewards/margins") == pytest.approx(margins, rel=LOSS_TOLERANCE)

@@ -218,7 +218,7 @@ def test_a_reward_model_is_not_a_policy(folder: Path) -> None:
     manifest = read_manifest(reward)
     write_manifest(reward, type(manifest)("artifact", Role.reward_model, manifest.files, manifest.details))
     printed = run_job(make_job(folder, reward), folder / "runs" / "reward", code=2)
-    assert "is reward_model, where a policy is needed" in printed
+    assert "is a reward_model, where a policy is needed" in printed
 
 
 def test_the_preview_shows_both_answers_to_a_prompt(folder: Path) -> None:

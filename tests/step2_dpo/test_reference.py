@@ -162,7 +162,11 @@ def test_the_same_weights_elsewhere_are_found_again(cached: Cached) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"packing": False}, "batches"), ({"micro_batch_size": 1}, "batches"), ({"steps": 2}, "batches")],
+    [
+        ({"packing": False}, "packing True -> False"),
+        ({"micro_batch_size": 1}, "micro_batch_size 2 -> 1"),
+        ({"steps": 2}, "steps 3 -> 2"),
+    ],
 )
 def test_other_batches_are_other_bits_and_are_computed_anew(
     cached: Cached, changes: dict[str, Any], named: str
