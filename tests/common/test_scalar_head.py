@@ -23,6 +23,13 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "mistral": {"model_type": "mistral", "sliding_window": 4},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 2},
+}
 DOCUMENTS = [torch.arange(5, 25), torch.tensor([7, 7, 9, 4]), torch.arange(60, 30, -1)]
 
 
@@ -69,8 +76,11 @@ def test_a_new_head_has_the_stated_spread_and_comes_from_the_seed_alone(tmp_path
 
 
 @torch.no_grad()
-def test_packed_scores_are_those_of_plain_transformers_on_each_document_alone(tmp_path: Path) -> None:
-    packed = loaded(policy(tmp_path / "policy"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_scores_are_those_of_plain_transformers_on_each_document_alone(
+    kind: str, tmp_path: Path
+) -> None:
+    packed = loaded(policy(tmp_path / "policy", **KINDS[kind]))
     packed.base().save_pretrained(tmp_path / "saved")
     scores = packed.eval().scores(DOCUMENTS)
     assert scores.dtype is torch.float32 and scores.std() > 0.01
