@@ -69,7 +69,8 @@ def load_named(path: str, role: Role, key: str) -> Artifact:
     try:
         return Artifact.load(folder, role)
     except UserError as error:
-        raise UserError(f"{key}={path}: {error.message}", hint=error.hint) from error
+        what = error.message.removeprefix(f"{folder} ")  # the path is said already
+        raise UserError(f"{key}={path}: {what}", hint=error.hint) from error
 
 
 def check_same_tokens(left: Artifact, right: Artifact) -> None:

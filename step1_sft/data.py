@@ -70,7 +70,7 @@ def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int, say: Say) -> 
 
     def training_texts() -> Iterator[str]:
         say(f"training a tokenizer of {size} tokens on the rows")
-        return dataset.training_texts(job.sft.data, seed=job.seed, report=log.info)
+        return dataset.training_texts(job.sft.data, stage="sft", seed=job.seed, report=log.info)
 
     tokenizer = load_tokenizer(job.model, training_texts, saved)
     if tokenizer.chat_template:
@@ -89,8 +89,9 @@ def load_data(
     """Tokenize the job's sources, or find them in the cache; writes `folder/ledger.json`."""
     data = job.sft.data
     train, held_out, ledger = dataset.build(
-        data, tokenizer, seed=job.seed, cache_dir=cache_dir(job), report=say, wait=world.local_rank > 0
-    )
+        data, tokenizer, stage="sft", seed=job.seed, cache_dir=cache_dir(job),
+        report=say, wait=world.local_rank > 0,
+    )  # fmt: skip
     if world.is_main:
         write_json(folder / "ledger.json", ledger.to_json())
     return SFTData(train, held_out, ledger, dataset.source_weights(data))

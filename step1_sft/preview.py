@@ -24,7 +24,7 @@ def preview(job: SFTJob, folder: Path) -> None:
     """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model."""
     tokenizer = load_sft_tokenizer(job, folder, local_rank=0, say=print)
     train, _, ledger = dataset.build(
-        job.sft.data, tokenizer, seed=job.seed, cache_dir=cache_dir(job), report=print
+        job.sft.data, tokenizer, stage="sft", seed=job.seed, cache_dir=cache_dir(job), report=print
     )
     chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
     show_preview(
