@@ -24,6 +24,8 @@ from benchmarks.measure import PROJECT
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from common.config import ModelConfig
+
 DATA = PROJECT.parent / "shared" / "data"
 KINDS = ("gsm8k", "hh")
 MAX_LENGTH = workload.MAX_LENGTH
@@ -48,30 +50,35 @@ def prepare(folder: Path, kind: str, pairs: int, seed: int = 0, *, data: Path = 
     if not (made.policy / "manifest.json").is_file():
         if not (folder / "base" / "model.safetensors").is_file():
             workload.save_base(folder / "base", data / "gsm8k" / "train.jsonl", seed)
-        export_as_policy(folder / "base", made.policy)
+        _export_base(folder / "base", made.policy)
     if not made.rows.is_file():
         chosen = sample(list(pairs_of(kind, data)), made.policy, pairs, seed)
         made.rows.write_text("".join(json.dumps(row) + "\n" for row in chosen))
     return made
 
 
-def export_as_policy(base: Path, folder: Path) -> None:
-    """A model's folder as the policy artifact that the steps after SFT start from."""
+def _export_base(base: Path, policy: Path) -> None:
+    from common.config import Dtype, ModelConfig
+    from common.models import load_tokenizer
+
+    model = ModelConfig(path=str(base), dtype=Dtype.fp32)
+    export_as_policy(model, load_tokenizer(model), policy)
+
+
+def export_as_policy(model: ModelConfig, tokenizer: Any, folder: Path, max_length: int = MAX_LENGTH) -> None:
+    """The model as the policy artifact that the steps after SFT start from."""
     import torch
 
-    from common.config import Dtype, ModelConfig
     from common.export import export_policy
     from common.losses import PackedCausalLM
-    from common.models import load_model, load_tokenizer
+    from common.models import load_model
 
-    config = ModelConfig(path=str(base), dtype=Dtype.fp32)
-    tokenizer = load_tokenizer(config)
-    model = load_model(config, tokenizer, seed=0, device=torch.device("cpu"), max_length=MAX_LENGTH)
+    live = load_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)
     probe = torch.arange(3, 35)[None] % len(tokenizer)
     with torch.no_grad():
-        logits = PackedCausalLM(model.eval()).logits(probe)
+        logits = PackedCausalLM(live.eval()).logits(probe)
     details: dict[str, Any] = {"parents": []}
-    export_policy(model, None, tokenizer, folder, details=details, probe=probe, live_logits=logits)
+    export_policy(live, None, tokenizer, folder, details=details, probe=probe, live_logits=logits)
 
 
 def pairs_of(kind: str, data: Path) -> Iterator[Row]:
