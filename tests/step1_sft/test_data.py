@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 
-from common.config import SourceConfig
+from common.config import DataConfig, SourceConfig
+from common.data import dataset
 from common.data.batches import Batches, BatchPlan
+from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
 from common.distributed import World
 from common.sampling import held_out_prompts
 from step1_sft.config import SFTJob
-from step1_sft.data import batch_plan, cache_dir, count_padding, count_tokens
+from step1_sft.data import batch_plan, cache_dir, count_padding, count_tokens, load_data
+from tests.tiny import CHATML, tiny_tokenizer
 
 
 class Documents:
@@ -78,3 +83,23 @@ def test_the_cache_is_shared_by_the_runs_of_an_output_folder_unless_it_is_named(
     assert cache_dir(job).parts == ("somewhere", ".cache", "data")
     job.sft.data.cache_dir = "elsewhere"
     assert cache_dir(job).parts == ("elsewhere",)
+
+
+def test_rows_that_are_shared_out_are_trained_on_by_the_step_they_belong_to(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = SFTJob(output_dir=str(tmp_path))
+    split = {"sft": 1.0, "reward": 1.0}
+    job.sft.data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, stage_split=split)
+    tokenizer = tiny_tokenizer(CHATML)
+
+    def texts(train: TokenizedDataset) -> set[str]:
+        return {str(tokenizer.decode(train[index].input_ids)) for index in range(len(train))}
+
+    world = World(0, 1, 0, None)  # type: ignore[arg-type]
+    ours = texts(load_data(job, tokenizer, tmp_path, world, print).train)
+    other, _, _ = dataset.build(
+        job.sft.data, tokenizer, stage="reward", seed=job.seed, cache_dir=tmp_path, report=print
+    )
+    assert 10 <= len(ours) <= 30  # half of them, by chance
+    assert not ours & texts(other) and len(ours) + len(texts(other)) == 40
