@@ -54,6 +54,8 @@ def main() -> int:
         trial = pair_parity.Trial("dpo", made, folder, made.policy, arguments.steps, arguments.threads)
         ours, theirs = compare(trial, kind)
         known = known_differences(trial, ours, theirs)
+        if kind == "sigmoid":
+            known["smoothed_gradients"] = smoothed_gradients(trial, ours, theirs)
     result = {
         "pairs": arguments.pairs,
         "pairs_per_step": pair_parity.PAIRS_PER_STEP,
@@ -90,38 +92,44 @@ def is_at_the_reference(step: parity.Step) -> bool:
 def known_differences(
     trial: pair_parity.Trial, ours: pair_parity.Steps, theirs: pair_parity.Steps
 ) -> dict[str, Any]:
-    """What TRL does to the same rows, with ties, and with label smoothing."""
+    """What TRL does to the same rows, and with ties."""
     pairs = pair_parity.tokens_of_ours(trial)
     behind = pair_parity.surplus(pair_parity.prepared_by_trl(trial), pairs)
-    smoothed = [f"dpo.label_smoothing={SMOOTHING}", "dpo.sampling.num_prompts=0"]
-    columns, argument = dpo_columns(pairs), {"label_smoothing": SMOOTHING}
-    norms = {
-        "ours": pair_parity.run_ours(trial, "ours_plain", smoothed[1:], steps=1),
-        "ours smoothed": pair_parity.run_ours(trial, "ours_smoothed", smoothed, steps=1),
-        "trl": pair_parity.run_trl(trial, "trl_plain", columns, QUANTITIES, steps=1),
-        "trl smoothed": pair_parity.run_trl(trial, "trl_smoothed", columns, QUANTITIES, argument, steps=1),
-    }
     return {
         "prepared_by_trl": pair_parity.described(behind, trial.base),
         "first_accuracy": {"ours": ours[0]["rewards/accuracies"], "trl": theirs[0]["rewards/accuracies"]},
-        "label_smoothing": SMOOTHING,
-        "first_grad_norm": {name: steps[0]["grad_norm"] for name, steps in norms.items()},
+    }
+
+
+def smoothed_gradients(
+    trial: pair_parity.Trial, ours: pair_parity.Steps, theirs: pair_parity.Steps
+) -> dict[str, float]:
+    """The first gradient's norm with label smoothing, as a multiple of that without, on both sides."""
+    overrides = [f"dpo.label_smoothing={SMOOTHING}", "dpo.sampling.num_prompts=0"]
+    columns, argument = dpo_columns(pair_parity.tokens_of_ours(trial)), {"label_smoothing": SMOOTHING}
+    smoothed = pair_parity.run_ours(trial, "ours_smoothed", overrides, steps=1)
+    their_smoothed = pair_parity.run_trl(trial, "trl_smoothed", columns, QUANTITIES, argument, steps=1)
+    return {
+        "ours": smoothed[0]["grad_norm"] / ours[0]["grad_norm"],
+        "trl": their_smoothed[0]["grad_norm"] / theirs[0]["grad_norm"],
     }
 
 
 def explained(known: dict[str, Any]) -> list[str]:
     """The known differences, one line each."""
-    norms, first = known["first_grad_norm"], known["first_accuracy"]
-    smoothing = known["label_smoothing"]
-    quotients = {side: norms[f"{side} smoothed"] / norms[side] for side in ("ours", "trl")}
-    return [
+    first, quotients = known["first_accuracy"], known.get("smoothed_gradients")
+    lines = [
         f"* prepared by TRL itself: {known['prepared_by_trl']}; it trains on all of them",
         f"* at the reference all pairs are tied: accuracy {first['ours']} here, {first['trl']} in TRL",
-        f"* label_smoothing={smoothing} with the sigmoid loss: cDPO's first gradient is 1 - 2 x {smoothing} "
-        f"= {1 - 2 * smoothing:.1f} times DPO's. Ours is {quotients['ours']:.6f} times, TRL's "
-        f"{quotients['trl']:.6f} times: there it has no effect",
         "* mean_token_accuracy is not compared: TRL's is that of chosen answers, ours of both",
     ]
+    if quotients is not None:
+        lines.append(
+            f"* label_smoothing={SMOOTHING} with the sigmoid loss: cDPO's first gradient is 1 - 2 x "
+            f"{SMOOTHING} = {1 - 2 * SMOOTHING:.1f} times DPO's. Ours is {quotients['ours']:.6f} times, "
+            f"TRL's {quotients['trl']:.6f} times: there it has no effect"
+        )
+    return lines
 
 
 if __name__ == "__main__":

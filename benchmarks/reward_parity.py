@@ -8,7 +8,8 @@ it fails.
 
 What TRL does differently is kept out of that comparison and shown apart, with the number that explains it:
 its own preparation leaves what a chat template writes behind the terminator, where the reward is then read;
-and where pad = eos it reads the reward one token before the terminator.
+and where pad is the token that ends an answer (pad = eos, for most models) it reads the reward one token
+early.
 """
 
 from __future__ import annotations
@@ -71,18 +72,19 @@ def compare(trial: pair_parity.Trial, center: float) -> tuple[pair_parity.Steps,
 
 
 def known_differences(trial: pair_parity.Trial) -> dict[str, Any]:
-    """What TRL does to the same rows, and to the same tokens where pad = eos."""
+    """What TRL does to the same rows, and to the same tokens where pad is the terminator."""
     from transformers import AutoTokenizer
 
     pairs = pair_parity.tokens_of_ours(trial)
     behind = pair_parity.surplus(pair_parity.prepared_by_trl(trial), pairs)
-    eos = AutoTokenizer.from_pretrained(trial.base).eos_token
-    columns = reward_columns(pairs)
-    logged = pair_parity.run_trl(trial, "pad_is_eos", columns, QUANTITIES, {"pad_token": eos}, steps=1)
+    terminator = AutoTokenizer.from_pretrained(trial.base).convert_ids_to_tokens(pairs[0].chosen[-1])
+    argument = {"pad_token": terminator}
+    logged = pair_parity.run_trl(trial, "padded", reward_columns(pairs), QUANTITIES, argument, steps=1)
     first = pairs[: pair_parity.PAIRS_PER_STEP]
     return {
         "prepared_by_trl": pair_parity.described(behind, trial.base),
-        "mean_reward_with_pad_is_eos": logged[0]["mean_reward"],
+        "pad": terminator,
+        "mean_reward_where_pad_is_the_terminator": logged[0]["mean_reward"],
         "mean_score_at_the_terminator": mean_score(trial.base, first, before_the_end=0),
         "mean_score_one_token_before": mean_score(trial.base, first, before_the_end=1),
     }
@@ -108,9 +110,9 @@ def explained(known: dict[str, Any]) -> list[str]:
     """The known differences, one line each."""
     return [
         f"* prepared by TRL itself: {known['prepared_by_trl']}; the reward is read at the last token",
-        "* pad = eos (what TRL falls back to where a tokenizer has no pad): its mean reward in the first "
-        f"step is {known['mean_reward_with_pad_is_eos']:.7f}; the score at the terminator is "
-        f"{known['mean_score_at_the_terminator']:.7f}, one token before it "
+        f"* where pad is the terminator {known['pad']} (pad = eos, for most models) its mean reward in the "
+        f"first step is {known['mean_reward_where_pad_is_the_terminator']:.7f}; the score at the terminator "
+        f"is {known['mean_score_at_the_terminator']:.7f}, one token before it "
         f"{known['mean_score_one_token_before']:.7f}",
         "* min_reward and max_reward are not compared: TRL logs means of its micro-batches' extremes",
     ]

@@ -18,8 +18,18 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("sft_parity",),
     ("sft_cpu",),
     ("sft_cpu", "--dtype", "bf16"),
+    ("reward_parity",),
+    ("reward_cpu",),
+    ("reward_cpu", "--dtype", "bf16"),
+    ("dpo_parity",),
+    ("dpo_parity", "--loss-type", "ipo"),
+    ("dpo_parity", "--loss-type", "hinge"),
+    ("dpo_cpu",),
+    ("dpo_cpu", "--dtype", "bf16"),
     ("data_scale",),
     ("kill_resume",),
+    ("kill_resume", "--step", "reward", "--kills", "10"),
+    ("kill_resume", "--step", "dpo", "--kills", "10"),
 )
 
 
