@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-from common.artifacts import MANIFEST, Manifest, file_sha256, hash_files, write_manifest
+from common.artifacts import (
+    MANIFEST,
+    Artifact,
+    Manifest,
+    file_sha256,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
 from common.config import DataConfig, ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Step
@@ -113,6 +121,25 @@ def test_a_run_without_a_name_keeps_the_name_that_its_configuration_gives_it() -
         state.run_name(made)
     )
     assert launches(REWARD, state.run_name(made)) == 1
+
+
+def test_settings_of_steps_that_do_not_run_have_no_part_in_a_runs_name() -> None:
+    plain, other = config(SFT, run_name=None), config(SFT, run_name=None)
+    other.dpo.beta = 0.5
+    assert state.run_name(plain) == state.run_name(other)
+    plain, other = from_policy(DPO, "a", run_name=None), from_policy(DPO, "b", run_name=None)
+    assert state.run_name(plain) != state.run_name(other)
+
+
+def test_a_child_records_the_parent_that_it_was_really_made_from() -> None:
+    make_policy("here")
+    go(from_policy(DPO, "here"))
+    wired = plan.wire_run(from_policy(DPO, "here"))[0]
+    artifact = Artifact(Path("runs/a/dpo/export"), read_manifest("runs/a/dpo/export"))
+    given = {"dpo.policy": {"sha256": file_sha256(f"here/{MANIFEST}")}}
+    run.check_parents(artifact, wired, Path("runs/a"), given)
+    with pytest.raises(UserError, match=r"was made from another policy .* than the one at here \(f{12}\)"):
+        run.check_parents(artifact, wired, Path("runs/a"), {"dpo.policy": {"sha256": "f" * 64}})
 
 
 def test_a_step_added_later_goes_on_from_what_the_run_has() -> None:
