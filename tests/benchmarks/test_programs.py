@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks import data_scale, parity, sft_gpu, sft_parity, workload
+from benchmarks import (
+    data_scale,
+    dpo_parity,
+    pair_parity,
+    pair_sides,
+    pairs_workload,
+    parity,
+    reward_parity,
+    sft_gpu,
+    sft_parity,
+    workload,
+)
 from benchmarks.measure import PROJECT, threads_environment
 
 needs_trl = pytest.mark.skipif(
@@ -57,6 +68,55 @@ def test_losses_and_gradient_norms_are_trls(tmp_path: Path) -> None:
     assert result["largest_relative_difference"]["loss"] < 1e-6  # fp32 sums of a few hundred terms
     assert result["largest_relative_difference"]["grad_norm"] < 1e-5
     assert ours[0]["loss"] != ours[1]["loss"]  # two different batches
+
+
+def toy_pairs(folder: Path, count: int) -> pairs_workload.PairsWorkload:
+    """A policy of some thousand weights, and questions with a right and a wrong answer."""
+    from common.config import Dtype, ModelConfig, TokenizerConfig
+    from common.models import load_tokenizer
+
+    asked = [data_scale.row(number * 37) for number in range(count)]
+    shape = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    own = TokenizerConfig(train_vocab_size=300)
+    model = ModelConfig(config=shape, tokenizer=own, dtype=Dtype.fp32)
+    tokenizer = load_tokenizer(model, lambda: (text for row in asked for text in row.values()))
+    pairs_workload.export_as_policy(model, tokenizer, folder / "policy")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "chosen": [{"role": "assistant", "content": row["answer"]}],
+            "rejected": [{"role": "assistant", "content": "I do not know; " * (number % 3) + "no."}],
+        }
+        for number, row in enumerate(asked)
+    ]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pairs_workload.PairsWorkload(folder / "policy", path)
+
+
+@needs_trl
+def test_the_reward_models_numbers_are_trls(tmp_path: Path) -> None:
+    made = toy_pairs(tmp_path, 3 * pair_parity.PAIRS_PER_STEP)
+    base = pair_sides.initial_reward_model(made, tmp_path / "base")
+    trial = pair_parity.Trial("reward", made, tmp_path, base, steps=3, threads=1)
+    ours, theirs = reward_parity.compare(trial, center=0.01)
+    result = parity.summary(ours, theirs, reward_parity.QUANTITIES)
+    assert result["steps"] == 3 and result["passed"], result["largest_relative_difference"]
+    assert len({step["margin"] for step in ours}) == 3  # three different batches
+
+
+@needs_trl
+def test_dpos_numbers_are_trls(tmp_path: Path) -> None:
+    made = toy_pairs(tmp_path, 3 * pair_parity.PAIRS_PER_STEP)
+    trial = pair_parity.Trial("dpo", made, tmp_path, made.policy, steps=3, threads=1)
+    ours, theirs = dpo_parity.compare(trial, "sigmoid")
+    result = parity.summary(ours, dpo_parity.with_ties_as_half(theirs), dpo_parity.QUANTITIES)
+    assert result["steps"] == 3 and result["passed"], result["largest_relative_difference"]
+    assert ours[0]["rewards/margins"] == 0.0 != ours[2]["rewards/margins"]  # the policy has moved
 
 
 @needs_trl
