@@ -116,7 +116,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 scored.append(ScoredPairs.of(batch, scores))
             outcome = engine.step()
 
-            counters = loop.advance(counters, outcome, tokens, 2 * pairs)
+            counters = loop.advance(counters, outcome, tokens, trained=2 * pairs)  # one score per answer
             seconds = time.perf_counter() - began
             metrics = {
                 **measure(ScoredPairs.of_all_ranks(scored), centering),
