@@ -596,3 +596,41 @@ def test_a_step_without_a_share_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", preferences(10))
     with pytest.raises(UserError, match="no share for this step, dpo"):
         made_pairs(tmp_path, stage="dpo", stage_split=SHARES)
+
+
+def test_rows_for_evaluation_are_not_shared_out(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(40))
+    held = write(tmp_path / "held.jsonl", preferences(20, first=40))
+    _, evaluation, ledger = made_pairs(tmp_path, stage="sft", stage_split=SHARES, eval_path=held)
+    assert evaluation is not None and len(evaluation) == 20 and not ledger.sources[1].dropped
+
+
+# real preferences, where they are at hand
+
+REAL = Path(__file__).parents[4] / "shared" / "data"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real data beside the project")
+def test_real_transcripts_are_all_understood(tmp_path: Path) -> None:
+    train, evaluation, ledger = made_pairs(
+        tmp_path, path=str(REAL / "hh_rlhf" / "harmless_a.jsonl.gz"), max_length=8192
+    )
+    entry = ledger.sources[0]
+    assert evaluation is not None and len(train) + len(evaluation) == entry.rows_kept == 1596
+    assert {reason: drop.count for reason, drop in entry.dropped.items()} == {"chosen is empty": 4}
+    assert entry.rows_read == 1600 and entry.bad_rows == 0
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real data beside the project")
+def test_real_graded_answers_keep_a_question_on_one_side(tmp_path: Path) -> None:
+    train, evaluation, ledger = made_pairs(
+        tmp_path, path=str(REAL / "gsm8k" / "model_solutions.jsonl"), max_length=8192
+    )
+    assert not prompts(train) & prompts(evaluation)
+    assert len(prompts(train) | prompts(evaluation)) == 731  # questions with a right and a wrong answer
+    entry = ledger.sources[0]
+    assert {reason: drop.count for reason, drop in entry.dropped.items()} == {
+        "no right answer": 432,
+        "no wrong answer": 156,
+    }
+    assert entry.rows_read == 1319
