@@ -50,6 +50,18 @@ def test_the_whole_process_must_be_short_in_both_times(wall: float, cpu: float, 
     assert comparison.verdicts("tokens", ratios)[1].endswith(": met" if met else ": not met")
 
 
+def test_each_number_is_compared_with_the_setting_of_trl_that_is_best_at_it() -> None:
+    ratios = {
+        "pairs_per_cpu_second_to_trl_best": 1.4, "pairs_per_cpu_second_to_trl_best_in_step": 1.8,
+        "wall_seconds_to_trl_best": 0.5, "wall_seconds_to_trl_best_in_step": 0.7,
+        "cpu_seconds_to_trl_best": 0.4, "cpu_seconds_to_trl_best_in_step": 0.5,
+        "pairs_per_cpu_second_to_trl_default": 9.0, "wall_seconds_to_trl_default": 0.1,
+    }  # fmt: skip
+    steady, whole, _ = comparison.verdicts("pairs", ratios)
+    assert "1.40 x" in steady and steady.endswith(": not met")
+    assert "0.70 x" in whole and "0.50 x" in whole and whole.endswith(": not met")
+
+
 def test_evaluations_are_not_steps(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "num_tokens": 5}, {"step": 1, "eval/accuracy": 0.5}, {"step": 2, "tokens": 9}]
