@@ -24,7 +24,7 @@ from common.ds_config import build_ds_config
 from common.engine import Engine, StepOutcome
 from common.errors import UserError
 from common.progress import Progress
-from common.tracking import read_metrics
+from common.tracking import Tracker, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 5
 log = logging.getLogger("rlhf.loop")
@@ -122,6 +122,28 @@ def metrics_of_step(path: Path, step: int) -> dict[str, float]:
 def probe_of(example: TokenizedExample, device: torch.device, longest: int = 256) -> torch.Tensor:
     """The start of a document, int64 [1, N]: what an exported model is compared with the live one on."""
     return torch.from_numpy(example.input_ids[:longest].astype(np.int64))[None].to(device)
+
+
+def record(
+    metrics: Mapping[str, float],
+    counters: Counters,
+    outcome: StepOutcome,
+    places: Callable[[], Sequence[str]],
+    engine: Engine,
+    dtype: Dtype,
+    tracker: Tracker,
+    progress: Progress,
+) -> None:
+    """Log and show a step's metrics; say so when it was skipped. places: where its rows came from."""
+    tracker.log(metrics, counters.step)
+    progress.update(
+        counters.step,
+        loss=metrics["loss"],
+        tokens_per_second=metrics["perf/tokens_per_second"],
+        mfu=metrics.get("perf/mfu"),
+    )
+    if not outcome.applied:
+        report_skipped(counters, places(), metrics["loss"], engine.loss_scale, dtype, progress)
 
 
 def report_skipped(

@@ -1,6 +1,6 @@
 """Pairs as the model sees them: a seeded handful, how long answers are, and what was dropped or cut.
 
-Takes what a step's preview.py loads; prints to the terminal. Loads no model and makes no batches.
+Takes a step's settings; prints to the terminal. Loads no model and makes no batches.
 """
 
 from __future__ import annotations
@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.config import DataConfig, JobConfig
+from common.data.dataset import PREFERENCES
+from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
+from common.handoff import model_to_preview
+from common.models import load_tokenizer
 from common.progress import show_preview
+from common.stage import Step
+from common.step_data import build_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,6 +27,16 @@ if TYPE_CHECKING:
 
 PAIRS_SHOWN = 5
 Run = tuple[str, bool]  # a stretch of text, and whether it is trained
+
+
+def preview_pairs(job: JobConfig, step: Step, data: DataConfig, policy: str | None) -> None:
+    """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model.
+
+    policy: the artifact whose tokenizer counts; None before an earlier step of the run has made it.
+    """
+    tokenizer = load_tokenizer(model_to_preview(job.model, policy, f"{step.value}.policy"))
+    built = build_data(job, step, data, PREFERENCES, tokenizer, print)
+    show_pairs(built.train, built.ledger, tokenizer, data.max_length, job.seed)
 
 
 def show_pairs(
@@ -40,23 +57,16 @@ def show_pairs(
 
 def pair_runs(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> list[Run]:
     """The prompt once, then what follows it on the chosen side, then on the rejected one."""
-    prompt = prompt_tokens(pair)
-    begin = f"prompt ({prompt} tokens):\n"
+    chosen, rejected = prompt_length(pair.chosen), prompt_length(pair.rejected)
     return [
-        (begin, False),
-        *_runs(pair.chosen, tokenizer, 0, prompt),
+        (f"prompt ({chosen} tokens):\n", False),
+        *_runs(pair.chosen, tokenizer, 0, chosen),
         ("\nchosen:\n", False),
-        *_runs(pair.chosen, tokenizer, prompt, len(pair.chosen.input_ids)),
+        *_runs(pair.chosen, tokenizer, chosen, len(pair.chosen.input_ids)),
         ("\nrejected:\n", False),
-        *_runs(pair.rejected, tokenizer, prompt, len(pair.rejected.input_ids)),
+        *_runs(pair.rejected, tokenizer, rejected, len(pair.rejected.input_ids)),
         *([(f"\nmargin: {pair.margin:g}", False)] if pair.margin else []),
     ]
-
-
-def prompt_tokens(pair: TokenizedPair) -> int:
-    """Tokens before the first trained one on either side: the same tokens on both."""
-    # labels are shifted: the token after the first position with a label is the first trained one
-    return min(int(np.argmax(side.labels != IGNORE)) + 1 for side in (pair.chosen, pair.rejected))
 
 
 def _runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast, begin: int, end: int) -> list[Run]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data import dataset
+from common.data.dataset import DEMONSTRATIONS
 from common.data.types import IGNORE, TokenizedExample
 from common.progress import show_preview
+from common.stage import Step
+from common.step_data import build_data
 from step1_sft.config import SFTJob
-from step1_sft.data import cache_dir, load_sft_tokenizer
+from step1_sft.data import load_sft_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,14 +25,13 @@ ROWS_SHOWN = 5
 def preview(job: SFTJob, folder: Path) -> None:
     """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model."""
     tokenizer = load_sft_tokenizer(job, folder, local_rank=0, say=print)
-    train, _, ledger = dataset.build(
-        job.sft.data, tokenizer, stage="sft", seed=job.seed, cache_dir=cache_dir(job), report=print
-    )
+    data = build_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, print)
+    train = data.train
     chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
     show_preview(
         [runs(train[int(index)], tokenizer) for index in np.sort(chosen)],
         train.lengths.tolist(),
-        ledger.lines(),
+        data.ledger.lines(),
         float(train.trained.sum() / train.lengths.sum()),
         job.sft.data.max_length,
     )

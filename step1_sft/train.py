@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import to_plain
 from common.data.batches import Batches, evaluation_batches
+from common.data.dataset import DEMONSTRATIONS
 from common.distributed import (
     StopSignal,
     barrier,
@@ -35,15 +37,11 @@ from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.sampling import sample_completions, stop_rate
+from common.stage import Step
+from common.step_data import batch_plan, load_data, places_of
 from common.tracking import METRICS_FILE, Tracker
 from step1_sft.config import SFTJob
-from step1_sft.data import (
-    batch_plan,
-    count_padding,
-    count_tokens,
-    load_data,
-    load_sft_tokenizer,
-)
+from step1_sft.data import count_padding, count_tokens, load_sft_tokenizer, prompts_to_sample
 from step1_sft.evaluate import evaluate
 from step1_sft.loss import TokenSums, score
 
@@ -62,17 +60,16 @@ def train(job: SFTJob, run_dir: Path) -> int:
     # Load --------------------------------------------------------------------------------------
     tokenizer = load_sft_tokenizer(job, folder, world.local_rank, say)
     terminators = terminators_of(tokenizer)
-    data = load_data(job, tokenizer, folder, world, say)
-    say("\n".join(data.ledger.lines()))
+    data = load_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, folder, world, say)
     model = load_model(
         job.model, tokenizer, seed=job.seed, device=world.device, max_length=job.sft.data.max_length
     )
 
     # Data --------------------------------------------------------------------------------------
-    plan = batch_plan(job, world)
+    plan = batch_plan(job, job.sft.data, config, world)
     batches = Batches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
-    prompts = data.prompts(job, model)
+    prompts = prompts_to_sample(data.held_out, job, model)
 
     # Engine ------------------------------------------------------------------------------------
     module = PackedCausalLM(model)
@@ -132,19 +129,10 @@ def train(job: SFTJob, run_dir: Path) -> int:
                     flops_per_token, tokens, time.perf_counter() - began, job.model.dtype.value, world
                 ),
             }
-            tracker.log(metrics, counters.step)
-            progress.update(
-                counters.step,
-                loss=metrics["loss"],
-                tokens_per_second=metrics["perf/tokens_per_second"],
-                mfu=metrics.get("perf/mfu"),
-            )
-            if not outcome.applied:
-                rows = batches.rows(counters.step - 1)
-                places = [data.train.place(int(index)) for row in rows for index in row]
-                loop.report_skipped(
-                    counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
-                )
+            loop.record(
+                metrics, counters, outcome, partial(places_of, batches, data.train, counters.step - 1),
+                engine, job.model.dtype, tracker, progress,
+            )  # fmt: skip
 
             is_last = counters.step == total_steps
             if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):

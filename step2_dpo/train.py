@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from common import loop
 from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import to_plain
-from common.data.batches import PairBatches, evaluation_pair_batches
+from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
+from common.data.dataset import PREFERENCES
 from common.distributed import (
     StopSignal,
     barrier,
@@ -32,16 +34,17 @@ from common.distributed import (
 )
 from common.export import export_policy
 from common.handoff import load_named, model_of, parent_record
-from common.losses import PackedCausalLM
+from common.losses import PackedCausalLM, can_share_prefix
 from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.sampling import sample_completions, stop_rate
-from common.stage import Role
+from common.stage import Role, Step
+from common.step_data import batch_plan, cache_dir, load_data, places_of
 from common.tracking import METRICS_FILE, Tracker
 from step2_dpo.config import DPOJob
-from step2_dpo.data import batch_plan, cache_dir, count_tokens, load_data
+from step2_dpo.data import prompts_to_sample
 from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Counts, Objective, PairSums, score, step_loss
 from step2_dpo.reference import load_or_compute, reference_key
@@ -64,8 +67,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     terminators = terminators_of(tokenizer)
-    data = load_data(job, tokenizer, folder, world, say)
-    say("\n".join(data.ledger.lines()))
+    data = load_data(job, Step.dpo, job.dpo.data, PREFERENCES, tokenizer, folder, world, say)
     model = load_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.dpo.data.max_length
     )
@@ -73,10 +75,10 @@ def train(job: DPOJob, run_dir: Path) -> int:
 
     # Data --------------------------------------------------------------------------------------
     module = PackedCausalLM(model)
-    plan = batch_plan(job, world, module)
+    plan = batch_plan(job, job.dpo.data, config, world, share_prefix=can_share_prefix(module.base()))
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
-    prompts = data.prompts(job, model)
+    prompts = prompts_to_sample(data.held_out, job, model)
 
     # Engine ------------------------------------------------------------------------------------
     objective = Objective.of(job.dpo)
@@ -92,8 +94,9 @@ def train(job: DPOJob, run_dir: Path) -> int:
         policy, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
         dtype=job.model.dtype.value, device=world.device,
     )  # fmt: skip
+    folder_of_references = cache_dir(job, job.dpo.data) / "reference"
     reference = load_or_compute(
-        engine, batches, data.held_out, total_steps, key, cache_dir(job) / "reference", world, say
+        engine, batches, data.held_out, total_steps, key, folder_of_references, world, say
     )
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
     counters = loop.resume(checkpoints, engine, say)
@@ -112,8 +115,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: what the step holds, and whether to stop
-            *counted, tokens, computed, padding, stopping = sum_over_ranks(
-                [*Counts.of(micro_batches), *count_tokens(micro_batches), stop.received]
+            _, tokens, computed, padding, stopping, *counted = sum_over_ranks(
+                [*count_pairs(micro_batches), stop.received, *Counts.of(micro_batches)]
             )
             if stopping:
                 loop.save_and_leave(checkpoints, engine, counters, progress)
@@ -145,19 +148,10 @@ def train(job: DPOJob, run_dir: Path) -> int:
                     flops_per_token * computed / tokens, tokens, seconds, job.model.dtype.value, world
                 ),
             }
-            tracker.log(metrics, counters.step)
-            progress.update(
-                counters.step,
-                loss=metrics["loss"],
-                tokens_per_second=metrics["perf/tokens_per_second"],
-                mfu=metrics.get("perf/mfu"),
-            )
-            if not outcome.applied:
-                rows = batches.rows(counters.step - 1)
-                places = [data.train.place(int(index)) for row in rows for index in row]
-                loop.report_skipped(
-                    counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
-                )
+            loop.record(
+                metrics, counters, outcome, partial(places_of, batches, data.train, counters.step - 1),
+                engine, job.model.dtype, tracker, progress,
+            )  # fmt: skip
 
             is_last = counters.step == total_steps
             if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from common import loop
 from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import to_plain
-from common.data.batches import PairBatches, evaluation_pair_batches
+from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
+from common.data.dataset import PREFERENCES
 from common.distributed import (
     StopSignal,
     barrier,
@@ -31,15 +33,17 @@ from common.distributed import (
 )
 from common.export import export_reward_model
 from common.handoff import load_named, model_of, parent_record
+from common.losses import can_share_prefix
 from common.models import load_tokenizer
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.scalar_head import PackedScalarModel, load_scalar_model
-from common.stage import Role
+from common.stage import Role, Step
+from common.step_data import batch_plan, load_data, places_of
 from common.tracking import METRICS_FILE, Tracker
 from step2_reward.config import RewardConfig, RewardJob
-from step2_reward.data import Sample, batch_plan, count, load_data, probe_documents
+from step2_reward.data import Sample, probe_documents
 from step2_reward.evaluate import calibration, held_out_metrics, score_pairs
 from step2_reward.loss import ScoredPairs, measure, pair_losses, score
 
@@ -64,15 +68,14 @@ def train(job: RewardJob, run_dir: Path) -> int:
     policy = from_main(world, lambda: load_named(named, Role.policy, "reward.policy"))
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
-    data = load_data(job, tokenizer, folder, world, say)
-    say("\n".join(data.ledger.lines()))
+    data = load_data(job, Step.reward, job.reward.data, PREFERENCES, tokenizer, folder, world, say)
     model = load_scalar_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.reward.data.max_length
     )
 
     # Data --------------------------------------------------------------------------------------
     module = PackedScalarModel(model)
-    plan = batch_plan(job, world, module)
+    plan = batch_plan(job, job.reward.data, config, world, share_prefix=can_share_prefix(module.base()))
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
 
@@ -100,7 +103,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: what the step holds, and whether to stop
             pairs, tokens, computed, padding, stopping = sum_over_ranks(
-                [*count(micro_batches), stop.received]
+                [*count_pairs(micro_batches), stop.received]
             )
             if stopping:
                 loop.save_and_leave(checkpoints, engine, counters, progress)
@@ -130,19 +133,10 @@ def train(job: RewardJob, run_dir: Path) -> int:
                     flops_per_token * computed / tokens, tokens, seconds, job.model.dtype.value, world
                 ),
             }
-            tracker.log(metrics, counters.step)
-            progress.update(
-                counters.step,
-                loss=metrics["loss"],
-                tokens_per_second=metrics["perf/tokens_per_second"],
-                mfu=metrics.get("perf/mfu"),
-            )
-            if not outcome.applied:
-                rows = batches.rows(counters.step - 1)
-                places = [data.train.place(int(index)) for row in rows for index in row]
-                loop.report_skipped(
-                    counters, places, metrics["loss"], engine.loss_scale, job.model.dtype, progress
-                )
+            loop.record(
+                metrics, counters, outcome, partial(places_of, batches, data.train, counters.step - 1),
+                engine, job.model.dtype, tracker, progress,
+            )  # fmt: skip
 
             is_last = counters.step == total_steps
             if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):

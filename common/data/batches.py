@@ -254,6 +254,18 @@ def collate_pairs(
     )
 
 
+def count_pairs(micro_batches: Sequence[PairBatch]) -> tuple[int, int, int, int]:
+    """Of this rank's part of a step: pairs, tokens of both sides, positions computed for them, padding.
+
+    A prompt that both sides share is two times its tokens and computed once. Padding is nobody's token:
+    only filler batches have any.
+    """
+    pairs = sum(len(batch.pair_ids) for batch in micro_batches)
+    tokens = sum(batch.num_tokens for batch in micro_batches)
+    sizes = [(batch.documents.input_ids.shape[1], bool(batch.pair_ids)) for batch in micro_batches]
+    return pairs, tokens, sum(n for n, real in sizes if real), sum(n for n, real in sizes if not real)
+
+
 def _laid_out(
     sides: Sequence[TokenizedExample], shared: np.ndarray, starts: np.ndarray, standing: np.ndarray
 ) -> Batch:

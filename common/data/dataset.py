@@ -27,10 +27,8 @@ from common.data.columns import rename
 from common.data.kinds import (
     DEMONSTRATIONS,
     PREFERENCES,
-    Demonstrations,
     Kind,
     Opened,
-    Preferences,
     Record,
     Row,
 )
@@ -71,7 +69,6 @@ def build(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    kind: Demonstrations = ...,
     stage: str | None = ...,
     seed: int,
     cache_dir: Path | str,
@@ -85,13 +82,13 @@ def build(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    kind: Preferences,
+    kind: Kind[Any, Any, Opened],
     stage: str | None = ...,
     seed: int,
     cache_dir: Path | str,
     report: Report = ...,
     wait: bool = ...,
-) -> tuple[PairDataset, PairDataset | None, Ledger]: ...
+) -> tuple[Opened, Opened | None, Ledger]: ...
 
 
 def build(

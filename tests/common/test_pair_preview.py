@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
-from common.pair_preview import pair_runs, prompt_tokens
+from common.pair_preview import pair_runs
 from tests.tiny import tiny_tokenizer
 
 
@@ -20,7 +21,7 @@ def test_a_pair_is_shown_as_its_prompt_once_and_both_answers_with_what_is_traine
         tokenizer(text, add_special_tokens=False).input_ids for text in ("ab", " hello", "ok")
     )
     pair = TokenizedPair(side([*prompt, *good], 2), side([*prompt, *bad, *good], 2, untrained=(3,)), 0.5)
-    assert prompt_tokens(pair) == 2
+    assert prompt_length(pair.chosen) == 2
     assert pair_runs(pair, tokenizer) == [
         ("prompt (2 tokens):\n", False),
         ("ab", False),
@@ -35,4 +36,4 @@ def test_a_pair_is_shown_as_its_prompt_once_and_both_answers_with_what_is_traine
 
 def test_answers_that_begin_alike_are_not_taken_for_the_prompt() -> None:
     pair = TokenizedPair(side([5, 6, 7, 8], 2), side([5, 6, 7, 9], 2), 0.0)
-    assert prompt_tokens(pair) == 2
+    assert prompt_length(pair.chosen) == 2

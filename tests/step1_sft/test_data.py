@@ -13,8 +13,10 @@ from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
 from common.distributed import World
 from common.sampling import held_out_prompts
+from common.stage import Step
+from common.step_data import batch_plan, cache_dir, load_data
 from step1_sft.config import SFTJob
-from step1_sft.data import batch_plan, cache_dir, count_padding, count_tokens, load_data
+from step1_sft.data import count_padding, count_tokens
 from tests.tiny import CHATML, tiny_tokenizer
 
 
@@ -71,7 +73,8 @@ def test_filler_batches_are_padding_and_nothing_else_is() -> None:
 def test_ranks_differ_in_nothing_but_their_place() -> None:
     job = SFTJob(seed=7)
     job.sft.data.sources = [SourceConfig(path="x")]
-    plans = [batch_plan(job, World(rank, 2, rank, None)) for rank in (0, 1)]  # type: ignore[arg-type]
+    worlds = [World(rank, 2, rank, None) for rank in (0, 1)]  # type: ignore[arg-type]
+    plans = [batch_plan(job, job.sft.data, job.sft.train, world) for world in worlds]
     assert [plan.rank for plan in plans] == [0, 1]
     assert {(plan.seed, plan.world_size, plan.max_length, plan.global_batch_size) for plan in plans} == {
         (7, 2, job.sft.data.max_length, job.sft.train.global_batch_size)
@@ -80,9 +83,9 @@ def test_ranks_differ_in_nothing_but_their_place() -> None:
 
 def test_the_cache_is_shared_by_the_runs_of_an_output_folder_unless_it_is_named() -> None:
     job = SFTJob(output_dir="somewhere")
-    assert cache_dir(job).parts == ("somewhere", ".cache", "data")
+    assert cache_dir(job, job.sft.data).parts == ("somewhere", ".cache", "data")
     job.sft.data.cache_dir = "elsewhere"
-    assert cache_dir(job).parts == ("elsewhere",)
+    assert cache_dir(job, job.sft.data).parts == ("elsewhere",)
 
 
 def test_rows_that_are_shared_out_are_trained_on_by_the_step_they_belong_to(tmp_path: Path) -> None:
@@ -97,7 +100,8 @@ def test_rows_that_are_shared_out_are_trained_on_by_the_step_they_belong_to(tmp_
         return {str(tokenizer.decode(train[index].input_ids)) for index in range(len(train))}
 
     world = World(0, 1, 0, None)  # type: ignore[arg-type]
-    ours = texts(load_data(job, tokenizer, tmp_path, world, print).train)
+    loaded = load_data(job, Step.sft, job.sft.data, dataset.DEMONSTRATIONS, tokenizer, tmp_path, world, print)
+    ours = texts(loaded.train)
     other, _, _ = dataset.build(
         job.sft.data, tokenizer, stage="reward", seed=job.seed, cache_dir=tmp_path, report=print
     )

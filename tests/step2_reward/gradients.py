@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 
 from common.config import DeepSpeedConfig, Dtype
-from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
+from common.data.batches import BatchPlan, PairBatches, count_pairs, evaluation_pair_batches
 from common.distributed import World, init_world, sum_over_ranks
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.scalar_head import PackedScalarModel
-from step2_reward.data import count
 from step2_reward.evaluate import held_out_metrics, score_pairs
 from step2_reward.loss import ScoredPairs, measure, pair_losses, score
 from tests.step2_reward.pairs import CENTERING, MAX_LENGTH, SomePairs, tiny_scorer
@@ -63,7 +62,7 @@ def one_step(world: World, point: Point) -> Found:
     )  # fmt: skip
     evaluated = score_pairs(engine, evaluation_pair_batches(SomePairs(), plan), world.device)
     micro_batches = PairBatches(SomePairs(), plan).micro_batches(0)
-    pairs, *_ = sum_over_ranks(count(micro_batches))
+    pairs, *_ = sum_over_ranks(count_pairs(micro_batches))
     engine.train()
     scored = []
     for batch in micro_batches:

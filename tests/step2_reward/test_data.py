@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.batches import collate_pairs
+from common.data.batches import collate_pairs, count_pairs
 from common.data.types import TokenizedPair
 from step2_reward import data
-from step2_reward.data import Sample, count, probe_documents
+from step2_reward.data import Sample, probe_documents
 from tests.step2_reward.pairs import SomePairs
 
 
@@ -29,10 +29,10 @@ def test_a_shared_prompt_counts_twice_as_tokens_and_once_as_positions() -> None:
     pairs = SomePairs()
     # prompts of 3 + 1 and 9 + 1 tokens, answers of 4 and 7, 2 and 5 more
     batch, filler = collate_pairs([pairs[0], pairs[1]], [0, 1], [0, 0]), collate_pairs([], [], [])
-    assert count([batch, filler]) == (2, (8 + 11) + (12 + 15), (4 + 4 + 7) + (10 + 2 + 5), 1)
+    assert count_pairs([batch, filler]) == (2, (8 + 11) + (12 + 15), (4 + 4 + 7) + (10 + 2 + 5), 1)
     apart = collate_pairs([pairs[0]], [0], [0], share_prefix=False)
-    assert count([apart]) == (1, 19, 19, 0)
-    assert count([filler]) == (0, 0, 0, 1)
+    assert count_pairs([apart]) == (1, 19, 19, 0)
+    assert count_pairs([filler]) == (0, 0, 0, 1)
 
 
 def test_probes_are_the_ends_of_answers_with_their_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
