@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from common import attention
+from common.last_layer import LastLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -319,6 +320,7 @@ class PackedCausalLM(nn.Module):
         self.scores_in_head = type(head) in (nn.Linear, ScoringHead) and not changes_logits(self.base())
         if self.scores_in_head:
             cast(nn.Module, head).__class__ = ScoringHead
+        self.last_layer = last_layer_of(self.base())
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
@@ -343,9 +345,11 @@ class PackedCausalLM(nn.Module):
         """
         arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
         if not self.scores_in_head:
-            logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
+            with self.last_layer.only(trained_positions):
+                logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
             return _plain_cross_entropy(logits, targets, with_entropy, per_token)
-        hidden = self.base().get_decoder()(**arguments).last_hidden_state
+        with self.last_layer.only(trained_positions):
+            hidden = self.base().get_decoder()(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, trained_positions)
         return cast(
             TokenLoss, self.base().get_output_embeddings()(selected, targets, with_entropy, per_token)
@@ -467,6 +471,29 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
         return not _differ(apart[9:], together[6:], model.dtype)
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def last_layer_of(model: PreTrainedModel) -> LastLayer:
+    """The model's last layer, told to compute everything where a few tokens show that it must.
+
+    model: a transformers model with packed attention, without peft's wrapper; its mode is left as it was.
+    """
+    last = LastLayer(model)
+    training = model.training
+    model.eval()
+    try:
+        ids, rows = _some_tokens(model, 12), [2, 3, 5, 11]
+        whole = _run_decoder(model, ids, [0, 6, 12], ())
+        with last.only(torch.tensor(rows, device=ids.device)):
+            part = _run_decoder(model, ids, [0, 6, 12], ())
+        if _differ(whole[rows], part[rows], model.dtype):
+            last.give_up()
+    except (AttributeError, TypeError, IndexError, RuntimeError):
+        last.give_up()  # its feed-forward network is not called with hidden states, or returns more than them
+    finally:
+        model.train(training)
+    return last
 
 
 def _run_decoder(

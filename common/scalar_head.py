@@ -21,7 +21,7 @@ from torch import nn
 
 from common.config import ModelConfig
 from common.errors import UserError
-from common.losses import check_isolation, packed_arguments, positions_within
+from common.losses import check_isolation, last_layer_of, packed_arguments, positions_within
 from common.models import Ending, disable_dropout, load_network
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ class PackedScalarModel(nn.Module):
         for part in head.modules():  # peft keeps the original beside the one that is trained
             if type(part) is nn.Linear:
                 part.__class__ = ScalarHead
+        self.last_layer = last_layer_of(self.base())
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
@@ -166,7 +167,8 @@ class PackedScalarModel(nn.Module):
     ) -> torch.Tensor:
         """fp32 [S], the scores read at score_positions (int64 [S], indices into N). Shapes as in `Batch`."""
         arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
-        hidden = self.base().get_decoder()(**arguments).last_hidden_state
+        with self.last_layer.only(score_positions):
+            hidden = self.base().get_decoder()(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, score_positions)
         return cast(torch.Tensor, getattr(self.base(), HEAD)(selected))[:, 0]
 
