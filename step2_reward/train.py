@@ -49,7 +49,7 @@ from step2_reward.loss import ScoredPairs, measure, pair_losses, score
 
 log = logging.getLogger("rlhf.reward")
 
-CALIBRATION_PAIRS = 1024
+CALIBRATION_PAIRS = 128
 """Training pairs that calibrate the rewards when none are held out, at most."""
 
 

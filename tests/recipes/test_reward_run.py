@@ -135,7 +135,7 @@ def test_without_held_out_pairs_training_pairs_calibrate_and_that_is_said(folder
     job.reward.data.eval_fraction = 0.0
     run_dir = folder / "runs" / "nothing held out"
     printed = run_job(job, run_dir)
-    assert "no pairs are held out: accuracy (100.0%) and calibration are those of at most 1024 training" in (
+    assert "no pairs are held out: accuracy (100.0%) and calibration are those of at most 128 training" in (
         " ".join(printed.split())
     )
     details = verify(run_dir / "reward" / "export").details
