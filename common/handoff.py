@@ -79,7 +79,7 @@ def check_same_tokens(left: Artifact, right: Artifact) -> None:
     differing = [
         f"\n    {words}: {_shown(ours.get(name))} against {_shown(theirs.get(name))}"
         for name, words in TOKEN_FIELDS.items()
-        if ours.get(name) != theirs.get(name)
+        if name not in ours or name not in theirs or ours[name] != theirs[name]
     ]
     if differing:
         raise UserError(

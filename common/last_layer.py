@@ -27,9 +27,12 @@ class LastLayer:
         self._length = 0
         network = _feed_forward(model)
         self._works = network is not None and not _runs_layers_its_own_way(model)
+        self._hooks = []
         if self._works and network is not None:
-            network.register_forward_pre_hook(self._select)
-            network.register_forward_hook(self._put_back)
+            self._hooks = [
+                network.register_forward_pre_hook(self._select),
+                network.register_forward_hook(self._put_back),
+            ]
 
     @contextmanager
     def only(self, rows: torch.Tensor) -> Iterator[None]:
@@ -45,8 +48,10 @@ class LastLayer:
             self._rows = None
 
     def give_up(self) -> None:
-        """Compute everything from now on: leaving positions out was found to change what is read."""
+        """Compute everything from now on, and leave no trace in the model."""
         self._works = False
+        for hook in self._hooks:
+            hook.remove()
 
     def _select(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._rows is None:

@@ -173,6 +173,9 @@ def report_skipped(
 def swapped_warning(metrics: Mapping[str, float], accuracy: str, margin: str) -> str | None:
     """What to say when answers that people rejected ended above those they chose; None when they did not.
 
+    Held-out pairs show it when their columns, or the others', are swapped. Where all rows are swapped alike,
+    the model learns that order and nothing can show it.
+
     accuracy, margin: names of the metrics that hold the share of pairs in the right order and the mean
     difference of rewards.
     """
@@ -182,5 +185,5 @@ def swapped_warning(metrics: Mapping[str, float], accuracy: str, margin: str) ->
     return (
         f"warning: at the end the rejected answers have higher rewards than the chosen ones ({margin} "
         f"{mean:.3g}; {share:.1%} of the pairs are in the right order): are the columns chosen and rejected "
-        "swapped, in the rows or in data.sources.columns?"
+        "swapped, in data.eval_path or in one of data.sources?"
     )

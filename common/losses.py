@@ -451,6 +451,7 @@ def check_packed(model: nn.Module) -> None:
         check_isolation(packed.base())
         _check_head(packed)
     finally:
+        packed.last_layer.give_up()
         model.train(training)
 
 
@@ -489,7 +490,7 @@ def last_layer_of(model: PreTrainedModel) -> LastLayer:
             part = _run_decoder(model, ids, [0, 6, 12], ())
         if _differ(whole[rows], part[rows], model.dtype):
             last.give_up()
-    except (AttributeError, TypeError, IndexError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         last.give_up()  # its feed-forward network is not called with hidden states, or returns more than them
     finally:
         model.train(training)

@@ -20,7 +20,8 @@ def training_flops_per_token(model: PreTrainedModel) -> float:
 
     Embeddings are looked up, not multiplied, so an input embedding of its own does not count; a tied one
     counts once, as the output projection. Attention scores are left out: at usual lengths they are
-    under a tenth (PaLM, arXiv 2204.02311, appendix B).
+    under a tenth (PaLM, arXiv 2204.02311, appendix B). What a step leaves out because nobody reads it (logits
+    of untrained tokens, `common/last_layer.py`) counts as done, as is usual for MFU.
     """
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings()

@@ -264,7 +264,7 @@ def check_parents(
     recorded = {parent["role"]: parent for parent in artifact.manifest.details.get("parents", [])}
     for role in wired.stage.consumes:
         given = inputs[f"{wired.stage.name.value}.{role.value}"]["sha256"]
-        made_from = recorded.get(role.value, {}).get("manifest_sha256", given)
+        made_from = str(recorded.get(role.value, {}).get("manifest_sha256", "not recorded"))
         if made_from != given:
             raise UserError(
                 f"{artifact.path} was made from another {role.value} ({made_from[:12]}) than the one at "

@@ -5,7 +5,6 @@ How pairs come to disk and into batches is in `common/step_data.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,6 @@ from step2_dpo.config import DPOJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,11 @@ How pairs come to disk and into batches is in `common/step_data.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from common.data.batches import Pairs
 from common.data.types import TokenizedPair
-
-if TYPE_CHECKING:
-    pass
-
-Say = Callable[[str], None]
 
 PROBE_PAIRS, PROBE_LENGTH = 4, 256
 

@@ -119,7 +119,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 scored.append(ScoredPairs.of(batch, scores))
             outcome = engine.step()
 
-            counters = loop.advance(counters, outcome, tokens, trained=2 * pairs)  # one score per answer
+            counters = loop.advance(counters, outcome, tokens, trained=tokens)
             seconds = time.perf_counter() - began
             metrics = {
                 **measure(ScoredPairs.of_all_ranks(scored), centering),

@@ -139,3 +139,13 @@ def test_a_folder_that_is_missing_empty_or_a_file_is_named(tmp_path: Path) -> No
     assert "is not a finished artifact: it has no manifest.json" in refusal(tmp_path / "empty").message
     assert "is a file" in refusal(tmp_path / "export" / "config.json").message
     assert refusal("").message == "dpo.policy is empty"
+
+
+def test_manifests_that_say_nothing_of_their_tokens_are_not_alike(tmp_path: Path) -> None:
+    silent = []
+    for name in ("one", "other"):
+        artifact_of_name = artifact(tmp_path / name)
+        manifest = Manifest("artifact", Role.policy, artifact_of_name.manifest.files, {})
+        silent.append(Artifact(artifact_of_name.path, manifest))
+    with pytest.raises(UserError, match="do not read text alike"):
+        check_same_tokens(*silent)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import attention
-from common.losses import PackedCausalLM, last_layer_of, positions_within
+from common.losses import PackedCausalLM, check_packed, last_layer_of, positions_within
 
 ROWS, BOUNDARIES = torch.tensor([3, 4, 4, 8, 11]), torch.tensor([0, 5, 12], dtype=torch.int32)
 
@@ -84,3 +84,20 @@ def test_recomputed_layers_are_computed_whole() -> None:
     last = last_layer_of(model.train())
     with last.only(ROWS):
         assert last._rows is None
+
+
+def test_a_feed_forward_network_called_by_keyword_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    layer = model.model.layers[-1]
+    call = layer.mlp.__call__
+    monkeypatch.setattr(type(layer), "forward", lambda self, hidden_states, **kwargs: call(x=hidden_states))
+    last = last_layer_of(model)
+    with last.only(ROWS):
+        assert last._rows is None
+    assert not layer.mlp._forward_hooks and not layer.mlp._forward_pre_hooks
+
+
+def test_a_check_leaves_no_hook_behind() -> None:
+    model = model_of("llama")
+    check_packed(model)
+    assert not model.model.layers[-1].mlp._forward_hooks

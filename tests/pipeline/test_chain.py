@@ -27,6 +27,7 @@ from common.stage import Role, Step
 from pipeline import plan, run, state
 from pipeline.config import PROJECT, PipelineConfig
 from pipeline.verify import verify_path
+from tests.pipeline.programs.fake_step import TOKENS
 
 PROGRAMS = Path(__file__).parent / "programs"
 FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo"}
@@ -85,8 +86,7 @@ def make_policy(path: str, weights: str = "{}", role: Role = Role.policy) -> str
     shutil.rmtree(path, ignore_errors=True)
     Path(path).mkdir(parents=True)
     (Path(path) / "config.json").write_text(weights)
-    details = {"tokenizer_hash": "t1", "pad_token_id": 0}
-    return file_sha256(write_manifest(path, Manifest("artifact", role, hash_files(path), details)))
+    return file_sha256(write_manifest(path, Manifest("artifact", role, hash_files(path), TOKENS)))
 
 
 # --- Chains ----------------------------------------------------------------------------------------

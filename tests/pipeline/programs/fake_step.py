@@ -22,6 +22,16 @@ from common.stage import Role
 RANK = os.environ.get("RANK", "0")
 
 
+TOKENS: dict[str, Any] = {
+    "tokenizer_hash": "t1",
+    "chat_template_hash": "c1",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "terminators": [2],
+}
+
+
 def leave_artifact(run_dir: Path, name: str, role: Role, details: dict[str, Any]) -> None:
     if RANK != "0" or (run_dir / name / "export").exists():
         return
@@ -36,7 +46,7 @@ def leave_artifact(run_dir: Path, name: str, role: Role, details: dict[str, Any]
 def details_of(run_dir: Path, name: str) -> dict[str, Any]:
     """What the manifest says of tokenizer and parents."""
     part = yaml.safe_load((run_dir / "resolved.yaml").read_text())[name]
-    tokenizer = {"tokenizer_hash": os.environ.get("FAKE_TOKENIZER", "t1"), "pad_token_id": 0}
+    tokenizer = {**TOKENS, "tokenizer_hash": os.environ.get("FAKE_TOKENIZER", "t1")}
     if name == "sft":
         return {**tokenizer, "parents": []}
     return {**tokenizer, "parents": [parent_record(Path(part["policy"]), run_dir)]}
