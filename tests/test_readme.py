@@ -29,7 +29,8 @@ def test_every_command_of_the_readme_composes(verb: str, rest: str) -> None:
         return
     assert verb in ("run", "preview")
     config = compose(prepare(arguments).overrides)
-    assert config.sft.data.all_sources()
+    steps = [getattr(config, step.value) for step in config.steps]
+    assert steps and all(step.data.all_sources() for step in steps)
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS)))
