@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from common.data.packing import Packing, one_per_row, pack
+from common.data.packing import Packing, one_per_row, pack, spread
 from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair
 
 PAIR = 2
@@ -154,7 +154,7 @@ class PairBatches(Batches):
     """The batches of every step of pairs, as `PairBatch`es.
 
     A step has `global_batch_size` pairs however they are packed: packing puts as many pairs of the step into
-    a row as fit into two documents of `max_length` tokens.
+    a row as fit into two documents of `max_length` tokens, or fewer where ranks would be left without a row.
     """
 
     def rows(self, step: int) -> list[np.ndarray]:
@@ -300,10 +300,13 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _pair_rows(lengths: np.ndarray, pairs: np.ndarray, plan: BatchPlan, *, seed: int) -> list[np.ndarray]:
-    """The pairs as rows: packed, or each a row of its own."""
+    """The pairs as rows: packed, or each a row of its own; a row for every rank if there are pairs enough."""
     if not plan.packing:
         return [pairs[index : index + 1] for index in range(len(pairs))]
-    packing = pack(lengths[pairs], PAIR * plan.max_length, seed=seed)
+    capacity, fewest = PAIR * plan.max_length, min(plan.world_size, len(pairs))
+    packing = pack(lengths[pairs], capacity, seed=seed)
+    if len(packing) < fewest:
+        packing = spread(lengths[pairs], capacity, fewest, seed=seed)
     return [pairs[packing[row]] for row in range(len(packing))]
 
 

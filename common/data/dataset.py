@@ -8,6 +8,7 @@ stays flat however many rows there are (a few numbers per row). Does not pack an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,7 @@ from common.data.ledger import Ledger, SourceLedger
 from common.data.preferences import RowUnused
 from common.data.stages import OTHER_STAGE, StageSplit
 from common.data.stored import CHUNK_ROWS, ROWS_FILE, PairDataset, TokenizedDataset
-from common.data.types import Message, Place
+from common.data.types import Message, Place, RawExample
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -171,11 +172,12 @@ def understood(
     for number in [*range(count, len(named)), *range(count)]:
         entry = ledger.sources[number]
         source = dataclasses.replace(named[number][1], name=entry.name)
-        for row in _rows_of_source(source, kind, bad_rows, entry, seed, report):
-            if number < count and not split.has(kind.question(row)):
+        for_eval = number >= count
+        for row in _rows_of_source(source, kind, bad_rows, entry, seed, report, for_eval=for_eval):
+            if not for_eval and not split.has(kind.question(row)):
                 entry.drop(OTHER_STAGE, row.place)
             else:
-                yield row, number, number >= count
+                yield row, number, for_eval
 
 
 def training_texts(
@@ -236,7 +238,7 @@ def _named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     """The training sources, then eval_path if any, each with a name of its own."""
     every = data.all_sources()
     if data.eval_path is not None:
-        every.append(SourceConfig(path=data.eval_path))
+        every.append(_eval_source(data.eval_path, every))
     named: list[tuple[str, SourceConfig]] = []
     for source in every:
         name = sources.source_name(source)
@@ -246,6 +248,14 @@ def _named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     return named
 
 
+def _eval_source(path: str, training: Sequence[SourceConfig]) -> SourceConfig:
+    """The held-out file, to be read as the training sources are when these are all read alike."""
+    first, *others = training
+    if any((other.format, other.columns) != (first.format, first.columns) for other in others):
+        return SourceConfig(path=path)
+    return SourceConfig(path=path, format=first.format, columns=first.columns)
+
+
 def _rows_of_source(
     source: SourceConfig,
     kind: Kind[Row, Record, Opened],
@@ -253,16 +263,18 @@ def _rows_of_source(
     entry: SourceLedger,
     seed: int,
     report: Report,
+    *,
+    for_eval: bool,
 ) -> Iterator[Row]:
     format: Any = None
+    names: Mapping[str, str] = {}
     for raw in sources.rows_of(source, bad_rows, seed=seed):
         try:
             if format is None:
-                renamed = rename(raw.columns, source.columns)
-                format = kind.recognise(renamed, name=source.format, origin=str(raw.place))
+                format, names = (_format_of_eval if for_eval else _format)(raw, source, kind)
                 entry.format = format.name
                 report(f"{entry.name}: format {format.name} (columns {', '.join(raw.columns)})")
-            found = kind.read(raw, format, source.columns)
+            found = kind.read(raw, format, names)
         except RowUnused as reason:
             entry.drop(str(reason), raw.place)
         except sources.RowError as error:
@@ -270,6 +282,27 @@ def _rows_of_source(
         else:
             entry.further_pairs += len(found) - 1
             yield from found
+
+
+def _format(
+    raw: RawExample, source: SourceConfig, kind: Kind[Any, Any, Any], origin: str = ""
+) -> tuple[Any, Mapping[str, str]]:
+    """The format of a source whose first row is `raw`, and its names of our columns."""
+    renamed = rename(raw.columns, source.columns)
+    return kind.recognise(renamed, name=source.format, origin=origin or str(raw.place)), source.columns
+
+
+def _format_of_eval(
+    raw: RawExample, source: SourceConfig, kind: Kind[Any, Any, Any]
+) -> tuple[Any, Mapping[str, str]]:
+    """The same of data.eval_path: as the training sources are read, or else by its own columns."""
+    with contextlib.suppress(sources.RowError, UserError):
+        return _format(raw, source, kind)
+    try:
+        return _format(raw, SourceConfig(path=source.path), kind, f"data.eval_path, {raw.place}")
+    except UserError as error:
+        hint = f"{error.hint}; data.eval_path is read by those too when all of data.sources have the same"
+        raise UserError(error.message, hint=hint) from error
 
 
 class _Kept:

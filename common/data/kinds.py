@@ -2,7 +2,7 @@
 
 `dataset.py` has one way from sources to files for both; a `Kind` says how a row is read, tokenized and
 fitted into `data.max_length`, and what two rows must share to stay on one side of the held-out split:
-everything for demonstrations, the prompt for preferences. Keeps no state.
+everything for demonstrations, what is asked first for preferences. Keeps no state.
 """
 
 from __future__ import annotations
@@ -74,11 +74,10 @@ class Kind(ABC, Generic[Row, Record, Opened]):
     def identity(self, row: Row) -> tuple[str | None, Sequence[Message]]:
         """What rows have in common that must stay on one side: plain text, or turns."""
 
+    @abstractmethod
     def question(self, row: Row) -> str:
-        """What the user asks first; all of the text when nobody asks anything."""
-        text, turns = self.identity(row)
-        asked = (message.content for message in turns if message.role == "user")
-        return next(asked, text or "\n".join(message.content for message in turns))
+        """What the user asks first; all of the text when nobody asks anything. White space around it says
+        nothing."""
 
 
 class Demonstrations(Kind[Conversation, TokenizedExample, TokenizedDataset]):
@@ -115,6 +114,9 @@ class Demonstrations(Kind[Conversation, TokenizedExample, TokenizedDataset]):
     def identity(self, row: Conversation) -> tuple[str | None, Sequence[Message]]:
         return row.text, row.messages
 
+    def question(self, row: Conversation) -> str:
+        return row.text if row.text is not None else _asked_first(row.messages)
+
 
 class Preferences(Kind[Preference, TokenizedPair, PairDataset]):
     """Pairs of answers to one prompt, each pair one record: the chosen document, then the rejected one."""
@@ -148,7 +150,16 @@ class Preferences(Kind[Preference, TokenizedPair, PairDataset]):
         return len(record.chosen.input_ids), record.margin
 
     def identity(self, row: Preference) -> tuple[str | None, Sequence[Message]]:
-        return None, row.prompt
+        # transcripts that go on in different ways from one question are not independent of each other
+        return None, (Message("user", self.question(row).strip()),)
+
+    def question(self, row: Preference) -> str:
+        return _asked_first(row.prompt)
+
+
+def _asked_first(turns: Sequence[Message]) -> str:
+    asked = (message.content for message in turns if message.role == "user")
+    return next(asked, "\n".join(message.content for message in turns))
 
 
 DEMONSTRATIONS = Demonstrations()

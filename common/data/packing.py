@@ -2,11 +2,13 @@
 
 Exact best-fit-decreasing over a whole epoch: longest documents first, each into the fullest row that
 still has room. Equal lengths are placed together, so a million documents take a fraction of a
-second. Takes and returns numbers only: no token is read, no mask or label made here.
+second. `spread` fills a given number of rows evenly instead. Takes and returns numbers only: no token
+is read, no mask or label made here.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +45,26 @@ def pack(lengths: np.ndarray, capacity: int, *, seed: int) -> Packing:
     values, counts = np.unique(-lengths, return_counts=True)
     row_of, rows = _best_fit((-values).tolist(), counts.tolist(), capacity, len(lengths))
     return _shuffled(_grouped(row_of, order, rows), generator)
+
+
+def spread(lengths: np.ndarray, capacity: int, rows: int, *, seed: int) -> Packing:
+    """Rows about equally full: `rows` of them, more only where `capacity` asks for it.
+
+    lengths: int [D], D >= rows. Longest documents first, each into the emptiest row; which of several
+    equally long ones goes where is shuffled by `seed`. No row is empty.
+    """
+    lengths = np.asarray(lengths)
+    _check(lengths, capacity)
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    emptiest = [(0, row) for row in range(rows)]  # a heap of fill and row
+    row_of = np.empty(len(order), np.int64)
+    for at, length in enumerate(lengths[order].tolist()):
+        if emptiest[0][0] + length > capacity:
+            heapq.heappush(emptiest, (0, len(emptiest)))
+        fill, row_of[at] = emptiest[0]
+        heapq.heapreplace(emptiest, (fill + length, int(row_of[at])))
+    return _grouped(row_of, order, len(emptiest))
 
 
 def one_per_row(count: int, *, seed: int) -> Packing:

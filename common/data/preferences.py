@@ -81,7 +81,8 @@ def to_preferences(
     """
     columns = cells.rename(raw.columns, columns_map or {})
     cells.require(columns, format.required, format.name)
-    margin = cells.number(columns, "margin") if "margin" in columns else 0.0
+    # columnar files fill what a row does not have with null, CSV files with nothing
+    margin = 0.0 if columns.get("margin") in (None, "") else cells.number(columns, "margin")
     pairs = format.read(columns)
     for sides in pairs:
         _check(sides)
@@ -130,12 +131,26 @@ def _with_prompt(columns: Columns) -> Sides:
     if not prompt:
         raise RowError("prompt has no turns")
     said = isinstance(value, str) and cells.is_transcript(value)
+    if isinstance(value, str) and not said:
+        columns = _without_repetition(columns, value)
     whole = cells.system(columns) + prompt
     chosen, rejected = (
         _after_prompt(_written(columns, name, in_transcript=said), prompt, whole, name)
         for name in ("chosen", "rejected")
     )
     return Sides(whole, chosen, rejected)
+
+
+def _without_repetition(columns: Columns, prompt: str) -> Columns:
+    """Without the prompt, and the white space behind it, when both sides are strings that begin with it.
+
+    A single side that does is left as it is: an answer may quote the question.
+    """
+    sides = {name: columns[name] for name in ("chosen", "rejected")}
+    texts = {name: side for name, side in sides.items() if isinstance(side, str) and side.startswith(prompt)}
+    if len(texts) < len(sides):
+        return columns
+    return {**columns, **{name: text.removeprefix(prompt).lstrip() for name, text in texts.items()}}
 
 
 def _without_cue(turns: Turns) -> Turns:

@@ -281,6 +281,50 @@ def test_a_packed_row_holds_no_more_than_two_documents_of_the_greatest_length() 
     assert [len(row) for row in PairBatches(pairs, plan_of(False)).rows(0)] == [1, 1, 1, 1]
 
 
+class ShortPairs:
+    """128 pairs of 10 to 40 tokens, and one of 60: in rows of 400 tokens, fewer rows than 16."""
+
+    sources: ClassVar = ["a"]
+    source_ids = np.zeros(129, np.int32)
+
+    def __init__(self) -> None:
+        sizes = [*np.random.default_rng(0).integers(3, 18, 128).tolist(), 28]
+        self.pairs = [pair([1, 2], [3] * (n - 1) + [9], [4] * (n - 1) + [9]) for n in sizes]
+        self.lengths = np.array([2 * (n + 2) for n in sizes])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        return self.pairs[index]
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize("ranks", [16, 2, 1])
+def test_no_rank_is_without_a_pair_while_there_are_pairs_enough(ranks: int, evaluation: bool) -> None:
+    data = ShortPairs()
+    seen, sizes = [], []
+    for rank in range(ranks):
+        layout = BatchPlan(200, True, 129, 1, 0, rank, ranks)
+        if evaluation:
+            batches = list(evaluation_pair_batches(data, layout))
+        else:
+            batches = PairBatches(data, layout).micro_batches(0)
+        seen += [index for batch in batches for index in batch.pair_ids]
+        sizes += [batch.num_tokens for batch in batches]
+        assert all(batch.pair_ids for batch in batches) or ranks < 16
+    assert sorted(seen) == list(range(129))
+    if ranks == 16:  # a row each, of about as many tokens
+        assert len(sizes) == 16 and max(sizes) - min(sizes) <= 60
+    else:  # as full as before
+        assert 8 <= sum(size > 0 for size in sizes) <= -(-int(data.lengths.sum()) // 400) + 1
+
+
+def test_fewer_pairs_than_ranks_are_a_row_each() -> None:
+    layout = BatchPlan(16, True, 3, 1, 0, 0, 8)
+    assert [len(row) for row in PairBatches(SomePairs(), layout).rows(0)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_evaluation_sees_each_pair_once(packing: bool) -> None:
     seen = [

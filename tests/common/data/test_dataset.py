@@ -276,6 +276,50 @@ def test_a_file_of_its_own_for_evaluation_is_kept_out_of_training(tmp_path: Path
     assert evaluation.sources == ["rows", "held"] and set(evaluation.source_ids.tolist()) == {1}
 
 
+def renamed(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"q": row["prompt"], "a": row["completion"]} for row in pairs(count, first)]
+
+
+NAMES = {"prompt": "q", "completion": "a"}
+
+
+def test_a_file_for_evaluation_is_read_by_the_columns_of_the_sources(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{n}.jsonl", renamed(10, 10 * n)) for n in range(2)]
+    held = write(tmp_path / "held.jsonl", renamed(5, 18))
+    sources = [SourceConfig(path=path, columns=NAMES) for path in paths]
+    for used, kept in ((sources[1:], 8), (sources, 18)):
+        train, evaluation, _ = made(tmp_path, sources=used, eval_path=held)
+        assert len(train) == kept and evaluation is not None and len(evaluation) == 5
+        assert "question 18<" in texts(evaluation)[0]
+
+
+def test_a_file_for_evaluation_with_other_columns_is_recognised_by_itself(tmp_path: Path) -> None:
+    source = SourceConfig(path=write(tmp_path / "rows.jsonl", renamed(10)), columns=NAMES)
+    held = write(tmp_path / "held.jsonl", [{"question": "q", "answer": "a"}])
+    _, evaluation, ledger = made(tmp_path, sources=[source], eval_path=held)
+    assert evaluation is not None and len(evaluation) == 1
+    assert ledger.sources[1].format == "question/answer"
+
+
+def test_a_file_for_evaluation_is_read_in_the_format_of_the_sources(tmp_path: Path) -> None:
+    source = SourceConfig(path=write(tmp_path / "rows.jsonl", preferences(10)), format="chosen")
+    held = write(tmp_path / "held.jsonl", preferences(2, first=10))
+    _, evaluation, _ = made(tmp_path, sources=[source], eval_path=held)
+    assert evaluation is not None and "good 10<" in texts(evaluation)[0]
+
+
+def test_a_file_for_evaluation_that_nothing_says_how_to_read_is_named(tmp_path: Path) -> None:
+    sources = [
+        SourceConfig(path=write(tmp_path / "rows.jsonl", renamed(10)), columns=NAMES),
+        SourceConfig(path=write(tmp_path / "more.jsonl", pairs(10))),
+    ]
+    held = write(tmp_path / "held.jsonl", renamed(5, 18))
+    named = f"data.eval_path, {held}:1: no known format has the columns a, q"
+    with pytest.raises(UserError, match=named) as error:
+        made(tmp_path, sources=sources, eval_path=held)
+    assert "is read by those too when all of data.sources have the same" in str(error.value.hint)
+
+
 def test_texts_for_a_tokenizer_leave_out_what_is_held_out(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.25)
@@ -478,6 +522,46 @@ def test_pairs_whose_prompt_is_in_the_evaluation_file_are_kept_out_of_training(t
     assert ledger.sources[0].dropped["also in data.eval_path"].count == 2
 
 
+def transcripts(first_questions: list[str]) -> list[dict[str, Any]]:
+    """Pairs whose prompts are all different, by what follows the first question."""
+    return [
+        {
+            "chosen": f"\n\nHuman: {asked}\n\nAssistant: yes\n\nHuman: more {n}\n\nAssistant: good",
+            "rejected": f"\n\nHuman: {asked}\n\nAssistant: yes\n\nHuman: more {n}\n\nAssistant: bad",
+        }
+        for n, asked in enumerate(first_questions)
+    ]
+
+
+def test_transcripts_that_begin_with_one_question_never_sit_on_both_sides(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", transcripts([f"question {n % 20}" for n in range(100)]))
+    train, evaluation, _ = made_pairs(tmp_path, eval_fraction=0.2)
+    assert evaluation is not None and len(train) == 80 and len(evaluation) == 20
+    assert len(prompts(train)) == 16 and not prompts(train) & prompts(evaluation)
+
+
+def test_white_space_around_a_question_makes_no_other_question(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {n}{end}", "chosen": f"good {n}", "rejected": f"bad {n}"}
+        for n in range(20)
+        for end in ("", " ", "\n")
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    train, evaluation, _ = made_pairs(tmp_path, eval_fraction=0.25)
+    trained, held = ({prompt.strip() for prompt in prompts(side)} for side in (train, evaluation))
+    assert len(train) == 45 and len(held) == 5 and not trained & held
+
+
+def test_transcripts_whose_question_is_in_the_evaluation_file_are_kept_out_of_training(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "rows.jsonl", transcripts([f"question {n}" for n in range(20)]))
+    held = write(tmp_path / "held.jsonl", preferences(3, 18))
+    train, evaluation, ledger = made_pairs(tmp_path, eval_path=held)
+    assert len(train) == 18 and evaluation is not None and len(evaluation) == 3
+    assert ledger.sources[0].dropped["also in data.eval_path"].count == 2
+
+
 def test_dropped_pairs_are_counted_by_reason(tmp_path: Path) -> None:
     rows = preferences(8)
     rows[1] |= {"chosen": "same", "rejected": "same"}
@@ -619,6 +703,21 @@ def test_real_transcripts_are_all_understood(tmp_path: Path) -> None:
     assert evaluation is not None and len(train) + len(evaluation) == entry.rows_kept == 1596
     assert {reason: drop.count for reason, drop in entry.dropped.items()} == {"chosen is empty": 4}
     assert entry.rows_read == 1600 and entry.bad_rows == 0
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real data beside the project")
+def test_real_transcripts_keep_a_first_question_on_one_side(tmp_path: Path) -> None:
+    path, tokenizer = str(REAL / "hh_rlhf" / "harmless_a.jsonl.gz"), tiny_tokenizer(CHATML)
+    train, evaluation, _ = made_pairs(tmp_path, path=path, max_length=8192, eval_fraction=0.2)
+
+    def first_questions(side: PairDataset | None) -> list[str]:
+        assert side is not None
+        every = (tokenizer.decode(side[index].chosen.input_ids) for index in range(len(side)))
+        return [text.partition("user\n")[2].partition("<|im_end|>")[0].strip() for text in every]
+
+    asked = first_questions(train) + first_questions(evaluation)
+    assert len(asked) == 1596 and len(set(asked)) < 1596  # some are asked more than once
+    assert not set(first_questions(train)) & set(first_questions(evaluation))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real data beside the project")

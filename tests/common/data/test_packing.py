@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.data.packing import one_per_row, pack
+from common.data.packing import one_per_row, pack, spread
 
 
 def textbook(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -72,3 +72,30 @@ def test_without_packing_every_document_has_a_row_of_its_own() -> None:
     rows = one_per_row(5, seed=0)
     assert len(rows) == 5 and sorted(int(rows[i][0]) for i in range(5)) == list(range(5))
     assert [len(rows[i]) for i in range(5)] == [1] * 5
+
+
+def spread_rows(lengths: list[int], capacity: int, rows: int, seed: int = 0) -> list[list[int]]:
+    packing = spread(np.array(lengths, np.int32), capacity, rows, seed=seed)
+    return [[lengths[document] for document in packing[row]] for row in range(len(packing))]
+
+
+def test_documents_are_spread_over_rows_like_this() -> None:
+    # 7 and 5 open the rows, 4 goes to the 5, 3 to the 7, 1 to the 9
+    assert spread_rows([4, 1, 7, 3, 5], 100, 2) == [[7, 3], [5, 4, 1]]
+
+
+def test_a_row_is_added_where_a_document_fits_into_none() -> None:
+    # 6, 6, 4, 4: the rows are full then, and 3 needs another
+    assert spread_rows([6, 4, 3, 6, 4], 10, 2) == [[6, 4], [6, 4], [3]]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_spread_rows_hold_every_document_once_and_none_is_empty_or_too_long(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    capacity = int(generator.integers(1, 64))
+    lengths = generator.integers(1, capacity + 1, int(generator.integers(1, 60)))
+    rows = int(generator.integers(1, len(lengths) + 1))
+    packing = spread(lengths, capacity, rows, seed=seed)
+    assert sorted(packing.documents.tolist()) == list(range(len(lengths)))
+    fills = [int(lengths[packing[row]].sum()) for row in range(len(packing))]
+    assert len(fills) >= rows and all(0 < fill <= capacity for fill in fills)

@@ -146,6 +146,21 @@ def test_plain_strings_are_kept_to_the_letter() -> None:
     assert prompt == [("user", " q\n")] and chosen == [("assistant", " a ")]
 
 
+@pytest.mark.parametrize("between", [" ", "\n\n", ""])
+def test_plain_strings_that_both_repeat_the_prompt_are_read_without_it(between: str) -> None:
+    asked = "What is 2+2?"
+    row = {"prompt": asked, "chosen": f"{asked}{between}4", "rejected": f"{asked}{between}5"}
+    assert sides(row) == ([("user", asked)], [("assistant", "4")], [("assistant", "5")])
+    # nothing behind the prompt is no answer: counted later
+    assert sides({**row, "rejected": asked})[2] == [("assistant", "")]
+
+
+def test_one_plain_string_that_repeats_the_prompt_is_an_answer_that_quotes_it() -> None:
+    prompt, chosen, rejected = sides({"prompt": "why?", "chosen": "why? because", "rejected": "why not"})
+    assert prompt == [("user", "why?")]
+    assert chosen == [("assistant", "why? because")] and rejected == [("assistant", "why not")]
+
+
 def test_empty_answers_are_read_and_left_to_be_counted_later() -> None:
     assert sides({"prompt": "q", "chosen": "", "rejected": "b"})[1] == [("assistant", "")]
     begin = "\n\nHuman: q\n\nAssistant:"
@@ -168,6 +183,11 @@ def test_without_a_column_the_margin_is_nothing() -> None:
     assert read({"prompt": "q", "chosen": "a", "rejected": "b"})[0].margin == 0.0
 
 
+@pytest.mark.parametrize("cell", [None, ""])
+def test_an_empty_cell_is_no_margin(cell: Any) -> None:
+    assert read({"prompt": "q", "chosen": "a", "rejected": "b", "margin": cell})[0].margin == 0.0
+
+
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
@@ -177,7 +197,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({**PAIR, "margin": "wide"}, "margin is not a finite number ('wide')"),
         ({**PAIR, "margin": math.inf}, "margin is not a finite number (inf)"),
         ({**PAIR, "margin": True}, "margin is not a finite number (a boolean)"),
-        ({**PAIR, "margin": None}, "margin is not a finite number (null)"),
+        ({**PAIR, "margin": []}, "margin is not a finite number (an array)"),
         ({**PAIR, "prompt": " "}, "prompt is empty"),
         ({**PAIR, "prompt": []}, "prompt has no turns"),
         ({**PAIR, "prompt": 3}, "prompt is not a string (a number)"),
