@@ -6,12 +6,12 @@ trained token is decided in `common/data/chat.py`; which rows make a step in `co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from common.artifacts import write_json
+from common.artifacts import Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
 from common.data import dataset
 from common.data.batches import Batches, BatchPlan
@@ -34,11 +34,14 @@ class StepData(Generic[Rows]):
     held_out: Rows | None
     ledger: dataset.Ledger
     weights: dict[str, float]  # by source name
+    stage_split: dict[str, Any] | None = None  # seed and shares, when steps share out the rows
 
-    def fingerprints(self) -> dict[str, str | None]:
-        """Hashes of everything that decided the rows, for the manifest."""
+    def fingerprints(self) -> dict[str, Any]:
+        """Hashes of everything that decided the rows, and how they are shared out if they are, for the
+        manifest."""
         held_out = None if self.held_out is None else self.held_out.fingerprint
-        return {"train": self.train.fingerprint, "held_out": held_out}
+        split = {} if self.stage_split is None else {"stage_split": self.stage_split}
+        return {"train": self.train.fingerprint, "held_out": held_out, **split}
 
 
 def cache_dir(job: JobConfig, data: DataConfig) -> Path:
@@ -61,7 +64,8 @@ def build_data(
         data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
         report=say, wait=wait,
     )  # fmt: skip
-    return StepData(train, held_out, ledger, dataset.source_weights(data))
+    split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
+    return StepData(train, held_out, ledger, dataset.source_weights(data), split)
 
 
 def load_data(
@@ -73,13 +77,43 @@ def load_data(
     folder: Path,
     world: World,
     say: Say,
+    *,
+    policy: Artifact | None = None,
 ) -> StepData[Rows]:
-    """`build_data` on every rank; says what became of the rows, and writes `folder/ledger.json`."""
+    """`build_data` on every rank; says what became of the rows, and writes `folder/ledger.json`.
+
+    policy: what the step starts from; a line says so when that shared out its rows in another way.
+    """
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
     if world.is_main:
         write_json(folder / "ledger.json", built.ledger.to_json())
     say("\n".join(built.ledger.lines()))
+    if policy is not None and (line := other_split(step, built.stage_split, policy)):
+        say(line)
     return built
+
+
+def other_split(step: Step, ours: Mapping[str, Any] | None, policy: Artifact) -> str | None:
+    """A warning when rows of the step may be among those its policy was trained on.
+
+    That is when the policy's step shared out its rows with this one, or this one has shares too, and the
+    shares or their seeds differ. ours: as in a manifest; None without shares. A policy that shared out
+    nothing was trained on data of its own, as far as anyone can tell.
+    """
+    theirs = (policy.manifest.details.get("data") or {}).get("stage_split")
+    if theirs is None or ours == theirs or (ours is None and step.value not in theirs["shares"]):
+        return None
+    return (
+        f"warning: {step.value} may see rows that its policy {policy.path} was trained on: "
+        f"data.stage_split is {_shown(ours)}, and was {_shown(theirs)} there"
+    )
+
+
+def _shown(split: Mapping[str, Any] | None) -> str:
+    if split is None:
+        return "empty"
+    shares = ", ".join(f"{name}: {share:g}" for name, share in sorted(split["shares"].items()))
+    return f"{{{shares}}} with seed={split['seed']}"
 
 
 def batch_plan(

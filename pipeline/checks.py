@@ -55,7 +55,7 @@ def check_step(config: PipelineConfig, step: Step, model: ModelConfig, ranks: in
 
 
 def check_stage_split(config: PipelineConfig) -> None:
-    """Steps that share out the rows of one data set agree on the shares, and have one themselves."""
+    """Steps that share out the rows of one data set all have the same shares, each of them its own one."""
     splits = {
         step: getattr(config, step.value).data.stage_split
         for step in config.steps
@@ -75,6 +75,13 @@ def check_stage_split(config: PipelineConfig) -> None:
                 f"{key}={shares} leaves no rows to {step.value} itself",
                 hint=f"add a share for {step.value}, or leave stage_split out: the step then sees all rows",
             )
+        for other in config.steps:
+            if other.value in shares and other not in splits:
+                raise UserError(
+                    f"{key} has a share for {other.value}, but {other.value}.data.stage_split is empty: "
+                    f"{other.value} would see all rows, those of {step.value} too",
+                    hint=f"give {other.value} the same shares, or take it out of {key} if it has other data",
+                )
     for (first, ours), (second, theirs) in itertools.pairwise(splits.items()):
         if ours != theirs:
             raise UserError(
@@ -150,7 +157,7 @@ def context_length(model: ModelConfig) -> int | None:
 
 
 def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
-    """Every rank has a row in every optimizer step."""
+    """Every rank has a row in every optimizer step, save the last of an epoch, which may be short of rows."""
     if global_batch_size < ranks:
         raise UserError(
             f"{key}={global_batch_size} is less than the {ranks} ranks it is shared by",

@@ -68,7 +68,9 @@ def train(job: RewardJob, run_dir: Path) -> int:
     policy = from_main(world, lambda: load_named(named, Role.policy, "reward.policy"))
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
-    data = load_data(job, Step.reward, job.reward.data, PREFERENCES, tokenizer, folder, world, say)
+    data = load_data(
+        job, Step.reward, job.reward.data, PREFERENCES, tokenizer, folder, world, say, policy=policy
+    )
     model = load_scalar_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.reward.data.max_length
     )
@@ -163,7 +165,10 @@ def train(job: RewardJob, run_dir: Path) -> int:
         if weights is not None:
             final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
             measured = measured or final
-            for line in closing_lines(measured, job.reward, on_held_out=data.held_out is not None):
+            lines = closing_lines(
+                measured, job.reward, len(measured_pairs), on_held_out=data.held_out is not None
+            )
+            for line in filter(None, [*lines, loop.skipped_warning(counters, job.model.dtype, Step.reward)]):
                 progress.log(line)
             export = export_reward_model(
                 model,
@@ -192,23 +197,27 @@ def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
     """An evaluation in one line."""
     return (
         f"held out, step {step}: loss {metrics['eval/loss']:.4f}, "
-        f"{metrics['eval/accuracy']:.1%} of pairs in order, margin {metrics['eval/margin']:.4f}"
+        f"{metrics['eval/accuracy']:.1%} of pairs in order, margin {metrics['eval/margin']:.4g}"
     )
 
 
-def closing_lines(metrics: Mapping[str, float], reward: RewardConfig, *, on_held_out: bool) -> list[str]:
+def closing_lines(
+    metrics: Mapping[str, float], reward: RewardConfig, pairs: int, *, on_held_out: bool
+) -> list[str]:
     """What the user should know of the finished model. metrics: of the pairs that calibrate its rewards."""
     lines, accuracy, least = [], metrics["eval/accuracy"], reward.warn_below_accuracy
     which = "held-out" if on_held_out else "training"
     if not on_held_out:
         lines.append(
-            f"no pairs are held out: accuracy ({accuracy:.1%}) and calibration are those of at most "
-            f"{CALIBRATION_PAIRS} training pairs, which flatters"
+            f"no pairs are held out: accuracy ({accuracy:.1%}) and calibration are those of {pairs} "
+            "training pairs, which flatters"
         )
-    if accuracy < least:
+    swapped = loop.swapped_warning(metrics, "eval/accuracy", "eval/margin", step=Step.reward, pairs=pairs)
+    if swapped and on_held_out:
+        lines.append(swapped)
+    elif accuracy < least:
         lines.append(
             f"warning: the reward model orders {accuracy:.1%} of the {which} pairs as people did, less than "
             f"reward.warn_below_accuracy={least}: a policy trained on it would follow its mistakes"
         )
-    swapped = loop.swapped_warning(metrics, "eval/accuracy", "eval/margin")
-    return [*lines, swapped] if swapped else lines
+    return lines

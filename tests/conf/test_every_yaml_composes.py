@@ -92,16 +92,18 @@ def test_the_demos_chains_need_nothing_but_the_project(second: str) -> None:
     checks.check(demo, 1)
 
 
-def test_hh_shares_its_rows_out_between_sft_and_the_reward_model() -> None:
-    job = composed("experiment=hh")
-    assert [step.value for step in job.steps] == ["sft", "reward"]
-    (demonstrations,), (pairs,) = job.sft.data.all_sources(), job.reward.data.all_sources()
+@pytest.mark.parametrize("second", ["reward", "dpo"])
+def test_hh_shares_its_rows_out_between_sft_and_the_steps_on_pairs(second: str) -> None:
+    assert [step.value for step in composed("experiment=hh").steps] == ["sft", "reward"]
+    job = composed("experiment=hh", f"steps=[sft,{second}]")
+    data = getattr(job, second).data
+    (demonstrations,), (pairs,) = job.sft.data.all_sources(), data.all_sources()
     assert demonstrations.path == pairs.path
     assert pairs.path.endswith("shared/data/hh_rlhf/harmless_a.jsonl.gz")
     assert (demonstrations.format, pairs.format) == ("chosen", None)
-    assert job.sft.data.stage_split == job.reward.data.stage_split == {"sft": 3.0, "reward": 7.0}
-    assert (job.sft.data.truncation, job.reward.data.truncation) == (Truncation.drop, Truncation.left)
-    assert job.sft.data.max_length == job.reward.data.max_length == 1024
+    assert job.sft.data.stage_split == data.stage_split == {"sft": 2.0, "reward": 4.0, "dpo": 4.0}
+    assert (job.sft.data.truncation, data.truncation) == (Truncation.drop, Truncation.left)
+    assert job.sft.data.max_length == data.max_length == 1024
     checks.check_stage_split(job)
 
 

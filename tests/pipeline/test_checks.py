@@ -164,8 +164,10 @@ def test_muons_update_is_not_clipped(config: PipelineConfig) -> None:
     [
         ({"sft": 3, "reward": 7}, {"sft": 3, "reward": 7}, None),
         ({"sft": 3, "reward": 7}, {"reward": 7, "sft": 3}, None),
-        ({}, {"sft": 3, "reward": 7}, None),  # other data, not shared out
-        ({"sft": 2, "reward": 4, "ppo": 4}, {}, None),
+        ({}, {"reward": 7, "ppo": 3}, None),  # other data, not shared out
+        ({"sft": 2, "ppo": 4}, {}, None),
+        ({"sft": 1, "reward": 1}, {}, "has a share for reward, but reward.data.stage_split is empty"),
+        ({}, {"sft": 3, "reward": 7}, "reward.data.stage_split has a share for sft, but sft.data"),
         ({"sft": 3, "reward": 7}, {"sft": 5, "reward": 5}, "their parts could overlap"),
         ({"reward": 7}, {}, "leaves no rows to sft itself"),
         ({"sft": 1, "rward": 1}, {}, "sft.data.stage_split: rward is not a step"),
@@ -184,6 +186,11 @@ def test_steps_that_share_out_the_rows_of_a_data_set_agree_on_the_shares(
     error = error_of(config)
     assert said in error.message
     assert "rward" not in error.message or error.hint == "did you mean reward?"
+
+
+def test_a_share_for_a_step_that_does_not_run_asks_nothing_of_it(config: PipelineConfig) -> None:
+    config.sft.data.stage_split = {"sft": 1, "reward": 1}
+    checks.check(config, ranks=1)
 
 
 def test_every_step_of_a_chain_is_checked_under_its_own_name(config: PipelineConfig) -> None:
