@@ -24,6 +24,7 @@ from common.ds_config import build_ds_config
 from common.engine import Engine, StepOutcome
 from common.errors import UserError
 from common.progress import Progress
+from common.stage import Step
 from common.tracking import Tracker, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -170,20 +171,33 @@ def report_skipped(
         )
 
 
-def swapped_warning(metrics: Mapping[str, float], accuracy: str, margin: str) -> str | None:
-    """What to say when answers that people rejected ended above those they chose; None when they did not.
+def swapped_warning(
+    metrics: Mapping[str, float], accuracy: str, margin: str, *, step: Step, pairs: int
+) -> str | None:
+    """What to say when answers that people rejected ended above those they chose, by more than chance.
 
     Held-out pairs show it when their columns, or the others', are swapped. Where all rows are swapped alike,
-    the model learns that order and nothing can show it.
-
-    accuracy, margin: names of the metrics that hold the share of pairs in the right order and the mean
-    difference of rewards.
+    the model learns that order and nothing can show it. accuracy, margin: names of the metrics that hold the
+    share of the pairs in the right order and the mean difference of rewards; pairs: how many those are of.
     """
     share, mean = metrics.get(accuracy, 1.0), metrics.get(margin, 0.0)
-    if mean >= 0 or share >= 0.5:
+    by_chance = 1 / math.sqrt(max(pairs, 1))  # two standard errors of a coin's share
+    if mean >= 0 or share > max(0.0, 0.5 - by_chance):
         return None
+    key = f"{step.value}.data"
     return (
         f"warning: at the end the rejected answers have higher rewards than the chosen ones ({margin} "
         f"{mean:.3g}; {share:.1%} of the pairs are in the right order): are the columns chosen and rejected "
-        "swapped, in data.eval_path or in one of data.sources?"
+        f"swapped, in {key}.eval_path or in one of {key}.sources?"
+    )
+
+
+def skipped_warning(counters: Counters, dtype: Dtype, step: Step) -> str | None:
+    """What to say of steps that changed nothing because their gradient was not finite; fp16 has some."""
+    skipped = counters.step - counters.applied
+    if not skipped or dtype is Dtype.fp16:
+        return None
+    return (
+        f"warning: {skipped} of {counters.step} steps were skipped, because their gradients were not finite: "
+        f"the training diverged; lower {step.value}.optim.lr"
     )

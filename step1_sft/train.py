@@ -162,6 +162,8 @@ def train(job: SFTJob, run_dir: Path) -> int:
         weights = engine.full_state_dict()
         if weights is not None:
             final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
+            if warning := loop.skipped_warning(counters, job.model.dtype, Step.sft):
+                progress.log(warning)
             export = export_policy(
                 model,
                 weights,

@@ -67,7 +67,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     terminators = terminators_of(tokenizer)
-    data = load_data(job, Step.dpo, job.dpo.data, PREFERENCES, tokenizer, folder, world, say)
+    data = load_data(job, Step.dpo, job.dpo.data, PREFERENCES, tokenizer, folder, world, say, policy=policy)
     model = load_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.dpo.data.max_length
     )
@@ -91,8 +91,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
     # Reference ---------------------------------------------------------------------------------
     # while the engine still holds the policy that the run starts from
     key = reference_key(
-        policy, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
-        dtype=job.model.dtype.value, device=world.device,
+        policy, model_config, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
+        device=world.device,
     )  # fmt: skip
     folder_of_references = cache_dir(job, job.dpo.data) / "reference"
     reference = load_or_compute(
@@ -182,8 +182,12 @@ def train(job: DPOJob, run_dir: Path) -> int:
         if weights is not None:
             final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
             part = "" if data.held_out is None else "eval/"
-            if warning := loop.swapped_warning(final, f"{part}rewards/accuracies", f"{part}rewards/margins"):
-                progress.log(warning)
+            swapped = loop.swapped_warning(
+                final, f"{part}rewards/accuracies", f"{part}rewards/margins", step=Step.dpo,
+                pairs=config.global_batch_size if data.held_out is None else len(data.held_out),
+            )  # fmt: skip
+            for line in filter(None, [swapped, loop.skipped_warning(counters, job.model.dtype, Step.dpo)]):
+                progress.log(line)
             export = export_policy(
                 model,
                 weights,
@@ -212,5 +216,5 @@ def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
     return (
         f"held out, step {step}: loss {metrics['eval/loss']:.4f}, "
         f"{metrics['eval/rewards/accuracies']:.1%} of pairs in order, "
-        f"margin {metrics['eval/rewards/margins']:.4f}{stopped}"
+        f"margin {metrics['eval/rewards/margins']:.4g}{stopped}"
     )

@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+from common.config import Dtype
 from common.engine import StepOutcome
-from common.loop import Counters, advance, is_due, swapped_warning, with_best
+from common.loop import Counters, advance, is_due, skipped_warning, swapped_warning, with_best
+from common.stage import Step
 
 
 def test_a_skipped_step_consumes_its_rows_and_moves_no_schedule() -> None:
@@ -33,9 +35,28 @@ def test_the_best_step_is_the_one_with_the_smallest_held_out_loss() -> None:
     assert with_best(Counters(step=2), math.nan).best_step is None
 
 
-def test_swapped_columns_are_suspected_only_when_margins_and_order_are_both_wrong() -> None:
-    line = swapped_warning({"eval/accuracy": 0.02, "eval/margin": -1.5}, "eval/accuracy", "eval/margin")
-    assert line is not None and "swapped" in line and "-1.5" in line and "2.0%" in line
-    for accuracy, margin in ((0.9, -0.1), (0.4, 0.2), (0.5, -0.1)):
-        metrics = {"eval/accuracy": accuracy, "eval/margin": margin}
-        assert swapped_warning(metrics, "eval/accuracy", "eval/margin") is None
+def swapped(accuracy: float, margin: float, pairs: int) -> str | None:
+    metrics = {"eval/accuracy": accuracy, "eval/margin": margin}
+    return swapped_warning(metrics, "eval/accuracy", "eval/margin", step=Step.dpo, pairs=pairs)
+
+
+def test_swapped_columns_are_suspected_when_margins_and_order_are_both_wrong() -> None:
+    line = swapped(0.02, -1.5, 50)
+    assert line is not None and "-1.5" in line and "2.0%" in line
+    assert "swapped, in dpo.data.eval_path or in one of dpo.data.sources?" in line
+    assert swapped(0.9, -0.1, 50) is None and swapped(0.1, 0.2, 50) is None
+
+
+def test_what_chance_may_do_is_not_taken_for_swapped_columns() -> None:
+    # of 25 pairs a coin has 30 to 70 % in order, with two standard errors of a tenth each
+    assert swapped(0.31, -0.1, 25) is None and swapped(0.29, -0.1, 25) is not None
+    assert swapped(0.44, -0.1, 400) is not None
+    # all of a handful in the wrong order
+    assert swapped(0.0, -0.1, 3) is not None and swapped(0.4, -0.1, 1) is None
+
+
+def test_skipped_steps_are_said_at_the_end_but_for_fp16() -> None:
+    line = skipped_warning(Counters(step=10, applied=8), Dtype.bf16, Step.reward)
+    assert line is not None and "2 of 10 steps" in line and "reward.optim.lr" in line
+    assert skipped_warning(Counters(step=10, applied=10), Dtype.bf16, Step.reward) is None
+    assert skipped_warning(Counters(step=10, applied=8), Dtype.fp16, Step.reward) is None

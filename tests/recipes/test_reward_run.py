@@ -10,7 +10,8 @@ import pytest
 from common.artifacts import Artifact, file_sha256, read_manifest, verify
 from common.config import SourceConfig
 from common.stage import Role
-from step2_reward.config import RewardJob
+from step2_reward.config import RewardConfig, RewardJob
+from step2_reward.train import closing_lines
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import make_policy, pairs, write_job, write_rows
 from tests.step2_reward.runs import lines_of, make_job, reward, run_job, series
@@ -135,7 +136,7 @@ def test_without_held_out_pairs_training_pairs_calibrate_and_that_is_said(folder
     job.reward.data.eval_fraction = 0.0
     run_dir = folder / "runs" / "nothing held out"
     printed = run_job(job, run_dir)
-    assert "no pairs are held out: accuracy (100.0%) and calibration are those of at most 128 training" in (
+    assert "no pairs are held out: accuracy (100.0%) and calibration are those of" in (
         " ".join(printed.split())
     )
     details = verify(run_dir / "reward" / "export").details
@@ -149,8 +150,18 @@ def test_held_out_pairs_the_other_way_round_give_a_warning(folder: Path) -> None
     job.reward.data.eval_path = swapped_rows(folder / "swapped.jsonl", 6)
     printed = " ".join(run_job(job, folder / "runs" / "swapped").split())
     assert "are the columns chosen and rejected swapped" in printed and "eval/margin -" in printed
+    assert "warn_below_accuracy" not in printed  # one warning says it
+
+
+def test_too_few_pairs_in_order_give_a_warning() -> None:
+    (line,) = closing_lines(
+        {"eval/accuracy": 0.55, "eval/margin": 0.1}, RewardConfig(), 100, on_held_out=True
+    )
     assert (
-        "orders 0.0% of the held-out pairs as people did, less than reward.warn_below_accuracy=0.6" in printed
+        "orders 55.0% of the held-out pairs as people did, less than reward.warn_below_accuracy=0.6" in line
+    )
+    assert (
+        closing_lines({"eval/accuracy": 0.6, "eval/margin": 0.1}, RewardConfig(), 9, on_held_out=True) == []
     )
 
 
