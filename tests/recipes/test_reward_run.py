@@ -154,15 +154,11 @@ def test_held_out_pairs_the_other_way_round_give_a_warning(folder: Path) -> None
 
 
 def test_too_few_pairs_in_order_give_a_warning() -> None:
-    (line,) = closing_lines(
-        {"eval/accuracy": 0.55, "eval/margin": 0.1}, RewardConfig(), 100, on_held_out=True
-    )
-    assert (
-        "orders 55.0% of the held-out pairs as people did, less than reward.warn_below_accuracy=0.6" in line
-    )
-    assert (
-        closing_lines({"eval/accuracy": 0.6, "eval/margin": 0.1}, RewardConfig(), 9, on_held_out=True) == []
-    )
+    metrics, reward = {"eval/accuracy": 0.55, "eval/margin": 0.1}, RewardConfig()
+    (line,) = closing_lines(metrics, reward, 100, on_held_out=True)
+    assert "orders 55.0% of the held-out pairs as people did" in line
+    assert "less than reward.warn_below_accuracy=0.6" in line
+    assert closing_lines({**metrics, "eval/accuracy": 0.6}, reward, 9, on_held_out=True) == []
 
 
 def test_margins_and_centering_are_felt(folder: Path) -> None:
