@@ -3,8 +3,10 @@
 Takes the engine before anything was trained or restored, and the batches of the whole run; returns one number
 per answer, in float64. With adapters the reference is the model with them switched off. Each pair is
 computed in the micro-batch in which training first sees it, so that at step 0 policy and reference are the
-same bits. The numbers lie in the cache under a key of all that decides them, first of all the hash of the
-weights, so that nothing here needs the reference again, nor the memory for it.
+same bits. A pair that stands twice in one step (its source weighs more than 1) has one number for both
+places: it is exact in the first, and in the other only if the same bits come out there. The numbers lie in
+the cache under a key of all that decides them, first of all the hash of the weights, so that nothing here
+needs the reference again, nor the memory for it.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from common import attention, losses
+from common import attention, last_layer, losses, models
 from common.artifacts import Artifact, content_sha256, disk_errors
+from common.config import ModelConfig, Quantize
 from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
@@ -70,38 +74,72 @@ def _answers(table: np.ndarray, batch: PairBatch) -> Answers:
 
 def reference_key(
     policy: Artifact,
+    model: ModelConfig,
     plan: BatchPlan,
     *,
     data: Mapping[str, str | None],
     weights: Mapping[str, float],
     steps: int,
-    dtype: str,
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that decides the numbers, part by part, as JSON values.
 
     policy: just verified, so that the hashes in its manifest are those of the files, whatever lay at its path
-    before. data: fingerprints of the data sets. weights: of the sources.
+    before. model: how it was loaded; its adapters decide nothing, for they are off. data: fingerprints of the
+    data sets. weights: of the sources.
     """
     layout = {name: value for name, value in asdict(plan).items() if name != "rank"}
-    files = policy.manifest.files
-    # the adapters beside them are merged into them already
-    loaded = [name for name in files if name.endswith(".safetensors") and "/" not in name]
     return {
-        "weights": {name: files[name]["sha256"] for name in [*sorted(loaded), "config.json"]},
+        "weights": _hashes(policy, _is_weights),
+        "architecture": _hashes(policy, _is_architecture),
         "data": dict(data),
         "batches": {**layout, "steps": steps, "source_weights": dict(weights)},
-        "dtype": dtype,
-        # other kernels, other last bits
-        "machine": {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "model": {
+            "dtype": model.dtype.value,
+            "quantize": model.quantize.value,
+            # with either of them other positions of the last layer are computed: other last bits
+            "gradient_checkpointing": model.gradient_checkpointing,
+            "compile": model.compile,
+            # whether the policy's own code runs, or that of transformers under the same name
+            "trust_remote_code": model.trust_remote_code,
+        },
+        "machine": _machine(device, model.quantize),
         "code": _code_version(),
     }
 
 
+def _hashes(policy: Artifact, wanted: Callable[[str], bool]) -> dict[str, str]:
+    return {name: file["sha256"] for name, file in sorted(policy.manifest.files.items()) if wanted(name)}
+
+
+def _is_weights(name: str) -> bool:
+    """The adapters in a folder beside them are merged into them already."""
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _is_architecture(name: str) -> bool:
+    """The config and code of the policy's own, which may lie in packages."""
+    return name == "config.json" or name.endswith(".py")
+
+
+def _machine(device: torch.device, quantize: Quantize) -> dict[str, Any]:
+    """Other kernels give other last bits."""
+    packages = ["transformers"] if quantize is Quantize.none else ["transformers", "bitsandbytes"]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **{package: version(package) for package in packages},
+    }
+
+
 def _code_version() -> str:
-    """Hash of the modules that compute the numbers: a change of code is a miss."""
+    """Hash of the modules that load the model, lay out the pairs and compute the numbers: a change is a miss.
+
+    A miss costs one pass over the pairs, and a number that is no longer right is not seen by anyone.
+    """
     total = hashlib.sha256()
-    for module in (attention, losses, batches_module, packing, loss):
+    for module in (attention, last_layer, losses, models, batches_module, packing, loss):
         total.update(Path(str(module.__file__)).read_bytes())
     total.update(Path(__file__).read_bytes())
     return total.hexdigest()
@@ -140,6 +178,14 @@ def load_or_compute(
 # --- Computing --------------------------------------------------------------------------------------
 
 
+class _Scored(NamedTuple):
+    """What a rank found in one batch."""
+
+    step: int  # of training, from 0; of held-out batches, which have each pair once, their number
+    pair_ids: tuple[int, ...]
+    logps: np.ndarray  # float64 [P, 2]
+
+
 @torch.no_grad()
 def _compute(
     engine: Engine, batches: PairBatches, held_out: PairDataset | None, steps: int, say: Say
@@ -151,14 +197,17 @@ def _compute(
         evaluation = () if held_out is None else evaluation_pair_batches(held_out, batches.plan)
         reference = Reference(
             _table(train, len(batches.dataset)),
-            _table(_sums(engine, iter(evaluation)), 0 if held_out is None else len(held_out)),
+            _table(_sums(engine, enumerate(evaluation)), 0 if held_out is None else len(held_out)),
         )
     engine.train()
     return reference
 
 
-def _training_batches(batches: PairBatches, steps: int, say: Say) -> Iterator[PairBatch]:
-    """The run's batches, without the steps of which all pairs were seen before: the same on every rank."""
+def _training_batches(batches: PairBatches, steps: int, say: Say) -> Iterator[tuple[int, PairBatch]]:
+    """(step, batch) of this rank, without the steps of which all pairs were seen before.
+
+    As many on every rank: the ranks of a partitioned model compute together.
+    """
     seen = np.zeros(len(batches.dataset), bool)
     last_line = time.monotonic()
     for step in range(steps):
@@ -168,29 +217,36 @@ def _training_batches(batches: PairBatches, steps: int, say: Say) -> Iterator[Pa
                 return
             continue
         seen[pairs] = True
-        yield from batches.micro_batches(step)
+        yield from ((step, batch) for batch in batches.micro_batches(step))
         if time.monotonic() - last_line > PROGRESS_SECONDS:
             say(f"reference log-probabilities of {int(seen.sum()):,} of {len(seen):,} pairs")
             last_line = time.monotonic()
 
 
-def _sums(engine: Engine, batches: Iterator[PairBatch]) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """Of each of this rank's batches: its pairs, and float64 [P, 2]."""
+def _sums(engine: Engine, batches: Iterator[tuple[int, PairBatch]]) -> list[_Scored]:
+    """What the model says of each of this rank's batches."""
     device = next(engine.module.parameters()).device
-    sums = []
-    for batch in batches:
+    scored = []
+    for step, batch in batches:
         moved = batch.to(device)
         tokens = engine(**batch_arguments(moved.documents))
         nll = answer_sums(tokens.token_losses, moved.document_of_target, len(batch.pair_ids))
-        sums.append((batch.pair_ids, -torch.stack(nll, 1).cpu().numpy()))
-    return sums
+        scored.append(_Scored(step, batch.pair_ids, -torch.stack(nll, 1).cpu().numpy()))
+    return scored
 
 
-def _table(own: list[tuple[tuple[int, ...], np.ndarray]], pairs: int) -> np.ndarray:
-    table = np.full((pairs, 2), np.nan)
-    for share in gather_objects(own):
-        for pair_ids, values in share:
-            table[list(pair_ids)] = values
+def _table(own: list[_Scored], pairs: int) -> np.ndarray:
+    """All ranks' numbers, float64 [pairs, 2]: of each pair those of the first step that has it.
+
+    Within a step the first rank's come first. What a later step found only because it also has a pair that
+    was unknown is left out: training has met those pairs before, in other company.
+    """
+    table, known = np.full((pairs, 2), np.nan), np.zeros(pairs, bool)
+    everything = [scored for share in gather_objects(own) for scored in share]
+    for scored in sorted(everything, key=lambda scored: scored.step):
+        for pair, logps in zip(scored.pair_ids, scored.logps, strict=True):
+            if not known[pair]:
+                table[pair], known[pair] = logps, True
     return table
 
 
@@ -272,7 +328,7 @@ def _why_missed(folder: Path, key: Mapping[str, Any]) -> str:
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Names of the parts that differ; settings with what they were and are."""
     for name, value in now.items():
-        if name in ("batches", "machine"):
+        if name in ("batches", "model", "machine"):
             old = before.get(name, {})
             yield from (f"{k} {old.get(k)} -> {v}" for k, v in value.items() if old.get(k) != v)
         elif before.get(name) != value:

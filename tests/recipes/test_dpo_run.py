@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.artifacts import file_sha256, read_manifest, verify, write_manifest
-from common.config import LoraConfig
+from common.config import Dtype, LoraConfig
 from common.stage import Role
 from step2_dpo.config import DPOJob, LossType
 from tests.runs import Base, finish
@@ -136,6 +136,19 @@ def test_a_policy_overwritten_in_place_is_a_new_reference(base: Base, folder: Pa
     assert series(folder / "runs" / "after", "loss")[0] == math.log(2)
     logps = [series(folder / "runs" / name, "logps/chosen")[0] for name in ("before", "after")]
     assert abs(logps[0] - logps[1]) > 0.1
+
+
+def test_pairs_seen_again_in_other_company_begin_at_margin_0_all_the_same(base: Base, folder: Path) -> None:
+    # large enough that in bf16 a pair's last bits depend on the pairs beside it, with most CPUs' kernels
+    policy = make_policy(folder / "wide", base.tokenizer, hidden_size=512, intermediate_size=1536)
+    job = make_job(folder, policy, max_steps=6, eval_every=0, save_every=0)  # an epoch: half the pairs twice
+    job.model.dtype = Dtype.bf16
+    job.dpo.train.micro_batch_size, job.dpo.data.packing = 4, False  # four pairs, then two
+    job.dpo.data.sources[0].weight, job.dpo.sampling.num_prompts = 1.5, 0
+    run_job(job, folder / "runs" / "again in bf16")
+    # none of the first step's pairs stands twice in it
+    assert series(folder / "runs" / "again in bf16", "rewards/margins")[0] == 0.0
+    assert series(folder / "runs" / "again in bf16", "loss")[0] == math.log(2)
 
 
 def test_every_objective_begins_at_its_own_value_and_label_smoothing_is_felt(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from common.artifacts import MANIFEST, Artifact, Manifest, hash_files, write_manifest
+from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.distributed import World
 from common.errors import UserError
 from common.stage import Role
+from step2_dpo import reference as reference_module
 from step2_dpo.loss import Counts, Objective, PairSums, score
 from step2_dpo.reference import Reference, load_or_compute, reference_key
 from tests.step2_dpo.pairs import MAX_LENGTH, PlainEngine, SomePairs, plain_logps, tiny_llama
@@ -40,21 +43,27 @@ class Cached:
         self.put(b"weights")
         self.said: list[str] = []
 
-    def put(self, weights: bytes) -> None:
-        """Overwrite the policy in place."""
+    def put(self, weights: bytes = b"weights", others: Mapping[str, str] | None = None) -> None:
+        """Overwrite the policy in place. others: content of further files by name."""
         (self.policy / "model.safetensors").write_bytes(weights)
-        (self.policy / "config.json").write_text("{}")
+        for name, content in {"config.json": "{}", **(others or {})}.items():
+            (self.policy / name).write_text(content)
         (self.policy / MANIFEST).unlink(missing_ok=True)
         write_manifest(self.policy, Manifest("artifact", Role.policy, hash_files(self.policy)))
 
     def get(
-        self, engine: PlainEngine, steps: int = 3, weights: dict[str, float] | None = None, **changes: Any
+        self,
+        engine: PlainEngine,
+        steps: int = 3,
+        weights: dict[str, float] | None = None,
+        model: ModelConfig | None = None,
+        **changes: Any,
     ) -> Reference:
         layout = plan(**changes)
         self.said.clear()
         key = reference_key(
-            Artifact.load(self.policy, Role.policy), layout, data={"train": "seven"}, weights=weights or {},
-            steps=steps, dtype="fp32", device=torch.device("cpu"),
+            Artifact.load(self.policy, Role.policy), model or ModelConfig(dtype=Dtype.fp32), layout,
+            data={"train": "seven"}, weights=weights or {}, steps=steps, device=torch.device("cpu"),
         )  # fmt: skip
         batches: Any = PairBatches(SomePairs(), layout, weights)
         return load_or_compute(engine, batches, SomePairs(), steps, key, self.folder, ALONE, self.said.append)  # type: ignore[arg-type]
@@ -75,30 +84,74 @@ def test_the_numbers_are_the_models_own_log_probabilities(cached: Cached) -> Non
     np.testing.assert_allclose(reference.held_out, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("adapters", [False, True], ids=["whole model", "adapters"])
-def test_before_training_policy_and_reference_are_the_same_bits(
-    cached: Cached, packing: bool, adapters: bool
-) -> None:
-    model: Any = tiny_llama()
-    if adapters:
-        import peft
+class CountingEngine(PlainEngine):
+    """Says of each token that its loss is the number of the call (from 1), and keeps what it was called with.
 
-        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
-    engine = PlainEngine(model)
-    reference = cached.get(engine, packing=packing)
-    layout = plan(packing=packing)
-    for step in range(3):
-        for batch in PairBatches(SomePairs(), layout).micro_batches(step):
-            known = reference.of_train(batch)
-            result = score(engine, batch, known, Objective(), ALONE.device, with_entropy=True)  # type: ignore[arg-type]
-            assert result.ratios.chosen.tolist() == [0.0] * len(batch.pair_ids)
-            assert result.ratios.rejected.tolist() == [0.0] * len(batch.pair_ids)
-    for batch in evaluation_pair_batches(SomePairs(), layout):
-        known = reference.of_held_out(batch)
-        result = score(engine, batch, known, Objective(), ALONE.device, with_entropy=True)  # type: ignore[arg-type]
-        assert result.ratios.chosen.abs().sum() == 0 and result.ratios.rejected.abs().sum() == 0
+    A number of the reference then tells in which call it was found. (A model as small as these gives the same
+    bits in whatever company a pair is, so its own numbers would not tell.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tiny_llama())
+        self.computed: list[list[int]] = []
+
+    def __call__(self, **arguments: Any) -> Any:
+        tokens = super().__call__(**arguments)
+        self.computed.append(arguments["input_ids"][0].tolist())
+        return tokens._replace(token_losses=torch.full_like(tokens.token_losses, self.calls))
+
+
+def calls_behind(table: np.ndarray) -> list[int]:
+    """Of each pair of `SomePairs`: the call of a CountingEngine that both its numbers come from."""
+    chosen, rejected = (-table / np.array([SomePairs.chosen, SomePairs.rejected]).T).T.tolist()
+    assert chosen == rejected
+    return chosen
+
+
+# Weight 1: the pairs of the steps are 0 4 6, 1 2 3, 5; from then on all are known.
+# Weight 1.5: 0 4 6, 2 4 6, 1 2 3, 5 5. The second and third step have pairs again, and the fourth one twice.
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "not packed"])
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_each_pair_is_scored_in_the_micro_batch_in_which_training_first_sees_it(
+    cached: Cached, weight: float, packing: bool
+) -> None:
+    layout, steps, weights = plan(packing=packing), 9, {"only": weight}
+    first_sight: dict[int, int] = {}  # call by pair
+    batches = []
+    for step in range(steps):
+        micro_batches = PairBatches(SomePairs(), layout, weights).micro_batches(step)
+        if all(pair in first_sight for batch in micro_batches for pair in batch.pair_ids):
+            continue
+        for batch in micro_batches:
+            batches.append(batch)
+            for pair in batch.pair_ids:
+                first_sight.setdefault(pair, len(batches))
+    places = sum(len(batch.pair_ids) for batch in batches)
+    assert sorted(first_sight) == list(range(7)) and (places > 7) == (weight > 1)
+
+    engine = CountingEngine()
+    reference = cached.get(engine, steps=steps, weights=weights, packing=packing)
+    held_out = list(evaluation_pair_batches(SomePairs(), layout))
+    assert engine.computed == [batch.documents.input_ids[0].tolist() for batch in (*batches, *held_out)]
+    assert calls_behind(reference.train) == [first_sight[pair] for pair in range(7)]
+    last = {
+        pair: number for number, batch in enumerate(held_out, len(batches) + 1) for pair in batch.pair_ids
+    }
+    assert calls_behind(reference.held_out) == [last[pair] for pair in range(7)]
+
+
+def test_the_earliest_step_decides_whichever_rank_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(step: int, pair_ids: tuple[int, ...], logp: float) -> Any:
+        return reference_module._Scored(step, pair_ids, np.full((len(pair_ids), 2), logp))
+
+    # pair 0: only in step 0. pair 1: on rank 0 first. pair 2: on rank 1 first. pair 3: twice in step 1.
+    ranks = [
+        [found(0, (0, 1), -1.0), found(1, (2, 3), -2.0)],
+        [found(0, (2,), -3.0), found(1, (3, 1), -4.0)],
+    ]
+    monkeypatch.setattr(reference_module, "gather_objects", lambda own: ranks)
+    table = reference_module._table(ranks[0], 5)
+    np.testing.assert_array_equal(table, [[-1, -1], [-1, -1], [-3, -3], [-2, -2], [np.nan, np.nan]])
 
 
 def test_adapters_are_off_for_the_reference_and_on_again_after_it(cached: Cached) -> None:
@@ -176,6 +229,84 @@ def test_other_batches_are_other_bits_and_are_computed_anew(
     assert cached.said == [
         f"computing the reference log-probabilities (changed since the last time: {named})"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dtype": Dtype.bf16}, "dtype fp32 -> bf16"),
+        ({"quantize": Quantize.nf4, "lora": LoraConfig(enabled=True)}, "quantize none -> nf4"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing False -> True"),
+        ({"compile": True}, "compile False -> True"),
+        ({"trust_remote_code": True}, "trust_remote_code False -> True"),
+    ],
+)
+def test_a_model_loaded_another_way_is_computed_anew(
+    cached: Cached, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], named: str
+) -> None:
+    monkeypatch.setattr(reference_module, "version", lambda package: "5.0")
+    cached.get(PlainEngine(tiny_llama()))
+    cached.get(PlainEngine(tiny_llama()), model=ModelConfig(**{"dtype": Dtype.fp32, **changes}))
+    (said,) = cached.said
+    assert said.startswith("computing the reference log-probabilities (changed since the last time: ")
+    assert named in said
+
+
+def test_with_and_without_adapters_the_numbers_are_shared(cached: Cached) -> None:
+    cached.get(PlainEngine(tiny_llama()))
+    cached.get(PlainEngine(tiny_llama()), model=ModelConfig(dtype=Dtype.fp32, lora=LoraConfig(enabled=True)))
+    assert cached.said == ["reference log-probabilities: from the cache"]
+
+
+def test_another_transformers_computes_anew(cached: Cached, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"transformers": "5.0"}
+    monkeypatch.setattr(reference_module, "version", versions.__getitem__)
+    cached.get(PlainEngine(tiny_llama()))
+    versions["transformers"] = "5.1"
+    cached.get(PlainEngine(tiny_llama()))
+    assert cached.said == [
+        "computing the reference log-probabilities (changed since the last time: transformers 5.0 -> 5.1)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"modeling.py": "new = True"}, "architecture"),
+        ({"config.json": '{"rms_norm_eps": 1e-5}'}, "architecture"),
+        ({"model.safetensors.index.json": "{}"}, "weights"),
+    ],
+    ids=["code", "config", "index"],
+)
+def test_other_files_that_the_network_is_loaded_from_are_computed_anew(
+    cached: Cached, files: dict[str, str], named: str
+) -> None:
+    cached.put(others={"modeling.py": "new = False"})
+    cached.get(PlainEngine(tiny_llama()))
+    cached.put(others=files)
+    cached.get(PlainEngine(tiny_llama()))
+    assert cached.said == [
+        f"computing the reference log-probabilities (changed since the last time: {named})"
+    ]
+
+
+def test_files_that_the_network_is_not_loaded_from_change_nothing(cached: Cached) -> None:
+    cached.get(PlainEngine(tiny_llama()))
+    cached.put(others={"generation_config.json": "{}"})
+    cached.get(PlainEngine(tiny_llama()))
+    assert cached.said == ["reference log-probabilities: from the cache"]
+
+
+@pytest.mark.parametrize("module", ["last_layer", "models", "losses", "attention"])
+def test_other_code_computes_anew(
+    cached: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str
+) -> None:
+    cached.get(PlainEngine(tiny_llama()))
+    changed = tmp_path / "changed.py"
+    changed.write_text("another version of it")
+    monkeypatch.setattr(getattr(reference_module, module), "__file__", str(changed))
+    cached.get(PlainEngine(tiny_llama()))
+    assert cached.said == ["computing the reference log-probabilities (changed since the last time: code)"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
