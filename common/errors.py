@@ -6,10 +6,15 @@ import re
 
 # Keys that exist once per step, as code that knows no step writes them in its messages.
 _STEP_KEY = re.compile(
-    r"(?<![\w./-])(?=(?:data\.(?:path|sources|max_length|packing|truncation|eval_\w+|on_bad_row|max_bad_rows|cache_dir)"
+    r"(?<![\w./-])(?=(?:data\.(?:path|sources|max_length|packing|truncation|eval_\w+|on_bad_row|max_bad_rows|cache_dir|stage_split)"
     r"|train\.(?:\w+_batch_size|epochs|max_steps|\w+_every|keep_checkpoints)"
     r"|optim\.\w+|sampling\.\w+)\b)"
 )
+
+
+def with_step(text: str, step: str) -> str:
+    """The step's name before the keys of its part: `data.path` -> `sft.data.path`."""
+    return _STEP_KEY.sub(f"{step}.", text)
 
 
 class UserError(Exception):
@@ -27,9 +32,9 @@ class UserError(Exception):
         self.hint = hint
 
     def in_step(self, step: str) -> UserError:
-        """The same error with the step's name before the keys of its part: `data.path` -> `sft.data.path`."""
-        hint = None if self.hint is None else _STEP_KEY.sub(f"{step}.", self.hint)
-        return type(self)(_STEP_KEY.sub(f"{step}.", self.message), hint=hint)
+        """The same error with the step's name before the keys of its part."""
+        hint = None if self.hint is None else with_step(self.hint, step)
+        return type(self)(with_step(self.message, step), hint=hint)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"

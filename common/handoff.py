@@ -88,11 +88,23 @@ def check_same_tokens(left: Artifact, right: Artifact) -> None:
         )
 
 
+def similar(place: Path) -> str:
+    """The way out for a path that is not there: the most similar name beside it, or where we looked."""
+    if str(place).startswith("~"):
+        return f"~ is not expanded here; write {place.expanduser()}"
+    if not place.parent.is_dir():
+        return f"there is no folder {place.parent} either (working directory: {Path.cwd()})"
+    close = difflib.get_close_matches(place.name, [other.name for other in place.parent.iterdir()], 1)
+    if close:
+        return f"did you mean {place.parent / close[0]}?"
+    return f"nothing in {place.parent} has a similar name (working directory: {Path.cwd()})"
+
+
 def _check_is_artifact(path: str, role: Role, key: str) -> None:
     """UserError in the user's terms for a path that is no folder with a manifest."""
     folder, named = Path(path), f"{key}={path}"
     if not folder.exists():
-        raise UserError(f"{named}: no such folder", hint=_similar(folder))
+        raise UserError(f"{named}: no such folder", hint=similar(folder))
     if not folder.is_dir():
         raise UserError(f"{named} is a file, not a folder", hint=f"{key}={folder.parent}")
     if (folder / MANIFEST).exists():
@@ -102,6 +114,18 @@ def _check_is_artifact(path: str, role: Role, key: str) -> None:
     if fitting:
         ways = " or ".join(f"{key}={export}" for export in fitting)
         raise UserError(f"{named} holds artifacts, but is none itself", hint=f"did you mean {ways}?")
+    others = {manifest.parent: _role_of(manifest.parent) for manifest in manifests}
+    held = ", ".join(f"a {other.value} ({export})" for export, other in others.items() if other is not None)
+    if held:
+        raise UserError(
+            f"{named} holds {held}, where a {role.value} is needed",
+            hint=f"name the export/ folder of a step that produces a {role.value}",
+        )
+    if _role_of(folder.parent) is role:
+        raise UserError(
+            f"{named} is a part of the artifact {folder.parent}, not all of it",
+            hint=f"name the folder above: {key}={folder.parent}",
+        )
     if (folder / "config.json").exists():
         raise UserError(
             f"{named} is a plain transformers model without {MANIFEST}, not an artifact of this pipeline",
@@ -118,15 +142,6 @@ def _role_of(folder: Path) -> Role | None:
         return read_manifest(folder).role
     except UserError:
         return None
-
-
-def _similar(folder: Path) -> str:
-    if not folder.parent.is_dir():
-        return f"there is no folder {folder.parent} either (working directory: {Path.cwd()})"
-    close = difflib.get_close_matches(folder.name, [other.name for other in folder.parent.iterdir()], 1)
-    if close:
-        return f"did you mean {folder.parent / close[0]}?"
-    return f"nothing in {folder.parent} has a similar name (working directory: {Path.cwd()})"
 
 
 def _named(artifact: Artifact) -> str:

@@ -16,6 +16,7 @@ from common.config import DataConfig, JobConfig, TrainConfig
 from common.data import dataset
 from common.data.batches import Batches, BatchPlan
 from common.distributed import World
+from common.errors import with_step
 from common.stage import Step
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def load_data(
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
     if world.is_main:
         write_json(folder / "ledger.json", built.ledger.to_json())
-    say("\n".join(built.ledger.lines()))
+    say(with_step("\n".join(built.ledger.lines()), step.value))
     if policy is not None and (line := other_split(step, built.stage_split, policy)):
         say(line)
     return built

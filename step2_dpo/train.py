@@ -68,6 +68,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
     tokenizer = load_tokenizer(model_config)
     terminators = terminators_of(tokenizer)
     data = load_data(job, Step.dpo, job.dpo.data, PREFERENCES, tokenizer, folder, world, say, policy=policy)
+    if data.train.margins.any():
+        say("note: the pairs have margins, which the reward model uses and DPO does not")
     model = load_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.dpo.data.max_length
     )

@@ -147,12 +147,16 @@ def why_missed(root: Path, key: Mapping[str, Any]) -> str:
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if not names:
             return "tokenizing; the cached rows are damaged"
-        changes = [
+        changes = []
+        if cached["rows"].keys() != key["rows"].keys():  # then how they are read differs anyway
+            changes.append("other sources")
+            names = [name for name in names if not name.startswith(("rows.", "options.sources."))]
+        changes += [
             f"{name} {before.get(name)} -> {now.get(name)}" if name.startswith("options.") else name
             for name in names
         ]
         return "tokenizing; changed since the last time: " + "; ".join(changes)
-    return f"tokenizing; nothing is cached yet in {root}"
+    return f"tokenizing; nothing of this step is cached yet in {root}"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

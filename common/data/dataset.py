@@ -143,8 +143,19 @@ def load(folder: Path, kind: Kind[Row, Record, Opened]) -> tuple[Opened, Opened 
     held_out = kind.opened(folder, index, names, "eval")
     if not len(train):
         reasons = "; ".join(ledger.lines()[1 + len(ledger.sources) :]) or "all rows are held out"
-        raise UserError(f"no row is left to train on: {reasons}", hint="see data.max_length, data.truncation")
+        raise UserError(f"no row is left to train on: {reasons}", hint=_way_out(reasons))
     return train, held_out if len(held_out) else None, ledger
+
+
+def _way_out(reasons: str) -> str:
+    """What to look at when there is nothing to train on."""
+    if "max_length" in reasons or "truncation" in reasons:
+        return "see data.max_length, data.truncation"
+    if IN_EVAL in reasons:
+        return "hold out other rows: another data.eval_path, or data.eval_fraction instead"
+    if "stage_split" in reasons:
+        return "see data.stage_split"
+    return "look at the rows that are named, and at data.sources.columns"
 
 
 def understood(
@@ -288,6 +299,13 @@ def _format(
     raw: RawExample, source: SourceConfig, kind: Kind[Any, Any, Any], origin: str = ""
 ) -> tuple[Any, Mapping[str, str]]:
     """The format of a source whose first row is `raw`, and its names of our columns."""
+    for ours, theirs in source.columns.items():
+        if theirs not in raw.columns:
+            raise UserError(
+                f"data.sources.columns reads {ours} from {theirs}, and {raw.place} has no such column "
+                f"(columns: {', '.join(raw.columns) or 'none'})",
+                hint="columns are written {our name: theirs}, e.g. {prompt: query}",
+            )
     renamed = rename(raw.columns, source.columns)
     return kind.recognise(renamed, name=source.format, origin=origin or str(raw.place)), source.columns
 

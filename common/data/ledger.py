@@ -89,8 +89,9 @@ class Ledger:
         ]
         for entry in self.sources:
             if entry.further_pairs:
-                pairs = entry.rows_read + entry.further_pairs
-                lines.append(f"{entry.name}: {entry.rows_read:,} rows gave {pairs:,} pairs, used or dropped")
+                lines.append(
+                    f"{entry.name}: a row can give several pairs; read counts rows, the others pairs"
+                )
             lines += [f"skipped from {entry.name}: {example}" for example in entry.bad_examples]
             for reason, drop in entry.dropped.items():
                 more = ", ..." if drop.count > len(drop.places) else ""

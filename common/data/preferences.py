@@ -83,6 +83,8 @@ def to_preferences(
     cells.require(columns, format.required, format.name)
     # columnar files fill what a row does not have with null, CSV files with nothing
     margin = 0.0 if columns.get("margin") in (None, "") else cells.number(columns, "margin")
+    if margin < 0:
+        raise RowError(f"margin is {margin:g}: chosen is the better answer, so it is 0 or more")
     pairs = format.read(columns)
     for sides in pairs:
         _check(sides)

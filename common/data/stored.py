@@ -68,12 +68,12 @@ class TokenizedDataset(StoredRecords):
 
 
 class PairDataset(StoredRecords):
-    """Pairs of documents; `lengths` and `trained` count both sides together."""
+    """Pairs of documents; `lengths` and `trained` count both sides together. margins: float32 [P]."""
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
         super().__init__(folder, index, names, part)
         self._chosen_lengths = index["chosen_lengths"][self._rows]
-        self._margins = index["margins"][self._rows]
+        self.margins = index["margins"][self._rows]
 
     def __getitem__(self, index: int) -> TokenizedPair:
         ids, labels, source = self._read(index)
@@ -81,7 +81,7 @@ class PairDataset(StoredRecords):
         return TokenizedPair(
             TokenizedExample(ids[:end], labels[:end], source),
             TokenizedExample(ids[end:], labels[end:], source),
-            float(self._margins[index]),
+            float(self.margins[index]),
         )
 
 

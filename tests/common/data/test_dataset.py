@@ -602,7 +602,7 @@ def test_rows_of_graded_answers_account_for_all_their_pairs(tmp_path: Path) -> N
     assert prompts(train) | prompts(evaluation) == {"a", "c"}
     entry = ledger.sources[0]
     assert (entry.rows_read, entry.rows_kept, entry.dropped["no wrong answer"].count) == (3, 4, 1)
-    assert "rows: 3 rows gave 5 pairs, used or dropped" in ledger.lines()
+    assert "rows: a row can give several pairs; read counts rows, the others pairs" in ledger.lines()
 
 
 def test_a_miss_is_explained_by_the_last_data_set_of_the_same_kind(tmp_path: Path) -> None:
@@ -611,9 +611,32 @@ def test_a_miss_is_explained_by_the_last_data_set_of_the_same_kind(tmp_path: Pat
     path = write(tmp_path / "answers.jsonl", pairs(40))
     said = Said()
     made(tmp_path, said=said, path=path)
-    assert said[0] == f"tokenizing; nothing is cached yet in {tmp_path / 'cache'}"
+    assert said[0] == f"tokenizing; nothing of this step is cached yet in {tmp_path / 'cache'}"
     made_pairs(tmp_path, said, max_length=512)
     assert "tokenizing; changed since the last time: options.max_length 2048 -> 512" in said
+
+
+def test_other_sources_are_not_listed_key_by_key(tmp_path: Path) -> None:
+    made(tmp_path, path=write(tmp_path / "one.jsonl", pairs(40)))
+    said = Said()
+    made(tmp_path, said=said, path=write(tmp_path / "other.jsonl", pairs(41)))
+    assert said[0] == "tokenizing; changed since the last time: other sources"
+
+
+def test_a_column_that_is_mapped_and_missing_is_named_with_the_mapping(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", preferences(4))
+    with pytest.raises(UserError, match="data.sources.columns reads chosen from nope, and .*:1 has no such"):
+        made_pairs(tmp_path, sources=[SourceConfig(path=path, columns={"chosen": "nope"})])
+
+
+def test_the_way_out_depends_on_why_no_row_is_left(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", preferences(10))
+    with pytest.raises(UserError) as too_long:
+        made_pairs(tmp_path, max_length=4, eval_fraction=0.0)
+    assert "data.max_length" in str(too_long.value.hint)
+    with pytest.raises(UserError) as also_held_out:
+        made_pairs(tmp_path, eval_path=path)
+    assert "another data.eval_path" in str(also_held_out.value.hint)
 
 
 def test_the_preferred_side_alone_can_be_a_demonstration(tmp_path: Path) -> None:

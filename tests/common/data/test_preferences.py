@@ -174,9 +174,14 @@ def test_columns_with_other_names_are_mapped() -> None:
     assert pair.source == "s" and pair.place == PLACE
 
 
-@pytest.mark.parametrize(("cell", "margin"), [(0.5, 0.5), (-2, -2.0), ("1.5", 1.5)])
+@pytest.mark.parametrize(("cell", "margin"), [(0.5, 0.5), (2, 2.0), ("1.5", 1.5)])
 def test_a_margin_comes_from_its_column(cell: Any, margin: float) -> None:
     assert read({"prompt": "q", "chosen": "a", "rejected": "b", "margin": cell})[0].margin == margin
+
+
+def test_a_margin_below_nothing_says_that_the_sides_are_the_wrong_way_round() -> None:
+    with pytest.raises(RowError, match="margin is -2: chosen is the better answer"):
+        read({"prompt": "q", "chosen": "a", "rejected": "b", "margin": -2})
 
 
 def test_without_a_column_the_margin_is_nothing() -> None:
