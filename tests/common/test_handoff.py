@@ -131,6 +131,32 @@ def test_a_run_or_a_steps_folder_points_at_the_artifact_in_it(tmp_path: Path) ->
         assert refusal(folder).hint == f"did you mean dpo.policy={tmp_path}/a/sft/export?"
 
 
+def test_a_folder_with_artifacts_of_another_role_only_says_what_it_holds(tmp_path: Path) -> None:
+    export = tmp_path / "a" / "reward" / "export"
+    artifact(export, Role.reward_model)
+    for folder in (tmp_path / "a", tmp_path / "a" / "reward"):
+        error = refusal(folder)
+        assert error.message == (
+            f"dpo.policy={folder} holds a reward_model ({export}), where a policy is needed"
+        )
+        assert error.hint == "name the export/ folder of a step that produces a policy"
+
+
+def test_the_adapter_of_an_artifact_points_at_the_folder_above(tmp_path: Path) -> None:
+    for name, role in (("sft", Role.policy), ("reward", Role.reward_model)):
+        artifact(tmp_path / name / "export", role)
+        (tmp_path / name / "export" / "adapter").mkdir()
+    error = refusal(tmp_path / "sft" / "export" / "adapter")
+    assert f"is a part of the artifact {tmp_path}/sft/export" in error.message
+    assert error.hint == f"name the folder above: dpo.policy={tmp_path}/sft/export"
+    assert "folder above" not in str(refusal(tmp_path / "reward" / "export" / "adapter").hint)
+
+
+def test_a_path_below_the_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert refusal("~/x").hint == "~ is not expanded here; write /home/me/x"
+
+
 def test_a_folder_that_is_missing_empty_or_a_file_is_named(tmp_path: Path) -> None:
     artifact(tmp_path / "export")
     assert refusal(tmp_path / "exprt").hint == f"did you mean {tmp_path / 'export'}?"

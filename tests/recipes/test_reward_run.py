@@ -10,8 +10,7 @@ import pytest
 from common.artifacts import Artifact, file_sha256, read_manifest, verify
 from common.config import SourceConfig
 from common.stage import Role
-from step2_reward.config import RewardConfig, RewardJob
-from step2_reward.train import closing_lines
+from step2_reward.config import RewardJob
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import make_policy, pairs, write_job, write_rows
 from tests.step2_reward.runs import lines_of, make_job, reward, run_job, series
@@ -151,14 +150,6 @@ def test_held_out_pairs_the_other_way_round_give_a_warning(folder: Path) -> None
     printed = " ".join(run_job(job, folder / "runs" / "swapped").split())
     assert "are the columns chosen and rejected swapped" in printed and "eval/margin -" in printed
     assert "warn_below_accuracy" not in printed  # one warning says it
-
-
-def test_too_few_pairs_in_order_give_a_warning() -> None:
-    metrics, reward = {"eval/accuracy": 0.55, "eval/margin": 0.1}, RewardConfig()
-    (line,) = closing_lines(metrics, reward, 100, on_held_out=True)
-    assert "orders 55.0% of the held-out pairs as people did" in line
-    assert "less than reward.warn_below_accuracy=0.6" in line
-    assert closing_lines({**metrics, "eval/accuracy": 0.6}, reward, 9, on_held_out=True) == []
 
 
 def test_margins_and_centering_are_felt(folder: Path) -> None:

@@ -8,7 +8,7 @@ from step2_reward.train import closing_lines
 
 def lines(accuracy: float, margin: float, *, least: float = 0.6, on_held_out: bool = True) -> list[str]:
     metrics = {"eval/accuracy": accuracy, "eval/margin": margin}
-    return closing_lines(metrics, RewardConfig(warn_below_accuracy=least), on_held_out=on_held_out)
+    return closing_lines(metrics, RewardConfig(warn_below_accuracy=least), 100, on_held_out=on_held_out)
 
 
 def test_nothing_is_said_of_a_model_that_orders_enough_held_out_pairs() -> None:
@@ -22,9 +22,10 @@ def test_a_model_under_the_set_accuracy_is_warned_of() -> None:
 
 
 def test_swapped_columns_are_suspected_where_most_pairs_and_their_mean_are_the_wrong_way_round() -> None:
-    wrong, swapped = lines(0.2, -1.5)
-    assert "orders 20.0%" in wrong and "are the columns chosen and rejected swapped" in swapped
-    assert len(lines(0.45, 0.1)) == 1  # a few large margins the right way: not swapped, only poor
+    (swapped,) = lines(0.2, -1.5)
+    assert "are the columns chosen and rejected swapped" in swapped
+    (poor,) = lines(0.45, 0.1)  # a few large margins the right way: not swapped, only poor
+    assert "orders 45.0%" in poor and "swapped" not in poor
     assert len(lines(0.55, -0.1)) == 1
 
 

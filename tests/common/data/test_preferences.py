@@ -336,3 +336,8 @@ def test_a_grade_that_is_not_yes_or_no_is_a_bad_row() -> None:
         later(u=graded(True, "1"), v=graded(False, None))
     with pytest.raises(RowError, match="fewer than two graded answers"):
         later(u=graded(True, "1"))
+
+
+def test_a_greeting_that_both_answers_return_is_not_a_repeated_prompt() -> None:
+    (pair,) = read({"prompt": "Hi", "chosen": "Hi there!", "rejected": "Hi."})
+    assert [side[0].content for side in (pair.chosen, pair.rejected)] == ["Hi there!", "Hi."]
