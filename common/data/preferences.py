@@ -146,8 +146,8 @@ def _with_prompt(columns: Columns) -> Sides:
 def _without_repetition(columns: Columns, prompt: str) -> Columns:
     """Without the prompt, and the white space behind it, when both sides are strings that begin with it.
 
-    A single side that does is left as it is: an answer may quote the question. So may both answers to a prompt
-    of one or two words ("Hi").
+    A single side that does is left as it is: an answer may quote the question. So may both answers to a
+    prompt of one or two words ("Hi").
     """
     if len(prompt.split()) < 3:
         return columns
