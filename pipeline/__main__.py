@@ -18,6 +18,8 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from pipeline.config import PipelineConfig
+
 USAGE = """\
 usage: python -m pipeline VERB ...
 
@@ -82,14 +84,16 @@ def verify(arguments: Sequence[str]) -> int:
 
 def composed(verb: str, arguments: Sequence[str]) -> int:
     """`run` or `preview`: compose the configuration once, or leave that to Hydra when a flag asks for it."""
-    from pipeline.compose import compose, prepare
+    from pipeline.compose import check_base_model_is_used, compose, prepare
 
     overrides = [text for text in arguments if not text.startswith("-")]
     if len(overrides) == len(arguments):
         prepared = prepare(overrides)
         for note in prepared.notes:
             print(note)
-        return execute(verb, compose(prepared.overrides))
+        config = compose(prepared.overrides)
+        check_base_model_is_used([config], overrides)
+        return execute(verb, config)
     return with_hydra(verb, arguments)
 
 
@@ -107,18 +111,20 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from pipeline.compose import compose, jobs_of, prepare, share_a_name
+    from pipeline.compose import check_base_model_is_used, compose, jobs_of, prepare, share_a_name
     from pipeline.config import CONF, register
 
     args = get_args_parser().parse_args(list(arguments))
     prepared = prepare(args.overrides, multirun=args.multirun)
     register()
     jobs = jobs_of(prepared.overrides) if args.multirun else [prepared.overrides]
+    configs: list[PipelineConfig] = []
     own_config = args.config_path or args.config_name or args.experimental_rerun
     if not own_config and not args.hydra_help and not args.shell_completion:
         beside = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
-        for job in jobs:
-            compose([*job, *beside])  # errors of every job in our words, before the first one starts
+        # errors of every job in our words, before the first one starts
+        configs = [compose([*job, *beside]) for job in jobs]
+        check_base_model_is_used(configs, args.overrides)
     if args.multirun or not any((args.cfg, args.help, args.info)):
         for note in prepared.notes:
             print(note)
@@ -126,7 +132,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     # overrides first: after a flag with an optional value (--info) the first one would be taken for it
     sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *flags]
     task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
-        _Task(verb, shared_name=args.multirun and share_a_name(jobs))
+        _Task(verb, shared_name=args.multirun and share_a_name(configs))
     )
     task()
     return 0

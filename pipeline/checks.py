@@ -16,13 +16,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName
+from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
 from common.errors import UserError
-from common.handoff import model_of
+from common.handoff import model_of, similar
 from common.stage import Step
 from launch.local import count_gpus
-from pipeline.config import PipelineConfig
-from pipeline.plan import start_of, wire_run
+from pipeline.config import CONF, PipelineConfig
+from pipeline.plan import STAGES, start_of, wire_run
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
@@ -35,6 +35,7 @@ def check(config: PipelineConfig, ranks: int) -> None:
     wired = wire_run(config)
     if Step.sft in config.steps:
         check_model(config.model)
+    check_quantize(config.model)
     for step in wired:
         start = start_of(step.stage.name, wired)
         model = config.model if start is None else model_of(config.model, Path(start))
@@ -46,7 +47,7 @@ def check(config: PipelineConfig, ranks: int) -> None:
 def check_step(config: PipelineConfig, step: Step, model: ModelConfig, ranks: int) -> None:
     """What one step is told about data, loop and optimizer; `model` is what it starts from."""
     name, part = step.value, getattr(config, step.value)
-    check_data(part.data, f"{name}.data")
+    check_data(part.data, f"{name}.data", or_demo=not _names_data(config))
     check_length(model, part.data.max_length, f"{name}.data.max_length")
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
     check_optimizer(part.optim.name, f"{name}.optim.name")
@@ -110,16 +111,20 @@ def check_model(model: ModelConfig) -> None:
     _check_model_folder(tokenizer.path, "model.tokenizer.path", "tokenizer.json", "tokenizer_config.json")
     template = model.chat_template
     if template is not None and template.endswith(".jinja") and not Path(template).is_file():
-        raise UserError(f"model.chat_template={template}: no such file", hint=_similar(Path(template)))
+        raise UserError(f"model.chat_template={template}: no such file", hint=similar(Path(template)))
 
 
-def check_data(data: DataConfig, key: str) -> None:
-    """Every source is named and, when it is a local file or folder, can be read."""
+def check_data(data: DataConfig, key: str, *, or_demo: bool = False) -> None:
+    """Every source is named and, when it is a local file or folder, can be read.
+
+    or_demo: whether the demo may be offered where nothing is named. It is an experiment of its own: beside
+    another one, or data for another step, it would take their place.
+    """
     sources = data.all_sources()
     if not sources:
         raise UserError(
             f"no data is named: {key}.path is missing",
-            hint=f"{key}.path=FILE_OR_HUB_NAME, or experiment=demo",
+            hint=f"{key}.path=FILE_OR_HUB_NAME, or {'experiment=demo' if or_demo else _data_options(key)}",
         )
     for index, source in enumerate(sources):
         name = f"{key}.path" if data.path is not None else f"{key}.sources[{index}].path"
@@ -170,6 +175,15 @@ def check_optimizer(name: OptimizerName, key: str) -> None:
     if name in GPU_OPTIMIZERS and count_gpus() == 0:
         raise UserError(
             f"{key}={name.value} needs a GPU, and this machine offers none", hint=f"{key}=adamw or adafactor"
+        )
+
+
+def check_quantize(model: ModelConfig) -> None:
+    """4-bit weights, which exist on GPUs only, are not asked for on a machine without."""
+    if model.quantize is not Quantize.none and count_gpus() == 0:
+        raise UserError(
+            f"model.quantize={model.quantize.value} needs a GPU, and this machine offers none",
+            hint="model=lora, or model.quantize=none: adapters alone work anywhere",
         )
 
 
@@ -236,6 +250,17 @@ def disk_needed(model: ModelConfig) -> int:
     return SMALLEST_DISK + weights * (1 if model.lora.enabled else 1 + copies)
 
 
+def _names_data(config: PipelineConfig) -> bool:
+    """Whether any step has data, also one that does not run: an experiment names some for at least one."""
+    return any(getattr(config, step.value).data.all_sources() for step in STAGES)
+
+
+def _data_options(key: str) -> str:
+    """The choices in conf/data, as overrides of one step's data."""
+    names = sorted(file.stem for file in (CONF / "data").glob("*.yaml") if file.stem != "default")
+    return f"data@{key}=NAME with one of {', '.join(names)}"
+
+
 def _check_model_folder(path: str | None, key: str, *expected: str) -> None:
     if path is None:
         return
@@ -248,7 +273,7 @@ def _check_model_folder(path: str | None, key: str, *expected: str) -> None:
     elif folder.exists():
         raise UserError(f"{key}={path} is a file, not a folder", hint=f"{key}={folder.parent}")
     elif _must_be_local(path):
-        raise UserError(f"{key}={path}: no such folder", hint=_similar(folder))
+        raise UserError(f"{key}={path}: no such folder", hint=similar(folder))
 
 
 def _check_readable(path: str, key: str) -> None:
@@ -259,21 +284,9 @@ def _check_readable(path: str, key: str) -> None:
         if place.is_file() and place.stat().st_size == 0:
             raise UserError(f"{key}={path} is empty", hint="name a file with rows in it")
     elif _must_be_local(path) or path.endswith(DATA_SUFFIXES):
-        raise UserError(f"{key}={path}: no such file or folder", hint=_similar(place))
+        raise UserError(f"{key}={path}: no such file or folder", hint=similar(place))
 
 
 def _must_be_local(path: str) -> bool:
     """Whether the text cannot be a hub name (`name` or `organisation/name`)."""
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
-
-
-def _similar(place: Path) -> str:
-    """A hint with the most similar name in the nearest folder that exists."""
-    if str(place).startswith("~"):
-        return f"~ is not expanded here; write {place.expanduser()}"
-    if not place.parent.is_dir():
-        return f"there is no folder {place.parent} either (working directory: {Path.cwd()})"
-    close = difflib.get_close_matches(place.name, [other.name for other in place.parent.iterdir()], 1)
-    if close:
-        return f"did you mean {place.parent / close[0]}?"
-    return f"nothing in {place.parent} has a similar name (working directory: {Path.cwd()})"

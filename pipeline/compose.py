@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import UserError
+from common.stage import Role, Step
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
-from pipeline.plan import STAGES
+from pipeline.plan import STAGES, named_sources, start_of, wire_run
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 SHARED_GROUPS = ("data", "optim")  # mounted once per step: data@sft.data
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
+BASE_MODEL = ("path", "revision", "config", "tokenizer", "chat_template")
+"""Keys of `model` that a step which starts from an artifact takes from there (`common.handoff.model_of`)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     for override in parsed:
         _check_key(override)
         ready.append(_rewritten(override))
-    if any(_names_a_job(override.key_or_group) for override in parsed):
+    if any(_names_a_job(override, steps) for override in parsed):
         return Prepared(ready, [])
     has_policy = any(override.key_or_group.endswith(".policy") for override in parsed)
     return Prepared(["experiment=demo", *ready], [DEMO_DATA if has_policy else DEMO])
@@ -103,10 +106,37 @@ def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
-def share_a_name(jobs: Sequence[Sequence[str]]) -> bool:
-    """Whether runs of a sweep would have the same run_name, and so the same folder."""
-    names = [tuple(text for text in job if text.startswith("run_name=")) for job in jobs]
-    return len(set(names)) < max(len(names), 2)
+def share_a_name(configs: Sequence[PipelineConfig]) -> bool:
+    """Whether runs of a sweep have the same run_name, and so the same folder.
+
+    One run, or none that is known beforehand, counts as sharing: more of them may follow under that name.
+    """
+    return len({config.run_name for config in configs}) < max(len(configs), 2)
+
+
+def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
+    """A base model that the user typed is an error when no step of the run (or of the sweep) starts from it.
+
+    overrides: as typed. What an experiment says of the model does not count: it is for other steps, too.
+    """
+    named = [text for text in overrides if _names_base_model(_parse(text))]
+    if not named or not configs:
+        return
+    for config in configs:
+        wired = wire_run(config)
+        if any(start_of(step.stage.name, wired) is None for step in wired):
+            return
+    sources = named_sources(configs[0])
+    steps = {step.value: path for (step, role), path in sources.items() if role is Role.policy}
+    taken = " and ".join(
+        f"{step} takes weights, tokenizer and chat template from {step}.policy={path}"
+        for step, path in steps.items()
+    )
+    keys = " and ".join(f"{step}.policy" for step in steps)
+    raise UserError(
+        f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {taken}",
+        hint=f"leave it out; or, to train a policy first, add sft to steps and leave {keys} out",
+    )
 
 
 def name_of_sweep_job(config: PipelineConfig) -> PipelineConfig:
@@ -136,7 +166,7 @@ def explain(error: BaseException) -> UserError:
         key = str(getattr(cause, "full_key", "") or "")
         place = f"{key}: " if key else ""
         what = first_line.partition(", expected one of")[0]
-        return UserError(place + what[:1].lower() + what[1:], hint=schema.allowed(key.split("[")[0]) or None)
+        return UserError(place + what[:1].lower() + what[1:], hint=_way_out(key.split("[")[0]))
     if first_line.startswith("Ambiguous value for argument"):
         text = first_line.partition("'")[2].rstrip("'")
         key, _, value = text.partition("=")
@@ -157,7 +187,13 @@ def _parse(text: str) -> Override:
         reason = (str(error).splitlines() or ["not understood"])[0].rpartition("': ")[2]
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"{text!r} is not of the form key=value", hint=_did_you_mean(text)) from None
+            names = text.strip("[]").split(",")
+            is_steps = all(name.strip() in Step.__members__ for name in names)
+            hint = f"did you mean steps={text}?" if is_steps else _did_you_mean(text)
+            raise UserError(f"{text!r} is not of the form key=value", hint=hint) from None
+        if value.startswith("~"):
+            way_out = f"~ is not expanded here; write {key}={Path(value).expanduser()}"
+            raise UserError(f"{text} cannot be read", hint=way_out) from None
         inner = value.replace("\\", "\\\\").replace('"', '\\"')
         quoted = shlex.quote(f'{key}="{inner}"')
         raise UserError(f"{text} cannot be read: {reason}", hint=f"quote the value: {quoted}") from None
@@ -239,11 +275,43 @@ def _rewritten(override: Override) -> str:
     return text
 
 
-def _names_a_job(key: str) -> bool:
-    """Whether an override names a model, an experiment or a step's data."""
-    if key in ("experiment", "model", "model.path", "data") or key.startswith("model.config"):
+def _names_a_job(override: Override, steps: Sequence[str]) -> bool:
+    """Whether an override names a model, an experiment or a step's data.
+
+    Choosing adapters (model=lora) names no model. Where SFT runs it asks for one nevertheless: adapters on
+    the demo's random weights would learn next to nothing.
+    """
+    key = override.key_or_group
+    if key == "model":
+        return Step.sft.value in steps or any(
+            not keys or not {"path", "config"}.isdisjoint(keys) for keys in _keys_of_options(override)
+        )
+    if key in ("experiment", "model.path", "data") or key.startswith("model.config"):
         return True
     return any(key in (f"{step.value}.data.path", f"{step.value}.data.sources") for step in STAGES)
+
+
+def _names_base_model(override: Override) -> bool:
+    """Whether an override says what the base model is, or how it reads text, and nothing else."""
+    key, value = override.key_or_group, override.value()
+    if key == "model":
+        options = _keys_of_options(override)
+        return all(keys and keys.issubset(BASE_MODEL) for keys in options)
+    group, _, rest = key.partition(".")
+    return group == "model" and rest.split(".")[0] in BASE_MODEL and value is not None and value != {}
+
+
+def _keys_of_options(override: Override) -> list[set[str]]:
+    """Top-level keys of the file of each option that an override chooses for a group; empty for no file."""
+    import yaml
+
+    value = override.value()
+    found = []
+    for option in getattr(value, "list", [value]):  # a sweep holds a list
+        file = CONF / override.key_or_group / f"{option}.yaml"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        found.append(set(yaml.safe_load(text) or {}))
+    return found
 
 
 def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -254,6 +322,8 @@ def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence
         model["config"] = {}
         if "model.tokenizer.train_vocab_size" not in keys:
             model["tokenizer"]["train_vocab_size"] = None
+    if "model.tokenizer.path" in keys and "model.tokenizer.train_vocab_size" not in keys:
+        model["tokenizer"]["train_vocab_size"] = None
     for step in STAGES:
         data = (plain.get(step.value) or {}).get("data") or {}
         path, sources = f"{step.value}.data.path", f"{step.value}.data.sources"
@@ -272,6 +342,14 @@ def _as_object(checked: Any, name: str) -> Any:
         return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     except UserError as error:
         raise (error.in_step(name) if name in {step.value for step in STAGES} else error) from None
+
+
+def _way_out(key: str) -> str | None:
+    """What a key takes; for the place of a step's data, where several places go."""
+    step, _, rest = key.partition(".")
+    if step in Step.__members__ and rest == "data.path":
+        return f"expected one path; several go into '{step}.data.sources=[{{path: FIRST}}, {{path: SECOND}}]'"
+    return schema.allowed(key) or None
 
 
 def _unknown_option(error: Any) -> UserError:

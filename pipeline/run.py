@@ -132,7 +132,8 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
     before = None if config.force and is_broken(folder) else state.read_state(folder)
     part = state.step_config(config, wired.stage)
     known = {} if before is None else before["inputs"]
-    inputs = state.inputs_of(config, wired.stage, known, load_sources(wired, run_dir))
+    sources = load_sources(wired, run_dir)
+    inputs = state.inputs_of(config, wired.stage, known, sources)
     if before is not None and not holds_work(folder):
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # trained on rows that may have changed
         before = {**before, "config": part, "inputs": inputs}
@@ -147,7 +148,10 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
         return 0
 
     resolved = write_resolved(config, run_dir, say)
-    say(f"{name}: {'going on' if before is not None else 'starting'} in {folder}, {ranks} rank(s)")
+    policy = sources.get(Role.policy)
+    start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
+    begins = "going on" if before is not None else "starting"
+    say(f"{name}: {begins} in {folder}, {ranks} rank(s){start_from}")
     current = {
         "step": name,
         "status": "running",

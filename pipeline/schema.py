@@ -88,7 +88,7 @@ _WORDS = {
     int: "expected a whole number",
     float: "expected a number",
     bool: "expected true or false",
-    str: "text",
+    str: "expected text",
 }
 
 

@@ -104,6 +104,18 @@ def test_a_chain_runs_from_one_command_and_records_who_comes_from_whom(step: Ste
     assert lineage[step.value]["role"] == ("reward_model" if step is REWARD else "policy")
 
 
+@pytest.mark.parametrize("step", [REWARD, DPO])
+def test_a_step_says_which_artifact_it_starts_from(step: Step) -> None:
+    (
+        first,
+        *_,
+    ) = go(config(SFT, step))
+    assert first == "sft: starting in runs/a/sft, 1 rank(s)"
+    sha256 = make_policy("here")
+    lines = go(from_policy(step, "here", run_name="b"))
+    assert lines[0] == f"{step.value}: starting in runs/b/{step.value}, 1 rank(s), from here ({sha256[:12]})"
+
+
 def test_the_ranks_read_the_path_of_the_policy_whether_a_step_makes_it_or_the_user_named_it() -> None:
     go(config(SFT, REWARD))
     resolved = yaml.safe_load(Path("runs/a/resolved.yaml").read_text())

@@ -16,6 +16,7 @@ from common.config import (
     ModelConfig,
     OptimConfig,
     OptimizerName,
+    Quantize,
     SourceConfig,
     TokenizerConfig,
 )
@@ -54,7 +55,23 @@ def test_data_without_a_model_names_the_missing_key(config: PipelineConfig) -> N
 
 def test_a_model_without_data_names_the_missing_key(config: PipelineConfig) -> None:
     config.sft.data = DataConfig(max_length=256)
-    assert "sft.data.path is missing" in error_of(config).message
+    error = error_of(config)
+    assert error.message.endswith("sft.data.path is missing")
+    assert error.hint == "sft.data.path=FILE_OR_HUB_NAME, or experiment=demo"
+
+
+def test_the_demo_is_not_offered_where_it_would_take_the_place_of_an_experiment(
+    config: PipelineConfig,
+) -> None:
+    config.steps = [Step.sft, Step.dpo]
+    error = error_of(config)
+    assert error.message.endswith("dpo.data.path is missing")
+    assert "experiment=demo" not in str(error) and "data@dpo.data=NAME" in str(error.hint)
+    config.steps, config.dpo.policy = (
+        [Step.dpo],
+        "policy",
+    )  # the experiment's data is for a step that does not run
+    assert "experiment=demo" not in str(error_of(config))
 
 
 def test_a_global_batch_smaller_than_the_number_of_ranks_is_refused(config: PipelineConfig) -> None:
@@ -133,6 +150,15 @@ def test_an_optimizer_for_gpus_is_refused_without_one(
 ) -> None:
     config.sft.optim.name = name
     assert f"sft.optim.name={name.value} needs a GPU" in error_of(config).message
+    monkeypatch.setattr(checks, "count_gpus", lambda: 1)
+    checks.check(config, ranks=1)
+
+
+def test_four_bit_weights_are_refused_without_a_gpu(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
+    assert "model.quantize=nf4 needs a GPU" in error_of(config).message
     monkeypatch.setattr(checks, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
 

@@ -10,7 +10,16 @@ import pytest
 from common.config import OptimizerName, Truncation
 from common.errors import UserError
 from common.stage import Step
-from pipeline.compose import DEMO, DEMO_DATA, compose, jobs_of, name_of_sweep_job, prepare, share_a_name
+from pipeline.compose import (
+    DEMO,
+    DEMO_DATA,
+    check_base_model_is_used,
+    compose,
+    jobs_of,
+    name_of_sweep_job,
+    prepare,
+    share_a_name,
+)
 from pipeline.config import PROJECT, PipelineConfig
 
 JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
@@ -126,7 +135,26 @@ def test_a_grammar_error_prints_the_quoted_form_and_that_form_works(text: str, q
 
 
 def test_something_without_an_equals_sign_is_no_override() -> None:
-    assert "'sft' is not of the form key=value" in error_of("sft")
+    assert "'seed' is not of the form key=value" in error_of("seed")
+
+
+@pytest.mark.parametrize("text", ["dpo", "sft,dpo", "[sft,dpo]"])
+def test_a_step_written_like_a_verb_is_shown_as_a_value_of_steps(text: str) -> None:
+    assert error_of(text) == f"'{text}' is not of the form key=value\n  did you mean steps={text}?"
+    assert "did you mean steps" not in error_of("sft,demo")
+
+
+def test_several_paths_in_place_of_one_are_shown_as_sources() -> None:
+    way_out = "expected one path; several go into 'reward.data.sources=[{path: FIRST}, {path: SECOND}]'"
+    assert error_of(*JOB, "reward.data.path=[a.jsonl]").endswith(way_out)
+    composed(*JOB, "reward.data.sources=[{path: FIRST}, {path: SECOND}]")
+    assert error_of(*JOB, "run_name=[a]").endswith("expected text")
+
+
+def test_a_path_below_the_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    message = error_of("steps=[reward]", "reward.policy=~/x")
+    assert message.endswith("~ is not expanded here; write reward.policy=/home/me/x")
 
 
 def test_several_values_without_a_sweep_show_the_three_ways_to_mean_it() -> None:
@@ -231,9 +259,88 @@ def test_naming_a_model_an_experiment_or_data_keeps_the_demo_away(named: str) ->
     assert "experiment=demo" not in prepared.overrides
 
 
+@pytest.mark.parametrize("option", ["lora", "qlora", "lora,qlora"])
+def test_choosing_adapters_names_no_model(option: str) -> None:
+    prepared = prepare(["steps=[reward]", "reward.policy=a/export", f"model={option}"], multirun=True)
+    assert prepared.notes == [DEMO_DATA]
+    job = composed("steps=[dpo]", "dpo.policy=a/export", "model=lora")
+    assert job.model.lora.enabled and job.dpo.data.all_sources()
+    both = prepare(["steps=[dpo]", "dpo.policy=a/export", "model=lora,llama_4m"], multirun=True)
+    assert both.notes == []
+
+
+def test_adapters_for_sft_ask_for_a_model_instead_of_taking_the_demos_random_one() -> None:
+    for steps in ("steps=[sft]", "steps=[sft,dpo]"):
+        assert prepare([steps, "model=lora"]).notes == []
+        assert composed(steps, "model=lora").model.path is None
+
+
+def check_model_of(*overrides: str) -> None:
+    check_base_model_is_used([composed(*overrides)], overrides)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.path=org/name",
+        "model.revision=main",
+        "model.config.model_type=llama",
+        "model.config={model_type: llama}",
+        "model.tokenizer.path=t",
+        "model.tokenizer.train_vocab_size=300",
+        "model.chat_template=alpaca",
+        "model=llama_4m",
+    ],
+)
+def test_a_base_model_that_no_step_starts_from_is_refused(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_model_of("steps=[reward]", "reward.policy=P", text)
+    assert caught.value.message == (
+        f"{text} has no effect: reward takes weights, tokenizer and chat template from reward.policy=P"
+    )
+    assert "leave reward.policy out" in str(caught.value.hint)
+
+
+def test_every_setting_without_effect_and_every_policy_is_named() -> None:
+    policies = ("steps=[reward,dpo]", "reward.policy=P", "dpo.policy=Q")
+    with pytest.raises(UserError) as caught:
+        check_model_of(*policies, "model.path=x", "model.dtype=fp32", "model.revision=main")
+    assert "model.path=x and model.revision=main have no effect" in caught.value.message
+    assert "from reward.policy=P and dpo takes" in caught.value.message
+    assert caught.value.message.endswith("from dpo.policy=Q")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("steps=[sft,reward]", "model.path=x"),
+        ("steps=[sft,dpo]", "dpo.policy=P", "model.path=x"),
+        ("steps=[dpo]", "dpo.policy=P", "experiment=gsm8k_preferences"),  # its model is for SFT
+        ("steps=[dpo]", "dpo.policy=P", "model=lora", "model.lora.r=4", "model.dtype=fp32"),
+        ("steps=[dpo]", "dpo.policy=P", "model.chat_template=null", "model.config={}"),
+    ],
+)
+def test_what_some_step_uses_or_the_user_did_not_name_is_not_refused(overrides: tuple[str, ...]) -> None:
+    check_model_of(*overrides)
+
+
+def test_a_base_model_that_one_run_of_a_sweep_starts_from_has_an_effect() -> None:
+    overrides = ["steps=[sft],[dpo]", "dpo.policy=P", "model.path=x"]
+    runs = [compose(job) for job in jobs_of(overrides)]
+    check_base_model_is_used(runs, overrides)
+    with pytest.raises(UserError, match="no effect"):
+        check_base_model_is_used(runs[1:], overrides)
+
+
 def test_a_named_model_takes_the_place_of_the_one_an_experiment_makes() -> None:
     model = composed("experiment=gsm8k", "model.path=org/name").model
     assert (model.path, model.config, model.tokenizer.train_vocab_size) == ("org/name", {}, None)
+
+
+def test_a_named_tokenizer_takes_the_place_of_the_one_an_experiment_trains() -> None:
+    model = composed("experiment=gsm8k", "model.tokenizer.path=t").model
+    assert (model.tokenizer.path, model.tokenizer.train_vocab_size) == ("t", None)
+    assert model.config["model_type"] == "llama"
 
 
 def test_named_data_takes_the_place_of_an_experiments_in_either_form() -> None:
@@ -251,10 +358,23 @@ def test_naming_both_forms_at_once_is_an_error() -> None:
 def test_a_sweep_is_split_into_its_runs_and_each_gets_a_name_of_its_own() -> None:
     jobs = jobs_of(["experiment=demo", "seed=1,2"])
     assert jobs == [["experiment=demo", "seed=1"], ["experiment=demo", "seed=2"]]
-    assert share_a_name(jobs)
-    assert not share_a_name(jobs_of(["experiment=demo", "run_name=a,b"]))
+    assert share_a_name([compose(job) for job in jobs])
     names = [name_of_sweep_job(compose(job)).run_name for job in jobs]
     assert len(set(names)) == 2 and all(name is not None and name.startswith("demo-") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shared"),
+    [
+        (["run_name=a,b"], False),
+        (["run_name=r_${seed}", "seed=1,2"], False),
+        (["run_name=r_${seed}", "seed=1,2", "sft.optim.lr=1e-3,1e-4"], True),
+        (["run_name=r", "seed=1,2"], True),
+        (["seed=1"], True),  # more may follow
+    ],
+)
+def test_names_of_a_sweep_that_differ_already_are_left_alone(overrides: list[str], shared: bool) -> None:
+    assert share_a_name([compose(job) for job in jobs_of(["experiment=demo", *overrides])]) is shared
 
 
 def test_composing_imports_neither_torch_nor_any_other_heavy_library() -> None:

@@ -51,6 +51,12 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         (("run", "steps=[dpo]", "dpo.policy=./nowhere"), "dpo.policy=./nowhere: no such folder"),
         (("run", "steps=[sft,dpo]", "optim=muon"), "one or more of sft.optim=muon, dpo.optim=muon"),
         (("preview", "model.path=./nowhere"), "model.path=./nowhere: no such folder"),
+        (("preview", "dpo"), "did you mean steps=dpo?"),
+        (("run", "steps=[dpo]", "dpo.policy=P", "model.chat_template=alpaca"), "alpaca has no effect: dpo"),
+        (
+            ("run", "-m", "seed=1,2", "steps=[dpo]", "dpo.policy=P", "model.path=x"),
+            "model.path=x has no effect",
+        ),
         (("verify",), "verify takes one path"),
         (("verify", "nowhere"), "nowhere: no such folder"),
     ],
@@ -101,6 +107,12 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path: Path, j
     again = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", "sft.optim.lr=1e-3,1e-4", folder=tmp_path)
     assert again.stdout.count("done already, verified") == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "runs"]
+
+
+def test_runs_of_a_sweep_keep_the_names_that_the_user_made_different(tmp_path: Path, job: list[str]) -> None:
+    done = rlhf("run", "-m", *job, "run_name=r_${seed}", "seed=1,2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"r_1", "r_2"} == {p.name for p in (tmp_path / "runs").iterdir() if not p.name.startswith(".")}
 
 
 def test_a_users_own_folder_of_experiments_is_found(tmp_path: Path, job: list[str]) -> None:
