@@ -23,7 +23,7 @@ CANDIDATES = {
     "by length, 16": batch_of(16),
 }
 
-BEST = {"fp32": {comparison.BEST: batch_of(2)}, "bf16": {comparison.BEST: batch_of(4)}}
+BEST = {"fp32": {comparison.BEST: batch_of(1)}, "bf16": {comparison.BEST: batch_of(4)}}
 """To be the fastest of `CANDIDATES` by `--search`, in each precision."""
 
 PROGRAM = pair_cpu.Program("reward", initial_reward_model, BEST, CANDIDATES)
