@@ -31,8 +31,8 @@ BEST = {
     "fp32": {comparison.BEST: batch_of(1, **BEFORE), IN_STEP: batch_of(2)},
     "bf16": {comparison.BEST: batch_of(4, **BEFORE), IN_STEP: batch_of(4)},
 }
-"""The fastest of `CANDIDATES` by `--search` in fp32, which was cut off before the last two (reference before, four
-and eight pairs: one and two fell already); in bf16 taken over from SFT, not searched."""
+"""The fastest of `CANDIDATES` by `--search` in fp32, cut off before its last two (reference before, four and
+eight pairs; two were slower than one); in bf16 taken over from SFT, not searched."""
 
 
 def policy_of(made: PairsWorkload, _: Path) -> Path:
