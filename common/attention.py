@@ -16,7 +16,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ def _by_document(
         if q.device.type == "cpu" and seen <= CPU_FP32_LENGTH:
             q, k, v = q.float(), k.float(), v.float()
         banded = shared > 0 or (window is not None and seen > window)
-        mask = _band(seen, window or seen, q.device)[shared:] if banded else None
+        mask = _seen_by_own(seen, window or seen, shared, q.device) if banded else None
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -175,6 +175,12 @@ def _by_document(
         )
         outs.append(out.transpose(1, 2).to(query.dtype))
     return torch.cat(outs, 1)
+
+
+@lru_cache(maxsize=128)
+def _seen_by_own(length: int, window: int, shared: int, device: torch.device) -> torch.Tensor:
+    """bool [length - shared, length]: what a document's own tokens see. The same for all layers of a pass."""
+    return _band(length, window, device)[shared:]
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
