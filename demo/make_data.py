@@ -23,7 +23,10 @@ SEED = 20
 HELD_OUT_SHARE = 0.85  # of subjects, one wording each
 DEMONSTRATIONS = 2  # per training prompt
 PAIRS = 8  # per training prompt
-FORM_PAIRS = 4  # one pair in so many is about the form of a right answer, the others about being right
+FORM_PAIRS = (
+    4  # one training pair in so many is about the form of a right answer, the others about being right
+)
+HELD_OUT_FORM_PAIRS = 2
 TERSE, PLAIN, POLITE = "terse", "plain", "polite"
 FORM_SHARES = {TERSE: 0.45, PLAIN: 0.30, POLITE: 0.25}
 WRONG_SHARE = 0.02
@@ -48,11 +51,11 @@ def make() -> dict[str, list[dict[str, str]]]:
     return {
         "sft.jsonl": demonstrations(draw, training, DEMONSTRATIONS),
         "sft_eval.jsonl": demonstrations(draw, held_out, 1, wrong_share=0.0),
-        "preferences.jsonl": preferences(draw, training, PAIRS),
+        "preferences.jsonl": preferences(draw, training, PAIRS, FORM_PAIRS),
         "prompts.jsonl": [
             {"prompt": p.text, "kind": p.task.kind, "reference": p.task.answers[p.subject]} for p in held_out
         ],
-        "preferences_eval.jsonl": preferences(draw, held_out, 1),
+        "preferences_eval.jsonl": preferences(draw, held_out, 1, HELD_OUT_FORM_PAIRS),
     }
 
 
@@ -83,12 +86,15 @@ def demonstrations(
     return rows
 
 
-def preferences(draw: Random, prompts: Sequence[Prompt], per_prompt: int) -> list[dict[str, str]]:
-    """Pairs that differ in one thing: a fourth in the form of a right answer, the others in being right."""
+def preferences(
+    draw: Random, prompts: Sequence[Prompt], per_prompt: int, form_pairs: int
+) -> list[dict[str, str]]:
+    """Pairs that differ in one thing: one in `form_pairs` in the form of a right answer, the others in being
+    right."""
     rows = []
     for number, prompt in enumerate(_shuffled(draw, [p for p in prompts for _ in range(per_prompt)])):
         right = prompt.task.answers[prompt.subject]
-        if number % FORM_PAIRS == 0:
+        if number % form_pairs == 0:
             better, worse = ((0, 1), (0, 2), (1, 2))[_index(draw, 3)]
             chosen = phrase(draw, prompt, right, FORM_PREFERENCES[better])
             rejected = phrase(draw, prompt, right, FORM_PREFERENCES[worse])
