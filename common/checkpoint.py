@@ -31,7 +31,7 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
-from common.distributed import World, gather_objects
+from common.distributed import World, from_main, gather_objects
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ class Checkpoints:
         partial = final.with_name(f"{final.name}.tmp")
         if self._exists_everywhere(final):
             return final
-        self._on_main(lambda: self._start(partial))
+        from_main(self._world, lambda: self._start(partial))
         self._on_every_rank(partial, lambda: self._write_own(partial, engine, counters))
         records = self._hash_own_share(partial)
-        self._on_main(lambda: self._commit(partial, final, step, records))
-        self._on_main(lambda: self._forget_old(best_step))
+        from_main(self._world, lambda: self._commit(partial, final, step, records))
+        from_main(self._world, lambda: self._forget_old(best_step))
         return final
 
     def resume(self, engine: Engine) -> Resumed | None:
@@ -80,7 +80,7 @@ class Checkpoints:
 
         UserError when there were some and none can be verified, or the world size differs.
         """
-        self._on_main(self._remove_unfinished)
+        from_main(self._world, self._remove_unfinished)
         set_aside: list[str] = []
         for step in sorted(self.steps(), reverse=True):
             path = self.folder / f"step_{step:08d}"
@@ -89,7 +89,7 @@ class Checkpoints:
                 counters = self._restore(path, engine)
                 return Resumed(path, counters, tuple(set_aside))
             set_aside.append(f"{path.name}: {'; '.join(faults)}")
-            self._on_main(partial_function(self._quarantine, path))
+            from_main(self._world, partial_function(self._quarantine, path))
         if set_aside:
             raise UserError(
                 f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(set_aside),
@@ -193,18 +193,6 @@ class Checkpoints:
 
     def _exists_everywhere(self, final: Path) -> bool:
         return all(gather_objects((final / MANIFEST).exists()))
-
-    def _on_main(self, action: Callable[[], None]) -> None:
-        """Run on rank 0; a UserError there is raised on every rank."""
-        error: UserError | None = None
-        if self._world.is_main:
-            try:
-                action()
-            except UserError as caught:
-                error = caught
-        error = gather_objects(error)[0]
-        if error is not None:
-            raise error
 
     def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
         """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
