@@ -44,13 +44,12 @@ def show_pairs(
 ) -> None:
     """Print a few pairs, the histogram of the lengths of their sides, and what became of the rows."""
     shown = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:PAIRS_SHOWN])
-    sides = [side for index in range(len(pairs)) for side in (pairs[index].chosen, pairs[index].rejected)]
-    lengths = [len(side.input_ids) for side in sides]
+    lengths = np.concatenate([pairs.chosen_lengths, pairs.lengths - pairs.chosen_lengths])
     show_preview(
         [pair_runs(pairs[int(index)], tokenizer) for index in shown],
-        lengths,
+        lengths.tolist(),
         ledger.lines(),
-        sum(side.trained for side in sides) / sum(lengths),
+        float(pairs.trained.sum() / lengths.sum()),
         max_length,
     )
 

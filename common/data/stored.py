@@ -68,16 +68,19 @@ class TokenizedDataset(StoredRecords):
 
 
 class PairDataset(StoredRecords):
-    """Pairs of documents; `lengths` and `trained` count both sides together. margins: float32 [P]."""
+    """Pairs of documents; `lengths` and `trained` count both sides together.
+
+    chosen_lengths: int32 [P], tokens of the chosen sides. margins: float32 [P].
+    """
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
         super().__init__(folder, index, names, part)
-        self._chosen_lengths = index["chosen_lengths"][self._rows]
+        self.chosen_lengths = index["chosen_lengths"][self._rows]
         self.margins = index["margins"][self._rows]
 
     def __getitem__(self, index: int) -> TokenizedPair:
         ids, labels, source = self._read(index)
-        end = int(self._chosen_lengths[index])
+        end = int(self.chosen_lengths[index])
         return TokenizedPair(
             TokenizedExample(ids[:end], labels[:end], source),
             TokenizedExample(ids[end:], labels[end:], source),
