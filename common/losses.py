@@ -305,6 +305,12 @@ class ScoringHead(nn.Linear):
         )
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, if there is one; adapters stay active in it."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", model if unwrap is None else unwrap())
+
+
 class PackedCausalLM(nn.Module):
     """A transformers causal LM (also one wrapped by peft) that takes packed batches and returns sums.
 
@@ -324,8 +330,7 @@ class PackedCausalLM(nn.Module):
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
-        unwrap = getattr(self.model, "get_base_model", None)
-        return cast("PreTrainedModel", self.model if unwrap is None else unwrap())
+        return unwrapped(self.model)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from torch import nn
 
 from common.config import ModelConfig
 from common.errors import UserError
-from common.losses import check_isolation, last_layer_of, packed_arguments, positions_within
+from common.losses import check_isolation, last_layer_of, packed_arguments, positions_within, unwrapped
 from common.models import Ending, disable_dropout, load_network
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ class PackedScalarModel(nn.Module):
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
-        unwrap = getattr(self.model, "get_base_model", None)
-        return cast("PreTrainedModel", self.model if unwrap is None else unwrap())
+        return unwrapped(self.model)
 
     def forward(
         self,

@@ -76,6 +76,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
     peak_lr = job.sft.optim.lr or (2e-4 if job.model.lora.enabled else 2e-5)
     schedule = build_schedule(job.sft.optim, total_steps)
     optimizer = build_optimizer(module, job.sft.optim, peak_lr)
+    flops_per_token = training_flops_per_token(model)
     engine = loop.build_engine(module, optimizer, job, config, job.sft.optim, world)
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -84,7 +85,6 @@ def train(job: SFTJob, run_dir: Path) -> int:
         base_revision=getattr(module.base().config, "_commit_hash", None),
     )
     counters = loop.resume(checkpoints, engine, say)
-    flops_per_token = training_flops_per_token(model)
 
     with (
         Progress(total_steps, label="sft", done=counters.step, enabled=world.is_main) as progress,
