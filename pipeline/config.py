@@ -14,6 +14,7 @@ from common.stage import Step
 from step1_sft.config import SFTConfig
 from step2_dpo.config import DPOConfig
 from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, `conf/` and `demo/`."""
@@ -42,6 +43,8 @@ class PipelineConfig:
     """a reward model from preference pairs"""
     dpo: DPOConfig = field(default_factory=DPOConfig)
     """preference pairs without a reward model"""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """a policy against a reward"""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """how state is sharded"""
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -16,8 +16,9 @@ from pipeline.config import PipelineConfig
 from step1_sft.stage import STAGE as SFT
 from step2_dpo.stage import STAGE as DPO
 from step2_reward.stage import STAGE as REWARD
+from step3_ppo.stage import STAGE as PPO
 
-STAGES: Mapping[Step, Stage] = {stage.name: stage for stage in (SFT, REWARD, DPO)}
+STAGES: Mapping[Step, Stage] = {stage.name: stage for stage in (SFT, REWARD, DPO, PPO)}
 EXPORT = "export"
 """Where in its own folder a step leaves its artifact."""
 

@@ -1,8 +1,8 @@
 """The nouns of the data path, in the order a row becomes them.
 
-RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch, and for pairs of answers
-RawExample -> Preference -> TokenizedPair -> (row of a batch) -> PairBatch. Each hop is one file; nothing
-goes back. Who decides what: `chat.py` decides which tokens are trained and shifts the
+RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch, for pairs of answers
+RawExample -> Preference -> TokenizedPair -> (row of a batch) -> PairBatch, and for prompts alone
+RawExample -> Prompt -> TokenizedPrompt. Each hop is one file; nothing goes back. Who decides what: `chat.py` decides which tokens are trained and shifts the
 labels, once; `packing.py` decides which documents share a row; `batches.py` decides which rows
 make a step. Nothing here reads or writes.
 """
@@ -74,6 +74,17 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row understood: turns that end where an assistant's answer would begin."""
+
+    messages: tuple[Message, ...]  # at least one turn, the last of which is not an assistant's
+    as_given: str | list[dict[str, object]]  # what the row called its prompt, for reward functions
+    columns: Mapping[str, object]  # the row's other columns
+    source: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """One document. Owns its labels: aligned here, and nowhere else.
 
@@ -102,6 +113,20 @@ class TokenizedPair:
     chosen: TokenizedExample
     rejected: TokenizedExample
     margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """What a policy is asked to go on from.
+
+    input_ids: int32 [T], rendered up to where the assistant's words begin. prompt: as the row had it, a
+    string or a list of messages; columns: the row's other columns. Reward functions are called with both.
+    """
+
+    input_ids: np.ndarray
+    prompt: str | list[dict[str, object]]
+    columns: Mapping[str, object]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,30 @@
+"""`python -m step3_ppo --config resolved.yaml --run-dir DIR`: one rank, under torchrun's environment."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common.entry import step_main
+from step3_ppo.config import PPOJob
+
+
+def main() -> int:
+    """See `common.entry.step_main`."""
+    return step_main("ppo", "step3_ppo", PPOJob, train=_train, preview=_preview)
+
+
+def _train(job: PPOJob, run_dir: Path) -> int:
+    from step3_ppo.train import train
+
+    return train(job, run_dir)
+
+
+def _preview(job: PPOJob, folder: Path) -> None:
+    from step3_ppo.preview import preview
+
+    preview(job, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""What PPO can be told."""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Dict, List, Optional
+
+from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
+from common.errors import UserError
+from common.stage import Role
+
+
+class Estimator(Enum):
+    gae = "gae"
+    grpo = "grpo"
+    rloo = "rloo"
+    reinforce_pp = "reinforce_pp"
+
+
+class KLPlacement(Enum):
+    reward = "reward"
+    loss = "loss"
+
+
+class KLController(Enum):
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class CriticStart(Enum):
+    auto = "auto"
+    reward_model = "reward_model"
+    policy = "policy"
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled."""
+
+    prompts: int = 128
+    """prompts per iteration, over all ranks"""
+    samples_per_prompt: int = 1
+    """responses to each of them"""
+    max_new_tokens: int = 256
+    """longest response, its terminator included"""
+    temperature: float = 1.0
+    """of the distribution that is sampled and trained"""
+    top_p: float = 1.0
+    """sample from the most likely tokens that together have this probability; 1: all"""
+    top_k: int = 0
+    """sample from so many of the most likely tokens; 0: all"""
+    slots: int = 64
+    """responses decoded side by side, per rank"""
+    gather_parameters: bool = True
+    """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
+
+    def __post_init__(self) -> None:
+        require(self.prompts >= 1, "ppo.rollout.prompts", self.prompts, "1 or more")
+        samples = self.samples_per_prompt
+        require(samples >= 1, "ppo.rollout.samples_per_prompt", samples, "1 or more")
+        require(self.max_new_tokens >= 1, "ppo.rollout.max_new_tokens", self.max_new_tokens, "1 or more")
+        require(
+            0 < self.temperature < math.inf,
+            "ppo.rollout.temperature",
+            self.temperature,
+            "a number above 0: PPO learns from responses that were sampled",
+        )
+        require(0 < self.top_p <= 1, "ppo.rollout.top_p", self.top_p, "above 0, up to 1")
+        require(self.top_k >= 0, "ppo.rollout.top_k", self.top_k, "0 (all) or more")
+        require(self.slots >= 1, "ppo.rollout.slots", self.slots, "1 or more")
+
+
+@dataclass
+class RewardSourceConfig:
+    """One of the rewards that are summed: exactly one of model, function and url."""
+
+    model: bool = False
+    """the reward model, calibrated to mean 0 and standard deviation 1 on its held-out pairs"""
+    function: Optional[str] = None
+    """package.module:function(prompts, completions, **columns) -> list[float]"""
+    url: Optional[str] = None
+    """a server that takes {prompts, completions, columns} as JSON and answers {rewards: [...]}"""
+    weight: float = 1.0
+    """factor in the sum"""
+    name: Optional[str] = None
+    """how it is called in the metrics; by default reward_model, the function's name, or the server's host"""
+    timeout: float = 30.0
+    """seconds until a server's answer is given up"""
+    retries: int = 4
+    """further attempts at a server that does not answer; then the run stops"""
+    allow_http: bool = False
+    """let prompts and completions travel unencrypted to a server that is not this machine"""
+
+    def __post_init__(self) -> None:
+        named = [self.model, self.function is not None, self.url is not None]
+        if sum(named) != 1:
+            raise UserError(
+                "an entry of ppo.rewards names " + ("nothing to score with" if not any(named) else "several"),
+                hint="one of {model: true}, {function: 'package.module:function'}, {url: 'https://…'}",
+            )
+        require(math.isfinite(self.weight), "ppo.rewards.weight", self.weight, "a finite number")
+        require(0 < self.timeout < math.inf, "ppo.rewards.timeout", self.timeout, "seconds, above 0")
+        require(self.retries >= 0, "ppo.rewards.retries", self.retries, "0 or more")
+
+
+@dataclass
+class KLConfig:
+    """How the actor is held to the reference, the policy it starts from."""
+
+    placement: KLPlacement = KLPlacement.reward
+    """reward: each token's reward loses coef times k1; loss: the loss gains coef times k3"""
+    coef: float = 0.05
+    """how much a nat of divergence costs; 0: no reference is loaded"""
+    controller: KLController = KLController.fixed
+    """adaptive moves coef so that the divergence of a response comes to target"""
+    target: float = 6.0
+    """nats per response (adaptive)"""
+    horizon: float = 10_000.0
+    """responses over which an adaptive coef moves (adaptive)"""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.coef < math.inf, "ppo.kl.coef", self.coef, "0 or more")
+        require(0 < self.target < math.inf, "ppo.kl.target", self.target, "a number above 0")
+        require(0 < self.horizon < math.inf, "ppo.kl.horizon", self.horizon, "a number above 0")
+        if self.controller is KLController.adaptive and self.coef == 0:
+            raise UserError(
+                "ppo.kl.controller=adaptive cannot move ppo.kl.coef=0, which it multiplies",
+                hint="start from a coefficient above 0, e.g. ppo.kl.coef=0.05",
+            )
+
+
+@dataclass
+class CriticConfig:
+    """The value network; only the estimator gae has one."""
+
+    start: CriticStart = CriticStart.auto
+    """reward_model (backbone and head), or policy (with a new head); auto: reward_model if there is one"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """its optimizer and schedule"""
+    warmup_iterations: int = 0
+    """first iterations in which only the critic learns"""
+    clip: float = 0.2
+    """how far a value may move from the old one before it stops being pulled; 0: any way"""
+
+    def __post_init__(self) -> None:
+        warmup = self.warmup_iterations
+        require(warmup >= 0, "ppo.critic.warmup_iterations", warmup, "0 or more")
+        require(0 <= self.clip < math.inf, "ppo.critic.clip", self.clip, "0 (off) or more")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on held-out prompts, greedily and sampled."""
+
+    num_prompts: int = 256
+    """held-out prompts; 0: no evaluation"""
+    functions: Dict[str, str] = field(default_factory=dict)
+    """further scores, only looked at: the name in eval/<name>, and a package.module:function as in rewards"""
+
+    def __post_init__(self) -> None:
+        require(self.num_prompts >= 0, "ppo.evaluation.num_prompts", self.num_prompts, "0 or more")
+
+
+@dataclass
+class PPOConfig:
+    """The `ppo` group."""
+
+    policy: Optional[str] = None
+    """folder of the policy artifact to start from; by default what an earlier step of this run made"""
+    reward_model: Optional[str] = None
+    """folder of the reward model artifact; by default what an earlier step of this run made"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """prompts; max_length is that of a prompt with its response"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """the loop: global_batch_size counts responses per update, max_steps, eval_every and save_every count
+    iterations, epochs passes over the prompts"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """the actor's optimizer and schedule"""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """the value network"""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """how responses are sampled"""
+    rewards: List[RewardSourceConfig] = field(default_factory=lambda: [RewardSourceConfig(model=True)])
+    """what responses are scored with; the weighted sum is the reward"""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """held-out prompts"""
+    estimator: Estimator = Estimator.gae
+    """gae (with a critic), grpo, rloo or reinforce_pp"""
+    gamma: float = 1.0
+    """discount (gae, reinforce_pp)"""
+    lam: float = 0.95
+    """GAE's lambda"""
+    whiten_advantages: bool = True
+    """mean 0 and standard deviation 1 over all response tokens of an iteration (gae; reinforce_pp always)"""
+    ppo_epochs: int = 1
+    """passes over an iteration's responses"""
+    clip: float = 0.2
+    """how far the ratio may move from 1 before it stops being pushed"""
+    missing_eos_penalty: float = 1.0
+    """taken from the reward of a response that did not stop"""
+    reward_clip: float = 10.0
+    """largest calibrated reward, either way"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    ptx_weight: float = 0.0
+    """weight of the SFT loss on ptx_data, mixed into every update of the actor"""
+    ptx_data: DataConfig = field(default_factory=DataConfig)
+    """demonstrations for ptx_weight"""
+    ptx_batch_size: int = 32
+    """rows of ptx_data per update, over all ranks"""
+    ema_decay: Optional[float] = None
+    """average the actor's weights over updates with this decay, and export the average; null: off"""
+    target_kl: Optional[float] = None
+    """an iteration's updates end when the actor has moved this far from where it began; null: off"""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """how the actor is held to the reference"""
+    offload_frozen: bool = False
+    """keep reference and reward model in host memory while they have nothing to do (GPU)"""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 1, "ppo.gamma", self.gamma, "0 to 1")
+        require(0 <= self.lam <= 1, "ppo.lam", self.lam, "0 to 1")
+        require(self.ppo_epochs >= 1, "ppo.ppo_epochs", self.ppo_epochs, "1 or more")
+        require(0 < self.clip < 1, "ppo.clip", self.clip, "between 0 and 1")
+        penalty = self.missing_eos_penalty
+        require(0 <= penalty < math.inf, "ppo.missing_eos_penalty", penalty, "0 or more")
+        require(self.reward_clip > 0, "ppo.reward_clip", self.reward_clip, "a number above 0")
+        require(0 <= self.entropy_coef < math.inf, "ppo.entropy_coef", self.entropy_coef, "0 or more")
+        require(0 <= self.ptx_weight < math.inf, "ppo.ptx_weight", self.ptx_weight, "0 or more")
+        require(self.ptx_batch_size >= 1, "ppo.ptx_batch_size", self.ptx_batch_size, "1 or more")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, "ppo.ema_decay", decay, "between 0 and 1")
+        target = self.target_kl
+        require(target is None or 0 < target < math.inf, "ppo.target_kl", target, "a number above 0")
+        if not self.rewards:
+            raise UserError("ppo.rewards=[] leaves nothing to learn from", hint="ppo.rewards=[{model: true}]")
+        if sum(source.model for source in self.rewards) > 1:
+            raise UserError("ppo.rewards names the reward model twice", hint="once, with a weight")
+        groups = (Estimator.grpo, Estimator.rloo)
+        if self.estimator in groups and self.rollout.samples_per_prompt < 2:
+            raise UserError(
+                f"ppo.estimator={self.estimator.value} compares the responses to a prompt with each other, "
+                f"and ppo.rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
+                hint="ppo.rollout.samples_per_prompt=4, or ppo.estimator=gae",
+            )
+        if self.estimator is not Estimator.gae and self.critic.warmup_iterations:
+            raise UserError(
+                f"ppo.critic.warmup_iterations={self.critic.warmup_iterations} has no effect with "
+                f"ppo.estimator={self.estimator.value}, which has no critic",
+                hint="ppo.critic.warmup_iterations=0",
+            )
+        if self.data.max_length <= self.rollout.max_new_tokens:
+            raise UserError(
+                f"ppo.data.max_length={self.data.max_length} leaves no room for a prompt beside "
+                f"ppo.rollout.max_new_tokens={self.rollout.max_new_tokens}",
+                hint="raise the first or lower the second",
+            )
+
+    @property
+    def responses_per_iteration(self) -> int:
+        """Over all ranks."""
+        return self.rollout.prompts * self.rollout.samples_per_prompt
+
+    @property
+    def has_critic(self) -> bool:
+        return self.estimator is Estimator.gae
+
+    @property
+    def critic_starts_from(self) -> Role:
+        """What the critic's weights are taken from."""
+        if self.critic.start is CriticStart.policy:
+            return Role.policy
+        if self.critic.start is CriticStart.reward_model or any(source.model for source in self.rewards):
+            return Role.reward_model
+        return Role.policy
+
+    def needs(self, role: Role) -> bool:
+        """Whether the step uses an artifact of this role, with these settings."""
+        if role is Role.policy:
+            return True
+        by_critic = self.has_critic and self.critic_starts_from is Role.reward_model
+        return by_critic or any(source.model for source in self.rewards)
+
+
+@dataclass
+class PPOJob(JobConfig):
+    """The part of resolved.yaml that the step's ranks read."""
+
+    ppo: PPOConfig = field(default_factory=PPOConfig)
