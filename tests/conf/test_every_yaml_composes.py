@@ -32,7 +32,7 @@ def choice(path: Path) -> list[str]:
 
 def test_all_groups_of_the_design_are_there() -> None:
     assert {path.parent.name for path in FILES} == {
-        "model", "data", "deepspeed", "optim", "tracking", "launch", "sft", "reward", "dpo", "experiment",
+        "model", "data", "deepspeed", "optim", "tracking", "launch", "sft", "reward", "dpo", "ppo", "experiment",
     }  # fmt: skip
     names = {path.stem for path in FILES if path.parent.name == "deepspeed"}
     assert names == {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz"}
