@@ -5,8 +5,9 @@ A checkpoint is a folder `step_00000200/` that exists whole or not at all: every
 renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
 one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
 
-What DeepSpeed writes is the engine's business; what the counters mean is the recipe's. Generators have no
-state here: a recipe seeds them before each step (`distributed.seed_everything`).
+What is in it besides the counters is the business of a `State`, most often the engine; several (actor,
+critic, an average) are combined by `States`. What the counters mean is the recipe's. Generators have no state
+here: a recipe seeds them before each step (`distributed.seed_everything`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from common.artifacts import (
     MANIFEST,
@@ -34,17 +35,55 @@ from common.artifacts import (
 from common.distributed import World, from_main, gather_objects
 from common.errors import UserError
 
-if TYPE_CHECKING:
-    from common.engine import Engine
-
 COUNTERS = "counters.json"
 QUARANTINE = "quarantine"
 _NAME = re.compile(r"step_(\d{8})")
 
 
+class State(Protocol):
+    """What a checkpoint holds: anything that writes itself into a folder and reads itself back."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part into `folder`, which exists; all ranks call it.
+
+        A disk that refuses raises OSError or RuntimeError, once this rank has taken part in every collective.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, bit for bit; all ranks call it."""
+
+
+class States:
+    """Several states as one, each in a folder of its own name."""
+
+    def __init__(self, **parts: State) -> None:
+        self._parts = parts
+
+    def save(self, folder: Path) -> None:
+        """Save all of them, also those after one that was refused: its collectives would leave the other
+        ranks, where the disk took it, waiting in the next one's. Raises what was refused first."""
+        refused: list[Exception] = []
+        for name, part in self._parts.items():
+            try:
+                (folder / name).mkdir(exist_ok=True)  # all ranks may be making it
+            except OSError as error:
+                refused.append(error)  # without the folder what follows is refused as well
+            try:
+                part.save(folder / name)
+            except (OSError, RuntimeError, UserError) as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
+
+    def load(self, folder: Path) -> None:
+        """Restore all of them."""
+        for name, part in self._parts.items():
+            part.load(folder / name)
+
+
 @dataclass(frozen=True)
 class Resumed:
-    """What was restored, beside the engine's state."""
+    """What was restored, beside the state."""
 
     path: Path
     counters: dict[str, Any]
@@ -59,7 +98,7 @@ class Checkpoints:
         self.folder, self._keep, self._world = folder, keep, world
         self._details = {"world_size": world.size, "base_revision": base_revision}
 
-    def save(self, step: int, engine: Engine, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
+    def save(self, step: int, state: State, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
 
         UserError on a full or read-only disk, with what was saved before left as it was.
@@ -69,13 +108,13 @@ class Checkpoints:
         if self._exists_everywhere(final):
             return final
         from_main(self._world, lambda: self._start(partial))
-        self._on_every_rank(partial, lambda: self._write_own(partial, engine, counters))
+        self._on_every_rank(partial, lambda: self._write_own(partial, state, counters))
         records = self._hash_own_share(partial)
         from_main(self._world, lambda: self._commit(partial, final, step, records))
         from_main(self._world, lambda: self._forget_old(best_step))
         return final
 
-    def resume(self, engine: Engine) -> Resumed | None:
+    def resume(self, state: State) -> Resumed | None:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
 
         UserError when there were some and none can be verified, or the world size differs.
@@ -86,7 +125,7 @@ class Checkpoints:
             path = self.folder / f"step_{step:08d}"
             faults = self._vote(path)
             if not faults:
-                counters = self._restore(path, engine)
+                counters = self._restore(path, state)
                 return Resumed(path, counters, tuple(set_aside))
             set_aside.append(f"{path.name}: {'; '.join(faults)}")
             from_main(self._world, partial_function(self._quarantine, path))
@@ -125,8 +164,8 @@ class Checkpoints:
         if free < needed:
             raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
-    def _write_own(self, partial: Path, engine: Engine, counters: Mapping[str, Any]) -> None:
-        engine.save(partial)
+    def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
+        state.save(partial)
         if self._world.is_main:
             (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
 
@@ -164,7 +203,7 @@ class Checkpoints:
             found = [error.message]
         return [fault for faults in gather_objects(found) for fault in faults]
 
-    def _restore(self, path: Path, engine: Engine) -> dict[str, Any]:
+    def _restore(self, path: Path, state: State) -> dict[str, Any]:
         details = read_manifest(path).details
         written_by, revision = details["world_size"], details.get("base_revision")
         if written_by != self._world.size:
@@ -178,7 +217,7 @@ class Checkpoints:
                 f"{self._details['base_revision']}",
                 hint=f"resume with model.revision={revision}, or start a new run_name",
             )
-        engine.load(path)
+        state.load(path)
         return json.loads((path / COUNTERS).read_text())
 
     def _quarantine(self, path: Path) -> None:
