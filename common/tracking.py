@@ -44,8 +44,8 @@ class Tracker:
 
     step_name: `sft`, ...; the W&B job type and the prefix of its metrics. run_name: the W&B group.
     folder: the step's folder, made when missing. config: the resolved configuration; redacted here again
-    before it leaves the process. resume_step: optimizer steps already done; lines of later steps are cut
-    from the files, because they will be logged again; at 0 both files start empty.
+    before it leaves the process. resume_step: steps already done; lines of later steps are cut from
+    the files, because they will be logged again; None: nothing was done, both files start empty.
     enabled: false on all ranks but the first, where every method does nothing. say: receives the few lines
     meant for the user.
     """
@@ -57,7 +57,7 @@ class Tracker:
         folder: Path,
         tracking: TrackingConfig,
         config: Mapping[str, Any],
-        resume_step: int,
+        resume_step: int | None,
         *,
         enabled: bool = True,
         say: Callable[[str], None] = print,
@@ -139,12 +139,13 @@ class _JsonLines:
         self._say = say
         self._warned = False
 
-    def keep_until(self, step: int) -> None:
+    def keep_until(self, step: int | None) -> None:
         """Drop torn lines and those of later steps, through a new file renamed over the old one."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
-                self._rewrite(line for line, record in _records(self._path) if 0 < step >= record["step"])
+                kept = -1 if step is None else step
+                self._rewrite(line for line, record in _records(self._path) if kept >= record["step"])
         except OSError as error:
             self._warn(error)
 

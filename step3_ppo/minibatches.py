@@ -1,1 +1,109 @@
-"""Being built."""
+"""An iteration's responses -> minibatches -> micro-batches: which responses make an update.
+
+Takes an `Experience`; returns what this rank computes of each update. The responses of an update are a pure
+function of the seed, the iteration and the epoch, whatever the number of ranks or the micro batch. Micro
+batches hold rows of `ppo.data.max_length` tokens, so their number follows from how long responses are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.data.batches import BatchPlan, batches_of
+from common.data.types import Batch, TokenizedExample
+from common.distributed import gather_objects
+from step3_ppo.experience import Experience
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One update: this rank's micro-batches, and the number of response tokens on all ranks."""
+
+    micro_batches: list[Batch]
+    tokens: int
+
+
+def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, epoch: int) -> list[Minibatch]:
+    """The updates of one pass over the responses, `plan.global_batch_size` responses each, in a new order."""
+    key = [plan.seed, iteration, epoch, _ORDER]
+    order = np.random.default_rng(key).permutation(len(experience.responses))
+    documents, lengths = _Documents(experience), np.diff(experience.offsets)
+    size = plan.global_batch_size
+    return [
+        Minibatch(batches_of(documents, chosen, plan, seed=plan.seed), int(lengths[chosen].sum()))
+        for chosen in (order[first : first + size] for first in range(0, len(order), size))
+    ]
+
+
+def updates_in(responses: int, plan: BatchPlan, epochs: int) -> int:
+    """How many updates an iteration of so many responses has."""
+    return epochs * math.ceil(responses / plan.global_batch_size)
+
+
+def per_token(
+    experience: Experience, batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]
+) -> np.ndarray:
+    """fp32 [R]: what `compute` (fp32 [M] for a batch's M response tokens) says of all response tokens.
+
+    batches: this rank's; together the ranks' hold every response once. All ranks get the whole.
+    """
+    found = np.empty(experience.num_tokens, np.float32)
+    for response, values in _of_all_ranks(experience, batches, compute, np.diff(experience.offsets)):
+        found[experience.offsets[response] : experience.offsets[response + 1]] = values
+    return found
+
+
+def per_response(
+    experience: Experience, batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]
+) -> np.ndarray:
+    """float64 [B]: what `compute` (one number for each document of a batch) says of each response."""
+    found = np.empty(len(experience.responses), np.float64)
+    ones = np.ones(len(found), np.int64)
+    for response, values in _of_all_ranks(experience, batches, compute, ones):
+        found[response] = values[0]
+    return found
+
+
+def last_positions(batch: Batch) -> torch.Tensor:
+    """int64 [D]: where each document's last token lies, which is where a reward is read."""
+    return batch.cu_seqlens[1:].long() - 1
+
+
+@torch.no_grad()
+def _of_all_ranks(
+    experience: Experience,
+    batches: Iterable[Batch],
+    compute: Callable[[Batch], torch.Tensor],
+    sizes: np.ndarray,
+) -> Iterable[tuple[int, np.ndarray]]:
+    own: list[tuple[int, np.ndarray]] = []
+    for batch in batches:
+        values = compute(batch).float().cpu().numpy()
+        ends = np.cumsum([sizes[response] for response in batch.row_ids])
+        own += zip(batch.row_ids, np.split(values, ends)[:-1] if len(ends) else [], strict=True)
+    return [item for share in gather_objects(own) for item in share]
+
+
+class _Documents:
+    """The responses with their prompts, as `common.data.batches` wants them."""
+
+    def __init__(self, experience: Experience) -> None:
+        self._responses = experience.responses
+        self.lengths = np.array([len(r.prompt) + len(r.tokens) for r in experience.responses], np.int64)
+        self.source_ids = np.zeros(len(self.lengths), np.int64)
+        self.sources = [""]
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self._responses[index].document()
+
+
+_ORDER = 3
+"""Sets this use of the seed apart from others."""

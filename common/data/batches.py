@@ -160,7 +160,8 @@ class PairBatches(Batches):
     def rows(self, step: int) -> list[np.ndarray]:
         """The step's rows on all ranks together; each an array of pair indices."""
         pairs = np.concatenate(super().rows(step))
-        return _pair_rows(self.dataset.lengths, pairs, self.plan, seed=self.plan.seed + step)
+        capacity = PAIR * self.plan.max_length
+        return _rows_within(capacity, self.dataset.lengths, pairs, self.plan, seed=self.plan.seed + step)
 
     def _collate(self, indices: list[int]) -> Any:
         return _pairs(self.dataset, indices, self.plan)
@@ -168,6 +169,15 @@ class PairBatches(Batches):
     def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
         documents = self.documents(epoch)
         return documents, one_per_row(len(documents), seed=self._seed_of(epoch))
+
+
+def batches_of(dataset: Documents, indices: np.ndarray, plan: BatchPlan, *, seed: int) -> list[Batch]:
+    """These documents (int64 [D], indices), each once over all ranks, as this rank's `Batch`es.
+
+    Equally many on every rank, the missing ones without targets. `plan.global_batch_size` plays no part.
+    """
+    rows = _rows_within(plan.max_length, dataset.lengths, indices, plan, seed=seed)
+    return _share(rows, plan, functools.partial(_documents, dataset))
 
 
 def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
@@ -182,7 +192,7 @@ def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
 
 def evaluation_pair_batches(dataset: Pairs, plan: BatchPlan) -> Iterator[PairBatch]:
     """Every pair exactly once over all ranks; equally many batches on every rank."""
-    rows = _pair_rows(dataset.lengths, np.arange(len(dataset)), plan, seed=0)
+    rows = _rows_within(PAIR * plan.max_length, dataset.lengths, np.arange(len(dataset)), plan, seed=0)
     yield from _passes(rows, plan, lambda indices: _pairs(dataset, indices, plan))
 
 
@@ -299,15 +309,17 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
 
-def _pair_rows(lengths: np.ndarray, pairs: np.ndarray, plan: BatchPlan, *, seed: int) -> list[np.ndarray]:
-    """The pairs as rows: packed, or each a row of its own; a row for every rank if there are pairs enough."""
+def _rows_within(
+    capacity: int, lengths: np.ndarray, records: np.ndarray, plan: BatchPlan, *, seed: int
+) -> list[np.ndarray]:
+    """The records as rows: packed, or each a row of its own; a row for every rank if there are enough."""
     if not plan.packing:
-        return [pairs[index : index + 1] for index in range(len(pairs))]
-    capacity, fewest = PAIR * plan.max_length, min(plan.world_size, len(pairs))
-    packing = pack(lengths[pairs], capacity, seed=seed)
+        return [records[index : index + 1] for index in range(len(records))]
+    fewest = min(plan.world_size, len(records))
+    packing = pack(lengths[records], capacity, seed=seed)
     if len(packing) < fewest:
-        packing = spread(lengths[pairs], capacity, fewest, seed=seed)
-    return [pairs[packing[row]] for row in range(len(packing))]
+        packing = spread(lengths[records], capacity, fewest, seed=seed)
+    return [records[packing[row]] for row in range(len(packing))]
 
 
 def _passes(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> Iterator[Any]:

@@ -76,8 +76,16 @@ def test_a_resume_cuts_later_steps_and_a_torn_line(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_again_begins_with_empty_files(tmp_path: Path) -> None:
     tracker(tmp_path).log({"eval/loss": 5.0}, 0)
-    tracker(tmp_path, resume_step=0)
+    tracker(tmp_path, resume_step=None)
     assert lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_run_resumed_within_its_first_step_keeps_what_was_measured_before_it(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    first.log({"eval/loss": 5.0}, 0)
+    first.log({"loss": 4.0}, 1)
+    tracker(tmp_path, resume_step=0)
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [0]
 
 
 def test_samples_keep_every_script_and_say_whether_they_stopped(tmp_path: Path) -> None:

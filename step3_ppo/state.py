@@ -1,0 +1,138 @@
+"""Where a run is, and the responses of an iteration that was not finished: what a checkpoint holds besides
+the engines.
+
+An iteration can be interrupted between two updates. Its responses, scores and advantages are then part of the
+checkpoint, and the run goes on with the next update. Generators have no state: what is drawn follows from the
+seed, the iteration, the prompt and the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from step3_ppo.experience import Experience, Response
+
+FILE = "experience.npz"
+TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where the run is; part of every checkpoint."""
+
+    step: int = 0  # iterations whose updates are all done
+    update: int = 0  # updates done of the iteration after these
+    applied: int = 0  # updates that changed the actor
+    critic_applied: int = 0  # updates that changed the critic
+    skipped: int = 0  # updates that changed neither, because a gradient was not finite
+    skipped_in_a_row: int = 0
+    num_tokens: int = 0  # of prompts and responses that were learned from
+    num_trained_tokens: int = 0  # of responses
+    num_responses: int = 0
+    kl_coef: float = 0.0
+    watchdogs: Mapping[str, Any] = field(default_factory=dict)  # what they remember
+    sums: Mapping[str, float] = field(default_factory=dict)  # of the updates done in the unfinished iteration
+    measured: Mapping[str, float] = field(default_factory=dict)  # of its responses
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was learned yet."""
+        return self.step == 0 and self.update == 0
+
+    def after_update(self, *, actor: bool | None, critic: bool | None) -> Counters:
+        """One update further. actor, critic: whether it changed them; None: it was not to."""
+        outcomes = [outcome for outcome in (actor, critic) if outcome is not None]
+        skipped = not all(outcomes)
+        return replace(
+            self,
+            update=self.update + 1,
+            applied=self.applied + bool(actor),
+            critic_applied=self.critic_applied + bool(critic),
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+        )
+
+    def after_iteration(self, experience: Experience, kl_coef: float) -> Counters:
+        """One iteration further."""
+        prompts = sum(len(response.prompt) for response in experience.responses)
+        return replace(
+            self,
+            step=self.step + 1,
+            update=0,
+            num_tokens=self.num_tokens + prompts + experience.num_tokens,
+            num_trained_tokens=self.num_trained_tokens + experience.num_tokens,
+            num_responses=self.num_responses + len(experience.responses),
+            kl_coef=kl_coef,
+            sums={},
+            measured={},
+        )
+
+
+class Unfinished:
+    """The responses of an iteration that is not finished, on disk and off; `common.checkpoint.State`.
+
+    All ranks hold the same ones, so rank 0 writes them.
+    """
+
+    def __init__(self, *, writes: bool) -> None:
+        self.experience: Experience | None = None
+        self._writes = writes
+
+    def save(self, folder: Path) -> None:
+        """Write them, if there are any."""
+        if self.experience is None or not self._writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / FILE, **to_arrays(self.experience))
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, bit for bit; none where it wrote nothing."""
+        self.experience = None
+        if (folder / FILE).exists():
+            with np.load(folder / FILE, allow_pickle=False) as stored:
+                self.experience = from_arrays(dict(stored))
+
+
+def to_arrays(experience: Experience) -> dict[str, np.ndarray]:
+    """Everything in it as arrays by name."""
+    responses = experience.responses
+    arrays = {
+        "prompt_ids": np.array([r.prompt_id for r in responses], np.int64),
+        "groups": experience.groups,
+        "stopped": np.array([r.stopped for r in responses]),
+        "prompt_lengths": np.array([len(r.prompt) for r in responses], np.int64),
+        "lengths": np.diff(experience.offsets),
+        "prompts": np.concatenate([r.prompt for r in responses]),
+        "tokens": np.concatenate([r.tokens for r in responses]),
+        "logprobs": np.concatenate([r.logprobs for r in responses]),
+        **{f"score {name}": scores for name, scores in experience.scores.items()},
+    }
+    for name in ("rewards", *TOKEN_FIELDS):
+        if (values := getattr(experience, name)) is not None:
+            arrays[name] = values
+    return arrays
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Experience:
+    """The inverse of `to_arrays`."""
+    ends = np.cumsum(arrays["lengths"])[:-1]
+    responses = [
+        Response(int(prompt_id), int(group), prompt, tokens, logprobs, bool(stopped))
+        for prompt_id, group, prompt, tokens, logprobs, stopped in zip(
+            arrays["prompt_ids"],
+            arrays["groups"],
+            np.split(arrays["prompts"], np.cumsum(arrays["prompt_lengths"])[:-1]),
+            np.split(arrays["tokens"], ends),
+            np.split(arrays["logprobs"], ends),
+            arrays["stopped"],
+            strict=True,
+        )
+    ]
+    scores = {name.removeprefix("score "): a for name, a in arrays.items() if name.startswith("score ")}
+    rest = {name: arrays.get(name) for name in ("rewards", *TOKEN_FIELDS)}
+    return Experience(responses, scores, **rest)
