@@ -46,14 +46,16 @@ class TokenLoss(NamedTuple):
 
     loss_sum: fp32 scalar, minus the log-likelihood in nats; carries the gradient. correct: int64 scalar,
     tokens whose target has the largest logit. entropy_sum: fp32 scalar in nats, of the predicted
-    distributions (0 when not asked for). token_losses: fp32 [M], what loss_sum sums. All but loss_sum (or,
-    when asked for per token, all but token_losses) are detached.
+    distributions (0 when not asked for). token_losses: fp32 [M], what loss_sum sums. token_entropies: fp32
+    [M], what entropy_sum sums, when asked for per token with entropy. Only loss_sum carries the gradient or,
+    when asked for per token, token_losses and token_entropies do.
     """
 
     loss_sum: torch.Tensor
     correct: torch.Tensor
     entropy_sum: torch.Tensor
     token_losses: torch.Tensor
+    token_entropies: torch.Tensor | None = None
 
 
 def chunk_rows_for(device: torch.device, vocab_size: int) -> int:
@@ -72,25 +74,29 @@ def token_cross_entropy(
     bias: torch.Tensor | None = None,
     with_entropy: bool = False,
     per_token: bool = False,
+    temperature: float = 1.0,
 ) -> TokenLoss:
-    """Cross-entropy of softmax(hidden @ weight.T + bias) with targets, summed; the logits never exist whole.
+    """Cross-entropy of softmax((hidden @ weight.T + bias) / temperature) with targets, summed.
 
-    hidden [M, h]; weight [V, h]; targets int64 [M]; bias [V]. Logits are made `chunk_rows` rows at a time,
-    and gradients along with them, so that the backward pass is a multiplication. Log-probabilities and the
-    sum of the weight's gradient are fp32 for every dtype. M = 0 gives a zero that still carries (zero)
-    gradients. Backward works once; no second derivative.
+    hidden [M, h]; weight [V, h]; targets int64 [M]; bias [V]. The logits never exist whole: they are made
+    `chunk_rows` rows at a time, and gradients along with them, so that the backward pass is a multiplication.
+    Log-probabilities, their division by the temperature and the sum of the weight's gradient are fp32 for
+    every dtype. M = 0 gives a zero that still carries (zero) gradients. Backward works once; no second
+    derivative.
 
-    per_token: `token_losses` carry the gradient instead of loss_sum, for losses that weigh answers by what
-    they were found to be. How much each token weighs is then known in the backward pass only, and the logits
-    are made again there.
+    per_token: `token_losses` (and, with_entropy, `token_entropies`) carry the gradient instead of loss_sum,
+    for losses that weigh answers by what they were found to be. How much each token weighs is then known in
+    the backward pass only, and the logits are made again there.
     """
     rows = chunk_rows or chunk_rows_for(hidden.device, weight.shape[0])
     if per_token:
-        losses, correct, entropy = _TokenLosses.apply(hidden, weight, bias, targets, rows, with_entropy)
-        return TokenLoss(losses.detach().sum(), correct, entropy, losses)
+        losses, entropies, correct, entropy = _TokenLosses.apply(
+            hidden, weight, bias, targets, temperature, rows, with_entropy
+        )
+        return TokenLoss(losses.detach().sum(), correct, entropy, losses, entropies)
     # inside forward autograd is always off, so whether gradients are wanted at all is asked here
     sums = _TokenCrossEntropy.apply(
-        hidden, weight, bias, targets, rows, with_entropy, torch.is_grad_enabled()
+        hidden, weight, bias, targets, temperature, rows, with_entropy, torch.is_grad_enabled()
     )
     return TokenLoss(*sums)
 
@@ -105,6 +111,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        temperature: float,
         rows: int,
         with_entropy: bool,
         grad_enabled: bool,
@@ -112,17 +119,10 @@ class _TokenCrossEntropy(torch.autograd.Function):
         wanted = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         gradients = _Gradients.zeros(hidden, weight, bias, wanted)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            chunk = _score_chunk(hidden[part], weight, bias, targets[part], with_entropy)
-            losses[part] = chunk.losses
-            correct += chunk.correct
-            entropy += chunk.entropy
-            gradients.add(part, hidden[part], weight, targets[part], chunk.probabilities)
+        head = _Head(weight, bias, temperature)
+        correct, entropy = _score(hidden, head, targets, rows, with_entropy, losses, gradients=gradients)
         ctx.gradients = gradients
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes, ctx.temperature = head.dtypes(hidden), temperature
         ctx.mark_non_differentiable(correct, entropy, losses)
         return losses.sum(), correct, entropy, losses
 
@@ -134,14 +134,14 @@ class _TokenCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # freed as they are handed on
         scaled = [
             # in fp32: a loss scale of 65,536 does not exist in fp16
-            None if gradient is None else gradient.float().mul_(grad_loss).to(dtype)
+            None if gradient is None else gradient.float().mul_(grad_loss / ctx.temperature).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Each token's loss; the backward pass makes the logits again, a chunk at a time."""
+    """Each token's loss and entropy; the backward pass makes the logits again, a chunk at a time."""
 
     @staticmethod
     def forward(
@@ -150,42 +150,78 @@ class _TokenLosses(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        temperature: float,
         rows: int,
         with_entropy: bool,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor | None, ...]:
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            chunk = _score_chunk(hidden[part], weight, bias, targets[part], with_entropy)
-            losses[part] = chunk.losses
-            correct += chunk.correct
-            entropy += chunk.entropy
+        entropies = torch.empty_like(losses) if with_entropy else None
+        head = _Head(weight, bias, temperature)
+        correct, entropy = _score(hidden, head, targets, rows, with_entropy, losses, entropies)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.rows = rows
+        ctx.rows, ctx.temperature = rows, temperature
         ctx.mark_non_differentiable(correct, entropy)
-        return losses, correct, entropy
+        ctx.set_materialize_grads(False)  # what the caller's loss does not read costs nothing
+        return losses, entropies, correct, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_losses: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_losses: torch.Tensor | None, grad_entropies: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
+        head = _Head(weight, bias, ctx.temperature)
         gradients = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, len(targets), ctx.rows):
             part = slice(start, start + ctx.rows)
-            p = _probabilities(hidden[part], weight, bias)
-            gradients.add(part, hidden[part], weight, targets[part], p, grad_losses[part])
-        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+            by_logits = head.gradient_by_logits(
+                hidden[part],
+                targets[part],
+                None if grad_losses is None else grad_losses[part],
+                None if grad_entropies is None else grad_entropies[part],
+            )
+            gradients.add(part, hidden[part], weight, by_logits)
         found = [
             None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, dtypes, strict=True)
+            for gradient, dtype in zip(gradients, head.dtypes(hidden), strict=True)
         ]
-        return (*found, None, None, None)
+        return (*found, None, None, None, None)
+
+
+def _score(
+    hidden: torch.Tensor,
+    head: _Head,
+    targets: torch.Tensor,
+    rows: int,
+    with_entropy: bool,
+    losses: torch.Tensor,
+    entropies: torch.Tensor | None = None,
+    gradients: _Gradients | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens whose target has the largest logit, and the sum of entropies; chunk by chunk.
+
+    Writes into losses and entropies, fp32 [M]; adds the loss sum's gradients, before the division by the
+    temperature, to `gradients`.
+    """
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        chunk = _score_chunk(head.logits(hidden[part]), targets[part], with_entropy)
+        losses[part] = chunk.losses
+        correct += chunk.correct
+        if chunk.entropies is not None:
+            entropy += chunk.entropies.sum()
+            if entropies is not None:
+                entropies[part] = chunk.entropies
+        if gradients is not None and gradients.wanted:
+            _subtract_targets(chunk.probabilities, targets[part])
+            gradients.add(part, hidden[part], head.weight, chunk.probabilities)
+    return correct, entropy
 
 
 class _Gradients(NamedTuple):
-    """Of the loss sum; None where nobody asked. The weight's and the bias's are summed in fp32."""
+    """None where nobody asked. The weight's and the bias's are summed in fp32."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
@@ -201,48 +237,76 @@ class _Gradients(NamedTuple):
             torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None,
         )
 
-    def add(
-        self,
-        part: slice,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        p: torch.Tensor,
-        weights: torch.Tensor | None = None,
-    ) -> None:
-        """Add one chunk. p: fp32 [m, V], the predicted probabilities; it is overwritten. weights: fp32 [m],
-        by which each token's loss counts (None: 1)."""
-        if self.hidden is None and self.weight is None and self.bias is None:
-            return
-        p[torch.arange(len(targets), device=p.device), targets] -= 1  # the loss's gradient by the logits
-        if weights is not None:
-            p *= weights[:, None]
-        low = p.to(hidden.dtype)
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody asked."""
+        return any(gradient is not None for gradient in self)
+
+    def add(self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor) -> None:
+        """Add one chunk. by_logits: fp32 [m, V], the gradient by what the projection gave."""
+        low = by_logits.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(low, weight, out=self.hidden[part])
         if self.weight is not None:
             _add_product(self.weight, low.t(), hidden)
         if self.bias is not None:
-            self.bias.add_(p.sum(0))
+            self.bias.add_(by_logits.sum(0))
+
+
+class _Head(NamedTuple):
+    """softmax((hidden @ weight.T + bias) / temperature)"""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    temperature: float
+
+    def dtypes(self, hidden: torch.Tensor) -> tuple[torch.dtype | None, ...]:
+        """Of the gradients by hidden, weight and bias."""
+        return hidden.dtype, self.weight.dtype, None if self.bias is None else self.bias.dtype
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [m, V], what the softmax is taken of."""
+        logits = _product(hidden, self.weight.t())
+        if self.bias is not None:
+            logits += self.bias
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def gradient_by_logits(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        grad_losses: torch.Tensor | None,
+        grad_entropies: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """fp32 [m, V], by what the projection gave before the division by the temperature.
+
+        grad_losses, grad_entropies: fp32 [m], how much each token's loss and entropy count. With
+        H = −Σ p log p, the entropy's gradient by the softmax's logits is −p (log p + H).
+        """
+        if grad_entropies is None:
+            p = _softmax(self.logits(hidden))
+            if grad_losses is None:
+                return p.zero_()
+            _subtract_targets(p, targets)
+            return p.mul_((grad_losses / self.temperature)[:, None])
+        logp = self.logits(hidden).log_softmax(1)
+        p = logp.exp()
+        entropies = -(p * logp).sum(1)
+        by_loss = torch.zeros_like(entropies) if grad_losses is None else grad_losses
+        by_logits = p.mul_(by_loss[:, None] - grad_entropies[:, None] * logp.add_(entropies[:, None]))
+        by_logits[torch.arange(len(targets), device=p.device), targets] -= by_loss
+        return by_logits.div_(self.temperature)
 
 
 class _Chunk(NamedTuple):
     losses: torch.Tensor  # fp32 [m]
     correct: torch.Tensor  # int64 scalar
-    entropy: torch.Tensor | float  # fp32 scalar
+    entropies: torch.Tensor | None  # fp32 [m]
     probabilities: torch.Tensor  # fp32 [m, V]
 
 
-def _score_chunk(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    with_entropy: bool,
-) -> _Chunk:
-    logits = _product(hidden, weight.t())  # the only [m, V] tensor: everything below works in place
-    if bias is not None:
-        logits += bias
+def _score_chunk(logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool) -> _Chunk:
+    """logits: fp32 [m, V], overwritten: it is the only such tensor, everything below works in place."""
     of_target = logits.gather(1, targets[:, None]).squeeze(1)
     largest, predicted = logits.max(1)
     correct = (predicted == targets).sum()
@@ -251,20 +315,20 @@ def _score_chunk(
     total = p.sum(1)
     p.div_(total[:, None])
     log_total = total.log()
-    entropy: torch.Tensor | float = 0.0
-    if shifted is not None:
-        # H = log Z - E[z], both relative to the largest logit
-        entropy = log_total.sum() - torch.dot(p.view(-1), shifted.view(-1))
-    return _Chunk(log_total - (of_target - largest), correct, entropy, p)
+    # H = log Z - E[z], both relative to the largest logit
+    entropies = None if shifted is None else log_total - shifted.mul_(p).sum(1)
+    return _Chunk(log_total - (of_target - largest), correct, entropies, p)
 
 
-def _probabilities(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """fp32 [m, V], the softmax of the logits."""
-    logits = _product(hidden, weight.t())
-    if bias is not None:
-        logits += bias
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In place, of each row."""
     logits.sub_(logits.amax(1, keepdim=True)).exp_()
     return logits.div_(logits.sum(1, keepdim=True))
+
+
+def _subtract_targets(p: torch.Tensor, targets: torch.Tensor) -> None:
+    """From probabilities to the gradient of each row's loss by its logits, in place."""
+    p[torch.arange(len(targets), device=p.device), targets] -= 1
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -297,11 +361,18 @@ class ScoringHead(nn.Linear):
         targets: torch.Tensor | None = None,
         with_entropy: bool = False,
         per_token: bool = False,
+        temperature: float = 1.0,
     ) -> torch.Tensor | TokenLoss:
         if targets is None:
             return super().forward(hidden)
         return token_cross_entropy(
-            hidden, self.weight, targets, bias=self.bias, with_entropy=with_entropy, per_token=per_token
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            with_entropy=with_entropy,
+            per_token=per_token,
+            temperature=temperature,
         )
 
 
@@ -343,21 +414,24 @@ class PackedCausalLM(nn.Module):
         shared_prefix: tuple[int, ...] = (),
         with_entropy: bool = False,
         per_token: bool = False,
+        temperature: float = 1.0,
     ) -> TokenLoss:
         """Score the trained positions of one packed sequence. Shapes as in `Batch`.
 
-        per_token: `token_losses` carry the gradient, and loss_sum does not.
+        per_token: `token_losses` and, with_entropy, `token_entropies` carry the gradient, and loss_sum does
+        not. temperature: the distributions are softmax(logits / temperature).
         """
         arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
         if not self.scores_in_head:
             with self.last_layer.only(trained_positions):
                 logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
-            return _plain_cross_entropy(logits, targets, with_entropy, per_token)
+            return _plain_cross_entropy(logits, targets, with_entropy, per_token, temperature)
         with self.last_layer.only(trained_positions):
             hidden = self.base().get_decoder()(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, trained_positions)
         return cast(
-            TokenLoss, self.base().get_output_embeddings()(selected, targets, with_entropy, per_token)
+            TokenLoss,
+            self.base().get_output_embeddings()(selected, targets, with_entropy, per_token, temperature),
         )
 
     def score(self, batch: Batch, with_entropy: bool = False) -> TokenLoss:
@@ -425,19 +499,23 @@ def packed_arguments(
 
 
 def _plain_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool, per_token: bool
+    logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool, per_token: bool, temperature: float
 ) -> TokenLoss:
     """From logits [M, V] that the model made itself."""
     scores = logits.float()
+    if temperature != 1:
+        scores = scores / temperature
     losses = F.cross_entropy(scores, targets, reduction="none")
+    entropies = None
+    if with_entropy:
+        with torch.set_grad_enabled(per_token and torch.is_grad_enabled()):
+            logprobs = scores.log_softmax(1)
+            entropies = -(logprobs.exp() * logprobs).sum(1)
     with torch.no_grad():
         correct = (scores.argmax(1) == targets).sum() if len(targets) else targets.new_zeros(())
-        entropy = scores.new_zeros(())
-        if with_entropy:
-            logprobs = scores.log_softmax(1)
-            entropy = -(logprobs.exp() * logprobs).sum()
+        entropy = scores.new_zeros(()) if entropies is None else entropies.sum()
     if per_token:
-        return TokenLoss(losses.detach().sum(), correct, entropy, losses)
+        return TokenLoss(losses.detach().sum(), correct, entropy, losses, entropies)
     return TokenLoss(losses.sum(), correct, entropy, losses.detach())
 
 
