@@ -1,0 +1,177 @@
+"""The policy, the reward model and the prompts that both sides of a PPO comparison start from.
+
+Takes questions (GSM8K where it is there, else spelled numbers) and a folder; leaves there `policy/` and
+`reward_model/`, artifacts that plain transformers loads too, and `prompts.jsonl`. All weights are random, so
+that nothing is downloaded, with one change: a model that knows nothing would never stop by itself, and
+here both sides must stop alike. One dimension of the residual stream is therefore held constant, and the
+terminator's row of the tied embedding reads it: every position then ends the response with about the same
+probability, on whatever engine the weights run. Lengths have a long tail (`tail`: most are short, a few reach
+the limit) or are all at the limit (`uniform`). A folder that has them is used as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import data_scale, workload
+from benchmarks.measure import PROJECT
+from benchmarks.pairs_workload import export_as_policy
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from common.config import ModelConfig
+
+ENDS = {"tail": 1 / 24, "uniform": 1e-9}
+"""How likely a response is to end at a position, in the mean; it differs between responses, so that a few are
+much longer than 24 tokens."""
+CONSTANT = 0.1  # of the residual dimension, five times the spread of a fresh embedding
+
+
+@dataclass(frozen=True)
+class PPOWorkload:
+    """Where both sides read."""
+
+    policy: Path
+    reward_model: Path
+    prompts: Path  # JSONL with question and answer
+    source: str  # what the prompts are, in words
+
+
+def prepare(
+    folder: Path,
+    prompts: int,
+    lengths: str,
+    *,
+    model: dict[str, Any] | None = None,
+    data: Path = workload.GSM8K,
+    seed: int = 0,
+    max_length: int = workload.MAX_LENGTH,
+) -> PPOWorkload:
+    """Make what is missing.
+
+    model: fields of its config; by default those of
+    conf/model/llama_4m.yaml. max_length: of a prompt with its response, for the model's context.
+    """
+    rows, source = questions(data, prompts, seed)
+    if len(rows) < prompts:
+        raise ValueError(f"there are {len(rows)} questions, not {prompts}")
+    made = PPOWorkload(folder / "policy", folder / "reward_model", folder / "prompts.jsonl", source)
+    folder.mkdir(parents=True, exist_ok=True)
+    made.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[:prompts]))
+    if not (made.reward_model / "manifest.json").is_file():
+        save_base(folder / "base", rows, ENDS[lengths], model, seed)
+        export_artifacts(folder / "base", made, max_length)
+    return made
+
+
+def questions(data: Path, count: int, seed: int) -> tuple[list[dict[str, str]], str]:
+    """The file's questions with their answers in seeded order; made-up ones, `count`, where there is none."""
+    if data.is_file():
+        every = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+        source = "GSM8K questions"
+    else:
+        every = [data_scale.row(number * 37) for number in range(count)]
+        source = "made-up questions about numbers"
+    random.Random(seed).shuffle(every)
+    return [{"question": row["question"], "answer": row["answer"]} for row in every], source
+
+
+def save_base(
+    base: Path, rows: Sequence[dict[str, str]], ends: float, model: dict[str, Any] | None, seed: int
+) -> None:
+    """A model that ends a response at any position with the probability `ends`, and its tokenizer."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from common.config import Dtype, ModelConfig, TokenizerConfig
+    from common.models import load_model, load_tokenizer, terminators_of
+
+    fields = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "model" / "llama_4m.yaml"))
+    assert isinstance(fields, dict)
+    config = ModelConfig(
+        config=model or fields["config"], tokenizer=TokenizerConfig(**fields["tokenizer"]), dtype=Dtype.fp32
+    )
+    tokenizer = load_tokenizer(
+        config, lambda: (text for row in rows for text in (row["question"], row["answer"]))
+    )
+    network = load_model(config, tokenizer, seed=seed, device=torch.device("cpu"))
+    let_end(network, terminators_of(tokenizer), ends)
+    tokenizer.save_pretrained(base)
+    network.save_pretrained(base)
+
+
+def let_end(network: PreTrainedModel, terminators: Sequence[int], probability: float) -> None:
+    """Change the tied embedding so that one of the terminators follows with this mean probability.
+
+    The first terminator gets all of it. ValueError for a model whose head is not its embedding.
+    """
+    import torch
+
+    weight: Any = network.get_input_embeddings().weight
+    if network.get_output_embeddings().weight is not weight:
+        raise ValueError("the terminator's probability is set through an embedding that is tied to the head")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(weight.shape[0], (8, 64), generator=generator)
+    with torch.no_grad():
+        weight[:, 0] = CONSTANT
+        low, high = -50.0, 50.0
+        for _ in range(40):  # the probability rises with the weight
+            weight[list(terminators), 0] = low
+            weight[terminators[0], 0] = (low + high) / 2
+            if mean_probability(network, ids, terminators[0]) < probability:
+                low = (low + high) / 2
+            else:
+                high = (low + high) / 2
+
+
+def mean_probability(network: PreTrainedModel, ids: torch.Tensor, token: int) -> float:
+    """Of the token after each position of each row."""
+    import torch
+
+    from common.attention import plain_attention
+
+    with torch.no_grad(), plain_attention(network):
+        logits = network.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return float(logits.float().softmax(-1)[..., token].mean())
+
+
+def export_artifacts(base: Path, made: PPOWorkload, max_length: int) -> None:
+    """The policy, and a reward model of the same backbone with a random head."""
+    from common.config import Dtype, ModelConfig
+    from common.models import load_tokenizer
+
+    config = ModelConfig(path=str(base), dtype=Dtype.fp32)
+    tokenizer = load_tokenizer(config)
+    export_as_policy(config, tokenizer, made.policy, max_length)
+    export_as_reward_model(config, tokenizer, made.reward_model, max_length)
+
+
+def export_as_reward_model(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: int
+) -> None:
+    """The model as a reward model artifact: a random head, and a calibration on random documents."""
+    import torch
+
+    from common.export import export_reward_model
+    from common.scalar_head import PackedScalarModel, load_scalar_model
+
+    live = load_scalar_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, len(tokenizer), (32,), generator=generator) for _ in range(64)]
+    with torch.no_grad():
+        scores = PackedScalarModel(live.eval()).scores(documents)
+    calibration = {
+        "mean": float(scores.mean()), "std": float(scores.std()), "accuracy": 0.5,
+        "expected_calibration_error": 0.0, "pairs": len(documents),
+    }  # fmt: skip
+    details: dict[str, Any] = {"parents": [], "calibration": calibration}
+    export_reward_model(
+        live, None, tokenizer, folder, details=details, probe=documents[:4], live_scores=scores[:4]
+    )
