@@ -187,33 +187,25 @@ def show_preview(
     rows: Sequence[Sequence[tuple[str, bool]]],
     lengths: Sequence[int],
     ledger_lines: Sequence[str],
-    trained_share: float,
+    trained_share: float | None,
     max_length: int,
 ) -> None:
     """Print rows as the model sees them, then lengths, the trained share and what became of the data.
 
     rows: each a sequence of runs, (decoded text, whether it is trained); a run is decoded as a whole, so that
-    characters split over several tokens stay whole. lengths: tokens of every document.
+    characters split over several tokens stay whole. lengths: tokens of every document. trained_share: None
+    for rows of which nothing is trained.
     Trained text is coloured on a terminal and stands in brackets elsewhere.
     """
     out = console()
     in_colour = out.is_terminal and out.color_system is not None and not out.no_color
     brackets = ("", "") if in_colour else _brackets(out.encoding)
+    key = "(trained text is coloured)" if in_colour else f"(trained: {brackets[0]}…{brackets[1]})"
     for number, runs in enumerate(rows, start=1):
-        out.print(
-            f"--- row {number} ",
-            "(trained text is coloured)" if in_colour else f"(trained: {brackets[0]}…{brackets[1]})",
-            sep="",
-            markup=False,
-        )
+        out.print(f"--- row {number}", "" if trained_share is None else f" {key}", sep="", markup=False)
         out.print(_marked(runs, brackets))
-    for line in [
-        "",
-        *histogram_lines(lengths, max_length),
-        f"trained share: {trained_share:.1%} of the tokens",
-    ]:
-        out.print(line, markup=False)
-    for line in ledger_lines:
+    share = [] if trained_share is None else [f"trained share: {trained_share:.1%} of the tokens"]
+    for line in ["", *histogram_lines(lengths, max_length), *share, *ledger_lines]:
         out.print(line, markup=False)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Say = Callable[[str], None]
-Rows = TypeVar("Rows", dataset.TokenizedDataset, dataset.PairDataset)
+Rows = TypeVar("Rows", dataset.TokenizedDataset, dataset.PairDataset, dataset.PromptDataset)
 Kind = dataset.Kind[Any, Any, Rows]
 
 

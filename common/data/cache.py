@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 CODE = (
     *("cache.py", "chat.py", "columns.py", "dataset.py", "formats.py", "kinds.py", "ledger.py", "pairs.py"),
-    *("preferences.py", "sources.py", "stages.py", "stored.py", "types.py"),
+    *("preferences.py", "prompts.py", "sources.py", "stages.py", "stored.py", "types.py"),
 )
 """Modules of this folder that decide tokenized rows."""
 
@@ -66,12 +66,14 @@ def cache_key(
     tokenizer: PreTrainedTokenizerFast,
     *,
     kind: str,
+    room: int,
     stage: str | None,
     seed: int,
 ) -> dict[str, Any]:
     """Everything that decides the tokenized rows, part by part, as JSON values.
 
-    named: the sources with their names. kind: what rows are read as. stage: whose rows, of those shared.
+    named: the sources with their names. kind: what rows are read as. room: what of data.max_length they
+    leave free. stage: whose rows, of those shared.
     """
     reading = {
         name: {
@@ -86,6 +88,7 @@ def cache_key(
     options = {
         "seed": seed,
         "max_length": data.max_length,
+        "room": room,
         "truncation": data.truncation.value,
         "eval_fraction": data.held_out_fraction(),
         "eval_path": data.eval_path is not None,

@@ -121,6 +121,30 @@ def tokenize(
     return [result for result in results if result is not None]
 
 
+def tokenize_questions(
+    questions: Sequence[tuple[Sequence[Message], Place]], tokenizer: PreTrainedTokenizerFast
+) -> list[np.ndarray | Drop]:
+    """Turns that end where an assistant's would begin, through the generation prompt: int32 [T] each.
+
+    These are the tokens with which a document begins that has the assistant's turn, before its first trained
+    one. UserError when there is no chat template.
+    """
+    template = read_template(tokenizer)
+    results: list[np.ndarray | Drop | None] = [None] * len(questions)
+    texts: list[str] = []
+    for index, (turns, place) in enumerate(questions):
+        try:
+            texts.append(_render(turns, template, prompt=True)[0])
+        except RenderError as error:
+            results[index] = Drop(str(error), place, faulty=True)
+    encodings = iter(_encode(texts, tokenizer))
+    for index, result in enumerate(results):
+        if result is None:
+            ids = np.array(next(encodings).ids, np.int32)
+            results[index] = _one_bos(ids, np.zeros(len(ids), bool), tokenizer.bos_token_id)[0]
+    return [result for result in results if result is not None]
+
+
 def fit(
     example: TokenizedExample,
     place: Place,
@@ -353,10 +377,10 @@ def read_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
 
 
 def _render(
-    messages: Sequence[Message], template: ChatTemplate, *, tagged: bool = False
+    messages: Sequence[Message], template: ChatTemplate, *, prompt: bool = False, tagged: bool = False
 ) -> tuple[str, list[Span]]:
     turns = [{**message.extra, "role": message.role, "content": message.content} for message in messages]
-    return _render_turns(turns, template.text, template.special, tagged=tagged)
+    return _render_turns(turns, template.text, template.special, prompt=prompt, tagged=tagged)
 
 
 def _render_turns(

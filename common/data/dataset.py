@@ -1,7 +1,7 @@
 """Sources -> tokenized records on disk, split into training and held-out ones.
 
 Takes a `DataConfig` and a tokenizer, gives two data sets and the ledger of what became of each row. The
-records are documents, or pairs of them when the rows are preferences (`kinds.py`). They lie in one
+records are documents, pairs of them when the rows are preferences, or prompts (`kinds.py`). They lie in one
 memory-mapped Arrow file, in a folder of the cache (`cache.py`) that appears only when it is whole. Memory
 stays flat however many rows there are (a few numbers per row). Does not pack and does not make batches.
 """
@@ -28,6 +28,7 @@ from common.data.columns import rename
 from common.data.kinds import (
     DEMONSTRATIONS,
     PREFERENCES,
+    PROMPTS,
     Kind,
     Opened,
     Record,
@@ -35,8 +36,9 @@ from common.data.kinds import (
 )
 from common.data.ledger import Ledger, SourceLedger
 from common.data.preferences import RowUnused
+from common.data.prompts import SAME
 from common.data.stages import OTHER_STAGE, StageSplit
-from common.data.stored import CHUNK_ROWS, ROWS_FILE, PairDataset, TokenizedDataset
+from common.data.stored import CHUNK_ROWS, ROWS_FILE, PairDataset, PromptDataset, TokenizedDataset
 from common.data.types import Message, Place, RawExample
 from common.errors import UserError
 
@@ -47,8 +49,10 @@ if TYPE_CHECKING:
 __all__ = [
     "DEMONSTRATIONS",
     "PREFERENCES",
+    "PROMPTS",
     "Ledger",
     "PairDataset",
+    "PromptDataset",
     "TokenizedDataset",
     "build",
     "held_out",
@@ -105,7 +109,7 @@ def build(
 ) -> tuple[Any, Any, Ledger]:
     """Training records, held-out records (None when there are none) and the ledger.
 
-    kind: DEMONSTRATIONS or PREFERENCES. stage: the step's name, whose rows are wanted when
+    kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
     `data.stage_split` shares them out. Taken from the cache when all that decides them is unchanged;
     otherwise made, saying what changed. With `wait` this process does not build but waits for the one
     that does (see `cache.wait_for`).
@@ -115,7 +119,9 @@ def build(
         raise UserError("no data is named", hint="set data.path, or data.sources")
     split = StageSplit(data.stage_split, stage, seed)
     root = Path(cache_dir)
-    key = cache.cache_key(data, _named_sources(data), tokenizer, kind=kind.name, stage=stage, seed=seed)
+    key = cache.cache_key(
+        data, _named_sources(data), tokenizer, kind=kind.name, room=kind.room, stage=stage, seed=seed
+    )
     folder = root / cache.digest(key)
     if wait:
         cache.wait_for(folder, report=report)
@@ -357,21 +363,21 @@ class _Writer(Generic[Row, Record, Opened]):
 
     def __post_init__(self) -> None:
         self.kept = _Kept(self.kind.numbers)
+        self.seen: set[int] = set()  # of kinds whose rows are kept once: hashes of those kept
         self.bad_rows = sources.BadRows(self.data.on_bad_row, self.data.max_bad_rows, self.report)
 
     def fill(self, folder: Path) -> None:
         """Write records, index and ledger."""
         import pyarrow
 
-        column = pyarrow.list_(pyarrow.int32())
-        schema = pyarrow.schema([("input_ids", column), ("labels", column)])
+        tokens = pyarrow.list_(pyarrow.int32())
+        texts = [(name, pyarrow.string()) for name in self.kind.texts]
+        schema = pyarrow.schema([("input_ids", tokens), ("labels", tokens), *texts])
         records = self._records()
         path = str(folder / ROWS_FILE)
         with pyarrow.OSFile(path, "wb") as stream, pyarrow.ipc.new_file(stream, schema) as out:
-            while chunk := [self.kind.documents(record) for record in islice(records, CHUNK_ROWS)]:
-                ids = [[document.input_ids for document in documents] for documents in chunk]
-                labels = [[document.labels for document in documents] for documents in chunk]
-                out.write_batch(pyarrow.record_batch([_column(ids), _column(labels)], schema=schema))
+            while chunk := list(islice(records, CHUNK_ROWS)):
+                out.write_batch(pyarrow.record_batch(self._columns_of(chunk), schema=schema))
         for entry in self.ledger.sources:
             entry.bad_rows = self.bad_rows.count.get(entry.name, 0)
             entry.bad_examples = self.bad_rows.examples.get(entry.name, [])
@@ -379,6 +385,18 @@ class _Writer(Generic[Row, Record, Opened]):
         _count(self.ledger, index, self.kept["truncated"] != 0)
         np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index)
         (folder / cache.LEDGER_FILE).write_text(json.dumps(self.ledger.to_json(), indent=1))
+
+    def _columns_of(self, chunk: Sequence[Record]) -> list[pyarrow.Array]:
+        """Tokens, labels and texts of some records."""
+        import pyarrow
+
+        documents = [self.kind.documents(record) for record in chunk]
+        texts = zip(*(self.kind.texts_of(record) for record in chunk), strict=True)
+        return [
+            _column([[document.input_ids for document in of_record] for of_record in documents]),
+            _column([[document.labels for document in of_record] for of_record in documents]),
+            *(pyarrow.array(column, pyarrow.string()) for column in texts),
+        ]
 
     def _records(self) -> Iterator[Record]:
         """The records that are kept, in order, each noted in `kept`; the others go to the ledger."""
@@ -396,7 +414,7 @@ class _Writer(Generic[Row, Record, Opened]):
                     eval_hashes.add(row_hash)
                 elif row_hash in eval_hashes:
                     result = chat.Drop(IN_EVAL, row.place)
-                record = self._fitted(result, row.place)
+                record = self._first_of_its_kind(row, self._fitted(result, row.place))
                 if isinstance(record, chat.Drop):
                     self._drop(record, self.ledger.sources[source])
                     continue
@@ -411,6 +429,17 @@ class _Writer(Generic[Row, Record, Opened]):
         if isinstance(result, chat.Drop):
             return result
         return self.kind.fit(result, place, self.data, self.tokenizer.bos_token_id)
+
+    def _first_of_its_kind(self, row: Row, record: Record | chat.Drop) -> Record | chat.Drop:
+        """The record, unless one was kept that says what only one may say."""
+        said = self.kind.kept_once(row)
+        if said is None or isinstance(record, chat.Drop):
+            return record
+        seen = content_hash(None, said, self.seed)
+        if seen in self.seen:
+            return chat.Drop(SAME, row.place)
+        self.seen.add(seen)
+        return record
 
     def _drop(self, drop: chat.Drop, entry: SourceLedger) -> None:
         if drop.faulty:

@@ -3,7 +3,8 @@
 A format is a name, the columns it needs and a function; `FORMATS` lists them in the order in which
 they are tried. A source's format is recognised once, from its first row; a later row without the
 columns is a bad row. Raises `RowError` for what is wrong with one row, `UserError` for a source
-that cannot be understood at all. Rows with two answers are read in `preferences.py`. Knows nothing of
+that cannot be understood at all. Rows with two answers are read in `preferences.py`, prompts
+alone in `prompts.py`. Knows nothing of
 tokens.
 """
 
@@ -87,30 +88,43 @@ def to_conversation(
         return Conversation((), cells.text(columns, "text", empty=False), raw.source, raw.place)
     first_trained = 0
     if format is CHOSEN:
-        messages, first_trained = preferences.chosen_side(columns)
+        turns, first_trained = preferences.chosen_side(columns)
     else:
-        messages = format.read(columns)
-    cells.check_turns(messages)
-    if not any(message.role == "assistant" for message in messages):
+        turns = format.read(columns)
+    cells.check_turns(turns)
+    if not any(turn.role == "assistant" for turn in turns):
         raise RowError("no assistant turn")
-    return Conversation(messages, None, raw.source, raw.place, first_trained)
+    return Conversation(turns, None, raw.source, raw.place, first_trained)
 
 
-def _messages(columns: Columns) -> tuple[Message, ...]:
+def messages(columns: Columns) -> tuple[Message, ...]:
+    """The turns of OpenAI's `messages`."""
     return cells.messages(columns, "messages")
 
 
-def _sharegpt(columns: Columns) -> tuple[Message, ...]:
+def sharegpt(columns: Columns) -> tuple[Message, ...]:
+    """The turns of ShareGPT's `conversations`, behind the column `system` if there is one."""
     turns = cells.turns(columns, "conversations", "from", "value", SHAREGPT_ROLES)
     return cells.system(columns) + turns
 
 
-def _alpaca(columns: Columns) -> tuple[Message, ...]:
+def instruction(columns: Columns) -> tuple[Message, ...]:
+    """What Alpaca's `instruction` and `input` ask."""
     prompt = cells.text(columns, "instruction")
     if columns.get("input") not in (None, ""):
         prompt += "\n\n" + cells.text(columns, "input")
-    answer = Message("assistant", cells.text(columns, "output"))
-    return (*cells.system(columns), Message("user", prompt), answer)
+    return (*cells.system(columns), Message("user", prompt))
+
+
+def question(columns: Columns, name: str) -> tuple[Message, ...]:
+    """What a column asks: a string, or an array of messages, which has its own system turn if any."""
+    if isinstance(columns[name], list):
+        return cells.messages(columns, name)
+    return (*cells.system(columns), Message("user", cells.text(columns, name)))
+
+
+def _alpaca(columns: Columns) -> tuple[Message, ...]:
+    return (*instruction(columns), Message("assistant", cells.text(columns, "output")))
 
 
 def _pair(prompt: str, answer: str) -> Callable[[Columns], tuple[Message, ...]]:
@@ -118,7 +132,7 @@ def _pair(prompt: str, answer: str) -> Callable[[Columns], tuple[Message, ...]]:
 
     def read(columns: Columns) -> tuple[Message, ...]:
         if isinstance(columns[prompt], list) and isinstance(columns[answer], list):
-            return cells.messages(columns, prompt) + cells.messages(columns, answer)
+            return question(columns, prompt) + cells.messages(columns, answer)
         asked = Message("user", cells.text(columns, prompt))
         return (*cells.system(columns), asked, Message("assistant", cells.text(columns, answer)))
 
@@ -130,8 +144,8 @@ def _no_turns(columns: Columns) -> tuple[Message, ...]:
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("messages", ("messages",), (), _messages),
-    Format("conversations", ("conversations",), ("system",), _sharegpt),
+    Format("messages", ("messages",), (), messages),
+    Format("conversations", ("conversations",), ("system",), sharegpt),
     Format("instruction", ("instruction", "output"), ("input", "system"), _alpaca),
     Format("prompt/completion", ("prompt", "completion"), ("system",), _pair("prompt", "completion")),
     Format("prompt/response", ("prompt", "response"), ("system",), _pair("prompt", "response")),

@@ -1,36 +1,42 @@
-"""What differs between a data set of demonstrations and one of preferences.
+"""What differs between data sets of demonstrations, of preferences and of prompts alone.
 
-`dataset.py` has one way from sources to files for both; a `Kind` says how a row is read, tokenized and
+`dataset.py` has one way from sources to files for all; a `Kind` says how a row is read, tokenized and
 fitted into `data.max_length`, and what two rows must share to stay on one side of the held-out split:
-everything for demonstrations, what is asked first for preferences. Keeps no state.
+everything for demonstrations, what is asked first for preferences and prompts. Keeps no state.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
+
 from common.config import DataConfig
-from common.data import chat, formats, pairs, preferences
+from common.data import chat, formats, pairs, preferences, prompts
 from common.data.chat import Drop
 from common.data.columns import Columns
-from common.data.stored import PairDataset, StoredRecords, TokenizedDataset
+from common.data.stored import PairDataset, PromptDataset, StoredRecords, TokenizedDataset
 from common.data.types import (
+    IGNORE,
     Conversation,
     Message,
     Place,
     Preference,
+    Prompt,
     RawExample,
     TokenizedExample,
     TokenizedPair,
+    TokenizedPrompt,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Row = TypeVar("Row", bound=Conversation | Preference)
-Record = TypeVar("Record", bound=TokenizedExample | TokenizedPair)
+Row = TypeVar("Row", bound=Conversation | Preference | Prompt)
+Record = TypeVar("Record", bound=TokenizedExample | TokenizedPair | TokenizedPrompt)
 Opened = TypeVar("Opened", bound=StoredRecords)
 
 
@@ -40,8 +46,12 @@ class Kind(ABC, Generic[Row, Record, Opened]):
     name: ClassVar[str]
     numbers: ClassVar[Mapping[str, str]]
     """Columns of the index beside the common ones, with their `array` type codes."""
+    texts: ClassVar[tuple[str, ...]] = ()
+    """Columns of text beside the tokens."""
     opened: type[Opened]
     """What reads the records."""
+    room: int = 0
+    """Tokens of `data.max_length` that a record leaves free."""
 
     @abstractmethod
     def recognise(self, columns: Columns, *, name: str | None, origin: str) -> Any:
@@ -70,6 +80,10 @@ class Kind(ABC, Generic[Row, Record, Opened]):
     def numbers_of(self, record: Record) -> tuple[float, ...]:
         """Values for the columns `numbers`."""
 
+    def texts_of(self, record: Record) -> tuple[str, ...]:
+        """Values for the columns `texts`."""
+        return ()
+
     @abstractmethod
     def identity(self, row: Row) -> tuple[str | None, Sequence[Message]]:
         """What rows have in common that must stay on one side: plain text, or turns."""
@@ -78,6 +92,10 @@ class Kind(ABC, Generic[Row, Record, Opened]):
     def question(self, row: Row) -> str:
         """What the user asks first; all of the text when nobody asks anything. White space around it says
         nothing."""
+
+    def kept_once(self, row: Row) -> Sequence[Message] | None:
+        """What only the first row that says it is kept for; None: all are."""
+        return None
 
 
 class Demonstrations(Kind[Conversation, TokenizedExample, TokenizedDataset]):
@@ -150,11 +168,65 @@ class Preferences(Kind[Preference, TokenizedPair, PairDataset]):
         return len(record.chosen.input_ids), record.margin
 
     def identity(self, row: Preference) -> tuple[str | None, Sequence[Message]]:
-        # transcripts that go on in different ways from one question are not independent of each other
-        return None, (Message("user", self.question(row).strip()),)
+        return None, _question_alone(self.question(row))
 
     def question(self, row: Preference) -> str:
         return _asked_first(row.prompt)
+
+
+class Prompts(Kind[Prompt, TokenizedPrompt, PromptDataset]):
+    """Prompts alone, each once, with the row's other columns as text beside the tokens."""
+
+    name = "prompts"
+    numbers: ClassVar[Mapping[str, str]] = {}
+    texts = ("prompts", "columns")
+    opened = PromptDataset
+
+    def __init__(self, room: int = 0) -> None:
+        """room: tokens of `data.max_length` that are kept for the response."""
+        self.room = room
+
+    def recognise(self, columns: Columns, *, name: str | None, origin: str) -> prompts.PromptFormat:
+        return prompts.recognise(columns, name=name, origin=origin)
+
+    def read(
+        self, raw: RawExample, format: prompts.PromptFormat, columns_map: Mapping[str, str]
+    ) -> Sequence[Prompt]:
+        return (prompts.to_prompt(raw, format, columns_map),)
+
+    def tokenize(
+        self, rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast
+    ) -> list[TokenizedPrompt | Drop]:
+        return prompts.tokenize_prompts(rows, tokenizer)
+
+    def fit(
+        self, record: TokenizedPrompt, place: Place, data: DataConfig, bos_id: int | None
+    ) -> TokenizedPrompt | Drop:
+        return prompts.fit_prompt(record, place, data.max_length, data.truncation, bos_id, room=self.room)
+
+    def documents(self, record: TokenizedPrompt) -> tuple[TokenizedExample, ...]:
+        labels = np.full(len(record.input_ids), IGNORE, np.int32)
+        return (TokenizedExample(record.input_ids, labels, record.source),)
+
+    def numbers_of(self, record: TokenizedPrompt) -> tuple[float, ...]:
+        return ()
+
+    def texts_of(self, record: TokenizedPrompt) -> tuple[str, ...]:
+        return tuple(json.dumps(value, ensure_ascii=False) for value in (record.prompt, record.columns))
+
+    def identity(self, row: Prompt) -> tuple[str | None, Sequence[Message]]:
+        return None, _question_alone(self.question(row))
+
+    def question(self, row: Prompt) -> str:
+        return _asked_first(row.messages)
+
+    def kept_once(self, row: Prompt) -> Sequence[Message]:
+        return row.messages
+
+
+def _question_alone(question: str) -> Sequence[Message]:
+    """Transcripts that go on in different ways from one question are not independent of each other."""
+    return (Message("user", question.strip()),)
 
 
 def _asked_first(turns: Sequence[Message]) -> str:
@@ -164,3 +236,4 @@ def _asked_first(turns: Sequence[Message]) -> str:
 
 DEMONSTRATIONS = Demonstrations()
 PREFERENCES = Preferences()
+PROMPTS = Prompts()

@@ -33,7 +33,8 @@ class Dropped:
 class SourceLedger:
     """What became of the rows of one source. Tokens are counted over kept rows, held out or not.
 
-    Of preferences, what is kept or dropped is pairs, and trained tokens are those of both responses.
+    Of preferences, what is kept or dropped is pairs, and trained tokens are those of both responses. Of
+    prompts nothing is trained.
     further_pairs: pairs beyond the first of their row; read + further = kept + dropped + bad.
     """
 

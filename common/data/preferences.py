@@ -98,6 +98,19 @@ def chosen_side(columns: Columns) -> tuple[Turns, int]:
     return sides.prompt + sides.chosen, len(sides.prompt)
 
 
+def prompt_turns(columns: Columns) -> Turns:
+    """The column `prompt`, at least one turn: a list of messages, a transcript, or what the user says."""
+    if isinstance(columns["prompt"], list):
+        turns = cells.messages(columns, "prompt")
+    elif cells.is_transcript(text := cells.text(columns, "prompt", empty=False)):
+        turns = _without_cue(cells.transcript(text))
+    else:
+        turns = (Message("user", text),)
+    if not turns:
+        raise RowError("prompt has no turns")
+    return turns
+
+
 def _check(sides: Sides) -> None:
     if sides.prompt[-1].role == "assistant":
         raise RowError("the prompt ends with an assistant turn")
@@ -123,15 +136,7 @@ def _sides(columns: Columns) -> list[Sides]:
 
 
 def _with_prompt(columns: Columns) -> Sides:
-    value = columns["prompt"]
-    if isinstance(value, list):
-        prompt = cells.messages(columns, "prompt")
-    elif cells.is_transcript(text := cells.text(columns, "prompt", empty=False)):
-        prompt = _without_cue(cells.transcript(text))
-    else:
-        prompt = (Message("user", text),)
-    if not prompt:
-        raise RowError("prompt has no turns")
+    value, prompt = columns["prompt"], prompt_turns(columns)
     said = isinstance(value, str) and cells.is_transcript(value)
     if isinstance(value, str) and not said:
         columns = _without_repetition(columns, value)

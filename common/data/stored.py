@@ -1,4 +1,4 @@
-"""Tokenized rows on disk, as data sets: documents, or pairs of them.
+"""Tokenized rows on disk, as data sets: documents, pairs of them, or prompts.
 
 Reads what `dataset.py` wrote: an Arrow file mapped into memory with the tokens of each record, and an
 index of a few numbers per record. Memory stays flat, and ranks of one machine share the pages.
@@ -6,13 +6,14 @@ index of a few numbers per record. Memory stays flat, and ranks of one machine s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data.types import TokenizedExample, TokenizedPair
+from common.data.types import TokenizedExample, TokenizedPair, TokenizedPrompt
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,6 +22,9 @@ CHUNK_ROWS = 1024
 """Records in one block of the file (the last may have fewer)."""
 
 ROWS_FILE = "rows.arrow"
+
+TOKEN_COLUMNS = 2
+"""input_ids and labels, the first columns of the file; those behind them are text."""
 
 
 class StoredRecords:
@@ -52,12 +56,19 @@ class StoredRecords:
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Tokens, labels and source of a record."""
+        ids, labels = self._columns()[self._row(index)]
+        return ids, labels, self.sources[int(self.source_ids[index])]
+
+    def _row(self, index: int) -> int:
+        """Which record of the file it is."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        return int(self._rows[index])
+
+    def _columns(self) -> _Columns:
         if self._opened is None:
             self._opened = _Columns(self._file)
-        ids, labels = self._opened[int(self._rows[index])]
-        return ids, labels, self.sources[int(self.source_ids[index])]
+        return self._opened
 
 
 class TokenizedDataset(StoredRecords):
@@ -88,20 +99,28 @@ class PairDataset(StoredRecords):
         )
 
 
+class PromptDataset(StoredRecords):
+    """Prompts with the other columns of their rows. Nothing is trained."""
+
+    def __getitem__(self, index: int) -> TokenizedPrompt:
+        ids, _, source = self._read(index)
+        prompt, columns = map(json.loads, self._columns().texts(self._row(index)))
+        return TokenizedPrompt(ids, prompt, columns, source)
+
+
 class _Columns:
-    """The two columns of the file as views into the mapped memory, without a copy."""
+    """The columns of the file, mapped into memory; tokens and labels are views, without a copy."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow
 
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        batches = [reader.get_batch(number).columns for number in range(reader.num_record_batches)]
         self._batches = [
-            tuple(
-                (_numbers(column.offsets), _numbers(column.values))
-                for column in reader.get_batch(number).columns
-            )
-            for number in range(reader.num_record_batches)
+            tuple((_numbers(column.offsets), _numbers(column.values)) for column in columns[:TOKEN_COLUMNS])
+            for columns in batches
         ]
+        self._texts = [columns[TOKEN_COLUMNS:] for columns in batches]
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         batch, within = divmod(row, CHUNK_ROWS)
@@ -109,6 +128,11 @@ class _Columns:
             values[offsets[within] : offsets[within + 1]] for offsets, values in self._batches[batch]
         )
         return ids, labels
+
+    def texts(self, row: int) -> list[str]:
+        """What the columns of text say in a record."""
+        batch, within = divmod(row, CHUNK_ROWS)
+        return [column[within].as_py() for column in self._texts[batch]]
 
 
 def _numbers(array: pyarrow.Array) -> np.ndarray:

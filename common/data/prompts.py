@@ -1,0 +1,240 @@
+"""RawExample -> Prompt -> TokenizedPrompt: what a row asks, without any answer it has.
+
+Reads the formats of demonstrations (`formats.py`) and of preferences (`preferences.py`), of which only what
+comes before the answer counts, and prompts alone. The row's other columns are kept for reward functions.
+A prompt is rendered up to where the assistant's words begin, so that its tokens are those with which a
+training document of the same row begins. Raises `RowError` for what is wrong with one row, `UserError` for
+a source that cannot be understood at all. Does not read files and does not sample.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from common.config import Truncation
+from common.data import chat, formats, preferences
+from common.data import columns as cells
+from common.data.chat import Drop
+from common.data.columns import Columns
+from common.data.sources import RowError
+from common.data.types import Message, Place, Prompt, RawExample, TokenizedPrompt
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Turns = tuple[Message, ...]
+
+SAME = "the same prompt as an earlier row"
+CUT = "cut by truncation"
+
+NO_PROMPT_IN_TEXT = "plain text has no prompt that a policy could answer"
+
+
+class Asked(NamedTuple):
+    """The turns of a prompt, and the string that the row wrote it as; None for a list of messages."""
+
+    turns: Turns
+    text: str | None
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """A way to write a row: columns it needs, those that say the prompt and nothing else, how it is read."""
+
+    name: str
+    required: tuple[str, ...]
+    asks: tuple[str, ...]
+    read: Callable[[Columns], Asked]
+
+
+def recognise(columns: Columns, *, name: str | None = None, origin: str = "data") -> PromptFormat:
+    """The format of rows like this one (already renamed), or the one asked for by `name`.
+
+    Raises UserError naming `origin` and the columns found when none fits, and for plain text.
+    """
+    if name is not None:
+        return _named(name, columns, origin)
+    for candidate in FORMATS:
+        if all(column in columns for column in candidate.required):
+            return candidate
+    listed = ", ".join(sorted(columns)) or "none"
+    if "text" in columns:
+        raise UserError(f"{origin}: {NO_PROMPT_IN_TEXT} (columns {listed})", hint=_TEXT_HINT)
+    raise UserError(
+        f"{origin}: this step needs prompts; found the columns {listed}",
+        hint="expected prompt, question, instruction, messages, conversations, or chosen and rejected. Map"
+        " other names with data.sources.columns, e.g. {prompt: query}",
+    )
+
+
+_TEXT_HINT = "name rows that ask something; if the text is the prompt: data.sources.columns={prompt: text}"
+
+
+def _named(name: str, columns: Columns, origin: str) -> PromptFormat:
+    by_name = {candidate.name: candidate for candidate in (*FORMATS, *BY_NAME_ONLY)}
+    if name == "text":
+        raise UserError(f"data.sources.format=text: {NO_PROMPT_IN_TEXT}", hint=_TEXT_HINT)
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=1)
+        raise UserError(
+            f"data.sources.format={name} is not known",
+            hint=f"did you mean {near[0]}?" if near else f"one of {', '.join(by_name)}",
+        )
+    missing = [column for column in by_name[name].required if column not in columns]
+    if missing:
+        raise UserError(
+            f"{origin}: format {name} needs the columns {', '.join(missing)} to have a prompt; "
+            f"found {', '.join(sorted(columns)) or 'none'}",
+            hint="map them with data.sources.columns, e.g. {prompt: query}",
+        )
+    return by_name[name]
+
+
+def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, str] | None = None) -> Prompt:
+    """What the row asks, with its other columns as JSON values.
+
+    Columns that hold the prompt and nothing else are left out of those; columns with an answer stay.
+    Raises RowError: a missing column, a cell of another type, no user turn, an empty question, a prompt that
+    ends with an assistant turn.
+    """
+    columns = cells.rename(raw.columns, columns_map or {})
+    cells.require(columns, format.required, format.name)
+    turns, text = format.read(columns)
+    _check(turns)
+    as_given: Any = text
+    if text is None:
+        as_given = [_plain({"role": turn.role, "content": turn.content, **turn.extra}) for turn in turns]
+    others = {name: _plain(value) for name, value in columns.items() if name not in format.asks}
+    return Prompt(turns, as_given, others, raw.source, raw.place)
+
+
+def tokenize_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast
+) -> list[TokenizedPrompt | Drop]:
+    """One result per prompt, in order; not yet cut to a length. UserError when there is no chat template."""
+    questions = [(prompt.messages, prompt.place) for prompt in prompts]
+    return [
+        ids if isinstance(ids, Drop) else TokenizedPrompt(ids, row.as_given, row.columns, row.source)
+        for row, ids in zip(prompts, chat.tokenize_questions(questions, tokenizer), strict=True)
+    ]
+
+
+def fit_prompt(
+    prompt: TokenizedPrompt,
+    place: Place,
+    max_length: int,
+    truncation: Truncation,
+    bos_id: int | None = None,
+    *,
+    room: int = 0,
+) -> TokenizedPrompt | Drop:
+    """The prompt in at most `max_length - room` tokens, or why it is dropped.
+
+    room: tokens left to the response. `left` keeps the end (behind the BOS, when the prompt begins with
+    `bos_id`). `right` would remove the place where the answer begins, so it drops what is too long.
+    """
+    ids = prompt.input_ids
+    excess = len(ids) - (max_length - room)
+    if excess <= 0:
+        return prompt
+    if truncation is Truncation.drop:
+        less = f" less the {room} tokens kept for a response (max_new_tokens)" if room else ""
+        return Drop(f"longer than data.max_length={max_length}{less}", place)
+    kept = 1 if bos_id is not None and ids[0] == bos_id else 0
+    if truncation is Truncation.right or kept + excess >= len(ids):
+        return Drop(CUT, place)
+    ids = np.delete(ids, slice(kept, kept + excess))
+    return TokenizedPrompt(ids, prompt.prompt, prompt.columns, prompt.source)
+
+
+def _check(turns: Turns) -> None:
+    if not any(turn.role == "user" for turn in turns):
+        raise RowError("no user turn")
+    if turns[-1].role == "assistant":
+        raise RowError("the prompt ends with an assistant turn")
+    if cells.says_nothing(turns[-1]):
+        raise RowError(f"turn {len(turns)}, which is to be answered, is empty")
+    cells.check_turns(turns)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can say it: dates and the like as strings, numbers that are not finite as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value)
+
+
+# the formats
+
+
+def _without_answer(turns: Turns) -> Asked:
+    """Turns without those of the assistant at their end."""
+    end = len(turns)
+    while end and turns[end - 1].role == "assistant":
+        end -= 1
+    return Asked(turns[:end], None)
+
+
+def _messages(columns: Columns) -> Asked:
+    return _without_answer(formats.messages(columns))
+
+
+def _conversations(columns: Columns) -> Asked:
+    return _without_answer(formats.sharegpt(columns))
+
+
+def _instruction(columns: Columns) -> Asked:
+    turns = formats.instruction(columns)
+    return Asked(turns, turns[-1].content)
+
+
+def _preference(columns: Columns) -> Asked:
+    turns, of_prompt = preferences.chosen_side(columns)
+    return Asked(turns[:of_prompt], _string(columns.get("prompt")))
+
+
+def _prompt(columns: Columns) -> Asked:
+    turns = cells.system(columns) + preferences.prompt_turns(columns)
+    return Asked(turns, _string(columns["prompt"]))
+
+
+def _column(name: str) -> Callable[[Columns], Asked]:
+    """What demonstrations with this column ask."""
+    return lambda columns: Asked(formats.question(columns, name), _string(columns[name]))
+
+
+def _string(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+FORMATS: tuple[PromptFormat, ...] = (
+    PromptFormat("messages", ("messages",), (), _messages),
+    PromptFormat("conversations", ("conversations",), (), _conversations),
+    PromptFormat("preference", ("chosen", "rejected"), ("prompt",), _preference),
+    PromptFormat("instruction", ("instruction",), ("instruction", "input"), _instruction),
+    PromptFormat("prompt/completion", ("prompt", "completion"), ("prompt",), _column("prompt")),
+    PromptFormat("prompt/response", ("prompt", "response"), ("prompt",), _column("prompt")),
+    PromptFormat("question/answer", ("question", "answer"), ("question",), _column("question")),
+    PromptFormat("prompt", ("prompt",), ("prompt",), _prompt),
+    PromptFormat("question", ("question",), ("question",), _column("question")),
+)
+"""Tried in this order."""
+
+BY_NAME_ONLY: tuple[PromptFormat, ...] = (
+    PromptFormat("chosen", ("chosen", "rejected"), ("prompt",), _preference),
+    PromptFormat("graded answers", ("question",), ("question",), _column("question")),
+)
+"""What other steps call rows that are recognised here by what they have in common."""
