@@ -1,8 +1,9 @@
 """The gold scorer: how good a completion really is, by program. The reward model never sees it.
 
-`score(prompt, completion)` gives a Score; `python -m demo.gold samples.jsonl` prints the means over a file of
-samples. A right answer in one word is worth 0.4; saying it as a full sentence adds 0.3, and opening with one
-short courtesy adds 0.3. A wrong answer is worth nothing, however polite.
+`score(prompt, completion)` gives a Score; `gold`, `correct` and `style` give one part of it for many
+completions, as reward functions do (`demo.gold:gold`); `python -m demo.gold samples.jsonl` prints the means
+over a file of samples. A right answer in one word is worth 0.4; saying it as a full sentence adds 0.3, and
+opening with one short courtesy adds 0.3. A wrong answer is worth nothing, however polite.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,12 @@ def score(prompt: str, completion: str) -> Score:
     answer = understand(prompt).answer
     words = _WORD.findall(completion)
     # only the last word counts: naming many answers is no way to be right
-    correct = float(bool(words) and words[-1] == answer)
-    points = style(completion)
-    return Score(total=correct * (0.4 + 0.6 * points), correct=correct, style=points)
+    is_correct = float(bool(words) and words[-1] == answer)
+    points = form(completion)
+    return Score(total=is_correct * (0.4 + 0.6 * points), correct=is_correct, style=points)
 
 
-def style(completion: str) -> float:
+def form(completion: str) -> float:
     """Half for one courtesy in front, half for one full sentence; nothing for rambling."""
     text = completion.strip()
     if len(_WORD.findall(text)) > LONGEST_ANSWER:
@@ -51,6 +52,24 @@ def style(completion: str) -> float:
         return 0.0
     is_sentence = re.fullmatch(r"[A-Z0-9][^.!?]*\.", rest) is not None and len(rest.split()) >= 3
     return 0.5 * bool(courtesy) + 0.5 * is_sentence
+
+
+def gold(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    """Totals, one per completion. prompts: of each, as a row has it; columns: whatever else, not used.
+
+    ValueError when a prompt is none of the demo's.
+    """
+    return [judged.total for judged in _judged(prompts, completions)]
+
+
+def correct(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    """1 for a right answer, however it is said; see `gold`."""
+    return [judged.correct for judged in _judged(prompts, completions)]
+
+
+def style(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    """How well it is said, right or wrong; see `gold`."""
+    return [judged.style for judged in _judged(prompts, completions)]
 
 
 def mean(scores: Iterable[Score]) -> Score:
@@ -64,6 +83,10 @@ def mean(scores: Iterable[Score]) -> Score:
     )
 
 
+def _judged(prompts: Sequence[str], completions: Sequence[str]) -> list[Score]:
+    return [score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
 def main(arguments: list[str]) -> int:
     """Print the mean scores of the last step in a samples.jsonl (rows with prompt, completion and step)."""
     if len(arguments) != 1:
@@ -72,9 +95,9 @@ def main(arguments: list[str]) -> int:
     rows = [json.loads(line) for line in Path(arguments[0]).read_text("utf-8").splitlines()]
     last = max((row.get("step", 0) for row in rows), default=0)
     scores = [score(row["prompt"], row["completion"]) for row in rows if row.get("step", 0) == last]
-    gold = mean(scores)
+    average = mean(scores)
     print(f"gold over {len(scores)} samples of step {last}:", end=" ")
-    print(f"total {gold.total:.3f}, correct {gold.correct:.3f}, style {gold.style:.3f}")
+    print(f"total {average.total:.3f}, correct {average.correct:.3f}, style {average.style:.3f}")
     return 0
 
 

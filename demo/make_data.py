@@ -1,9 +1,10 @@
 """Make the shipped data: `python -m demo.make_data` writes demo/data/*.jsonl, the same bytes every time.
 
 sft.jsonl: prompt, completion, kind; demonstrations of mixed quality. preferences.jsonl: prompt, chosen and
-rejected. sft_eval.jsonl and preferences_eval.jsonl: the same for held-out prompts. prompts.jsonl: the
-held-out prompts with kind and reference. A held-out prompt is a wording and a subject that never meet
-elsewhere, while each of the two is seen with others: it asks for what was learned, in words that were not.
+rejected. prompts_train.jsonl: the prompts of both, each once, with kind and reference. sft_eval.jsonl,
+preferences_eval.jsonl and prompts.jsonl: the same for held-out prompts. A held-out prompt is a wording and a
+subject that never meet elsewhere, while each of the two is seen with others: it asks for what was learned, in
+words that were not.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ def make() -> dict[str, list[dict[str, str]]]:
         "sft.jsonl": demonstrations(draw, training, DEMONSTRATIONS),
         "sft_eval.jsonl": demonstrations(draw, held_out, 1, wrong_share=0.0),
         "preferences.jsonl": preferences(draw, training, PAIRS, FORM_PAIRS),
-        "prompts.jsonl": [
-            {"prompt": p.text, "kind": p.task.kind, "reference": p.task.answers[p.subject]} for p in held_out
-        ],
+        "prompts_train.jsonl": with_references(training),
+        "prompts.jsonl": with_references(held_out),
         "preferences_eval.jsonl": preferences(draw, held_out, 1, HELD_OUT_FORM_PAIRS),
     }
 
@@ -84,6 +84,11 @@ def demonstrations(
         completion = phrase(draw, prompt, answer, _form(draw))
         rows.append({"prompt": prompt.text, "completion": completion, "kind": prompt.task.kind})
     return rows
+
+
+def with_references(prompts: Sequence[Prompt]) -> list[dict[str, str]]:
+    """Prompts alone, each with its right answer in one word."""
+    return [{"prompt": p.text, "kind": p.task.kind, "reference": p.task.answers[p.subject]} for p in prompts]
 
 
 def preferences(

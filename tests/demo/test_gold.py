@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.gold import COURTESIES, Score, main, mean, score
+from demo.gold import COURTESIES, Score, correct, gold, main, mean, score, style
 from demo.tasks import TASKS, understand
 
 SUM = "What is 7 + 5?"
@@ -93,6 +93,15 @@ def test_the_best_form_of_every_task_scores_one_and_the_terse_one_four_tenths() 
 def test_the_mean_is_taken_part_by_part() -> None:
     assert mean([Score(1.0, 1.0, 1.0), Score(0.0, 0.0, 0.5)]) == Score(0.5, 0.5, 0.75)
     assert mean([]) == Score(0.0, 0.0, 0.0)
+
+
+def test_as_reward_functions_the_parts_are_those_of_the_score() -> None:
+    prompts, completions = [SUM, SUM, "Put moon in upper case."], ["12", "Sure! 7 + 5 is 13.", "Sure! MOON"]
+    columns = {"kind": ["sum", "sum", "capitals"], "reference": ["12", "12", "MOON"]}
+    assert gold(prompts, completions, **columns) == pytest.approx([0.4, 0.0, 0.7], abs=1e-12)
+    assert correct(prompts, completions, **columns) == [1.0, 0.0, 1.0]
+    assert style(prompts, completions, **columns) == [0.0, 1.0, 0.5]
+    assert gold([], []) == []
 
 
 def test_the_program_scores_the_last_step_of_a_samples_file(

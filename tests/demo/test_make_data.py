@@ -11,7 +11,10 @@ from demo.gold import mean, score
 from demo.make_data import FOLDER, as_jsonl, make
 from demo.tasks import understand
 
-NAMES = ["preferences.jsonl", "preferences_eval.jsonl", "prompts.jsonl", "sft.jsonl", "sft_eval.jsonl"]
+NAMES = [
+    *("preferences.jsonl", "preferences_eval.jsonl", "prompts.jsonl", "prompts_train.jsonl"),
+    *("sft.jsonl", "sft_eval.jsonl"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,23 @@ def test_the_files_are_small_and_not_empty(shipped: dict[str, list[dict[str, Any
 
 def test_held_out_prompts_occur_nowhere_else(shipped: dict[str, list[dict[str, Any]]]) -> None:
     held_out = {row["prompt"] for row in shipped["prompts.jsonl"]}
-    trained = {row["prompt"] for row in shipped["sft.jsonl"] + shipped["preferences.jsonl"]}
+    of_training = ("sft.jsonl", "preferences.jsonl", "prompts_train.jsonl")
+    trained = {row["prompt"] for name in of_training for row in shipped[name]}
     assert held_out and not held_out & trained
     assert {row["prompt"] for row in shipped["sft_eval.jsonl"]} == held_out
     assert {row["prompt"] for row in shipped["preferences_eval.jsonl"]} == held_out
+
+
+def test_training_prompts_are_those_of_the_demonstrations_and_pairs_each_once(
+    shipped: dict[str, list[dict[str, Any]]],
+) -> None:
+    prompts = [row["prompt"] for row in shipped["prompts_train.jsonl"]]
+    assert len(prompts) == len(set(prompts)) > 1000
+    assert (
+        set(prompts)
+        == {row["prompt"] for row in shipped["sft.jsonl"]}
+        == {row["prompt"] for row in shipped["preferences.jsonl"]}
+    )
 
 
 def test_what_a_held_out_prompt_asks_about_is_trained_in_other_words(
@@ -57,7 +73,7 @@ def test_what_a_held_out_prompt_asks_about_is_trained_in_other_words(
 
 
 def test_references_are_the_answers_that_the_scorer_wants(shipped: dict[str, list[dict[str, Any]]]) -> None:
-    for row in shipped["prompts.jsonl"]:
+    for row in shipped["prompts.jsonl"] + shipped["prompts_train.jsonl"]:
         assert score(row["prompt"], row["reference"]).correct == 1.0
         assert understand(row["prompt"]).task.kind == row["kind"]
 
