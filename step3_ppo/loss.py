@@ -1,1 +1,213 @@
-"""Being built."""
+"""What PPO minimises, and the numbers read off it.
+
+Of each response token, with the ratio ρ = π / π_old (log ρ held within ±20) and its advantage A,
+
+    policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                     PPO (arXiv 1707.06347)
+            − entropy_coef · H(π) + kl_coef · k3(π ‖ π_ref)        where they are asked for
+    value   ½ max((V − G)², (clip(V, V_old ± ε) − G)²)             as in InstructGPT's line (arXiv 2403.17031)
+
+with G the token's return. The loss of an update is the mean over its response tokens, over all micro-batches
+and ranks: sums travel through here and are divided once, by a count known beforehand. Advantages and returns
+come from advantages.py; nothing here is padded, or knows which response a token belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common.distributed import sum_over_ranks
+
+LARGEST_LOG_RATIO = 20.0
+"""Beyond it a ratio says only that something went wrong; e^20 is still finite in fp32, with room for sums."""
+
+
+class PolicySums(NamedTuple):
+    """Sums over the M tokens of a micro-batch; `loss` carries the gradient, the others are float64 scalars.
+
+    surrogate: the part of the loss that PPO clips. ratio: ρ. off: |ρ − 1|. clipped: tokens whose clipped term
+    is what counts, which is then constant: they pull nothing. approxkl: of the old policy from this one, by
+    (ρ − 1) − log ρ, never below 0 (k3 of tokens that the old policy sampled). entropy: of the predicted
+    distributions, 0 when not given. kl: k3 against the reference, 0 when not given. tokens: M.
+    """
+
+    loss: torch.Tensor
+    surrogate: torch.Tensor
+    ratio: torch.Tensor
+    off: torch.Tensor
+    clipped: torch.Tensor
+    approxkl: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor
+    tokens: int
+
+
+class ValueSums(NamedTuple):
+    """Sums over the M tokens of a micro-batch; `loss` carries the gradient, `clipped` is a float64 scalar.
+
+    clipped: tokens whose clipped term is what counts, which is then constant: they pull nothing.
+    """
+
+    loss: torch.Tensor
+    clipped: torch.Tensor
+    tokens: int
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    clip: float,
+    entropies: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> PolicySums:
+    """The actor's loss, summed over M tokens (0 give a zero that still carries a zero gradient).
+
+    logprobs: [M], of the live policy, with gradient. old: [M], of the policy that sampled them. advantages:
+    [M]. entropies: [M], of the live policy, with gradient where entropy_coef is not 0. ref: [M], log π_ref.
+    Raises ValueError for a coefficient without its tensor.
+    """
+    if (entropy_coef and entropies is None) or (kl_coef and ref is None):
+        raise ValueError("a coefficient with nothing to multiply")
+    log_ratio = _held(logprobs - old)
+    ratio = log_ratio.exp()
+    free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = surrogate = torch.maximum(free, bound).sum()
+    entropy = loss.new_zeros(()) if entropies is None else entropies.sum()
+    kl = loss.new_zeros(()) if ref is None else _k3(_held(logprobs - ref)).sum()
+    if entropy_coef:
+        loss = loss - entropy_coef * entropy
+    if kl_coef:
+        loss = loss + kl_coef * kl
+    with torch.no_grad():
+        return PolicySums(
+            loss=loss,
+            surrogate=_detached(surrogate),
+            ratio=ratio.double().sum(),
+            off=(ratio - 1).abs().double().sum(),
+            clipped=(bound > free).double().sum(),
+            approxkl=_k3(-log_ratio.double()).sum(),
+            entropy=_detached(entropy),
+            kl=_detached(kl),
+            tokens=len(logprobs),
+        )
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip: float
+) -> ValueSums:
+    """The critic's loss, summed over M tokens (0 give a zero that still carries a zero gradient).
+
+    values: [M], of the live critic, with gradient. old_values: [M], as the iteration began. returns: [M].
+    clip: how far a value may move from the old one; 0: any way.
+    """
+    values = values.float()
+    free = (values - returns) ** 2
+    if not clip:
+        return ValueSums(free.sum() / 2, free.new_zeros((), dtype=torch.float64), len(values))
+    bound = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+    return ValueSums(torch.maximum(free, bound).sum() / 2, (bound > free).double().sum(), len(values))
+
+
+@dataclass
+class UpdateSums:
+    """Sums over the tokens that one rank saw in some updates: of one, or of all of an iteration.
+
+    A token counts in each update that it takes part in.
+    """
+
+    policy_tokens: torch.Tensor | float = 0.0
+    surrogate: torch.Tensor | float = 0.0
+    ratio: torch.Tensor | float = 0.0
+    off: torch.Tensor | float = 0.0
+    clipped: torch.Tensor | float = 0.0
+    approxkl: torch.Tensor | float = 0.0
+    entropy: torch.Tensor | float = 0.0
+    kl: torch.Tensor | float = 0.0
+    value_tokens: torch.Tensor | float = 0.0
+    value_loss: torch.Tensor | float = 0.0
+    value_clipped: torch.Tensor | float = 0.0
+
+    def add_policy(self, sums: PolicySums) -> None:
+        """Add one micro-batch of the actor; nothing waits for the device here."""
+        self.policy_tokens += sums.tokens
+        self.surrogate += sums.surrogate
+        self.ratio += sums.ratio
+        self.off += sums.off
+        self.clipped += sums.clipped
+        self.approxkl += sums.approxkl
+        self.entropy += sums.entropy
+        self.kl += sums.kl
+
+    def add_value(self, sums: ValueSums) -> None:
+        """Add one micro-batch of the critic; nothing waits for the device here."""
+        self.value_tokens += sums.tokens
+        self.value_loss += _detached(sums.loss)
+        self.value_clipped += sums.clipped
+
+    def add(self, other: UpdateSums) -> None:
+        """Add what another one saw: an update to its iteration."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def state(self) -> dict[str, float]:
+        """What `UpdateSums(**state)` continues from, exactly; JSON keeps float64 as it is."""
+        return {name: float(value) for name, value in vars(self).items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Token means over all ranks, which all call it; what had no token (no critic) is left out.
+
+        `val/ratio_off` is the mean of |ρ − 1|: deviations to both sides do not cancel out in it as they do in
+        `val/ratio`. `policy/ref_kl_avg` is 0 where the loss has no reference, `policy/entropy_avg` where no
+        entropies were asked for.
+        """
+        total = UpdateSums(*sum_over_ranks(list(self.state().values())))
+        of_policy = {
+            "loss/policy_avg": total.surrogate,
+            "policy/approxkl_avg": total.approxkl,
+            "policy/clipfrac_avg": total.clipped,
+            "policy/entropy_avg": total.entropy,
+            "policy/ref_kl_avg": total.kl,
+            "val/ratio": total.ratio,
+            "val/ratio_off": total.off,
+        }
+        of_critic = {"loss/value_avg": total.value_loss, "val/clipfrac_avg": total.value_clipped}
+        return {
+            **_means(of_policy, total.policy_tokens),
+            **_means(of_critic, total.value_tokens),
+        }
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    """1 − Var(returns − values) / Var(returns) over tokens: 1 of a perfect critic, 0 of a constant one.
+
+    nan when all returns are equal: there is nothing to explain.
+    """
+    values, returns = np.asarray(values, np.float64), np.asarray(returns, np.float64)
+    if not len(returns) or returns.min() == returns.max():
+        return float("nan")
+    return float(1 - (returns - values).var() / returns.var())
+
+
+def _held(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.float().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
+def _k3(difference: torch.Tensor) -> torch.Tensor:
+    """exp(−d) − 1 + d, with d = log p − log q of tokens that p sampled."""
+    return torch.expm1(-difference) + difference
+
+
+def _detached(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().double()
+
+
+def _means(sums: Mapping[str, torch.Tensor | float], tokens: torch.Tensor | float) -> dict[str, float]:
+    return {name: float(value) / float(tokens) for name, value in sums.items()} if tokens else {}
