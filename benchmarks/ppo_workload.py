@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 ENDS = {"tail": 1 / 24, "uniform": 1e-9}
 """How likely a response is to end at a position, in the mean; it differs between responses, so that a few are
 much longer than 24 tokens."""
+MAX_LENGTH = workload.MAX_LENGTH
+TOY: Mapping[str, Any] = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 CONSTANT = 0.1  # of the residual dimension, five times the spread of a fresh embedding
 
 
@@ -49,10 +55,10 @@ def prepare(
     prompts: int,
     lengths: str,
     *,
-    model: dict[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
     data: Path = workload.GSM8K,
     seed: int = 0,
-    max_length: int = workload.MAX_LENGTH,
+    max_length: int = MAX_LENGTH,
 ) -> PPOWorkload:
     """Make what is missing.
 
@@ -84,7 +90,7 @@ def questions(data: Path, count: int, seed: int) -> tuple[list[dict[str, str]], 
 
 
 def save_base(
-    base: Path, rows: Sequence[dict[str, str]], ends: float, model: dict[str, Any] | None, seed: int
+    base: Path, rows: Sequence[dict[str, str]], ends: float, model: Mapping[str, Any] | None, seed: int
 ) -> None:
     """A model that ends a response at any position with the probability `ends`, and its tokenizer."""
     import torch
@@ -96,7 +102,9 @@ def save_base(
     fields = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "model" / "llama_4m.yaml"))
     assert isinstance(fields, dict)
     config = ModelConfig(
-        config=model or fields["config"], tokenizer=TokenizerConfig(**fields["tokenizer"]), dtype=Dtype.fp32
+        config=dict(model or fields["config"]),
+        tokenizer=TokenizerConfig(**fields["tokenizer"]),
+        dtype=Dtype.fp32,
     )
     tokenizer = load_tokenizer(
         config, lambda: (text for row in rows for text in (row["question"], row["answer"]))
