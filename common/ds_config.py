@@ -40,6 +40,23 @@ def build_ds_config(
     }
 
 
+def build_frozen_config(
+    deepspeed: DeepSpeedConfig, *, dtype: Dtype, world_size: int, num_parameters: int
+) -> dict[str, object]:
+    """The dict given to `deepspeed.initialize` for a module that is partitioned (stage 3) and not trained."""
+    zero = _zero(deepspeed, num_parameters, OptimizerName.adamw)
+    zero.pop("offload_optimizer", None)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world_size,
+        "bf16": {"enabled": dtype is Dtype.bf16},
+        "fp16": {"enabled": dtype is Dtype.fp16},
+        "zero_optimization": zero,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
 def _zero(deepspeed: DeepSpeedConfig, num_parameters: int, optimizer: OptimizerName) -> dict[str, object]:
     bucket = min(deepspeed.reduce_bucket_size, num_parameters)
     bucket += bucket % 2  # DeepSpeed refuses an odd one

@@ -3,6 +3,10 @@
 Takes a module whose forward returns sums over trained tokens, an optimizer and a config dict; owns
 the exact scaling of gradients, the outcome of a step, the engine's state on disk and the gathering
 of full weights. Does not decide when anything happens.
+
+Several engines live in one process, and one may run forward passes of any kind (without gradients, of a
+part of its module) between the forward and the backward pass of another. What they share: on ZeRO-3 every
+forward and backward pass is a collective, so all ranks run the same ones in the same order.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,23 +46,7 @@ class Engine:
     def __init__(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
     ) -> None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search, and a warning
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a lone process
-        import deepspeed
-        import deepspeed.ops
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        _import_muon(compiled=False)
-        # On the CPU DeepSpeed would compile a shared-memory collective with g++ at the first start
-        # (and hang at the next one if that was killed); gloo serves, and no compiler is needed.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Its wrappers of torch collectives warn at every call about their own older names.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
-            self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
-            )
+        self._engine = _initialized(module, optimizer, config)
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
@@ -139,8 +129,121 @@ class Engine:
             state = self._engine.module_state_dict()
         return state if dist.get_rank() == 0 else None
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights whole on every rank while the block runs; on stages 1 and 2 they always are.
+
+        Forward passes then cost no collective, so that ranks may run different ones, also over parts of the
+        module. There is no backward pass in the block, and it must not change weights.
+        """
+        if self.zero_stage < 3:
+            yield
+            return
+        with _gathered(self.module, self._engine.optimizer.parameter_offload):
+            yield
+
+    def master_weights(self) -> list[torch.Tensor]:
+        """This rank's share of the trained weights, flat, fp32: what the optimizer updates in place.
+
+        The module's own are these, rounded; what is written here shows in it after `publish_master_weights`.
+        """
+        zero = self._engine.optimizer
+        masters = (
+            zero.fp32_partitioned_groups_flat
+            if self.zero_stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        return [master.data for master in masters]
+
+    @torch.no_grad()
+    def publish_master_weights(self) -> None:
+        """Make the module's weights the rounded master weights, as a step does; all ranks call it."""
+        zero = self._engine.optimizer
+        if self.zero_stage < 3:
+            zero.update_lp_params()
+            return
+        zero.parameter_offload.partition_all_parameters()  # a whole one would hide its new part
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
     def _has_frozen(self) -> bool:
         return any(not p.requires_grad for p in self.module.parameters())
+
+
+class Partitioned:
+    """A module that is not trained, its weights partitioned over the ranks (ZeRO-3)."""
+
+    def __init__(self, module: torch.nn.Module, config: dict[str, Any]) -> None:
+        """config: see `ds_config.build_frozen_config`. No weight of the module may want a gradient."""
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError("a partitioned module is not trained: requires_grad_(False) first")
+        self._engine = _initialized(module, None, config)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self._engine(*args, **kwargs)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """As `Engine.gathered`."""
+        with _gathered(self._engine.module, self._engine.optimizer):
+            yield
+
+
+def _initialized(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]
+) -> Any:
+    """DeepSpeed's engine, without what it does beside."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search, and a warning
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a lone process
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    _import_muon(compiled=False)
+    # On the CPU DeepSpeed would compile a shared-memory collective with g++ at the first start
+    # (and hang at the next one if that was killed); gloo serves, and no compiler is needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its wrappers of torch collectives warn at every call about their own older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+    return engine
+
+
+@contextmanager
+def _gathered(module: torch.nn.Module, offload: Any) -> Iterator[None]:
+    """Whole weights under ZeRO-3. offload: DeepSpeed's, that placed hooks on the module.
+
+    Its hooks would give a weight back as soon as the module that owns it was called.
+    """
+    import deepspeed
+
+    # what was fetched ahead for a backward pass that did not come is still on its way
+    offload.partition_all_parameters()
+    with deepspeed.zero.GatheredParameters(list(module.parameters())), _hooks_off(module, offload):
+        yield
+
+
+@contextmanager
+def _hooks_off(module: torch.nn.Module, offload: Any) -> Iterator[None]:
+    """Without DeepSpeed's hooks. They were the last to be registered, and are the last again afterwards."""
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    removed = []
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        removed.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, number, hook in sorted(removed, key=lambda entry: entry[1]):
+            hooks[number] = hook
 
 
 def muon_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
