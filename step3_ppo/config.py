@@ -8,6 +8,7 @@ from typing import Dict, List, Optional
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
 from common.errors import UserError
 from common.stage import Role
+from step3_ppo.addresses import check_reference, check_url
 
 
 class Estimator(Enum):
@@ -96,8 +97,15 @@ class RewardSourceConfig:
         if sum(named) != 1:
             raise UserError(
                 "an entry of ppo.rewards names " + ("nothing to score with" if not any(named) else "several"),
-                hint="one of {model: true}, {function: 'package.module:function'}, {url: 'https://…'}",
+                hint="'ppo.rewards=[{model: true}]', 'ppo.rewards=[{function: package.module:function}]' "
+                """or 'ppo.rewards=[{url: "https://…"}]'""",
             )
+        if self.function is not None:
+            check_reference(self.function, "ppo.rewards.function")
+        if self.url is not None:
+            check_url(self.url, "ppo.rewards.url", allow_http=self.allow_http)
+        named_well = self.name is None or bool(self.name.strip())
+        require(named_well, "ppo.rewards.name", repr(self.name), "a name that is not empty")
         require(math.isfinite(self.weight), "ppo.rewards.weight", self.weight, "a finite number")
         require(0 < self.timeout < math.inf, "ppo.rewards.timeout", self.timeout, "seconds, above 0")
         require(self.retries >= 0, "ppo.rewards.retries", self.retries, "0 or more")
@@ -159,6 +167,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.num_prompts >= 0, "ppo.evaluation.num_prompts", self.num_prompts, "0 or more")
+        for name, reference in self.functions.items():
+            check_reference(reference, f"ppo.evaluation.functions.{name}")
 
 
 @dataclass

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-
-FORM = "package.module:function(prompts, completions, **columns) -> list[float]"
+from step3_ppo.addresses import FORM, check_reference
 
 Prompts = Sequence[str | list[dict[str, Any]]]
 Columns = Mapping[str, Sequence[Any]]
@@ -97,16 +96,6 @@ def load_function(reference: str, key: str) -> ScoreFunction:
     if not callable(function):
         raise UserError(f"{named} is a {type(function).__name__}, not a function", hint=f"expected: {FORM}")
     return ScoreFunction(reference, key, function)
-
-
-def check_reference(reference: str, key: str) -> None:
-    """UserError unless the text has the form package.module:function; nothing is imported."""
-    module, colon, function = reference.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
-        dotted = module.rpartition(".")
-        plain = not colon and all(part.isidentifier() for part in (dotted[2], *dotted[0].split(".")))
-        way = f"did you mean {dotted[0]}:{dotted[2]}?" if plain else f"expected: {FORM}"
-        raise UserError(f"{key}={reference} does not name a function", hint=way)
 
 
 def finite_scores(

@@ -22,6 +22,7 @@ import numpy as np
 from common.errors import UserError
 from step3_ppo.config import RewardSourceConfig
 from step3_ppo.functions import Columns, Prompts, ScoreFunction, load_function
+from step3_ppo.reward_server import RewardServer, token_of
 
 REWARD_MODEL = "reward_model"
 """Name of the reward model's scores where none is given."""
@@ -171,7 +172,12 @@ def _scorer_of(
     """What scores responses for this source; None for the reward model, whose scores come from outside."""
     if config.function is not None:
         return load_function(config.function, f"{key}.function")
-    return None
+    if config.url is None:
+        return None
+    token = token_of(name, is_only_server=sum(other.url is not None for other in configs) == 1)
+    return RewardServer(
+        config.url, f"{key}.url", config.timeout, config.retries, allow_http=config.allow_http, token=token
+    )
 
 
 def _check_finite(scores: np.ndarray, completions: Sequence[str]) -> None:

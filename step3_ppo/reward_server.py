@@ -1,0 +1,300 @@
+"""Scores from a reward server over HTTP, with nothing but the standard library.
+
+Takes the responses of an iteration, sends one POST of {"prompts", "completions", "columns"} as JSON, returns
+the {"rewards": [...]} of the answer as float64. Trusts nothing: only https, or http to this machine, unless
+allowed by name; redirects are not followed; an answer has a largest size, a time by which it is whole, and a
+finite number for every completion. What may pass (no connection, a timeout, 5xx, 429) is tried again with
+growing pauses; what does not pass, or lasts, ends the run with a UserError: a score is never made up.
+
+A token is read from the environment (`RLHF_REWARD_TOKEN`, or `RLHF_REWARD_TOKEN_<NAME>` for the source of
+that name) and sent as a bearer token; it is in no file and no message. https goes through the proxy that the
+environment names (`https_proxy`, `no_proxy`), this machine and plain http are always reached directly.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import email.utils
+import http.client
+import json
+import logging
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import numpy as np
+
+from common.errors import UserError
+from common.redact import redact_text
+from step3_ppo.addresses import TOKEN, check_url, is_this_machine
+from step3_ppo.functions import Columns, Prompts, finite_scores
+
+log = logging.getLogger("rlhf.ppo")
+
+LARGEST_ANSWER = 16 * 2**20
+"""Bytes of an answer; ten thousand rewards take about 0.2 MiB."""
+FIRST_PAUSE = 1.0
+"""Seconds before the second attempt; each further pause is twice as long."""
+ANSWER = 'expected: {"rewards": [a finite number for every completion, in their order]}'
+
+
+class _Passing(Exception):
+    """A failure that may pass; `pause` is how long the server asks to be left alone, if it said so."""
+
+    def __init__(self, what: str, pause: float = 0.0) -> None:
+        super().__init__(what)
+        self.pause = pause
+
+
+@dataclass(frozen=True)
+class RewardServer:
+    """One server, checked when it is made.
+
+    timeout: seconds for an attempt, from connecting to the answer's last byte. retries: further attempts.
+    token: sent as a bearer token, never unencrypted over a network. UserError for a URL that is not allowed.
+    """
+
+    url: str
+    key: str
+    timeout: float = 30.0
+    retries: int = 4
+    allow_http: bool = False
+    token: str | None = field(default=None, repr=False)
+    sleep: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        parts = check_url(self.url, self.key, allow_http=self.allow_http)
+        if self.token and not all("!" <= character <= "~" for character in self.token):
+            raise UserError(f"{TOKEN} holds a space or a sign that no token has", hint="set it again")
+        if self.token and parts.scheme == "http" and not is_this_machine(parts.hostname or ""):
+            raise UserError(
+                f"{TOKEN} would travel unencrypted to {parts.hostname}", hint=f"use https, or unset {TOKEN}"
+            )
+
+    def __call__(self, prompts: Prompts, completions: Sequence[str], columns: Columns) -> np.ndarray:
+        """float64 [B], all finite. UserError when the server does not give them, saying what was tried."""
+        body = self._request(prompts, completions, columns)
+        return self._scores(self._answer(body), completions)
+
+    def _request(self, prompts: Prompts, completions: Sequence[str], columns: Columns) -> bytes:
+        """The body of a request; ASCII, with what is outside of it escaped."""
+        content = {
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "columns": {name: list(values) for name, values in columns.items()},
+        }
+        try:
+            return json.dumps(content, allow_nan=False).encode("ascii")
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.key}: the rows hold a value that JSON cannot say: {error}",
+                hint="numbers must be finite; leave the column out of the data",
+            ) from None
+
+    def _answer(self, body: bytes) -> bytes:
+        """The first answer that is one. UserError when attempts or time are used up."""
+        failures: list[str] = []
+        began, pause = time.monotonic(), FIRST_PAUSE
+        for attempt in range(self.retries + 1):
+            try:
+                return self._attempt(body)
+            except _Passing as failure:
+                failures.append(str(failure))
+                wait = max(pause, failure.pause)
+                if attempt == self.retries or failure.pause > self._time_left(began):
+                    break
+                log.warning("%s: %s; trying again in %.3g s", self.key, failure, wait)
+                self.sleep(wait)
+                pause *= 2
+        raise UserError(
+            f"{self.key}: {self.url} gave no rewards in {_times(failures)}, "
+            f"over {time.monotonic() - began:.3g} s:\n    " + "\n    ".join(_numbered(failures)),
+            hint="nothing was scored in its place: see to the server and run the same command again; "
+            "retries and timeout beside the url allow for more",
+        )
+
+    def _time_left(self, began: float) -> float:
+        """Seconds that a server may still ask to be left alone, of those that all attempts may take."""
+        return began + self.timeout * (self.retries + 1) - time.monotonic()
+
+    def _attempt(self, body: bytes) -> bytes:
+        """One POST. Raises _Passing for what may pass, UserError for what does not."""
+        parts = urlsplit(self.url)
+        connection = _connection(parts, self.timeout)
+        late, ends = threading.Event(), time.monotonic() + self.timeout
+        try:
+            connection.connect()
+            with _cut_off(max(ends - time.monotonic(), 0.0), connection, late):
+                connection.request("POST", _target(parts), body, self._headers())
+                response = connection.getresponse()
+                content = response.read(LARGEST_ANSWER + 1)
+        except ssl.SSLCertVerificationError as error:
+            raise UserError(
+                f"{self.key}: {self.url} has no certificate that holds: {error.verify_message}",
+                hint="SSL_CERT_FILE names the certificates that are trusted",
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            if late.is_set() or isinstance(error, TimeoutError):
+                raise _Passing(f"no whole answer within {self.timeout:g} s") from None
+            raise _Passing(f"{type(error).__name__}: {error}") from None
+        finally:
+            connection.close()
+        if late.is_set():
+            raise _Passing(f"no whole answer within {self.timeout:g} s")
+        self._check_status(response, content)
+        if len(content) > LARGEST_ANSWER:
+            self._refuse(f"is larger than {LARGEST_ANSWER / 2**20:g} MiB")
+        if response.length:  # announced, and not come: read() with a size does not say so
+            raise _Passing(f"the answer broke off {response.length} bytes before its end")
+        return content
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        return headers | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+
+    def _check_status(self, response: http.client.HTTPResponse, content: bytes) -> None:
+        """Raises _Passing or UserError unless the answer is one."""
+        status = response.status
+        if status == 200:
+            return
+        said = f"{status} {response.reason}: {_excerpt(content)}".rstrip(": ")
+        if status == 429 or status >= 500:
+            pause = _retry_after(response.headers.get("Retry-After"))
+            raise _Passing(f"{said} (to be asked again in {pause:.3g} s)" if pause else said, pause)
+        if 300 <= status < 400:
+            where = _excerpt((response.headers.get("Location") or "").encode())
+            raise UserError(
+                f"{self.key}: {self.url} sends on to {where or 'another place'} ({status}), "
+                "where nothing is sent",
+                hint="name the final address",
+            )
+        way = f"it wants a token: {TOKEN}" if status in (401, 403) else "the request is not what it expects"
+        raise UserError(f"{self.key}: {self.url} refuses: {said}", hint=way)
+
+    def _scores(self, answer: bytes, completions: Sequence[str]) -> np.ndarray:
+        """The rewards of an answer's JSON, read strictly."""
+        try:
+            content = json.loads(
+                answer.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique_keys
+            )
+        except (ValueError, RecursionError) as error:
+            self._refuse(f"is not JSON ({error}): {_excerpt(answer)}")
+        if not isinstance(content, dict) or not isinstance(content.get("rewards"), list):
+            self._refuse(f"has no list of rewards: {_excerpt(answer)}")
+        return finite_scores(content["rewards"], completions, f"{self.key}: {self.url}")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.key}: the answer of {self.url} {what}", hint=ANSWER)
+
+
+def token_of(name: str, *, is_only_server: bool) -> str | None:
+    """The token for the source called `name`, from the environment.
+
+    A token without a source's name is for the only server there is; UserError where it would go to several.
+    """
+    own = f"{TOKEN}_{re.sub('[^A-Z0-9]', '_', name.upper())}"
+    if os.environ.get(own):
+        return os.environ[own].strip()
+    if os.environ.get(TOKEN) and not is_only_server:
+        raise UserError(
+            f"{TOKEN} is set, and ppo.rewards names several servers, all of which would see it",
+            hint=f"a token for each: {own}",
+        )
+    return (os.environ.get(TOKEN) or "").strip() or None
+
+
+def _connection(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
+    """To the server, through the environment's proxy where https leaves this machine."""
+    host = parts.hostname or ""
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, parts.port, timeout=timeout)
+    context = ssl.create_default_context()
+    proxy = None if is_this_machine(host) or proxy_bypass(host) else getproxies().get("https")
+    if not proxy:
+        return http.client.HTTPSConnection(host, parts.port, timeout=timeout, context=context)
+    through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    connection = http.client.HTTPSConnection(
+        through.hostname or "", through.port or 80, timeout=timeout, context=context
+    )
+    connection.set_tunnel(host, parts.port, headers=_proxy_credentials(through))
+    return connection
+
+
+def _proxy_credentials(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode("ascii")}
+
+
+@contextlib.contextmanager
+def _cut_off(seconds: float, connection: http.client.HTTPConnection, late: threading.Event) -> Iterator[None]:
+    """Cut the connection after so many seconds and set `late`.
+
+    A socket's own timeout begins anew with every byte, so that a slow enough server would never end.
+    """
+    opened = connection.sock
+
+    def cut() -> None:
+        late.set()
+        with contextlib.suppress(OSError):  # closed already
+            # not SSLSocket.shutdown, which would take TLS away under the thread that reads
+            socket.socket.shutdown(opened, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _target(parts: SplitResult) -> str:
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 when there is none."""
+    if value is None:
+        return 0.0
+    try:
+        if value.strip().isdecimal():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _excerpt(content: bytes) -> str:
+    """The beginning of what a server sent, on one line and without signs that a terminal obeys."""
+    text = redact_text(content[:200].decode("utf-8", errors="replace"))
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
+def _times(failures: Sequence[str]) -> str:
+    return "one attempt" if len(failures) == 1 else f"{len(failures)} attempts"
+
+
+def _numbered(failures: Sequence[str]) -> list[str]:
+    return [f"{number}: {failure}" for number, failure in enumerate(failures, 1)]
