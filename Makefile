@@ -1,4 +1,4 @@
-# make demo   train the embedded default and show where the policy is
+# make demo   run the embedded default: a policy, a reward model, PPO, and a report
 # make test   the whole test suite
 # make check  what CI runs: style, types, import contracts, tests
 # make bench  the CPU benchmarks (long)
@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 .PHONY: demo test check style bench clean
 
 demo: $(VENV)/.core
-	$(RUN) -m pipeline run 'steps=[sft]'
+	$(RUN) -m pipeline run
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest

@@ -26,15 +26,22 @@ usage: python -m pipeline VERB ...
   run [overrides]       run the steps; the same command again resumes, or skips what is done
   preview [overrides]   rows as the model sees them, with the trained tokens marked
   verify PATH           re-hash an artifact, a checkpoint or a whole run
+  report RUN            write the run's report.html: curves, samples, lineage
+  chat PATH [options]   talk to a policy in the terminal
 
-  python -m pipeline run                                              the embedded demo
+  python -m pipeline run                                              the embedded demo: sft, reward, ppo
   python -m pipeline run model.path=FOLDER sft.data.path=FILE.jsonl   your model, your data
   python -m pipeline run 'steps=[sft,reward]'                         SFT, then a reward model from it
   python -m pipeline run 'steps=[sft,dpo]'                            SFT, then preferences without one
   python -m pipeline run 'steps=[dpo]' dpo.policy=runs/NAME/sft/export dpo.data.path=PAIRS.jsonl
+  python -m pipeline run 'steps=[sft,reward,ppo]' model.path=FOLDER sft.data.path=ROWS.jsonl \\
+      reward.data.path=PAIRS.jsonl ppo.data.path=PROMPTS.jsonl        the whole chain
+  python -m pipeline run 'steps=[ppo]' ppo.policy=FOLDER ppo.reward_model=FOLDER ppo.data.path=PROMPTS.jsonl
+  python -m pipeline chat runs/NAME                                   its newest policy
   python -m pipeline run --help                                       all settings
 """
 
+VERBS = ("run", "preview", "verify", "report", "chat")
 INTERRUPTED = 130
 
 
@@ -66,8 +73,14 @@ def dispatch(arguments: Sequence[str]) -> int:
         return composed(verb, rest)
     if verb == "verify":
         return verify(rest)
-    near = difflib.get_close_matches(verb, ("run", "preview", "verify"), 1)
-    way_out = f"did you mean {near[0]}?" if near else "verbs: run, preview, verify"
+    if verb == "report":
+        return report(rest)
+    if verb == "chat":
+        from pipeline.chat import chat
+
+        return chat(rest)
+    near = difflib.get_close_matches(verb, VERBS, 1)
+    way_out = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
     if "=" in verb:
         way_out = f"name a verb first: python -m pipeline run {' '.join(arguments)}"
     raise UserError(f"unknown verb {verb}", hint=way_out)
@@ -82,9 +95,19 @@ def verify(arguments: Sequence[str]) -> int:
     return verify_path(Path(arguments[0]))
 
 
+def report(arguments: Sequence[str]) -> int:
+    """`report RUN`."""
+    from pipeline.report import report as write_report
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("report takes the folder of one run", hint="python -m pipeline report runs/NAME")
+    say(f"report    {write_report(Path(arguments[0]))}")
+    return 0
+
+
 def composed(verb: str, arguments: Sequence[str]) -> int:
     """`run` or `preview`: compose the configuration once, or leave that to Hydra when a flag asks for it."""
-    from pipeline.compose import check_base_model_is_used, compose, prepare
+    from pipeline.compose import check_effects, compose, prepare
 
     overrides = [text for text in arguments if not text.startswith("-")]
     if len(overrides) == len(arguments):
@@ -92,7 +115,7 @@ def composed(verb: str, arguments: Sequence[str]) -> int:
         for note in prepared.notes:
             print(note)
         config = compose(prepared.overrides)
-        check_base_model_is_used([config], overrides)
+        check_effects([config], overrides)
         return execute(verb, config)
     return with_hydra(verb, arguments)
 
@@ -111,7 +134,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from pipeline.compose import check_base_model_is_used, compose, jobs_of, prepare, share_a_name
+    from pipeline.compose import check_effects, compose, jobs_of, prepare, share_a_name
     from pipeline.config import CONF, register
 
     args = get_args_parser().parse_args(list(arguments))
@@ -124,7 +147,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
         beside = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
         # errors of every job in our words, before the first one starts
         configs = [compose([*job, *beside]) for job in jobs]
-        check_base_model_is_used(configs, args.overrides)
+        check_effects(configs, args.overrides)
     if args.multirun or not any((args.cfg, args.help, args.info)):
         for note in prepared.notes:
             print(note)

@@ -13,16 +13,18 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
 from common.errors import UserError
 from common.handoff import model_of, similar
-from common.stage import Step
+from common.stage import Role, Step
 from launch.local import count_gpus
 from pipeline.config import CONF, PipelineConfig
 from pipeline.plan import STAGES, start_of, wire_run
+from step3_ppo.config import PPOConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
@@ -37,22 +39,60 @@ def check(config: PipelineConfig, ranks: int) -> None:
         check_model(config.model)
     check_quantize(config.model)
     for step in wired:
-        start = start_of(step.stage.name, wired)
-        model = config.model if start is None else model_of(config.model, Path(start))
-        check_step(config, step.stage.name, model, ranks)
+        starts = {role: start_of(step.stage.name, wired, role) for role in step.sources}
+        models = {
+            role: config.model if start is None else model_of(config.model, Path(start))
+            for role, start in starts.items()
+        }
+        check_step(config, step.stage.name, models or {Role.policy: config.model}, ranks)
+    if Step.ppo in config.steps:
+        check_ppo(config.ppo)
     check_stage_split(config)
     check_sharding(config, ranks)
 
 
-def check_step(config: PipelineConfig, step: Step, model: ModelConfig, ranks: int) -> None:
-    """What one step is told about data, loop and optimizer; `model` is what it starts from."""
+def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelConfig], ranks: int) -> None:
+    """What one step is told about data, loop and optimizer; `models` are what it starts from, by role."""
     name, part = step.value, getattr(config, step.value)
     check_data(part.data, f"{name}.data", or_demo=not _names_data(config))
-    check_length(model, part.data.max_length, f"{name}.data.max_length")
+    for role, model in models.items():
+        check_length(model, part.data.max_length, f"{name}.data.max_length", role)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
-    check_optimizer(part.optim.name, f"{name}.optim.name")
-    check_muon(config, part.optim, f"{name}.optim")
-    check_disk(config, model)
+    trained = {f"{name}.optim": (models[Role.policy], part.optim)}
+    if step is Step.ppo:
+        check_ptx(part, models[Role.policy], ranks)
+        if part.has_critic:
+            trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
+    for key, (_, optim) in trained.items():
+        check_optimizer(optim.name, f"{key}.name")
+        check_muon(config, optim, key)
+    check_disk(config, [model for model, _ in trained.values()])
+
+
+def check_ppo(ppo: PPOConfig) -> None:
+    """Every update of PPO has its responses."""
+    batch, rollout, sampled = ppo.train.global_batch_size, ppo.rollout, ppo.responses_per_iteration
+    if batch > sampled:
+        raise UserError(
+            f"ppo.train.global_batch_size={batch}, but an iteration samples {sampled} responses "
+            f"(ppo.rollout.prompts={rollout.prompts} × ppo.rollout.samples_per_prompt="
+            f"{rollout.samples_per_prompt})",
+            hint=f"ppo.train.global_batch_size={sampled} or less, or more prompts or samples",
+        )
+
+
+def check_ptx(ppo: PPOConfig, model: ModelConfig, ranks: int) -> None:
+    """Demonstrations are mixed in when there are some, and there are some when they are mixed in."""
+    data, weight = ppo.ptx_data, ppo.ptx_weight
+    if weight > 0:
+        check_data(data, "ppo.ptx_data")
+        check_length(model, data.max_length, "ppo.ptx_data.max_length")
+        check_batch(ppo.ptx_batch_size, ranks, "ppo.ptx_batch_size")
+    elif data.all_sources():
+        raise UserError(
+            f"ppo.ptx_data names {data.all_sources()[0].path}, which ppo.ptx_weight={weight} leaves out",
+            hint="give it a weight, e.g. ppo.ptx_weight=0.1, or leave ppo.ptx_data out",
+        )
 
 
 def check_stage_split(config: PipelineConfig) -> None:
@@ -135,12 +175,13 @@ def check_data(data: DataConfig, key: str, *, or_demo: bool = False) -> None:
         _check_readable(data.eval_path, f"{key}.eval_path")
 
 
-def check_length(model: ModelConfig, max_length: int, key: str) -> None:
+def check_length(model: ModelConfig, max_length: int, key: str, role: Role = Role.policy) -> None:
     """Rows fit into the model's context, where that is known without loading anything."""
     context = context_length(model)
     if context is not None and max_length > context:
+        whose = "model" if role is Role.policy else "reward model"
         raise UserError(
-            f"{key}={max_length}, but the model's context is {context} tokens (max_position_embeddings)",
+            f"{key}={max_length}, but the {whose}'s context is {context} tokens (max_position_embeddings)",
             hint=f"{key}={context} or less",
         )
 
@@ -217,8 +258,11 @@ def check_sharding(config: PipelineConfig, ranks: int) -> None:
         )
 
 
-def check_disk(config: PipelineConfig, model: ModelConfig) -> None:
-    """The output folder can be written, and one checkpoint and the export of a known `model` fit."""
+def check_disk(config: PipelineConfig, models: Sequence[ModelConfig]) -> None:
+    """The output folder can be written, and one checkpoint and the export fit.
+
+    models: those that the step trains, as far as their sizes are known; the first one is exported.
+    """
     folder = Path(config.output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
@@ -228,7 +272,7 @@ def check_disk(config: PipelineConfig, model: ModelConfig) -> None:
             f"output_dir={folder}: {existing} cannot be written (read-only, or not yours)",
             hint="output_dir=ANOTHER_FOLDER",
         )
-    free, needed = shutil.disk_usage(existing).free, disk_needed(model)
+    free, needed = shutil.disk_usage(existing).free, disk_needed(models)
     if free < needed:
         has, wants = f"{free / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
         raise UserError(
@@ -237,17 +281,20 @@ def check_disk(config: PipelineConfig, model: ModelConfig) -> None:
         )
 
 
-def disk_needed(model: ModelConfig) -> int:
-    """Bytes for the export and one checkpoint of a local model; a constant where its size is unknown.
+def disk_needed(models: Sequence[ModelConfig]) -> int:
+    """Bytes for a checkpoint of local models and the export of the first; a constant where sizes are unknown.
 
     A full checkpoint holds the weights and three fp32 numbers for each (the optimizer's own copy
     and two moments); with adapters only the export counts.
     """
-    if model.path is None or not Path(model.path).is_dir():
-        return SMALLEST_DISK
-    weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
-    copies = 4 if model.dtype is Dtype.fp32 else 7
-    return SMALLEST_DISK + weights * (1 if model.lora.enabled else 1 + copies)
+    needed = SMALLEST_DISK
+    for index, model in enumerate(models):
+        if model.path is None or not Path(model.path).is_dir():
+            continue
+        weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
+        copies = 0 if model.lora.enabled else 4 if model.dtype is Dtype.fp32 else 7
+        needed += weights * (copies + (index == 0))
+    return needed
 
 
 def _names_data(config: PipelineConfig) -> bool:

@@ -9,13 +9,13 @@ here looks at a file that the configuration names (see `pipeline/checks.py`).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from common.config import DataConfig, OptimConfig
 from common.errors import UserError
 from common.stage import Role, Step
 from pipeline import schema
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-SHARED_GROUPS = ("data", "optim")  # mounted once per step: data@sft.data
+SHARED_GROUPS = {DataConfig: "data", OptimConfig: "optim"}  # mounted once per step: data@sft.data
+DEFAULT_STEPS = ("sft",)
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
 BASE_MODEL = ("path", "revision", "config", "tokenizer", "chat_template")
@@ -43,16 +44,18 @@ class Prepared:
 
 def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     """Check the keys of the overrides, rewrite short forms, and add the demo when nothing is named."""
-    parsed = [_parse(_short_steps(text, multirun)) for text in overrides]
+    parsed = [_parse(_mounted(_parse(_short_steps(text, multirun)))) for text in overrides]
     steps = _steps_of(parsed)
-    parsed = [_parse(_full_group(override, steps)) for override in parsed]
+    names_a_job = any(_names_a_job(override, steps or DEFAULT_STEPS) for override in parsed)
+    steps = steps or ([*DEFAULT_STEPS] if names_a_job else _steps_in("demo"))
+    parsed = [_parse(_for_one_step(override, steps)) for override in parsed]
     ready = []
     for override in parsed:
         _check_key(override)
         ready.append(_rewritten(override))
-    if any(_names_a_job(override, steps) for override in parsed):
+    if names_a_job:
         return Prepared(ready, [])
-    has_policy = any(override.key_or_group.endswith(".policy") for override in parsed)
+    has_policy = any(override.key_or_group.endswith((".policy", ".reward_model")) for override in parsed)
     return Prepared(["experiment=demo", *ready], [DEMO_DATA if has_policy else DEMO])
 
 
@@ -114,6 +117,12 @@ def share_a_name(configs: Sequence[PipelineConfig]) -> bool:
     return len({config.run_name for config in configs}) < max(len(configs), 2)
 
 
+def check_effects(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
+    """Whatever the user typed has an effect, as far as base models and artifacts go."""
+    check_artifacts_are_used(configs, overrides)
+    check_base_model_is_used(configs, overrides)
+
+
 def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
     """A base model that the user typed is an error when no step of the run (or of the sweep) starts from it.
 
@@ -137,6 +146,25 @@ def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Seque
         f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {taken}",
         hint=f"leave it out; or, to train a policy first, add sft to steps and leave {keys} out",
     )
+
+
+def check_artifacts_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
+    """An artifact that the user typed is an error when its step is in no run.
+
+    overrides: as typed. Whether a step that runs has a use for it is known when the steps are wired.
+    """
+    run = {step for config in configs for step in config.steps}
+    keys = {
+        f"{stage.name.value}.{role.value}": stage.name for stage in STAGES.values() for role in stage.consumes
+    }
+    for override in map(_parse, overrides):
+        step = keys.get(override.key_or_group)
+        if configs and step is not None and step not in run and override.value() is not None:
+            names = ",".join(known.value for known in Step if known in run)
+            raise UserError(
+                f"{override.input_line} has no effect: {step.value} is not among steps=[{names}]",
+                hint=f"'steps=[{step.value}]' runs it",
+            )
 
 
 def name_of_sweep_job(config: PipelineConfig) -> PipelineConfig:
@@ -209,7 +237,7 @@ def _short_steps(text: str, multirun: bool) -> str:
 
 
 def _steps_of(overrides: Sequence[Override]) -> list[str]:
-    """Names of the steps that the run has: as typed, else as its experiment says, else the default.
+    """Names of the steps that the run has: as typed, else as its experiment says; empty when neither does.
 
     Several runs of a sweep count together.
     """
@@ -218,29 +246,33 @@ def _steps_of(overrides: Sequence[Override]) -> list[str]:
         runs = getattr(typed["steps"], "list", [typed["steps"]])  # a sweep holds one list for each run
         names = [str(name) for run in runs for name in (run if isinstance(run, list) else [run])]
         return list(dict.fromkeys(names))
-    return _steps_in(CONF / "experiment" / f"{typed.get('experiment')}.yaml") or ["sft"]
+    return _steps_in(str(typed.get("experiment")))
 
 
-def _steps_in(experiment: Path) -> list[str]:
+def _steps_in(experiment: str) -> list[str]:
     """`steps` of an experiment's file; empty when it does not say, or is not there."""
     import yaml
 
-    if not experiment.is_file():
+    file = CONF / "experiment" / f"{experiment}.yaml"
+    if not file.is_file():
         return []
-    named = (yaml.safe_load(experiment.read_text(encoding="utf-8")) or {}).get("steps") or []
+    named = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("steps") or []
     return [str(name) for name in named]
 
 
-def _full_group(override: Override, steps: Sequence[str]) -> str:
-    """optim=muon and sft.optim=muon as optim@sft.optim=muon: shared groups are mounted once per step.
+def _mounted(override: Override) -> str:
+    """sft.optim=muon as optim@sft.optim=muon: shared groups are mounted once per step, or more often."""
+    text, key = override.input_line or "", override.key_or_group
+    group = SHARED_GROUPS.get(schema.type_of(key))
+    if group is None or not isinstance(override.value(), str):
+        return text
+    return text.replace(key, f"{group}@{key}", 1)
 
-    Without a step in front, a run of one step is clear, and with several (`steps`) it is asked which.
-    """
+
+def _for_one_step(override: Override, steps: Sequence[str]) -> str:
+    """optim=muon as optim@sft.optim=muon where the run has one step; with several it is asked which."""
     text = override.input_line or ""
-    for step, group in itertools.product(STAGES, SHARED_GROUPS):
-        if override.key_or_group == f"{step.value}.{group}" and isinstance(override.value(), str):
-            return text.replace(f"{step.value}.{group}", f"{group}@{step.value}.{group}", 1)
-    if override.key_or_group not in SHARED_GROUPS or override.package is not None:
+    if override.key_or_group not in SHARED_GROUPS.values() or override.package is not None:
         return text
     group, value = override.key_or_group, text.partition("=")[2]
     if len(steps) != 1:
@@ -324,9 +356,10 @@ def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence
             model["tokenizer"]["train_vocab_size"] = None
     if "model.tokenizer.path" in keys and "model.tokenizer.train_vocab_size" not in keys:
         model["tokenizer"]["train_vocab_size"] = None
-    for step in STAGES:
-        data = (plain.get(step.value) or {}).get("data") or {}
-        path, sources = f"{step.value}.data.path", f"{step.value}.data.sources"
+    for place in schema.keys_of_type(DataConfig):
+        step, _, group = place.partition(".")
+        data = (plain.get(step) or {}).get(group) or {}
+        path, sources = f"{place}.path", f"{place}.sources"
         if path in keys and sources not in keys:
             data["sources"] = []
         if sources in keys and path not in keys:
@@ -346,9 +379,9 @@ def _as_object(checked: Any, name: str) -> Any:
 
 def _way_out(key: str) -> str | None:
     """What a key takes; for the place of a step's data, where several places go."""
-    step, _, rest = key.partition(".")
-    if step in Step.__members__ and rest == "data.path":
-        return f"expected one path; several go into '{step}.data.sources=[{{path: FIRST}}, {{path: SECOND}}]'"
+    place, _, leaf = key.rpartition(".")
+    if leaf == "path" and schema.type_of(place) is DataConfig:
+        return f"expected one path; several go into '{place}.sources=[{{path: FIRST}}, {{path: SECOND}}]'"
     return schema.allowed(key) or None
 
 

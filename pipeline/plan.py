@@ -6,7 +6,7 @@ says what it consumes and produces, and everything here follows from that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ EXPORT = "export"
 
 @dataclass(frozen=True)
 class Wired:
-    """A stage and where each artifact that it consumes comes from."""
+    """A stage and where each artifact that it uses comes from."""
 
     stage: Stage
     sources: Mapping[Role, Step | str] = field(default_factory=dict)  # an earlier step, or a path
@@ -49,11 +49,14 @@ def wire(
     steps: Sequence[Step],
     given: Mapping[tuple[Step, Role], str] | None = None,
     known: Mapping[Step, Stage] = STAGES,
+    *,
+    needs: Callable[[Step, Role], bool] = lambda step, role: True,
 ) -> list[Wired]:
-    """Order the steps and find the source of every artifact that they consume.
+    """Order the steps and find the source of every artifact that they use.
 
     given: paths the user named, by step and role; they come before earlier steps. The latest
-    earlier step that produces a role is its source. UserError when a role has no source.
+    earlier step that produces a role is its source. needs: whether a step's settings make use of a
+    role that its stage consumes. UserError when a role has no source, or a path is named in vain.
     """
     paths = given or {}
     wired: list[Wired] = []
@@ -61,14 +64,25 @@ def wire(
         sources: dict[Role, Step | str] = {}
         for role in stage.consumes:
             path = paths.get((stage.name, role))
-            sources[role] = path if path is not None else _earlier(stage, role, wired, known)
+            if needs(stage.name, role):
+                sources[role] = path if path is not None else _earlier(stage, role, wired, known)
+            elif path is not None:
+                raise _in_vain(stage, role, path)
         wired.append(Wired(stage, sources))
     return wired
 
 
 def wire_run(config: PipelineConfig) -> list[Wired]:
-    """The run's steps in order, with the artifacts that the user named and those of earlier steps."""
-    return wire(config.steps, named_sources(config), STAGES)
+    """The run's steps in order, with the artifacts that the user named and those of earlier steps.
+
+    A step's settings may have `needs(role)`; without it a step uses all that its stage consumes.
+    """
+
+    def needs(step: Step, role: Role) -> bool:
+        asked = getattr(getattr(config, step.value), "needs", None)
+        return asked is None or bool(asked(role))
+
+    return wire(config.steps, named_sources(config), STAGES, needs=needs)
 
 
 def named_sources(config: PipelineConfig) -> dict[tuple[Step, Role], str]:
@@ -82,20 +96,21 @@ def named_sources(config: PipelineConfig) -> dict[tuple[Step, Role], str]:
     return given
 
 
-def start_of(step: Step, wired: Sequence[Wired]) -> str | None:
-    """The path of the policy whose weights the step starts from; None when that is the base model.
+def start_of(step: Step, wired: Sequence[Wired], role: Role = Role.policy) -> str | None:
+    """The path of the artifact whose weights the step starts from; None when that is the base model.
 
-    Followed through earlier steps of the run: DPO after SFT starts from the base model.
+    Followed through earlier steps of the run: DPO after SFT starts from the base model, and so does the
+    reward model that PPO scores with. role: which of the artifacts that the step uses is followed.
     """
-    sources = {w.stage.name: w.sources.get(Role.policy) for w in wired}
-    source: Step | str | None = step
+    sources = {w.stage.name: w.sources for w in wired}
+    source = sources[step].get(role) if step in sources else None
     while isinstance(source, Step):
-        source = sources.get(source)
+        source = sources[source].get(Role.policy) if source in sources else None
     return source
 
 
 def with_sources(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> PipelineConfig:
-    """The configuration with a path for every artifact that a step consumes, as the ranks read it."""
+    """The configuration with a path for every artifact that a step uses, as the ranks read it."""
     filled = {}
     for step in wired:
         name = step.stage.name.value
@@ -117,3 +132,11 @@ def _earlier(stage: Stage, role: Role, before: Sequence[Wired], known: Mapping[S
     ]
     add = f"add {' or '.join(makers)} to steps, or " if makers else ""
     raise UserError(f"{name} needs a {role.value}", hint=f"{add}set {name}.{role.value}=PATH")
+
+
+def _in_vain(stage: Stage, role: Role, path: str) -> UserError:
+    key = f"{stage.name.value}.{role.value}"
+    return UserError(
+        f"{key}={path} has no effect: with these settings {stage.name.value} uses no {role.value}",
+        hint=f"leave it out, or {key}=null where an experiment names it",
+    )

@@ -42,6 +42,7 @@ from pipeline.plan import EXPORT, Wired, start_of, wire_run, with_sources
 
 RESOLVED = "resolved.yaml"
 LINEAGE = "lineage.json"
+REPORT = "report.html"
 STOPPED = 143
 """Exit status of a step that was told to stop and saved its state."""
 
@@ -59,13 +60,36 @@ def run(config: PipelineConfig, *, say: Say = print) -> int:
     config = with_sources(replace(config, run_name=name), wired, folder)
     lock = state.lock_run(folder)
     try:
-        for step in wired:
-            status = run_step(config, step, folder, ranks, lock, say)
-            if status != 0:
-                return status
+        status = run_steps(config, wired, folder, ranks, lock, say)
+        if not (folder / REPORT).exists():
+            make_report(folder, say)
     finally:
         os.close(lock)
+    if (folder / REPORT).exists():
+        say(f"report    {folder / REPORT}")
+    return status
+
+
+def run_steps(
+    config: PipelineConfig, wired: Sequence[Wired], run_dir: Path, ranks: int, lock: int, say: Say
+) -> int:
+    """Run the steps until one does not end well; returns the exit status of the last that ran."""
+    for step in wired:
+        status = run_step(config, step, run_dir, ranks, lock, say)
+        if status != 0:
+            return status
     return 0
+
+
+def make_report(run_dir: Path, say: Say) -> None:
+    """Bring the run's report up to date. A report that cannot be made is worth a line, never the run."""
+    try:
+        from pipeline.report import report
+
+        report(run_dir)
+    except Exception as error:
+        words = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        say(f"warning: no report of {run_dir}: {' '.join(words.split())}")
 
 
 def preview(config: PipelineConfig) -> int:
@@ -106,19 +130,29 @@ def preview_config(
 
 
 def check_named_sources(wired: Sequence[Wired]) -> None:
-    """Verify every artifact that the user named, before any step spends time."""
+    """Verify every artifact that the user named, before any step spends time.
+
+    Those that meet in a step must read text alike, also where one of them is what another is made from.
+    """
+    loaded: dict[tuple[str, Role], Artifact] = {}
     for step in wired:
         for role, source in step.sources.items():
-            if not isinstance(source, Step):
-                load_named(source, role, f"{step.stage.name.value}.{role.value}")
+            if not isinstance(source, Step) and (source, role) not in loaded:
+                key = f"{step.stage.name.value}.{role.value}"
+                loaded[source, role] = load_named(source, role, key)
+    for step in wired:
+        starts = [(start_of(step.stage.name, wired, role), role) for role in step.sources]
+        found = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
+        for left, right in itertools.combinations(filter(None, found), 2):
+            check_same_tokens(left, right)
 
 
 def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:
-    """What the step consumes, every file re-hashed, and made with one tokenizer."""
+    """What the step uses, every file re-hashed, and made with one tokenizer."""
     name = wired.stage.name.value
     loaded = {
         role: load_named(str(wired.folder_of(role, run_dir)), role, f"{name}.{role.value}")
-        for role in wired.stage.consumes
+        for role in wired.sources
     }
     for left, right in itertools.combinations(loaded.values(), 2):
         check_same_tokens(left, right)
@@ -152,6 +186,9 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
     start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
     begins = "going on" if before is not None else "starting"
     say(f"{name}: {begins} in {folder}, {ranks} rank(s){start_from}")
+    if Role.reward_model in sources:
+        for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
+            say(f"{name}: {line}")
     current = {
         "step": name,
         "status": "running",
@@ -165,7 +202,31 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
     arguments = ("--config", str(resolved), "--run-dir", str(run_dir))
     job = Job(wired.stage.module, arguments, ranks, folder / "logs")
     status, stopped = supervise(job, (lock,))
-    return conclude(run_dir, wired, current, status, stopped, say)
+    try:
+        return conclude(run_dir, wired, current, status, stopped, say)
+    finally:
+        make_report(run_dir, say)
+
+
+def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:
+    """What a reward model is worth to a step that learns from it; a warning where that is too little.
+
+    least: the share of pairs that it has to order as people did.
+    """
+    details = artifact.manifest.details
+    named = f"reward model {artifact.path} ({artifact.sha256[:12]})"
+    measured = details.get("calibration") or {}
+    accuracy, pairs = measured.get("accuracy"), measured.get("pairs", 0)
+    if accuracy is None:
+        return [f"warning: {named} says nothing of its accuracy"]
+    which = "held-out" if "eval/accuracy" in (details.get("metrics") or {}) else "training"
+    lines = [f"{named} orders {accuracy:.1%} of {pairs} {which} pairs as people did"]
+    if accuracy < least:
+        lines.append(
+            f"warning: that is less than reward.warn_below_accuracy={least}: a policy trained on it follows "
+            "its mistakes"
+        )
+    return lines
 
 
 def conclude(
@@ -266,7 +327,7 @@ def check_parents(
 ) -> None:
     """The artifact was made from what the step was given, and reads text as that does."""
     recorded = {parent["role"]: parent for parent in artifact.manifest.details.get("parents", [])}
-    for role in wired.stage.consumes:
+    for role in wired.sources:
         given = inputs[f"{wired.stage.name.value}.{role.value}"]["sha256"]
         made_from = str(recorded.get(role.value, {}).get("manifest_sha256", "not recorded"))
         if made_from != given:

@@ -33,6 +33,11 @@ def type_of(key: str) -> Any:
     return declared
 
 
+def keys_of_type(declared: type) -> list[str]:
+    """Every key of this type, e.g. sft.data and its like for DataConfig."""
+    return [key for key in known_keys() if without_none(type_of(key)) is declared]
+
+
 def is_free_form(key: str) -> bool:
     """Whether the key lies below a mapping with keys of the user's choice, such as model.config."""
     parts = key.split(".")

@@ -7,6 +7,7 @@ records the configuration and inputs it was started with and how it ended. Decid
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import Artifact, content_sha256, disk_errors, file_sha256, write_json
-from common.config import to_plain
+from common.config import DataConfig, to_plain
 from common.errors import UserError
 from common.redact import redact
 from common.stage import Role, Stage, Step
@@ -29,8 +30,16 @@ LOCK = ".lock"
 DYING_SECONDS = 10.0
 """How long the ranks of a killed controller may hold its lock."""
 
-# What may change under a run without changing its result.
-FREE_KEYS = (("train", "keep_checkpoints"), ("data", "cache_dir"), ("warn_below_accuracy",))
+# What may change under a run without changing its result; inside a list: of each of its entries.
+FREE_KEYS = (
+    ("train", "keep_checkpoints"),
+    ("data", "cache_dir"),
+    ("ptx_data", "cache_dir"),
+    ("warn_below_accuracy",),
+    ("offload_frozen",),
+    ("rewards", "timeout"),
+    ("rewards", "retries"),
+)
 
 # What an artifact brings along: for a step that starts from one, these say nothing.
 BASE_MODEL_KEYS = ("path", "revision", "config", "tokenizer", "chat_template")
@@ -103,7 +112,8 @@ def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
         holder = part[name]
         for group in groups:
             holder = holder.get(group, {})
-        holder.pop(leaf, None)
+        for holding in holder if isinstance(holder, list) else [holder]:
+            holding.pop(leaf, None)
     for role in stage.consumes:
         part[name].pop(role.value, None)
     if Role.policy in stage.consumes:
@@ -172,12 +182,11 @@ def inputs_of(
         f"{stage.name.value}.{role.value}": {"path": str(artifact.path), "sha256": artifact.sha256}
         for role, artifact in (sources or {}).items()
     }
-    data = getattr(config, stage.name.value).data
-    paths: dict[str, str | None] = {
-        f"{stage.name.value}.data.sources[{index}]": source.path
-        for index, source in enumerate(data.all_sources())
-    }
-    paths[f"{stage.name.value}.data.eval_path"] = data.eval_path
+    paths: dict[str, str | None] = {}
+    for key, data in data_of(config, stage.name).items():
+        for index, source in enumerate(data.all_sources()):
+            paths[f"{key}.sources[{index}]"] = source.path
+        paths[f"{key}.eval_path"] = data.eval_path
     if Role.policy not in stage.consumes:
         paths["model.path"] = config.model.path
         paths["model.tokenizer.path"] = config.model.tokenizer.path
@@ -188,6 +197,13 @@ def inputs_of(
         if path is not None and Path(path).exists()
     }
     return {**files, **consumed}
+
+
+def data_of(config: PipelineConfig, step: Step) -> dict[str, DataConfig]:
+    """Every data set of a step's settings, by key: `data`, and what a step may have beside it."""
+    part = getattr(config, step.value)
+    groups = {f"{step.value}.{field.name}": getattr(part, field.name) for field in dataclasses.fields(part)}
+    return {key: group for key, group in groups.items() if isinstance(group, DataConfig)}
 
 
 def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def choice(path: Path) -> list[str]:
 
 def test_all_groups_of_the_design_are_there() -> None:
     assert {path.parent.name for path in FILES} == {
-        "model", "data", "deepspeed", "optim", "tracking", "launch", "sft", "reward", "dpo", "ppo", "experiment",
+        "model", "data", "deepspeed", "optim", "tracking", "launch", "experiment",
+        "sft", "reward", "dpo", "ppo",
     }  # fmt: skip
     names = {path.stem for path in FILES if path.parent.name == "deepspeed"}
     assert names == {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz"}
@@ -69,7 +70,7 @@ def test_the_files_say_what_their_names_say() -> None:
     assert (zero2.stage, zero2.offload_optimizer, zero2.offload_param) == (2, Offload.cpu, Offload.none)
     assert composed("experiment=demo", "tracking=off").tracking.wandb is WandbMode.off
     for name in OptimizerName:
-        assert composed("experiment=demo", f"optim={name.value}").sft.optim.name is name
+        assert composed("experiment=demo", f"sft.optim={name.value}").sft.optim.name is name
 
 
 def test_the_demo_needs_nothing_but_the_project() -> None:

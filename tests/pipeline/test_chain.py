@@ -40,6 +40,7 @@ def fake_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(plan.STAGES, step, dataclasses.replace(plan.STAGES[step], module=module))  # type: ignore[arg-type]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), str(PROGRAMS)]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(run, "make_report", lambda run_dir, say: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')

@@ -261,7 +261,7 @@ def test_a_disk_too_full_for_the_export_and_a_checkpoint_is_refused(
     Path("model/config.json").write_text(json.dumps(LLAMA))
     Path("model/model.safetensors").write_bytes(b"x" * 100)  # exported once, and 7 times in a checkpoint
     config.model = ModelConfig(path="model")
-    assert checks.disk_needed(config.model) == checks.SMALLEST_DISK + 800
+    assert checks.disk_needed([config.model]) == checks.SMALLEST_DISK + 800
     assert "are free" in error_of(config).message
     config.model.lora.enabled = True
     checks.check(config, ranks=1)

@@ -31,6 +31,7 @@ def fake_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(plan.STAGES, Step.sft, Stage(Step.sft, (), Role.policy, "fake_step"))  # type: ignore[arg-type]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), str(PROGRAMS)]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(run, "make_report", lambda run_dir, say: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
 

@@ -2,8 +2,9 @@
 
 done (default): leave an artifact. crash, user-error, no-export: end in that way. wait: write the
 process ids of rank and parent, then end with 143 when told to stop, as a step that saved.
-FAKE_WEIGHTS is what is in the artifact, FAKE_TOKENIZER the hash of its tokenizer. `fake_reward` and
-`fake_dpo` do the same, from the policy that resolved.yaml names.
+FAKE_WEIGHTS is what is in the artifact, FAKE_TOKENIZER the hash of its tokenizer, FAKE_ACCURACY the share of
+held-out pairs that a reward model orders. `fake_reward`, `fake_dpo` and `fake_ppo` do the same, from the
+artifacts that resolved.yaml names.
 """
 
 import os
@@ -49,7 +50,13 @@ def details_of(run_dir: Path, name: str) -> dict[str, Any]:
     tokenizer = {**TOKENS, "tokenizer_hash": os.environ.get("FAKE_TOKENIZER", "t1")}
     if name == "sft":
         return {**tokenizer, "parents": []}
-    return {**tokenizer, "parents": [parent_record(Path(part["policy"]), run_dir)]}
+    made_from = [part[role] for role in ("policy", "reward_model") if part.get(role) is not None]
+    details = {**tokenizer, "parents": [parent_record(Path(path), run_dir) for path in made_from]}
+    if name == "reward" and "FAKE_ACCURACY" in os.environ:
+        accuracy = float(os.environ["FAKE_ACCURACY"])
+        details["calibration"] = {"mean": 0.0, "std": 1.0, "accuracy": accuracy, "pairs": 20}
+        details["metrics"] = {"eval/accuracy": accuracy}
+    return details
 
 
 def preview(name: str, config: Path) -> int:
