@@ -1,0 +1,89 @@
+"""Samples side by side: what the policy answered to the same prompts at the first evaluation and at the last.
+
+Prompts are shown in the order of the file, not picked; where samples carry scores, those that lost most are
+shown as well. Samples in, pairs out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.report.files import Sample, SampleFile
+
+SHOWN = 12
+LOSSES_SHOWN = 4
+LONG = 600
+"""Characters from which a text is folded away."""
+
+_MARKUP = re.compile(r"(<\|[^|<>\n]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\])")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and its responses."""
+
+    prompt: str
+    before: Sample | None
+    after: Sample
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is shown of a step's samples."""
+
+    before_step: int | None  # None: there is one evaluation only
+    after_step: int
+    mode: str
+    pairs: list[Pair]
+    losses: list[Pair]  # prompts whose score fell most
+    judged_by: str  # what `losses` are ordered by
+    total: int  # prompts there are
+
+
+def compare(samples: SampleFile | None, functions: Sequence[str] = ()) -> Comparison | None:
+    """Pairs to show; None without samples. functions: names of scores, the first one judges losses."""
+    if samples is None:
+        return None
+    modes = {sample.mode for sample in samples.last}
+    mode = "sampled" if "sampled" in modes else min(modes)
+    has_before = samples.first_step != samples.last_step
+    before = by_prompt(samples.first, mode) if has_before else {}
+    after = by_prompt(samples.last, mode)
+    pairs = [Pair(prompt, before.get(prompt), sample) for prompt, sample in after.items()]
+    judged_by = next((name for name in functions if any(name in s.scores for s in after.values())), "reward")
+    fallen = [(fall, index) for index, pair in enumerate(pairs) if (fall := _fall(pair, judged_by)) > 0]
+    losses = [pairs[index] for _, index in sorted(fallen, key=lambda item: (-item[0], item[1]))]
+    return Comparison(
+        samples.first_step if has_before else None,
+        samples.last_step,
+        mode,
+        pairs[:SHOWN],
+        losses[:LOSSES_SHOWN],
+        judged_by,
+        len(pairs),
+    )
+
+
+def by_prompt(samples: Sequence[Sample], mode: str) -> dict[str, Sample]:
+    """The first sample of each prompt, in the order of the file."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        if sample.mode == mode:
+            found.setdefault(sample.prompt, sample)
+    return found
+
+
+def parts(text: str) -> list[tuple[str, bool]]:
+    """Text in pieces, each with whether it is a marker of a chat template, which the page shows faintly."""
+    return [(piece, index % 2 == 1) for index, piece in enumerate(_MARKUP.split(text)) if piece]
+
+
+def _fall(pair: Pair, name: str) -> float:
+    """By how much the score of a prompt's response fell; 0 when it is not known."""
+    if pair.before is None:
+        return 0.0
+    sides = [s.reward if name == "reward" else s.scores.get(name) for s in (pair.before, pair.after)]
+    earlier, later = sides
+    return 0.0 if earlier is None or later is None else earlier - later

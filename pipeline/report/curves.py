@@ -1,0 +1,153 @@
+"""Which curves a step is shown with: its metrics in, charts out, the telling ones apart from the rest.
+
+Every metric that was logged is drawn exactly once. The catalogue says which come first and together; what it
+does not know (a reward source, a new metric) is drawn among the rest under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from common.stage import Step
+from pipeline.report.charts import Chart, Line, lay_out
+from pipeline.report.files import Series
+from pipeline.report.glance import EVAL, GREEDY, NAMES, UNITS
+
+Lines = Sequence[tuple[str, str]]
+"""Metric and how its line is called."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One chart: its title and lines; `percent` when the values are shares."""
+
+    title: str
+    lines: Lines
+    percent: bool = False
+    unit: str = ""
+
+
+TRAIN, HELD_OUT = "training", "held out"
+
+
+def _both(title: str, metric: str, *, percent: bool = False, unit: str = "") -> Plan:
+    return Plan(title, ((metric, TRAIN), (EVAL + metric, HELD_OUT)), percent, unit)
+
+
+OPTIMIZER = (
+    Plan("Learning rate", (("learning_rate", "learning rate"),)),
+    Plan("Gradient norm", (("grad_norm", "before clipping"),)),
+)
+SPEED = (Plan("Speed", (("perf/tokens_per_second", "tokens per second"),), unit="tokens per second"),)
+
+MAIN: Mapping[str, Sequence[Plan]] = {
+    Step.sft.value: (
+        _both("Loss", "loss", unit="nats per token"),
+        _both("Tokens predicted", "mean_token_accuracy", percent=True),
+        _both("Entropy", "entropy", unit="nats"),
+        *OPTIMIZER,
+        *SPEED,
+    ),
+    Step.reward.value: (
+        _both("Loss", "loss"),
+        _both("Pairs in order", "accuracy", percent=True),
+        _both("Margin", "margin"),
+        Plan("Rewards", (("chosen_reward", "chosen"), ("rejected_reward", "rejected"))),
+        *OPTIMIZER,
+    ),
+    Step.dpo.value: (
+        _both("Loss", "loss"),
+        _both("Pairs in order", "rewards/accuracies", percent=True),
+        _both("Margin", "rewards/margins"),
+        Plan("Implicit rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+        *OPTIMIZER,
+    ),
+    Step.ppo.value: (
+        Plan(
+            "Scores of the roll-outs", (("objective/scores", "score"), ("objective/rlhf_reward", "after KL"))
+        ),
+        Plan("KL of the roll-outs", (("objective/kl", "KL"),), unit="nats per response"),
+        Plan("KL coefficient", (("kl_coef", "coefficient"),)),
+        Plan("Entropy", (("policy/entropy_avg", "policy"),), unit="nats"),
+        Plan(
+            "Length of responses",
+            (("response/length_mean", "mean"), ("response/length_max", "longest")),
+            unit="tokens",
+        ),
+        Plan("Responses cut off", (("response/truncated_share", "share"),), percent=True),
+        Plan("Policy loss", (("loss/policy_avg", "policy"),)),
+        Plan("Value loss", (("loss/value_avg", "value"),)),
+        Plan("Explained variance", (("val/explained_variance", "of the returns"),)),
+        Plan("Clipped", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")), percent=True),
+        Plan("Approximate KL of the updates", (("policy/approxkl_avg", "policy"),), unit="nats"),
+        Plan(
+            "Time of an iteration",
+            (("time/rollout", "roll-out"), ("time/score", "score"), ("time/learn", "learn")),
+            unit="seconds",
+        ),
+    ),
+}
+
+PERCENT = {
+    "perf/padding_share", "perf/slot_utilisation", "perf/mfu", "eval/stop_rate", "eval/accuracy",
+    "eval/accuracy_chosen_longer", "eval/accuracy_chosen_shorter", "eval/accuracy_same_length",
+    "response/truncated_share",
+}  # fmt: skip
+
+
+def curves(
+    step: str, metrics: Mapping[str, Series], functions: Sequence[str] = ()
+) -> tuple[list[Chart], list[Chart]]:
+    """The telling charts of a step, and the rest. functions: the user's evaluations, in their order."""
+    plans = list(MAIN.get(step, (_both("Loss", "loss"),)))
+    if step == Step.ppo.value:
+        plans = [*_evaluations(metrics, functions), *plans]
+    known = {metric for plan in plans for metric, _ in plan.lines}
+    rest = [plan for plan in _rest(metrics) if not known.intersection(metric for metric, _ in plan.lines)]
+    partly = {metric for plan in _rest(metrics) for metric, _ in plan.lines} - known
+    covered = {metric for plan in rest for metric, _ in plan.lines}
+    rest += [Plan(metric, ((metric, metric),), metric in PERCENT) for metric in sorted(partly - covered)]
+    return _laid_out(plans, metrics, step), _laid_out(rest, metrics, step)
+
+
+def _evaluations(metrics: Mapping[str, Series], functions: Sequence[str]) -> list[Plan]:
+    """A chart per evaluation of PPO: sampled and greedy."""
+    names = [m.removeprefix(GREEDY).removeprefix(EVAL) for m in metrics if m.startswith(EVAL)]
+    ordered = [name for name in functions if name in names] + ["reward", "kl", "stop_rate", "length"]
+    ordered += sorted(set(names) - set(ordered))
+    plans = []
+    for name in ordered:
+        lines = ((EVAL + name, "sampled"), (GREEDY + name, "greedy"))
+        values = [value for metric, _ in lines for _, value in metrics.get(metric, [])]
+        percent = name in ("stop_rate", "correct") and all(0 <= value <= 1 for value in values)
+        title = f"{NAMES.get(name, name)}, held out"
+        plans.append(Plan(title, lines, percent, UNITS.get(name, "")))
+    return plans
+
+
+def _rest(metrics: Mapping[str, Series]) -> list[Plan]:
+    """A chart per metric, with its held-out values when it has both."""
+    plans = []
+    for metric in sorted(metrics):
+        if metric.startswith(EVAL) and metric.removeprefix(EVAL) in metrics:
+            continue
+        if EVAL + metric in metrics:
+            plans.append(_both(metric, metric, percent=metric in PERCENT))
+        else:
+            plans.append(Plan(metric, ((metric, metric),), metric in PERCENT))
+    return plans
+
+
+def _laid_out(plans: Sequence[Plan], metrics: Mapping[str, Series], step: str) -> list[Chart]:
+    x_name = "iteration" if step == Step.ppo.value else "step"
+    charts = []
+    for plan in plans:
+        lines = [
+            Line(name, metrics[metric], index, sparse=metric.startswith(EVAL))
+            for index, (metric, name) in enumerate(plan.lines)
+            if metrics.get(metric)
+        ]
+        chart = lay_out(plan.title, lines, x_name=x_name, percent=plan.percent, unit=plan.unit)
+        charts += [chart] if chart is not None else []
+    return charts

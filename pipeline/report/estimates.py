@@ -1,0 +1,100 @@
+"""Values with their uncertainty: means of samples, shares, differences, each with a 95 % interval.
+
+Pure: numbers in, `Estimate` out. Intervals of a share are Wilson's (E. B. Wilson, 1927, "Probable inference,
+the law of succession, and statistical inference"); those of a mean are Student's. Responses to one prompt are
+not independent, so they are averaged first and prompts are what is counted. Nothing here rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+Z = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+_SMALL_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, and between what it lies with 95 % confidence; without samples there is no interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: int | None = None  # prompts or pairs that it is over
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low is not None and self.high is not None
+
+
+def of_share(share: float, count: int) -> Estimate:
+    """A share of `count` independent trials, with Wilson's interval."""
+    if count < 1 or not 0 <= share <= 1:
+        return Estimate(share)
+    shrink = 1 + Z * Z / count
+    middle = (share + Z * Z / (2 * count)) / shrink
+    half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / shrink
+    # at 0 and 1 the exact bound is the share itself; rounding would put it a hair inside
+    return Estimate(share, min(middle - half, share), max(middle + half, share), count)
+
+
+def of_mean(groups: Mapping[str, Sequence[float]], value: float | None = None) -> Estimate | None:
+    """The mean over groups (values by prompt), with an interval; None without finite values.
+
+    value: the mean that was logged, over all samples that were measured; the interval is laid around it when
+    only some of them were kept. Values that are all 0 or 1, once per prompt, are a share.
+    """
+    usable = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
+    means = [fmean(values) for values in usable.values() if values]
+    if not means:
+        return None
+    centre = fmean(means) if value is None else value
+    if all(len(values) <= 1 for values in usable.values()) and set(means) <= {0.0, 1.0} and 0 <= centre <= 1:
+        return of_share(centre, len(means))
+    return _student(means, centre)
+
+
+def of_change(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], value: float | None = None
+) -> Estimate | None:
+    """The mean change of the same prompts, with an interval; None when the prompts are not the same.
+
+    value: the change of the means that were logged, as in `of_mean`.
+    """
+    if not before or before.keys() != after.keys():
+        return None
+    pairs = [(fmean(before[name]), fmean(after[name])) for name in before]
+    changes = [later - earlier for earlier, later in pairs if math.isfinite(later - earlier)]
+    return _student(changes, fmean(changes) if value is None else value) if changes else None
+
+
+def is_clear(change: Estimate | None) -> bool:
+    """Whether the interval of a change leaves out zero."""
+    if change is None or change.low is None or change.high is None:
+        return False
+    return change.low > 0 or change.high < 0
+
+
+def student_quantile(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t, to about 1 % (Cornish-Fisher expansion above 4 degrees)."""
+    if freedom in _SMALL_T:
+        return _SMALL_T[freedom]
+    z, n = Z, freedom
+    first = (z**3 + z) / (4 * n)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return z + first + second + third
+
+
+def _student(values: Sequence[float], centre: float) -> Estimate:
+    count = len(values)
+    spread = stdev(values) if count > 1 else 0.0
+    if count < 2 or spread == 0 or not math.isfinite(centre):
+        return Estimate(centre, count=count)
+    half = student_quantile(count - 1) * spread / math.sqrt(count)
+    return Estimate(centre, centre - half, centre + half, count)

@@ -1,0 +1,375 @@
+"""Reads a run's folder as far as it can be read: files in, plain typed values and a list of problems out.
+
+Nothing here fails because of what a file holds: a damaged line or file is left out and named in
+`RunFiles.problems`. A file that is not there is no problem: the run may be going on. What the numbers mean
+is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.artifacts import MANIFEST
+from common.errors import UserError
+from common.redact import redact_text
+from common.stage import Step
+from pipeline.plan import EXPORT
+from pipeline.run import LINEAGE, RESOLVED
+from pipeline.state import LOCK, STATE, _is_dead
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LEDGER = "ledger.json"
+WARNINGS_KEPT = 50
+
+_SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_WARNING = re.compile(r"^(\S+ \S+) (WARNING|ERROR) rlhf\S*: (.*)$")
+# Codes that a terminal or browser would act on: shown as the symbols of their names. Newline and tab stay.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+
+Series = list[tuple[int, float]]
+"""Values of one metric by step, in order of steps."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of samples.jsonl; None for what was not recorded."""
+
+    prompt: str
+    completion: str
+    mode: str = ""  # "sampled", "greedy", or "" when the step knows one way only
+    stopped: bool | None = None
+    reward: float | None = None
+    kl: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """The samples of the first and of the last step in the file; the same when there is one step only."""
+
+    first_step: int
+    first: list[Sample]
+    last_step: int
+    last: list[Sample]
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What became of the rows of one source."""
+
+    name: str
+    path: str
+    format: str
+    counts: Mapping[
+        str, int
+    ]  # rows_read, rows_kept, rows_held_out, tokens, trained_tokens, truncated, bad_rows
+    dropped: list[tuple[str, int, list[str]]]  # reason, rows, first places; bad rows among them
+    lost: int  # rows dropped, without bad ones
+
+
+@dataclass(frozen=True)
+class Node:
+    """An artifact of the run and what it was made from."""
+
+    step: str
+    role: str
+    path: str
+    sha256: str
+    parents: list[tuple[str, str, str]]  # role, path, sha256
+    inputs: Mapping[str, str]  # sha256 by configuration key
+
+
+@dataclass(frozen=True)
+class StepFiles:
+    """What is known of one step."""
+
+    name: str
+    state: Mapping[str, str]  # status, started, launched, ended, exit_status; empty when never started
+    metrics: Mapping[str, Series]
+    samples: SampleFile | None
+    ledger: list[LedgerRow]
+    details: Mapping[str, Any]  # of the exported artifact's manifest; empty before there is one
+    warnings: list[tuple[str, str]]  # time, text
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What is known of a run."""
+
+    folder: Path
+    config_text: str  # resolved.yaml as it is
+    config: Mapping[str, Any]
+    steps: list[StepFiles]
+    lineage: list[Node]
+    problems: list[tuple[str, str]]  # file, what could not be read
+
+    def setting(self, key: str) -> Any:
+        """The configuration's value under a dotted key; None when there is none."""
+        return dig(self.config, key)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Everything in a run's folder. UserError when the folder is none of a run."""
+    check_is_run(folder)
+    reader = Reader(folder)
+    text = reader.text(RESOLVED) or ""
+    config = reader.yaml(RESOLVED, text)
+    named = config.get("steps")
+    planned = {str(name) for name in named} if isinstance(named, list) else set()
+    names = [step.value for step in Step if step.value in planned or (folder / step.value).is_dir()]
+    steps = [read_step(reader, name) for name in names]
+    return RunFiles(folder, text, config, steps, reader.lineage(), reader.problems)
+
+
+def check_is_run(folder: Path) -> None:
+    """UserError, with what was found instead, unless the folder is a run's."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {found}", hint="name a run's folder, e.g. runs/demo")
+    marks = [RESOLVED, *(f"{step.value}/{name}" for step in Step for name in (STATE, METRICS))]
+    if any((folder / mark).exists() for mark in marks):
+        return
+    for parent in folder.resolve().parents[:3]:
+        if any((parent / mark).exists() for mark in marks):
+            raise UserError(f"{folder} is a part of the run {parent}", hint=f"name the run: {parent}")
+    inside = sorted(path.name for path in folder.iterdir())[:8]
+    runs = [name for name in inside if (folder / name / RESOLVED).exists()]
+    found = f"it holds {', '.join(inside)}" if inside else "it is empty"
+    raise UserError(
+        f"{folder} is no run: there is no {RESOLVED} and no step's folder in it ({found})",
+        hint=f"name one of the runs in it: {folder / runs[0]}" if runs else "name a run's folder: runs/NAME",
+    )
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that last ran here is known to be no more."""
+    try:
+        holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return _is_dead(holder.strip())
+
+
+def read_step(reader: Reader, name: str) -> StepFiles:
+    """Everything in one step's folder."""
+    state = reader.json(f"{name}/{STATE}")
+    keys = ("status", "started", "launched", "ended", "exit_status")
+    return StepFiles(
+        name,
+        {key: clean(state[key]) for key in keys if isinstance(state.get(key), str | int)},
+        reader.metrics(f"{name}/{METRICS}"),
+        reader.samples(f"{name}/{SAMPLES}"),
+        reader.ledger(f"{name}/{LEDGER}"),
+        mapping(reader.json(f"{name}/{EXPORT}/{MANIFEST}").get("details")),
+        reader.warnings(f"{name}/logs/rank_0.log"),
+    )
+
+
+class Reader:
+    """Reads files below one folder by relative path, and notes what could not be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[tuple[str, str]] = []
+
+    def text(self, name: str) -> str | None:
+        """A file's text; None when it is not there or cannot be read."""
+        try:
+            return clean((self.folder / name).read_text(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.problems.append((name, f"cannot be read: {error.strerror}"))
+            return None
+
+    def yaml(self, name: str, text: str) -> dict[str, Any]:
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+            self.problems.append((name, f"is no YAML: {str(error).splitlines()[0]}"))
+            return {}
+        if value is not None and not isinstance(value, dict):
+            self.problems.append((name, "holds no mapping"))
+        return mapping(value)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A file's JSON object; empty when it is not there or damaged."""
+        text = self.text(name)
+        if text is None:
+            return {}
+        value = parsed(text)
+        if not isinstance(value, dict):
+            self.problems.append((name, "holds no JSON object"))
+        return mapping(value)
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The JSON objects with a step of a file of lines. A last line without its end is being written."""
+        bad: list[int] = []
+        try:
+            with (self.folder / name).open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    record = parsed(line.decode("utf-8", "replace"))
+                    if isinstance(record, dict) and is_step(record.get("step")):
+                        yield record
+                    elif line.endswith(b"\n") and line.strip():
+                        bad.append(number)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.problems.append((name, f"cannot be read: {error.strerror}"))
+        if bad:
+            which = ", ".join(str(number) for number in bad[:5]) + (", …" if len(bad) > 5 else "")
+            lines = "a line that is" if len(bad) == 1 else f"{len(bad)} lines that are"
+            self.problems.append((name, f"has {lines} no JSON object with a step, left out: line {which}"))
+
+    def metrics(self, name: str) -> dict[str, Series]:
+        """Numbers by metric and step; of two values for one step the later one counts."""
+        found: dict[str, dict[int, float]] = {}
+        for record in self.lines(name):
+            for metric, value in record.items():
+                if metric != "step" and (value := number(value)) is not None:
+                    found.setdefault(clean(metric), {})[record["step"]] = value
+        return {metric: sorted(values.items()) for metric, values in found.items()}
+
+    def samples(self, name: str) -> SampleFile | None:
+        """The first and the last step's samples; those between are not kept in memory."""
+        by_step: dict[int, list[Sample]] = {}
+        for record in self.lines(name):
+            if "prompt" in record and "completion" in record:
+                by_step.setdefault(record["step"], []).append(sample_of(record))
+                if len(by_step) > 2:
+                    del by_step[sorted(by_step)[1]]
+        if not by_step:
+            return None
+        first, last = min(by_step), max(by_step)
+        return SampleFile(first, by_step[first], last, by_step[last])
+
+    def ledger(self, name: str) -> list[LedgerRow]:
+        sources = self.json(name).get("sources")
+        return [ledger_row(entry) for entry in listing(sources) if isinstance(entry, dict)]
+
+    def lineage(self) -> list[Node]:
+        """The run's artifacts, in the order of the steps."""
+        entries = mapping(self.json(LINEAGE).get("artifacts"))
+        return [node_of(step.value, mapping(entries[step.value])) for step in Step if step.value in entries]
+
+    def warnings(self, name: str) -> list[tuple[str, str]]:
+        """The latest warnings and errors of the pipeline in a rank's log, credentials hidden."""
+        found = [match for line in (self.text(name) or "").splitlines() if (match := _WARNING.match(line))]
+        return [(match[1].partition(",")[0], redact_text(match[3])) for match in found[-WARNINGS_KEPT:]]
+
+
+def sample_of(record: Mapping[str, Any]) -> Sample:
+    """A sample, with what is not of its kind left out."""
+    scores = {clean(name): number(value) for name, value in mapping(record.get("scores")).items()}
+    stopped = record.get("stopped")
+    return Sample(
+        as_text(record["prompt"]),
+        as_text(record["completion"]),
+        clean(record.get("mode") or ""),
+        stopped if isinstance(stopped, bool) else None,
+        number(record.get("reward")),
+        number(record.get("kl")),
+        {name: value for name, value in scores.items() if value is not None},
+    )
+
+
+def ledger_row(entry: Mapping[str, Any]) -> LedgerRow:
+    """One source's counts."""
+    dropped = []
+    for reason, drop in mapping(entry.get("dropped")).items():
+        places = [clean(place) for place in listing(mapping(drop).get("places"))]
+        dropped.append((clean(reason), whole(mapping(drop).get("count")), places))
+    lost = sum(count for _, count, _ in dropped)
+    if examples := [clean(place) for place in listing(entry.get("bad_examples"))]:
+        dropped.append(("bad rows", whole(entry.get("bad_rows")), examples))
+    counts = {clean(key): whole(value) for key, value in entry.items() if is_step(value)}
+    name, path, form = (clean(entry.get(key) or "") for key in ("name", "path", "format"))
+    return LedgerRow(name, path, form, counts, dropped, lost)
+
+
+def node_of(step: str, entry: Mapping[str, Any]) -> Node:
+    """One artifact of the lineage."""
+    parents = [mapping(parent) for parent in listing(entry.get("parents"))]
+    return Node(
+        step,
+        clean(entry.get("role") or ""),
+        clean(entry.get("path") or ""),
+        clean(entry.get("manifest_sha256") or ""),
+        [
+            (clean(p.get("role") or ""), clean(p.get("path") or ""), clean(p.get("manifest_sha256") or ""))
+            for p in parents
+        ],
+        {clean(key): clean(value) for key, value in mapping(entry.get("inputs")).items()},
+    )
+
+
+# --- values of unknown kind -------------------------------------------------------------------------
+
+
+def parsed(text: str) -> Any:
+    """What JSON text says; None when it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def listing(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value is a count: a whole number, not negative, of a size that a float can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def whole(value: Any) -> int:
+    return value if is_step(value) else 0
+
+
+def number(value: Any) -> float | None:
+    """A number, also one of the spelled ones that strict JSON cannot hold; None for anything else."""
+    if isinstance(value, str):
+        return _SPELLED.get(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def as_text(value: Any) -> str:
+    """Text as it is; messages of a conversation as `role: content`, anything else as JSON."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
+        return "\n".join(f"{clean(turn.get('role', ''))}: {clean(turn['content'])}" for turn in value)
+    return clean(json.dumps(value, ensure_ascii=False))
+
+
+def clean(value: Any) -> str:
+    """Text that a file can hold and that shows every character: no lone surrogates, no control codes."""
+    text = str(value).replace("\r\n", "\n").translate(_CONTROLS)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def dig(value: Any, key: str) -> Any:
+    """The value under a dotted key of nested mappings; None when there is none."""
+    for part in key.split("."):
+        value = mapping(value).get(part)
+    return value

@@ -1,0 +1,198 @@
+"""Puts the page together: a run's folder in, `report.html` in it out.
+
+Everything that the template shows is gathered here as plain values; the template escapes all of it. The page
+is replaced in one step, so that a reader never meets half of one, and it can be made while the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.artifacts import write_text
+from common.stage import Step
+from pipeline import state
+from pipeline.report import lineage, shown
+from pipeline.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Chart
+from pipeline.report.comparison import LONG, Comparison, compare, parts
+from pipeline.report.curves import curves
+from pipeline.report.files import RunFiles, StepFiles, clean, is_abandoned, mapping, number, read_run
+from pipeline.report.glance import Glance, at_a_glance
+from pipeline.report.reproduce import reproduce
+
+REPORT = "report.html"
+TITLES = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "dpo": "Direct preference optimization",
+    "ppo": "Proximal policy optimization",
+}
+LEDGER_COLUMNS = (
+    ("rows_read", "read"),
+    ("rows_kept", "kept"),
+    ("rows_held_out", "held out"),
+    ("tokens", "tokens"),
+    ("trained_tokens", "trained"),
+    ("truncated", "cut"),
+    ("bad_rows", "bad"),
+)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a step stands: a word for the page, one of done, running, stopped, failed, waiting, and details."""
+
+    word: str
+    kind: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class StepPage:
+    """What the page shows of one step."""
+
+    name: str
+    title: str
+    status: Status
+    facts: list[tuple[str, str]]
+    charts: list[Chart]
+    further: list[Chart]
+    comparison: Comparison | None
+    files: StepFiles
+
+
+def report(run: Path) -> Path:
+    """Write `report.html` into a run's folder, from the files there; returns its path.
+
+    The run may be going on, and its files may be damaged: the page says what could not be read. UserError
+    when the folder is none of a run, or the page cannot be written.
+    """
+    path = run / REPORT
+    write_text(path, render(read_run(run)))
+    return path
+
+
+def render(run: RunFiles) -> str:
+    """The page of a run."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["shown"] = shown
+    environment.globals["parts"] = parts
+    environment.globals["LONG"] = LONG
+    page = environment.get_template("report.html.jinja")
+    return page.render(context(run))
+
+
+def context(run: RunFiles) -> dict[str, Any]:
+    """Everything that the template names."""
+    glance = at_a_glance(run)
+    abandoned = is_abandoned(run.folder)
+    steps = [step_page(run, step, abandoned=abandoned) for step in run.steps]
+    return {
+        "name": clean(run.setting("run_name") or run.folder.resolve().name),
+        "made": shown.moment(state.now()),
+        "glance": glance,
+        "judged": judged(steps, glance),
+        "steps": steps,
+        "compared": next((step for step in reversed(steps) if step.comparison is not None), None),
+        "ledger_columns": LEDGER_COLUMNS,
+        "tree": lineage.draw(run.lineage),
+        "lineage": run.lineage,
+        "reproduction": reproduce(run),
+        "config_text": run.config_text,
+        "problems": run.problems,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": RIGHT,
+        "bottom": BOTTOM,
+        "tree_dot": lineage.DOT,
+        "style": (Path(__file__).parent / "style.css").read_text(encoding="utf-8"),
+    }
+
+
+def step_page(run: RunFiles, step: StepFiles, *, abandoned: bool) -> StepPage:
+    """Everything about one step."""
+    functions = list(mapping(run.setting("ppo.evaluation.functions"))) if step.name == Step.ppo.value else []
+    main, further = curves(step.name, step.metrics, functions)
+    status = status_of(step.state, abandoned=abandoned)
+    return StepPage(
+        step.name,
+        TITLES.get(step.name, step.name),
+        status,
+        facts_of(run, step),
+        main,
+        further,
+        compare(step.samples, functions),
+        step,
+    )
+
+
+def status_of(recorded: Mapping[str, str], *, abandoned: bool) -> Status:
+    """A step's status in words. abandoned: the process that ran it is no more."""
+    status = recorded.get("status", "")
+    ended = shown.moment(recorded["ended"]) if "ended" in recorded else ""
+    if status == "done":
+        return Status("finished", "done", ended)
+    if status == "running" and abandoned:
+        return Status(
+            "interrupted", "failed", "its process is gone; the same command goes on from its last save"
+        )
+    if status == "running":
+        return Status("going on", "running")
+    if status == "stopped":
+        return Status("stopped", "stopped", f"{ended}; the same command goes on from here".lstrip("; "))
+    if status == "failed":
+        return Status("failed", "failed", f"{ended}, exit status {recorded.get('exit_status', 'unknown')}")
+    return Status(clean(status) if status else "not started", "waiting")
+
+
+def facts_of(run: RunFiles, step: StepFiles) -> list[tuple[str, str]]:
+    """Short lines about a step: times, how far it is, its size."""
+    facts = []
+    begun, ended = step.state.get("started"), step.state.get("ended")
+    if begun is not None:
+        facts.append(("started", shown.moment(begun)))
+    took = shown.duration(step.state.get("launched", ""), ended or "")
+    if took is not None:
+        facts.append(("took" if step.state.get("launched") == begun else "took since it was resumed", took))
+    if (progress := progress_of(run, step)) is not None:
+        facts.append(("progress", progress))
+    if (parameters := number(step.details.get("parameters"))) is not None:
+        facts.append(("parameters", f"{parameters:,.0f}"))
+    if (tokens := step.metrics.get("num_tokens")) and tokens[-1][1] < 1e300:
+        facts.append(("tokens seen", f"{tokens[-1][1]:,.0f}"))
+    if isinstance(base := step.details.get("base_model"), str):
+        facts.append(("from", clean(base)))
+    return facts
+
+
+def progress_of(run: RunFiles, step: StepFiles) -> str | None:
+    """`step 40 of 400`, or in epochs when the number of steps was not set."""
+    last = max((series[-1][0] for series in step.metrics.values() if series), default=None)
+    if last is None:
+        return None
+    word = "iteration" if step.name == Step.ppo.value else "step"
+    most, epochs = (number(run.setting(f"{step.name}.train.{key}")) for key in ("max_steps", "epochs"))
+    if most is not None:
+        return f"{word} {last:,} of {most:,.0f}"
+    epoch = step.metrics.get("epoch")
+    if epoch and epochs is not None:
+        return f"{word} {last:,}, epoch {shown.figure(epoch[-1][1])} of {shown.figure(epochs)}"
+    return f"{word} {last:,}"
+
+
+def judged(steps: Sequence[StepPage], glance: Glance) -> str:
+    """What the numbers at the top are to be read as, while they are not final."""
+    if any(step.status.kind in ("running", "stopped", "failed") for step in steps) and glance.cards:
+        return "The run is not finished: these are the numbers so far."
+    return ""

@@ -1,0 +1,97 @@
+"""How numbers, times and names are written: values in, short text out."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def figure(value: float, *, signed: bool = False) -> str:
+    """Three significant figures, thousands apart, powers of ten for what is very small or large."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else f"{MINUS if value < 0 else ''}∞"
+    size = abs(value)
+    if size == 0:
+        text = "0"
+    elif size < 0.0009995 or size >= 999_500_000:
+        text = power_of_ten(size, 2)
+    elif size >= 999.5:
+        text = f"{size:,.0f}"
+    else:
+        # at a rounding edge (0.9999) the next power of ten has one decimal less
+        decimals = max(0, 2 - math.floor(math.log10(size * 1.0005)))
+        text = f"{size:.{decimals}f}"
+    sign = MINUS if value < 0 else "+" if signed and size > 0 else ""
+    return sign + text
+
+
+def share(value: float, *, signed: bool = False, decimals: int = 1) -> str:
+    """A share in percent; never rounded to all or nothing when it is not."""
+    if not math.isfinite(value):
+        return figure(value)
+    text = f"{abs(value) * 100:.{decimals}f}"
+    if float(text) in (0, 100) and abs(value) not in (0, 1):
+        text = f"{abs(value) * 100:.{decimals + 2}f}"
+    text = text.rstrip("0").rstrip(".") if float(text) in (0, 100) else text
+    sign = MINUS if value < 0 and float(text) else "+" if signed and float(text) else ""
+    return f"{sign}{text}\N{NARROW NO-BREAK SPACE}%"
+
+
+def power_of_ten(size: float, decimals: int) -> str:
+    """3e-4, as a learning rate is written in a configuration."""
+    mantissa, exponent = f"{size:.{decimals}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return f"{mantissa}e{int(exponent)}"
+
+
+def tick(value: float, step: float) -> str:
+    """An axis label: as many decimals as the distance between ticks needs."""
+    size = abs(value)
+    sign = MINUS if value < 0 else ""
+    if size < step / 1e6:
+        return "0"
+    if step < 0.00099 or size >= 1e7:
+        return sign + power_of_ten(size, 1)
+    if step >= 1000:
+        return f"{sign}{size / 1000:g}k"
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if decimals < 6 and round(step, decimals) != round(step, 9):  # 0.25 needs one more than 0.2
+        decimals += 1
+    return f"{sign}{size:,.{decimals}f}"
+
+
+def count(value: int) -> str:
+    return f"{value:,}"
+
+
+def short_hash(sha256: str) -> str:
+    return sha256[:12]
+
+
+def moment(iso: str) -> str:
+    """2026-11-21 13:18:42 UTC; what is no time stays as it is."""
+    at = _parsed(iso)
+    return iso if at is None else at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def duration(begin: str, end: str) -> str | None:
+    """1 h 02 min, 3 min 20 s, 42 s; None when one of the times is none."""
+    start, stop = _parsed(begin), _parsed(end)
+    if start is None or stop is None or stop < start:
+        return None
+    seconds = round((stop - start).total_seconds())
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _parsed(iso: str) -> datetime | None:
+    try:
+        at = datetime.fromisoformat(iso)
+    except ValueError:
+        return None
+    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
