@@ -1,0 +1,97 @@
+"""Which prompts an iteration has, and the room that they leave for responses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.data.dataset import PromptDataset
+from common.distributed import World
+from common.errors import UserError
+from common.step_data import StepData
+from step3_ppo.config import PPOConfig, PPOJob
+from step3_ppo.data import PromptOrder, held_out_sample, load_prompts
+from tests.tiny import CHATML, tiny_tokenizer
+
+
+def loaded(tmp_path: Path, count: int = 40, *, rank: int = 0, **options: Any) -> StepData[PromptDataset]:
+    """The prompts of a step: `count` of one or two letters and the reference."""
+    rows = [{"prompt": f"{n}", "reference": f"{n}"} for n in range(count)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = PPOJob(output_dir=str(tmp_path), ppo=PPOConfig(), seed=5)
+    job.ppo.data.path = str(tmp_path / "rows.jsonl")
+    for name, value in options.items():
+        setattr(job.ppo.rollout if name == "max_new_tokens" else job.ppo.data, name, value)
+    world = World(rank, 2, rank, None)  # type: ignore[arg-type]
+    return load_prompts(job, tiny_tokenizer(CHATML), tmp_path, world, lambda line: None)
+
+
+def order(data: StepData[PromptDataset], per_iteration: int, seed: int = 0) -> PromptOrder:
+    return PromptOrder(data.train, per_iteration, seed, data.weights)
+
+
+def test_prompts_leave_room_for_the_longest_response(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_fraction": 0.0, "max_length": 50}
+    every = loaded(tmp_path, max_new_tokens=29, **options).train
+    assert len(every) == 40 and every.lengths.max() == 21  # those of two digits
+    assert len(loaded(tmp_path, max_new_tokens=30, **options).train) == 10
+    with pytest.raises(
+        UserError, match=r"longer than data.max_length=50 less the 31 tokens .*max_new_tokens"
+    ):
+        loaded(tmp_path, max_new_tokens=31, **options)
+
+
+def test_every_rank_has_the_same_prompts_and_the_first_writes_the_ledger(tmp_path: Path) -> None:
+    first = loaded(tmp_path)
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["sources"][0]["rows_kept"] == 40 and ledger["sources"][0]["format"] == "prompt"
+    (tmp_path / "ledger.json").unlink()
+    second = loaded(tmp_path, rank=1)
+    assert first.fingerprints() == second.fingerprints() and not (tmp_path / "ledger.json").exists()
+    assert [first.train[i].prompt for i in range(38)] == [second.train[i].prompt for i in range(38)]
+
+
+def test_an_epoch_has_every_prompt_once_and_its_last_iteration_may_be_short(tmp_path: Path) -> None:
+    data = loaded(tmp_path, eval_fraction=0.0)
+    iterations = [order(data, 16).prompts_of(k) for k in range(6)]
+    assert [len(prompts) for prompts in iterations] == [16, 16, 8] * 2
+    assert sorted(sum(iterations[:3], [])) == sorted(sum(iterations[3:], [])) == list(range(40))
+    assert sum(iterations[:3], []) != sum(iterations[3:], []) != list(range(40))
+    assert order(data, 16).iterations_in(1.0) == 3 and order(data, 16).iterations_in(2.5) == 8
+    assert [order(data, 16).epoch_of(k) for k in (0, 3, 6)] == [0.0, 1.0, 2.0]
+
+
+def test_the_prompts_of_an_iteration_follow_from_the_seed_alone(tmp_path: Path) -> None:
+    data = loaded(tmp_path, eval_fraction=0.0)
+    asked_late, again = order(data, 16), order(data, 16)
+    late = asked_late.prompts_of(7)
+    assert [again.prompts_of(k) for k in range(8)][7] == late
+    assert order(data, 16, seed=1).prompts_of(7) != late
+    assert all(type(index) is int for index in late)
+
+
+def test_an_iteration_larger_than_the_data_is_one_pass(tmp_path: Path) -> None:
+    data = loaded(tmp_path, eval_fraction=0.0)
+    for iteration in range(2):
+        assert sorted(order(data, 128).prompts_of(iteration)) == list(range(40))
+    assert order(data, 128).iterations_in(3) == 3
+
+
+def test_a_sources_weight_says_how_often_an_epoch_has_its_prompts(tmp_path: Path) -> None:
+    data = loaded(tmp_path, eval_fraction=0.0)
+    twice = PromptOrder(data.train, 80, 0, {"rows": 2.0}).prompts_of(0)
+    assert np.bincount(twice).tolist() == [2] * 40
+
+
+def test_held_out_prompts_are_a_seeded_choice_in_their_order(tmp_path: Path) -> None:
+    held_out = loaded(tmp_path, eval_fraction=0.5).held_out
+    assert held_out is not None and len(held_out) == 20
+    chosen = held_out_sample(held_out, 6, seed=0)
+    assert len(set(chosen)) == 6 and chosen == sorted(chosen) and max(chosen) < 20
+    assert chosen == held_out_sample(held_out, 6, seed=0) != held_out_sample(held_out, 6, seed=1)
+    assert held_out_sample(held_out, 500, seed=0) == list(range(20))
+    assert held_out_sample(held_out, 0, seed=0) == held_out_sample(None, 6, seed=0) == []
