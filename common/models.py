@@ -24,7 +24,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -346,6 +346,16 @@ def disable_dropout(network: torch.nn.Module) -> None:
         for attribute, value in vars(module).items():  # for example attention_dropout
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+
+
+def adapters_off(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """While the block runs, what peft wrapped inside of `module` is its base; without peft nothing changes.
+
+    peft stops and resumes gradients of the adapters with it: no backward pass inside, nor across its borders.
+    """
+    # asked of the type: peft's wrappers find attributes of what they wrap as well
+    wrapped = [part for part in module.modules() if hasattr(type(part), "disable_adapter")]
+    return cast(Any, wrapped[0]).disable_adapter() if wrapped else nullcontext()
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

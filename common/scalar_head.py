@@ -91,6 +91,12 @@ def begin_head(head: nn.Linear, seed: int) -> None:
     head.weight.copy_(drawn)
 
 
+def head_weights(network: nn.Module) -> list[nn.Parameter]:
+    """The weights [1, h] of a network's head; with adapters that which is trained, and that it began as."""
+    head = cast(nn.Module, getattr(unwrapped(network), HEAD))
+    return list(head.parameters())
+
+
 def _head_of(network: PreTrainedModel) -> nn.Linear:
     head = getattr(network, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None:

@@ -20,7 +20,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +38,7 @@ from common.data.types import PairBatch
 from common.distributed import World, from_main, gather_objects
 from common.engine import Engine
 from common.losses import batch_arguments
+from common.models import adapters_off
 from step2_dpo import loss
 from step2_dpo.loss import Answers, answer_sums
 
@@ -192,7 +192,7 @@ def _compute(
 ) -> Reference:
     """Each rank computes its share of the batches; all return all numbers."""
     engine.eval()
-    with _adapters_off(engine.module):
+    with adapters_off(engine.module):
         train = _sums(engine, _training_batches(batches, steps, say))
         evaluation = () if held_out is None else evaluation_pair_batches(held_out, batches.plan)
         reference = Reference(
@@ -248,12 +248,6 @@ def _table(own: list[_Scored], pairs: int) -> np.ndarray:
             if not known[pair]:
                 table[pair], known[pair] = logps, True
     return table
-
-
-def _adapters_off(module: torch.nn.Module) -> AbstractContextManager[None]:
-    """Within it, a model wrapped by peft is its base; others are what they are."""
-    switch = getattr(module.model, "disable_adapter", None)
-    return contextlib.nullcontext() if switch is None else switch()
 
 
 # --- The cache --------------------------------------------------------------------------------------
