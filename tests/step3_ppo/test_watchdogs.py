@@ -1,0 +1,204 @@
+"""Watchdogs: silent on a healthy run, each one awake for its own trouble, alike after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from common.config import Dtype
+from common.errors import UserError
+from step3_ppo.config import (
+    EvaluationConfig,
+    KLConfig,
+    KLController,
+    PPOConfig,
+)
+from step3_ppo.watchdogs import REPEAT_AFTER, Limits, Watchdogs
+
+LIMITS = Limits(tolerance=1e-4, largest_kl=50.0, functions=("gold", "style"))
+
+HEALTHY = {
+    "val/first_ratio_error": 1e-7,
+    "objective/kl": 0.0,
+    "objective/scores": 0.1,
+    "objective/rlhf_reward": 0.1,
+    "objective/advantages_abs_mean": 0.8,
+    "reward/gold": 0.1,
+    "rollout/logprob_drift": 1e-6,
+    "response/length_mean": 20.0,
+    "response/truncated_share": 0.1,
+    "policy/entropy_avg": 2.0,
+}
+
+
+def begun() -> Watchdogs:
+    """Watchdogs that have seen the first three iterations of a healthy run."""
+    dogs = Watchdogs(LIMITS)
+    assert [dogs.look(iteration, HEALTHY) for iteration in range(3)] == [[], [], []]
+    return dogs
+
+
+def healthy_run(iterations: int) -> Iterator[dict[str, float]]:
+    """KL and reward rise, entropy and length move a little: what PPO is for."""
+    for k in range(iterations):
+        yield HEALTHY | {
+            "objective/kl": 0.3 * k,
+            "objective/scores": 0.1 + 0.01 * k,
+            "policy/entropy_avg": 2.0 - 0.01 * k,
+            "response/length_mean": 20.0 + 0.15 * k,
+        }
+
+
+def test_a_healthy_run_is_not_warned_about() -> None:
+    dogs = Watchdogs(LIMITS)
+    assert [dogs.look(k, metrics) for k, metrics in enumerate(healthy_run(100))] == [[]] * 100
+
+
+def test_metrics_that_are_absent_are_not_looked_at() -> None:
+    dogs = Watchdogs(LIMITS)
+    assert [dogs.look(iteration, {"loss/policy_avg": 1.0}) for iteration in range(5)] == [[]] * 5
+    assert dogs.look_at_evaluation(0, {}) == dogs.look_at_evaluation(1, {"eval/reward": 1.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said", "key"),
+    [
+        ("val/first_ratio_error", 2e-4, "0.0002 away from ratio 1", "model.dtype=fp32"),
+        ("rollout/logprob_drift", 0.01, "differ by 0.01 nats per token", "model.dtype=fp32"),
+        ("objective/advantages_abs_mean", 0.0, "all advantages are 0", "ppo.rollout.samples_per_prompt"),
+        ("response/truncated_share", 0.51, "51% of the responses do not stop", "ppo.rollout.max_new_tokens"),
+        ("response/truncated_share", 0.4, "do not stop, 10% at first", "ppo.missing_eos_penalty"),
+        ("response/length_mean", 41.0, "41.0 tokens on average, 20.0 at first", "ppo.kl.coef"),
+        ("response/length_mean", 9.0, "9.0 tokens on average, 20.0 at first", "ppo.kl.coef"),
+        ("policy/entropy_avg", 0.19, "0.19 nats per token, 2 at first", "ppo.entropy_coef"),
+        ("objective/kl", 51.0, "51.0 nats per response", "ppo.kl.coef"),
+    ],
+)
+def test_each_trouble_is_said_with_its_number_and_a_key(name: str, value: float, said: str, key: str) -> None:
+    (warning,) = begun().look(7, HEALTHY | {name: value})
+    assert warning.startswith("iteration 7: ") and said in warning and key in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("val/first_ratio_error", 1e-4), ("rollout/logprob_drift", 1e-4), ("response/truncated_share", 0.35),
+        ("response/length_mean", 40.0), ("response/length_mean", 10.0), ("policy/entropy_avg", 0.2),
+        ("objective/kl", 50.0), ("objective/advantages_abs_mean", 1e-9),
+    ],
+)  # fmt: skip
+def test_what_is_just_within_the_limits_is_not_said(name: str, value: float) -> None:
+    assert begun().look(7, HEALTHY | {name: value}) == []
+
+
+def test_a_divergence_before_anything_was_learned_is_said_once_and_only_then() -> None:
+    apart = HEALTHY | {"objective/kl": -0.01}  # 20 tokens: 5e-4 each
+    (warning,) = Watchdogs(LIMITS).look(0, apart)
+    assert "before anything was learned the actor is -0.01 nats" in warning
+    assert Watchdogs(LIMITS).look(0, HEALTHY | {"objective/kl": 0.002}) == []
+    assert begun().look(3, apart) == []
+
+
+def test_the_first_iterations_are_compared_with_nothing() -> None:
+    dogs = Watchdogs(LIMITS)
+    for iteration, length in enumerate((5.0, 50.0, 5.0)):
+        assert dogs.look(iteration, HEALTHY | {"response/length_mean": length}) == []
+    assert dogs.look(3, HEALTHY | {"response/length_mean": 20.0}) == []  # their mean
+    assert len(dogs.look(4, HEALTHY | {"response/length_mean": 45.0})) == 1
+
+
+def test_a_warning_is_repeated_only_after_a_while_and_hides_no_other() -> None:
+    dogs = begun()
+    long = HEALTHY | {"response/length_mean": 100.0}
+    warned = [iteration for iteration in range(3, 60) if dogs.look(iteration, long)]
+    assert warned == [3, 3 + REPEAT_AFTER, 3 + 2 * REPEAT_AFTER]
+    (warning,) = dogs.look(60, long | {"objective/kl": 1000.0})
+    assert "nats per response" in warning
+
+
+@pytest.mark.parametrize("name", ["objective/scores", "objective/rlhf_reward", "objective/kl", "reward/gold"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_ends_the_run(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"iteration 4: {name} is "):
+        begun().look(4, HEALTHY | {name: value})
+
+
+def test_a_number_elsewhere_that_is_not_finite_does_not_end_the_run() -> None:
+    assert begun().look(4, HEALTHY | {"val/explained_variance": math.nan}) == []
+
+
+def evaluation(reward: float, gold: float, style: float = 0.5, prefix: str = "eval/") -> dict[str, float]:
+    values = {"reward": reward, "gold": gold, "style": style}
+    return {f"{prefix}{name}": value for name, value in values.items()} | {
+        f"{prefix}{name}_se": 0.03 for name in values
+    }
+
+
+def test_a_reward_that_rises_while_a_score_only_looked_at_falls_is_called_hacking() -> None:
+    dogs = Watchdogs(LIMITS)
+    assert dogs.look_at_evaluation(0, evaluation(0.1, 0.5)) == []
+    for iteration in (10, 20):  # however soon after the last time
+        (warning,) = dogs.look_at_evaluation(iteration, evaluation(0.9, 0.3))
+        assert warning.startswith(f"evaluation at iteration {iteration}: reward hacking: ")
+        assert "the reward rose from 0.1 to 0.9 while gold fell from 0.5 to 0.3" in warning
+    assert len(dogs.look_at_evaluation(30, evaluation(0.9, 0.3, style=0.1))) == 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "gold"),
+    [(0.9, 0.6), (0.9, 0.5), (0.0, 0.3), (0.1, 0.3), (0.9, 0.42), (0.18, 0.3)],
+    ids=["both rise", "gold stays", "both fall", "reward stays", "gold within noise", "reward within noise"],
+)
+def test_nothing_is_called_hacking_unless_both_move_beyond_noise(reward: float, gold: float) -> None:
+    dogs = Watchdogs(LIMITS)
+    dogs.look_at_evaluation(0, evaluation(0.1, 0.5))
+    assert dogs.look_at_evaluation(10, evaluation(reward, gold)) == []
+
+
+def test_hacking_that_shows_only_in_greedy_responses_is_said_too() -> None:
+    dogs = Watchdogs(LIMITS)
+    sampled = evaluation(0.1, 0.5)
+    dogs.look_at_evaluation(0, sampled | evaluation(0.1, 0.5, prefix="eval/greedy/"))
+    (warning,) = dogs.look_at_evaluation(9, sampled | evaluation(0.9, 0.3, prefix="eval/greedy/"))
+    assert "gold fell from 0.5 to 0.3 (greedy)" in warning
+
+
+def test_a_resumed_run_warns_like_one_that_was_not_interrupted() -> None:
+    troubled = [*healthy_run(5), *[HEALTHY | {"response/length_mean": 90.0, "objective/kl": 60.0}] * 40]
+    evaluations = [evaluation(0.1, 0.5), evaluation(0.9, 0.2)]
+
+    def run(resume_at: int) -> list[list[str]]:
+        dogs, said = Watchdogs(LIMITS), []
+        for k, metrics in enumerate(troubled):
+            if k == resume_at:
+                dogs = Watchdogs(LIMITS, json.loads(json.dumps(dogs.state())))
+            said.append(dogs.look(k, metrics))
+            if k % 30 == 0:
+                said.append(dogs.look_at_evaluation(k, evaluations[k // 30]))
+        return said
+
+    expected = run(resume_at=-1)
+    assert sum(map(len, expected)) == 5  # twice the length, twice the divergence, hacking once
+    for k in range(len(troubled)):
+        assert run(resume_at=k) == expected
+
+
+def test_the_state_is_a_copy() -> None:
+    dogs = begun()
+    state = dogs.state()
+    state["first"].clear()
+    assert dogs.state()["first"]
+    Watchdogs(LIMITS, state).look(9, HEALTHY | {"objective/kl": 60.0})
+    assert state["said"] == {}
+
+
+def test_limits_follow_from_the_settings() -> None:
+    ppo = PPOConfig(evaluation=EvaluationConfig(functions={"gold": "demo.gold:gold"}))
+    limits = Limits.of(ppo, Dtype.fp32)
+    assert (limits.tolerance, limits.largest_kl, limits.functions) == (1e-4, 50.0, ("gold",))
+    adaptive = PPOConfig(kl=KLConfig(controller=KLController.adaptive, target=3.0))
+    assert Limits.of(adaptive, Dtype.bf16).largest_kl == 12.0
+    assert Limits.of(adaptive, Dtype.bf16).tolerance > limits.tolerance
