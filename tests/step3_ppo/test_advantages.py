@@ -1,0 +1,266 @@
+"""Advantages by hand, against a second implementation, and over ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.distributed import close_world, gather_objects, init_world
+from step3_ppo.advantages import (
+    Advantages,
+    estimate,
+    gae,
+    group_relative,
+    leave_one_out,
+    reward_to_go,
+    token_rewards,
+    whiten,
+)
+from step3_ppo.config import Estimator
+from tests import forked
+from tests.step3_ppo import reference
+
+TWO = np.array([0, 3, 4])
+"""A response of three tokens and one of one."""
+
+
+def random_case(seed: int) -> dict:
+    """Groups of several sizes, interleaved; ragged lengths, some of 1."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(4), rng.integers(2, 5, 4)))
+    lengths = rng.integers(1, 9, len(groups))
+    lengths[rng.integers(len(lengths))] = 1
+    tokens = int(lengths.sum())
+    return {
+        "rewards": rng.normal(size=len(groups)) * 3 + 1,
+        "offsets": np.cumsum([0, *lengths]),
+        "groups": groups,
+        "kl": rng.normal(size=tokens),
+        "values": rng.normal(size=tokens).astype(np.float32),
+        "kl_coef": float(rng.uniform(0, 0.3)),
+        "gamma": float(rng.uniform(0.8, 1)),
+        "lam": float(rng.uniform(0.5, 1)),
+    }
+
+
+def test_the_reward_is_paid_at_the_last_token_and_the_divergence_at_every_token() -> None:
+    kl = np.array([1.0, -2.0, 3.0, 4.0])
+    found = token_rewards(np.array([10.0, 20.0]), TWO, kl=kl, coef=0.5)
+    assert found.tolist() == [-0.5, 1.0, 10 - 1.5, 20 - 2.0]
+    assert token_rewards(np.array([10.0, 20.0]), TWO).tolist() == [0, 0, 10, 20]
+
+
+def test_gae_of_two_responses_worked_by_hand() -> None:
+    # γ 1/2, λ 1/2, so γλ 1/4. First response: r 1, 2, 4; V 2, 4, 8
+    #   δ_2 = 4 − 8 = −4              A_2 = −4
+    #   δ_1 = 2 + 8/2 − 4 = 2         A_1 = 2 − 4/4 = 1
+    #   δ_0 = 1 + 4/2 − 2 = 1         A_0 = 1 + 1/4 = 5/4
+    # second: r 3, V 16: δ = A = 3 − 16 = −13; nothing of it reaches the first
+    advantages, returns = gae(np.array([1.0, 2, 4, 3]), np.array([2.0, 4, 8, 16]), TWO, gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [1.25, 1, -4, -13]
+    assert returns.tolist() == [3.25, 5, 4, 3]
+    assert advantages.dtype == returns.dtype == np.float32
+
+
+def test_nothing_of_a_response_reaches_the_one_before_it_or_after_it() -> None:
+    rng = np.random.default_rng(0)
+    rewards, values, offsets = rng.normal(size=9), rng.normal(size=9), np.array([0, 3, 5, 9])
+    whole, _ = gae(rewards, values, offsets, gamma=1.0, lam=0.95)
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        alone, _ = gae(rewards[start:end], values[start:end], np.array([0, end - start]), gamma=1.0, lam=0.95)
+        assert np.array_equal(whole[start:end], alone)
+
+
+def test_the_order_of_responses_does_not_matter() -> None:
+    case = random_case(7)
+    lengths = np.diff(case["offsets"])
+    order = np.argsort(lengths)
+    assert not np.array_equal(order, np.arange(len(order)))
+    tokens = np.concatenate([np.arange(*case["offsets"][b : b + 2]) for b in order])
+    rewards = np.random.default_rng(1).normal(size=len(tokens))
+    there, _ = gae(rewards, case["values"], case["offsets"], gamma=0.9, lam=0.9)
+    sorted_offsets = np.cumsum([0, *lengths[order]])
+    here, _ = gae(rewards[tokens], case["values"][tokens], sorted_offsets, gamma=0.9, lam=0.9)
+    assert np.array_equal(there[tokens], here)
+
+
+def test_with_lambda_one_the_returns_are_the_rewards_to_go() -> None:
+    rewards, values = np.array([1.0, 2, 4, 3]), np.array([2.0, 4, 8, 16])
+    _, returns = gae(rewards, values, TWO, gamma=0.5, lam=1.0)
+    assert returns.tolist() == [1 + 1 + 1, 2 + 2, 4, 3]
+    assert reward_to_go(rewards, TWO, gamma=0.5).tolist() == returns.tolist()
+
+
+def test_whitening_worked_by_hand() -> None:
+    # mean 3; squares 9, 1, 1, 9, population variance 5
+    found = whiten(np.array([0.0, 2.0, 4.0, 6.0]))
+    assert found == pytest.approx(np.array([-3, -1, 1, 3]) / 5**0.5, rel=1e-6)
+    assert found.mean() == pytest.approx(0, abs=1e-7) and found.std() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("equal", [0.0, 0.1, -1e6, 1 / 3])
+def test_equal_numbers_are_whitened_to_zeros(equal: float) -> None:
+    assert whiten(np.full(1001, equal)).tolist() == [0.0] * 1001
+
+
+def test_rounding_is_not_whitened_into_signal() -> None:
+    assert np.abs(whiten(0.3 + 1e-9 * np.arange(5))).max() < 1e-3
+
+
+def test_nothing_to_whiten() -> None:
+    assert whiten(np.zeros(0)).shape == (0,)
+
+
+def test_grpo_worked_by_hand() -> None:
+    # group 5: rewards 1 and 3, mean 2, sample deviation √2. group 2: 0, 0, 3, mean 1, deviation √3
+    rewards, groups = np.array([1.0, 0, 3, 0, 3]), np.array([5, 2, 5, 2, 2])
+    found = group_relative(rewards, groups)
+    assert found == pytest.approx([-(0.5**0.5), -1 / 3**0.5, 0.5**0.5, -1 / 3**0.5, 2 / 3**0.5], rel=1e-5)
+
+
+def test_rloo_worked_by_hand() -> None:
+    # the others' means: of 1 in {1, 3}: 3; of 0 in {0, 0, 3}: 3/2; of 3 in {0, 0, 3}: 0
+    rewards, groups = np.array([1.0, 0, 3, 0, 3]), np.array([5, 2, 5, 2, 2])
+    assert leave_one_out(rewards, groups) == pytest.approx([-2, -1.5, 2, -1.5, 3])
+
+
+@pytest.mark.parametrize("compare", [group_relative, leave_one_out])
+@pytest.mark.parametrize("equal", [0.0, 0.1, 1e6 + 0.3])
+def test_a_group_whose_rewards_are_equal_has_no_advantage(compare: object, equal: float) -> None:
+    rewards, groups = np.array([equal, 1.0, equal, 2.0, equal]), np.array([0, 1, 0, 1, 0])
+    found = compare(rewards, groups)  # type: ignore[operator]
+    assert found[[0, 2, 4]].tolist() == [0, 0, 0] and found[1] < 0 < found[3]
+
+
+@pytest.mark.parametrize("compare", [group_relative, leave_one_out])
+def test_a_group_of_one_has_nothing_to_be_compared_with(compare: object) -> None:
+    with pytest.raises(ValueError, match="group 7 has one response"):
+        compare(np.array([1.0, 2.0, 3.0]), np.array([0, 7, 0]))  # type: ignore[operator]
+
+
+def test_reinforce_pp_worked_by_hand() -> None:
+    # γ 1/2, no divergence: to go 1, 2, 4 and 9. Mean 4; squares 9, 4, 0, 25; variance 38/4
+    found = estimate(
+        Estimator.reinforce_pp, rewards=np.array([4.0, 9.0]), offsets=TWO, gamma=0.5, whiten=False
+    )
+    assert found.advantages == pytest.approx(np.array([-3, -2, 0, 5]) / 9.5**0.5, rel=1e-6)
+    assert found.returns is None and found.non_score_reward.tolist() == [0, 0]
+
+
+def test_the_divergence_is_taken_from_a_responses_reward_before_it_is_compared() -> None:
+    # rewards 1 and 1, divergences 1 + 2 + 3 and 2 at 1/2 a nat: 1 − 3 = −2 and 1 − 1 = 0
+    found = estimate(
+        Estimator.rloo,
+        rewards=np.array([1.0, 1.0]),
+        offsets=TWO,
+        groups=np.array([0, 0]),
+        kl=np.array([1.0, 2, 3, 2]),
+        kl_coef=0.5,
+    )
+    assert found.advantages.tolist() == [-2, -2, -2, 2]
+    assert found.non_score_reward.tolist() == [-3, -1]
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+def test_with_the_divergence_in_the_loss_the_reward_keeps_it_out(estimator: Estimator) -> None:
+    case = random_case(3) | {"kl_coef": 0.0}
+    without = case | {"kl": None}
+    a, b = estimate(estimator, **case), estimate(estimator, **without)
+    assert np.array_equal(a.advantages, b.advantages) and not a.non_score_reward.any()
+
+
+def test_returns_are_those_of_advantages_that_are_not_whitened_yet() -> None:
+    case = random_case(4)
+    white = estimate(Estimator.gae, **case)
+    plain = estimate(Estimator.gae, **case, whiten=False)
+    assert white.returns is not None and plain.returns is not None
+    assert np.array_equal(white.returns, plain.returns)
+    assert not np.allclose(white.advantages, plain.advantages, atol=0.1)
+    assert plain.advantages + case["values"] == pytest.approx(plain.returns, abs=1e-5)
+    assert white.advantages == pytest.approx(whiten(plain.advantages), abs=1e-6)
+
+
+def test_what_an_estimator_needs_and_does_not_get_is_an_error() -> None:
+    given = {"rewards": np.ones(2), "offsets": TWO}
+    for estimator, missing in (
+        (Estimator.gae, "values"),
+        (Estimator.grpo, "groups"),
+        (Estimator.rloo, "groups"),
+    ):
+        with pytest.raises(ValueError, match=f"without {missing}"):
+            estimate(estimator, **given)
+    with pytest.raises(ValueError, match="no divergence"):
+        estimate(Estimator.reinforce_pp, **given, kl_coef=0.1)
+    with pytest.raises(ValueError, match="tokens"):
+        estimate(Estimator.gae, **given, values=np.zeros(5))
+    with pytest.raises(ValueError, match="one token or more"):
+        estimate(Estimator.gae, rewards=np.ones(2), offsets=np.array([0, 3, 3]), values=np.zeros(3))
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+@pytest.mark.parametrize("seed", range(25))
+def test_every_estimator_agrees_with_loops_over_padded_rows(estimator: Estimator, seed: int) -> None:
+    case = random_case(seed)
+    lengths = np.diff(case["offsets"]).tolist()
+    assert 1 in lengths and max(lengths) > 1
+    found = estimate(estimator, **case)
+    kl, mask = reference.pad(case["kl"], lengths)
+    values, _ = reference.pad(case["values"], lengths)
+    advantages, returns = reference.estimate(
+        estimator.value,
+        case["rewards"].tolist(),
+        case["groups"].tolist(),
+        kl,
+        values,
+        mask,
+        case["kl_coef"],
+        case["gamma"],
+        case["lam"],
+    )
+    # fp32 keeps 24 bits: half of 2^-23 of numbers around 1
+    assert found.advantages == pytest.approx(reference.flatten(advantages, mask), rel=1e-6, abs=1e-6)
+    assert (found.returns is None) == (returns is None)
+    if returns is not None:
+        assert found.returns == pytest.approx(reference.flatten(returns, mask), rel=1e-6, abs=1e-6)
+    assert found.advantages.dtype == np.float32 and np.abs(found.advantages).max() > 0.5
+
+
+def of_some_ranks(folder: str) -> int:
+    """Each rank begins with its share of the responses; all write what they find for all of them."""
+    world = init_world()
+    case = random_case(11)
+    half = len(case["rewards"]) // 2
+    middle = case["offsets"][half]
+    mine = slice(0, half) if world.rank == 0 else slice(half, None)
+    tokens = slice(0, middle) if world.rank == 0 else slice(middle, None)
+    if world.size == 1:
+        mine = tokens = slice(None)
+    share = {name: case[name][mine] for name in ("rewards", "groups")}
+    share |= {name: case[name][tokens] for name in ("kl", "values")}
+    share["lengths"] = np.diff(case["offsets"])[mine]
+    gathered = gather_objects(share)
+    whole = {name: np.concatenate([part[name] for part in gathered]) for name in share}
+    whole["offsets"] = np.cumsum([0, *whole.pop("lengths")])
+    found = estimate(Estimator.gae, **case | whole)
+    (Path(folder) / f"{world.size}_{world.rank}.json").write_text(json.dumps(found.advantages.tolist()))
+    close_world()
+    return 0
+
+
+def test_two_ranks_whiten_over_the_tokens_of_both(tmp_path: Path) -> None:
+    for size in (1, 2):
+        ranks = forked.start(of_some_ranks, (str(tmp_path),), size, tmp_path / "output.txt")
+        assert ranks.finish() == [0] * size, (tmp_path / "output.txt").read_text()
+    one, first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")
+    )
+    assert one == first == second
+    case = random_case(11)
+    plain: Advantages = estimate(Estimator.gae, **case, whiten=False)
+    assert one == pytest.approx(whiten(plain.advantages), abs=1e-6)
+    middle = case["offsets"][len(case["rewards"]) // 2]
+    per_rank = [*whiten(plain.advantages[:middle]), *whiten(plain.advantages[middle:])]
+    assert np.abs(np.array(one) - per_rank).max() > 0.05
