@@ -1,0 +1,411 @@
+"""`python -m pipeline chat PATH`: talk to a policy in the terminal.
+
+Takes a policy's artifact (or the folder of a step or a run that holds one) and lines of text; prints the
+answers, as they come, to standard output and everything else to standard error, so that a pipe gets answers
+alone. The model is read by plain transformers, as anybody would, and asked in the words of its own chat
+template. Keeps nothing on disk and trains nothing; torch is imported when there is a model to load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from common.artifacts import MANIFEST, Artifact
+from common.config import require
+from common.errors import UserError
+from common.handoff import load_named
+from common.stage import Role, Step
+from pipeline.plan import EXPORT, STAGES
+
+if TYPE_CHECKING:
+    import torch
+
+COMMANDS = """\
+/reset             forget the conversation and start the random numbers over
+/system TEXT       tell the policy how to behave; without TEXT, nothing
+/set               show the settings
+/set NAME VALUE    temperature (0: always the likeliest token), top_p, top_k, max_new_tokens or seed
+/help              this
+/quit              leave (also Ctrl-D); Ctrl-C stops an answer
+//TEXT             say something that begins with a slash"""
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are sampled."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1 (all tokens)")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 up to 2**63 - 1")
+
+    def changed(self, name: str, text: str) -> Settings:
+        """With one setting as it was typed. UserError for an unknown name, or a value that it cannot have."""
+        kinds = {key: type(value) for key, value in dataclasses.asdict(self).items()}
+        key = name.replace("-", "_")
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1)
+            hint = f"did you mean {near[0]}?" if near else f"settings: {', '.join(kinds)}"
+            raise UserError(f"unknown setting {name}", hint=hint)
+        try:
+            value: Any = kinds[key](text)
+        except ValueError:
+            number = "a whole number" if kinds[key] is int else "a number"
+            raise UserError(f"{key}={text} is not allowed", hint=f"expected {number}") from None
+        return dataclasses.replace(self, **{key: value})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """The verb: load, say what was loaded, and answer until there is nothing more to answer."""
+    options = parse(arguments)
+    settings = Settings()
+    for known in dataclasses.fields(Settings):
+        if (text := getattr(options, known.name)) is not None:
+            settings = settings.changed(known.name, text)
+    artifact = load_named(str(policy_in(Path(options.path))), Role.policy, "PATH")
+    policy = Policy(artifact, options.device)
+    note(f"policy {artifact.path}, as its manifest says ({artifact.sha256[:12]}), on {policy.device}")
+    if not policy.has_template:
+        note("it has no chat template: it goes on with what you type, each line by itself")
+    for stream in (sys.stdin, sys.stdout):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    conversation = Chat(policy, settings, options.system or "")
+    conversation.reseed()
+    if is_terminal:
+        note("/help lists the commands")
+        return talk(conversation)
+    return answer_lines(conversation)
+
+
+def talk(conversation: Chat) -> int:
+    """At a terminal: a prompt, and errors that end nothing."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (editing and history, for input)
+    while True:
+        try:
+            if not conversation.take(input("> ")):
+                return 0
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            note("Ctrl-D or /quit leaves")
+        except UserError as error:
+            note(f"error: {error}")
+
+
+def answer_lines(conversation: Chat) -> int:
+    """In a pipe: one line is one turn, and an error is the end."""
+    for line in sys.stdin:
+        if not conversation.take(line, keep_interrupted=False):
+            break
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options as text; `Settings` checks the values. UserError for an option that does not exist."""
+    parser = _Parser(prog="python -m pipeline chat", description="Talk to a policy in the terminal.")
+    parser.add_argument("path", metavar="PATH", help="a policy's export/, or the folder of its step or run")
+    for known in dataclasses.fields(Settings):
+        option = "--" + known.name.replace("_", "-")
+        parser.add_argument(option, metavar="N", help=f"default {known.default}")
+    parser.add_argument("--system", metavar="TEXT", help="how the policy should behave")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; by default a GPU where there is one")
+    return parser.parse_args(list(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"chat: {message}", hint="python -m pipeline chat PATH; --help lists the options")
+
+
+def policy_in(path: Path) -> Path:
+    """The policy that is meant by a path: itself, or what a step, or the latest step of a run, has left."""
+    makers = [step for step in reversed(Step) if STAGES[step].produces is Role.policy]
+    below = [path / EXPORT, *(path / step.value / EXPORT for step in makers)]
+    finished = [folder for folder in (path, *below) if (folder / MANIFEST).exists()]
+    return finished[0] if finished else path
+
+
+def note(line: str) -> None:
+    """Say something that is no answer."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- The conversation ------------------------------------------------------------------------------
+
+
+@dataclass
+class Chat:
+    """What was said so far, and how it goes on."""
+
+    policy: Policy
+    settings: Settings
+    system: str = ""
+    turns: list[Message] = field(default_factory=list)
+
+    def take(self, line: str, *, keep_interrupted: bool = True) -> bool:
+        """Answer a line or obey a command; false when that is to leave.
+
+        keep_interrupted: Ctrl-C stops the answer, of which what was said stays said.
+        """
+        text = line.strip()
+        if not text:
+            return True
+        if text.startswith("/") and not text.startswith("//"):
+            return self.obey(text)
+        self.turns.append({"role": "user", "content": text.removeprefix("/") if text[0] == "/" else text})
+        try:
+            ids = self.fitting()
+        except UserError:
+            self.turns.pop()
+            raise
+        self.say(ids, keep_interrupted)
+        return True
+
+    def say(self, ids: list[int], keep_interrupted: bool) -> None:
+        """Print the answer as it comes, and remember it."""
+        answer = Answer(self.policy.decode)
+        try:
+            self.policy.answer(ids, self.settings, answer)
+        except KeyboardInterrupt:
+            if not keep_interrupted:
+                raise
+            answer.end()
+            note("(stopped)")
+        else:
+            if not answer.ids or answer.ids[-1] not in self.policy.terminators:
+                note(f"(stopped after {len(answer.ids)} tokens; /set max_new_tokens N, within the context)")
+        if answer.text.strip():
+            self.turns.append({"role": "assistant", "content": answer.text})
+        else:
+            self.turns.pop()
+
+    def fitting(self) -> list[int]:
+        """The conversation as token ids [T]; turns that no longer fit beside an answer are forgotten.
+
+        An answer has room for max_new_tokens or a quarter of the context, whichever is less.
+        """
+        context, dropped = self.policy.context, 0
+        room = min(self.settings.max_new_tokens, context // 4)
+        while len(ids := self.policy.render(self.messages())) + room > context and len(self.turns) > 1:
+            del self.turns[:2]
+            dropped += 1
+        if dropped:
+            note(f"(the first {dropped} turn(s) no longer fit into {context} tokens and are forgotten)")
+        if len(ids) >= context:
+            raise UserError(
+                f"this has {len(ids)} tokens, and the policy's context is {context}", hint="say it shorter"
+            )
+        return ids
+
+    def messages(self) -> list[Message]:
+        """What the chat template gets."""
+        return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
+
+    def obey(self, text: str) -> bool:
+        """Do what a command says; false when that is to leave. UserError when there is no such command."""
+        name, _, rest = text[1:].partition(" ")
+        rest = rest.strip()
+        if name in ("quit", "exit"):
+            return False
+        if name == "help":
+            note(COMMANDS)
+        elif name == "reset":
+            self.turns.clear()
+            self.reseed()
+            note("(all is forgotten)")
+        elif name == "system":
+            self.system = rest
+            note("(from the next answer on)" if rest else "(no system message)")
+        elif name == "set":
+            self.set(rest)
+        else:
+            near = difflib.get_close_matches(name, ("reset", "system", "set", "help", "quit"), 1)
+            raise UserError(f"unknown command /{name}", hint=f"did you mean /{near[0]}?" if near else "/help")
+        return True
+
+    def set(self, rest: str) -> None:
+        """`/set`, `/set NAME VALUE` or `/set NAME=VALUE`."""
+        words = rest.replace("=", " ", 1).split()
+        if words and len(words) != 2:
+            raise UserError(f"/set {rest} is not understood", hint="e.g. /set temperature 0.7")
+        if words:
+            self.settings = self.settings.changed(*words)
+        if words and words[0] == "seed":
+            self.reseed()
+        note(str(self.settings))
+
+    def reseed(self) -> None:
+        """Start the random numbers over."""
+        import torch
+
+        torch.manual_seed(self.settings.seed)
+
+
+# --- The policy ------------------------------------------------------------------------------------
+
+
+class Policy:
+    """A policy as plain transformers loads it, on one device."""
+
+    def __init__(self, artifact: Artifact, device: str | None) -> None:
+        """UserError when the device is not there, or the model cannot be loaded onto it."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            target = torch.device(self.device)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(artifact.path)
+            model: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype="auto")
+            self.model: Any = model.to(target).eval()
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{artifact.path} cannot be loaded onto {self.device}: {first}",
+                hint="--device cpu runs anywhere",
+            ) from error
+        ends = self.model.generation_config.eos_token_id
+        self.terminators = tuple(ends) if isinstance(ends, list) else (ends,)
+        text_config = self.model.config.get_text_config()
+        self.context = int(getattr(text_config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """The conversation up to where the answer begins, as token ids [T], in the words of the template."""
+        from jinja2 import TemplateError
+
+        if not self.has_template:
+            return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the policy's chat template does not take this conversation: {error}",
+                hint="without a system message it may: /system",
+            ) from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer(self, ids: Sequence[int], settings: Settings, answer: Answer) -> None:
+        """Sample an answer to `ids` [T], token by token into `answer`."""
+        import torch
+
+        sampled = {"do_sample": False}
+        if settings.temperature > 0:
+            chosen = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
+            sampled = {"do_sample": True, **chosen}
+        prompt = torch.tensor([list(ids)], device=self.model.device)
+        with torch.inference_mode():
+            self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=min(settings.max_new_tokens, self.context - len(ids)),
+                streamer=answer,
+                **sampled,
+            )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without its terminator."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class Answer:
+    """What `generate` streams its tokens into: prints them as text."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self._decode, self._terminal, self._prompt_seen = decode, Printable(), False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt first, then with each token."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.ids += value.reshape(-1).tolist()
+        text = self._decode(self.ids)
+        if not text.endswith("\ufffd"):  # a character of which some bytes are still to come
+            self._show(self._terminal.clean(text[len(self.text) :]))
+            self.text = text
+
+    def end(self) -> None:
+        """Called after the last token."""
+        text = self._decode(self.ids)
+        self._show(self._terminal.clean(text[len(self.text) :], is_last=True) + "\n")
+        self.text = text
+
+    def _show(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+# --- What a terminal may get -----------------------------------------------------------------------
+
+_INTRODUCED = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*"
+_STRING = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])"
+_SEQUENCE = re.compile(
+    rf"{_INTRODUCED}[@-~]|{_STRING}.*?(?:\x1b\\|[\x07\x9c])|\x1b(?![\[\]PX^_])[ -/]*[0-~]", re.DOTALL
+)
+_UNFINISHED = re.compile(rf"(?:{_INTRODUCED}|{_STRING}[^\x07\x9c]*|\x1b[ -/]*)\Z", re.DOTALL)
+_LONGEST_SEQUENCE = 256
+_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class Printable:
+    """Text of a model without what would move the cursor, set colours or titles, or reorder a line.
+
+    Escape sequences may be spread over several pieces of text: what may be the beginning of one is held back.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def clean(self, text: str, *, is_last: bool = False) -> str:
+        """What of all text so far can be shown now."""
+        text = _SEQUENCE.sub("", self._held + text)
+        begun = _UNFINISHED.search(text)
+        cut = begun.start() if begun and not is_last and len(begun[0]) < _LONGEST_SEQUENCE else len(text)
+        self._held = text[cut:]
+        return "".join(filter(_is_harmless, text[:cut]))
+
+
+def _is_harmless(character: str) -> bool:
+    if character in "\n\t":
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _REORDERING
