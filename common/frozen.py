@@ -36,8 +36,8 @@ class Frozen:
         world: World,
         offload: bool = False,
     ) -> None:
-        """offload: keep the weights in host memory outside of `present()`; on stage 3, where a layer's weights
-        are whole only while it runs, keep this rank's part there for good.
+        """offload: keep the weights in host memory outside of `present()`; on stage 3, where a layer's
+        weights are whole only while it runs, keep this rank's part there for good.
         """
         self.module = module.requires_grad_(False).eval()
         self._partitioned: Partitioned | None = None

@@ -1,9 +1,9 @@
 """PPO's four networks as they are loaded: from which artifact, in which shape, with what trained in them.
 
 Takes a `PPOJob` and verified artifacts; returns modules on the device, without dropout of their own, so that
-two passes over the same weights agree. The actor and the critic have adapters where the job says so; with them
-the reference is the actor with its adapter off (`models.adapters_off`), and only without them a model of its
-own. Frozen networks have neither adapters nor recomputed activations, and their weights are not quantized:
+two passes over the same weights agree. The actor and the critic have adapters where the job says so; with
+them the reference is the actor with its adapter off (`models.adapters_off`), and only without them a model of
+its own. Frozen networks have neither adapters nor recomputed activations, and their weights are not quantized:
 they answer as they were measured. Knows no optimizer.
 """
 
@@ -127,7 +127,7 @@ def _units(ppo: PPOConfig, calibration: Calibration) -> tuple[float, float]:
 
 @torch.no_grad()
 def _scale_head(network: PreTrainedModel, factor: float) -> None:
-    """Into the weight and not beside it: a step of the optimizer then moves a value as much, whatever size the
-    reward model's scores have."""
+    """Into the weight and not beside it: a step of the optimizer then moves a value as much, whatever size
+    the reward model's scores have."""
     for weight in head_weights(network):
         weight.mul_(factor)
