@@ -45,27 +45,17 @@ SIGMAS = 2.0
 Metrics = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What depends on the run. largest_kl: nats per response. functions: scores that are only looked at."""
-
-    tolerance: float
-    largest_kl: float
-    functions: tuple[str, ...]
-
-    @classmethod
-    def of(cls, ppo: PPOConfig, dtype: Dtype) -> Limits:
-        """From the settings; dtype is the actor's."""
-        is_adaptive = ppo.kl.controller is KLController.adaptive
-        largest_kl = TARGETS * ppo.kl.target if is_adaptive else LARGEST_KL
-        return cls(TOLERANCES[dtype], largest_kl, tuple(ppo.evaluation.functions))
-
-
 class Watchdogs:
-    """Looks at a run's metrics as they come. state: what `state()` gave, of a run that is resumed."""
+    """Looks at a run's metrics as they come.
 
-    def __init__(self, limits: Limits, state: Mapping[str, Any] | None = None) -> None:
-        self._limits = limits
+    dtype: the actor's. state: what `state()` gave, of a run that is resumed.
+    """
+
+    def __init__(self, ppo: PPOConfig, dtype: Dtype, state: Mapping[str, Any] | None = None) -> None:
+        is_adaptive = ppo.kl.controller is KLController.adaptive
+        self._largest_kl = TARGETS * ppo.kl.target if is_adaptive else LARGEST_KL
+        self._tolerance = TOLERANCES[dtype]
+        self._functions = tuple(ppo.evaluation.functions)
         remembered = copy.deepcopy(dict(state or {}))
         self._looks: int = remembered.get("looks", 0)
         self._first: dict[str, float] = remembered.get("first", {})
@@ -94,7 +84,7 @@ class Watchdogs:
         if not self._before:
             self._before = {name: value for name, value in metrics.items() if name.startswith("eval/")}
             return []
-        found = (self._exploited(name, metrics) for name in self._limits.functions)
+        found = (self._exploited(name, metrics) for name in self._functions)
         return [f"evaluation at iteration {iteration}: {text}" for text in found if text is not None]
 
     def _exploited(self, function: str, metrics: Metrics) -> str | None:
@@ -135,18 +125,18 @@ class Watchdogs:
     # One check per kind of trouble: a text without the iteration, or None ---------------------------
 
     def _ratio(self, metrics: Metrics) -> str | None:
-        error = metrics.get("val/first_ratio_error", 0.0)
-        if error <= self._limits.tolerance:
+        error = metrics.get("val/first_ratio_off", 0.0)
+        if error <= self._tolerance:
             return None
         return (
-            f"the first update began {error:.2g} away from ratio 1 on average (val/first_ratio_error), where "
-            f"up to {self._limits.tolerance:.2g} is rounding: it did not learn from the policy that was "
+            f"the first update began {error:.2g} away from ratio 1 on average (val/first_ratio_off), where "
+            f"up to {self._tolerance:.2g} is rounding: it did not learn from the policy that was "
             "scored; model.dtype=fp32 tells whether rounding is to blame"
         )
 
     def _kl_at_the_start(self, metrics: Metrics) -> str | None:
         per_token = abs(metrics.get("objective/kl", 0.0)) / max(metrics.get("response/length_mean", 1.0), 1.0)
-        if self._looks > 0 or per_token <= self._limits.tolerance:
+        if self._looks > 0 or per_token <= self._tolerance:
             return None
         return (
             f"before anything was learned the actor is {metrics['objective/kl']:.3g} nats per response away "
@@ -156,11 +146,11 @@ class Watchdogs:
 
     def _drift(self, metrics: Metrics) -> str | None:
         drift = metrics.get("rollout/logprob_drift", 0.0)
-        if drift <= self._limits.tolerance:
+        if drift <= self._tolerance:
             return None
         return (
             f"sampler and training forward pass differ by {drift:.2g} nats per token "
-            f"(rollout/logprob_drift), where up to {self._limits.tolerance:.2g} is rounding: responses come "
+            f"(rollout/logprob_drift), where up to {self._tolerance:.2g} is rounding: responses come "
             "from another distribution than the one that is trained; try model.dtype=fp32"
         )
 
@@ -204,11 +194,11 @@ class Watchdogs:
 
     def _kl(self, metrics: Metrics) -> str | None:
         kl = metrics.get("objective/kl", 0.0)
-        if kl <= self._limits.largest_kl:
+        if kl <= self._largest_kl:
             return None
         return (
             f"the actor is {kl:.1f} nats per response away from the reference (objective/kl), more than "
-            f"{self._limits.largest_kl:g}: raise ppo.kl.coef or lower ppo.optim.lr"
+            f"{self._largest_kl:g}: raise ppo.kl.coef or lower ppo.optim.lr"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,14 @@ from step3_ppo.config import (
     KLController,
     PPOConfig,
 )
-from step3_ppo.watchdogs import REPEAT_AFTER, Limits, Watchdogs
+from step3_ppo.watchdogs import REPEAT_AFTER, Watchdogs
 
-LIMITS = Limits(tolerance=1e-4, largest_kl=50.0, functions=("gold", "style"))
+SETTINGS = PPOConfig(
+    evaluation=EvaluationConfig(functions={"gold": "demo.gold:gold", "style": "demo.gold:style"})
+)
 
 HEALTHY = {
-    "val/first_ratio_error": 1e-7,
+    "val/first_ratio_off": 1e-7,
     "objective/kl": 0.0,
     "objective/scores": 0.1,
     "objective/rlhf_reward": 0.1,
@@ -34,9 +37,13 @@ HEALTHY = {
 }
 
 
+def watchdogs(state: dict[str, Any] | None = None) -> Watchdogs:
+    return Watchdogs(SETTINGS, Dtype.fp32, state)
+
+
 def begun() -> Watchdogs:
     """Watchdogs that have seen the first three iterations of a healthy run."""
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     assert [dogs.look(iteration, HEALTHY) for iteration in range(3)] == [[], [], []]
     return dogs
 
@@ -53,12 +60,12 @@ def healthy_run(iterations: int) -> Iterator[dict[str, float]]:
 
 
 def test_a_healthy_run_is_not_warned_about() -> None:
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     assert [dogs.look(k, metrics) for k, metrics in enumerate(healthy_run(100))] == [[]] * 100
 
 
 def test_metrics_that_are_absent_are_not_looked_at() -> None:
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     assert [dogs.look(iteration, {"loss/policy_avg": 1.0}) for iteration in range(5)] == [[]] * 5
     assert dogs.look_at_evaluation(0, {}) == dogs.look_at_evaluation(1, {"eval/reward": 1.0}) == []
 
@@ -66,7 +73,7 @@ def test_metrics_that_are_absent_are_not_looked_at() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said", "key"),
     [
-        ("val/first_ratio_error", 2e-4, "0.0002 away from ratio 1", "model.dtype=fp32"),
+        ("val/first_ratio_off", 2e-4, "0.0002 away from ratio 1", "model.dtype=fp32"),
         ("rollout/logprob_drift", 0.01, "differ by 0.01 nats per token", "model.dtype=fp32"),
         ("objective/advantages_abs_mean", 0.0, "all advantages are 0", "ppo.rollout.samples_per_prompt"),
         ("response/truncated_share", 0.51, "51% of the responses do not stop", "ppo.rollout.max_new_tokens"),
@@ -85,7 +92,7 @@ def test_each_trouble_is_said_with_its_number_and_a_key(name: str, value: float,
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("val/first_ratio_error", 1e-4), ("rollout/logprob_drift", 1e-4), ("response/truncated_share", 0.35),
+        ("val/first_ratio_off", 1e-4), ("rollout/logprob_drift", 1e-4), ("response/truncated_share", 0.35),
         ("response/length_mean", 40.0), ("response/length_mean", 10.0), ("policy/entropy_avg", 0.2),
         ("objective/kl", 50.0), ("objective/advantages_abs_mean", 1e-9),
     ],
@@ -96,14 +103,14 @@ def test_what_is_just_within_the_limits_is_not_said(name: str, value: float) -> 
 
 def test_a_divergence_before_anything_was_learned_is_said_once_and_only_then() -> None:
     apart = HEALTHY | {"objective/kl": -0.01}  # 20 tokens: 5e-4 each
-    (warning,) = Watchdogs(LIMITS).look(0, apart)
+    (warning,) = watchdogs().look(0, apart)
     assert "before anything was learned the actor is -0.01 nats" in warning
-    assert Watchdogs(LIMITS).look(0, HEALTHY | {"objective/kl": 0.002}) == []
+    assert watchdogs().look(0, HEALTHY | {"objective/kl": 0.002}) == []
     assert begun().look(3, apart) == []
 
 
 def test_the_first_iterations_are_compared_with_nothing() -> None:
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     for iteration, length in enumerate((5.0, 50.0, 5.0)):
         assert dogs.look(iteration, HEALTHY | {"response/length_mean": length}) == []
     assert dogs.look(3, HEALTHY | {"response/length_mean": 20.0}) == []  # their mean
@@ -138,7 +145,7 @@ def evaluation(reward: float, gold: float, style: float = 0.5, prefix: str = "ev
 
 
 def test_a_reward_that_rises_while_a_score_only_looked_at_falls_is_called_hacking() -> None:
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     assert dogs.look_at_evaluation(0, evaluation(0.1, 0.5)) == []
     for iteration in (10, 20):  # however soon after the last time
         (warning,) = dogs.look_at_evaluation(iteration, evaluation(0.9, 0.3))
@@ -153,13 +160,13 @@ def test_a_reward_that_rises_while_a_score_only_looked_at_falls_is_called_hackin
     ids=["both rise", "gold stays", "both fall", "reward stays", "gold within noise", "reward within noise"],
 )
 def test_nothing_is_called_hacking_unless_both_move_beyond_noise(reward: float, gold: float) -> None:
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     dogs.look_at_evaluation(0, evaluation(0.1, 0.5))
     assert dogs.look_at_evaluation(10, evaluation(reward, gold)) == []
 
 
 def test_hacking_that_shows_only_in_greedy_responses_is_said_too() -> None:
-    dogs = Watchdogs(LIMITS)
+    dogs = watchdogs()
     sampled = evaluation(0.1, 0.5)
     dogs.look_at_evaluation(0, sampled | evaluation(0.1, 0.5, prefix="eval/greedy/"))
     (warning,) = dogs.look_at_evaluation(9, sampled | evaluation(0.9, 0.3, prefix="eval/greedy/"))
@@ -171,10 +178,10 @@ def test_a_resumed_run_warns_like_one_that_was_not_interrupted() -> None:
     evaluations = [evaluation(0.1, 0.5), evaluation(0.9, 0.2)]
 
     def run(resume_at: int) -> list[list[str]]:
-        dogs, said = Watchdogs(LIMITS), []
+        dogs, said = watchdogs(), []
         for k, metrics in enumerate(troubled):
             if k == resume_at:
-                dogs = Watchdogs(LIMITS, json.loads(json.dumps(dogs.state())))
+                dogs = watchdogs(json.loads(json.dumps(dogs.state())))
             said.append(dogs.look(k, metrics))
             if k % 30 == 0:
                 said.append(dogs.look_at_evaluation(k, evaluations[k // 30]))
@@ -191,14 +198,15 @@ def test_the_state_is_a_copy() -> None:
     state = dogs.state()
     state["first"].clear()
     assert dogs.state()["first"]
-    Watchdogs(LIMITS, state).look(9, HEALTHY | {"objective/kl": 60.0})
+    watchdogs(state).look(9, HEALTHY | {"objective/kl": 60.0})
     assert state["said"] == {}
 
 
 def test_limits_follow_from_the_settings() -> None:
-    ppo = PPOConfig(evaluation=EvaluationConfig(functions={"gold": "demo.gold:gold"}))
-    limits = Limits.of(ppo, Dtype.fp32)
-    assert (limits.tolerance, limits.largest_kl, limits.functions) == (1e-4, 50.0, ("gold",))
     adaptive = PPOConfig(kl=KLConfig(controller=KLController.adaptive, target=3.0))
-    assert Limits.of(adaptive, Dtype.bf16).largest_kl == 12.0
-    assert Limits.of(adaptive, Dtype.bf16).tolerance > limits.tolerance
+    far, coarse = {"objective/kl": 13.0}, HEALTHY | {"rollout/logprob_drift": 0.01}
+    for settings, warnings in ((adaptive, 1), (SETTINGS, 0)):
+        dogs = Watchdogs(settings, Dtype.fp32, begun().state())
+        assert len(dogs.look(5, far)) == warnings
+    for dtype, warnings in ((Dtype.fp32, 1), (Dtype.bf16, 0)):
+        assert len(Watchdogs(SETTINGS, dtype).look(0, coarse)) == warnings
