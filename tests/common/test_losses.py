@@ -68,17 +68,20 @@ def batch_of(documents: list[list[int]], trained: list[list[int]]) -> Batch:
 BATCH = batch_of([[5, 6, 7, 8, 9], [10, 11, 12], [3, 4, 5, 6]], [[1, 2, 3], [0, 1], [2]])
 
 
-def plain_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Each document alone, full logits, transformers' own SDPA."""
-    total = torch.zeros(())
+def plain_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """[M, V] at the trained positions: each document alone, full logits, transformers' own SDPA."""
+    found = []
     bounds = batch.cu_seqlens.tolist()
     with attention.plain_attention(model):
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             logits = model(input_ids=batch.input_ids[:, start:end], use_cache=False).logits[0]
             inside = (batch.trained_positions >= start) & (batch.trained_positions < end)
-            at = batch.trained_positions[inside] - start
-            total = total + F.cross_entropy(logits[at].float(), batch.targets[inside], reduction="sum")
-    return total
+            found.append(logits[batch.trained_positions[inside] - start].float())
+    return torch.cat(found)
+
+
+def plain_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return F.cross_entropy(plain_logits(model, batch), batch.targets, reduction="sum")
 
 
 def test_two_tokens_worked_by_hand() -> None:
@@ -335,3 +338,172 @@ def test_a_layer_that_mixes_neighbouring_tokens_is_refused() -> None:
 def test_the_arguments_of_a_batch_are_those_of_forward() -> None:
     packed = PackedCausalLM(tiny(LLAMA))
     assert torch.equal(packed(**batch_arguments(BATCH)).loss_sum, packed.score(BATCH).loss_sum)
+
+
+def plain_scores(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and entropies [M] of logits [M, V], in their dtype."""
+    logprobs = (logits / temperature).log_softmax(1)
+    return -logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)
+
+
+def test_temperature_and_entropies_worked_by_hand() -> None:
+    # at temperature 2 the logits [0, 2 log 3] are [0, log 3]: p = [1/4, 3/4]
+    hidden = torch.tensor([[0.0, 2 * math.log(3)]], requires_grad=True)
+    found = token_cross_entropy(
+        hidden, torch.eye(2), torch.tensor([0]), with_entropy=True, per_token=True, temperature=2.0
+    )
+    entropy = math.log(4) - 0.75 * math.log(3)
+    assert found.token_losses.tolist() == pytest.approx([math.log(4)])
+    assert found.token_entropies is not None and found.token_entropies.tolist() == pytest.approx([entropy])
+    assert found.entropy_sum.item() == pytest.approx(entropy) and not found.entropy_sum.requires_grad
+    (by_loss,) = torch.autograd.grad(found.token_losses.sum(), hidden, retain_graph=True)
+    assert by_loss.flatten().tolist() == pytest.approx([-0.75 / 2, 0.75 / 2])
+    # −p (log p + H) / 2: more of the likelier token is less entropy
+    (by_entropy,) = torch.autograd.grad(found.token_entropies.sum(), hidden)
+    slope = 0.25 * (math.log(4) - entropy) / 2
+    assert by_entropy.flatten().tolist() == pytest.approx([slope, -slope])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1.7])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_losses_and_entropies_at_a_temperature_have_the_gradients_of_plain_ones(
+    temperature: float, chunk_rows: int, with_bias: bool
+) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(20, 16), torch.randn(50, 16)] + [torch.randn(50)] * with_bias
+    targets, of_losses, of_entropies = torch.randint(0, 50, (20,)), torch.randn(20), torch.randn(20)
+    ours = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    found = token_cross_entropy(
+        ours[0],
+        ours[1],
+        targets,
+        chunk_rows,
+        bias=ours[2] if with_bias else None,
+        with_entropy=True,
+        per_token=True,
+        temperature=temperature,
+    )
+    losses, entropies = plain_scores(F.linear(*exact), targets, temperature)
+    torch.testing.assert_close(found.token_losses.double(), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.token_entropies.double(), entropies, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy_sum.double(), entropies.sum(), rtol=1e-5, atol=1e-5)
+    for a, b in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        got = torch.autograd.grad(
+            a * (found.token_losses * of_losses).sum() + b * (found.token_entropies * of_entropies).sum(),
+            ours,
+            retain_graph=True,
+        )
+        wanted = torch.autograd.grad(
+            a * (losses * of_losses).sum() + b * (entropies * of_entropies).sum(), exact, retain_graph=True
+        )
+        for one, other in zip(got, wanted, strict=True):
+            assert other.abs().max() > 0.1
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("read", ["token_losses", "token_entropies"])
+def test_what_the_callers_loss_does_not_read_adds_no_gradient(read: str) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    targets = torch.randint(0, 5, (9,))
+    found = token_cross_entropy(hidden, weight, targets, 4, with_entropy=True, per_token=True)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    losses, entropies = plain_scores(F.linear(*exact), targets, 1.0)
+    plain = {"token_losses": losses, "token_entropies": entropies}
+    got = torch.autograd.grad(getattr(found, read).sum(), (hidden, weight))
+    wanted = torch.autograd.grad(plain[read].sum(), exact)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_summed_loss_has_a_temperature_too() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    targets = torch.randint(0, 5, (9,))
+    summed = token_cross_entropy(hidden, weight, targets, 4, with_entropy=True, temperature=0.5)
+    each = token_cross_entropy(hidden, weight, targets, 4, with_entropy=True, per_token=True, temperature=0.5)
+    assert torch.equal(summed.token_losses, each.token_losses) and summed.token_entropies is None
+    assert torch.equal(summed.entropy_sum, each.entropy_sum)
+    for a, b in zip(
+        torch.autograd.grad(summed.loss_sum, (hidden, weight)),
+        torch.autograd.grad(each.token_losses.sum(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_logits_are_divided_by_the_temperature_in_fp32() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 16).bfloat16().requires_grad_()
+    weight = torch.randn(50, 16).bfloat16().requires_grad_()
+    targets, weights = torch.randint(0, 50, (300,)), torch.rand(300)
+    found = token_cross_entropy(
+        hidden, weight, targets, 7, with_entropy=True, per_token=True, temperature=0.7
+    )
+    assert found.token_losses.dtype is found.token_entropies.dtype is torch.float32
+    rounded = (hidden @ weight.t()).detach().double()  # to bf16 by the product, and not once more
+    losses, entropies = plain_scores(rounded, targets, 0.7)
+    torch.testing.assert_close(found.token_losses.detach().double(), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.token_entropies.detach().double(), entropies, rtol=1e-5, atol=1e-5)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    losses, entropies = plain_scores(F.linear(*exact), targets, 0.7)
+    got = torch.autograd.grad(
+        ((found.token_losses - found.token_entropies) * weights).sum(), (hidden, weight)
+    )
+    for a, b in zip(got, torch.autograd.grad(((losses - entropies) * weights).sum(), exact), strict=True):
+        assert a.dtype is torch.bfloat16
+        assert ((a.double() - b).norm() / b.norm()).item() < 1e-2
+
+
+def test_no_token_gives_entropies_with_zero_gradients_on_the_graph() -> None:
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64)
+    found = token_cross_entropy(hidden, weight, none, with_entropy=True, per_token=True, temperature=0.5)
+    (found.token_losses.sum() + found.token_entropies.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros(5, 8)) and hidden.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-6])
+def test_entropies_of_huge_and_of_equal_logits_have_finite_gradients(scale: float) -> None:
+    hidden = torch.tensor([[scale]], requires_grad=True)
+    found = token_cross_entropy(
+        hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0]), with_entropy=True, per_token=True
+    )
+    found.token_entropies.sum().backward()
+    assert found.token_entropies.item() == pytest.approx(0 if scale > 1 else math.log(2))
+    assert hidden.grad.item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_every_model_is_scored_at_the_temperature(name: str, temperature: float) -> None:
+    reference, model = tiny(MODELS[name]), tiny(MODELS[name])
+    with torch.no_grad():
+        for weights in (reference, model):
+            weights.get_output_embeddings().weight.mul_(5)  # the logits of a new model are all but equal
+    packed = PackedCausalLM(model)
+    found = packed(**batch_arguments(BATCH), with_entropy=True, per_token=True, temperature=temperature)
+    logits = plain_logits(reference, BATCH)
+    expected = plain_scores(logits, BATCH.targets, temperature)
+    other = plain_scores(logits, BATCH.targets, 0.8)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(expected, other, strict=True))
+    torch.testing.assert_close(found.token_losses, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.token_entropies, expected[1], rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, 6)
+    ((found.token_losses - 0.5 * found.token_entropies) * weights).sum().backward()
+    ((expected[0] - 0.5 * expected[1]) * weights).sum().backward()
+    compared = 0
+    for (key, a), (_, b) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5 * float(b.grad.abs().max()), msg=key)
+        compared += int(b.grad.abs().sum() > 0)
+    assert compared > 10
+
+
+def test_entropies_are_not_asked_for_in_vain() -> None:
+    packed = PackedCausalLM(tiny(LLAMA))
+    assert packed(**batch_arguments(BATCH), per_token=True).token_entropies is None
+    assert packed(**batch_arguments(BATCH), with_entropy=True).token_entropies is None
