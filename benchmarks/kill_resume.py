@@ -1,12 +1,14 @@
 """Kill a run with SIGKILL again and again, resume it, and compare what is left with a run nobody touched.
 
     python -m benchmarks.kill_resume --kills 20
-    python -m benchmarks.kill_resume --step dpo --kills 10      (or reward)
+    python -m benchmarks.kill_resume --step dpo --kills 10      (or reward, ppo)
 
 For 1 and 2 ranks and ZeRO 1, 2 and 3: one uninterrupted run of a small model with dropout, and one that is
-killed `--kills` times at seeded moments: at start-up, in the middle of a step, and while a checkpoint is
-being written. At the end the weights, the fp32 masters, the optimizer's state, the exported artifact and
-every logged number (but for times) must be the same bits. Exit status 1 when any differs.
+killed `--kills` times at seeded moments: at start-up, in the middle of a step (PPO: in its roll-out, scoring
+and updates, whose moments are aimed at by how long they last in the uninterrupted run), and while a
+checkpoint is being written. At the end the weights, the fp32 masters, the optimizers' states, the counters
+(PPO's KL coefficient is one), the exported artifact, every sample and every logged number (but for times)
+must be the same bits. Exit status 1 when any differs.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +51,17 @@ class Point:
 class Kills:
     """How many kills hit which moment, and how many attempts ended before theirs came."""
 
-    startup: int = 0
-    step: int = 0
-    checkpoint: int = 0
+    hits: Counter[str] = field(default_factory=Counter)
     missed: int = 0
 
-    @property
-    def total(self) -> int:
-        return self.startup + self.step + self.checkpoint
 
+MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
+PHASES = ("rollout", "score", "learn")
+STEPS = {"ppo": 40}
+"""Steps of a run where they are not 160: an iteration of PPO has six updates."""
 
-MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo"}
+Windows = Mapping[str, tuple[float, float]]
+"""Seconds from the end of a step to the beginning and the end of each phase of the next."""
 CONTEXT, VOCABULARY = 128, 300
 MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -67,8 +71,8 @@ MODEL: dict[str, Any] = {
 
 
 def write_rows(path: Path, step_name: str = "sft") -> None:
-    """Demonstrations, or preferences for the steps that take them."""
-    rows = demonstrations() if step_name == "sft" else preferences()
+    """Preferences for the steps that take them, demonstrations for the others."""
+    rows = preferences() if step_name in ("reward", "dpo") else demonstrations()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -102,10 +106,20 @@ def make_policy(folder: Path, rows: Path) -> None:
     export_as_policy(model, load_tokenizer(model, lambda: iter(texts)), folder, CONTEXT)
 
 
+def make_reward_model(folder: Path, policy: Path) -> None:
+    """A reward model of random weights that reads text as the policy does."""
+    from benchmarks.ppo_workload import export_as_reward_model
+    from common.config import Dtype, ModelConfig
+    from common.models import load_tokenizer
+
+    model = ModelConfig(path=str(policy), dtype=Dtype.fp32)
+    export_as_reward_model(model, load_tokenizer(model), folder, CONTEXT)
+
+
 def write_config(run_dir: Path, point: Point, data: Path, policy: Path | None = None) -> Path:
     """The resolved configuration that the ranks read, as the controller would write it.
 
-    policy: the artifact that the steps after the first start from.
+    policy: the artifact that the steps after the first start from; PPO's reward model lies beside it.
     """
     from omegaconf import OmegaConf
 
@@ -125,9 +139,11 @@ def write_config(run_dir: Path, point: Point, data: Path, policy: Path | None = 
     settings.train.max_steps, settings.train.save_every, settings.train.eval_every = (
         point.steps, SAVE_EVERY, 8,
     )  # fmt: skip
+    if point.step_name == "ppo":
+        configure_ppo(settings, policy)
     if hasattr(settings, "sampling"):
         settings.sampling.num_prompts, settings.sampling.max_new_tokens = 2, 4
-    settings.optim.lr = 1e-2
+    settings.optim.lr = 1e-3 if point.step_name == "ppo" else 1e-2
     job.deepspeed = DeepSpeedConfig(stage=point.stage)
     job.tracking.wandb = WandbMode.off
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -136,13 +152,28 @@ def write_config(run_dir: Path, point: Point, data: Path, policy: Path | None = 
     return path
 
 
+def configure_ppo(settings: Any, policy: Path | None) -> None:
+    """Everything that has a state: both optimizers, a coefficient that moves, an average; and several updates
+    in an iteration, the last of each pass a short one."""
+    from step3_ppo.config import KLConfig, KLController, RolloutConfig
+
+    assert policy is not None
+    settings.reward_model = str(policy.with_name("reward_model"))
+    settings.rollout = RolloutConfig(prompts=8, samples_per_prompt=2, max_new_tokens=12, slots=4)
+    settings.ppo_epochs, settings.ema_decay = 2, 0.9
+    settings.kl = KLConfig(controller=KLController.adaptive, target=0.5, horizon=100.0)
+    settings.evaluation.num_prompts = 2
+    settings.critic.optim.lr = 1e-3
+
+
 def new_job(step_name: str, **identity: Any) -> Any:
     """A job of the step, all settings at their defaults."""
     from step1_sft.config import SFTJob
     from step2_dpo.config import DPOJob
     from step2_reward.config import RewardJob
+    from step3_ppo.config import PPOJob
 
-    return {"sft": SFTJob, "reward": RewardJob, "dpo": DPOJob}[step_name](**identity)
+    return {"sft": SFTJob, "reward": RewardJob, "dpo": DPOJob, "ppo": PPOJob}[step_name](**identity)
 
 
 class Attempt:
@@ -193,14 +224,34 @@ def last_step(folder: Path) -> int:
         return 0
 
 
-def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills) -> None:
+def phase_windows(folder: Path) -> Windows:
+    """When roll-out, scoring and updates take place in a step; empty for a step without them."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "time/rollout" in line]
+    windows, begin = {}, 0.0
+    for phase in PHASES if timed else ():
+        end = begin + statistics.median(line[f"time/{phase}"] for line in timed)
+        windows[phase], begin = (begin, end), end
+    return windows
+
+
+def moments(windows: Windows) -> dict[str, int]:
+    """Where kills are aimed at, and how often."""
+    steps = {"rollout": 2, "score": 1, "learn": 3} if windows else {"step": 5}
+    return {"startup": 1, **steps, "checkpoint": 4}
+
+
+def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills, windows: Windows) -> None:
     """Kill the attempt at a moment drawn from `generator`, unless it ends before."""
-    kind = generator.choices(["startup", "step", "checkpoint"], [1, 5, 4])[0]
+    weights = moments(windows)
+    (kind,) = generator.choices([*weights], [*weights.values()])
     before, count = last_step(folder), generator.randint(1, 3)
-    delay = generator.uniform(0.0, 6.0 if kind == "startup" else 0.15)
+    delay = generator.uniform(*windows.get(kind, (0.0, 6.0 if kind == "startup" else 0.15)))
     present = set((folder / "checkpoints").glob("step_*"))
     while attempt.is_running() and kind != "startup":
-        if kind == "step" and last_step(folder) >= before + count:
+        done = last_step(folder)
+        # a phase is aimed at where no checkpoint comes before it
+        if kind != "checkpoint" and done >= before + count and (kind == "step" or done % SAVE_EVERY):
             break
         partial = set((folder / "checkpoints").glob("step_*.tmp")) - present
         if kind == "checkpoint" and partial:
@@ -209,7 +260,7 @@ def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kill
         time.sleep(0.001)
     time.sleep(delay)
     if attempt.is_running():
-        setattr(kills, kind, getattr(kills, kind) + 1)
+        kills.hits[kind] += 1
     else:
         kills.missed += 1
     attempt.kill()
@@ -221,11 +272,11 @@ def run_to_the_end(config: Path, point: Point) -> None:
         raise RuntimeError(f"exit status {codes}:\n" + (config.parent / "output.log").read_text()[-3000:])
 
 
-def run_and_kill(config: Path, point: Point, count: int, seed: int) -> Kills:
+def run_and_kill(config: Path, point: Point, count: int, seed: int, windows: Windows) -> Kills:
     """Start and kill until `count` kills have hit; then let it end."""
     kills, generator, folder = Kills(), random.Random(seed), config.parent / point.step_name
-    while kills.total < count and last_step(folder) < point.steps:
-        strike(Attempt(config, point), folder, generator, kills)
+    while kills.hits.total() < count and last_step(folder) < point.steps:
+        strike(Attempt(config, point), folder, generator, kills, windows)
     run_to_the_end(config, point)
     return kills
 
@@ -253,8 +304,8 @@ def state_differences(one: Path, other: Path, steps: int, step_name: str = "sft"
     if files[0] != files[1]:
         return [f"files: {sorted(set(files[0]) ^ set(files[1]))}"]
     tensors = 0
-    for name in (file for file in files[0] if file.suffix == ".pt"):
-        left, right = (dict(leaves(torch.load(c / name, weights_only=False))) for c in checkpoints)
+    for name in files[0]:
+        left, right = (contents(checkpoint / name) for checkpoint in checkpoints)
         if left.keys() != right.keys():
             differences.append(f"{name}: other keys")
         for key in left.keys() & right.keys():
@@ -272,6 +323,18 @@ def state_differences(one: Path, other: Path, steps: int, step_name: str = "sft"
     return differences
 
 
+def contents(file: Path) -> dict[str, Any]:
+    """Tensors and plain values of a checkpoint's file, by path; empty for its manifest, which has hashes."""
+    import torch
+    from safetensors.torch import load_file
+
+    if file.suffix == ".pt":
+        return dict(leaves(torch.load(file, weights_only=False)))
+    if file.suffix == ".safetensors":
+        return dict(leaves(load_file(file)))
+    return dict(leaves(json.loads(file.read_text()))) if file.name == "counters.json" else {}
+
+
 def metric_differences(one: Path, other: Path, step_name: str = "sft") -> list[str]:
     """Lines of metrics.jsonl and samples.jsonl that differ in more than times."""
     found = []
@@ -280,7 +343,7 @@ def metric_differences(one: Path, other: Path, step_name: str = "sft") -> list[s
             continue  # a step that samples nothing
         rows = [
             [
-                {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
+                {k: v for k, v in json.loads(line).items() if not k.startswith(("perf/", "time/"))}
                 for line in (folder / step_name / file).read_text().splitlines()
             ]
             for folder in (one, other)
@@ -299,12 +362,15 @@ def trial(folder: Path, point: Point, count: int, seed: int) -> tuple[Kills, lis
     if not rows.exists():
         write_rows(rows, point.step_name)
         make_policy(policy, rows)
+        if point.step_name == "ppo":
+            make_reward_model(folder / "reward_model", policy)
     name = f"ranks{point.ranks}-zero{point.stage}"
     whole, killed = (
         write_config(folder / f"{name}-{kind}", point, rows, policy) for kind in ("whole", "killed")
     )
     run_to_the_end(whole, point)
-    kills = run_and_kill(killed, point, count, seed)
+    windows = phase_windows(whole.parent / point.step_name)
+    kills = run_and_kill(killed, point, count, seed, windows)
     differences = state_differences(whole.parent, killed.parent, point.steps, point.step_name)
     return kills, differences + metric_differences(whole.parent, killed.parent, point.step_name)
 
@@ -313,17 +379,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", choices=tuple(MODULES), default="sft", help="which step is killed")
     parser.add_argument("--kills", type=int, default=20, help="kills per combination")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, help="steps of each run; by default 160, of PPO 40")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="of ZeRO")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_resume_"))
     results = []
-    for ranks in (1, 2):
-        for stage in (1, 2, 3):
-            point = Point(ranks, stage, arguments.steps, arguments.step)
+    for ranks in arguments.ranks:
+        for stage in arguments.stages:
+            steps = arguments.steps or STEPS.get(arguments.step, 160)
+            point = Point(ranks, stage, steps, arguments.step)
             seed = arguments.seed + 10 * ranks + stage
             kills, differences = trial(folder, point, arguments.kills, seed)
-            results.append({**vars(point), **vars(kills), "kills": kills.total, "differences": differences})
+            counted = {**kills.hits, "missed": kills.missed, "kills": kills.hits.total()}
+            results.append({**vars(point), **counted, "differences": differences})
             print(json.dumps(results[-1]), flush=True)
     name = "kill_resume" if arguments.step == "sft" else f"kill_resume_{arguments.step}"
     write_results(name, {"save_every": SAVE_EVERY, "results": results})

@@ -46,7 +46,7 @@ class Tick:
 
     step: int
     wall_seconds: float  # since the process began
-    cpu_seconds: float  # of the living process tree
+    cpu_seconds: float  # of the process tree until then, also of those in it that have ended
 
 
 def machine() -> dict[str, Any]:
@@ -121,6 +121,7 @@ def _cpu_of_tree(pid: int) -> float:
         except psutil.NoSuchProcess:
             continue
         total += times.user + times.system
+        total += times.children_user + times.children_system  # of those that ended and were waited for
     return total
 
 

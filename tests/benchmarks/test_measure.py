@@ -37,6 +37,19 @@ def test_cpu_time_of_grandchildren_counts(tmp_path: Path) -> None:
     assert usage.cpu_seconds > 0.4
 
 
+def test_cpu_time_of_what_has_ended_counts_at_the_next_step(tmp_path: Path) -> None:
+    steps = tmp_path / "steps"
+    start = """
+import subprocess, sys, time
+subprocess.run([sys.executable, "-c", sys.argv[1].replace("time.sleep(1)", ""), sys.argv[2] + ".inner"])
+open(sys.argv[2], "a").write("line\\n")
+time.sleep(1)
+"""
+    command = [sys.executable, "-c", start, BUSY, str(steps)]
+    _, ticks = measure.run_measured(command, log=tmp_path / "log", steps_file=steps)
+    assert [tick.step for tick in ticks] == [1] and ticks[0].cpu_seconds > 0.4
+
+
 def test_a_child_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
     with pytest.raises(measure.ChildFailed, match="status 3(.|\n)*the reason"):
         measure.run_measured(
