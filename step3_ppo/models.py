@@ -3,8 +3,8 @@
 Takes a `PPOJob` and verified artifacts; returns modules on the device, without dropout of their own, so that
 two passes over the same weights agree. The actor and the critic have adapters where the job says so; with
 them the reference is the actor with its adapter off (`models.adapters_off`), and only without them a model of
-its own. Frozen networks have neither adapters nor recomputed activations, and their weights are not quantized:
-they answer as they were measured. Knows no optimizer.
+its own. Frozen networks have neither adapters nor recomputed activations, and their weights are not
+quantized: they answer as they were measured. Knows no optimizer.
 """
 
 from __future__ import annotations
