@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from common.distributed import sum_over_ranks
+from common.losses import TokenLoss
 
 LARGEST_LOG_RATIO = 20.0
 """Beyond it a ratio says only that something went wrong; e^20 is still finite in fp32, with room for sums."""
@@ -134,6 +135,8 @@ class UpdateSums:
     value_tokens: torch.Tensor | float = 0.0
     value_loss: torch.Tensor | float = 0.0
     value_clipped: torch.Tensor | float = 0.0
+    demonstration_tokens: torch.Tensor | float = 0.0
+    demonstration_loss: torch.Tensor | float = 0.0
 
     def add_policy(self, sums: PolicySums) -> None:
         """Add one micro-batch of the actor; nothing waits for the device here."""
@@ -152,6 +155,11 @@ class UpdateSums:
         self.value_loss += _detached(sums.loss)
         self.value_clipped += sums.clipped
 
+    def add_demonstrations(self, result: TokenLoss) -> None:
+        """Add one micro-batch of demonstrations; nothing waits for the device here."""
+        self.demonstration_tokens += len(result.token_losses)
+        self.demonstration_loss += _detached(result.loss_sum)
+
     def add(self, other: UpdateSums) -> None:
         """Add what another one saw: an update to its iteration."""
         for name, value in vars(other).items():
@@ -161,6 +169,10 @@ class UpdateSums:
         """What `UpdateSums(**state)` continues from, exactly; JSON keeps float64 as it is."""
         return {name: float(value) for name, value in vars(self).items()}
 
+    def of_all_ranks(self) -> UpdateSums:
+        """The sums over all ranks, which all call it."""
+        return UpdateSums(*sum_over_ranks(list(self.state().values())))
+
     def metrics(self) -> dict[str, float]:
         """Token means over all ranks, which all call it; what had no token (no critic) is left out.
 
@@ -168,7 +180,7 @@ class UpdateSums:
         `val/ratio`. `policy/ref_kl_avg` is 0 where the loss has no reference, `policy/entropy_avg` where no
         entropies were asked for.
         """
-        total = UpdateSums(*sum_over_ranks(list(self.state().values())))
+        total = self.of_all_ranks()
         of_policy = {
             "loss/policy_avg": total.surrogate,
             "policy/approxkl_avg": total.approxkl,
@@ -178,10 +190,12 @@ class UpdateSums:
             "val/ratio": total.ratio,
             "val/ratio_off": total.off,
         }
+        of_demonstrations = {"loss/ptx_avg": total.demonstration_loss}
         of_critic = {"loss/value_avg": total.value_loss, "val/clipfrac_avg": total.value_clipped}
         return {
             **_means(of_policy, total.policy_tokens),
             **_means(of_critic, total.value_tokens),
+            **_means(of_demonstrations, total.demonstration_tokens),
         }
 
 
