@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from common.checkpoint import Checkpoints
+from common.checkpoint import Checkpoints, State
 from common.config import Dtype, JobConfig, OptimConfig, TrainConfig
-from common.data.types import TokenizedExample
+from common.data.types import TokenizedExample, TokenizedPrompt
 from common.distributed import STOPPED_EXIT_CODE, World
 from common.ds_config import build_ds_config
 from common.engine import Engine, StepOutcome
@@ -67,13 +67,18 @@ def build_engine(
 
 def resume(checkpoints: Checkpoints, engine: Engine, say: Callable[[str], None]) -> Counters:
     """Counters of the newest checkpoint that verifies, its state restored; new ones when there is none."""
-    resumed = checkpoints.resume(engine)
+    return Counters(**restore(checkpoints, engine, say))
+
+
+def restore(checkpoints: Checkpoints, state: State, say: Callable[[str], None]) -> dict[str, Any]:
+    """The same for any state and any counters, which are {} when there is no checkpoint."""
+    resumed = checkpoints.resume(state)
     if resumed is None:
-        return Counters()
+        return {}
     for line in resumed.set_aside:
         say(f"set aside, not verified: {line}")
     say(f"resuming from {resumed.path}")
-    return Counters(**resumed.counters)
+    return resumed.counters
 
 
 def save_and_leave(
@@ -120,7 +125,9 @@ def metrics_of_step(path: Path, step: int) -> dict[str, float]:
     return {name: value for line in lines for name, value in line.items() if name != "step"}
 
 
-def probe_of(example: TokenizedExample, device: torch.device, longest: int = 256) -> torch.Tensor:
+def probe_of(
+    example: TokenizedExample | TokenizedPrompt, device: torch.device, longest: int = 256
+) -> torch.Tensor:
     """The start of a document, int64 [1, N]: what an exported model is compared with the live one on."""
     return torch.from_numpy(example.input_ids[:longest].astype(np.int64))[None].to(device)
 

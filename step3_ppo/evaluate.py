@@ -1,1 +1,98 @@
-"""Being built."""
+"""What PPO measures on held-out prompts: rewards and scores of greedy and of sampled responses, to read too.
+
+The same prompts and the same draws every time, so that before and after differ by the actor alone. Numbers
+under `eval/<name>` are of sampled responses, those under `eval/greedy/<name>` of greedy ones; `<name>_se` is
+their standard error. The divergence from the reference is that of the sampled ones, in nats per response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.data.batches import BatchPlan
+from common.data.stored import PromptDataset
+from step3_ppo.experience import Experience, Response
+from step3_ppo.metrics import mean_with_error, response_kl
+from step3_ppo.minibatches import batches_in
+from step3_ppo.networks import Networks
+from step3_ppo.rollout import Sampler
+from step3_ppo.scoring import Scoring, Texts
+
+MODES = {"sampled": "eval/", "greedy": "eval/greedy/"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out prompts (`prompt_ids` into `rows`), and what scores the responses to them."""
+
+    rows: PromptDataset
+    prompt_ids: Sequence[int]
+    scoring: Scoring
+    plan: BatchPlan
+    seed: int
+
+    def __call__(
+        self, networks: Networks, sampler: Sampler
+    ) -> tuple[dict[str, float], list[dict[str, object]]]:
+        """Metrics, and a row for each response; the same on every rank."""
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, object]] = []
+        for mode, prefix in MODES.items():
+            responses = sampler(self.rows, self.prompt_ids, key=(self.seed,), greedy=mode == "greedy")
+            assert responses is not None  # nobody is asked to stop here
+            values, texts = self._measure(Experience(responses), networks, with_kl=mode == "sampled")
+            for name, of_responses in values.items():
+                metrics[prefix + name], metrics[f"{prefix}{name}_se"] = mean_with_error(of_responses)
+            samples += self._samples(mode, responses, values, texts)
+        return metrics, samples
+
+    def _measure(
+        self, experience: Experience, networks: Networks, *, with_kl: bool
+    ) -> tuple[dict[str, np.ndarray], Texts]:
+        """Each number as [B], by name, and the responses as text."""
+        batches = batches_in(experience, self.plan)
+        experience = self.scoring.score(experience, self.rows, batches, networks)
+        texts = self.scoring.texts(experience.responses, self.rows)
+        assert experience.rewards is not None
+        values = {
+            "reward": experience.rewards,
+            **self.scoring.look(texts),
+            "length": np.diff(experience.offsets).astype(np.float64),
+            "stop_rate": np.array([float(response.stopped) for response in experience.responses]),
+        }
+        if with_kl and networks.has_reference:
+            experience = networks.with_token_numbers(experience, batches, values=False)
+            kl = response_kl(experience)
+            assert kl is not None
+            values["kl"] = kl
+        return values, texts
+
+    def _samples(
+        self, mode: str, responses: Sequence[Response], values: dict[str, np.ndarray], texts: Texts
+    ) -> list[dict[str, object]]:
+        """Rows for samples.jsonl."""
+        usual = ("reward", "kl", "length", "stop_rate")
+        return [
+            {
+                "prompt": shown(prompt),
+                "completion": completion,
+                "stopped": response.stopped,
+                "mode": mode,
+                "reward": float(values["reward"][index]),
+                "kl": float(values["kl"][index]) if "kl" in values else None,
+                "scores": {name: float(v[index]) for name, v in values.items() if name not in usual},
+            }
+            for index, (response, prompt, completion) in enumerate(
+                zip(responses, texts.prompts, texts.completions, strict=True)
+            )
+        ]
+
+
+def shown(prompt: object) -> str:
+    """A prompt as people read it: its text, or its turns."""
+    if isinstance(prompt, list):
+        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+    return str(prompt)

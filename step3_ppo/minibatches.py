@@ -40,6 +40,12 @@ def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, e
     ]
 
 
+def batches_in(experience: Experience, plan: BatchPlan) -> list[Batch]:
+    """All responses once over all ranks, as this rank's micro-batches."""
+    everything = np.arange(len(experience.responses))
+    return batches_of(_Documents(experience), everything, plan, seed=plan.seed)
+
+
 def updates_in(responses: int, plan: BatchPlan, epochs: int) -> int:
     """How many updates an iteration of so many responses has."""
     return epochs * math.ceil(responses / plan.global_batch_size)

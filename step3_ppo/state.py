@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from common import loop
+from common.engine import StepOutcome
 from step3_ppo.experience import Experience, Response
 
 FILE = "experience.npz"
@@ -37,24 +39,29 @@ class Counters:
     kl_coef: float = 0.0
     watchdogs: Mapping[str, Any] = field(default_factory=dict)  # what they remember
     sums: Mapping[str, float] = field(default_factory=dict)  # of the updates done in the unfinished iteration
-    measured: Mapping[str, float] = field(default_factory=dict)  # of its responses
 
     @property
     def is_fresh(self) -> bool:
         """Whether nothing was learned yet."""
         return self.step == 0 and self.update == 0
 
-    def after_update(self, *, actor: bool | None, critic: bool | None) -> Counters:
-        """One update further. actor, critic: whether it changed them; None: it was not to."""
-        outcomes = [outcome for outcome in (actor, critic) if outcome is not None]
-        skipped = not all(outcomes)
+    def after_update(self, actor: StepOutcome | None, critic: StepOutcome | None) -> Counters:
+        """One update further; None for a network that was not to learn."""
+        skipped = any(outcome is not None and not outcome.applied for outcome in (actor, critic))
         return replace(
             self,
             update=self.update + 1,
-            applied=self.applied + bool(actor),
-            critic_applied=self.critic_applied + bool(critic),
+            applied=self.applied + (actor is not None and actor.applied),
+            critic_applied=self.critic_applied + (critic is not None and critic.applied),
             skipped=self.skipped + skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+        )
+
+    def as_of_loop(self) -> loop.Counters:
+        """As the other recipes count, for the lines that all of them print."""
+        applied = max(self.applied, self.critic_applied)
+        return loop.Counters(
+            step=applied + self.skipped, applied=applied, skipped_in_a_row=self.skipped_in_a_row
         )
 
     def after_iteration(self, experience: Experience, kl_coef: float) -> Counters:
@@ -69,7 +76,6 @@ class Counters:
             num_responses=self.num_responses + len(experience.responses),
             kl_coef=kl_coef,
             sums={},
-            measured={},
         )
 
 
@@ -88,7 +94,7 @@ class Unfinished:
         if self.experience is None or not self._writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / FILE, **to_arrays(self.experience))
+        np.savez(folder / FILE, allow_pickle=False, **to_arrays(self.experience))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, bit for bit; none where it wrote nothing."""

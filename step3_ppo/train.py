@@ -1,1 +1,358 @@
-"""Being built."""
+"""PPO, read from top to bottom: set up, load, data, networks, loop, save.
+
+Takes a `PPOJob` and a run's folder; leaves `<run>/ppo/` with metrics, samples, checkpoints and, when it is
+finished, the policy under `export/`. The loop numbers the parts of an iteration as the algorithm does:
+
+1. sample responses from the actor (rollout.py)              5. advantages and returns (advantages.py)
+2. score them (rewards.py)                                   6. update actor and critic (update.py, loss.py)
+3. log-probabilities, the reference's, values (networks.py)  7. move the KL coefficient (kl.py)
+4. rewards of tokens (advantages.py)
+
+Proximal policy optimization (arXiv 1707.06347) as InstructGPT uses it (2203.02155), with the details that
+"The N+ implementation details of RLHF with PPO" (2403.17031) found to matter. What is measured on held-out
+prompts is in evaluate.py; mechanisms are in `common/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from common import loop
+from common.artifacts import MANIFEST, file_sha256
+from common.average import ExponentialAverage
+from common.checkpoint import Checkpoints, State, States
+from common.config import to_plain
+from common.data.batches import Batches
+from common.data.dataset import DEMONSTRATIONS
+from common.distributed import (
+    STOPPED_EXIT_CODE,
+    StopSignal,
+    barrier,
+    close_world,
+    from_main,
+    init_world,
+    seed_everything,
+    sum_over_ranks,
+)
+from common.export import export_policy
+from common.handoff import load_named, model_of, parent_record
+from common.models import load_tokenizer, terminators_of
+from common.performance import performance, training_flops_per_token
+from common.progress import Progress
+from common.stage import Role, Step
+from common.step_data import batch_plan, load_data
+from common.tracking import METRICS_FILE, Tracker
+from step3_ppo.advantages import estimate
+from step3_ppo.config import KLPlacement, PPOConfig, PPOJob
+from step3_ppo.data import PromptOrder, held_out_sample, load_prompts
+from step3_ppo.evaluate import Evaluation
+from step3_ppo.experience import Experience
+from step3_ppo.kl import next_coef
+from step3_ppo.loss import UpdateSums
+from step3_ppo.metrics import describe, held_out_line, token_kl
+from step3_ppo.minibatches import minibatches_of, updates_in
+from step3_ppo.networks import build_networks
+from step3_ppo.rollout import Sampler
+from step3_ppo.scoring import Scoring
+from step3_ppo.state import Counters, Unfinished
+from step3_ppo.update import update
+from step3_ppo.watchdogs import Watchdogs
+
+log = logging.getLogger("rlhf.ppo")
+
+
+def train(job: PPOJob, run_dir: Path) -> int:
+    """Train the policy and export it. Returns 0; leaves by SystemExit(143) when told to stop, state saved."""
+    # Set up ------------------------------------------------------------------------------------
+    folder, ppo, config = run_dir / "ppo", job.ppo, job.ppo.train
+    world = init_world()
+    stop = StopSignal()
+    seed_everything(job.seed)
+    say = print if world.is_main else log.info
+
+    # Load --------------------------------------------------------------------------------------
+    policy = from_main(world, lambda: load_named(ppo.policy or "", Role.policy, "ppo.policy"))
+    parents, reward_model = [policy], None
+    if ppo.needs(Role.reward_model):
+        named = ppo.reward_model or ""
+        reward_model = from_main(world, lambda: load_named(named, Role.reward_model, "ppo.reward_model"))
+        parents.append(reward_model)
+    tokenizer = load_tokenizer(model_of(job.model, policy.path))
+    data = load_prompts(job, tokenizer, folder, world, say, policy=policy)
+    scoring = Scoring(ppo, reward_model, tokenizer, world)
+    scoring.check(data.train)
+
+    # Data --------------------------------------------------------------------------------------
+    order = PromptOrder(data.train, ppo.rollout.prompts, job.seed, data.weights)
+    total_steps = config.max_steps or order.iterations_in(config.epochs)
+    plan = batch_plan(job, ppo.data, config, world)
+    updates = updates_in(ppo.responses_per_iteration, plan, ppo.ppo_epochs)  # of an iteration, at most
+    demonstrations = None
+    if ppo.ptx_weight:
+        ptx = load_data(job, Step.ppo, ppo.ptx_data, DEMONSTRATIONS, tokenizer, folder / "ptx", world, say)
+        ptx_plan = replace(batch_plan(job, ppo.ptx_data, config, world), global_batch_size=ppo.ptx_batch_size)
+        demonstrations = Batches(ptx.train, ptx_plan, ptx.weights)
+    evaluation = None
+    if data.held_out is not None and ppo.evaluation.num_prompts:
+        chosen = held_out_sample(data.held_out, ppo.evaluation.num_prompts, job.seed)
+        evaluation = Evaluation(data.held_out, chosen, scoring, plan, job.seed)
+
+    # Networks ----------------------------------------------------------------------------------
+    networks = build_networks(
+        job, policy, reward_model, tokenizer, world,
+        actor_updates=updates * (total_steps - ppo.critic.warmup_iterations),
+        critic_updates=updates * total_steps,
+    )  # fmt: skip
+    actor = networks.actor.engine
+    flops_per_token = training_flops_per_token(networks.model)
+    sampler = Sampler(actor, networks.model, ppo.rollout, terminators_of(tokenizer), world, stop)
+    average = None if ppo.ema_decay is None else ExponentialAverage(actor, ppo.ema_decay)
+    unfinished = Unfinished(writes=world.is_main)
+    parts: dict[str, State] = {"actor": actor, "experience": unfinished}
+    if networks.critic is not None:
+        parts["critic"] = networks.critic.engine
+    if average is not None:
+        parts["average"] = average
+    state = States(**parts)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
+    counters = Counters(**loop.restore(checkpoints, state, say) or {"kl_coef": ppo.kl.coef})
+
+    with (
+        Progress(total_steps, label="ppo", done=counters.step, enabled=world.is_main) as progress,
+        Tracker(
+            "ppo", job.run_name, folder, job.tracking, to_plain(job),
+            None if counters.is_fresh else counters.step, enabled=world.is_main, say=progress.log,
+        ) as tracker,
+    ):  # fmt: skip
+        # Loop ----------------------------------------------------------------------------------
+        stop.deferred = True
+        watchdogs = Watchdogs(ppo, job.model.dtype, counters.watchdogs)
+        learned = UpdateSums(**counters.sums) if world.is_main else UpdateSums()
+
+        def save() -> None:
+            """Commit a checkpoint of this moment, also between two updates of an iteration."""
+            now = replace(counters, sums=learned.of_all_ranks().state(), watchdogs=watchdogs.state())
+            checkpoints.save(counters.step * updates + counters.update, state, asdict(now), best_step=None)
+
+        def leave() -> NoReturn:
+            save()
+            progress.log(
+                f"told to stop: saved in iteration {counters.step + 1}; the same command goes on there"
+            )
+            raise SystemExit(STOPPED_EXIT_CODE)
+
+        def evaluate() -> None:
+            """Measure on held-out prompts what would be exported now."""
+            if evaluation is None:
+                return
+            networks.eval()
+            with swapped_in(average):
+                held_out, samples = evaluation(networks, sampler)
+            tracker.log(held_out, counters.step)
+            tracker.log_samples(samples, counters.step)
+            progress.log(held_out_line(counters.step, held_out))
+            for line in watchdogs.look_at_evaluation(counters.step, held_out):
+                progress.log(line)
+
+        if counters.is_fresh:
+            evaluate()
+        while counters.step < total_steps:
+            clock = Stopwatch()
+            networks.eval()
+            if unfinished.experience is None:
+                # 1. Sample responses from the actor.
+                prompt_ids = order.prompts_of(counters.step)
+                samples_each = ppo.rollout.samples_per_prompt
+                responses = sampler(
+                    data.train, prompt_ids, key=(job.seed, counters.step), samples=samples_each
+                )
+                if responses is None:
+                    leave()
+                experience = Experience(responses)
+                clock.lap("rollout")
+                # 2. Score them, in the micro-batches in which part 6 sees them first.
+                first_pass = minibatches_of(experience, plan, iteration=counters.step, epoch=0)
+                batches = [batch for minibatch in first_pass for batch in minibatch.micro_batches]
+                experience = scoring.score(experience, data.train, batches, networks)
+                # 3. Log-probabilities of the actor and the reference, and the critic's values.
+                experience = networks.with_token_numbers(experience, batches)
+                # 4. Rewards of tokens, 5. advantages and returns: over the responses of all ranks.
+                unfinished.experience = with_advantages(experience, ppo, counters.kl_coef)
+                clock.lap("score")
+
+            # 6. Update actor and critic, a minibatch at a time.
+            experience = unfinished.experience
+            networks.train()
+            passes = [
+                minibatches_of(experience, plan, iteration=counters.step, epoch=epoch)
+                for epoch in range(ppo.ppo_epochs)
+            ]
+            minibatches = [minibatch for one in passes for minibatch in one]
+            norms: dict[str, float] = {}
+            of_first: dict[str, float] = {}
+            for minibatch in minibatches[counters.update :]:
+                if any(sum_over_ranks([stop.received])):
+                    leave()
+                seed_everything(job.seed, counters.step, counters.update, world.rank)
+                seen = UpdateSums()
+                outcome = update(networks, minibatch, experience, ppo, counters, seen, demonstrations)
+                if average is not None and outcome.actor is not None and outcome.actor.applied:
+                    average.update()
+                learned.add(seen)
+                norms, of_update = outcome.grad_norms(), seen.metrics()
+                if counters.update == 0:
+                    of_first = {"val/first_ratio_error": of_update.get("val/ratio_off", 0.0)}
+                counters = counters.after_update(outcome.actor, outcome.critic)
+                if counters.skipped_in_a_row:
+                    places = [data.train.place(response.prompt_id) for response in experience.responses]
+                    loss = of_update.get("loss/policy_avg", 0.0)
+                    loop.report_skipped(
+                        counters.as_of_loop(), places, loss, actor.loss_scale, job.model.dtype, progress
+                    )
+                if ppo.target_kl is not None and of_update.get("policy/approxkl_avg", 0.0) > ppo.target_kl:
+                    break
+            clock.lap("learn")
+
+            # 7. Move the KL coefficient.
+            metrics = {
+                **describe(experience, cost_of_kl(ppo, counters.kl_coef)),
+                **learned.metrics(),
+                **of_first,
+                **norms,
+                "kl_coef": counters.kl_coef,
+            }
+            kl_coef = next_coef(
+                ppo.kl.controller, counters.kl_coef, metrics.get("objective/kl", 0.0), target=ppo.kl.target,
+                horizon=ppo.kl.horizon, responses=len(experience.responses),
+            )  # fmt: skip
+            tokens = sum(len(response.prompt) + len(response.tokens) for response in experience.responses)
+            counters = counters.after_iteration(experience, kl_coef)
+            unfinished.experience, learned = None, UpdateSums()
+
+            metrics |= {
+                "learning_rate": networks.actor.learning_rate(counters.applied),
+                "epoch": order.epoch_of(counters.step),
+                "num_tokens": counters.num_tokens,
+                "num_trained_tokens": counters.num_trained_tokens,
+                "num_responses": counters.num_responses,
+                **clock.metrics(),
+                **rollout_speed(experience, sampler, clock),
+                **performance(flops_per_token, tokens, clock.total, job.model.dtype.value, world),
+            }
+            tracker.log(metrics, counters.step)
+            progress.update(
+                counters.step, loss=metrics.get("loss/policy_avg"),
+                tokens_per_second=metrics["perf/tokens_per_second"],
+            )  # fmt: skip
+            for line in watchdogs.look(counters.step, metrics):
+                progress.log(f"warning: {line}")
+            is_last = counters.step == total_steps
+            if loop.is_due(counters.step, config.eval_every) or is_last:
+                evaluate()
+            if loop.is_due(counters.step, config.save_every) or is_last:
+                save()
+
+        # Save ----------------------------------------------------------------------------------
+        stop.deferred = False  # everything is saved: what is left can be done again
+        networks.eval()
+        probe = loop.probe_of(data.train[0], world.device)
+        with swapped_in(average):
+            with torch.no_grad():
+                live_logits = networks.module.logits(probe)
+            weights = actor.full_state_dict()
+            if weights is not None:
+                final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
+                skipped = loop.skipped_warning(counters.as_of_loop(), job.model.dtype, Step.ppo)
+                if skipped is not None:
+                    progress.log(skipped)
+                export = export_policy(
+                    networks.model,
+                    weights,
+                    tokenizer,
+                    folder / "export",
+                    details={
+                        "parents": [parent_record(parent.path, run_dir) for parent in parents],
+                        "resolved_config_hash": file_sha256(run_dir / "resolved.yaml"),
+                        "data": data.fingerprints(),
+                        "progress": asdict(replace(counters, watchdogs={})),
+                        "metrics": final,
+                    },
+                    probe=probe,
+                    live_logits=live_logits,
+                )
+                tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
+                tracker.finish(summary=final)
+            barrier()
+    close_world()
+    return 0
+
+
+def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> Experience:
+    """The experience with advantages and returns, from its rewards, divergences and values."""
+    assert experience.rewards is not None
+    found = estimate(
+        ppo.estimator,
+        rewards=experience.rewards,
+        offsets=experience.offsets,
+        groups=experience.groups,
+        kl=token_kl(experience),
+        kl_coef=cost_of_kl(ppo, kl_coef),
+        values=experience.values,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        whiten=ppo.whiten_advantages,
+    )
+    return replace(experience, advantages=found.advantages, returns=found.returns)
+
+
+def cost_of_kl(ppo: PPOConfig, kl_coef: float) -> float:
+    """What a nat of divergence takes from the reward: nothing where it is in the loss."""
+    return kl_coef if ppo.kl.placement is KLPlacement.reward else 0.0
+
+
+def swapped_in(average: ExponentialAverage | None) -> AbstractContextManager[object]:
+    """The actor's average in its place while the block runs, where there is one."""
+    return nullcontext() if average is None else average.swapped_in()
+
+
+def rollout_speed(experience: Experience, sampler: Sampler, clock: Stopwatch) -> dict[str, float]:
+    """How fast the responses were sampled, over all ranks; nothing when that was before an interruption."""
+    seconds = clock.seconds("rollout")
+    if seconds is None:
+        return {}
+    return {
+        "perf/rollout_tokens_per_second": experience.num_tokens / seconds,
+        "perf/slot_utilisation": sampler.counts.slot_utilisation,
+    }
+
+
+class Stopwatch:
+    """Seconds of the parts of an iteration."""
+
+    def __init__(self) -> None:
+        self._laps: dict[str, float] = {}
+        self._last = self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What ran since the last lap was `name`."""
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def seconds(self, name: str) -> float | None:
+        """Of a part; None when it did not run."""
+        return self._laps.get(name)
+
+    @property
+    def total(self) -> float:
+        return self._last - self._start
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<part>`; a part that ran before an interruption is absent."""
+        return {f"time/{name}": seconds for name, seconds in self._laps.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from common.engine import StepOutcome
 from step3_ppo.experience import Experience, Response
 from step3_ppo.state import Counters, Unfinished
 
@@ -76,8 +78,9 @@ def test_counters_survive_json_exactly() -> None:
 
 
 def test_an_update_that_changed_only_the_critic_counts_as_skipped_for_nobody_in_warm_up() -> None:
-    warm = Counters().after_update(actor=None, critic=True)
+    done, lost = StepOutcome(True, 1.0), StepOutcome(False, math.nan)
+    warm = Counters().after_update(None, done)
     assert (warm.update, warm.applied, warm.critic_applied, warm.skipped) == (1, 0, 1, 0)
-    bad = warm.after_update(actor=False, critic=True).after_update(actor=True, critic=False)
+    bad = warm.after_update(lost, done).after_update(done, lost)
     assert (bad.applied, bad.critic_applied, bad.skipped, bad.skipped_in_a_row) == (1, 2, 2, 2)
-    assert bad.after_update(actor=True, critic=True).skipped_in_a_row == 0
+    assert bad.after_update(done, done).skipped_in_a_row == 0

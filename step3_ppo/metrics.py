@@ -1,0 +1,87 @@
+"""An iteration's responses and an evaluation, as numbers by name.
+
+Takes an `Experience` that is filled in; returns metrics under the names that users know from TRL. Every mean
+is over responses or over response tokens, never over padding: there is none. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from step3_ppo.experience import Experience
+from step3_ppo.kl import k1, response_sums
+from step3_ppo.loss import explained_variance
+
+
+def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
+    """What an iteration's responses are like, before anything is learned from them.
+
+    kl_coef: of the divergence in the rewards; 0 when it is in the loss. `objective/kl` is the mean over
+    responses of k1 summed over their tokens, in nats, and absent without a reference; `objective/entropy` the
+    mean of minus their log-probability.
+    """
+    assert experience.rewards is not None and experience.old_logprobs is not None
+    assert experience.advantages is not None
+    lengths = np.diff(experience.offsets)
+    stopped = np.array([response.stopped for response in experience.responses])
+    sampled = np.concatenate([response.logprobs for response in experience.responses])
+    drift = np.abs(sampled - experience.old_logprobs)
+    kl = response_kl(experience)
+    cost = 0.0 if kl is None else float(-kl_coef * kl.mean())
+    metrics = {
+        **{f"reward/{name}": float(scores.mean()) for name, scores in experience.scores.items()},
+        "objective/scores": float(experience.rewards.mean()),
+        "objective/scores_std": float(experience.rewards.std()),
+        "objective/non_score_reward": cost,
+        "objective/rlhf_reward": float(experience.rewards.mean()) + cost,
+        "objective/entropy": float(-response_sums(experience.old_logprobs, experience.offsets).mean()),
+        "objective/advantages_abs_mean": float(np.abs(experience.advantages).mean()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+        "response/truncated_share": float(1 - stopped.mean()),
+        "val/num_eos_tokens": float(stopped.sum()),
+        "rollout/logprob_drift": float(drift.mean()),
+        "rollout/logprob_drift_max": float(drift.max()),
+    }
+    if kl is not None:
+        metrics["objective/kl"] = float(kl.mean())
+    if experience.values is not None and experience.returns is not None:
+        metrics["val/explained_variance"] = explained_variance(experience.values, experience.returns)
+    return metrics
+
+
+def token_kl(experience: Experience) -> np.ndarray | None:
+    """fp32 [R], k1 = log π_old − log π_ref of each response token; None without a reference."""
+    if experience.old_logprobs is None or experience.ref_logprobs is None:
+        return None
+    return k1(experience.old_logprobs, experience.ref_logprobs)
+
+
+def response_kl(experience: Experience) -> np.ndarray | None:
+    """float64 [B], the sums of `token_kl` over each response."""
+    kl = token_kl(experience)
+    return None if kl is None else response_sums(kl, experience.offsets)
+
+
+def mean_with_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value)."""
+    count = len(values)
+    error = float(values.std(ddof=1)) / count**0.5 if count > 1 else 0.0
+    return float(values.mean()), error
+
+
+def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
+    """An evaluation in one line."""
+    shown = [f"reward {metrics['eval/reward']:.3f}"]
+    if "eval/kl" in metrics:
+        shown.append(f"KL {metrics['eval/kl']:.2f} nats")
+    usual = {"eval/reward", "eval/kl", "eval/length", "eval/stop_rate"}
+    named = [name for name in metrics if name.startswith("eval/") and name.count("/") == 1]
+    shown += [
+        f"{name.removeprefix('eval/')} {metrics[name]:.3f}"
+        for name in named
+        if name not in usual and not name.endswith("_se")
+    ]
+    return f"held out, step {step}: {', '.join(shown)}, {metrics['eval/stop_rate']:.0%} stop"

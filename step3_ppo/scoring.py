@@ -1,0 +1,116 @@
+"""Part 2 of an iteration: responses as text, and what every reward source says of them.
+
+Takes an `Experience` whose responses are sampled; returns it with the raw scores of each source and the
+reward of each response. The sampled token ids are what is scored and trained; their text is for reward
+functions and people only, and is never tokenized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.artifacts import Artifact
+from common.data.stored import PromptDataset
+from common.data.types import Batch
+from common.distributed import World, from_main
+from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Experience, Response
+from step3_ppo.functions import ScoreFunction, load_functions
+from step3_ppo.minibatches import per_response
+from step3_ppo.networks import Networks
+from step3_ppo.rewards import Calibration, RewardSources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Texts:
+    """B responses as reward functions see them: prompts as the rows had them, completions without their
+    terminator, and the rows' other columns, None where a row has no such column."""
+
+    prompts: list[Any]
+    completions: list[str]
+    columns: dict[str, list[Any]]
+
+
+class Scoring:
+    """All sources of `ppo.rewards`, and the functions of `ppo.evaluation`, ready to be asked."""
+
+    def __init__(
+        self,
+        ppo: PPOConfig,
+        reward_model: Artifact | None,
+        tokenizer: PreTrainedTokenizerFast,
+        world: World,
+    ) -> None:
+        self._ppo, self._tokenizer, self._world = ppo, tokenizer, world
+        self._sources = RewardSources(ppo.rewards)
+        self._functions: dict[str, ScoreFunction] = load_functions(
+            ppo.evaluation.functions, "ppo.evaluation.functions"
+        )
+        self._calibration = None
+        if self._sources.has_model:
+            assert reward_model is not None
+            self._calibration = Calibration.of(reward_model.manifest.details, reward_model.path)
+
+    def check(self, rows: PromptDataset) -> None:
+        """UserError when a function wants a column that the rows do not have."""
+        columns = self._columns([rows[0].columns])
+        self._sources.check(columns)
+        for function in self._functions.values():
+            function.check(columns)
+
+    def score(
+        self, experience: Experience, rows: PromptDataset, batches: Sequence[Batch], networks: Networks
+    ) -> Experience:
+        """The experience with scores and rewards. batches: this rank's, of all its responses."""
+        by_model = None
+        if networks.reward_model is not None:
+            with networks.reward_model.present():
+                by_model = per_response(experience, batches, networks.document_scores)
+        texts = self.texts(experience.responses, rows)
+        scores = from_main(
+            self._world,
+            lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, by_model),
+        )
+        rewards = self._sources.total(
+            scores,
+            np.array([response.stopped for response in experience.responses]),
+            missing_eos_penalty=self._ppo.missing_eos_penalty,
+            reward_clip=self._ppo.reward_clip,
+            calibration=self._calibration,
+        )
+        return replace(experience, scores=scores, rewards=rewards)
+
+    def look(self, texts: Texts) -> dict[str, np.ndarray]:
+        """What the functions of `ppo.evaluation` say, float64 [B] each."""
+        return from_main(
+            self._world,
+            lambda: {
+                name: function(texts.prompts, texts.completions, texts.columns)
+                for name, function in self._functions.items()
+            },
+        )
+
+    def texts(self, responses: Sequence[Response], rows: PromptDataset) -> Texts:
+        """The responses as text."""
+        prompts = [rows[response.prompt_id] for response in responses]
+        return Texts(
+            [prompt.prompt for prompt in prompts],
+            [self._completion(response) for response in responses],
+            self._columns([prompt.columns for prompt in prompts]),
+        )
+
+    def _completion(self, response: Response) -> str:
+        tokens = response.tokens[:-1] if response.stopped else response.tokens
+        return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+    @staticmethod
+    def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
+        names = sorted({name for row in rows for name in row})
+        return {name: [row.get(name) for row in rows] for name in names}

@@ -1,0 +1,122 @@
+"""Part 6 of an iteration: one update of the actor and the critic from a minibatch of responses.
+
+Takes a `Minibatch` of an `Experience` that is filled in; changes the networks, and adds what it saw to
+`UpdateSums`. Losses are sums over response tokens divided by the minibatch's number of them on all ranks, so
+the gradient depends neither on the micro batch nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.data.batches import Batches
+from common.distributed import sum_over_ranks
+from common.engine import StepOutcome
+from common.losses import TokenLoss, batch_arguments
+from step3_ppo.config import KLPlacement, PPOConfig
+from step3_ppo.experience import Experience
+from step3_ppo.loss import UpdateSums, policy_loss, value_loss
+from step3_ppo.minibatches import Minibatch
+from step3_ppo.networks import Networks
+from step3_ppo.state import Counters
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did to each network; None: it was not to learn."""
+
+    actor: StepOutcome | None
+    critic: StepOutcome | None
+
+    def grad_norms(self) -> dict[str, float]:
+        """Before clipping, as metrics."""
+        both = {"grad_norm": self.actor, "critic/grad_norm": self.critic}
+        return {name: outcome.grad_norm for name, outcome in both.items() if outcome is not None}
+
+
+def update(
+    networks: Networks,
+    minibatch: Minibatch,
+    experience: Experience,
+    ppo: PPOConfig,
+    counters: Counters,
+    sums: UpdateSums,
+    demonstrations: Batches | None,
+) -> Outcome:
+    """Learn from one minibatch. demonstrations: mixed into the actor's loss by `ppo.ptx_weight`."""
+    actor = critic = None
+    if counters.step >= ppo.critic.warmup_iterations:
+        _actor_gradient(networks, minibatch, experience, ppo, counters.kl_coef, sums)
+        if demonstrations is not None:
+            _add_demonstrations(networks, demonstrations, counters.applied, ppo.ptx_weight, sums)
+        actor = networks.actor.step(counters.applied)
+    if networks.critic is not None:
+        _critic_gradient(networks, minibatch, experience, ppo.critic.clip, sums)
+        critic = networks.critic.step(counters.critic_applied)
+    return Outcome(actor, critic)
+
+
+def _actor_gradient(
+    networks: Networks,
+    minibatch: Minibatch,
+    experience: Experience,
+    ppo: PPOConfig,
+    kl_coef: float,
+    sums: UpdateSums,
+) -> None:
+    in_loss = ppo.kl.placement is KLPlacement.loss and experience.ref_logprobs is not None
+    for batch in minibatch.micro_batches:
+        scored = networks.score_tokens(batch, with_entropy=True)
+        result = policy_loss(
+            -scored.token_losses,
+            _part(experience, experience.old_logprobs, batch.row_ids, networks.device),
+            _part(experience, experience.advantages, batch.row_ids, networks.device),
+            clip=ppo.clip,
+            entropies=scored.token_entropies,
+            entropy_coef=ppo.entropy_coef,
+            ref=_part(experience, experience.ref_logprobs, batch.row_ids, networks.device)
+            if in_loss
+            else None,
+            kl_coef=kl_coef,
+        )
+        networks.actor.engine.backward(result.loss, minibatch.tokens)
+        sums.add_policy(result)
+
+
+def _critic_gradient(
+    networks: Networks, minibatch: Minibatch, experience: Experience, clip: float, sums: UpdateSums
+) -> None:
+    assert networks.critic is not None
+    for batch in minibatch.micro_batches:
+        result = value_loss(
+            networks.values(batch),
+            _part(experience, experience.values, batch.row_ids, networks.device),
+            _part(experience, experience.returns, batch.row_ids, networks.device),
+            clip=clip,
+        )
+        networks.critic.engine.backward(result.loss, minibatch.tokens)
+        sums.add_value(result)
+
+
+def _add_demonstrations(
+    networks: Networks, batches: Batches, step: int, weight: float, sums: UpdateSums
+) -> None:
+    """The SFT loss of as many demonstrations as an update has, per trained token (PPO-ptx of InstructGPT)."""
+    micro_batches = batches.micro_batches(step)
+    (tokens,) = sum_over_ranks([sum(len(batch.targets) for batch in micro_batches)])
+    for batch in micro_batches:
+        result: TokenLoss = networks.actor.engine(**batch_arguments(batch.to(networks.device)))
+        networks.actor.engine.backward(weight * result.loss_sum, tokens)
+        sums.add_demonstrations(result)
+
+
+def _part(
+    experience: Experience, values: np.ndarray | None, responses: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """fp32 [M]: what belongs to the response tokens of a micro-batch."""
+    assert values is not None
+    return torch.from_numpy(experience.of_tokens(values, responses)).to(device)
