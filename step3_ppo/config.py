@@ -80,8 +80,7 @@ class RewardSourceConfig:
     function: Optional[str] = None
     """package.module:function(prompts, completions, **columns) -> list[float]"""
     url: Optional[str] = None
-    """a server that takes {prompts, completions, columns} as JSON and answers {rewards: [...]}; it is sent the
-    environment's RLHF_REWARD_TOKEN as bearer token"""
+    """a server that answers {prompts, completions, columns} with {rewards: [...]} (token: RLHF_REWARD_TOKEN)"""
     weight: float = 1.0
     """factor in the sum"""
     name: Optional[str] = None
