@@ -80,7 +80,7 @@ class RewardSourceConfig:
     function: Optional[str] = None
     """package.module:function(prompts, completions, **columns) -> list[float]"""
     url: Optional[str] = None
-    """a server that answers {prompts, completions, columns} with {rewards: [...]} (token: RLHF_REWARD_TOKEN)"""
+    """server that answers {prompts, completions, columns} with {rewards: [...]} (token: RLHF_REWARD_TOKEN)"""
     weight: float = 1.0
     """factor in the sum"""
     name: Optional[str] = None
