@@ -174,28 +174,30 @@ class UpdateSums:
         return UpdateSums(*sum_over_ranks(list(self.state().values())))
 
     def metrics(self) -> dict[str, float]:
-        """Token means over all ranks, which all call it; what had no token (no critic) is left out.
+        """`means` over the tokens of all ranks, which all call it."""
+        return self.of_all_ranks().means()
+
+    def means(self) -> dict[str, float]:
+        """Means over the tokens of these sums; what had none (no critic, no demonstrations) is left out.
 
         `val/ratio_off` is the mean of |ρ − 1|: deviations to both sides do not cancel out in it as they do in
         `val/ratio`. `policy/ref_kl_avg` is 0 where the loss has no reference, `policy/entropy_avg` where no
-        entropies were asked for.
+        entropies were given.
         """
-        total = self.of_all_ranks()
         of_policy = {
-            "loss/policy_avg": total.surrogate,
-            "policy/approxkl_avg": total.approxkl,
-            "policy/clipfrac_avg": total.clipped,
-            "policy/entropy_avg": total.entropy,
-            "policy/ref_kl_avg": total.kl,
-            "val/ratio": total.ratio,
-            "val/ratio_off": total.off,
+            "loss/policy_avg": self.surrogate,
+            "policy/approxkl_avg": self.approxkl,
+            "policy/clipfrac_avg": self.clipped,
+            "policy/entropy_avg": self.entropy,
+            "policy/ref_kl_avg": self.kl,
+            "val/ratio": self.ratio,
+            "val/ratio_off": self.off,
         }
-        of_demonstrations = {"loss/ptx_avg": total.demonstration_loss}
-        of_critic = {"loss/value_avg": total.value_loss, "val/clipfrac_avg": total.value_clipped}
+        of_critic = {"loss/value_avg": self.value_loss, "val/clipfrac_avg": self.value_clipped}
         return {
-            **_means(of_policy, total.policy_tokens),
-            **_means(of_critic, total.value_tokens),
-            **_means(of_demonstrations, total.demonstration_tokens),
+            **_means(of_policy, self.policy_tokens),
+            **_means(of_critic, self.value_tokens),
+            **_means({"loss/ptx_avg": self.demonstration_loss}, self.demonstration_tokens),
         }
 
 

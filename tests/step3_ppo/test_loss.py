@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common.distributed import close_world, init_world
+from common.losses import TokenLoss
 from step3_ppo.loss import UpdateSums, explained_variance, policy_loss, value_loss
 from tests import forked
 from tests.step3_ppo import reference
@@ -239,6 +240,10 @@ def test_without_a_critic_or_without_an_actors_update_their_metrics_are_left_out
     critic.add_value(value_loss(one, one, one + 1, clip=0.2))
     assert "loss/value_avg" not in actor.metrics() and actor.metrics()["val/ratio"] == 1
     assert critic.metrics() == {"loss/value_avg": 0.5, "val/clipfrac_avg": 0.0}
+    demonstrated = UpdateSums()
+    for losses in (one, torch.tensor([2.0, 6.0])):
+        demonstrated.add_demonstrations(TokenLoss(losses.sum(), torch.tensor(0), torch.zeros(()), losses))
+    assert demonstrated.metrics() == {"loss/ptx_avg": 3.0}
     assert UpdateSums().metrics() == {}
 
 
@@ -249,7 +254,7 @@ def test_sums_continue_from_json_exactly() -> None:
     after = UpdateSums(**json.loads(json.dumps(before.state())))
     for sums in (straight, after):
         add_tokens(sums, 2, 5)
-    assert after.state() == straight.state() and all(straight.state().values())
+    assert after.state() == straight.state() and straight.state()["surrogate"] != 0
     assert list(straight.state()) == [field.name for field in fields(UpdateSums)]
 
 
@@ -268,8 +273,8 @@ def test_updates_add_up_to_their_iteration() -> None:
 def of_some_ranks(folder: str) -> int:
     world = init_world()
     sums = UpdateSums()
-    shares = {1: [(0, 5)], 2: [(0, 1), (1, 5)]}[world.size]
-    add_tokens(sums, *shares[world.rank])
+    add_tokens(sums, *[(0, 1), (1, 5)][world.rank])
+    assert sums.of_all_ranks().means() == sums.metrics() != sums.means()
     (Path(folder) / f"{world.size}_{world.rank}.json").write_text(json.dumps(sums.metrics()))
     close_world()
     return 0
