@@ -1,25 +1,28 @@
 """Lays out line charts: series of numbers in, coordinates and labels for one inline SVG out.
 
-A chart shows everything that was logged. A few hundred values are drawn one by one, with their moving mean when
-there are many; of more, each bucket of steps is drawn as a band from its lowest to its highest value and a line
-through the means, so that no spike is lost. What is not a number is a gap, marked below it and counted in a
-note. Draws nothing itself: colours and fonts are the page's.
+A chart shows everything that was logged. A few hundred values are drawn one by one, with their moving mean
+when there are many; of more, each bucket of steps is drawn as a band from its lowest to its highest value and
+a line through the means, so that no spike is lost. What is not a number is a gap, marked below it and counted
+in a note. Draws nothing itself: colours and fonts are the page's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
 from pipeline.report import shown
 from pipeline.report.files import Series
 
-WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 44, 54, 10, 30
+WIDTH, HEIGHT = 340, 192
+LEFT, RIGHT, TOP, BOTTOM = 44, 62, 10, 34
 BUCKETS = 240
 SMOOTHED_FROM = 60
+SCATTER = 0.003
+"""Median distance from the moving mean, as a share of the range, from which a line is smoothed."""
 DOTS_UP_TO = 40
 LABEL_HEIGHT = 12
 LOG_RANGE = 1000.0
@@ -121,7 +124,7 @@ def lay_out(
     x = Scale(*_widened(min(steps), max(steps), whole=True), LEFT, WIDTH - RIGHT)
     y, y_ticks = _value_axis(values)
     if y.log:
-        notes.append("logarithmic scale")
+        notes.append("Logarithmic scale.")
     drawn = _spread_labels([_draw(drawing, x, y, percent) for drawing in drawings])
     unit = "%" if percent else unit
     return Chart(
@@ -131,7 +134,7 @@ def lay_out(
         y_ticks,
         x_name,
         _description(title, drawings, x_name, unit),
-        notes,
+        list(dict.fromkeys(notes)),
         [_table_row(drawing, percent) for drawing in drawings],
         unit,
     )
@@ -159,21 +162,21 @@ def _prepare(drawing: _Drawing, x_name: str) -> list[str]:
     if missing:
         first = next(step for step, value in line.series if not _drawable(value))
         said = "1 value is" if missing == 1 else f"{missing:,} values are"
-        notes.append(f"{line.name}: {said} not a finite number (first at {x_name} {first:,}); left out")
+        notes.append(f"{line.name}: {said} not a finite number, first at {x_name} {first:,}; left out.")
     if len(drawing.finite) > 2 * BUCKETS:
         size = math.ceil(len(drawing.finite) / BUCKETS)
         for run in runs:
             buckets = [run[at : at + size] for at in range(0, len(run), size)]
             drawing.runs.append([(fmean(s for s, _ in b), fmean(v for _, v in b)) for b in buckets])
             drawing.band.append([(b[0][0], min(v for _, v in b), max(v for _, v in b)) for b in buckets])
-        notes.append(
-            f"{line.name}: mean of every {size} values, and the band from their lowest to their highest"
-        )
+        notes.append(f"Line: the mean of every {size} values. Band: from their lowest to their highest.")
     elif len(drawing.finite) >= SMOOTHED_FROM and not line.sparse:
         half = max(2, len(drawing.finite) // 40)
-        drawing.faint = runs
-        drawing.runs = [_moving_mean(run, half) for run in runs]
-        notes.append(f"{line.name}: every value is the thin line, the mean of {2 * half + 1} the thick one")
+        smooth = [_moving_mean(run, half) for run in runs]
+        drawing.runs = runs
+        if _is_noisy(runs, smooth):
+            drawing.faint, drawing.runs = runs, smooth
+            notes.append(f"Thin: every value. Thick: the mean of {2 * half + 1}.")
     else:
         drawing.runs = runs
     return notes
@@ -198,6 +201,14 @@ def _moving_mean(run: list[tuple[float, float]], half: int) -> list[tuple[float,
         reach = min(half, index, len(run) - 1 - index)
         smooth.append((step, fmean(value for _, value in run[index - reach : index + reach + 1])))
     return smooth
+
+
+def _is_noisy(runs: Runs, smooth: Runs) -> bool:
+    """Whether values scatter about their moving mean; a schedule does not, and is drawn as it is."""
+    pairs = zip(itertools.chain(*runs), itertools.chain(*smooth), strict=True)
+    values = [value for run in runs for _, value in run]
+    scatter = median(abs(raw - mean) for (_, raw), (_, mean) in pairs)
+    return scatter > SCATTER * (max(values) - min(values))
 
 
 def _widened(low: float, high: float, *, whole: bool = False) -> tuple[float, float]:

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 from pipeline.report.files import Sample, SampleFile
 
-SHOWN = 12
+SHOWN = 6
+FURTHER = 18
+"""Pairs that are folded away below them."""
 LOSSES_SHOWN = 4
 LONG = 600
 """Characters from which a text is folded away."""
 
-_MARKUP = re.compile(r"(<\|[^|<>\n]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\])")
+_MARKUP = re.compile(
+    r"(<\|im_start\|>\w+\n|<\|[^|<>\n]{1,40}\|>|</?s>|<start_of_turn>\w+\n|<end_of_turn>|\[/?INST\])"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Comparison:
     after_step: int
     mode: str
     pairs: list[Pair]
+    further: list[Pair]
     losses: list[Pair]  # prompts whose score fell most
     judged_by: str  # what `losses` are ordered by
     total: int  # prompts there are
@@ -60,6 +65,7 @@ def compare(samples: SampleFile | None, functions: Sequence[str] = ()) -> Compar
         samples.last_step,
         mode,
         pairs[:SHOWN],
+        pairs[SHOWN : SHOWN + FURTHER],
         losses[:LOSSES_SHOWN],
         judged_by,
         len(pairs),

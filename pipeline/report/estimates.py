@@ -43,18 +43,22 @@ def of_share(share: float, count: int) -> Estimate:
     return Estimate(share, min(middle - half, share), max(middle + half, share), count)
 
 
-def of_mean(groups: Mapping[str, Sequence[float]], value: float | None = None) -> Estimate | None:
+def of_mean(
+    groups: Mapping[str, Sequence[float]], value: float | None = None, *, may_be_share: bool = False
+) -> Estimate | None:
     """The mean over groups (values by prompt), with an interval; None without finite values.
 
     value: the mean that was logged, over all samples that were measured; the interval is laid around it when
-    only some of them were kept. Values that are all 0 or 1, once per prompt, are a share.
+    only some of them were kept. may_be_share: values that are all 0 or 1, once per prompt, are trials;
+    without it a divergence that is 0 everywhere would be taken for a share.
     """
     usable = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
     means = [fmean(values) for values in usable.values() if values]
     if not means:
         return None
     centre = fmean(means) if value is None else value
-    if all(len(values) <= 1 for values in usable.values()) and set(means) <= {0.0, 1.0} and 0 <= centre <= 1:
+    trials = all(len(values) <= 1 for values in usable.values()) and set(means) <= {0.0, 1.0}
+    if may_be_share and trials and 0 <= centre <= 1:
         return of_share(centre, len(means))
     return _student(means, centre)
 

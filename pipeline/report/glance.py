@@ -8,6 +8,7 @@ known here: whatever is logged as `eval/<name>` is shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ NAMES = {
     "mean_token_accuracy": "Tokens predicted",
     "accuracy": "Held-out pairs in order",
     "rewards/accuracies": "Held-out pairs in order",
+    "margin": "Margin of rewards",
     "rewards/margins": "Margin of implicit rewards",
     "reward": "Reward",
     "kl": "KL from the reference",
@@ -35,7 +37,7 @@ NAMES = {
     "correct": "Correct answers",
     "style": "Style score",
 }
-UNITS = {"kl": "nats", "length": "tokens", "loss": "nats per token"}
+UNITS = {"kl": "nats", "length": "tokens"}
 BY_STEP = {
     Step.sft.value: ("loss", "mean_token_accuracy", "stop_rate"),
     Step.reward.value: ("accuracy", "loss", "margin"),
@@ -64,18 +66,60 @@ class Measure:
     change: Estimate | None
     is_function: bool = False
 
-    def text(self, value: float, *, signed: bool = False) -> str:
-        """A value of this measure as it is shown."""
-        return shown.share(value, signed=signed) if self.is_share else shown.figure(value, signed=signed)
+    @property
+    def x_name(self) -> str:
+        return "iteration" if self.step == Step.ppo.value else "step"
 
-    def interval(self, estimate: Estimate, *, signed: bool = False) -> str:
+    def text(self, value: float) -> str:
+        """A value of this measure as it is shown."""
+        return shown.share(value) if self.is_share else shown.figure(value)
+
+    def interval(self, estimate: Estimate) -> str:
         """`0.42 to 0.51`; empty without an interval."""
         if estimate.low is None or estimate.high is None:
             return ""
-        low, high = self.text(estimate.low, signed=signed), self.text(estimate.high, signed=signed)
-        if self.is_share:
-            low = low.removesuffix("\N{NARROW NO-BREAK SPACE}%")
-        return f"{low} to {high}"
+        return f"{self.text(estimate.low).removesuffix('%')} to {self.text(estimate.high)}"
+
+    @property
+    def change_text(self) -> str:
+        """The change, with its sign; that of a share is in percentage points."""
+        if self.change is None:
+            return ""
+        return f"{self._signed(self.change.value)}{' points' if self.is_share else ''}"
+
+    @property
+    def change_interval(self) -> str:
+        if self.change is None or self.change.low is None or self.change.high is None:
+            return ""
+        return f"{self._signed(self.change.low)} to {self._signed(self.change.high)}"
+
+    @property
+    def over_text(self) -> str:
+        """What it was measured on; empty when that is not known."""
+        return f"{self.after.count:,} held-out {self.over}" if self.after.count else ""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Ends of the axis on which the values are drawn: 0 to 1 for what lies there, else what they span."""
+        sides = [side for side in (self.before, self.after) if side is not None]
+        values = [v for e in sides for v in (e.value, e.low, e.high) if v is not None and math.isfinite(v)]
+        if not values or (self.is_share or self.is_function) and min(values) >= 0 and max(values) <= 1:
+            return 0.0, 1.0
+        low, high = min(*values, 0.0), max(*values, 0.0)
+        return (low, high) if high > low else (0.0, 1.0)
+
+    @property
+    def bound_texts(self) -> list[str]:
+        return [shown.share(bound) if self.is_share else shown.brief(bound) for bound in self.bounds]
+
+    def place(self, value: float) -> float:
+        """Where a value lies between the bounds, from 0 to 100."""
+        low, high = self.bounds
+        at = 100 * (value / 2 - low / 2) / (high / 2 - low / 2)
+        return round(min(max(at, 0.0), 100.0), 1) if math.isfinite(at) else 0.0
+
+    def _signed(self, value: float) -> str:
+        return shown.points(value) if self.is_share else shown.figure(value, signed=True)
 
 
 @dataclass(frozen=True)
@@ -83,26 +127,29 @@ class Glance:
     """What the top of the page says."""
 
     cards: list[Measure]  # the main ones: sampled, or of a step without sampling
-    evaluations: list[Measure]  # PPO's, sampled and greedy
+    table: list[Measure]  # all of them
     sentences: list[str]
     cautions: list[str]
 
 
 def at_a_glance(run: RunFiles) -> Glance:
     """The main numbers of a run, PPO's first, then in the order of the steps."""
-    cards: list[Measure] = []
-    evaluations: list[Measure] = []
+    others: list[Measure] = []
+    of_ppo: list[Measure] = []
     for step in run.steps:
         if step.name == Step.ppo.value:
             functions = list(mapping(run.setting("ppo.evaluation.functions")))
-            evaluations = ppo_measures(step, functions)
+            of_ppo = ppo_measures(step, functions)
         else:
-            cards += step_measures(step)
-    sampled = [m for m in evaluations if m.mode == SAMPLED]
-    functions_first = [m for m in sampled if m.is_function] + [m for m in cards if m.name in OF_PAIRS]
-    rest = [m for m in sampled if not m.is_function] + [m for m in cards if m.name not in OF_PAIRS]
-    sentences, cautions = conclusions(sampled, cards)
-    return Glance(functions_first + rest, evaluations, sentences, cautions)
+            others += step_measures(step)
+    sampled = [m for m in of_ppo if m.mode == SAMPLED]
+    cards = [m for m in sampled if m.is_function] + [m for m in others if m.name in OF_PAIRS]
+    if sampled:
+        cards += [m for m in sampled if m.name in ("reward", "kl", "stop_rate")]
+    else:
+        cards += [m for m in others if m.name not in OF_PAIRS]
+    sentences, cautions = conclusions(sampled, others)
+    return Glance(cards, of_ppo + others, sentences, cautions)
 
 
 def ppo_measures(step: StepFiles, functions: Iterable[str] = ()) -> list[Measure]:
@@ -147,7 +194,8 @@ def before_and_after(
     def estimate(value: float, values: Mapping[str, list[float]], at: int) -> Estimate:
         if pairs:
             return estimates.of_share(value, pairs)
-        if (found := estimates.of_mean(values, value)) is not None:
+        trials = is_function or name == "stop_rate"
+        if (found := estimates.of_mean(values, value, may_be_share=trials)) is not None:
             return found
         if (error := errors.get(at)) is not None and error > 0:
             return Estimate(value, value - estimates.Z * error, value + estimates.Z * error)
@@ -207,8 +255,7 @@ def _change_sentence(measure: Measure) -> str | None:
     if measure.before is None or measure.change is None:
         return None
     before, after = measure.text(measure.before.value), measure.text(measure.after.value)
-    change = measure.text(measure.change.value, signed=True)
-    interval = measure.interval(measure.change, signed=True)
+    change, interval = measure.change_text, measure.change_interval
     over = f" on {measure.change.count:,} held-out prompts" if measure.change.count else ""
     at = "" if measure.before_step == 0 else f" since iteration {measure.before_step:,}"
     if interval and not estimates.is_clear(measure.change):

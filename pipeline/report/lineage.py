@@ -14,7 +14,7 @@ from pipeline.report.files import Node
 
 ROW = 46
 TOP = 22
-DOT = 58
+DOT = 44
 """Where dots lie; curves bulge to the left of it."""
 
 
@@ -73,5 +73,5 @@ def _curve(begin: int, end: int) -> str:
     rows = abs(end - begin) // ROW
     if rows <= 1:
         return f"M{DOT} {begin}L{DOT} {end}"
-    out = DOT - min(14 * rows, 50)
+    out = DOT - min(14 * rows, 40)
     return f"M{DOT} {begin}C{out} {begin} {out} {end} {DOT} {end}"

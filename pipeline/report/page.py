@@ -140,9 +140,8 @@ def step_page(run: RunFiles, step: StepFiles, *, abandoned: bool) -> StepPage:
 def status_of(recorded: Mapping[str, str], *, abandoned: bool) -> Status:
     """A step's status in words. abandoned: the process that ran it is no more."""
     status = recorded.get("status", "")
-    ended = shown.moment(recorded["ended"]) if "ended" in recorded else ""
     if status == "done":
-        return Status("finished", "done", ended)
+        return Status("finished", "done")
     if status == "running" and abandoned:
         return Status(
             "interrupted", "failed", "its process is gone; the same command goes on from its last save"
@@ -150,9 +149,9 @@ def status_of(recorded: Mapping[str, str], *, abandoned: bool) -> Status:
     if status == "running":
         return Status("going on", "running")
     if status == "stopped":
-        return Status("stopped", "stopped", f"{ended}; the same command goes on from here".lstrip("; "))
+        return Status("stopped", "stopped", "the same command goes on from here")
     if status == "failed":
-        return Status("failed", "failed", f"{ended}, exit status {recorded.get('exit_status', 'unknown')}")
+        return Status("failed", "failed", f"exit status {recorded.get('exit_status', 'unknown')}")
     return Status(clean(status) if status else "not started", "waiting")
 
 
@@ -162,6 +161,8 @@ def facts_of(run: RunFiles, step: StepFiles) -> list[tuple[str, str]]:
     begun, ended = step.state.get("started"), step.state.get("ended")
     if begun is not None:
         facts.append(("started", shown.moment(begun)))
+    if ended is not None:
+        facts.append(("ended", shown.moment(ended)))
     took = shown.duration(step.state.get("launched", ""), ended or "")
     if took is not None:
         facts.append(("took" if step.state.get("launched") == begun else "took since it was resumed", took))
@@ -187,7 +188,7 @@ def progress_of(run: RunFiles, step: StepFiles) -> str | None:
         return f"{word} {last:,} of {most:,.0f}"
     epoch = step.metrics.get("epoch")
     if epoch and epochs is not None:
-        return f"{word} {last:,}, epoch {shown.figure(epoch[-1][1])} of {shown.figure(epochs)}"
+        return f"{word} {last:,}, epoch {shown.brief(epoch[-1][1])} of {shown.brief(epochs)}"
     return f"{word} {last:,}"
 
 

@@ -1,16 +1,28 @@
 """How to make a run again: its configuration in, a command, versions and hashes out.
 
-The command is the one whose overrides are fewest, and it is tried: it is shown only when composing it gives
-the recorded configuration. Nothing here runs anything.
+The command names the experiment that comes nearest and overrides the rest. It is tried: it is given only when
+composing it gives every setting that decides the recorded results. Nothing here runs anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline.report.files import RunFiles, clean, mapping
+import yaml
+
+from common.stage import Role, Step
+from pipeline.report.files import RunFiles, clean, dig, mapping
+
+NO_PART_IN_RESULTS = ("run_name", "output_dir", "force", "launch", "tracking")
+_PLAIN = re.compile(r"[A-Za-z_/][\w/.@-]*")
+_RESERVED = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,116 @@ def reproduce(run: RunFiles) -> Reproduction:
         for node in run.lineage
         for key, sha256 in node.inputs.items()
     }
+    name = clean(run.setting("run_name") or run.folder.resolve().name)
     return Reproduction(
-        "",
+        command_for(run.config_text, f"{name}-again"),
         "" if seed is None else clean(seed),
         list(commits),
         sorted(packages.items()),
         [(key, path, sha256) for key, (path, sha256) in inputs.items()],
     )
+
+
+@functools.lru_cache(
+    maxsize=16
+)  # a run's report is made after each of its steps, and composing takes a while
+def command_for(config_text: str, run_name: str) -> str:
+    """The command line that composes to the configuration, under a new name; empty when none was found.
+
+    config_text: resolved.yaml.
+    """
+    try:
+        from pipeline.compose import prepare
+
+        wanted = decisive(yaml.safe_load(config_text))
+        experiment = nearest_experiment(wanted)
+        base = [f"experiment={experiment}"] if experiment else []
+        base.append(f"steps={value_text(wanted['steps'])}")
+        overrides = [*base, *_differences(_composed(base), wanted)]
+        if _composed(prepare(overrides).overrides) != wanted:
+            return ""
+    # A configuration that was damaged, or written by another version, fails in as many ways as Hydra knows
+    except Exception:
+        return ""
+    words = [*overrides, f"run_name={value_text(run_name)}"]
+    return " ".join(["python -m pipeline run", *(shlex.quote(word) for word in words)])
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's results: without names, places and steps that do not run.
+
+    Artifacts that one step hands to the next are wired by the steps, not by settings.
+    """
+    steps = config.get("steps") or []
+    idle = [step.value for step in Step if step.value not in steps]
+    kept = {key: value for key, value in config.items() if key not in (*NO_PART_IN_RESULTS, *idle)}
+    own = Path(str(config.get("output_dir"))) / str(config.get("run_name"))
+    for step in steps:
+        part = dict(mapping(kept.get(step)))
+        for role in Role:
+            if str(part.get(role.value)) in [str(own / other / "export") for other in steps]:
+                part[role.value] = None
+        kept[step] = part
+    return kept
+
+
+def nearest_experiment(config: Mapping[str, Any]) -> str | None:
+    """The experiment of which most settings are in the configuration; None when less than half are in any."""
+    from pipeline.config import CONF
+
+    best, best_share = None, 0.5
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        settings = mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+        leaves = [(k, v) for k, v in _leaves(settings) if not k.startswith(("defaults", *NO_PART_IN_RESULTS))]
+        known = [(key, value) for key, value in leaves if key.partition(".")[0] in config]
+        same = sum(dig(config, key) == value for key, value in known)
+        if known and same / len(known) > best_share:
+            best, best_share = path.stem, same / len(known)
+    return best
+
+
+def value_text(value: Any) -> str:
+    """A value as Hydra's override grammar writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(value_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{value_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str):
+        if _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
+            return value
+        return (
+            json.dumps(value, ensure_ascii=False)
+            if "\\" not in value
+            else "'" + value.replace("'", "\\'") + "'"
+        )
+    return repr(value)
+
+
+def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+    from common.config import to_plain
+    from pipeline.compose import compose
+
+    return decisive(to_plain(compose(overrides)))
+
+
+def _differences(base: Any, wanted: Any, prefix: str = "") -> list[str]:
+    """Overrides for every leaf of `wanted` that `base` has otherwise."""
+    if isinstance(base, dict) and isinstance(wanted, dict):
+        lines = []
+        for key, value in wanted.items():
+            lines += _differences(base.get(key), value, f"{prefix}.{key}" if prefix else str(key))
+        return lines
+    return [] if base == wanted else [f"{prefix}={value_text(wanted)}"]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, below in value.items():
+        yield from _leaves(below, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _path_of(config: Mapping[str, Any], key: str) -> str:

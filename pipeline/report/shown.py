@@ -27,16 +27,35 @@ def figure(value: float, *, signed: bool = False) -> str:
     return sign + text
 
 
-def share(value: float, *, signed: bool = False, decimals: int = 1) -> str:
+def brief(value: float) -> str:
+    """As `figure`, without zeros that say nothing: 0.4, 1, 12.5."""
+    text = figure(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def share(value: float) -> str:
     """A share in percent; never rounded to all or nothing when it is not."""
     if not math.isfinite(value):
         return figure(value)
-    text = f"{abs(value) * 100:.{decimals}f}"
-    if float(text) in (0, 100) and abs(value) not in (0, 1):
-        text = f"{abs(value) * 100:.{decimals + 2}f}"
+    return f"{_hundredths(value)}%"
+
+
+def points(value: float) -> str:
+    """A difference of shares, in percentage points, with its sign."""
+    if not math.isfinite(value):
+        return figure(value)
+    text = _hundredths(abs(value))
+    sign = "" if float(text) == 0 else MINUS if value < 0 else "+"
+    return f"{sign}{text}"
+
+
+def _hundredths(value: float) -> str:
+    sign, size = MINUS if value < 0 else "", abs(value)
+    text = f"{size * 100:.1f}"
+    if float(text) in (0, 100) and size not in (0, 1):
+        text = f"{size * 100:.3f}"
     text = text.rstrip("0").rstrip(".") if float(text) in (0, 100) else text
-    sign = MINUS if value < 0 and float(text) else "+" if signed and float(text) else ""
-    return f"{sign}{text}\N{NARROW NO-BREAK SPACE}%"
+    return sign + text
 
 
 def power_of_ten(size: float, decimals: int) -> str:
