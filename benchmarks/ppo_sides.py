@@ -139,6 +139,7 @@ def account(
         "cpu_seconds_per_iteration": 1 / by_iteration["iterations_per_cpu_second"],
         "seconds_per_iteration": 1 / by_iteration["iterations_per_second"],
         "response_tokens_per_cpu_second": by_token["tokens_per_cpu_second"],
+        "response_tokens_per_second": by_token["tokens_per_second"],
         **phases,
         "response_length": sum(tokens[skip:]) / (len(tokens) - skip) / responses,
     }

@@ -125,29 +125,45 @@ def let_end(network: PreTrainedModel, terminators: Sequence[int], probability: f
     weight: Any = network.get_input_embeddings().weight
     if network.get_output_embeddings().weight is not weight:
         raise ValueError("the terminator's probability is set through an embedding that is tied to the head")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(weight.shape[0], (8, 64), generator=generator)
     with torch.no_grad():
         weight[:, 0] = CONSTANT
-        low, high = -50.0, 50.0
-        for _ in range(40):  # the probability rises with the weight
-            weight[list(terminators), 0] = low
-            weight[terminators[0], 0] = (low + high) / 2
-            if mean_probability(network, ids, terminators[0]) < probability:
-                low = (low + high) / 2
-            else:
-                high = (low + high) / 2
+        weight[list(terminators), 0] = -50.0
+        hidden, logits = some_outputs(network, terminators)
+        weight[terminators[0], 0] = entry_for(probability, hidden[:, 0], logits, terminators[0])
 
 
-def mean_probability(network: PreTrainedModel, ids: torch.Tensor, token: int) -> float:
-    """Of the token after each position of each row."""
+def some_outputs(network: PreTrainedModel, terminators: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [N, h] and logits [N, V] after random tokens without terminators."""
     import torch
 
     from common.attention import plain_attention
 
+    generator = torch.Generator().manual_seed(0)
+    size = network.config.vocab_size
+    usual = torch.tensor([token for token in range(size) if token not in terminators])
+    ids = usual[torch.randint(len(usual), (8, 64), generator=generator)]
     with torch.no_grad(), plain_attention(network):
-        logits = network.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return float(logits.float().softmax(-1)[..., token].mean())
+        network.eval()
+        seen = network.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        hidden = seen.flatten(0, 1)
+        return hidden, network.get_output_embeddings()(hidden)
+
+
+def entry_for(probability: float, reads: torch.Tensor, logits: torch.Tensor, token: int) -> float:
+    """The entry of the token's embedding, in the constant dimension, that gives it this mean probability.
+
+    reads: fp32 [N], that dimension; logits: fp32 [N, V] while the entry is -50.
+    """
+    import torch
+
+    others = logits.clone()
+    others[:, token] = -torch.inf
+    rest, low, high = others.logsumexp(-1), -50.0, 50.0
+    for _ in range(60):  # the probability rises with the entry
+        middle = (low + high) / 2
+        mean = torch.sigmoid(logits[:, token] + (middle + 50.0) * reads - rest).mean()
+        low, high = (middle, high) if mean < probability else (low, middle)
+    return (low + high) / 2
 
 
 def export_artifacts(base: Path, made: PPOWorkload, max_length: int) -> None:

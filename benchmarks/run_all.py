@@ -26,10 +26,14 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("dpo_parity", "--loss-type", "hinge"),
     ("dpo_cpu",),
     ("dpo_cpu", "--dtype", "bf16"),
+    ("rollout_cpu",),
+    ("ppo_cpu",),
+    ("demo_chain",),
     ("data_scale",),
     ("kill_resume",),
     ("kill_resume", "--step", "reward", "--kills", "10"),
     ("kill_resume", "--step", "dpo", "--kills", "10"),
+    ("kill_resume", "--step", "ppo", "--kills", "10"),
 )
 
 
