@@ -11,7 +11,7 @@ SUM = "What is 7 + 5?"
 
 
 def of(score: object, *completions: str) -> list[float]:
-    return score([SUM] * len(completions), list(completions), kind=["sum"] * len(completions))  # type: ignore[operator, no-any-return]
+    return score([SUM] * len(completions), list(completions), kind=["sum"] * len(completions))  # type: ignore[operator]
 
 
 def test_among_right_answers_as_people_write_them_it_ranks_as_gold_does() -> None:
