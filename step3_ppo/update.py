@@ -81,7 +81,7 @@ def _actor_gradient(
             ref=_part(experience, experience.ref_logprobs, batch.row_ids, networks.device)
             if in_loss
             else None,
-            kl_coef=kl_coef,
+            kl_coef=kl_coef if in_loss else 0.0,
         )
         networks.actor.engine.backward(result.loss, minibatch.tokens)
         sums.add_policy(result)
