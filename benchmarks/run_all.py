@@ -26,7 +26,7 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("dpo_parity", "--loss-type", "hinge"),
     ("dpo_cpu",),
     ("dpo_cpu", "--dtype", "bf16"),
-    ("rollout_cpu",),
+    ("rollout_cpu", "--out", "benchmarks/results"),
     ("ppo_cpu",),
     ("demo_chain",),
     ("data_scale",),
