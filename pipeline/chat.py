@@ -88,7 +88,7 @@ def chat(arguments: Sequence[str]) -> int:
             settings = settings.changed(known.name, text)
     artifact = load_named(str(policy_in(Path(options.path))), Role.policy, "PATH")
     policy = Policy(artifact, options.device)
-    note(f"policy {artifact.path}, as its manifest says ({artifact.sha256[:12]}), on {policy.device}")
+    note(f"policy {artifact.path}, verified ({artifact.sha256[:12]}), on {policy.device}")
     if not policy.has_template:
         note("it has no chat template: it goes on with what you type, each line by itself")
     for stream in (sys.stdin, sys.stdout):
@@ -213,22 +213,19 @@ class Chat:
 
         An answer has room for max_new_tokens or a quarter of the context, whichever is less.
         """
-        context, dropped = self.policy.context, 0
+        context, turns = self.policy.context, list(self.turns)
         room = min(self.settings.max_new_tokens, context // 4)
-        while len(ids := self.policy.render(self.messages())) + room > context and len(self.turns) > 1:
-            del self.turns[:2]
-            dropped += 1
-        if dropped:
-            note(f"(the first {dropped} turn(s) no longer fit into {context} tokens and are forgotten)")
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        while len(ids := self.policy.render([*system, *turns])) + room > context and len(turns) > 1:
+            del turns[:2]
         if len(ids) >= context:
             raise UserError(
                 f"this has {len(ids)} tokens, and the policy's context is {context}", hint="say it shorter"
             )
+        if dropped := (len(self.turns) - len(turns)) // 2:
+            note(f"(the first {dropped} turn(s) no longer fit into {context} tokens and are forgotten)")
+        self.turns = turns
         return ids
-
-    def messages(self) -> list[Message]:
-        """What the chat template gets."""
-        return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
     def obey(self, text: str) -> bool:
         """Do what a command says; false when that is to leave. UserError when there is no such command."""

@@ -93,6 +93,16 @@ def test_the_demos_chains_need_nothing_but_the_project(second: str) -> None:
     checks.check(demo, 1)
 
 
+def test_the_demo_runs_ppo_on_prompts_that_are_not_held_out() -> None:
+    demo = composed()
+    assert [step.value for step in demo.steps] == ["sft", "reward", "ppo"]
+    (source,) = demo.ppo.data.all_sources()
+    training, held_out = Path(source.path).read_text(), Path(str(demo.ppo.data.eval_path)).read_text()
+    assert training and len(held_out.splitlines()) == demo.ppo.evaluation.num_prompts == 211
+    assert not set(training.splitlines()) & set(held_out.splitlines())
+    checks.check(demo, 1)
+
+
 @pytest.mark.parametrize("second", ["reward", "dpo"])
 def test_hh_shares_its_rows_out_between_sft_and_the_steps_on_pairs(second: str) -> None:
     assert [step.value for step in composed("experiment=hh").steps] == ["sft", "reward"]

@@ -27,11 +27,12 @@ from common.stage import Role, Step
 from pipeline import plan, run, state
 from pipeline.config import PROJECT, PipelineConfig
 from pipeline.verify import verify_path
+from step3_ppo.config import RewardSourceConfig
 from tests.pipeline.programs.fake_step import TOKENS
 
 PROGRAMS = Path(__file__).parent / "programs"
-FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo"}
-SFT, REWARD, DPO = Step.sft, Step.reward, Step.dpo
+FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo", Step.ppo: "fake_ppo"}
+SFT, REWARD, DPO, PPO = Step.sft, Step.reward, Step.dpo, Step.ppo
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,7 @@ def fake_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "make_report", lambda run_dir, say: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
 
 
@@ -52,6 +54,7 @@ def config(*steps: Step, **changes: Any) -> PipelineConfig:
     made.sft.data = DataConfig(path="rows.jsonl")
     made.reward.data = DataConfig(path="pairs.jsonl")
     made.dpo.data = DataConfig(path="pairs.jsonl")
+    made.ppo.data = DataConfig(path="prompts.jsonl")
     for name, value in changes.items():
         setattr(made, name, value)
     return made
@@ -82,12 +85,14 @@ def launches(step: Step, name: str = "a") -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def make_policy(path: str, weights: str = "{}", role: Role = Role.policy) -> str:
+def make_policy(path: str, weights: str = "{}", role: Role = Role.policy, **details: str) -> str:
     """An artifact made elsewhere, instead of what is there; returns the hash of its manifest."""
     shutil.rmtree(path, ignore_errors=True)
     Path(path).mkdir(parents=True)
     (Path(path) / "config.json").write_text(weights)
-    return file_sha256(write_manifest(path, Manifest("artifact", role, hash_files(path), TOKENS)))
+    return file_sha256(
+        write_manifest(path, Manifest("artifact", role, hash_files(path), {**TOKENS, **details}))
+    )
 
 
 # --- Chains ----------------------------------------------------------------------------------------
@@ -205,6 +210,108 @@ def test_a_policy_made_again_is_noticed_by_the_steps_after_it(monkeypatch: pytes
     error = refused(config(SFT, REWARD, seed=1))
     assert "reward in runs/a/reward was made differently" in error.message
     assert "content of reward.policy: " in error.message
+
+
+# --- PPO: two artifacts, or one --------------------------------------------------------------------
+
+
+def test_ppo_takes_policy_and_reward_model_of_the_run_and_records_both(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    go(config(SFT, REWARD, PPO))
+    hashes = {step: file_sha256(f"runs/a/{step.value}/export/{MANIFEST}") for step in (SFT, REWARD)}
+    entry = json.loads(Path("runs/a/lineage.json").read_text())["artifacts"]["ppo"]
+    assert entry["parents"] == [
+        {"role": "policy", "path": "sft/export", "manifest_sha256": hashes[SFT]},
+        {"role": "reward_model", "path": "reward/export", "manifest_sha256": hashes[REWARD]},
+    ]
+    inputs = {"ppo.policy": hashes[SFT], "ppo.reward_model": hashes[REWARD]}
+    assert inputs.items() <= entry["inputs"].items()
+    assert verify_path(Path("runs/a")) == 0
+    assert "made from policy sft/export, reward_model reward/export" in capsys.readouterr().out
+    assert "done already" in go(config(SFT, REWARD, PPO))[-1]
+    (Path("runs/a/reward/export") / "config.json").write_text("[]")
+    assert verify_path(Path("runs/a")) == 2
+
+
+def test_ppo_starts_from_artifacts_made_elsewhere() -> None:
+    make_policy("p")
+    make_policy("r", role=Role.reward_model)
+    made = from_policy(PPO, "p")
+    made.ppo.reward_model = "r"
+    go(made)
+    resolved = yaml.safe_load(Path("runs/a/resolved.yaml").read_text())
+    assert (resolved["ppo"]["policy"], resolved["ppo"]["reward_model"]) == ("p", "r")
+    assert verify_path(Path("runs/a")) == 0
+    before, after = file_sha256(f"r/{MANIFEST}")[:12], make_policy("r", "{ }", Role.reward_model)[:12]
+    assert f"content of ppo.reward_model: {before} -> {after}" in refused(made).message
+    assert verify_path(Path("runs/a")) == 2
+
+
+def test_ppo_by_functions_alone_has_one_parent() -> None:
+    made = config(SFT, PPO)
+    made.ppo.rewards = [RewardSourceConfig(function="a.b:c")]
+    go(made)
+    entry = json.loads(Path("runs/a/lineage.json").read_text())["artifacts"]["ppo"]
+    assert [parent["role"] for parent in entry["parents"]] == ["policy"]
+    assert sorted(entry["inputs"]) == ["ppo.data.sources[0]", "ppo.policy"]
+    assert yaml.safe_load(Path("runs/a/resolved.yaml").read_text())["ppo"]["reward_model"] is None
+    assert "done already" in go(made)[-1]
+
+
+def test_how_patient_one_is_with_a_reward_server_may_change_and_its_weight_may_not() -> None:
+    made = config(SFT, PPO)
+    made.ppo.rewards = [RewardSourceConfig(url="https://host/score")]
+    go(made)
+    made.ppo.rewards[0].retries, made.ppo.rewards[0].timeout = 9, 90.0
+    made.ppo.offload_frozen, made.ppo.ptx_data.cache_dir = True, "elsewhere"
+    assert "done already" in go(made)[-1]
+    made.ppo.rewards[0].weight = 2.0
+    assert "ppo.rewards" in refused(made).message
+
+
+def test_demonstrations_that_change_under_a_run_are_noticed() -> None:
+    Path("ptx.jsonl").write_text('{"text": "a"}\n')
+    made = config(SFT, REWARD, PPO)
+    made.ppo.ptx_weight, made.ppo.ptx_data = 0.1, DataConfig(path="ptx.jsonl")
+    go(made)
+    Path("ptx.jsonl").write_text('{"text": "b"}\n')
+    assert "content of ppo.ptx_data.sources[0]: " in refused(made).message
+
+
+def test_artifacts_that_read_text_differently_are_refused_before_anything_starts() -> None:
+    make_policy("p")
+    make_policy("r", role=Role.reward_model, tokenizer_hash="t2")
+    made = from_policy(PPO, "p")
+    made.ppo.reward_model = "r"
+    error = refused(made)
+    assert "p (policy) and r (reward_model) do not read text alike" in error.message
+    assert "tokenizer: t1 against t2" in error.message
+    make_policy("q", tokenizer_hash="t2")
+    made = from_policy(PPO, "p", steps=[REWARD, PPO])  # the reward model will read text as q does
+    made.reward.policy = "q"
+    assert "p (policy) and q (policy) do not read text alike" in refused(made).message
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("accuracy", "warned"), [("0.97", False), ("0.55", True)])
+def test_ppo_says_how_good_its_reward_model_is_before_it_starts(
+    accuracy: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ACCURACY", accuracy)
+    lines = go(config(SFT, REWARD, PPO))
+    start = next(index for index, line in enumerate(lines) if line.startswith("ppo: starting"))
+    assert lines[start + 1].startswith("ppo: reward model runs/a/reward/export (")
+    assert lines[start + 1].endswith(f") orders {float(accuracy):.1%} of 20 held-out pairs as people did")
+    assert any("less than reward.warn_below_accuracy=0.6" in line for line in lines) is warned
+
+
+def test_a_reward_model_that_was_measured_on_no_pairs_is_not_passed_over_in_silence() -> None:
+    lines = go(config(SFT, REWARD, PPO))
+    assert any("warning: reward model" in line and "says nothing of its accuracy" in line for line in lines)
+    details = {"calibration": {"accuracy": 0.9, "pairs": 5}, "metrics": {}}
+    artifact = Artifact(Path(make_policy("r") and "r"), Manifest("artifact", Role.reward_model, {}, details))
+    assert "orders 90.0% of 5 training pairs" in run.lines_on_reward_model(artifact, 0.6)[0]
 
 
 # --- Refused before anything starts ----------------------------------------------------------------
@@ -346,3 +453,10 @@ def test_a_preview_takes_the_policy_that_the_run_has_or_the_user_named(
     assert previewed(config(SFT, DPO), capfd) == "dpo: policy runs/a/sft/export, tokenizer None"
     make_policy("here")
     assert previewed(from_policy(DPO, "here"), capfd) == "dpo: policy here, tokenizer None"
+
+
+def test_a_preview_of_ppo_needs_no_reward_model_yet(capfd: pytest.CaptureFixture[str]) -> None:
+    assert previewed(config(SFT, REWARD, PPO), capfd) == "ppo: policy None, tokenizer None"
+    go(config(SFT))
+    capfd.readouterr()
+    assert previewed(config(SFT, REWARD, PPO), capfd) == "ppo: policy runs/a/sft/export, tokenizer None"

@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
+from step3_ppo.config import Estimator, RewardSourceConfig
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 256}
 
@@ -191,7 +192,7 @@ def test_muons_update_is_not_clipped(config: PipelineConfig) -> None:
         ({"sft": 3, "reward": 7}, {"sft": 3, "reward": 7}, None),
         ({"sft": 3, "reward": 7}, {"reward": 7, "sft": 3}, None),
         ({}, {"reward": 7, "ppo": 3}, None),  # other data, not shared out
-        ({"sft": 2, "ppo": 4}, {}, None),
+        ({"sft": 2, "ppo": 4}, {}, None),  # ppo does not run
         ({"sft": 1, "reward": 1}, {}, "has a share for reward, but reward.data.stage_split is empty"),
         ({}, {"sft": 3, "reward": 7}, "reward.data.stage_split has a share for sft, but sft.data"),
         ({"sft": 3, "reward": 7}, {"sft": 5, "reward": 5}, "their parts could overlap"),
@@ -272,3 +273,111 @@ def test_checks_of_a_step_that_does_not_run_are_not_made(config: PipelineConfig)
     checks.check(config, ranks=1)
     config.steps = [Step.sft, Step.reward]
     assert "reward.data.path is missing" in error_of(config).message
+
+
+# --- PPO -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ppo(config: PipelineConfig) -> PipelineConfig:
+    """A chain with PPO that passes every check."""
+    config.steps = [Step.sft, Step.reward, Step.ppo]
+    config.reward.data = DataConfig(path="rows.jsonl", max_length=256)
+    config.ppo.data = DataConfig(path="rows.jsonl", max_length=256)
+    config.ppo.rollout.max_new_tokens = 32
+    checks.check(config, ranks=2)
+    return config
+
+
+def artifact(folder: str, context: int) -> str:
+    """What checks read of an artifact: the context and the size of its weights."""
+    Path(folder).mkdir()
+    Path(folder, "config.json").write_text(json.dumps({**LLAMA, "max_position_embeddings": context}))
+    Path(folder, "model.safetensors").write_bytes(b"x" * 100)
+    return folder
+
+
+def test_ppo_without_prompts_names_the_missing_key(ppo: PipelineConfig) -> None:
+    ppo.ppo.data = DataConfig(max_length=256)
+    assert "ppo.data.path is missing" in error_of(ppo).message
+
+
+def test_an_update_of_more_responses_than_an_iteration_samples_is_refused(ppo: PipelineConfig) -> None:
+    ppo.ppo.rollout.prompts, ppo.ppo.rollout.samples_per_prompt = 10, 4
+    ppo.ppo.train.global_batch_size = 40
+    checks.check(ppo, ranks=2)
+    ppo.ppo.train.global_batch_size = 41
+    error = error_of(ppo)
+    assert "ppo.train.global_batch_size=41, but an iteration samples 40 responses" in error.message
+    assert "ppo.train.global_batch_size=40 or less" in str(error.hint)
+    ppo.ppo.train.global_batch_size = 1
+    assert "ppo.train.global_batch_size=1 is less than the 2 ranks" in error_of(ppo, ranks=2).message
+
+
+def test_prompts_with_responses_fit_into_the_context_of_policy_and_reward_model(ppo: PipelineConfig) -> None:
+    ppo.ppo.reward_model = artifact("short", context=128)
+    error = error_of(ppo)
+    assert "ppo.data.max_length=256, but the reward model's context is 128 tokens" in error.message
+    ppo.ppo.data.max_length = 128
+    checks.check(ppo, ranks=1)
+    ppo.ppo.reward_model, ppo.ppo.data.max_length = None, 257
+    assert "ppo.data.max_length=257, but the model's context is 256 tokens" in error_of(ppo).message
+
+
+def test_demonstrations_are_mixed_in_exactly_when_they_have_a_weight(ppo: PipelineConfig) -> None:
+    ppo.ppo.ptx_data = DataConfig(path="rows.jsonl", max_length=256)
+    error = error_of(ppo)
+    assert "ppo.ptx_data names rows.jsonl, which ppo.ptx_weight=0.0 leaves out" in error.message
+    ppo.ppo.ptx_weight = 0.1
+    checks.check(ppo, ranks=2)
+    ppo.ppo.ptx_batch_size = 1
+    assert "ppo.ptx_batch_size=1 is less than the 2 ranks" in error_of(ppo, ranks=2).message
+    ppo.ppo.ptx_data.max_length = 257
+    assert "ppo.ptx_data.max_length=257, but the model's context" in error_of(ppo).message
+    ppo.ppo.ptx_data = DataConfig()
+    assert "ppo.ptx_data.path is missing" in error_of(ppo).message
+
+
+def test_both_optimizers_of_ppo_are_checked_and_that_of_a_critic_only_if_there_is_one(
+    ppo: PipelineConfig,
+) -> None:
+    ppo.ppo.critic.optim = OptimConfig(name=OptimizerName.adamw_8bit)
+    assert "ppo.critic.optim.name=adamw_8bit needs a GPU" in error_of(ppo).message
+    ppo.ppo.critic.optim = OptimConfig(name=OptimizerName.muon)
+    assert "ppo.critic.optim.name=muon with model.dtype=bf16" in error_of(ppo).message
+    ppo.ppo.estimator, ppo.ppo.rollout.samples_per_prompt = Estimator.rloo, 2
+    checks.check(ppo, ranks=1)
+    ppo.ppo.optim = OptimConfig(name=OptimizerName.adamw_8bit)
+    assert "ppo.optim.name=adamw_8bit needs a GPU" in error_of(ppo).message
+
+
+def test_ppo_has_the_shares_of_the_steps_before_it(ppo: PipelineConfig) -> None:
+    shares = {"sft": 2.0, "ppo": 4.0}
+    ppo.sft.data.stage_split = shares
+    assert "has a share for ppo, but ppo.data.stage_split is empty" in error_of(ppo).message
+    ppo.ppo.data.stage_split = dict(shares)
+    checks.check(ppo, ranks=1)
+    ppo.ppo.data.stage_split = {"sft": 2.0, "reward": 4.0}
+    assert "leaves no rows to ppo itself" in error_of(ppo).message
+
+
+def test_the_critics_checkpoint_needs_its_part_of_the_disk(
+    ppo: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ppo.steps = [Step.ppo]
+    ppo.ppo.policy, ppo.ppo.reward_model = artifact("policy", 256), artifact("reward_model", 256)
+    usage = namedtuple("usage", "total used free")
+    for critic, needed in ((True, 800 + 700), (False, 800)):
+        if not critic:
+            ppo.ppo.estimator, ppo.ppo.rollout.samples_per_prompt = Estimator.rloo, 2
+        free = checks.SMALLEST_DISK + needed
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
+        checks.check(ppo, ranks=1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free - 1))
+        assert "are free" in error_of(ppo).message
+
+
+def test_reward_functions_are_not_imported_by_the_controller(ppo: PipelineConfig) -> None:
+    ppo.ppo.rewards = [RewardSourceConfig(function="no.such.module:function")]
+    ppo.steps = [Step.sft, Step.ppo]
+    checks.check(ppo, ranks=1)

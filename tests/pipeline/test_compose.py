@@ -14,6 +14,7 @@ from pipeline.compose import (
     DEMO,
     DEMO_DATA,
     check_base_model_is_used,
+    check_effects,
     compose,
     jobs_of,
     name_of_sweep_job,
@@ -177,12 +178,20 @@ def test_a_short_name_goes_to_the_one_step_of_the_run() -> None:
     muon, adamw = OptimizerName.muon, OptimizerName.adamw
     job = composed("experiment=demo", "steps=[dpo]", "dpo.policy=x", "optim=muon")
     assert (job.sft.optim.name, job.reward.optim.name, job.dpo.optim.name) == (adamw, adamw, muon)
+    ppo = composed("steps=ppo", "ppo.policy=x", "ppo.reward_model=y", "optim=muon").ppo
+    assert (ppo.optim.name, ppo.critic.optim.name) == (muon, adamw)
     job = composed("steps=reward", "reward.policy=x", "data=gsm8k_preferences")
     assert job.reward.data.path is not None and job.reward.data.path.endswith("model_solutions.jsonl")
 
 
 @pytest.mark.parametrize(
-    "named", [["experiment=demo", "steps=[sft,dpo]"], ["experiment=demo", "steps=sft,dpo"], ["experiment=hh"]]
+    "named",
+    [
+        ["experiment=demo", "steps=[sft,dpo]"],
+        ["experiment=demo", "steps=sft,dpo"],
+        ["steps=[sft,dpo]"],
+        ["experiment=hh"],
+    ],
 )
 def test_a_short_name_is_not_guessed_for_a_run_of_several_steps(named: list[str]) -> None:
     second = "reward" if named == ["experiment=hh"] else "dpo"
@@ -191,6 +200,22 @@ def test_a_short_name_is_not_guessed_for_a_run_of_several_steps(named: list[str]
     job = composed(*named, "sft.optim=muon", f"{second}.optim=adafactor")
     assert job.sft.optim.name is OptimizerName.muon
     assert getattr(job, second).optim.name is OptimizerName.adafactor
+
+
+def test_the_demo_that_is_filled_in_has_several_steps_to_choose_from() -> None:
+    hint = "one or more of sft.optim=muon, reward.optim=muon, ppo.optim=muon"
+    assert error_of("optim=muon") == f"optim=muon: for which step?\n  {hint}"
+
+
+def test_data_and_optimizers_beside_a_steps_first_are_chosen_and_replaced_alike() -> None:
+    chain = ("experiment=demo", "steps=[sft,ppo]", "ppo.reward_model=r")
+    job = composed(*chain, "ppo.critic.optim=adafactor", "ppo.ptx_data=gsm8k").ppo
+    assert (job.critic.optim.name, job.optim.name) == (OptimizerName.adafactor, OptimizerName.adamw)
+    assert str(job.ptx_data.path).endswith("gsm8k/train.jsonl")
+    job = composed(*chain, "ppo.ptx_data=gsm8k", "ppo.ptx_data.sources=[{path: mine.jsonl}]").ppo
+    assert [source.path for source in job.ptx_data.all_sources()] == ["mine.jsonl"]
+    way_out = "several go into 'ppo.ptx_data.sources=[{path: FIRST}, {path: SECOND}]'"
+    assert error_of(*chain, "ppo.ptx_data.path=[a.jsonl]").endswith(way_out)
 
 
 def test_a_short_name_is_not_guessed_for_a_sweep_over_steps() -> None:
@@ -210,6 +235,12 @@ def test_plus_before_a_known_key_is_forgiven() -> None:
     assert composed(*JOB, "+seed=3").seed == 3
 
 
+def test_the_demo_is_the_whole_chain_and_a_model_of_ones_own_begins_with_sft() -> None:
+    assert composed().steps == composed("seed=3").steps == [Step.sft, Step.reward, Step.ppo]
+    assert composed(*JOB).steps == composed("sft.data.path=x").steps == [Step.sft]
+    assert composed("steps=[sft]").steps == [Step.sft]
+
+
 def test_naming_nothing_runs_the_demo_and_says_so() -> None:
     for overrides in ([], ["steps=[sft]"], ["seed=3", "model.dtype=fp32", "sft.data.max_length=128"]):
         prepared = prepare(overrides)
@@ -224,6 +255,7 @@ def test_naming_nothing_runs_the_demo_and_says_so() -> None:
         (["steps=[sft,dpo]"], [Step.sft, Step.dpo], DEMO),
         (["steps=[reward]", "reward.policy=a/export"], [Step.reward], DEMO_DATA),
         (["steps=[dpo]", "dpo.policy=a/export"], [Step.dpo], DEMO_DATA),
+        (["steps=[ppo]", "ppo.policy=a/export", "ppo.reward_model=b/export"], [Step.ppo], DEMO_DATA),
     ],
 )
 def test_steps_and_a_policy_alone_run_on_the_demos_data(
@@ -234,7 +266,8 @@ def test_steps_and_a_policy_alone_run_on_the_demos_data(
     assert job.steps == steps
     for step in steps[1:] or steps:
         (source,) = getattr(job, step.value).data.all_sources()
-        assert source.path == str(PROJECT / "demo" / "data" / "preferences.jsonl")
+        name = "prompts_train.jsonl" if step is Step.ppo else "preferences.jsonl"
+        assert source.path == str(PROJECT / "demo" / "data" / name)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +355,29 @@ def test_every_setting_without_effect_and_every_policy_is_named() -> None:
 )
 def test_what_some_step_uses_or_the_user_did_not_name_is_not_refused(overrides: tuple[str, ...]) -> None:
     check_model_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["steps=[sft]", "dpo.policy=P"], "dpo.policy=P has no effect: dpo is not among steps=[sft]"),
+        (["ppo.reward_model=R", *JOB], "ppo.reward_model=R has no effect: ppo is not among steps=[sft]"),
+        (["dpo.policy=P"], "dpo is not among steps=[sft,reward,ppo]"),
+        (["steps=[sft,dpo]", "dpo.policy=P"], None),
+        (["steps=[sft]", "dpo.policy=null"], None),
+    ],
+)
+def test_an_artifact_for_a_step_that_does_not_run_is_refused(overrides: list[str], said: str | None) -> None:
+    if said is None:
+        return check_effects([composed(*overrides)], overrides)
+    with pytest.raises(UserError) as caught:
+        check_effects([composed(*overrides)], overrides)
+    assert said in caught.value.message and "runs it" in str(caught.value.hint)
+
+
+def test_an_artifact_that_one_run_of_a_sweep_uses_has_an_effect() -> None:
+    overrides = ["steps=[sft],[dpo]", "dpo.policy=P", *JOB]
+    check_effects([compose(job) for job in jobs_of(overrides)], overrides)
 
 
 def test_a_base_model_that_one_run_of_a_sweep_starts_from_has_an_effect() -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from common.errors import UserError
 from common.stage import Role, Stage, Step
-from pipeline.plan import STAGES, start_of, wire
+from pipeline.config import PipelineConfig
+from pipeline.plan import STAGES, start_of, wire, wire_run
+from step3_ppo.config import CriticConfig, CriticStart, Estimator, PPOConfig, RewardSourceConfig
 
 POLICY, REWARD = Role.policy, Role.reward_model
 MADE_UP = {
@@ -73,3 +75,55 @@ def test_a_missing_role_is_an_error_with_both_ways_out() -> None:
     with pytest.raises(UserError) as caught:
         wire([Step.reward], known=MADE_UP)
     assert caught.value.hint == "add sft to steps, or set reward.policy=PATH"
+
+
+def test_ppo_is_built_and_starts_from_the_latest_policy_and_the_reward_model() -> None:
+    last = wire([Step.sft, Step.reward, Step.dpo, Step.ppo])[-1]
+    assert (last.stage.module, last.stage.produces) == ("step3_ppo", POLICY)
+    assert dict(last.sources) == {POLICY: Step.dpo, REWARD: Step.reward}
+
+
+def test_the_start_of_a_reward_model_is_followed_too() -> None:
+    chain = wire([Step.sft, Step.reward, Step.ppo], known=MADE_UP)
+    assert start_of(Step.ppo, chain, REWARD) is None
+    chain = wire([Step.reward, Step.ppo], {(Step.reward, POLICY): "a", (Step.ppo, POLICY): "b"}, MADE_UP)
+    assert (start_of(Step.ppo, chain, REWARD), start_of(Step.ppo, chain)) == ("a", "b")
+    chain = wire([Step.sft, Step.ppo], {(Step.ppo, REWARD): "r"}, MADE_UP)
+    assert (start_of(Step.ppo, chain, REWARD), start_of(Step.ppo, chain)) == ("r", None)
+
+
+FUNCTION = [RewardSourceConfig(function="a.b:c")]
+BOTH = [*FUNCTION, RewardSourceConfig(model=True)]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "uses_it"),
+    [
+        (PPOConfig(), True),
+        (PPOConfig(rewards=BOTH, critic=CriticConfig(start=CriticStart.policy)), True),
+        (PPOConfig(rewards=FUNCTION), False),
+        (PPOConfig(rewards=FUNCTION, critic=CriticConfig(start=CriticStart.reward_model)), True),
+        (
+            PPOConfig(
+                rewards=FUNCTION,
+                critic=CriticConfig(start=CriticStart.reward_model),
+                estimator=Estimator.reinforce_pp,
+            ),
+            False,
+        ),
+    ],
+)
+def test_ppo_asks_for_a_reward_model_only_where_its_settings_use_one(ppo: PPOConfig, uses_it: bool) -> None:
+    steps = [Step.sft, Step.ppo]
+    if uses_it:
+        with pytest.raises(UserError, match="ppo needs a reward_model"):
+            wire_run(PipelineConfig(steps=steps, ppo=ppo))
+    else:
+        assert dict(wire_run(PipelineConfig(steps=steps, ppo=ppo))[1].sources) == {POLICY: Step.sft}
+    ppo.reward_model = "r"
+    if uses_it:
+        assert wire_run(PipelineConfig(steps=steps, ppo=ppo))[1].sources[REWARD] == "r"
+        return
+    with pytest.raises(UserError, match="ppo.reward_model=r has no effect") as caught:
+        wire_run(PipelineConfig(steps=steps, ppo=ppo))
+    assert "ppo.reward_model=null" in str(caught.value.hint)
