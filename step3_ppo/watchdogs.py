@@ -39,6 +39,8 @@ LARGEST_KL = 50.0
 """Nats per response with a fixed coefficient."""
 TARGETS = 4.0
 """Multiple of ppo.kl.target with an adaptive coefficient."""
+NO_DIFFERENCE = 1e-12
+"""Standard deviation of rewards that are all the same, but for rounding."""
 SIGMAS = 2.0
 """Standard errors of a difference between evaluations that count as more than noise."""
 
@@ -125,11 +127,11 @@ class Watchdogs:
     # One check per kind of trouble: a text without the iteration, or None ---------------------------
 
     def _ratio(self, metrics: Metrics) -> str | None:
-        error = metrics.get("val/first_ratio_off", 0.0)
+        error = metrics.get("val/first_ratio_error", 0.0)
         if error <= self._tolerance:
             return None
         return (
-            f"the first update began {error:.2g} away from ratio 1 on average (val/first_ratio_off), where "
+            f"the first update began {error:.2g} away from ratio 1 on average (val/first_ratio_error), where "
             f"up to {self._tolerance:.2g} is rounding: it did not learn from the policy that was "
             "scored; model.dtype=fp32 tells whether rounding is to blame"
         )
@@ -155,11 +157,15 @@ class Watchdogs:
         )
 
     def _advantages(self, metrics: Metrics) -> str | None:
-        if metrics.get("objective/advantages_abs_mean", 1.0) != 0:
+        if metrics.get("objective/scores_std", 1.0) < NO_DIFFERENCE:
+            what = "all rewards are alike (objective/scores_std is 0)"
+        elif metrics.get("objective/advantages_abs_mean", 1.0) == 0:
+            what = "the rewards of the samples of each prompt are alike (objective/advantages_abs_mean is 0)"
+        else:
             return None
         return (
-            "all advantages are 0, so nothing was learned: the rewards are all alike; look at ppo.rewards, "
-            "raise ppo.rollout.temperature or ppo.rollout.samples_per_prompt, or take easier prompts"
+            f"{what}, so there is nothing to learn: look at ppo.rewards and ppo.reward_clip, raise "
+            "ppo.rollout.temperature or ppo.rollout.samples_per_prompt, or take other prompts"
         )
 
     def _unfinished(self, metrics: Metrics) -> str | None:

@@ -24,11 +24,12 @@ SETTINGS = PPOConfig(
 )
 
 HEALTHY = {
-    "val/first_ratio_off": 1e-7,
+    "val/first_ratio_error": 1e-7,
     "objective/kl": 0.0,
     "objective/scores": 0.1,
     "objective/rlhf_reward": 0.1,
     "objective/advantages_abs_mean": 0.8,
+    "objective/scores_std": 0.5,
     "reward/gold": 0.1,
     "rollout/logprob_drift": 1e-6,
     "response/length_mean": 20.0,
@@ -73,9 +74,10 @@ def test_metrics_that_are_absent_are_not_looked_at() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said", "key"),
     [
-        ("val/first_ratio_off", 2e-4, "0.0002 away from ratio 1", "model.dtype=fp32"),
+        ("val/first_ratio_error", 2e-4, "0.0002 away from ratio 1", "model.dtype=fp32"),
         ("rollout/logprob_drift", 0.01, "differ by 0.01 nats per token", "model.dtype=fp32"),
-        ("objective/advantages_abs_mean", 0.0, "all advantages are 0", "ppo.rollout.samples_per_prompt"),
+        ("objective/advantages_abs_mean", 0.0, "of each prompt are alike", "ppo.rollout.samples_per_prompt"),
+        ("objective/scores_std", 1e-16, "all rewards are alike", "ppo.rewards"),
         ("response/truncated_share", 0.51, "51% of the responses do not stop", "ppo.rollout.max_new_tokens"),
         ("response/truncated_share", 0.4, "do not stop, 10% at first", "ppo.missing_eos_penalty"),
         ("response/length_mean", 41.0, "41.0 tokens on average, 20.0 at first", "ppo.kl.coef"),
@@ -92,7 +94,7 @@ def test_each_trouble_is_said_with_its_number_and_a_key(name: str, value: float,
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("val/first_ratio_off", 1e-4), ("rollout/logprob_drift", 1e-4), ("response/truncated_share", 0.35),
+        ("val/first_ratio_error", 1e-4), ("rollout/logprob_drift", 1e-4), ("response/truncated_share", 0.35),
         ("response/length_mean", 40.0), ("response/length_mean", 10.0), ("policy/entropy_avg", 0.2),
         ("objective/kl", 50.0), ("objective/advantages_abs_mean", 1e-9),
     ],
