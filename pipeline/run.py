@@ -61,8 +61,6 @@ def run(config: PipelineConfig, *, say: Say = print) -> int:
     lock = state.lock_run(folder)
     try:
         status = run_steps(config, wired, folder, ranks, lock, say)
-        if not (folder / REPORT).exists():
-            make_report(folder, say)
     finally:
         os.close(lock)
     if (folder / REPORT).exists():

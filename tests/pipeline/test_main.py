@@ -59,6 +59,16 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         ),
         (("verify",), "verify takes one path"),
         (("verify", "nowhere"), "nowhere: no such folder"),
+        (("report",), "report takes the folder of one run"),
+        (("report", "nowhere"), "nowhere"),
+        (("chat",), "the following arguments are required: PATH"),
+        (("chat", "nowhere"), "PATH=nowhere: no such folder"),
+        (("cat", "nowhere"), "did you mean chat?"),
+        (("run", "steps=[sft]", "ppo.reward_model=R"), "ppo.reward_model=R has no effect: ppo is not among"),
+        (
+            ("run", "steps=[sft,ppo]", "ppo.reward_model=R", "ppo.rewards=[{url: 'https://h'}]"),
+            "ppo.reward_model=R has no effect: with these settings ppo uses no reward_model",
+        ),
     ],
 )
 def test_what_the_user_can_fix_ends_with_status_two_and_no_traceback(
@@ -86,6 +96,11 @@ def test_chains_run_on_the_demos_data_with_nothing_else_named(tmp_path: Path) ->
         done = rlhf("run", steps, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "running the embedded demo" in done.stdout
+    done = rlhf("run", folder=tmp_path)  # the whole chain, of which two steps are there
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done already, verified") == 2
+    assert "artifact  runs/demo/ppo/export" in done.stdout
+    assert done.stdout.endswith("report    runs/demo/report.html\n")
     for step in ("reward", "dpo"):
         given = (f"steps=[{step}]", f"{step}.policy=runs/demo/sft/export", "run_name=b")
         done = rlhf("run", *given, folder=tmp_path)
@@ -96,7 +111,10 @@ def test_chains_run_on_the_demos_data_with_nothing_else_named(tmp_path: Path) ->
 
 def test_help_is_no_error(tmp_path: Path) -> None:
     done = rlhf("--help", folder=tmp_path)
-    assert done.returncode == 0 and "verify PATH" in done.stdout
+    assert done.returncode == 0
+    for verb in ("run [overrides]", "preview [overrides]", "verify PATH", "report RUN", "chat PATH"):
+        assert f"\n  {verb} " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
 
 
 def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path: Path, job: list[str]) -> None:

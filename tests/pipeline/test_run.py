@@ -24,6 +24,9 @@ from pipeline.verify import verify_path
 PROGRAMS = Path(__file__).parent / "programs"
 DRIVE = [sys.executable, str(PROGRAMS / "drive.py")]
 PATIENCE_SECONDS = 60
+MAKE_REPORT = run.make_report
+REPORTED: list[object] = []
+"""What the step's state was each time a report was asked for."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,8 @@ def fake_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(plan.STAGES, Step.sft, Stage(Step.sft, (), Role.policy, "fake_step"))  # type: ignore[arg-type]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), str(PROGRAMS)]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(run, "make_report", lambda run_dir, say: None)
+    monkeypatch.setattr(run, "make_report", lambda run_dir, say: REPORTED.append(status()["status"]))
+    REPORTED.clear()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
 
@@ -387,3 +391,45 @@ def test_ranks_die_with_a_killed_controller_and_the_folder_is_free_again(ranks: 
         assert all(gone(process_id) for process_id in set(started) - own)
     os.close(state.lock_run(Path("runs/a")))
     assert status()["status"] == "running"  # nobody was left to say otherwise; the next run goes on
+
+
+# --- The report ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("behaviour", "state_then"), [("done", "done"), ("crash", "failed")])
+def test_a_report_is_made_when_a_step_has_ended_well_or_not(
+    behaviour: str, state_then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEP", behaviour)
+    go()
+    assert [state_then] == REPORTED
+
+
+def test_a_report_that_is_there_is_named_and_not_made_again_for_nothing() -> None:
+    go()
+    Path("runs/a/report.html").write_text("a report")
+    REPORTED.clear()
+    code, lines = go()
+    assert (code, lines[-1], REPORTED) == (0, "report    runs/a/report.html", [])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no\nlines"), "RuntimeError: no lines"),
+        (UserError("no run", hint="none"), "no run"),
+    ],
+)
+def test_a_report_that_cannot_be_made_costs_one_line_and_not_the_run(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.report
+
+    def refuse(run_dir: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr(pipeline.report, "report", refuse)
+    monkeypatch.setattr(run, "make_report", MAKE_REPORT)
+    code, lines = go()
+    assert code == 0
+    assert [line for line in lines if "report" in line] == [f"warning: no report of runs/a: {said}"]
