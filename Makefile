@@ -1,6 +1,7 @@
 # make demo   run the embedded default: a policy, a reward model, PPO, and a report
 # make test   the whole test suite
 # make check  what CI runs: style, types, import contracts, tests
+# make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make bench  the CPU benchmarks (long)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check style bench clean
+.PHONY: demo test browser check style bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -16,7 +17,15 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(RUN) -m pytest
 
-check: style test
+check: browser style test
+
+# Found, or installed where that is ours to do; the tests of the report in a browser say so when they are skipped.
+browser: $(VENV)/.dev
+	@$(RUN) -m tests.browser || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  { apt-get install -y -qq --no-install-recommends chromium fonts-liberation || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } } >/dev/null 2>&1; } || \
+	echo 'no Chromium: install one (apt-get install chromium), or set CHROMIUM=/path/to/one'
 
 style: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

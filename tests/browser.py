@@ -8,11 +8,13 @@ Without a Chromium on the machine `find()` gives None; `CHROMIUM` names one that
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +26,20 @@ PATIENCE = 60.0
 """Seconds until a browser that does not answer is given up."""
 
 
+@functools.cache
 def find() -> str | None:
-    """Path of a Chromium; None when there is none."""
+    """Path of a Chromium that starts; None when there is none. A package may have put a mere stub there."""
     named = os.environ.get("CHROMIUM")
-    if named:
-        return named if Path(named).exists() else None
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    paths = [named] if named else [path for name in NAMES if (path := shutil.which(name))]
+    return next((path for path in paths if _starts(path)), None)
+
+
+def _starts(path: str) -> bool:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 class Browser:
@@ -111,7 +121,7 @@ class Browser:
         """What the console says: errors, warnings, refused scripts, exceptions."""
         said = [e for e in self.events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")]
         said += [e for e in self.events if e["method"] == "Runtime.exceptionThrown"]
-        return [json.dumps(event["params"])[:500] for event in said]
+        return [json.dumps(event["params"])[:2000] for event in said]
 
     def _call(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
         self._number += 1
@@ -133,3 +143,7 @@ class Browser:
             self._rest += part
         message, self._rest = self._rest.split(b"\0", 1)
         return dict(json.loads(message))
+
+
+if __name__ == "__main__":
+    sys.exit(0 if find() else 1)

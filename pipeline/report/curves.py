@@ -102,7 +102,7 @@ def curves(
     """The telling charts of a step, and the rest. functions: the user's evaluations, in their order."""
     plans = list(MAIN.get(step, (_both("Loss", "loss"),)))
     if step == Step.ppo.value:
-        plans = [*_evaluations(metrics, functions), *plans]
+        plans = [*_evaluations(metrics, functions), *_sources(metrics), *plans]
     known = {metric for plan in plans for metric, _ in plan.lines}
     rest = [plan for plan in _rest(metrics) if not known.intersection(metric for metric, _ in plan.lines)]
     partly = {metric for plan in _rest(metrics) for metric, _ in plan.lines} - known
@@ -124,6 +124,15 @@ def _evaluations(metrics: Mapping[str, Series], functions: Sequence[str]) -> lis
         title = f"{NAMES.get(name, name)}, held out"
         plans.append(Plan(title, lines, percent, UNITS.get(name, "")))
     return plans
+
+
+def _sources(metrics: Mapping[str, Series]) -> list[Plan]:
+    """One chart for what each source of rewards gave, before weights and clipping; of many, one each."""
+    names = sorted(metric for metric in metrics if metric.startswith("reward/"))
+    lines = [(name, name.removeprefix("reward/")) for name in names]
+    if len(lines) <= 4:
+        return [Plan("Rewards by source", lines)] if lines else []
+    return [Plan(f"Reward of {label}", ((name, label),)) for name, label in lines]
 
 
 def _rest(metrics: Mapping[str, Series]) -> list[Plan]:

@@ -85,7 +85,7 @@ def is_clear(change: Estimate | None) -> bool:
 
 
 def student_quantile(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t, to about 1 % (Cornish-Fisher expansion above 4 degrees)."""
+    """Two-sided 95 % quantile of Student's t, good to 0.2 % (a Cornish-Fisher expansion above 4 degrees)."""
     if freedom in _SMALL_T:
         return _SMALL_T[freedom]
     z, n = Z, freedom

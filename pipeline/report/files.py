@@ -95,6 +95,7 @@ class StepFiles:
     name: str
     state: Mapping[str, str]  # status, started, launched, ended, exit_status; empty when never started
     metrics: Mapping[str, Series]
+    errors: Mapping[str, Series]  # standard errors of some of them, by the metric's name
     samples: SampleFile | None
     ledger: list[LedgerRow]
     details: Mapping[str, Any]  # of the exported artifact's manifest; empty before there is one
@@ -163,10 +164,12 @@ def read_step(reader: Reader, name: str) -> StepFiles:
     """Everything in one step's folder."""
     state = reader.json(f"{name}/{STATE}")
     keys = ("status", "started", "launched", "ended", "exit_status")
+    metrics, errors = errors_apart(reader.metrics(f"{name}/{METRICS}"))
     return StepFiles(
         name,
         {key: clean(state[key]) for key in keys if isinstance(state.get(key), str | int)},
-        reader.metrics(f"{name}/{METRICS}"),
+        metrics,
+        errors,
         reader.samples(f"{name}/{SAMPLES}"),
         reader.ledger(f"{name}/{LEDGER}"),
         mapping(reader.json(f"{name}/{EXPORT}/{MANIFEST}").get("details")),
@@ -366,6 +369,12 @@ def clean(value: Any) -> str:
     """Text that a file can hold and that shows every character: no lone surrogates, no control codes."""
     text = str(value).replace("\r\n", "\n").translate(_CONTROLS)
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def errors_apart(metrics: Mapping[str, Series]) -> tuple[dict[str, Series], dict[str, Series]]:
+    """The metrics, and apart from them the standard errors (`<metric>_se`) under the metric's own name."""
+    errors = {m.removesuffix("_se"): s for m, s in metrics.items() if m.endswith("_se") and m[:-3] in metrics}
+    return {m: s for m, s in metrics.items() if m.removesuffix("_se") not in errors or m in errors}, errors
 
 
 def dig(value: Any, key: str) -> Any:

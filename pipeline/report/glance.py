@@ -155,7 +155,6 @@ def at_a_glance(run: RunFiles) -> Glance:
 def ppo_measures(step: StepFiles, functions: Iterable[str] = ()) -> list[Measure]:
     """Everything that PPO evaluated: user's functions in their order first, each sampled, then greedy."""
     names = {name.removeprefix(GREEDY).removeprefix(EVAL) for name in step.metrics if name.startswith(EVAL)}
-    names = {name for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)}
     ordered = [name for name in functions if name in names]
     ordered += sorted(names.difference(ordered, OWN_NAMES))
     of_user = set(ordered)
@@ -189,7 +188,7 @@ def before_and_after(
     two = len(series) > 1
     pairs = pairs_of(step) if name in OF_PAIRS else 0
     groups = [_values(step, at, name, mode) for at in (first_step, last_step)]
-    errors = dict(step.metrics.get(f"{metric}_se", []))
+    errors = dict(step.errors.get(metric, []))
 
     def estimate(value: float, values: Mapping[str, list[float]], at: int) -> Estimate:
         if pairs:

@@ -6,6 +6,7 @@ composing it gives every setting that decides the recorded results. Nothing here
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -71,8 +72,12 @@ def command_for(config_text: str, run_name: str) -> str:
     """
     try:
         from pipeline.compose import prepare
+        from pipeline.config import PipelineConfig
 
-        wanted = decisive(yaml.safe_load(config_text))
+        config = yaml.safe_load(config_text)
+        if {field.name for field in dataclasses.fields(PipelineConfig)} != config.keys():
+            return ""
+        wanted = decisive(config)
         experiment = nearest_experiment(wanted)
         base = [f"experiment={experiment}"] if experiment else []
         base.append(f"steps={value_text(wanted['steps'])}")

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from pipeline import state
@@ -30,7 +31,7 @@ def make_run(
 ) -> Path:
     """A run whose steps are all done. ppo: arguments of `ppo_files`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
+    config: dict[str, Any] = {
         "steps": list(steps), "run_name": name or folder.name, "output_dir": str(folder.parent), "seed": 3,
         "sft": {"train": {"epochs": 4.0, "max_steps": None}, "data": {"sources": [{"path": "sft.jsonl"}]}},
         "ppo": {"train": {"max_steps": 40}, "evaluation": {"functions": FUNCTIONS}},
@@ -57,7 +58,12 @@ def write_state(folder: Path, status: str = "done", **more: Any) -> None:
 
 
 def write_ledger(folder: Path, held_out: int = 211) -> None:
-    row = {"name": "rows", "path": "rows.jsonl", "format": "prompt/completion", "rows_read": 2309}
+    row: dict[str, Any] = {
+        "name": "rows",
+        "path": "rows.jsonl",
+        "format": "prompt/completion",
+        "rows_read": 2309,
+    }
     row |= {"rows_kept": 2098, "rows_held_out": held_out, "tokens": 70555, "trained_tokens": 16645}
     drop = {"longer than max_length": {"count": 7, "places": ["rows.jsonl:12", "rows.jsonl:40"]}}
     rest = {"truncated": 0, "bad_rows": 0, "bad_examples": [], "dropped": drop}
@@ -65,7 +71,7 @@ def write_ledger(folder: Path, held_out: int = 211) -> None:
 
 
 def write_manifest(folder: Path, **details: Any) -> None:
-    found = {"git_commit": "9d8485fe17fe1eccb3bd6db5c36623c68ba7ba1e", "packages": PACKAGES}
+    found: dict[str, Any] = {"git_commit": "9d8485fe17fe1eccb3bd6db5c36623c68ba7ba1e", "packages": PACKAGES}
     found |= {"parameters": 984000, "base_model": None}
     write_json(folder / "export" / "manifest.json", {"kind": "artifact", "details": {**found, **details}})
 
@@ -177,7 +183,9 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows:
         for name, value in row["scores"].items():
             values.setdefault(name, []).append(value)
-    return {name: math.fsum(found) / len(found) for name, found in values.items()}
+    return {name: math.fsum(found) / len(found) for name, found in values.items()} | {
+        f"{name}_se": stdev(found) / math.sqrt(len(found)) for name, found in values.items() if len(found) > 1
+    }
 
 
 def prompts(count: int) -> list[str]:
@@ -218,5 +226,5 @@ def _iteration(draw: random.Random, done: float) -> dict[str, float]:
         "val/explained_variance": 0.8 * done, "val/ratio": 1.0, "response/length_mean": 8 + 6 * done,
         "response/length_max": 24.0, "response/truncated_share": 0.02, "rollout/logprob_drift": 1e-6,
         "time/rollout": 0.9, "time/score": 0.3, "time/learn": 1.1 + draw.random() / 10,
-        "scores/reward_model": 1.2 * done, "perf/rollout_tokens_per_second": draw.gauss(5200, 150),
+        "reward/reward_model": 1.2 * done, "perf/rollout_tokens_per_second": draw.gauss(5200, 150),
     }  # fmt: skip

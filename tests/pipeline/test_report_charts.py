@@ -1,0 +1,143 @@
+"""Charts show what was logged: everything, inside their frame, with round ticks."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from pipeline.report.charts import (
+    BOTTOM,
+    BUCKETS,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    Line,
+    lay_out,
+    nice_ticks,
+)
+from pipeline.report.curves import curves
+
+
+def chart(*lines: Line, **more: object) -> Chart:
+    found = lay_out("Loss", lines, **more)  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]
+
+
+def test_values_lie_where_the_ticks_say() -> None:
+    found = chart(Line("training", [(0, 0.0), (50, 2.0), (100, 4.0)]))
+    ticks = {label: y for y, label in found.y_ticks}
+    assert list(ticks) == ["0", "1", "2", "3", "4"]
+    assert points(found.lines[0].path) == [
+        (LEFT, ticks["0"]),
+        ((LEFT + WIDTH - RIGHT) / 2, ticks["2"]),
+        (WIDTH - RIGHT, ticks["4"]),
+    ]
+    assert [label for _, label in found.x_ticks] == ["0", "25", "50", "75", "100"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (1.37, 6.2), (-3, 4), (0.018, 0.022), (1e-9, 3e-9), (-1e300, 1e300), (0, 9973)]
+)
+def test_ticks_are_round_and_cover_the_values(low: float, high: float) -> None:
+    marks, step = nice_ticks(low, high, 4)
+    assert 3 <= len(marks) <= 8
+    assert marks[0] <= low + step * 1e-6 and marks[-1] >= high - step * 1e-6
+    assert float(f"{step:.1e}") == pytest.approx(step)  # two digits are enough to write it
+
+
+def test_a_spike_survives_thinning() -> None:
+    series = [(step, 1.0) for step in range(1, 20_001)]
+    series[12_345] = (12_346, 50.0)
+    found = chart(Line("training", series))
+    line = found.lines[0]
+    assert len(points(line.path)) <= BUCKETS + 1
+    top = found.y_ticks[-1]
+    assert top[1] == "60"
+    highest = min(y for _, y in points(line.band))
+    assert highest < TOP + (HEIGHT - BOTTOM - TOP) * 0.2  # 50 of 60
+    assert any("Band: from their lowest to their highest" in note for note in found.notes)
+    assert found.table[0][3] == "50.0"
+
+
+def test_what_is_no_number_is_a_gap_and_is_said() -> None:
+    series = [(1, 1.0), (2, 2.0), (3, math.nan), (4, math.inf), (5, 2.0), (6, 1.0)]
+    found = chart(Line("training", series))
+    assert found.lines[0].path.count("M") == 2
+    assert len(found.lines[0].gaps) == 2
+    assert found.notes == ["training: 2 values are not a finite number, first at step 3; left out."]
+
+
+def test_a_line_of_no_number_is_still_said() -> None:
+    found = chart(Line("training", [(1, math.nan), (2, math.nan)]), Line("held out", [(2, 1.0)], sparse=True))
+    assert found.lines[0].path == "" and found.lines[0].end is None
+    assert any("training: 2 values" in note for note in found.notes)
+
+
+def test_a_line_without_any_number_makes_no_chart() -> None:
+    assert lay_out("Loss", [Line("training", [(1, math.nan)])]) is None
+    assert lay_out("Loss", []) is None
+
+
+def test_one_value_is_a_dot() -> None:
+    found = chart(Line("held out", [(40, 0.3)], sparse=True))
+    assert found.lines[0].path == "" and len(found.lines[0].dots) == 1
+    assert found.lines[0].label == "0.300"
+
+
+def test_noise_is_smoothed_and_a_schedule_is_not() -> None:
+    noisy = chart(Line("training", [(step, step + 5 * (-1) ** step) for step in range(200)]))
+    assert noisy.lines[0].faint and noisy.notes == ["Thin: every value. Thick: the mean of 11."]
+    schedule = chart(Line("rate", [(step, min(step / 10, 1) * (1 - step / 200)) for step in range(200)]))
+    assert not schedule.lines[0].faint and not schedule.notes
+    assert len(points(schedule.lines[0].path)) == 200
+
+
+def test_values_over_many_magnitudes_get_a_logarithmic_axis() -> None:
+    found = chart(Line("before clipping", [(step, 10.0 ** (step / 10)) for step in range(50)]))
+    assert "Logarithmic scale." in found.notes
+    assert [label for _, label in found.y_ticks] == ["1.00", "10.0", "100", "1,000", "10,000", "100,000"]
+
+
+def test_labels_of_last_values_do_not_lie_on_each_other() -> None:
+    lines = [Line(f"line {index}", [(0, 0.0), (10, 9.9 + index / 1000)], index) for index in range(4)]
+    places = sorted(line.label_y for line in chart(*lines).lines)
+    assert all(later - earlier >= 11.9 for earlier, later in zip(places, places[1:], strict=False))
+    assert places[0] >= TOP and places[-1] <= HEIGHT - BOTTOM
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [5e-324, 0.0], [0.0, 0.0], [1e299, -1e299], [1e308, 1.0], [-2.0], [1.0, 1.0 + 1e-15], [1e-310, 1e300],
+        [123456789.0, 123456789.5],
+    ],
+)  # fmt: skip
+def test_every_finite_series_lies_inside_its_frame(values: list[float]) -> None:
+    found = chart(Line("odd", list(enumerate(values)), sparse=True))
+    placed = points(found.lines[0].path) + found.lines[0].dots
+    assert placed
+    for x, y in placed:
+        assert LEFT <= x <= WIDTH - RIGHT and TOP - 0.1 <= y <= HEIGHT - BOTTOM + 0.1
+
+
+def test_every_metric_is_drawn_exactly_once() -> None:
+    names = ["loss", "eval/loss", "learning_rate", "something/new", "eval/something/new", "eval/alone"]
+    metrics = {name: [(1, 1.0), (2, 2.0)] for name in names}
+    main, further = curves("sft", metrics)
+    drawn = sum(len(found.lines) for found in [*main, *further])
+    assert drawn == len(names)
+    assert [found.title for found in further] == ["eval/alone", "something/new"]
+    ppo = {name: [(1, 1.0)] for name in ("eval/gold", "eval/greedy/gold", "eval/x/y", "scores/a", "kl_coef")}
+    main, further = curves("ppo", ppo, ["gold"])
+    assert sum(len(found.lines) for found in [*main, *further]) == len(ppo)
+    assert main[0].title == "Gold score, held out" and len(main[0].lines) == 2
