@@ -148,11 +148,12 @@ class Engine:
         The module's own are these, rounded; what is written here shows in it after `publish_master_weights`.
         """
         zero = self._engine.optimizer
-        masters = (
-            zero.fp32_partitioned_groups_flat
-            if self.zero_stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
+        if self.zero_stage == 3:
+            masters = zero.fp32_partitioned_groups_flat
+        elif hasattr(zero, "fp32_groups_flat_partition"):  # bf16 at stage 1 has an optimizer of its own
+            masters = zero.fp32_groups_flat_partition
+        else:
+            masters = zero.single_partition_of_fp32_groups
         return [master.data for master in masters]
 
     @torch.no_grad()
