@@ -86,22 +86,21 @@ class Watchdogs:
         if not self._before:
             self._before = {name: value for name, value in metrics.items() if name.startswith("eval/")}
             return []
-        found = (self._exploited(name, metrics) for name in self._functions)
-        return [f"evaluation at iteration {iteration}: {text}" for text in found if text is not None]
+        texts = (self._exploited(metrics, "eval/"), self._exploited(metrics, "eval/greedy/", " (greedy)"))
+        return [f"evaluation at iteration {iteration}: {text}" for text in texts if text is not None][:1]
 
-    def _exploited(self, function: str, metrics: Metrics) -> str | None:
-        """A reward that is hacked: it rose since before training while `function` fell, both beyond noise."""
-        for prefix in ("eval/", "eval/greedy/"):
-            rise = _change(self._before, metrics, prefix + "reward")
-            fall = _change(self._before, metrics, prefix + function)
-            if rise is not None and fall is not None and rise.is_up and fall.is_down:
-                how = " (greedy)" if "greedy" in prefix else ""
-                return (
-                    f"reward hacking: the reward rose from {rise.before:.3g} to {rise.after:.3g} while "
-                    f"{function} fell from {fall.before:.3g} to {fall.after:.3g}{how}: mend ppo.rewards, "
-                    "raise ppo.kl.coef, or stop earlier with ppo.train.max_steps"
-                )
-        return None
+    def _exploited(self, metrics: Metrics, prefix: str, how: str = "") -> str | None:
+        """A reward that is hacked: it rose since before training while other scores fell, all beyond noise."""
+        rise = _change(self._before, metrics, prefix + "reward")
+        changes = {name: _change(self._before, metrics, prefix + name) for name in self._functions}
+        falls = {name: change for name, change in changes.items() if change is not None and change.is_down}
+        if rise is None or not rise.is_up or not falls:
+            return None
+        fell = ", ".join(f"{name} fell {fall}" for name, fall in falls.items())
+        return (
+            f"reward hacking: the reward rose {rise} while {fell}{how}: mend ppo.rewards, raise ppo.kl.coef, "
+            "or stop earlier with ppo.train.max_steps"
+        )
 
     def _is_due(self, kind: str, iteration: int) -> bool:
         last = self._said.get(kind)
@@ -227,6 +226,9 @@ class _Change:
     before: float
     after: float
     noise: float
+
+    def __str__(self) -> str:
+        return f"from {self.before:.3g} to {self.after:.3g}"
 
     @property
     def is_up(self) -> bool:

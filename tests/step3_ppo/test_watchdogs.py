@@ -153,7 +153,8 @@ def test_a_reward_that_rises_while_a_score_only_looked_at_falls_is_called_hackin
         (warning,) = dogs.look_at_evaluation(iteration, evaluation(0.9, 0.3))
         assert warning.startswith(f"evaluation at iteration {iteration}: reward hacking: ")
         assert "the reward rose from 0.1 to 0.9 while gold fell from 0.5 to 0.3" in warning
-    assert len(dogs.look_at_evaluation(30, evaluation(0.9, 0.3, style=0.1))) == 2
+    (warning,) = dogs.look_at_evaluation(30, evaluation(0.9, 0.3, style=0.1))
+    assert "gold fell from 0.5 to 0.3, style fell from 0.5 to 0.1: " in warning
 
 
 @pytest.mark.parametrize(
