@@ -90,7 +90,7 @@ class Watchdogs:
         return [f"evaluation at iteration {iteration}: {text}" for text in texts if text is not None][:1]
 
     def _exploited(self, metrics: Metrics, prefix: str, how: str = "") -> str | None:
-        """A reward that is hacked: it rose since before training while other scores fell, all beyond noise."""
+        """A reward that is hacked: it rose since before training while others fell, all beyond noise."""
         rise = _change(self._before, metrics, prefix + "reward")
         changes = {name: _change(self._before, metrics, prefix + name) for name in self._functions}
         falls = {name: change for name, change in changes.items() if change is not None and change.is_down}
