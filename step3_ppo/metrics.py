@@ -53,7 +53,7 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
 
 
 def token_kl(experience: Experience) -> np.ndarray | None:
-    """fp32 [R], k1 = log π_old − log π_ref of each response token; None without a reference."""
+    """float64 [R], k1 = log π_old − log π_ref of each response token; None without a reference."""
     if experience.old_logprobs is None or experience.ref_logprobs is None:
         return None
     return k1(experience.old_logprobs, experience.ref_logprobs)

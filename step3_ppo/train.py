@@ -134,11 +134,11 @@ def train(job: PPOJob, run_dir: Path) -> int:
         # Loop ----------------------------------------------------------------------------------
         stop.deferred = True
         watchdogs = Watchdogs(ppo, job.model.dtype, counters.watchdogs)
-        learned = UpdateSums(**counters.sums) if world.is_main else UpdateSums()
+        learned = UpdateSums(**counters.sums)
 
         def save() -> None:
             """Commit a checkpoint of this moment, also between two updates of an iteration."""
-            now = replace(counters, sums=learned.of_all_ranks().state(), watchdogs=watchdogs.state())
+            now = replace(counters, sums=learned.state(), watchdogs=watchdogs.state())
             checkpoints.save(counters.step * updates + counters.update, state, asdict(now), best_step=None)
 
         def leave() -> NoReturn:
@@ -159,7 +159,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
             tracker.log_samples(samples, counters.step)
             progress.log(held_out_line(counters.step, held_out))
             for line in watchdogs.look_at_evaluation(counters.step, held_out):
-                progress.log(line)
+                progress.log(f"warning: {line}")
 
         if counters.is_fresh:
             evaluate()
@@ -196,7 +196,6 @@ def train(job: PPOJob, run_dir: Path) -> int:
             ]
             minibatches = [minibatch for one in passes for minibatch in one]
             norms: dict[str, float] = {}
-            of_first: dict[str, float] = {}
             for minibatch in minibatches[counters.update :]:
                 if any(sum_over_ranks([stop.received])):
                     leave()
@@ -205,10 +204,11 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 outcome = update(networks, minibatch, experience, ppo, counters, seen, demonstrations)
                 if average is not None and outcome.actor is not None and outcome.actor.applied:
                     average.update()
-                learned.add(seen)
-                norms, of_update = outcome.grad_norms(), seen.metrics()
+                total = seen.of_all_ranks()
+                learned.add(total)
+                norms, of_update = outcome.grad_norms(), total.means()
                 if counters.update == 0:
-                    of_first = {"val/first_ratio_error": of_update.get("val/ratio_off", 0.0)}
+                    counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off", 0.0))
                 counters = counters.after_update(outcome.actor, outcome.critic)
                 if counters.skipped_in_a_row:
                     places = [data.train.place(response.prompt_id) for response in experience.responses]
@@ -223,8 +223,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
             # 7. Move the KL coefficient.
             metrics = {
                 **describe(experience, cost_of_kl(ppo, counters.kl_coef)),
-                **learned.metrics(),
-                **of_first,
+                **learned.means(),
+                "val/first_ratio_error": counters.first_ratio_error,
                 **norms,
                 "kl_coef": counters.kl_coef,
             }
