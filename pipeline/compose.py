@@ -251,13 +251,17 @@ def _steps_of(overrides: Sequence[Override]) -> list[str]:
 
 def _steps_in(experiment: str) -> list[str]:
     """`steps` of an experiment's file; empty when it does not say, or is not there."""
+    named = _content(CONF / "experiment" / f"{experiment}.yaml").get("steps") or []
+    return [str(name) for name in named]
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """A file of `conf/`, as it is written; empty when it is not there."""
     import yaml
 
-    file = CONF / "experiment" / f"{experiment}.yaml"
-    if not file.is_file():
-        return []
-    named = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("steps") or []
-    return [str(name) for name in named]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was compiled
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return yaml.load(text, Loader=loader) or {}
 
 
 def _mounted(override: Override) -> str:
@@ -335,15 +339,9 @@ def _names_base_model(override: Override) -> bool:
 
 def _keys_of_options(override: Override) -> list[set[str]]:
     """Top-level keys of the file of each option that an override chooses for a group; empty for no file."""
-    import yaml
-
     value = override.value()
-    found = []
-    for option in getattr(value, "list", [value]):  # a sweep holds a list
-        file = CONF / override.key_or_group / f"{option}.yaml"
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        found.append(set(yaml.safe_load(text) or {}))
-    return found
+    options = getattr(value, "list", [value])  # a sweep holds a list
+    return [set(_content(CONF / override.key_or_group / f"{option}.yaml")) for option in options]
 
 
 def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence[str]) -> None:

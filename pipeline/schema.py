@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from enum import Enum
 from typing import Any
@@ -62,7 +63,7 @@ def allowed(key: str) -> str:
             return f"expected a list of {', '.join(names)}, e.g. '{key}=[{names[0]}]'"
         return f"expected a list, e.g. '{key}=[...]'"
     if dataclasses.is_dataclass(declared):
-        return "it has the keys " + ", ".join(_fields(declared))
+        return "it has the keys " + ", ".join(field.name for field in dataclasses.fields(declared))
     return _WORDS.get(declared, "")
 
 
@@ -103,6 +104,7 @@ def _walk(schema: type, prefix: str) -> typing.Iterator[str]:
         yield from _walk(without_none(declared), f"{prefix}{name}.")
 
 
+@functools.cache
 def _fields(declared: Any) -> dict[str, Any]:
     if not (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
         return {}
