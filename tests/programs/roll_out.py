@@ -1,0 +1,63 @@
+"""One rank of a roll-out: writes what it got to FOLDER/rank_R.json. Usage: roll_out.py FOLDER CASE
+
+CASE: shares, lockstep (ranks with unequal work keep step), told (rank 1 alone is told to stop), told_lockstep.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common.data.types import TokenizedPrompt
+from common.decoder import Decoder, SamplingRule
+from common.distributed import close_world, init_world, sum_over_ranks
+from step3_ppo.rollout import roll_out
+from tests.common.test_attention import CONFIGS, tiny
+
+PROMPT_IDS = [3, 0, 4, 1, 3]  # one twice; with two ranks one has three groups and the other two
+
+
+def prompts() -> list[TokenizedPrompt]:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(5, 64, 4 + 3 * number).astype(np.int32) for number in range(5)]
+    return [TokenizedPrompt(part, "", {}, "") for part in ids]
+
+
+def main(folder: Path, case: str) -> None:
+    world = init_world()
+    model = tiny(CONFIGS["llama"])
+    passes = [0]
+
+    def count(*_: object) -> None:
+        passes[0] += 1
+        if "lockstep" in case:  # as under ZeRO-3, a pass that a rank makes alone would never end
+            assert sum_over_ranks([1.0]) == [world.size]
+
+    model.register_forward_pre_hook(count)
+    decoder = Decoder(model, slots=2)
+    before = passes[0]
+    found = roll_out(
+        decoder,
+        prompts(),
+        PROMPT_IDS,
+        SamplingRule(1.0, 12, (1, 2, 3, 4)),
+        key=(5, 2),
+        samples=3,
+        world=world,
+        should_stop=lambda: case.startswith("told") and world.rank == world.size - 1,
+        lockstep="lockstep" in case,
+    )
+    responses = None if found is None else [
+        [r.prompt_id, r.group, r.prompt.tolist(), r.tokens.tolist(), r.logprobs.tolist(), r.stopped]
+        for r in found
+    ]  # fmt: skip
+    result = {"responses": responses, "passes": passes[0] - before}
+    (folder / f"rank_{world.rank}.json").write_text(json.dumps(result))
+    close_world()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

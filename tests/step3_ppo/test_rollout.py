@@ -1,0 +1,81 @@
+"""Roll-outs of a small random model on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.decoder import Decoder, SamplingRule
+from common.distributed import World
+from step3_ppo.config import RolloutConfig
+from step3_ppo.rollout import roll_out, rule_of
+from tests.common.test_attention import CONFIGS, tiny
+from tests.programs.roll_out import PROMPT_IDS, prompts
+from tests.ranks import ROOT, run_ranks
+
+PROGRAM = str(ROOT / "tests" / "programs" / "roll_out.py")
+ALONE = World(0, 1, 0, torch.device("cpu"))
+SAMPLES = 3
+
+
+def on_ranks(folder: Path, case: str, size: int) -> list[dict[str, Any]]:
+    """What every rank wrote."""
+    folder.mkdir()
+    run_ranks([PROGRAM, str(folder), case], size)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return on_ranks(tmp_path_factory.mktemp("ranks") / "alone", "shares", 1)[0]
+
+
+def test_responses_come_by_prompt_and_then_by_sample(alone: dict[str, Any]) -> None:
+    responses = alone["responses"]
+    assert [group for _, group, *_ in responses] == [
+        g for g in range(len(PROMPT_IDS)) for _ in range(SAMPLES)
+    ]
+    for prompt_id, group, prompt, tokens, logprobs, _ in responses:
+        assert prompt_id == PROMPT_IDS[group]
+        assert prompt == prompts()[prompt_id].input_ids.tolist()
+        assert 1 <= len(tokens) == len(logprobs) <= 12
+    # samples of a prompt differ, and so do the two groups of prompt 3
+    assert len({tuple(tokens) for _, _, _, tokens, *_ in responses}) == len(responses)
+
+
+@pytest.mark.parametrize("case", ["shares", "lockstep"])
+def test_two_ranks_know_the_responses_that_one_rank_samples(
+    case: str, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    ranks = on_ranks(tmp_path / "two", case, 2)
+    for rank in ranks:
+        assert rank["responses"] == alone["responses"]
+    passes = [rank["passes"] for rank in ranks]
+    assert (passes[0] == passes[1]) is (case == "lockstep")  # the first rank has more to do
+
+
+@pytest.mark.parametrize("case", ["told", "told_lockstep"])
+def test_no_rank_gets_responses_when_one_was_told_to_stop(case: str, tmp_path: Path) -> None:
+    ranks = on_ranks(tmp_path / "two", case, 2)
+    assert [rank["responses"] for rank in ranks] == [None, None]
+
+
+def test_another_key_draws_other_responses() -> None:
+    decoder = Decoder(tiny(CONFIGS["llama"]), slots=4)
+    rule = SamplingRule(1.0, 12, ())
+    drawn = []
+    for key in ((5, 2), (5, 3), (6, 2), (5, 2)):
+        found = roll_out(decoder, prompts(), PROMPT_IDS, rule, key=key, samples=1, world=ALONE)
+        assert found is not None
+        drawn.append(tuple(tuple(response.tokens.tolist()) for response in found))
+    assert drawn[0] == drawn[3] and len(set(drawn)) == 3
+
+
+def test_the_rule_is_what_the_configuration_says() -> None:
+    config = RolloutConfig(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=9)
+    assert rule_of(config, [4, 2]) == SamplingRule(0.7, 9, (4, 2), 0.9, 5)
+    assert rule_of(config, [4], greedy=True) == SamplingRule(0.0, 9, (4,))
