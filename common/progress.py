@@ -6,6 +6,7 @@ the time that passes, and decides no cadence but its own. This is the only modul
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0
 PLAIN_SHARE = 0.1
+WARNING = "warning: "
 _BAR_WIDTH = 40
 # control characters but tab and line feed, marks that change the direction of writing, lone surrogates
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -82,10 +84,13 @@ class Progress:
             console().print(f"{self._label} {done:>{width}}/{self._total} {share}  {details}", markup=False)
 
     def log(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar; one that begins with `warning: ` is kept in the process's log, too."""
         if self._enabled:
             target = self._bar.console if self._bar is not None else console()
             target.print(line, markup=False)
+            root = logging.getLogger()
+            if line.startswith(WARNING) and root.handlers:  # without a log it would be printed again
+                root.getChild("rlhf").warning("%s", line.removeprefix(WARNING))
 
     def close(self) -> None:
         """Leave the bar as it stands; safe to call twice."""

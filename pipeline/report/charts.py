@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 from pipeline.report import shown
+from pipeline.report.estimates import Z
 from pipeline.report.files import Series
 
 WIDTH, HEIGHT = 340, 192
@@ -40,6 +41,8 @@ class Line:
     series: Series
     style: int = 0
     sparse: bool = False  # measured now and then: drawn with a dot at every value
+    errors: Mapping[int, float] = field(default_factory=dict)  # standard errors by step
+    limits: tuple[float, float] = (-math.inf, math.inf)  # where intervals end at the latest
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Drawn:
     faint: str  # every value, behind its moving mean
     band: str  # lowest to highest of each bucket
     dots: list[tuple[float, float]]
+    whiskers: list[tuple[float, float, float]]  # x, and between what the value lies with 95 % confidence
     gaps: list[float]  # where values are not numbers
     end: tuple[float, float] | None  # last value
     label: str
@@ -111,12 +115,14 @@ def lay_out(
     percent: values are shares; they are drawn, and labelled, in percent.
     """
     if percent:
-        lines = [Line(ln.name, [(s, v * 100) for s, v in ln.series], ln.style, ln.sparse) for ln in lines]
+        lines = [_in_percent(line) for line in lines]
     drawings = [_Drawing(line, [(s, v) for s, v in line.series if _drawable(v)]) for line in lines]
     drawings = [drawing for drawing in drawings if drawing.line.series]
     values = [value for drawing in drawings for _, value in drawing.finite]
     if not values:
         return None
+    ends = [end for drawing in drawings for _, *both in _intervals(drawing) for end in both]
+    values += ends
     notes = []
     for drawing in drawings:
         notes += _prepare(drawing, x_name)
@@ -125,6 +131,8 @@ def lay_out(
     y, y_ticks = _value_axis(values)
     if y.log:
         notes.append("Logarithmic scale.")
+    elif ends:
+        notes.append("Bars: 95% intervals.")
     drawn = _spread_labels([_draw(drawing, x, y, percent) for drawing in drawings])
     unit = "%" if percent else unit
     return Chart(
@@ -152,6 +160,25 @@ def nice_ticks(low: float, high: float, wanted: int) -> tuple[list[float], float
 def _drawable(value: float) -> bool:
     """Finite, and so small that sums of such values stay finite."""
     return math.isfinite(value) and abs(value) < 1e300
+
+
+def _in_percent(line: Line) -> Line:
+    series = [(step, value * 100) for step, value in line.series]
+    errors = {step: error * 100 for step, error in line.errors.items()}
+    return replace(line, series=series, errors=errors, limits=(0.0, 100.0))
+
+
+def _intervals(drawing: _Drawing) -> list[tuple[int, float, float]]:
+    """95 % intervals by step, where a standard error was logged."""
+    if len(drawing.finite) > DOTS_UP_TO:
+        return []
+    found = []
+    for step, value in drawing.finite:
+        half = Z * drawing.line.errors.get(step, 0.0)
+        if half > 0 and _drawable(value - half) and _drawable(value + half):
+            low, high = drawing.line.limits
+            found.append((step, max(value - half, low), min(value + half, high)))
+    return found
 
 
 def _prepare(drawing: _Drawing, x_name: str) -> list[str]:
@@ -256,6 +283,7 @@ def _draw(drawing: _Drawing, x: Scale, y: Scale, percent: bool) -> Drawn:
         _path(drawing.faint, x, y),
         "".join(_band(run, x, y) for run in drawing.band if len(run) > 1),
         [(x(step), y(value)) for step, value in (finite if as_dots else lone)],
+        [(x(step), y(low), y(high)) for step, low, high in _intervals(drawing)] if not y.log else [],
         [x(step) for step, value in line.series if not _drawable(value)][:BUCKETS],
         end,
         "" if last is None else _label(last[1], percent),
@@ -294,8 +322,7 @@ def _spread_labels(lines: list[Drawn]) -> list[Drawn]:
             places[index] = min(places[index], ceiling)
             ceiling = places[index] - LABEL_HEIGHT
     return [
-        Drawn(**{**vars(line), "label_y": round(places.get(index, line.label_y), 1)})
-        for index, line in enumerate(lines)
+        replace(line, label_y=round(places.get(index, line.label_y), 1)) for index, line in enumerate(lines)
     ]
 
 

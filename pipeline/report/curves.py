@@ -97,9 +97,15 @@ PERCENT = {
 
 
 def curves(
-    step: str, metrics: Mapping[str, Series], functions: Sequence[str] = ()
+    step: str,
+    metrics: Mapping[str, Series],
+    functions: Sequence[str] = (),
+    errors: Mapping[str, Series] | None = None,
 ) -> tuple[list[Chart], list[Chart]]:
-    """The telling charts of a step, and the rest. functions: the user's evaluations, in their order."""
+    """The telling charts of a step, and the rest.
+
+    functions: the user's evaluations, in their order. errors: standard errors, by the metric's name.
+    """
     plans = list(MAIN.get(step, (_both("Loss", "loss"),)))
     if step == Step.ppo.value:
         plans = [*_evaluations(metrics, functions), *_sources(metrics), *plans]
@@ -108,7 +114,7 @@ def curves(
     partly = {metric for plan in _rest(metrics) for metric, _ in plan.lines} - known
     covered = {metric for plan in rest for metric, _ in plan.lines}
     rest += [Plan(metric, ((metric, metric),), metric in PERCENT) for metric in sorted(partly - covered)]
-    return _laid_out(plans, metrics, step), _laid_out(rest, metrics, step)
+    return _laid_out(plans, metrics, step, errors or {}), _laid_out(rest, metrics, step, errors or {})
 
 
 def _evaluations(metrics: Mapping[str, Series], functions: Sequence[str]) -> list[Plan]:
@@ -148,12 +154,14 @@ def _rest(metrics: Mapping[str, Series]) -> list[Plan]:
     return plans
 
 
-def _laid_out(plans: Sequence[Plan], metrics: Mapping[str, Series], step: str) -> list[Chart]:
+def _laid_out(
+    plans: Sequence[Plan], metrics: Mapping[str, Series], step: str, errors: Mapping[str, Series]
+) -> list[Chart]:
     x_name = "iteration" if step == Step.ppo.value else "step"
     charts = []
     for plan in plans:
         lines = [
-            Line(name, metrics[metric], index, sparse=metric.startswith(EVAL))
+            Line(name, metrics[metric], index, metric.startswith(EVAL), dict(errors.get(metric, [])))
             for index, (metric, name) in enumerate(plan.lines)
             if metrics.get(metric)
         ]

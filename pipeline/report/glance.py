@@ -72,7 +72,13 @@ class Measure:
 
     def text(self, value: float) -> str:
         """A value of this measure as it is shown."""
-        return shown.share(value) if self.is_share else shown.figure(value)
+        return shown.share(value) if self.is_share else shown.fixed(value, self.decimals)
+
+    @property
+    def decimals(self) -> int | None:
+        """Decimals of all its numbers: three figures of the largest; None where powers of ten are needed."""
+        low, high = self.bounds
+        return 3 if (low, high) == (0, 1) else shown.decimals_for(max(abs(low), abs(high)), 3)
 
     def interval(self, estimate: Estimate) -> str:
         """`0.42 to 0.51`; empty without an interval."""
@@ -119,7 +125,9 @@ class Measure:
         return round(min(max(at, 0.0), 100.0), 1) if math.isfinite(at) else 0.0
 
     def _signed(self, value: float) -> str:
-        return shown.points(value) if self.is_share else shown.figure(value, signed=True)
+        if self.is_share:
+            return shown.points(value)
+        return shown.fixed(value, self.decimals, signed=True)
 
 
 @dataclass(frozen=True)
@@ -244,8 +252,8 @@ def conclusions(sampled: list[Measure], others: list[Measure]) -> tuple[list[str
             sentences.append(f"{who} puts {share} of {number}held-out pairs in the right order{between}.")
     if functions and reward is not None and _fell(functions[0]) and _rose(reward):
         cautions.append(
-            f"The reward rose while {_lower(functions[0].title)} fell: the policy has learned to please "
-            "the reward, not to do better. Do not read the reward as success."
+            f"The reward rose while held-out {_lower(functions[0].title)} fell: the policy has learned to "
+            "please the reward, not to do better. Do not read the reward as success."
         )
     return sentences, cautions
 

@@ -123,7 +123,7 @@ def context(run: RunFiles) -> dict[str, Any]:
 def step_page(run: RunFiles, step: StepFiles, *, abandoned: bool) -> StepPage:
     """Everything about one step."""
     functions = list(mapping(run.setting("ppo.evaluation.functions"))) if step.name == Step.ppo.value else []
-    main, further = curves(step.name, step.metrics, functions)
+    main, further = curves(step.name, step.metrics, functions, step.errors)
     status = status_of(step.state, abandoned=abandoned)
     return StepPage(
         step.name,

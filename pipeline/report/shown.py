@@ -27,6 +27,25 @@ def figure(value: float, *, signed: bool = False) -> str:
     return sign + text
 
 
+def decimals_for(size: float, figures: int) -> int | None:
+    """Decimals that show so many figures of numbers up to `size`; None for what needs a power of ten."""
+    if not 0.001 <= size < 1e9:
+        return None
+    return max(0, figures - 1 - math.floor(math.log10(size)))
+
+
+def fixed(value: float, decimals: int | None, *, signed: bool = False) -> str:
+    """A number with this many decimals; `figure` without them. What rounds to zero has no sign."""
+    if decimals is None or not math.isfinite(value):
+        return figure(value, signed=signed)
+    if value == 0:
+        return "0"
+    text = f"{abs(value):,.{decimals}f}"
+    is_zero = float(text.replace(",", "")) == 0
+    sign = "" if is_zero else MINUS if value < 0 else "+" if signed else ""
+    return sign + text
+
+
 def brief(value: float) -> str:
     """As `figure`, without zeros that say nothing: 0.4, 1, 12.5."""
     text = figure(value)

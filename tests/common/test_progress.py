@@ -180,3 +180,12 @@ def test_the_histogram_of_equal_and_of_no_documents() -> None:
     lines = histogram_lines([1, 1], 10)
     assert [line.split()[0] for line in lines[1:]] == ["0-0", "1-1"]
     assert [line.split()[-1] for line in lines[1:]] == ["0", "2"]
+
+
+def test_a_warning_is_kept_in_the_log_as_well(pipe: io.StringIO, caplog: pytest.LogCaptureFixture) -> None:
+    bar = Progress(10, label="sft")
+    bar.log("warning: reward 1.9, gold 0.1")
+    bar.log("held out: fine")
+    assert "warning: reward 1.9, gold 0.1\nheld out: fine\n" in pipe.getvalue()
+    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert said == [("rlhf", "WARNING", "reward 1.9, gold 0.1")]
