@@ -31,7 +31,8 @@ LEDGER = "ledger.json"
 WARNINGS_KEPT = 50
 
 _SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_WARNING = re.compile(r"^(\S+ \S+) (WARNING|ERROR) rlhf\S*: (.*)$")
+# with the indented lines that belong to it: the ways out
+_WARNING = re.compile(r"^(\S+ \S+) (?:WARNING|ERROR) rlhf\S*: (.*(?:\n  +(?!File ).*)*)", re.MULTILINE)
 # Codes that a terminal or browser would act on: shown as the symbols of their names. Newline and tab stay.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
@@ -267,8 +268,8 @@ class Reader:
 
     def warnings(self, name: str) -> list[tuple[str, str]]:
         """The latest warnings and errors of the pipeline in a rank's log, credentials hidden."""
-        found = [match for line in (self.text(name) or "").splitlines() if (match := _WARNING.match(line))]
-        return [(match[1].partition(",")[0], redact_text(match[3])) for match in found[-WARNINGS_KEPT:]]
+        found = _WARNING.findall(self.text(name) or "")[-WARNINGS_KEPT:]
+        return [(at.partition(",")[0], redact_text(said)) for at, said in found]
 
 
 def sample_of(record: Mapping[str, Any]) -> Sample:

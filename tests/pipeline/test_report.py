@@ -321,11 +321,12 @@ def test_warnings_of_the_pipeline_are_shown_without_credentials(tmp_path: Path) 
     (run / "sft" / "logs" / "rank_0.log").write_text(
         "2026-11-21 13:18:14,572 INFO rlhf.data: fine\n"
         "2026-11-21 13:18:15,001 WARNING rlhf.ppo: KL 61 nats per response: raise ppo.kl.coef\n"
+        "  or lower ppo.optim.lr\n"
         "2026-11-21 13:18:15,002 WARNING py.warnings: of a library\n"
         "2026-11-21 13:18:16,003 ERROR rlhf: no access with hf_abcdefghijklmnop\n"
     )
     found = page(run)
-    assert "KL 61 nats per response: raise ppo.kl.coef" in found.text
+    assert "KL 61 nats per response: raise ppo.kl.coef or lower ppo.optim.lr" in found.text
     assert "of a library" not in found.text and "hf_abc" not in found.text
 
 

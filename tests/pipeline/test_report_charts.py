@@ -77,6 +77,17 @@ def test_what_is_no_number_is_a_gap_and_is_said() -> None:
     assert found.notes == ["training: 2 values are not a finite number, first at step 3; left out."]
 
 
+def test_intervals_of_evaluations_are_drawn_and_shares_end_at_all() -> None:
+    line = Line("sampled", [(0, 0.5), (40, 0.99)], sparse=True, errors={0: 0.05, 40: 0.01})
+    found = chart(line, percent=True)
+    (_, low, high), (_, last_low, last_high) = found.lines[0].whiskers
+    ticks = {label: y for y, label in found.y_ticks}
+    per_point = (ticks["40"] - ticks["100"]) / 60
+    assert (low - high) / per_point == pytest.approx(2 * 1.96 * 5, abs=0.1)
+    assert last_high == ticks["100"] and last_low > last_high
+    assert found.notes == ["Bars: 95% intervals."]
+
+
 def test_a_line_of_no_number_is_still_said() -> None:
     found = chart(Line("training", [(1, math.nan), (2, math.nan)]), Line("held out", [(2, 1.0)], sparse=True))
     assert found.lines[0].path == "" and found.lines[0].end is None
