@@ -6,9 +6,10 @@
 For 1 and 2 ranks and ZeRO 1, 2 and 3: one uninterrupted run of a small model with dropout, and one that is
 killed `--kills` times at seeded moments: at start-up, in the middle of a step (PPO: in its roll-out, scoring
 and updates, whose moments are aimed at by how long they last in the uninterrupted run), and while a
-checkpoint is being written. At the end the weights, the fp32 masters, the optimizers' states, the counters
-(PPO's KL coefficient is one), the exported artifact, every sample and every logged number (but for times)
-must be the same bits. Exit status 1 when any differs.
+checkpoint is being written. PPO is besides stopped by SIGTERM now and then, also between two updates of an
+iteration, and must go on from there. At the end the weights, the fp32 masters, the optimizers' states, the
+counters (PPO's KL coefficient is one), the exported artifact, every sample and every logged number (but for
+times) must be the same bits. Exit status 1 when any differs.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Kills:
     """How many kills hit which moment, and how many attempts ended before theirs came."""
 
     hits: Counter[str] = field(default_factory=Counter)
+    stopped: int = 0  # by SIGTERM, state saved
     missed: int = 0
 
 
@@ -211,6 +213,12 @@ class Attempt:
         for process in self.processes:
             process.wait()
 
+    def stop(self) -> list[int]:
+        """Tell all ranks to save their state and leave; returns their exit statuses."""
+        for process in self.processes:
+            process.terminate()
+        return self.finish()
+
     def finish(self) -> list[int]:
         return [process.wait(timeout=600) for process in self.processes]
 
@@ -237,16 +245,19 @@ def phase_windows(folder: Path) -> Windows:
 
 def moments(windows: Windows) -> dict[str, int]:
     """Where kills are aimed at, and how often."""
-    steps = {"rollout": 2, "score": 1, "learn": 3} if windows else {"step": 5}
+    steps = {"rollout": 2, "score": 1, "learn": 3, "stop": 2} if windows else {"step": 5}
     return {"startup": 1, **steps, "checkpoint": 4}
 
 
 def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills, windows: Windows) -> None:
-    """Kill the attempt at a moment drawn from `generator`, unless it ends before."""
+    """Kill the attempt at a moment drawn from `generator`, or stop it in an update, unless it ends before."""
+    from common.distributed import STOPPED_EXIT_CODE
+
     weights = moments(windows)
     (kind,) = generator.choices([*weights], [*weights.values()])
     before, count = last_step(folder), generator.randint(1, 3)
-    delay = generator.uniform(*windows.get(kind, (0.0, 6.0 if kind == "startup" else 0.15)))
+    window = windows.get("learn" if kind == "stop" else kind)
+    delay = generator.uniform(*(window or (0.0, 6.0 if kind == "startup" else 0.15)))
     present = set((folder / "checkpoints").glob("step_*"))
     while attempt.is_running() and kind != "startup":
         done = last_step(folder)
@@ -259,10 +270,12 @@ def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kill
             break
         time.sleep(0.001)
     time.sleep(delay)
-    if attempt.is_running():
-        kills.hits[kind] += 1
-    else:
+    if not attempt.is_running():
         kills.missed += 1
+    elif kind == "stop":
+        kills.stopped += set(attempt.stop()) == {STOPPED_EXIT_CODE}
+    else:
+        kills.hits[kind] += 1
     attempt.kill()
 
 
@@ -281,6 +294,11 @@ def run_and_kill(config: Path, point: Point, count: int, seed: int, windows: Win
     return kills
 
 
+def last_checkpoint(folder: Path) -> int:
+    """Its number; PPO counts updates in it, the other steps steps."""
+    return max(int(place.name.removeprefix("step_")) for place in (folder / "checkpoints").glob("step_*"))
+
+
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every tensor and plain value in nested containers, by path."""
     if isinstance(value, dict):
@@ -294,7 +312,10 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state_differences(one: Path, other: Path, steps: int, step_name: str = "sft") -> list[str]:
-    """Names of everything that differs between the last checkpoints and the artifacts of two runs."""
+    """Names of everything that differs between the last checkpoints and the artifacts of two runs.
+
+    steps: the number in the name of the last checkpoint.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -371,7 +392,8 @@ def trial(folder: Path, point: Point, count: int, seed: int) -> tuple[Kills, lis
     run_to_the_end(whole, point)
     windows = phase_windows(whole.parent / point.step_name)
     kills = run_and_kill(killed, point, count, seed, windows)
-    differences = state_differences(whole.parent, killed.parent, point.steps, point.step_name)
+    last = last_checkpoint(whole.parent / point.step_name)
+    differences = state_differences(whole.parent, killed.parent, last, point.step_name)
     return kills, differences + metric_differences(whole.parent, killed.parent, point.step_name)
 
 
@@ -392,7 +414,12 @@ def main() -> int:
             point = Point(ranks, stage, steps, arguments.step)
             seed = arguments.seed + 10 * ranks + stage
             kills, differences = trial(folder, point, arguments.kills, seed)
-            counted = {**kills.hits, "missed": kills.missed, "kills": kills.hits.total()}
+            counted = {
+                **kills.hits,
+                "stopped": kills.stopped,
+                "missed": kills.missed,
+                "kills": kills.hits.total(),
+            }
             results.append({**vars(point), **counted, "differences": differences})
             print(json.dumps(results[-1]), flush=True)
     name = "kill_resume" if arguments.step == "sft" else f"kill_resume_{arguments.step}"
