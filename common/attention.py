@@ -7,7 +7,8 @@ common with the beginning of the document before it may stand there only (`Share
 the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
 precision, the same loop elsewhere.
 
-It does not know about padding, caches or masks: whoever generates text uses `plain_attention`.
+It knows nothing of padding or masks. Decoding goes on from a cache of slots under a name of its own
+(`decoding_attention`); transformers' own `generate` runs inside `plain_attention`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """One rank of a roll-out: writes what it got to FOLDER/rank_R.json. Usage: roll_out.py FOLDER CASE
 
-CASE: shares, lockstep (ranks with unequal work keep step), told (rank 1 alone is told to stop), told_lockstep.
+CASE: shares, lockstep (ranks with unequal work keep step), told (the last rank alone is told to stop),
+told_lockstep (both).
 """
 
 from __future__ import annotations
