@@ -85,7 +85,8 @@ def test_one_command_trains_and_exports_a_policy(place: Path, done: subprocess.C
     assert "sft: done" in done.stdout and f"artifact  {Path('runs/a/sft/export')}" in done.stdout
     assert sorted(path.name for path in place.iterdir()) == ["rows.jsonl", "runs"]
     run_dir = place / "runs" / "a"
-    assert {path.name for path in run_dir.iterdir()} == {".lock", "resolved.yaml", "lineage.json", "sft"}
+    left = {path.name for path in run_dir.iterdir()}
+    assert left == {".lock", "resolved.yaml", "lineage.json", "sft", "report.html"}
     assert {path.name for path in (run_dir / "sft").iterdir()} == {
         "state.json", "metrics.jsonl", "samples.jsonl", "ledger.json", "checkpoints", "export", "logs",
         "tokenizer",
