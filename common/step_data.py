@@ -87,6 +87,7 @@ def load_data(
     """
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
     if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "ledger.json", built.ledger.to_json())
     say(with_step("\n".join(built.ledger.lines()), step.value))
     if policy is not None and (line := other_split(step, built.stage_split, policy)):
