@@ -70,6 +70,15 @@ def lock_run(folder: Path) -> int:
     return descriptor
 
 
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that last held the run's lock is known to be no more; takes no lock itself."""
+    try:
+        holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return _is_dead(holder.strip())
+
+
 def _try_lock(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,7 @@ from common.redact import redact_text
 from common.stage import Step
 from pipeline.plan import EXPORT
 from pipeline.run import LINEAGE, RESOLVED
-from pipeline.state import LOCK, STATE, _is_dead
+from pipeline.state import STATE
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -150,15 +150,6 @@ def check_is_run(folder: Path) -> None:
         f"{folder} is no run: there is no {RESOLVED} and no step's folder in it ({found})",
         hint=f"name one of the runs in it: {folder / runs[0]}" if runs else "name a run's folder: runs/NAME",
     )
-
-
-def is_abandoned(folder: Path) -> bool:
-    """Whether the process that last ran here is known to be no more."""
-    try:
-        holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return _is_dead(holder.strip())
 
 
 def read_step(reader: Reader, name: str) -> StepFiles:

@@ -108,8 +108,10 @@ class Measure:
     def bounds(self) -> tuple[float, float]:
         """Ends of the axis on which the values are drawn: 0 to 1 for what lies there, else what they span."""
         sides = [side for side in (self.before, self.after) if side is not None]
+        if (self.is_share or self.is_function) and all(0 <= side.value <= 1 for side in sides):
+            return 0.0, 1.0
         values = [v for e in sides for v in (e.value, e.low, e.high) if v is not None and math.isfinite(v)]
-        if not values or (self.is_share or self.is_function) and min(values) >= 0 and max(values) <= 1:
+        if not values:
             return 0.0, 1.0
         low, high = min(*values, 0.0), max(*values, 0.0)
         return (low, high) if high > low else (0.0, 1.0)

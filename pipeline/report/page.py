@@ -18,7 +18,7 @@ from pipeline.report import lineage, shown
 from pipeline.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Chart
 from pipeline.report.comparison import LONG, Comparison, compare, parts
 from pipeline.report.curves import curves
-from pipeline.report.files import RunFiles, StepFiles, clean, is_abandoned, mapping, number, read_run
+from pipeline.report.files import RunFiles, StepFiles, clean, mapping, number, read_run
 from pipeline.report.glance import Glance, at_a_glance
 from pipeline.report.reproduce import reproduce
 
@@ -95,7 +95,7 @@ def render(run: RunFiles) -> str:
 def context(run: RunFiles) -> dict[str, Any]:
     """Everything that the template names."""
     glance = at_a_glance(run)
-    abandoned = is_abandoned(run.folder)
+    abandoned = state.is_abandoned(run.folder)
     steps = [step_page(run, step, abandoned=abandoned) for step in run.steps]
     return {
         "name": clean(run.setting("run_name") or run.folder.resolve().name),

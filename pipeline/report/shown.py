@@ -56,25 +56,22 @@ def share(value: float) -> str:
     """A share in percent; never rounded to all or nothing when it is not."""
     if not math.isfinite(value):
         return figure(value)
-    return f"{_hundredths(value)}%"
+    sign, size = MINUS if value < 0 else "", abs(value)
+    text = f"{size * 100:.1f}"
+    if float(text) in (0, 100) and size not in (0, 1):
+        text = f"{size * 100:.3f}"
+    text = text.rstrip("0").rstrip(".") if float(text) in (0, 100) else text
+    return f"{sign}{text}%"
 
 
 def points(value: float) -> str:
     """A difference of shares, in percentage points, with its sign."""
     if not math.isfinite(value):
         return figure(value)
-    text = _hundredths(abs(value))
-    sign = "" if float(text) == 0 else MINUS if value < 0 else "+"
-    return f"{sign}{text}"
-
-
-def _hundredths(value: float) -> str:
-    sign, size = MINUS if value < 0 else "", abs(value)
-    text = f"{size * 100:.1f}"
-    if float(text) in (0, 100) and size not in (0, 1):
-        text = f"{size * 100:.3f}"
-    text = text.rstrip("0").rstrip(".") if float(text) in (0, 100) else text
-    return sign + text
+    text = f"{abs(value) * 100:.1f}"
+    if float(text) == 0:
+        return "0"
+    return f"{MINUS if value < 0 else '+'}{text}"
 
 
 def power_of_ten(size: float, decimals: int) -> str:
@@ -91,7 +88,7 @@ def tick(value: float, step: float) -> str:
     if size < step / 1e6:
         return "0"
     if step < 0.00099 or size >= 1e7:
-        return sign + power_of_ten(size, 1)
+        return sign + power_of_ten(size, 2)
     if step >= 1000:
         return f"{sign}{size / 1000:g}k"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))

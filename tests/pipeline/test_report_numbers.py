@@ -96,7 +96,24 @@ def test_a_share_is_not_rounded_to_all_or_nothing(value: float, text: str) -> No
 
 
 def test_differences_of_shares_carry_their_sign() -> None:
-    assert [shown.points(value) for value in (0.051, -0.009, 0.0)] == ["+5.1", "−0.9", "0"]
+    assert [shown.points(value) for value in (0.051, -0.009, -1e-5)] == ["+5.1", "−0.9", "0"]
+
+
+def test_ticks_are_written_as_exactly_as_they_lie() -> None:
+    assert [shown.tick(value, 2.5e-4) for value in (0.0, 1e-3, 1.25e-3)] == ["0", "1e-3", "1.25e-3"]
+    assert [shown.tick(value, 0.25) for value in (0.25, 0.5)] == ["0.25", "0.50"]
+    assert [shown.tick(value, 0.2) for value in (-0.2, 1.0)] == ["−0.2", "1.0"]
+    assert [shown.tick(value, 2500) for value in (2500, 10_000)] == ["2.5k", "10k"]
+
+
+def test_numbers_of_one_measure_have_the_same_decimals() -> None:
+    assert [shown.decimals_for(size, 3) for size in (0.3, 2.26, 21.0, 0.0834, 1e-5)] == [3, 2, 1, 4, None]
+    assert [shown.fixed(v, 3, signed=True) for v in (0.0043, -0.0189, 1e-6, 0.0)] == [
+        "+0.004",
+        "−0.019",
+        "0.000",
+        "0",
+    ]
 
 
 def test_times_are_said_in_words() -> None:
