@@ -1,0 +1,168 @@
+"""Tiny PPO runs for tests: a policy that may stop at any token, a reward model, prompts, and a job's start.
+
+All weights are random. What is learned is seen in weights and numbers, not in text.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode
+from common.tracking import read_metrics
+from step3_ppo.config import Estimator, PPOJob, RewardSourceConfig
+from tests.runs import LLAMA, finish
+from tests.step2_dpo.runs import write_job, write_rows
+
+ENDS = 0.1
+"""How likely a response is to end at a token: some stop within eight tokens, and some do not."""
+MAX_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """What PPO starts from."""
+
+    policy: Path
+    reward_model: Path
+
+
+def make_artifacts(folder: Path, tokenizer: Path, *, seed: int = 0, **config: Any) -> Artifacts:
+    """A random policy and a random reward model, calibrated. config: fields of the model's, beside LLAMA."""
+    from benchmarks.pairs_workload import export_as_policy
+    from benchmarks.ppo_workload import export_as_reward_model
+    from common.models import load_tokenizer
+
+    made = Artifacts(folder / "policy", folder / "reward_model")
+    for number, export in enumerate((export_as_policy, export_as_reward_model)):
+        base = _random_model(folder / f"base {number}", tokenizer, {**LLAMA, **config}, seed + number)
+        settings = ModelConfig(path=str(base), dtype=Dtype.fp32)
+        export(settings, load_tokenizer(settings), (made.policy, made.reward_model)[number], MAX_LENGTH)
+    return made
+
+
+def _random_model(folder: Path, tokenizer: Path, config: dict[str, Any], seed: int) -> Path:
+    """A plain model that ends a response at any token with the probability ENDS."""
+    import torch
+
+    from benchmarks.ppo_workload import let_end
+    from common.models import load_model, load_tokenizer, terminators_of
+
+    settings = ModelConfig(config=config, tokenizer=TokenizerConfig(path=str(tokenizer)), dtype=Dtype.fp32)
+    loaded = load_tokenizer(settings)
+    network = load_model(settings, loaded, seed=seed, device=torch.device("cpu"))
+    let_end(network, terminators_of(loaded), ENDS)
+    loaded.save_pretrained(folder)
+    network.save_pretrained(folder)
+    return folder
+
+
+def questions(count: int = 30) -> list[dict[str, Any]]:
+    """Sums as prompts of different lengths, with another column for reward functions."""
+    generator, rows = random.Random(7), []
+    for _ in range(count):
+        a, b = generator.randrange(100), generator.randrange(100)
+        rows.append({"prompt": f"What is {'now ' * generator.randrange(4)}{a} + {b}?", "wanted": str(a + b)})
+    return rows
+
+
+def make_job(folder: Path, artifacts: Artifacts, **train: Any) -> PPOJob:
+    """The smallest job that does everything: 8 responses an iteration in two updates. `train`: fields of
+    `ppo.train`."""
+    job = PPOJob(run_name="tiny", output_dir=str(folder / "runs"), seed=3)
+    job.model.dtype = Dtype.fp32
+    job.ppo.policy, job.ppo.reward_model = str(artifacts.policy), str(artifacts.reward_model)
+    rows = folder / "questions.jsonl"
+    job.ppo.data.sources = [SourceConfig(path=str(rows if rows.exists() else write_rows(rows, questions())))]
+    job.ppo.data.max_length, job.ppo.data.eval_fraction = MAX_LENGTH, 0.2
+    job.ppo.data.cache_dir = str(folder / "cache")
+    rollout = job.ppo.rollout
+    rollout.prompts, rollout.samples_per_prompt, rollout.max_new_tokens, rollout.slots = 4, 2, 8, 3
+    job.ppo.evaluation.num_prompts = 3
+    for optim in (job.ppo.optim, job.ppo.critic.optim):
+        optim.lr, optim.warmup_ratio = 5e-4, 0.0
+    job.tracking.wandb = WandbMode.off
+    defaults = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 3}
+    for name, value in {**defaults, **train}.items():
+        setattr(job.ppo.train, name, value)
+    return job
+
+
+def without_reward_model(job: PPOJob, estimator: Estimator, function: str = "shared") -> PPOJob:
+    """The job with a function of this module as its only reward, and an estimator."""
+    job.ppo.estimator, job.ppo.reward_model = estimator, None
+    job.ppo.rewards = [RewardSourceConfig(function=f"{__name__}:{function}")]
+    return job
+
+
+def shared(completions: list[str], wanted: list[str]) -> list[float]:
+    """A reward function: how many characters of the row's `wanted` are in the completion, and a little for
+    every other character, so that no two are alike."""
+    pairs = zip(completions, wanted, strict=True)
+    return [sum(c in completion for c in right) + len(set(completion)) / 7 for completion, right in pairs]
+
+
+def run_job(job: PPOJob, run_dir: Path, ranks: int = 1, *, code: int = 0) -> str:
+    """Run the job to its end; returns what was printed."""
+    return finish(write_job(job, run_dir), ranks, ppo, code=code)  # type: ignore[arg-type]
+
+
+def lines_of(run_dir: Path, name: str = "objective/scores") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have this metric."""
+    return [line for line in read_metrics(run_dir / "ppo" / "metrics.jsonl") if name in line]
+
+
+def series(run_dir: Path, name: str) -> list[float]:
+    return [line[name] for line in lines_of(run_dir, name)]
+
+
+def weights_of(run_dir: Path, update: int, part: str = "actor") -> dict[str, Any]:
+    """The whole weights in the checkpoint with this number, on ZeRO 1 and 2."""
+    import torch
+
+    (file,) = (run_dir / "ppo" / "checkpoints" / f"step_{update:08d}" / part).rglob(
+        "mp_rank_00_model_states.pt"
+    )
+    return torch.load(file, weights_only=False)["module"]
+
+
+# programs of a rank
+
+
+def ppo(config: str, *extra: str) -> int:
+    """`python -m step3_ppo --config CONFIG ...` in this process."""
+    from step3_ppo.__main__ import main
+
+    sys.argv = ["step3_ppo", "--config", config, *extra]
+    return main()
+
+
+def ppo_watched(config: str) -> int:
+    """The same; rank 0 saves watched.pt: {experiences, probe, logits}.
+
+    experiences: of each iteration, filled in. probe, logits: what the live model gave when it was exported.
+    """
+    import os
+
+    import torch
+
+    from step3_ppo import train
+
+    export, fill, seen = train.export_policy, train.with_advantages, []
+
+    def filling(*args: Any) -> Any:
+        seen.append(fill(*args))
+        return seen[-1]
+
+    def keeping(*args: Any, **kwargs: Any) -> Path:
+        kept = {"experiences": seen, "probe": kwargs["probe"], "logits": kwargs["live_logits"]}
+        torch.save(kept, Path(config).parent / "watched.pt")
+        return export(*args, **kwargs)
+
+    train.with_advantages = filling
+    if int(os.environ["RANK"]) == 0:
+        train.export_policy = keeping
+    return ppo(config)
