@@ -67,7 +67,9 @@ def engine_of(
         world_size=world.size, num_parameters=sum(p.numel() for p in module.parameters()),
     )  # fmt: skip
     if stage == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 300  # type: ignore[index]
+        many: Any = config["zero_optimization"]
+        many |= {"stage3_param_persistence_threshold": 300, "stage3_max_reuse_distance": 0}
+        many |= {"stage3_prefetch_bucket_size": 3000}
     trained = [p for p in module.parameters() if p.requires_grad]
     return Engine(module, optimizer(trained), config)
 
