@@ -23,9 +23,9 @@ from tests.step3_ppo.runs import (
     make_artifacts,
     make_job,
     ppo,
-    ppo_watched,
+    run_job,
     series,
-    write_job,
+    watched,
 )
 
 TEMPERATURE = 0.8
@@ -75,15 +75,14 @@ def run_dir(folder: Path, artifacts: Artifacts) -> Path:
     job = make_job(folder, artifacts, eval_every=2, save_every=2)
     job.ppo.rollout.temperature = TEMPERATURE
     job.ppo.evaluation.functions = {"style": "tests.step3_ppo.runs:shared"}
-    run_dir = write_job(job, folder / "runs" / "whole")  # type: ignore[arg-type]
-    finish(run_dir, 1, ppo_watched)
-    return run_dir
+    run_job(job, folder / "runs" / "whole")
+    return folder / "runs" / "whole"
 
 
 @pytest.fixture(scope="module")
 def experiences(run_dir: Path) -> list[Experience]:
     """Of the three iterations."""
-    found: list[Experience] = torch.load(run_dir / "watched.pt", weights_only=False)["experiences"]
+    found: list[Experience] = watched(run_dir)["experiences"]
     assert len(found) == 3 and all(len(experience.responses) == 8 for experience in found)
     stopped = [response.stopped for response in found[0].responses]
     assert any(stopped) and not all(stopped)  # both kinds are looked at
@@ -273,7 +272,7 @@ def test_the_artifact_verifies_and_names_both_parents_by_hash(run_dir: Path, art
 def test_plain_transformers_gives_the_live_models_logits(run_dir: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    live = torch.load(run_dir / "watched.pt", weights_only=False)
+    live = watched(run_dir)
     model = plain(AutoModelForCausalLM, run_dir / "ppo" / "export")
     with torch.no_grad():
         logits = model(live["probe"]).logits[0]

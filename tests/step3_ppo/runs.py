@@ -106,8 +106,8 @@ def shared(completions: list[str], wanted: list[str]) -> list[float]:
 
 
 def run_job(job: PPOJob, run_dir: Path, ranks: int = 1, *, code: int = 0) -> str:
-    """Run the job to its end; returns what was printed."""
-    return finish(write_job(job, run_dir), ranks, ppo, code=code)  # type: ignore[arg-type]
+    """Run the job to its end, watched; returns what was printed."""
+    return finish(write_job(job, run_dir), ranks, ppo_watched, code=code)  # type: ignore[arg-type]
 
 
 def lines_of(run_dir: Path, name: str = "objective/scores") -> list[dict[str, Any]]:
@@ -141,9 +141,10 @@ def ppo(config: str, *extra: str) -> int:
 
 
 def ppo_watched(config: str) -> int:
-    """The same; rank 0 saves watched.pt: {experiences, probe, logits}.
+    """The same; rank 0 saves watched.pt: {experiences, updates, probe, logits}.
 
-    experiences: of each iteration, filled in. probe, logits: what the live model gave when it was exported.
+    experiences: of each iteration, filled in. updates: (iteration, update, actor, critic) of each, with
+    this rank's fp32 master weights after it. probe, logits: what the live model gave when it was exported.
     """
     import os
 
@@ -151,18 +152,34 @@ def ppo_watched(config: str) -> int:
 
     from step3_ppo import train
 
-    export, fill, seen = train.export_policy, train.with_advantages, []
+    export, fill, update = train.export_policy, train.with_advantages, train.update
+    seen: dict[str, Any] = {"experiences": [], "updates": []}
 
     def filling(*args: Any) -> Any:
-        seen.append(fill(*args))
-        return seen[-1]
+        seen["experiences"].append(fill(*args))
+        return seen["experiences"][-1]
+
+    def updating(networks: Any, *args: Any) -> Any:
+        outcome, counters = update(networks, *args), args[3]
+        both = (networks.actor, networks.critic)
+        weights = [None if it is None else [w.clone() for w in it.engine.master_weights()] for it in both]
+        seen["updates"].append((counters.step, counters.update, *weights))
+        return outcome
 
     def keeping(*args: Any, **kwargs: Any) -> Path:
-        kept = {"experiences": seen, "probe": kwargs["probe"], "logits": kwargs["live_logits"]}
-        torch.save(kept, Path(config).parent / "watched.pt")
+        live = {"probe": kwargs["probe"], "logits": kwargs["live_logits"]}
+        torch.save({**seen, **live}, Path(config).parent / "watched.pt")
         return export(*args, **kwargs)
 
-    train.with_advantages = filling
+    train.with_advantages, train.update = filling, updating
     if int(os.environ["RANK"]) == 0:
         train.export_policy = keeping
     return ppo(config)
+
+
+def watched(run_dir: Path) -> dict[str, Any]:
+    """What `ppo_watched` saved."""
+    import torch
+
+    found: dict[str, Any] = torch.load(run_dir / "watched.pt", weights_only=False)
+    return found
