@@ -4,10 +4,9 @@ Both sides train the same 4M-parameter actor and critic (conf/model/llama_4m.yam
 prompts with the same algorithm and settings, each in a process of its own, in turn; ours is the real command,
 the other is ppo_reference.py. How long responses are is a property of the weights (ppo_workload.py), so that
 it is alike on both sides: `tail`, mostly short and a few at the limit, and `uniform`, all at the limit. The
-draws differ, so the mean length does too, by a few per cent: the verdict is on response tokens per
-CPU-second.
-The reference stands there twice: with the batch sizes that are best for it (`--search` measures them: on one
-thread passes over single sequences, which have no padding), and with usual ones.
+draws differ, so the mean length does too, by a few per cent: the verdict is on tokens per CPU-second, those
+of prompts and of responses. The reference stands there twice: with usual batch sizes, and with those that are
+best for it (`--search` measures them: on one thread, passes over single sequences, which have no padding).
 
 Figures are medians over runs; the first iteration of each is left out. Roll-out, scoring and learning are
 wall seconds as each side says. Writes `results/ppo_cpu.json`.
@@ -38,7 +37,7 @@ from benchmarks.ppo_sides import (
 OURS, BEST, USUAL = "ours", "reference, best batches", "reference, batches of 8"
 WANTED = 2.0
 SKIPPED = 1
-RATE = "response_tokens_per_cpu_second"
+RATE = "tokens_per_cpu_second"
 
 REFERENCES: Mapping[str, ReferenceSettings] = {
     BEST: ReferenceSettings(32, 1, 1),
@@ -81,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lengths", nargs="+", choices=tuple(ppo_workload.ENDS), default=list(ppo_workload.ENDS)
     )
-    parser.add_argument("--prompts", type=int, default=64, help="responses per iteration")
-    parser.add_argument("--update", type=int, default=32, help="responses per update")
+    parser.add_argument("--prompts", type=int, default=128, help="responses per iteration")
+    parser.add_argument("--update", type=int, default=64, help="responses per update")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--iterations", type=int, default=4, help="of each run; the first is left out")
+    parser.add_argument("--iterations", type=int, default=3, help="of each run; the first is left out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--slots", type=int, default=32, help="ours")
+    parser.add_argument("--slots", type=int, default=64, help="ours")
     parser.add_argument("--micro-batch", type=int, default=1, help="ours, in rows of 512 tokens")
     parser.add_argument("--search", action="store_true", help="measure the reference's batch sizes once each")
     parser.add_argument("--toy", action="store_true", help="a model of some thousand weights")
@@ -98,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 def load_of(folder: Path, lengths: str, arguments: argparse.Namespace) -> Load:
     """The iteration that both sides do."""
     model = dict(ppo_workload.TOY) if arguments.toy else None
-    made = ppo_workload.prepare(folder, 4 * arguments.prompts, lengths, model=model)
+    made = ppo_workload.prepare(folder, 2 * arguments.prompts, lengths, model=model)
     return Load(
         made, arguments.iterations, arguments.prompts, arguments.update, arguments.max_new_tokens,
         ppo_workload.MAX_LENGTH, "fp32",
@@ -120,7 +119,7 @@ def measured(load: Load, folder: Path, threads: int, name: str, start: Start) ->
     usage, ticks = run_measured(
         command, log=place / "log", environment=threads_environment(threads), steps_file=metrics
     )
-    record = account(metrics, ticks, load.prompts, load.iterations, SKIPPED)
+    record = account(metrics, ticks, load.iterations, SKIPPED)
     return {**record, "peak_rss_mb": usage.peak_rss_mb}
 
 
@@ -152,9 +151,8 @@ def searched(load: Load, measure: Callable[[str, Start], dict[str, float]]) -> d
 
 
 def ratios_of(ours: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """How many times faster ours is: response tokens per CPU-second, then seconds per iteration and per token
-    of each phase."""
-    longer = ours["response_length"] / other["response_length"]
+    """How many times faster ours is: tokens per CPU-second, then seconds per token of each phase."""
+    longer = ours["tokens_per_iteration"] / other["tokens_per_iteration"]
     times = ("cpu_seconds_per_iteration", "seconds_per_iteration", *(f"{phase}_seconds" for phase in PHASES))
     per_token = {f"{name}_per_token": other[name] / ours[name] * longer for name in times}
     iteration = other["cpu_seconds_per_iteration"] / ours["cpu_seconds_per_iteration"]

@@ -3,8 +3,8 @@
 The same comparison as ppo_cpu.py in bf16, with a model of the shape of Qwen 2.5 0.5B and random weights, made
 on the spot: nothing is downloaded. Ours is the real command (ZeRO-1, fp32 masters); the reference keeps fp32
 weights under autocast and is measured with several batch sizes, of which the fastest that fits stands beside
-ours. Reports response tokens per second, seconds of roll-out, scoring and learning, and peak GPU memory.
-Writes `results/ppo_gpu_<shape>.json`. Runs on the CPU with `--shape toy`, to see that it works.
+ours. Reports tokens per second (of prompts and responses), seconds of roll-out, scoring and learning, and
+peak GPU memory. Writes `results/ppo_gpu_<shape>_<lengths>.json`. Runs on the CPU with `--shape toy`, to see that it works.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.ppo_sides import (
 )
 from launch import local
 
-OURS, RATE = "ours", "response_tokens_per_second"
+OURS, RATE = "ours", "tokens_per_second"
 SKIPPED = 1
 
 
@@ -132,10 +132,10 @@ def measure(load: Load, folder: Path, name: str, start: Start) -> dict[str, Any]
     except ChildFailed as error:
         print(f"{name} failed:\n{error}", flush=True)
         return {"error": str(error)[-2000:]}
-    record: dict[str, Any] = account(metrics, ticks, load.prompts, load.iterations, SKIPPED)
+    record: dict[str, Any] = account(metrics, ticks, load.iterations, SKIPPED)
     last = iterations_of(metrics)[-1]
     memory = last.get("perf/peak_memory_gb", last.get("peak_memory_gb"))
-    print(f"{name}: {record[RATE]:,.0f} response tokens/s", flush=True)
+    print(f"{name}: {record[RATE]:,.0f} tokens/s", flush=True)
     return {**record, "wall_seconds": usage.wall_seconds, "peak_memory_gb": memory}
 
 
@@ -173,7 +173,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     if result["best_reference"] is None:
         return "no comparison: a side failed"
     memory = f", {result['memory_ratio']:.2f} x its peak memory" if "memory_ratio" in result else ""
-    return f"{result['speed_ratio']:.2f} x the response tokens per second of the best reference{memory}"
+    return f"{result['speed_ratio']:.2f} x the tokens per second of the best reference{memory}"
 
 
 if __name__ == "__main__":

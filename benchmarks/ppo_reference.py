@@ -325,7 +325,7 @@ def _now() -> float:
 def run(settings: Settings) -> None:
     """All iterations; a line of metrics after each."""
     trainer = Trainer(settings)
-    count = settings.prompts_per_iteration
+    count, num_tokens = settings.prompts_per_iteration, 0
     with Path(settings.out, "metrics.jsonl").open("w") as file:
         for iteration in range(settings.iterations):
             chosen = [trainer.prompts[(iteration * count + i) % len(trainer.prompts)] for i in range(count)]
@@ -336,11 +336,11 @@ def run(settings: Settings) -> None:
                 known, metrics = trainer.score(sequences)
             with clock.phase("learn"):
                 metrics |= trainer.learn(sequences, known)
-            tokens = int(sequences.response_mask.sum())
+            num_tokens += int(sequences.mask.sum())
             line = {
-                "step": iteration + 1, "response_tokens": tokens,
-                "prompt_tokens": int(sequences.mask.sum()) - tokens,
-                "response/length_mean": tokens / count, **metrics, **clock.seconds,
+                "step": iteration + 1, "num_tokens": num_tokens,
+                "response/length_mean": int(sequences.response_mask.sum()) / count,
+                **metrics, **clock.seconds,
             }  # fmt: skip
             if torch.cuda.is_available():
                 line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

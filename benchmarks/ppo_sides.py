@@ -114,10 +114,8 @@ def iterations_of(metrics: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "time/rollout" in line]
 
 
-def account(
-    metrics: Path, ticks: Sequence[Tick], responses: int, iterations: int, skip: int
-) -> dict[str, float]:
-    """What an iteration took, without the first `skip`. responses: of an iteration.
+def account(metrics: Path, ticks: Sequence[Tick], iterations: int, skip: int) -> dict[str, float]:
+    """What an iteration took, without the first `skip`; tokens are those of prompts and responses.
 
     Seconds of the phases are wall time as the process says; CPU-seconds are those of its tree, from outside.
     ValueError when the run did not have `iterations`.
@@ -127,19 +125,16 @@ def account(
         raise ValueError(f"{metrics}: {len(lines)} iterations were logged and {list(ticks[-1:])} seen")
     # what follows the last iteration (a checkpoint, an export) is none
     ticks = [tick for tick in ticks if tick.step <= iterations]
-    tokens = [float(line["response/length_mean"]) * responses for line in lines]
-    totals = [round(sum(tokens[: count + 1])) for count in range(len(tokens))]
-    by_token = steady_rate(ticks, totals, skip=skip)
-    by_iteration = steady_rate(ticks, range(1, len(lines) + 1), skip=skip, unit="iterations")
-    phases = {
-        f"{phase}_seconds": statistics.median(line[f"time/{phase}"] for line in lines[skip:])
-        for phase in PHASES
-    }
+    totals, measured = [int(line["num_tokens"]) for line in lines], lines[skip:]
+    by_iteration = steady_rate(ticks, range(1, iterations + 1), skip=skip, unit="iterations")
     return {
+        **steady_rate(ticks, totals, skip=skip),
         "cpu_seconds_per_iteration": 1 / by_iteration["iterations_per_cpu_second"],
         "seconds_per_iteration": 1 / by_iteration["iterations_per_second"],
-        "response_tokens_per_cpu_second": by_token["tokens_per_cpu_second"],
-        "response_tokens_per_second": by_token["tokens_per_second"],
-        **phases,
-        "response_length": sum(tokens[skip:]) / (len(tokens) - skip) / responses,
+        **{
+            f"{phase}_seconds": statistics.median(line[f"time/{phase}"] for line in measured)
+            for phase in PHASES
+        },
+        "tokens_per_iteration": (totals[-1] - totals[skip - 1]) / len(measured),
+        "response_length": statistics.mean(line["response/length_mean"] for line in measured),
     }

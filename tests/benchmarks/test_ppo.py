@@ -145,7 +145,7 @@ def test_the_first_ratio_is_one(made: ppo_workload.PPOWorkload) -> None:
 def write_metrics(path: Path, lengths: list[float]) -> Path:
     lines = [
         {
-            "step": n + 1, "response/length_mean": length,
+            "step": n + 1, "response/length_mean": length, "num_tokens": 100 * (n + 1) ** 2,
             "time/rollout": 3.0 - n, "time/score": 0.5, "time/learn": 1.0,
         }
         for n, length in enumerate(lengths)
@@ -157,8 +157,9 @@ def write_metrics(path: Path, lengths: list[float]) -> Path:
 def test_the_first_iteration_and_the_end_do_not_count(tmp_path: Path) -> None:
     metrics = write_metrics(tmp_path / "metrics.jsonl", [10.0, 20.0, 30.0])
     ticks = [Tick(1, 5.0, 4.0), Tick(2, 7.0, 6.0), Tick(3, 10.0, 10.0), Tick(4, 99.0, 99.0)]
-    found = ppo_sides.account(metrics, ticks, responses=4, iterations=3, skip=1)
-    assert found["response_tokens_per_cpu_second"] == pytest.approx(4 * 50 / 6)
+    found = ppo_sides.account(metrics, ticks, iterations=3, skip=1)
+    assert found["tokens_per_cpu_second"] == pytest.approx(800 / 6)
+    assert found["tokens_per_iteration"] == 400
     assert (found["cpu_seconds_per_iteration"], found["seconds_per_iteration"]) == (3.0, 2.5)
     assert (found["rollout_seconds"], found["score_seconds"], found["learn_seconds"]) == (1.5, 0.5, 1.0)
     assert found["response_length"] == 25.0
@@ -167,15 +168,18 @@ def test_the_first_iteration_and_the_end_do_not_count(tmp_path: Path) -> None:
 def test_a_run_that_broke_off_is_refused(tmp_path: Path) -> None:
     metrics = write_metrics(tmp_path / "metrics.jsonl", [10.0, 20.0])
     with pytest.raises(ValueError, match="2 iterations were logged"):
-        ppo_sides.account(metrics, [Tick(2, 1.0, 1.0)], responses=4, iterations=3, skip=1)
+        ppo_sides.account(metrics, [Tick(2, 1.0, 1.0)], iterations=3, skip=1)
 
 
 def test_a_side_with_longer_responses_is_not_slower_for_it() -> None:
     ours = dict.fromkeys(
         ("cpu_seconds_per_iteration", "seconds_per_iteration", "rollout_seconds", "score_seconds"), 2.0
     )
-    ours |= {"learn_seconds": 1.0, "response_length": 40.0, ppo_cpu.RATE: 100.0}
-    other = {name: 2 * value for name, value in ours.items()} | {"response_length": 20.0, ppo_cpu.RATE: 25.0}
+    ours |= {"learn_seconds": 1.0, "tokens_per_iteration": 40.0, ppo_cpu.RATE: 100.0}
+    other = {name: 2 * value for name, value in ours.items()} | {
+        "tokens_per_iteration": 20.0,
+        ppo_cpu.RATE: 25.0,
+    }
     ratios = ppo_cpu.ratios_of(ours, other)
     assert (ratios[ppo_cpu.RATE], ratios["rollout_seconds_per_token"]) == (4.0, 4.0)
     assert ratios["cpu_seconds_per_iteration"] == 2.0
