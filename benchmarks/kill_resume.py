@@ -59,7 +59,7 @@ class Kills:
 
 MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
 PHASES = ("rollout", "score", "learn")
-STEPS = {"ppo": 40}
+STEPS = {"ppo": 60}
 """Steps of a run where they are not 160: an iteration of PPO has six updates."""
 
 Windows = Mapping[str, tuple[float, float]]
@@ -401,7 +401,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", choices=tuple(MODULES), default="sft", help="which step is killed")
     parser.add_argument("--kills", type=int, default=20, help="kills per combination")
-    parser.add_argument("--steps", type=int, help="steps of each run; by default 160, of PPO 40")
+    parser.add_argument("--steps", type=int, help="steps of each run; by default 160, of PPO 60")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="of ZeRO")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,7 +4,8 @@ The same comparison as ppo_cpu.py in bf16, with a model of the shape of Qwen 2.5
 on the spot: nothing is downloaded. Ours is the real command (ZeRO-1, fp32 masters); the reference keeps fp32
 weights under autocast and is measured with several batch sizes, of which the fastest that fits stands beside
 ours. Reports tokens per second (of prompts and responses), seconds of roll-out, scoring and learning, and
-peak GPU memory. Writes `results/ppo_gpu_<shape>_<lengths>.json`. Runs on the CPU with `--shape toy`, to see that it works.
+peak GPU memory. Writes `results/ppo_gpu_<shape>_<lengths>.json`. Runs on the CPU with `--shape toy`, to see
+that it works.
 """
 
 from __future__ import annotations
