@@ -41,8 +41,10 @@ class Evaluation:
         metrics: dict[str, float] = {}
         samples: list[dict[str, object]] = []
         for mode, prefix in MODES.items():
-            responses = sampler(self.rows, self.prompt_ids, key=(self.seed,), greedy=mode == "greedy")
-            assert responses is not None  # nobody is asked to stop here
+            responses = sampler(
+                self.rows, self.prompt_ids, key=(self.seed,), greedy=mode == "greedy", to_the_end=True
+            )
+            assert responses is not None
             values, texts = self._measure(Experience(responses), networks, with_kl=mode == "sampled")
             for name, of_responses in values.items():
                 metrics[prefix + name], metrics[f"{prefix}{name}_se"] = mean_with_error(of_responses)

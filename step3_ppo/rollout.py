@@ -120,8 +120,10 @@ class Sampler:
         key: tuple[int, ...],
         samples: int = 1,
         greedy: bool = False,
+        to_the_end: bool = False,
     ) -> list[Response] | None:
-        """See `roll_out`; None when told to stop. key: should differ from one iteration to the next."""
+        """See `roll_out`; None when told to stop, unless it is to go on `to_the_end`. key: should differ from
+        one iteration to the next."""
         with self._phase():
             return roll_out(
                 self._decoder,
@@ -131,7 +133,7 @@ class Sampler:
                 key=key,
                 samples=samples,
                 world=self._world,
-                should_stop=lambda: self._stop.received,
+                should_stop=None if to_the_end else lambda: self._stop.received,
                 lockstep=self._lockstep,
             )
 
