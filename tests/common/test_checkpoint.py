@@ -1,7 +1,8 @@
-"""Checkpoints of an engine that writes a few small files, on one rank."""
+"""Checkpoints of a state that writes a few small files, on one rank; then of real engines, on one and two."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from common.artifacts import MANIFEST
-from common.checkpoint import Checkpoints
+from common.checkpoint import Checkpoints, States
 from common.distributed import World
 from common.errors import UserError
 from tests import mounts
+from tests.common.test_engine import runs
+from tests.programs import saved_engines
 
 FILES = ("zero/weights.pt", "zero/optimizer.pt", "counters.json", "manifest.json")
 
@@ -243,3 +246,77 @@ def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints)
     assert set(manifest["files"]) == set(FILES) - {MANIFEST}
     assert manifest["details"] == {"step": 20, "world_size": 1, "base_revision": None}
     assert manifest["kind"] == "checkpoint"
+
+
+class Part(StateOnly):
+    """A state among several, which a disk may refuse."""
+
+    def __init__(self, value: float, refusal: Exception | None = None) -> None:
+        super().__init__(value)
+        self.refusal, self.saved = refusal, 0
+
+    def save(self, folder: Path) -> None:
+        self.saved += 1
+        if self.refusal is not None:
+            raise self.refusal
+        super().save(folder)
+
+
+def test_several_states_are_saved_and_restored_each_under_its_name(tmp_path: Path) -> None:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints")
+    path = checkpoints.save(1, States(actor=Part(1.0), critic=Part(2.0)), {}, best_step=None)
+    found = {name for name in content(path) if name.endswith("weights.pt")}
+    assert found == {"actor/zero/weights.pt", "critic/zero/weights.pt"}
+    actor, critic = Part(-1.0), Part(-1.0)
+    assert checkpoints.resume(States(actor=actor, critic=critic)) is not None
+    assert (actor.value, critic.value) == (1.0, 2.0)
+
+
+def test_when_a_state_is_refused_the_others_are_saved_all_the_same_and_the_first_refusal_is_told(
+    two: Checkpoints,
+) -> None:
+    """The collectives of the later ones would otherwise leave ranks waiting whose disk refused nothing."""
+    before = content(two.folder)
+    full, denied = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "denied")
+    parts = [Part(1.0), Part(2.0, full), Part(3.0, denied), Part(4.0)]
+    with pytest.raises(UserError, match="the disk is full"):
+        two.save(30, States(a=parts[0], b=parts[1], c=parts[2], d=parts[3]), {}, best_step=None)
+    assert [part.saved for part in parts] == [1, 1, 1, 1]
+    assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_engines_and_an_average_that_were_resumed_end_with_the_same_bits(
+    tmp_path: Path, ranks: int
+) -> None:
+    from benchmarks.kill_resume import contents
+
+    runs(saved_engines.every_end, ranks, tmp_path, str(tmp_path / "ends"))
+    ends = sorted((tmp_path / "ends").iterdir())
+    assert len(ends) == 4
+    for end in ends:
+        whole, stopped = (end / name / "step_00000004" for name in ("whole", "stopped"))
+        names = sorted(content(whole))
+        assert names == sorted(content(stopped)) and {"actor", "critic", "average"} <= {
+            name.partition("/")[0] for name in names
+        }
+        tensors = 0
+        for name in names:
+            left, right = contents(whole / name), contents(stopped / name)
+            assert left.keys() == right.keys()
+            for key, value in left.items():
+                if isinstance(value, torch.Tensor):
+                    tensors += 1
+                    assert torch.equal(value, right[key]), (end.name, name, key)
+        assert tensors > 30, "a comparison of nothing would always succeed"
+        # the comparison sees a difference where there is one
+        earlier = end / "stopped" / "step_00000002"
+        name = next(name for name in names if name.endswith(".safetensors"))
+        assert (earlier / name).read_bytes() != (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
+def test_a_disk_that_refuses_the_second_engine_leaves_nothing_half_and_no_rank_waiting(
+    tmp_path: Path, ranks: int, victim: int
+) -> None:
+    runs(saved_engines.refused, ranks, tmp_path, str(tmp_path / "refused"), victim)
