@@ -41,8 +41,9 @@ from common.distributed import (
     seed_everything,
     sum_over_ranks,
 )
+from common.errors import UserError
 from common.export import export_policy
-from common.handoff import load_named, model_of, parent_record
+from common.handoff import check_same_tokens, load_named, model_of, parent_record
 from common.models import load_tokenizer, terminators_of
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
@@ -83,6 +84,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     if ppo.needs(Role.reward_model):
         named = ppo.reward_model or ""
         reward_model = from_main(world, lambda: load_named(named, Role.reward_model, "ppo.reward_model"))
+        check_same_tokens(policy, reward_model)  # it is given the policy's token ids
         parents.append(reward_model)
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
     data = load_prompts(job, tokenizer, folder, world, say, policy=policy)
@@ -92,6 +94,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     # Data --------------------------------------------------------------------------------------
     order = PromptOrder(data.train, ppo.rollout.prompts, job.seed, data.weights)
     total_steps = config.max_steps or order.iterations_in(config.epochs)
+    check_actor_learns(ppo, total_steps)
     plan = batch_plan(job, ppo.data, config, world)
     updates = updates_in(ppo.responses_per_iteration, plan, ppo.ppo_epochs)  # of an iteration, at most
     demonstrations = None
@@ -292,6 +295,17 @@ def train(job: PPOJob, run_dir: Path) -> int:
             barrier()
     close_world()
     return 0
+
+
+def check_actor_learns(ppo: PPOConfig, iterations: int) -> None:
+    """UserError when the critic's warm-up takes all iterations: the policy would end as it began."""
+    warmup = ppo.critic.warmup_iterations
+    if warmup >= iterations:
+        raise UserError(
+            f"ppo.critic.warmup_iterations={warmup} leaves nothing of the run's {iterations} iterations to "
+            "the actor",
+            hint="lower it, or raise ppo.train.max_steps (or ppo.train.epochs)",
+        )
 
 
 def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> Experience:
