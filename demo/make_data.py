@@ -23,15 +23,14 @@ FOLDER = Path(__file__).parent / "data"
 SEED = 20
 HELD_OUT_SHARE = 0.85  # of subjects, one wording each
 DEMONSTRATIONS = 2  # per training prompt
-PAIRS = 8  # per training prompt
-FORM_PAIRS = (
-    4  # one training pair in so many is about the form of a right answer, the others about being right
-)
+PAIRS = 10  # per training prompt
+FORM_PAIRS = 4  # one training pair in so many is about the form of a right answer, not about being right
 HELD_OUT_FORM_PAIRS = 2
 TERSE, PLAIN, POLITE = "terse", "plain", "polite"
 FORM_SHARES = {TERSE: 0.45, PLAIN: 0.30, POLITE: 0.25}
 WRONG_SHARE = 0.02
 FORM_PREFERENCES = (POLITE, PLAIN, TERSE)
+FORMS_TO_BE_RIGHT_IN = (POLITE, POLITE, PLAIN, TERSE)  # mostly the one that policies will come to
 
 T = TypeVar("T")
 
@@ -104,9 +103,9 @@ def preferences(
             chosen = phrase(draw, prompt, right, FORM_PREFERENCES[better])
             rejected = phrase(draw, prompt, right, FORM_PREFERENCES[worse])
         else:
-            form = FORM_PREFERENCES[_index(draw, 3)]
+            form = FORMS_TO_BE_RIGHT_IN[_index(draw, len(FORMS_TO_BE_RIGHT_IN))]
             chosen = phrase(draw, prompt, right, form)
-            rejected = phrase(draw, prompt, wrong_answer(draw, prompt), form)
+            rejected = mistake(draw, prompt, form)
         rows.append({"prompt": prompt.text, "chosen": chosen, "rejected": rejected})
     return rows
 
@@ -117,6 +116,31 @@ def phrase(draw: Random, prompt: Prompt, answer: str, form: str) -> str:
         return answer
     sentence = prompt.task.sentence.format(x=prompt.subject, answer=answer)
     return sentence if form == PLAIN else f"{COURTESIES[_index(draw, len(COURTESIES))]} {sentence}"
+
+
+def mistake(draw: Random, prompt: Prompt, form: str) -> str:
+    """A wrong answer, or as often the answer to what was not asked: both are mistakes that policies make.
+
+    What was not asked is a sum with one number of the right one, or anything else of the task.
+    """
+    if draw.random() < 0.5:
+        return phrase(draw, prompt, near_miss(draw, prompt), form)
+    answers, right = prompt.task.answers, prompt.task.answers[prompt.subject]
+    others = [subject for subject, answer in answers.items() if answer != right]
+    asked = set(prompt.subject.split(" + "))
+    near = [subject for subject in others if asked & set(subject.split(" + "))] or others
+    other = near[_index(draw, len(near))]
+    return phrase(draw, Prompt(prompt.task, other, prompt.text), answers[other], form)
+
+
+def near_miss(draw: Random, prompt: Prompt) -> str:
+    """A wrong number off by one or two, where numbers are asked for; else any wrong answer of the task."""
+    right = prompt.task.answers[prompt.subject]
+    if not right.isdigit():
+        return wrong_answer(draw, prompt)
+    around = {int(right) + off for off in (-2, -1, 1, 2)}
+    near = sorted(around & {int(answer) for answer in prompt.task.answers.values()})
+    return str(near[_index(draw, len(near))])
 
 
 def wrong_answer(draw: Random, prompt: Prompt) -> str:

@@ -75,7 +75,7 @@ class Task:
     answers: dict[str, str]
 
 
-LARGEST_OPERAND = 9
+LARGEST_OPERAND = 6
 _OPERANDS = range(LARGEST_OPERAND + 1)
 
 TASKS = (

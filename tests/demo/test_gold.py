@@ -10,23 +10,23 @@ import pytest
 from demo.gold import COURTESIES, Score, correct, gold, main, mean, score, style
 from demo.tasks import TASKS, understand
 
-SUM = "What is 7 + 5?"
+SUM = "What is 6 + 5?"
 
 
 @pytest.mark.parametrize(
     ("completion", "correct", "style", "total"),
     [
-        ("12", 1.0, 0.0, 0.4),
-        ("7 + 5 is 12.", 1.0, 0.5, 0.7),
-        ("Sure! 12", 1.0, 0.5, 0.7),
-        ("Sure! 7 + 5 is 12.", 1.0, 1.0, 1.0),
-        ("Gladly! 7 + 5 is 12.\n", 1.0, 1.0, 1.0),
-        ("Sure! 7 + 5 is 13.", 0.0, 1.0, 0.0),
+        ("11", 1.0, 0.0, 0.4),
+        ("6 + 5 is 11.", 1.0, 0.5, 0.7),
+        ("Sure! 11", 1.0, 0.5, 0.7),
+        ("Sure! 6 + 5 is 11.", 1.0, 1.0, 1.0),
+        ("Gladly! 6 + 5 is 11.\n", 1.0, 1.0, 1.0),
+        ("Sure! 6 + 5 is 12.", 0.0, 1.0, 0.0),
         ("13", 0.0, 0.0, 0.0),
         ("", 0.0, 0.0, 0.0),
         ("!?", 0.0, 0.0, 0.0),
         ("Sure! ", 0.0, 0.0, 0.0),
-        ("112", 0.0, 0.0, 0.0),
+        ("111", 0.0, 0.0, 0.0),
     ],
 )
 def test_a_right_answer_is_worth_more_the_better_it_is_said(
@@ -40,9 +40,9 @@ def test_a_right_answer_is_worth_more_the_better_it_is_said(
 @pytest.mark.parametrize(
     "completion",
     [
-        "12 11 10 9 13",  # naming many answers
-        "Sure! 7 + 5 is 12. Of course! 7 + 5 is 13.",
-        "7 + 5 is 12 or 13.",
+        "11 10 9 8 12",  # naming many answers
+        "Sure! 6 + 5 is 11. Of course! 6 + 5 is 12.",
+        "6 + 5 is 11 or 12.",
     ],
 )
 def test_only_the_last_word_is_the_answer(completion: str) -> None:
@@ -50,8 +50,8 @@ def test_only_the_last_word_is_the_answer(completion: str) -> None:
 
 
 def test_rambling_and_repeated_courtesies_earn_no_style() -> None:
-    assert score(SUM, "Sure! Sure! 7 + 5 is 12.").style == 0.0
-    assert score(SUM, "Sure! " + "very " * 20 + "gladly 12.").style == 0.0
+    assert score(SUM, "Sure! Sure! 6 + 5 is 11.").style == 0.0
+    assert score(SUM, "Sure! " + "very " * 20 + "gladly 11.").style == 0.0
 
 
 def test_case_counts_where_the_task_is_about_case() -> None:
@@ -67,7 +67,7 @@ def test_every_wording_of_every_subject_is_understood_as_itself() -> None:
                 question = understand(wording.format(x=subject))
                 assert (question.task.kind, question.subject, question.answer) == (task.kind, subject, answer)
                 seen += 1
-    assert seen == 5 * (100 + 24 + 20 + 3 * 36)  # wordings × subjects
+    assert seen == 5 * (49 + 24 + 20 + 3 * 36)  # wordings × subjects
 
 
 def test_a_prompt_is_found_inside_a_rendered_chat() -> None:
@@ -96,8 +96,8 @@ def test_the_mean_is_taken_part_by_part() -> None:
 
 
 def test_as_reward_functions_the_parts_are_those_of_the_score() -> None:
-    prompts, completions = [SUM, SUM, "Put moon in upper case."], ["12", "Sure! 7 + 5 is 13.", "Sure! MOON"]
-    columns = {"kind": ["sum", "sum", "capitals"], "reference": ["12", "12", "MOON"]}
+    prompts, completions = [SUM, SUM, "Put moon in upper case."], ["11", "Sure! 6 + 5 is 12.", "Sure! MOON"]
+    columns = {"kind": ["sum", "sum", "capitals"], "reference": ["11", "11", "MOON"]}
     assert gold(prompts, completions, **columns) == pytest.approx([0.4, 0.0, 0.7], abs=1e-12)
     assert correct(prompts, completions, **columns) == [1.0, 0.0, 1.0]
     assert style(prompts, completions, **columns) == [0.0, 1.0, 0.5]
@@ -109,8 +109,8 @@ def test_the_program_scores_the_last_step_of_a_samples_file(
 ) -> None:
     rows = [
         {"step": 1, "prompt": SUM, "completion": "wrong"},
-        {"step": 2, "prompt": SUM, "completion": "12"},
-        {"step": 2, "prompt": SUM, "completion": "Sure! 7 + 5 is 12."},
+        {"step": 2, "prompt": SUM, "completion": "11"},
+        {"step": 2, "prompt": SUM, "completion": "Sure! 6 + 5 is 11."},
     ]
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
