@@ -10,6 +10,9 @@ from common.errors import UserError
 from common.stage import Role
 from step3_ppo.addresses import check_reference, check_url
 
+MEASURED = ("reward", "kl", "length", "stop_rate")
+"""What every evaluation measures of a response, beside the functions of ppo.evaluation."""
+
 
 class Estimator(Enum):
     gae = "gae"
@@ -169,6 +172,11 @@ class EvaluationConfig:
         require(self.num_prompts >= 0, "ppo.evaluation.num_prompts", self.num_prompts, "0 or more")
         for name, reference in self.functions.items():
             check_reference(reference, f"ppo.evaluation.functions.{name}")
+            if name in MEASURED or name.endswith("_se") or "/" in name:
+                raise UserError(
+                    f"ppo.evaluation.functions.{name}: eval/{name} is, or could be, a number of another kind",
+                    hint=f"another name: not {', '.join(MEASURED)}, without a / and without _se at its end",
+                )
 
 
 @dataclass

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
+from step3_ppo.config import MEASURED
 from step3_ppo.experience import Experience, Response
 from step3_ppo.metrics import mean_with_error, response_kl
 from step3_ppo.minibatches import batches_in
@@ -76,7 +77,6 @@ class Evaluation:
         self, mode: str, responses: Sequence[Response], values: dict[str, np.ndarray], texts: Texts
     ) -> list[dict[str, object]]:
         """Rows for samples.jsonl."""
-        usual = ("reward", "kl", "length", "stop_rate")
         return [
             {
                 "prompt": shown(prompt),
@@ -85,7 +85,7 @@ class Evaluation:
                 "mode": mode,
                 "reward": float(values["reward"][index]),
                 "kl": float(values["kl"][index]) if "kl" in values else None,
-                "scores": {name: float(v[index]) for name, v in values.items() if name not in usual},
+                "scores": {name: float(v[index]) for name, v in values.items() if name not in MEASURED},
             }
             for index, (response, prompt, completion) in enumerate(
                 zip(responses, texts.prompts, texts.completions, strict=True)

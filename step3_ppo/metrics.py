@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from step3_ppo.config import MEASURED
 from step3_ppo.experience import Experience
 from step3_ppo.kl import k1, response_sums
 from step3_ppo.loss import explained_variance
@@ -77,7 +78,7 @@ def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
     shown = [f"reward {metrics['eval/reward']:.3f}"]
     if "eval/kl" in metrics:
         shown.append(f"KL {metrics['eval/kl']:.2f} nats")
-    usual = {"eval/reward", "eval/kl", "eval/length", "eval/stop_rate"}
+    usual = {f"eval/{name}" for name in MEASURED}
     named = [name for name in metrics if name.startswith("eval/") and name.count("/") == 1]
     shown += [
         f"{name.removeprefix('eval/')} {metrics[name]:.3f}"

@@ -16,6 +16,7 @@ from common.stage import Step
 from pipeline.report import estimates, shown
 from pipeline.report.estimates import Estimate
 from pipeline.report.files import RunFiles, Sample, StepFiles, mapping, whole
+from step3_ppo.config import MEASURED
 
 EVAL, GREEDY = "eval/", "eval/greedy/"
 SAMPLED = "sampled"
@@ -44,8 +45,6 @@ BY_STEP = {
     Step.dpo.value: ("rewards/accuracies", "rewards/margins", "loss", "stop_rate"),
 }
 OF_PAIRS = ("accuracy", "rewards/accuracies")
-OWN_NAMES = ("reward", "kl", "length", "stop_rate")
-"""What PPO measures itself; every other name is one of the user's evaluation functions."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,9 @@ def ppo_measures(step: StepFiles, functions: Iterable[str] = ()) -> list[Measure
     """Everything that PPO evaluated: user's functions in their order first, each sampled, then greedy."""
     names = {name.removeprefix(GREEDY).removeprefix(EVAL) for name in step.metrics if name.startswith(EVAL)}
     ordered = [name for name in functions if name in names]
-    ordered += sorted(names.difference(ordered, OWN_NAMES))
+    ordered += sorted(names.difference(ordered, MEASURED))
     of_user = set(ordered)
-    ordered += [name for name in OWN_NAMES if name in names]
+    ordered += [name for name in MEASURED if name in names]
     found = []
     for name in ordered:
         for mode, prefix in ((SAMPLED, EVAL), ("greedy", GREEDY)):
