@@ -44,6 +44,8 @@ LARGEST_ANSWER = 16 * 2**20
 """Bytes of an answer; ten thousand rewards take about 0.2 MiB."""
 FIRST_PAUSE = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""
+LONGEST_PAUSE = 60.0
+"""Seconds at which pauses stop growing: with twenty retries they would come to days."""
 ANSWER = 'expected: {"rewards": [a finite number for every completion, in their order]}'
 
 
@@ -114,7 +116,7 @@ class RewardServer:
                     break
                 log.warning("%s: %s; trying again in %.3g s", self.key, failure, wait)
                 self.sleep(wait)
-                pause *= 2
+                pause = min(2 * pause, LONGEST_PAUSE)
         raise UserError(
             f"{self.key}: {self.url} gave no rewards in {_times(failures)}, "
             f"over {time.monotonic() - began:.3g} s:\n    " + "\n    ".join(_numbered(failures)),

@@ -166,6 +166,15 @@ def test_a_server_that_is_not_there_ends_the_run() -> None:
         ask(served.url, retries=0)
 
 
+def test_pauses_stop_growing_at_a_minute() -> None:
+    pauses: list[float] = []
+    with serving(OK) as served:
+        pass
+    with pytest.raises(UserError, match="gave no rewards in 13 attempts"):
+        ask(served.url, pauses, retries=12)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, *[60.0] * 6]
+
+
 def test_an_answer_that_comes_byte_by_byte_must_be_whole_in_time() -> None:
     with serving(drip) as served, pytest.raises(UserError, match="1: no whole answer within 0.2 s"):
         ask(served.url, timeout=0.2, retries=0)
