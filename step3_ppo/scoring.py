@@ -53,17 +53,23 @@ class Scoring:
         self._functions: dict[str, ScoreFunction] = load_functions(
             ppo.evaluation.functions, "ppo.evaluation.functions"
         )
+        self._known: set[str] = set()  # columns, also where no row of a batch has one
         self._calibration = None
         if self._sources.has_model:
             assert reward_model is not None
             self._calibration = Calibration.of(reward_model.manifest.details, reward_model.path)
 
     def check(self, rows: PromptDataset) -> None:
-        """UserError when a function wants a column that the rows do not have."""
-        columns = self._columns([rows[0].columns])
+        """UserError when a function wants a column that no source of the rows has.
+
+        Of each source its first row is looked at. What they have is offered from now on, with every batch.
+        """
+        _, first = np.unique(rows.source_ids, return_index=True)
+        columns = sorted({name for index in first for name in rows[int(index)].columns})
         self._sources.check(columns)
         for function in self._functions.values():
             function.check(columns)
+        self._known.update(columns)
 
     def score(
         self, experience: Experience, rows: PromptDataset, batches: Sequence[Batch], networks: Networks
@@ -110,7 +116,6 @@ class Scoring:
         tokens = response.tokens[:-1] if response.stopped else response.tokens
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
-    @staticmethod
-    def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
-        names = sorted({name for row in rows for name in row})
+    def _columns(self, rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
+        names = sorted(self._known.union(*rows))
         return {name: [row.get(name) for row in rows] for name in names}

@@ -89,7 +89,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
     data = load_prompts(job, tokenizer, folder, world, say, policy=policy)
     scoring = Scoring(ppo, reward_model, tokenizer, world)
-    scoring.check(data.train)
+    for rows in filter(None, [data.train, data.held_out]):
+        scoring.check(rows)
 
     # Data --------------------------------------------------------------------------------------
     order = PromptOrder(data.train, ppo.rollout.prompts, job.seed, data.weights)
