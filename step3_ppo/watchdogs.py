@@ -132,7 +132,8 @@ class Watchdogs:
         return (
             f"the first update began {error:.2g} away from ratio 1 on average (val/first_ratio_error), where "
             f"up to {self._tolerance:.2g} is rounding: it did not learn from the policy that was "
-            "scored; model.dtype=fp32 tells whether rounding is to blame"
+            "scored; adapters with model.lora.dropout above 0 do that, and model.dtype=fp32 tells whether "
+            "rounding is to blame"
         )
 
     def _kl_at_the_start(self, metrics: Metrics) -> str | None:

@@ -75,6 +75,7 @@ def test_metrics_that_are_absent_are_not_looked_at() -> None:
     ("name", "value", "said", "key"),
     [
         ("val/first_ratio_error", 2e-4, "0.0002 away from ratio 1", "model.dtype=fp32"),
+        ("val/first_ratio_error", 2e-4, "did not learn from the policy that was", "model.lora.dropout"),
         ("rollout/logprob_drift", 0.01, "differ by 0.01 nats per token", "model.dtype=fp32"),
         ("objective/advantages_abs_mean", 0.0, "of each prompt are alike", "ppo.rollout.samples_per_prompt"),
         ("objective/scores_std", 1e-16, "all rewards are alike", "ppo.rewards"),
