@@ -98,11 +98,12 @@ def train(job: PPOJob, run_dir: Path) -> int:
     check_actor_learns(ppo, total_steps)
     plan = batch_plan(job, ppo.data, config, world)
     updates = updates_in(ppo.responses_per_iteration, plan, ppo.ppo_epochs)  # of an iteration, at most
-    demonstrations = None
+    demonstrations, fingerprints = None, data.fingerprints()
     if ppo.ptx_weight:
         ptx = load_data(job, Step.ppo, ppo.ptx_data, DEMONSTRATIONS, tokenizer, folder / "ptx", world, say)
         ptx_plan = replace(batch_plan(job, ppo.ptx_data, config, world), global_batch_size=ppo.ptx_batch_size)
         demonstrations = Batches(ptx.train, ptx_plan, ptx.weights)
+        fingerprints["ptx"] = ptx.train.fingerprint
     evaluation = None
     if data.held_out is not None and ppo.evaluation.num_prompts:
         chosen = held_out_sample(data.held_out, ppo.evaluation.num_prompts, job.seed)
@@ -284,7 +285,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                     details={
                         "parents": [parent_record(parent.path, run_dir) for parent in parents],
                         "resolved_config_hash": file_sha256(run_dir / "resolved.yaml"),
-                        "data": data.fingerprints(),
+                        "data": fingerprints,
                         "progress": asdict(replace(counters, watchdogs={})),
                         "metrics": final,
                     },
