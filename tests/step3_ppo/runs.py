@@ -14,12 +14,15 @@ from typing import Any
 from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode
 from common.tracking import read_metrics
 from step3_ppo.config import Estimator, PPOJob, RewardSourceConfig
+from tests.programs import killed
 from tests.runs import LLAMA, finish
 from tests.step2_dpo.runs import write_job, write_rows
 
 ENDS = 0.1
 """How likely a response is to end at a token: some stop within eight tokens, and some do not."""
 MAX_LENGTH = 64
+BATCH = 4
+"""Responses in an update."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def make_job(folder: Path, artifacts: Artifacts, **train: Any) -> PPOJob:
     for optim in (job.ppo.optim, job.ppo.critic.optim):
         optim.lr, optim.warmup_ratio = 5e-4, 0.0
     job.tracking.wandb = WandbMode.off
-    defaults = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 3}
+    defaults = {"global_batch_size": BATCH, "micro_batch_size": 1, "max_steps": 3}
     for name, value in {**defaults, **train}.items():
         setattr(job.ppo.train, name, value)
     return job
@@ -175,6 +178,58 @@ def ppo_watched(config: str) -> int:
     if int(os.environ["RANK"]) == 0:
         train.export_policy = keeping
     return ppo(config)
+
+
+def ppo_interrupted(config: str, moment: str, number: int, rank: int, signal_number: int) -> int:
+    """The same, of which this rank gets a signal in the middle of `moment` number `number`.
+
+    update: at the end of that update of the run, counted from 1 over all iterations. roll-out, scoring,
+    evaluation: in that iteration (from 0; of evaluations, after it). Others: see tests/programs/killed.py.
+    """
+    import os
+
+    if int(os.environ["RANK"]) == rank:
+        if moment in ("update", "roll-out", "scoring", "evaluation"):
+            _interrupt(moment, number, signal_number)
+        else:
+            killed._prepare(moment)
+    return ppo(config)
+
+
+def _interrupt(moment: str, number: int, signal_number: int) -> None:
+    """Have the process signalled there."""
+    import os
+
+    from step3_ppo import train
+
+    update, score, sample = train.update, train.Scoring.score, train.Sampler.__call__
+    place = ("evaluation", 0)  # where the run is
+
+    def reached(here: tuple[str, int]) -> None:
+        if here == (moment, number):
+            os.kill(os.getpid(), signal_number)
+
+    def updating(networks: Any, minibatch: Any, experience: Any, ppo: Any, counters: Any, *more: Any) -> Any:
+        outcome = update(networks, minibatch, experience, ppo, counters, *more)
+        per_iteration = ppo.ppo_epochs * len(experience.responses) // BATCH
+        reached(("update", counters.step * per_iteration + counters.update + 1))
+        return outcome
+
+    def scoring(*args: Any) -> Any:
+        if place[0] == "roll-out":
+            reached(("scoring", place[1]))
+        return score(*args)
+
+    def sampling(*args: Any, key: tuple[int, ...], **kwargs: Any) -> Any:
+        nonlocal place
+        is_roll_out = len(key) == 2
+        after = place[1] + (place[0] == "roll-out")
+        place = ("roll-out", key[1]) if is_roll_out else ("evaluation", after)
+        reached(place)
+        return sample(*args, key=key, **kwargs)
+
+    train.update = updating
+    train.Scoring.score, train.Sampler.__call__ = scoring, sampling  # type: ignore[method-assign]
 
 
 def watched(run_dir: Path) -> dict[str, Any]:

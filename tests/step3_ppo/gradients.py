@@ -1,0 +1,171 @@
+"""One rank of PPO's gradient grid: `gradients.py OUT.pt` writes both gradients and metrics on rank 0.
+
+The gradient is read off a plain SGD step so large that the old weight is lost in rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from common import attention
+from common.data.batches import Batches, BatchPlan
+from common.data.types import IGNORE, TokenizedExample
+from common.distributed import World, init_world
+from common.losses import PackedCausalLM
+from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
+from step3_ppo.experience import Experience, Response
+from step3_ppo.loss import UpdateSums
+from step3_ppo.minibatches import minibatches_of
+from step3_ppo.models import Critic
+from step3_ppo.networks import Networks, Trained
+from step3_ppo.state import Counters
+from step3_ppo.update import update
+from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
+from tests.step2_dpo.pairs import VOCABULARY, tiny_llama
+
+MAX_LENGTH, TEMPERATURE, KL_COEF, SHIFT = 32, 0.7, 0.3, 0.5
+PROMPTS, RESPONSES = (3, 9, 2, 5, 8, 1, 4), (5, 1, 9, 12, 4, 7, 2)
+
+
+def everything() -> PPOConfig:
+    """All terms of the loss at once."""
+    kl = KLConfig(placement=KLPlacement.loss, coef=KL_COEF)
+    return PPOConfig(entropy_coef=1.0, ptx_weight=0.5, ptx_batch_size=5, kl=kl)
+
+
+class Point(NamedTuple):
+    """One way to compute the same update."""
+
+    micro_batch_size: int
+    packing: bool
+    stage: int
+
+
+GRID = [
+    Point(1, True, 1),
+    Point(1, False, 2),
+    Point(1, True, 3),
+    Point(2, False, 1),
+    Point(2, True, 2),
+    Point(4, False, 3),
+    Point(4, True, 2),
+]
+
+
+def some_experience() -> Experience:
+    """Seven responses of different lengths, all that is known of them made up; some tokens are clipped."""
+    draw = np.random.default_rng(4)
+
+    def ids(count: int) -> np.ndarray:
+        return draw.integers(1, VOCABULARY, count).astype(np.int32)
+
+    def numbers(mean: float = 0.0, scale: float = 1.0) -> np.ndarray:
+        return (mean + scale * draw.standard_normal(sum(RESPONSES))).astype(np.float32)
+
+    responses = [
+        Response(i, i, ids(prompt), ids(length), np.zeros(length, np.float32), True)
+        for i, (prompt, length) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
+    ]
+    chance = -np.log(VOCABULARY)
+    return Experience(
+        responses,
+        old_logprobs=numbers(chance, 0.3),
+        ref_logprobs=numbers(chance, 0.3),
+        values=numbers(SHIFT, 0.2),
+        advantages=numbers(),
+        returns=numbers(),
+    )
+
+
+class SomeDemonstrations:
+    """Five documents, all of them in an update, packed or not."""
+
+    sources = ["only"]
+    lengths = np.array([7, 4, 12, 9, 5])
+    source_ids = np.zeros(5, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        ids = np.random.default_rng(100 + index).integers(1, VOCABULARY, self.lengths[index]).astype(np.int32)
+        labels = np.append(ids[1:], IGNORE).astype(np.int32)
+        labels[:2] = IGNORE
+        return TokenizedExample(ids, labels, "only")
+
+
+def tiny_scorer(attn_implementation: str = attention.NAME) -> Any:
+    """A backbone with a scalar head."""
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    attention.register()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, num_labels=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attn_implementation)
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    return model
+
+
+def plan_of(point: Point, world: World, size: int) -> BatchPlan:
+    return BatchPlan(
+        MAX_LENGTH, point.packing, size, point.micro_batch_size, 0, world.rank, world.size
+    )  # fmt: skip
+
+
+def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, float]]:
+    """Gradients of both networks by name (on rank 0), and the update's metrics."""
+    ppo, experience = everything(), some_experience()
+    modules = {"actor": PackedCausalLM(tiny_llama()), "critic": Critic(tiny_scorer(), SHIFT)}
+    before = {
+        part: {name: value.clone() for name, value in module.state_dict().items()}
+        for part, module in modules.items()
+    }
+    trained = {}
+    for part, module in modules.items():
+        engine = engine_of(module, point.stage, world, LEARNING_RATE)  # type: ignore[arg-type]
+        trained[part] = Trained(engine, engine._engine.optimizer, lambda applied: LEARNING_RATE)
+    networks = Networks(
+        trained["actor"],
+        trained["critic"],
+        None,
+        None,
+        modules["actor"].model,
+        TEMPERATURE,
+        world.device,
+        True,
+    )
+    (minibatch,) = minibatches_of(experience, plan_of(point, world, 7), iteration=0, epoch=0)
+    sums, demonstrated = UpdateSums(), Batches(SomeDemonstrations(), plan_of(point, world, 5))
+    outcome = update(networks, minibatch, experience, ppo, Counters(kl_coef=KL_COEF), sums, demonstrated)
+    assert outcome.actor is not None and outcome.actor.applied
+    assert outcome.critic is not None and outcome.critic.applied
+    metrics = {**sums.metrics(), **outcome.grad_norms()}
+    gradients: dict[str, Any] = {}
+    for part, one in trained.items():
+        after = one.engine.full_state_dict()
+        if after is not None:
+            old = before[part]
+            gradients[part] = {name: (old[name] - after[name]) / LEARNING_RATE for name in old}
+    return gradients, metrics
+
+
+def main() -> None:
+    world = init_world()
+    found = {point: one_update(world, point) for point in GRID}
+    if world.is_main:
+        torch.save(found, sys.argv[1])
+
+
+if __name__ == "__main__":
+    # the classes that are saved must have the name under which the tests know them
+    from tests.step3_ppo import gradients as named
+
+    named.main()
