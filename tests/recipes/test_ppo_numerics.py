@@ -25,6 +25,8 @@ from tests.step3_ppo.runs import (
 # of the change of the weights: fp32 sums in another order, grown by four Adam steps that divide small numbers
 # by small ones
 TOLERANCE = 1e-5
+# of what is logged: a critic's gradient of norm 27 is clipped to 1, and its direction amplifies what differs
+LOGGED_TOLERANCE = 1e-4
 METRICS = (
     "objective/scores", "objective/kl", "objective/entropy", "loss/policy_avg", "loss/value_avg", "grad_norm",
     "critic/grad_norm", "policy/approxkl_avg", "policy/entropy_avg", "val/ratio_off",
@@ -113,10 +115,10 @@ def test_the_whole_run_does_not_depend_on_how_it_is_spread(
     for name in METRICS:
         assert len(series(run_of(ONE), name)) == 2
         assert series(run_of(point), name) == pytest.approx(
-            series(run_of(ONE), name), rel=TOLERANCE, abs=1e-6
+            series(run_of(ONE), name), rel=LOGGED_TOLERANCE, abs=1e-6
         )
     for line, other in zip(*(lines_of(run_of(p), "eval/reward") for p in (ONE, point)), strict=True):
-        assert other == pytest.approx(line, rel=TOLERANCE, abs=1e-5)
+        assert other == pytest.approx(line, rel=LOGGED_TOLERANCE, abs=1e-5)
 
 
 def test_samples_do_not_depend_on_ranks_or_slots(run_of: Any) -> None:
