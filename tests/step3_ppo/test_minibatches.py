@@ -1,0 +1,127 @@
+"""Which responses make an update, and that every number comes back to the response it is of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.data.batches import BatchPlan
+from common.data.types import Batch
+from step3_ppo.experience import Experience
+from step3_ppo.minibatches import (
+    batches_in,
+    last_positions,
+    minibatches_of,
+    per_response,
+    per_token,
+    updates_in,
+)
+from tests.step3_ppo.gradients import MAX_LENGTH, PROMPTS, RESPONSES, some_experience
+
+SIZE = 3
+
+
+def plan_of(rank: int = 0, ranks: int = 1, micro: int = 2, packing: bool = True, seed: int = 5) -> BatchPlan:
+    return BatchPlan(MAX_LENGTH, packing, SIZE, micro, seed, rank, ranks)
+
+
+def responses_of(minibatch: list[Batch]) -> list[int]:
+    return sorted(response for batch in minibatch for response in batch.row_ids)
+
+
+def passes(plan: BatchPlan, iteration: int = 0, epoch: int = 0) -> list[list[int]]:
+    """The responses of each update, in no order."""
+    found = minibatches_of(some_experience(), plan, iteration=iteration, epoch=epoch)
+    return [responses_of(minibatch.micro_batches) for minibatch in found]
+
+
+def test_a_pass_has_every_response_once_and_its_last_update_may_be_short() -> None:
+    updates = passes(plan_of())
+    assert [len(update) for update in updates] == [3, 3, 1] and updates_in(7, plan_of(), 1) == 3
+    assert sorted(sum(updates, [])) == list(range(7))
+    assert updates_in(7, plan_of(), 4) == 12
+
+
+def test_each_pass_iteration_and_seed_has_its_own_order() -> None:
+    orders = [passes(plan_of()), passes(plan_of(), epoch=1), passes(plan_of(), iteration=1)]
+    orders.append(passes(plan_of(seed=6)))
+    assert all(one != other for i, one in enumerate(orders) for other in orders[i + 1 :])
+    assert orders[0] == passes(plan_of())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_ranks_share_the_same_updates_and_count_the_tokens_of_all(packing: bool, micro: int) -> None:
+    alone = minibatches_of(some_experience(), plan_of(), iteration=2, epoch=1)
+    shares = [
+        minibatches_of(some_experience(), plan_of(rank, 2, micro, packing), iteration=2, epoch=1)
+        for rank in range(2)
+    ]
+    for whole, *parts in zip(alone, *shares, strict=True):
+        own = [responses_of(part.micro_batches) for part in parts]
+        assert sorted(own[0] + own[1]) == responses_of(whole.micro_batches)
+        assert len({len(part.micro_batches) for part in parts}) == 1  # every pass is a collective on ZeRO-3
+        tokens = sum(RESPONSES[response] for response in own[0] + own[1])
+        assert {part.tokens for part in [whole, *parts]} == {tokens}
+        targets = sum(len(batch.targets) for part in parts for batch in part.micro_batches)
+        assert targets == tokens
+
+
+def test_a_responses_tokens_are_the_targets_of_the_positions_before_them() -> None:
+    experience = some_experience()
+    for batch in batches_in(experience, plan_of()):
+        ends = batch.cu_seqlens.tolist()
+        for response, first, end in zip(batch.row_ids, ends, ends[1:], strict=False):
+            prompt, tokens = experience.responses[response].prompt, experience.responses[response].tokens
+            inside = (batch.trained_positions >= first) & (batch.trained_positions < end)
+            places = batch.trained_positions[inside].tolist()
+            assert places == list(range(first + len(prompt) - 1, end - 1))
+            assert batch.targets[inside].tolist() == tokens.tolist()
+            assert batch.input_ids[0, [place + 1 for place in places]].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_numbers_come_back_in_the_order_of_the_responses(packing: bool) -> None:
+    experience = some_experience()
+    batches = batches_in(experience, plan_of(packing=packing))
+    assert [batch.row_ids for batch in batches] != [tuple(range(7))]  # packing has moved them, or split them
+    of_tokens = per_token(experience, batches, lambda batch: batch.targets.float())
+    assert of_tokens.dtype == np.float32
+    assert of_tokens.tolist() == np.concatenate([r.tokens for r in experience.responses]).tolist()
+
+    def last_ids(batch: Batch) -> torch.Tensor:
+        return batch.input_ids[0, last_positions(batch)]
+
+    of_responses = per_response(experience, batches, last_ids)
+    assert of_responses.dtype == np.float64
+    assert of_responses.tolist() == [response.tokens[-1] for response in experience.responses]
+
+
+def test_a_rank_without_a_response_answers_for_none() -> None:
+    experience = some_experience()
+    one = Experience(experience.responses[:1])
+    (filler,) = batches_in(one, plan_of(rank=1, ranks=2))
+    assert filler.row_ids == () and len(last_positions(filler)) == 1
+    # it computes a number for its one token of filling, which is nobody's
+    found = per_response(
+        one, [filler, *batches_in(one, plan_of())], lambda batch: last_positions(batch).float()
+    )
+    assert found.tolist() == [PROMPTS[0] + RESPONSES[0] - 1]
+    found = per_token(one, [filler, *batches_in(one, plan_of())], lambda batch: batch.targets.float())
+    assert found.tolist() == one.responses[0].tokens.tolist()
+
+
+def test_what_is_asked_carries_no_gradient() -> None:
+    weight = torch.ones((), requires_grad=True)
+    experience = replace(some_experience())
+    grads: list[bool] = []
+
+    def compute(batch: Batch) -> torch.Tensor:
+        grads.append((batch.targets.float() * weight).requires_grad)
+        return batch.targets.float()
+
+    per_token(experience, batches_in(experience, plan_of()), compute)
+    assert grads and not any(grads)
