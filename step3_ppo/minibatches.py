@@ -22,9 +22,10 @@ from step3_ppo.experience import Experience
 
 @dataclass(frozen=True)
 class Minibatch:
-    """One update: this rank's micro-batches, and the number of response tokens on all ranks."""
+    """One update: this rank's micro-batches; the responses of all ranks, and how many tokens these have."""
 
     micro_batches: list[Batch]
+    responses: np.ndarray  # int64, into the experience's
     tokens: int
 
 
@@ -35,7 +36,7 @@ def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, e
     documents, lengths = _Documents(experience), np.diff(experience.offsets)
     size = plan.global_batch_size
     return [
-        Minibatch(batches_of(documents, chosen, plan, seed=plan.seed), int(lengths[chosen].sum()))
+        Minibatch(batches_of(documents, chosen, plan, seed=plan.seed), chosen, int(lengths[chosen].sum()))
         for chosen in (order[first : first + size] for first in range(0, len(order), size))
     ]
 

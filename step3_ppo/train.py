@@ -216,7 +216,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
                     counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off", 0.0))
                 counters = counters.after_update(outcome.actor, outcome.critic)
                 if counters.skipped_in_a_row:
-                    places = [data.train.place(response.prompt_id) for response in experience.responses]
+                    asked = [experience.responses[index].prompt_id for index in minibatch.responses]
+                    places = [data.train.place(prompt_id) for prompt_id in dict.fromkeys(asked)]
                     loss = of_update.get("loss/policy_avg", 0.0)
                     loop.report_skipped(
                         counters.as_of_loop(), places, loss, actor.loss_scale, job.model.dtype, progress
