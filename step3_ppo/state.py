@@ -29,9 +29,10 @@ class Counters:
 
     step: int = 0  # iterations whose updates are all done
     update: int = 0  # updates done of the iteration after these
-    applied: int = 0  # updates that changed the actor
-    critic_applied: int = 0  # updates that changed the critic
-    skipped: int = 0  # updates that changed neither, because a gradient was not finite
+    updates: int = 0  # of all iterations
+    applied: int = 0  # of these, the ones that changed the actor
+    critic_applied: int = 0  # and those that changed the critic
+    skipped: int = 0  # and those in which a gradient was not finite, of one of them or of both
     skipped_in_a_row: int = 0
     num_tokens: int = 0  # of prompts and responses that were learned from
     num_trained_tokens: int = 0  # of responses
@@ -52,6 +53,7 @@ class Counters:
         return replace(
             self,
             update=self.update + 1,
+            updates=self.updates + 1,
             applied=self.applied + (actor is not None and actor.applied),
             critic_applied=self.critic_applied + (critic is not None and critic.applied),
             skipped=self.skipped + skipped,
@@ -60,9 +62,8 @@ class Counters:
 
     def as_of_loop(self) -> loop.Counters:
         """As the other recipes count, for the lines that all of them print."""
-        applied = max(self.applied, self.critic_applied)
         return loop.Counters(
-            step=applied + self.skipped, applied=applied, skipped_in_a_row=self.skipped_in_a_row
+            step=self.updates, applied=self.updates - self.skipped, skipped_in_a_row=self.skipped_in_a_row
         )
 
     def after_iteration(self, experience: Experience, kl_coef: float) -> Counters:

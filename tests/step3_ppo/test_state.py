@@ -84,3 +84,13 @@ def test_an_update_that_changed_only_the_critic_counts_as_skipped_for_nobody_in_
     bad = warm.after_update(lost, done).after_update(done, lost)
     assert (bad.applied, bad.critic_applied, bad.skipped, bad.skipped_in_a_row) == (1, 2, 2, 2)
     assert bad.after_update(done, done).skipped_in_a_row == 0
+
+
+def test_an_update_that_only_one_network_skipped_has_its_own_number() -> None:
+    done, lost = StepOutcome(True, 1.0), StepOutcome(False, math.nan)
+    counters, seen = Counters(), []
+    for actor, critic in [(lost, done), (done, done), (done, lost), (lost, lost)]:
+        counters = counters.after_update(actor, critic)
+        seen.append((counters.as_of_loop().step, counters.as_of_loop().applied))
+    # a step that a network skipped was not applied, as the line at the end of a run counts them
+    assert seen == [(1, 0), (2, 1), (3, 1), (4, 1)]
