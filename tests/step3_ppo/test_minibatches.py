@@ -63,6 +63,9 @@ def test_ranks_share_the_same_updates_and_count_the_tokens_of_all(packing: bool,
     for whole, *parts in zip(alone, *shares, strict=True):
         own = [responses_of(part.micro_batches) for part in parts]
         assert sorted(own[0] + own[1]) == responses_of(whole.micro_batches)
+        assert all(
+            sorted(part.responses) == sorted(whole.responses) == sorted(own[0] + own[1]) for part in parts
+        )
         assert len({len(part.micro_batches) for part in parts}) == 1  # every pass is a collective on ZeRO-3
         tokens = sum(RESPONSES[response] for response in own[0] + own[1])
         assert {part.tokens for part in [whole, *parts]} == {tokens}
