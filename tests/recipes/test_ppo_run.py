@@ -135,6 +135,16 @@ def test_a_run_begins_at_its_reference_and_every_iteration_at_ratio_1(run_dir: P
         )
 
 
+def test_what_the_first_pass_is_compared_with_comes_from_the_same_micro_batches(run_dir: Path) -> None:
+    """Elsewhere the last bits may differ, in half precision more than those."""
+    seen = watched(run_dir)
+    assert len(seen["scored"]) == 3 and len(seen["learned"]) == 6
+    for iteration, scored in enumerate(seen["scored"]):
+        assert scored == seen["learned"][2 * iteration] + seen["learned"][2 * iteration + 1]
+        assert sorted(sum(scored, ())) == list(range(8))
+        assert sum(scored, ()) != tuple(range(8))  # in an order of its own
+
+
 def test_a_prompts_samples_stand_together_and_their_terminator_is_the_last_token(
     run_dir: Path, artifacts: Artifacts, experiences: list[Experience]
 ) -> None:

@@ -144,19 +144,28 @@ def ppo(config: str, *extra: str) -> int:
 
 
 def ppo_watched(config: str) -> int:
-    """The same; rank 0 saves watched.pt: {experiences, updates, probe, logits}.
+    """The same; rank 0 saves watched.pt: {experiences, updates, scored, learned, probe, logits}.
 
     experiences: of each iteration, filled in. updates: (iteration, update, actor, critic) of each, with
-    this rank's fp32 master weights after it. probe, logits: what the live model gave when it was exported.
+    this rank's fp32 master weights after it. scored, learned: the responses of each micro-batch that this
+    rank computed, for the log-probabilities of an iteration and for an update. probe, logits: what the live
+    model gave when it was exported.
     """
     import os
 
     import torch
 
+    from step3_ppo import networks as networks_of_ppo
     from step3_ppo import train
 
     export, fill, update = train.export_policy, train.with_advantages, train.update
-    seen: dict[str, Any] = {"experiences": [], "updates": []}
+    tell = networks_of_ppo.Networks.with_token_numbers
+    seen: dict[str, Any] = {"experiences": [], "updates": [], "scored": [], "learned": []}
+
+    def telling(networks: Any, experience: Any, batches: Any, **kwargs: Any) -> Any:
+        if not kwargs:  # in an iteration
+            seen["scored"].append([batch.row_ids for batch in batches])
+        return tell(networks, experience, batches, **kwargs)
 
     def filling(*args: Any) -> Any:
         seen["experiences"].append(fill(*args))
@@ -164,6 +173,7 @@ def ppo_watched(config: str) -> int:
 
     def updating(networks: Any, *args: Any) -> Any:
         outcome, counters = update(networks, *args), args[3]
+        seen["learned"].append([batch.row_ids for batch in args[0].micro_batches])
         both = (networks.actor, networks.critic)
         weights = [None if it is None else [w.clone() for w in it.engine.master_weights()] for it in both]
         seen["updates"].append((counters.step, counters.update, *weights))
@@ -175,6 +185,7 @@ def ppo_watched(config: str) -> int:
         return export(*args, **kwargs)
 
     train.with_advantages, train.update = filling, updating
+    networks_of_ppo.Networks.with_token_numbers = telling
     if int(os.environ["RANK"]) == 0:
         train.export_policy = keeping
     return ppo(config)

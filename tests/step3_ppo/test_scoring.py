@@ -1,4 +1,4 @@
-"""Which of the rows' columns functions that score are offered, whatever source a row is from."""
+"""What reward functions are told of responses, and what becomes of their answers."""
 
 from __future__ import annotations
 
@@ -11,56 +11,113 @@ import torch
 from common.data.types import TokenizedPrompt
 from common.distributed import World
 from common.errors import UserError
-from step3_ppo.config import PPOConfig, RewardSourceConfig
-from step3_ppo.experience import Response
+from step3_ppo.config import EvaluationConfig, PPOConfig, RewardSourceConfig
+from step3_ppo.experience import Experience, Response
 from step3_ppo.scoring import Scoring
+from tests.tiny import tiny_tokenizer
 
-WORLD = World(0, 1, 0, torch.device("cpu"))
-NO_TOKENS = np.zeros(0, np.int32)
-NAMES = RewardSourceConfig(function="tests.step3_ppo.reward_functions:right")
-"""A function that wants the column answer."""
-
-
-class Rows:
-    """A data set of some sources, each with rows of the same columns."""
-
-    def __init__(self, *sources: list[dict[str, Any]]) -> None:
-        self._columns = [columns for source in sources for columns in source]
-        self.source_ids = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
-
-    def __getitem__(self, index: int) -> TokenizedPrompt:
-        return TokenizedPrompt(NO_TOKENS, "a prompt", self._columns[index], "")
+ALONE = World(0, 1, 0, torch.device("cpu"))
+HERE = "tests.step3_ppo.test_scoring"
+SEEN: list[dict[str, Any]] = []
 
 
-class Tokenizer:
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
+def telling(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+    SEEN.append({"prompts": list(prompts), "completions": list(completions), **columns})
+    return [float(len(completion)) for completion in completions]
 
 
-def scoring(*rewards: RewardSourceConfig) -> Scoring:
-    return Scoring(PPOConfig(rewards=list(rewards)), None, Tokenizer(), WORLD)  # type: ignore[arg-type]
+def wants_answer(completions: list[str], answer: list[str]) -> list[float]:
+    return [0.0] * len(completions)
 
 
-def responses_to(*prompt_ids: int) -> list[Response]:
-    tokens = np.array([7, 2], np.int32)
-    return [Response(i, i, NO_TOKENS, tokens, np.zeros(2, np.float32), True) for i in prompt_ids]
+class NoNetworks:
+    reward_model = None
 
 
-ANSWERED, PLAIN = {"answer": "4"}, {"level": 1}
+def scoring_of(function: str = "telling", **evaluation: str) -> Scoring:
+    functions = {name: f"{HERE}:{reference}" for name, reference in evaluation.items()}
+    ppo = PPOConfig(
+        rewards=[RewardSourceConfig(function=f"{HERE}:{function}", weight=2.0)],
+        evaluation=EvaluationConfig(functions=functions),
+        missing_eos_penalty=0.5,
+    )
+    return Scoring(ppo, None, tiny_tokenizer(), ALONE)
 
 
-@pytest.mark.parametrize("rows", [Rows([ANSWERED], [PLAIN]), Rows([PLAIN, PLAIN], [ANSWERED])])
-def test_a_column_that_one_source_has_is_offered_with_every_batch(rows: Any) -> None:
-    asked = scoring(NAMES)
-    asked.check(rows)
-    plain = [index for index in range(2) if "answer" not in rows[index].columns]
-    texts = asked.texts(responses_to(*plain), rows)
-    assert texts.columns == {"answer": [None] * len(plain), "level": [1] * len(plain)}
-    assert texts.completions == ["7"] * len(plain)  # the terminator is left out
+def rows() -> list[TokenizedPrompt]:
+    """Two prompts with different columns; the second is a list of turns."""
+    ids = np.array([1, 20], np.int32)
+    turns = [{"role": "user", "content": "hi"}]
+    return [
+        TokenizedPrompt(ids, "say ok", {"answer": "ok", "level": 2}, ""),
+        TokenizedPrompt(ids, turns, {"answer": "hello"}, ""),
+    ]
 
 
-def test_a_column_that_no_source_has_is_missed_at_once() -> None:
-    rows: Any = Rows([PLAIN], [{"source": "b"}])
-    with pytest.raises(UserError, match="takes answer") as caught:
-        scoring(NAMES).check(rows)
-    assert "the rows have the columns level, source" in str(caught.value)
+def experience() -> Experience:
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token_id
+    of_prompt = ((1, "hello", True), (0, "ok", False), (1, "", True))
+    responses = []
+    for group, (prompt_id, text, stopped) in enumerate(of_prompt):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), *([end] if stopped else [])]
+        tokens = np.array(ids, np.int32)
+        logprobs = np.zeros(len(ids), np.float32)
+        responses.append(Response(prompt_id, group, rows()[prompt_id].input_ids, tokens, logprobs, stopped))
+    return Experience(responses)
+
+
+def test_functions_are_told_prompts_as_the_rows_had_them_and_completions_without_their_terminator() -> None:
+    SEEN.clear()
+    scored = scoring_of().score(experience(), rows(), [], NoNetworks())  # type: ignore[arg-type]
+    turns = [{"role": "user", "content": "hi"}]
+    assert [
+        {
+            "prompts": [turns, "say ok", turns],
+            "completions": ["hello", "ok", ""],
+            "answer": ["hello", "ok", "hello"],
+            "level": [None, 2, None],
+        }
+    ] == SEEN
+    assert scored.scores["telling"].tolist() == [5.0, 2.0, 0.0]
+    assert scored.rewards is not None
+    assert scored.rewards.tolist() == [10.0, 4.0 - 0.5, 0.0]  # only the second did not stop
+
+
+def test_special_tokens_that_were_sampled_are_no_text() -> None:
+    tokenizer = tiny_tokenizer()
+    middle = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    ids = [*tokenizer.encode("ok", add_special_tokens=False), middle]
+    response = Response(
+        0, 0, rows()[0].input_ids, np.array(ids, np.int32), np.zeros(len(ids), np.float32), False
+    )
+    assert scoring_of().texts([response], rows()).completions == ["ok"]  # type: ignore[arg-type]
+
+
+def test_what_is_only_looked_at_is_no_part_of_the_reward() -> None:
+    scoring = scoring_of(gold="wants_answer", size="telling")
+    texts = scoring.texts(experience().responses, rows())  # type: ignore[arg-type]
+    looked = scoring.look(texts)
+    assert {name: scores.tolist() for name, scores in looked.items()} == {
+        "gold": [0.0, 0.0, 0.0],
+        "size": [5.0, 2.0, 0.0],
+    }
+    scored = scoring.score(experience(), rows(), [], NoNetworks())  # type: ignore[arg-type]
+    assert list(scored.scores) == ["telling"]
+
+
+class Rows(list[TokenizedPrompt]):
+    """Rows of one source each."""
+
+    @property
+    def source_ids(self) -> np.ndarray:
+        return np.arange(len(self))
+
+
+@pytest.mark.parametrize("setting", [{"function": "wants_answer"}, {"gold": "wants_answer"}])
+def test_a_column_that_is_missing_is_said_before_anything_is_sampled(setting: dict[str, str]) -> None:
+    scoring = scoring_of(**setting)
+    scoring.check(Rows(rows()))  # type: ignore[arg-type]
+    without = Rows([TokenizedPrompt(np.array([1], np.int32), "a", {"level": 1}, "")])
+    with pytest.raises(UserError, match="takes answer, which is neither prompts nor completions"):
+        scoring.check(without)  # type: ignore[arg-type]

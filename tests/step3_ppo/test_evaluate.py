@@ -1,0 +1,95 @@
+"""Held-out prompts are answered greedily and by sampling, to the end, and measured alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.data.batches import BatchPlan
+from step3_ppo.evaluate import Evaluation, shown
+from step3_ppo.experience import Experience
+from tests.step3_ppo.test_scoring import experience, rows, scoring_of
+
+PLAN = BatchPlan(32, True, 4, 2, 0)
+
+
+class Networks:
+    """The actor's log-probabilities are 0, the reference's -1/2; both are asked for without values."""
+
+    reward_model = None
+
+    def __init__(self, has_reference: bool) -> None:
+        self.has_reference = has_reference
+
+    def with_token_numbers(self, found: Experience, batches: Any, *, values: bool) -> Experience:
+        from dataclasses import replace
+
+        assert not values and sum(len(batch.row_ids) for batch in batches) == 3
+        zeros = np.zeros(found.num_tokens, np.float32)
+        return replace(found, old_logprobs=zeros, ref_logprobs=zeros - 0.5)
+
+
+class Sampler:
+    """Answers with the same responses each time, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, prompts: Any, prompt_ids: Any, **how: Any) -> Any:
+        assert list(prompt_ids) == [1, 0, 1]
+        self.asked.append(how)
+        return experience().responses
+
+
+def evaluated(has_reference: bool = True) -> tuple[dict[str, float], list[dict[str, Any]], Sampler]:
+    sampler = Sampler()
+    evaluation = Evaluation(rows(), [1, 0, 1], scoring_of(size="telling"), PLAN, seed=9)  # type: ignore[arg-type]
+    metrics, samples = evaluation(Networks(has_reference), sampler)  # type: ignore[arg-type]
+    return metrics, samples, sampler
+
+
+def test_every_evaluation_draws_alike_and_is_not_cut_short() -> None:
+    *_, sampler = evaluated()
+    assert sampler.asked == [
+        {"key": (9,), "greedy": False, "to_the_end": True},
+        {"key": (9,), "greedy": True, "to_the_end": True},
+    ]
+
+
+def test_numbers_are_means_over_prompts_with_their_standard_errors() -> None:
+    metrics, *_ = evaluated()
+    rewards, sizes = np.array([10.0, 3.5, 0.0]), np.array([5.0, 2.0, 0.0])
+    lengths = np.diff(experience().offsets)
+    for name, values in {
+        "reward": rewards, "size": sizes, "length": lengths, "stop_rate": np.array([1.0, 0.0, 1.0]),
+        "kl": 0.5 * lengths,
+    }.items():  # fmt: skip
+        assert metrics[f"eval/{name}"] == pytest.approx(values.mean())
+        assert metrics[f"eval/{name}_se"] == pytest.approx(values.std(ddof=1) / 3**0.5)
+        if name != "kl":
+            assert metrics[f"eval/greedy/{name}"] == pytest.approx(values.mean())
+    # the divergence is a mean over the actor's own samples; greedy ones are none
+    assert len(metrics) == 18 and "eval/greedy/kl" not in metrics
+
+
+def test_without_a_reference_there_is_no_divergence() -> None:
+    metrics, samples, _ = evaluated(has_reference=False)
+    assert not any("kl" in name for name in metrics)
+    assert all(sample["kl"] is None for sample in samples)
+
+
+def test_samples_say_what_was_asked_answered_and_scored() -> None:
+    _, samples, _ = evaluated()
+    assert [sample["mode"] for sample in samples] == ["sampled"] * 3 + ["greedy"] * 3
+    assert samples[1] == {
+        "prompt": "say ok", "completion": "ok", "stopped": False, "mode": "sampled", "reward": 3.5,
+        "kl": 0.5 * len(experience().responses[1].tokens), "scores": {"size": 2.0},
+    }  # fmt: skip
+    assert samples[3]["kl"] is None and samples[3]["prompt"] == "user: hi"
+
+
+def test_turns_are_shown_one_below_the_other() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert shown(turns) == "user: a\nassistant: b" and shown("text") == "text"
