@@ -219,6 +219,8 @@ def _parse(text: str) -> Override:
             is_steps = all(name.strip() in Step.__members__ for name in names)
             hint = f"did you mean steps={text}?" if is_steps else _did_you_mean(text)
             raise UserError(f"{text!r} is not of the form key=value", hint=hint) from None
+        if (entry := schema.in_a_list(key.lstrip("+~"))) is not None:
+            raise UserError(f"{text}: entries of a list cannot be set one by one", hint=entry) from None
         if value.startswith("~"):
             way_out = f"~ is not expanded here; write {key}={Path(value).expanduser()}"
             raise UserError(f"{text} cannot be read", hint=way_out) from None
@@ -408,6 +410,8 @@ def _unknown_item(cause: Any, error: BaseException) -> UserError:
 
 def _did_you_mean(key: str) -> str:
     """The nearest known key, or what there is at the level the key was written at."""
+    if (entry := schema.in_a_list(key)) is not None:
+        return entry
     near = schema.nearest(key, [*schema.known_keys(), *_groups()])
     if near is not None:
         return f"did you mean {near}?"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import typing
 from enum import Enum
 from typing import Any
@@ -61,10 +62,30 @@ def allowed(key: str) -> str:
         if isinstance(item, type) and issubclass(item, Enum):
             names = list(item.__members__)
             return f"expected a list of {', '.join(names)}, e.g. '{key}=[{names[0]}]'"
+        if keys := ", ".join(_fields(item)):
+            return f"expected a list, e.g. '{key}=[{{…}}]', whose entries have the keys {keys}"
         return f"expected a list, e.g. '{key}=[...]'"
     if dataclasses.is_dataclass(declared):
         return "it has the keys " + ", ".join(field.name for field in dataclasses.fields(declared))
     return _WORDS.get(declared, "")
+
+
+def in_a_list(key: str) -> str | None:
+    """How to write a key that lies in an entry of a list (ppo.rewards.function), or None when it does not."""
+    parts = re.sub(r"\[(\d*)\]", r".\1", key).split(".")
+    for end in range(1, len(parts)):
+        place = ".".join(parts[:end])
+        declared = without_none(type_of(place))
+        if typing.get_origin(declared) is list:
+            (item,) = typing.get_args(declared)
+            fields = list(_fields(item))
+            rest = [part for part in parts[end:] if part and not part.isdigit()]
+            if not fields or not rest:
+                return None
+            entry = nearest(rest[0], fields) or fields[0]
+            shown = dict.fromkeys([*(name for name in fields if name == "path"), entry])  # a source needs one
+            return f"{place} is a list: '{place}=[{{{', '.join(f'{name}: …' for name in shown)}}}]'"
+    return None
 
 
 def nearest(key: str, candidates: list[str] | None = None) -> str | None:

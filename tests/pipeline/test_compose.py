@@ -80,6 +80,24 @@ def test_an_unknown_key_inside_a_value_is_found_too() -> None:
     assert "did you mean weight?" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        ("ppo.rewards.function=a:b", "ppo.rewards is a list: 'ppo.rewards=[{function: …}]'"),
+        ("+ppo.rewards.functoin=a:b", "'ppo.rewards=[{function: …}]'"),
+        ("ppo.rewards.0.function=a:b", "'ppo.rewards=[{function: …}]'"),
+        ("ppo.rewards[0].function=a:b", "'ppo.rewards=[{function: …}]'"),
+        ("ppo.rewards.0.url=https://x", "'ppo.rewards=[{url: …}]'"),
+        ("sft.data.sources.columns={prompt: text}", "'sft.data.sources=[{path: …, columns: …}]'"),
+        ("ppo.rewards=a:b", "expected a list, e.g. 'ppo.rewards=[{…}]', whose entries have the keys model, "),
+    ],
+)
+def test_a_key_of_an_entry_of_a_list_is_answered_with_the_list(text: str, way_out: str) -> None:
+    message = error_of(*JOB, text)
+    assert way_out in message
+    assert "did you mean" not in message  # ppo.evaluation.functions is like it, and only looks
+
+
 def test_a_wrong_enum_value_lists_what_is_allowed() -> None:
     assert (
         error_of(*JOB, "model.dtype=fp8") == "model.dtype: invalid value 'fp8'\n  allowed: bf16, fp16, fp32"
