@@ -187,12 +187,6 @@ class Partitioned:
         with torch.no_grad():
             return self._engine(*args, **kwargs)
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """As `Engine.gathered`."""
-        with _gathered(self._engine.module, self._engine.optimizer):
-            yield
-
 
 def _initialized(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]

@@ -4,11 +4,11 @@ The divergence is estimated from the tokens that the actor sampled: with d = log
 averages over such tokens of
 
     k1 = d                 without bias; of a single response it may be below 0
-    k2 = d² / 2            with bias, never below 0
     k3 = exp(−d) − 1 + d   without bias, never below 0
 
-all estimate KL(π ‖ π_ref) (Schulman, "Approximating KL divergence", 2020). Takes flat arrays over all
-response tokens and `offsets`, as `Experience` has them. Computes no gradients: k3 in the loss is loss.py's.
+both estimate KL(π ‖ π_ref) (Schulman, "Approximating KL divergence", 2020). Here k1 is computed, which
+rewards lose and metrics show; k3, which the loss may gain, is loss.py's. Takes flat arrays over all response
+tokens and `offsets`, as `Experience` has them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,6 @@ LARGEST_STEP = 0.2
 def k1(logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
     """float64 [R], of the actor's and the reference's log-probabilities [R] of the tokens."""
     return np.asarray(logprobs, np.float64) - np.asarray(ref_logprobs, np.float64)
-
-
-def k2(logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
-    """float64 [R], as in `k1`."""
-    return k1(logprobs, ref_logprobs) ** 2 / 2
-
-
-def k3(logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
-    """float64 [R], as in `k1`."""
-    difference = k1(logprobs, ref_logprobs)
-    return np.expm1(-difference) + difference
 
 
 def response_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

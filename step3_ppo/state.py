@@ -95,7 +95,6 @@ class Unfinished:
         """Write them, if there are any."""
         if self.experience is None or not self._writes:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / FILE, allow_pickle=False, **to_arrays(self.experience))
 
     def load(self, folder: Path) -> None:

@@ -104,6 +104,18 @@ def test_the_entropy_bonus_and_the_divergence_from_the_reference_by_hand() -> No
     assert sums.entropy.item() == pytest.approx(0.7)
 
 
+def test_k3_in_the_loss_has_the_divergence_as_its_mean() -> None:
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.45, 0.3, 0.25])
+    one, mean = torch.ones(1), 0.0
+    for sampled, of_reference in zip(p.log(), q.log(), strict=True):
+        ours = sampled[None]
+        sums = policy_loss(ours, ours, one, clip=0.2, ref=of_reference[None], kl_coef=1.0)
+        mean += float(sampled.exp() * sums.kl)
+    # fp32; the other way around it is another number, and k3 would not notice by being negative
+    assert mean == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert mean != pytest.approx(float((q * (q / p).log()).sum()), rel=1e-3)
+
+
 def test_what_is_only_looked_at_has_no_gradient() -> None:
     logprobs, entropies = grown([LOG(0.5)]), grown([0.7])
     one = torch.ones(1)

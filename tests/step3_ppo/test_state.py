@@ -40,8 +40,8 @@ def some_experience() -> Experience:
 def test_an_unfinished_iteration_comes_back_bit_for_bit(tmp_path: Path) -> None:
     before, after = Unfinished(writes=True), Unfinished(writes=True)
     before.experience = some_experience()
-    before.save(tmp_path / "experience")
-    after.load(tmp_path / "experience")
+    before.save(tmp_path)
+    after.load(tmp_path)
     found, expected = after.experience, before.experience
     assert found is not None
     assert len(found.responses) == 4
