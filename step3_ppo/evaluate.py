@@ -46,19 +46,19 @@ class Evaluation:
                 self.rows, self.prompt_ids, key=(self.seed,), greedy=mode == "greedy", to_the_end=True
             )
             assert responses is not None
-            values, texts = self._measure(Experience(responses), networks, with_kl=mode == "sampled")
+            texts = self.scoring.texts(responses, self.rows)
+            values = self._measure(Experience(responses), texts, networks, with_kl=mode == "sampled")
             for name, of_responses in values.items():
                 metrics[prefix + name], metrics[f"{prefix}{name}_se"] = mean_with_error(of_responses)
             samples += self._samples(mode, responses, values, texts)
         return metrics, samples
 
     def _measure(
-        self, experience: Experience, networks: Networks, *, with_kl: bool
-    ) -> tuple[dict[str, np.ndarray], Texts]:
-        """Each number as [B], by name, and the responses as text."""
+        self, experience: Experience, texts: Texts, networks: Networks, *, with_kl: bool
+    ) -> dict[str, np.ndarray]:
+        """Each number as [B], by name."""
         batches = batches_in(experience, self.plan)
-        experience = self.scoring.score(experience, self.rows, batches, networks)
-        texts = self.scoring.texts(experience.responses, self.rows)
+        experience = self.scoring.score(experience, texts, batches, networks)
         assert experience.rewards is not None
         values = {
             "reward": experience.rewards,
@@ -71,7 +71,7 @@ class Evaluation:
             kl = response_kl(experience)
             assert kl is not None
             values["kl"] = kl
-        return values, texts
+        return values
 
     def _samples(
         self, mode: str, responses: Sequence[Response], values: dict[str, np.ndarray], texts: Texts

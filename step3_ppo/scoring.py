@@ -72,14 +72,13 @@ class Scoring:
         self._known.update(columns)
 
     def score(
-        self, experience: Experience, rows: PromptDataset, batches: Sequence[Batch], networks: Networks
+        self, experience: Experience, texts: Texts, batches: Sequence[Batch], networks: Networks
     ) -> Experience:
-        """The experience with scores and rewards. batches: this rank's, of all its responses."""
+        """The experience with scores and rewards. texts: of its responses. batches: this rank's, of all."""
         by_model = None
         if networks.reward_model is not None:
             with networks.reward_model.present():
                 by_model = per_response(experience, batches, networks.document_scores)
-        texts = self.texts(experience.responses, rows)
         scores = from_main(
             self._world,
             lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, by_model),

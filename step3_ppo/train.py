@@ -185,7 +185,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 # 2. Score them, in the micro-batches in which part 6 sees them first.
                 first_pass = minibatches_of(experience, plan, iteration=counters.step, epoch=0)
                 batches = [batch for minibatch in first_pass for batch in minibatch.micro_batches]
-                experience = scoring.score(experience, data.train, batches, networks)
+                texts = scoring.texts(responses, data.train)
+                experience = scoring.score(experience, texts, batches, networks)
                 # 3. Log-probabilities of the actor and the reference, and the critic's values.
                 experience = networks.with_token_numbers(experience, batches)
                 # 4. Rewards of tokens, 5. advantages and returns: over the responses of all ranks.

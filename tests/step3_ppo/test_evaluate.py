@@ -10,6 +10,7 @@ import pytest
 from common.data.batches import BatchPlan
 from step3_ppo.evaluate import Evaluation, shown
 from step3_ppo.experience import Experience
+from step3_ppo.scoring import Scoring
 from tests.step3_ppo.test_scoring import experience, rows, scoring_of
 
 PLAN = BatchPlan(32, True, 4, 2, 0)
@@ -56,6 +57,13 @@ def test_every_evaluation_draws_alike_and_is_not_cut_short() -> None:
         {"key": (9,), "greedy": False, "to_the_end": True},
         {"key": (9,), "greedy": True, "to_the_end": True},
     ]
+
+
+def test_every_response_is_turned_into_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    completion, seen = Scoring._completion, []
+    monkeypatch.setattr(Scoring, "_completion", lambda *a: seen.append(a[1]) or completion(*a))
+    evaluated()
+    assert len(seen) == 2 * 3  # sampled and greedy
 
 
 def test_numbers_are_means_over_prompts_with_their_standard_errors() -> None:

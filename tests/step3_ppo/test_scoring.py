@@ -67,9 +67,14 @@ def experience() -> Experience:
     return Experience(responses)
 
 
+def scored_by(scoring: Scoring) -> Experience:
+    texts = scoring.texts(experience().responses, rows())  # type: ignore[arg-type]
+    return scoring.score(experience(), texts, [], NoNetworks())  # type: ignore[arg-type]
+
+
 def test_functions_are_told_prompts_as_the_rows_had_them_and_completions_without_their_terminator() -> None:
     SEEN.clear()
-    scored = scoring_of().score(experience(), rows(), [], NoNetworks())  # type: ignore[arg-type]
+    scored = scored_by(scoring_of())
     turns = [{"role": "user", "content": "hi"}]
     assert [
         {
@@ -102,8 +107,7 @@ def test_what_is_only_looked_at_is_no_part_of_the_reward() -> None:
         "gold": [0.0, 0.0, 0.0],
         "size": [5.0, 2.0, 0.0],
     }
-    scored = scoring.score(experience(), rows(), [], NoNetworks())  # type: ignore[arg-type]
-    assert list(scored.scores) == ["telling"]
+    assert list(scored_by(scoring).scores) == ["telling"]
 
 
 class Rows(list[TokenizedPrompt]):
