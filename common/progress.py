@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,19 @@ class Progress:
         done: int,
         *,
         loss: float | None = None,
+        numbers: Mapping[str, float | None] | None = None,
         tokens_per_second: float | None = None,
         mfu: float | None = None,
     ) -> None:
-        """Show that `done` steps are finished. mfu: share of the device's peak, from 0 to 1."""
+        """Show that `done` steps are finished.
+
+        numbers: others to watch, by the word before them; None is left out. mfu: share of the device's peak,
+        from 0 to 1.
+        """
         if not self._enabled:
             return
-        details = _details(loss, tokens_per_second, mfu, self._seconds_left(done))
+        watched = {"loss": loss, **(numbers or {})}
+        details = _details(watched, tokens_per_second, mfu, self._seconds_left(done))
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, details=details)
         elif self._is_time_for_a_line(done):
@@ -127,10 +133,13 @@ def _start_bar(label: str, total: int, done: int) -> Any:
 
 
 def _details(
-    loss: float | None, tokens_per_second: float | None, mfu: float | None, seconds_left: float | None
+    watched: Mapping[str, float | None],
+    tokens_per_second: float | None,
+    mfu: float | None,
+    seconds_left: float | None,
 ) -> str:
     parts = [
-        None if loss is None else f"loss {loss:.4f}",
+        *(None if value is None else f"{name} {value:z.4f}" for name, value in watched.items()),
         None if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s",
         None if mfu is None else f"MFU {mfu:.1%}",
         None if seconds_left is None else f"{duration(seconds_left)} left",

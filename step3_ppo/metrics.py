@@ -75,9 +75,9 @@ def mean_with_error(values: np.ndarray) -> tuple[float, float]:
 
 def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
     """An evaluation in one line."""
-    shown = [f"reward {metrics['eval/reward']:.3f}"]
+    shown = [f"reward {metrics['eval/reward']:z.3f}"]
     if "eval/kl" in metrics:
-        shown.append(f"KL {metrics['eval/kl']:.2f} nats")
+        shown.append(f"KL {metrics['eval/kl']:z.2f} nats")
     usual = {f"eval/{name}" for name in MEASURED}
     named = [name for name in metrics if name.startswith("eval/") and name.count("/") == 1]
     shown += [

@@ -255,8 +255,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
             }
             tracker.log(metrics, counters.step)
             progress.update(
-                counters.step, loss=metrics.get("loss/policy_avg"),
-                tokens_per_second=metrics["perf/tokens_per_second"],
+                counters.step, tokens_per_second=metrics["perf/tokens_per_second"],
+                numbers={"reward": metrics["objective/scores"], "KL": metrics.get("objective/kl")},
             )  # fmt: skip
             for line in watchdogs.look(counters.step, metrics):
                 progress.log(f"warning: {line}")

@@ -76,6 +76,12 @@ def test_what_is_not_known_is_not_shown(pipe: io.StringIO) -> None:
     assert pipe.getvalue() == "sft 1/1 100%  loss nan  0:00 left\n"
 
 
+def test_a_step_may_have_other_numbers_to_watch_than_a_loss(pipe: io.StringIO) -> None:
+    numbers = {"reward": 0.5, "KL": -1e-9, "missing": None}
+    Progress(1, label="ppo", clock=Clock()).update(1, numbers=numbers)
+    assert pipe.getvalue() == "ppo 1/1 100%  reward 0.5000  KL 0.0000  0:00 left\n"
+
+
 def test_lines_are_printed_as_they_are(pipe: io.StringIO) -> None:
     Progress(1, label="sft", clock=Clock()).log("saved [bold]runs/a[/bold] " + "x" * 200)
     assert pipe.getvalue() == "saved [bold]runs/a[/bold] " + "x" * 200 + "\n"

@@ -73,5 +73,6 @@ def test_an_evaluation_in_one_line() -> None:
     metrics = {"eval/reward": 0.5, "eval/reward_se": 0.1, "eval/kl": 1.25, "eval/stop_rate": 0.98}
     metrics |= {"eval/gold": 0.75, "eval/gold_se": 0.01, "eval/greedy/gold": 1.0, "eval/length": 7.0}
     assert held_out_line(4, metrics) == "held out, step 4: reward 0.500, KL 1.25 nats, gold 0.750, 98% stop"
+    assert "KL 0.00 nats" in held_out_line(4, {**metrics, "eval/kl": -1e-5})
     del metrics["eval/kl"]
     assert "KL" not in held_out_line(4, metrics)
