@@ -48,7 +48,7 @@ class ScoreFunction:
         arguments = {name: list(values) for name, values in self._arguments(offered).items()}
         try:
             result = self.function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function may call exit(); the run is not its to end
             raise UserError(
                 f"{self.key}: {self.reference} failed: {failure(error)}",
                 hint="it must return a finite number for every completion, whatever the policy wrote",
@@ -157,7 +157,7 @@ def _import(name: str, named: str) -> Any:
         raise UserError(
             f"{named}: {name} needs the module {missing}, which is not installed", hint=f"install {missing}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{named}: {name} cannot be imported: {failure(error)}",
             hint=f"python -c 'import {name}' shows the same",

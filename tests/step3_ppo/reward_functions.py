@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 NUMBER = 3
@@ -26,6 +27,10 @@ def by_position(prompts: list[str], completions: list[str], /) -> list[float]:
 
 def broken(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [1 / len(completion) for completion in completions]
+
+
+def leaving(completions: list[str]) -> list[float]:
+    sys.exit(3)
 
 
 def meddling(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

@@ -102,6 +102,8 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "fails.py").write_text("def f():\n    return 1 / 0\nf()\n")
     (tmp_path / "needs_more.py").write_text("import not_installed_xyz\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    assert "SystemExit: 0" in refused("script:f").message
     (tmp_path / "misspelt.py").write_text("def f(:\n")
     failing = refused("fails:f").message
     assert "ZeroDivisionError" in failing and "fails.py:2, in f" in failing
@@ -117,6 +119,7 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: 
             ["a", ""],
             ["ZeroDivisionError: division by zero", "reward_functions.py:", "in <listcomp>"],
         ),
+        ("leaving", ["a", "b"], ["SystemExit: 3", "reward_functions.py:"]),
         ("nan_for_empty", ["a", ""], ["returned nan as score 1, for the completion ''"]),
         ("too_few", ["a", "b"], ["returned 1 scores for 2 completions"]),
         ("nothing", ["a", "b"], ["returned None where a list"]),
