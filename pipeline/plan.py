@@ -131,7 +131,10 @@ def _earlier(stage: Stage, role: Role, before: Sequence[Wired], known: Mapping[S
         if step in known and known[step].produces is role
     ]
     add = f"add {' or '.join(makers)} to steps, or " if makers else ""
-    raise UserError(f"{name} needs a {role.value}", hint=f"{add}set {name}.{role.value}=PATH")
+    ways = f"{add}set {name}.{role.value}=PATH"
+    if role is Role.reward_model:
+        ways += f", or score without one: '{name}.rewards=[{{function: package.module:function}}]'"
+    raise UserError(f"{name} needs a {role.value}", hint=ways)
 
 
 def _in_vain(stage: Stage, role: Role, path: str) -> UserError:

@@ -67,11 +67,13 @@ def test_a_named_path_comes_before_an_earlier_step() -> None:
     assert dict(wired[1].sources) == {POLICY: Step.sft}
 
 
-def test_a_missing_role_is_an_error_with_both_ways_out() -> None:
+def test_a_missing_role_is_an_error_with_the_ways_out() -> None:
     with pytest.raises(UserError) as caught:
         wire([Step.sft, Step.ppo], known=MADE_UP)
     assert caught.value.message == "ppo needs a reward_model"
-    assert caught.value.hint == "add reward to steps, or set ppo.reward_model=PATH"
+    with_one, _, without = str(caught.value.hint).rpartition(", or ")
+    assert with_one == "add reward to steps, or set ppo.reward_model=PATH"
+    assert without == "score without one: 'ppo.rewards=[{function: package.module:function}]'"
     with pytest.raises(UserError) as caught:
         wire([Step.reward], known=MADE_UP)
     assert caught.value.hint == "add sft to steps, or set reward.policy=PATH"
