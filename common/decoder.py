@@ -198,16 +198,27 @@ class Decoder:
 
 
 def _until_done(run: _Run, passes: _Passes, should_stop: Callable[[], bool] | None, lockstep: bool) -> bool:
-    """Forward passes until nothing is left to do; false when told to stop."""
+    """Forward passes until nothing is left to do; false when told to stop.
+
+    lockstep: what goes wrong on one rank is raised when the others know, so that none waits for it in a pass.
+    """
+    failed: UserError | None = None
     while True:
         stop = should_stop is not None and run.steps % STEPS_BETWEEN_QUESTIONS == 0 and should_stop()
         busy = run.busy
         if lockstep:
-            told, working = sum_over_ranks([stop, busy])
+            told, working = sum_over_ranks([stop or failed is not None, busy])
             stop, busy = told > 0, working > 0
+        if failed is not None:
+            raise failed
         if stop or not busy:
             return not stop
-        run.step(passes)
+        try:
+            run.step(passes)
+        except UserError as error:
+            if not lockstep:
+                raise
+            failed = error
 
 
 # --- The state of one call ---------------------------------------------------------------------------

@@ -104,6 +104,20 @@ def from_main(world: World, make: Callable[[], T]) -> T:
     return made
 
 
+def of_all_ranks(make: Callable[[], T]) -> list[T]:
+    """What `make()` returns on every rank, in rank order; a UserError of any is raised on all."""
+    made: Any = None
+    try:
+        made = make()
+    except UserError as error:
+        made = error
+    gathered = gather_objects(made)
+    for value in gathered:
+        if isinstance(value, UserError):
+            raise value
+    return gathered
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     sum_over_ranks([0.0])

@@ -16,7 +16,7 @@ from torch import nn
 
 from common.data.types import TokenizedPrompt
 from common.decoder import Completion, Decoder, DecodingCounts, Engine, Request, SamplingRule
-from common.distributed import StopSignal, World, gather_objects
+from common.distributed import StopSignal, World, of_all_ranks
 from common.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
 from step3_ppo.experience import Response
@@ -56,14 +56,15 @@ def roll_out(
 
     prompt_ids: the same on every rank; a prompt's place among them is its group. key: what all draws derive
     from, beside group and sample: whichever rank or slot a response falls to, it is the same. Every rank
-    calls this, and all get None if one was told to stop. lockstep: see `Decoder.decode`.
+    calls this, and all get None if one was told to stop. lockstep: see `Decoder.decode`. A UserError of one
+    rank is raised on all.
     """
     own = [
         Request(prompts[prompt_ids[group]].input_ids, (STREAM, *key, group, sample))
         for group in range(world.rank, len(prompt_ids), world.size)
         for sample in range(samples)
     ]
-    shares = gather_objects(decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep))
+    shares = of_all_ranks(lambda: decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep))
     if any(share is None for share in shares):
         return None
     return [

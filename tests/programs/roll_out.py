@@ -1,7 +1,7 @@
 """One rank of a roll-out: writes what it got to FOLDER/rank_R.json. Usage: roll_out.py FOLDER CASE
 
 CASE: shares, lockstep (ranks with unequal work keep step), told (the last rank alone is told to stop),
-told_lockstep (both).
+told_lockstep (both), broken and broken_lockstep (the logits of the last rank alone are not finite).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from common.data.types import TokenizedPrompt
 from common.decoder import Decoder, SamplingRule
 from common.distributed import close_world, init_world, sum_over_ranks
+from common.errors import UserError
 from step3_ppo.rollout import roll_out
 from tests.common.test_attention import CONFIGS, tiny
 
@@ -39,23 +40,30 @@ def main(folder: Path, case: str) -> None:
 
     model.register_forward_pre_hook(count)
     decoder = Decoder(model, slots=2)
-    before = passes[0]
-    found = roll_out(
-        decoder,
-        prompts(),
-        PROMPT_IDS,
-        SamplingRule(1.0, 12, (1, 2, 3, 4)),
-        key=(5, 2),
-        samples=3,
-        world=world,
-        should_stop=lambda: case.startswith("told") and world.rank == world.size - 1,
-        lockstep="lockstep" in case,
-    )
+    is_last = world.rank == world.size - 1
+    if case.startswith("broken") and is_last:
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+    before, found, error = passes[0], None, None
+    try:
+        found = roll_out(
+            decoder,
+            prompts(),
+            PROMPT_IDS,
+            SamplingRule(1.0, 12, (1, 2, 3, 4)),
+            key=(5, 2),
+            samples=3,
+            world=world,
+            should_stop=lambda: case.startswith("told") and is_last,
+            lockstep="lockstep" in case,
+        )
+    except UserError as caught:
+        error = str(caught)
     responses = None if found is None else [
         [r.prompt_id, r.group, r.prompt.tolist(), r.tokens.tolist(), r.logprobs.tolist(), r.stopped]
         for r in found
     ]  # fmt: skip
-    result = {"responses": responses, "passes": passes[0] - before}
+    result = {"responses": responses, "error": error, "passes": passes[0] - before}
     (folder / f"rank_{world.rank}.json").write_text(json.dumps(result))
     close_world()
 

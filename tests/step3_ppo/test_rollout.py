@@ -61,7 +61,14 @@ def test_two_ranks_know_the_responses_that_one_rank_samples(
 @pytest.mark.parametrize("case", ["told", "told_lockstep"])
 def test_no_rank_gets_responses_when_one_was_told_to_stop(case: str, tmp_path: Path) -> None:
     ranks = on_ranks(tmp_path / "two", case, 2)
-    assert [rank["responses"] for rank in ranks] == [None, None]
+    assert [(rank["responses"], rank["error"]) for rank in ranks] == [(None, None)] * 2
+
+
+@pytest.mark.parametrize("case", ["broken", "broken_lockstep"])
+def test_what_goes_wrong_on_one_rank_is_the_error_of_all(case: str, tmp_path: Path) -> None:
+    ranks = on_ranks(tmp_path / "two", case, 2)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    assert ranks[0]["error"].startswith("the policy's logits are not finite after ")
 
 
 def test_another_key_draws_other_responses() -> None:
