@@ -17,6 +17,7 @@ from common.artifacts import Artifact
 from common.data.stored import PromptDataset
 from common.data.types import Batch
 from common.distributed import World, from_main
+from common.errors import UserError
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Response
 from step3_ppo.functions import ScoreFunction, load_functions
@@ -59,16 +60,22 @@ class Scoring:
             assert reward_model is not None
             self._calibration = Calibration.of(reward_model.manifest.details, reward_model.path)
 
-    def check(self, rows: PromptDataset) -> None:
+    def check(self, rows: PromptDataset, *, held_out: bool = False) -> None:
         """UserError when a function wants a column that no source of the rows has.
 
-        Of each source its first row is looked at. What they have is offered from now on, with every batch.
+        held_out: said of the rows in the message. Of each source its first row is looked at. What they have is
+        offered from now on, with every batch.
         """
         _, first = np.unique(rows.source_ids, return_index=True)
         columns = sorted({name for index in first for name in rows[int(index)].columns})
-        self._sources.check(columns)
-        for function in self._functions.values():
-            function.check(columns)
+        try:
+            self._sources.check(columns)
+            for function in self._functions.values():
+                function.check(columns)
+        except UserError as error:
+            if not held_out:
+                raise
+            raise UserError(f"{error.message} that are held out", hint=error.hint) from None
         self._known.update(columns)
 
     def score(

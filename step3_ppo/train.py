@@ -89,8 +89,9 @@ def train(job: PPOJob, run_dir: Path) -> int:
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
     data = load_prompts(job, tokenizer, folder, world, say, policy=policy)
     scoring = Scoring(ppo, reward_model, tokenizer, world)
-    for rows in filter(None, [data.train, data.held_out]):
-        scoring.check(rows)
+    scoring.check(data.train)
+    if data.held_out is not None:
+        scoring.check(data.held_out, held_out=True)
 
     # Data --------------------------------------------------------------------------------------
     order = PromptOrder(data.train, ppo.rollout.prompts, job.seed, data.weights)

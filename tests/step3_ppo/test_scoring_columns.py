@@ -64,3 +64,12 @@ def test_a_column_that_no_source_has_is_missed_at_once() -> None:
     with pytest.raises(UserError, match="takes answer") as caught:
         scoring(NAMES).check(rows)
     assert "the rows have the columns level, source" in str(caught.value)
+    assert "held out" not in str(caught.value)
+
+
+def test_a_column_that_only_the_held_out_rows_lack_is_said_to_be_missed_there() -> None:
+    held_out: Any = Rows([PLAIN])
+    asked = scoring(NAMES)
+    asked.check(Rows([ANSWERED]))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="takes answer.* nor a column of the rows that are held out"):
+        asked.check(held_out, held_out=True)
