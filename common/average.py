@@ -10,7 +10,7 @@ that are not trained have no average. Does not decide when weights are averaged.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -65,6 +65,11 @@ class ExponentialAverage:
             weights.copy_(average)
             average.copy_(kept)
         self._engine.publish_master_weights()
+
+
+def swapped_in(average: ExponentialAverage | None) -> AbstractContextManager[object]:
+    """The average in the weights' place while the block runs, where there is one."""
+    return nullcontext() if average is None else average.swapped_in()
 
 
 def _name() -> str:

@@ -1,9 +1,9 @@
 """Rewards of responses -> an advantage for each of their tokens. Plain numpy, in float64.
 
 Takes flat arrays over all response tokens of an iteration, of all ranks, and `offsets`, as `Experience` has
-them: every rank holds all responses, so every rank computes the same, and a mean over tokens is one over
-those of all ranks by construction. Nothing is padded, so there is no mask to forget. Knows nothing of
-models, and draws nothing.
+them (`with_advantages` takes them out of it): every rank holds all responses, so every rank computes the
+same, and a mean over tokens is one over those of all ranks by construction. Nothing is padded, so there is no
+mask to forget. Knows nothing of models, and draws nothing.
 
     gae           generalised advantage estimation (arXiv 1506.02438), with a critic
     grpo          against the other responses to the prompt, in units of their spread (arXiv 2402.03300)
@@ -13,12 +13,13 @@ models, and draws nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from step3_ppo.config import Estimator
-from step3_ppo.kl import response_sums
+from step3_ppo.config import Estimator, KLPlacement, PPOConfig
+from step3_ppo.experience import Experience
+from step3_ppo.kl import response_sums, token_kl
 
 SMALLEST_VARIANCE = 1e-8
 """What whitening divides by at the least: below it there is only rounding, which must not become signal."""
@@ -38,6 +39,29 @@ class Advantages:
     advantages: np.ndarray
     returns: np.ndarray | None
     non_score_reward: np.ndarray
+
+
+def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> Experience:
+    """The experience with advantages and returns, from its rewards, divergences and values."""
+    assert experience.rewards is not None
+    found = estimate(
+        ppo.estimator,
+        rewards=experience.rewards,
+        offsets=experience.offsets,
+        groups=experience.groups,
+        kl=token_kl(experience),
+        kl_coef=cost_of_kl(ppo, kl_coef),
+        values=experience.values,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        whiten=ppo.whiten_advantages,
+    )
+    return replace(experience, advantages=found.advantages, returns=found.returns)
+
+
+def cost_of_kl(ppo: PPOConfig, kl_coef: float) -> float:
+    """What a nat of divergence takes from the reward: nothing where it is in the loss."""
+    return kl_coef if ppo.kl.placement is KLPlacement.reward else 0.0
 
 
 def estimate(

@@ -15,8 +15,10 @@ import numpy as np
 from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
 from step3_ppo.config import MEASURED
+from step3_ppo.data import held_out_sample
 from step3_ppo.experience import Experience, Response
-from step3_ppo.metrics import mean_with_error, response_kl
+from step3_ppo.kl import response_kl
+from step3_ppo.metrics import mean_with_error
 from step3_ppo.minibatches import batches_in
 from step3_ppo.networks import Networks
 from step3_ppo.rollout import Sampler
@@ -91,6 +93,15 @@ class Evaluation:
                 zip(responses, texts.prompts, texts.completions, strict=True)
             )
         ]
+
+
+def evaluation_of(
+    held_out: PromptDataset | None, scoring: Scoring, plan: BatchPlan, num_prompts: int, seed: int
+) -> Evaluation | None:
+    """Of so many of the held-out prompts; None where there are none, or none are wanted."""
+    if held_out is None or not num_prompts:
+        return None
+    return Evaluation(held_out, held_out_sample(held_out, num_prompts, seed), scoring, plan, seed)
 
 
 def shown(prompt: object) -> str:

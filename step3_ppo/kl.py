@@ -18,6 +18,7 @@ import math
 import numpy as np
 
 from step3_ppo.config import KLController
+from step3_ppo.experience import Experience
 
 LARGEST_STEP = 0.2
 """An adaptive coefficient moves as if the divergence missed its target by so much at the most."""
@@ -36,6 +37,19 @@ def response_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     if not np.all(np.diff(offsets) > 0) or offsets[-1] != len(values):
         raise ValueError(f"offsets do not divide {len(values)} tokens into responses of one token or more")
     return np.add.reduceat(np.asarray(values, np.float64), offsets[:-1]) if len(values) else np.zeros(0)
+
+
+def token_kl(experience: Experience) -> np.ndarray | None:
+    """float64 [R], k1 = log π_old − log π_ref of each response token; None without a reference."""
+    if experience.old_logprobs is None or experience.ref_logprobs is None:
+        return None
+    return k1(experience.old_logprobs, experience.ref_logprobs)
+
+
+def response_kl(experience: Experience) -> np.ndarray | None:
+    """float64 [B], the sums of `token_kl` over each response."""
+    kl = token_kl(experience)
+    return None if kl is None else response_sums(kl, experience.offsets)
 
 
 def next_coef(

@@ -10,10 +10,28 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from step3_ppo.config import MEASURED
+from step3_ppo.advantages import cost_of_kl
+from step3_ppo.config import MEASURED, PPOConfig
 from step3_ppo.experience import Experience
-from step3_ppo.kl import k1, response_sums
-from step3_ppo.loss import explained_variance
+from step3_ppo.kl import response_kl, response_sums
+from step3_ppo.loss import UpdateSums, explained_variance
+from step3_ppo.state import Counters
+
+
+def of_iteration(
+    experience: Experience, ppo: PPOConfig, counters: Counters, learned: UpdateSums
+) -> dict[str, float]:
+    """What an iteration's responses were like, and what was learned from them.
+
+    counters: as they were when all updates were done, before the coefficient moves. learned: the sums of all
+    its updates, over all ranks.
+    """
+    return {
+        **describe(experience, cost_of_kl(ppo, counters.kl_coef)),
+        **learned.means(),
+        "val/first_ratio_error": counters.first_ratio_error,
+        "kl_coef": counters.kl_coef,
+    }
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
@@ -51,19 +69,6 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
     if experience.values is not None and experience.returns is not None:
         metrics["val/explained_variance"] = explained_variance(experience.values, experience.returns)
     return metrics
-
-
-def token_kl(experience: Experience) -> np.ndarray | None:
-    """float64 [R], k1 = log π_old − log π_ref of each response token; None without a reference."""
-    if experience.old_logprobs is None or experience.ref_logprobs is None:
-        return None
-    return k1(experience.old_logprobs, experience.ref_logprobs)
-
-
-def response_kl(experience: Experience) -> np.ndarray | None:
-    """float64 [B], the sums of `token_kl` over each response."""
-    kl = token_kl(experience)
-    return None if kl is None else response_sums(kl, experience.offsets)
 
 
 def mean_with_error(values: np.ndarray) -> tuple[float, float]:

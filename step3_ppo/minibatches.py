@@ -41,6 +41,20 @@ def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, e
     ]
 
 
+def all_minibatches(
+    experience: Experience, plan: BatchPlan, *, iteration: int, epochs: int
+) -> list[Minibatch]:
+    """The updates of an iteration, one pass over its responses after the other."""
+    passes = [minibatches_of(experience, plan, iteration=iteration, epoch=epoch) for epoch in range(epochs)]
+    return [minibatch for one in passes for minibatch in one]
+
+
+def first_pass(experience: Experience, plan: BatchPlan, *, iteration: int) -> list[Batch]:
+    """All responses once, in the micro-batches in which the updates see them first."""
+    minibatches = minibatches_of(experience, plan, iteration=iteration, epoch=0)
+    return [batch for minibatch in minibatches for batch in minibatch.micro_batches]
+
+
 def batches_in(experience: Experience, plan: BatchPlan) -> list[Batch]:
     """All responses once over all ranks, as this rank's micro-batches."""
     everything = np.arange(len(experience.responses))

@@ -66,6 +66,14 @@ class Counters:
             step=self.updates, applied=self.updates - self.skipped, skipped_in_a_row=self.skipped_in_a_row
         )
 
+    def totals(self) -> dict[str, float]:
+        """What was learned from since the beginning, as metrics."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_trained_tokens": self.num_trained_tokens,
+            "num_responses": self.num_responses,
+        }
+
     def after_iteration(self, experience: Experience, kl_coef: float) -> Counters:
         """One iteration further."""
         prompts = sum(len(response.prompt) for response in experience.responses)

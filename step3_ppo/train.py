@@ -16,8 +16,6 @@ prompts is in evaluate.py; mechanisms are in `common/`.
 from __future__ import annotations
 
 import logging
-import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +24,7 @@ import torch
 
 from common import loop
 from common.artifacts import MANIFEST, file_sha256
-from common.average import ExponentialAverage
+from common.average import ExponentialAverage, swapped_in
 from common.checkpoint import Checkpoints, State, States
 from common.config import to_plain
 from common.data.batches import Batches
@@ -45,20 +43,21 @@ from common.errors import UserError
 from common.export import export_policy
 from common.handoff import check_same_tokens, load_named, model_of, parent_record
 from common.models import load_tokenizer, terminators_of
-from common.performance import performance, training_flops_per_token
+from common.performance import training_flops_per_token
 from common.progress import Progress
 from common.stage import Role, Step
 from common.step_data import batch_plan, load_data
 from common.tracking import METRICS_FILE, Tracker
-from step3_ppo.advantages import estimate
-from step3_ppo.config import KLPlacement, PPOConfig, PPOJob
-from step3_ppo.data import PromptOrder, held_out_sample, load_prompts
-from step3_ppo.evaluate import Evaluation
+from step3_ppo.advantages import with_advantages
+from step3_ppo.clock import Stopwatch, speed
+from step3_ppo.config import PPOConfig, PPOJob
+from step3_ppo.data import PromptOrder, load_prompts
+from step3_ppo.evaluate import evaluation_of
 from step3_ppo.experience import Experience
 from step3_ppo.kl import next_coef
 from step3_ppo.loss import UpdateSums
-from step3_ppo.metrics import describe, held_out_line, token_kl
-from step3_ppo.minibatches import minibatches_of, updates_in
+from step3_ppo.metrics import held_out_line, of_iteration
+from step3_ppo.minibatches import all_minibatches, first_pass, updates_in
 from step3_ppo.networks import build_networks
 from step3_ppo.rollout import Sampler
 from step3_ppo.scoring import Scoring
@@ -105,10 +104,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         ptx_plan = replace(batch_plan(job, ppo.ptx_data, config, world), global_batch_size=ppo.ptx_batch_size)
         demonstrations = Batches(ptx.train, ptx_plan, ptx.weights)
         fingerprints["ptx"] = ptx.train.fingerprint
-    evaluation = None
-    if data.held_out is not None and ppo.evaluation.num_prompts:
-        chosen = held_out_sample(data.held_out, ppo.evaluation.num_prompts, job.seed)
-        evaluation = Evaluation(data.held_out, chosen, scoring, plan, job.seed)
+    evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation.num_prompts, job.seed)
 
     # Networks ----------------------------------------------------------------------------------
     networks = build_networks(
@@ -121,12 +117,11 @@ def train(job: PPOJob, run_dir: Path) -> int:
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators_of(tokenizer), world, stop)
     average = None if ppo.ema_decay is None else ExponentialAverage(actor, ppo.ema_decay)
     unfinished = Unfinished(writes=world.is_main)
-    parts: dict[str, State] = {"actor": actor, "experience": unfinished}
-    if networks.critic is not None:
-        parts["critic"] = networks.critic.engine
-    if average is not None:
-        parts["average"] = average
-    state = States(**parts)
+    critic = None if networks.critic is None else networks.critic.engine
+    parts: dict[str, State | None] = {
+        "actor": actor, "experience": unfinished, "critic": critic, "average": average,
+    }  # fmt: skip
+    state = States(**{name: part for name, part in parts.items() if part is not None})
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
     counters = Counters(**loop.restore(checkpoints, state, say) or {"kl_coef": ppo.kl.coef})
 
@@ -184,8 +179,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 experience = Experience(responses)
                 clock.lap("rollout")
                 # 2. Score them, in the micro-batches in which part 6 sees them first.
-                first_pass = minibatches_of(experience, plan, iteration=counters.step, epoch=0)
-                batches = [batch for minibatch in first_pass for batch in minibatch.micro_batches]
+                batches = first_pass(experience, plan, iteration=counters.step)
                 texts = scoring.texts(responses, data.train)
                 experience = scoring.score(experience, texts, batches, networks)
                 # 3. Log-probabilities of the actor and the reference, and the critic's values.
@@ -197,12 +191,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
             # 6. Update actor and critic, a minibatch at a time.
             experience = unfinished.experience
             networks.train()
-            passes = [
-                minibatches_of(experience, plan, iteration=counters.step, epoch=epoch)
-                for epoch in range(ppo.ppo_epochs)
-            ]
-            minibatches = [minibatch for one in passes for minibatch in one]
-            norms: dict[str, float] = {}
+            minibatches = all_minibatches(experience, plan, iteration=counters.step, epochs=ppo.ppo_epochs)
+            of_last: dict[str, float] = {}
             for minibatch in minibatches[counters.update :]:
                 if any(sum_over_ranks([stop.received])):
                     leave()
@@ -213,7 +203,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                     average.update()
                 total = seen.of_all_ranks()
                 learned.add(total)
-                norms, of_update = outcome.grad_norms(), total.means()
+                of_last, of_update = outcome.grad_norms(), total.means()
                 if counters.update == 0:
                     counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off", 0.0))
                 counters = counters.after_update(outcome.actor, outcome.critic)
@@ -229,31 +219,23 @@ def train(job: PPOJob, run_dir: Path) -> int:
             clock.lap("learn")
 
             # 7. Move the KL coefficient.
-            metrics = {
-                **describe(experience, cost_of_kl(ppo, counters.kl_coef)),
-                **learned.means(),
-                "val/first_ratio_error": counters.first_ratio_error,
-                **norms,
-                "kl_coef": counters.kl_coef,
-            }
+            metrics = of_iteration(experience, ppo, counters, learned) | of_last
             kl_coef = next_coef(
                 ppo.kl.controller, counters.kl_coef, metrics.get("objective/kl", 0.0), target=ppo.kl.target,
                 horizon=ppo.kl.horizon, responses=len(experience.responses),
             )  # fmt: skip
-            tokens = sum(len(response.prompt) + len(response.tokens) for response in experience.responses)
             counters = counters.after_iteration(experience, kl_coef)
             unfinished.experience, learned = None, UpdateSums()
 
             metrics |= {
                 "learning_rate": networks.actor.learning_rate(counters.applied),
                 "epoch": order.epoch_of(counters.step),
-                "num_tokens": counters.num_tokens,
-                "num_trained_tokens": counters.num_trained_tokens,
-                "num_responses": counters.num_responses,
-                **clock.metrics(),
-                **rollout_speed(experience, sampler, clock),
-                **performance(flops_per_token, tokens, clock.total, job.model.dtype.value, world),
-            }
+                **counters.totals(),
+                **speed(
+                    experience, sampler, clock,
+                    flops_per_token=flops_per_token, dtype=job.model.dtype.value, world=world,
+                ),
+            }  # fmt: skip
             tracker.log(metrics, counters.step)
             progress.update(
                 counters.step, tokens_per_second=metrics["perf/tokens_per_second"],
@@ -311,67 +293,3 @@ def check_actor_learns(ppo: PPOConfig, iterations: int) -> None:
             "the actor",
             hint="lower it, or raise ppo.train.max_steps (or ppo.train.epochs)",
         )
-
-
-def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> Experience:
-    """The experience with advantages and returns, from its rewards, divergences and values."""
-    assert experience.rewards is not None
-    found = estimate(
-        ppo.estimator,
-        rewards=experience.rewards,
-        offsets=experience.offsets,
-        groups=experience.groups,
-        kl=token_kl(experience),
-        kl_coef=cost_of_kl(ppo, kl_coef),
-        values=experience.values,
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        whiten=ppo.whiten_advantages,
-    )
-    return replace(experience, advantages=found.advantages, returns=found.returns)
-
-
-def cost_of_kl(ppo: PPOConfig, kl_coef: float) -> float:
-    """What a nat of divergence takes from the reward: nothing where it is in the loss."""
-    return kl_coef if ppo.kl.placement is KLPlacement.reward else 0.0
-
-
-def swapped_in(average: ExponentialAverage | None) -> AbstractContextManager[object]:
-    """The actor's average in its place while the block runs, where there is one."""
-    return nullcontext() if average is None else average.swapped_in()
-
-
-def rollout_speed(experience: Experience, sampler: Sampler, clock: Stopwatch) -> dict[str, float]:
-    """How fast the responses were sampled, over all ranks; nothing when that was before an interruption."""
-    seconds = clock.seconds("rollout")
-    if seconds is None:
-        return {}
-    return {
-        "perf/rollout_tokens_per_second": experience.num_tokens / seconds,
-        "perf/slot_utilisation": sampler.counts.slot_utilisation,
-    }
-
-
-class Stopwatch:
-    """Seconds of the parts of an iteration."""
-
-    def __init__(self) -> None:
-        self._laps: dict[str, float] = {}
-        self._last = self._start = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """What ran since the last lap was `name`."""
-        now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
-
-    def seconds(self, name: str) -> float | None:
-        """Of a part; None when it did not run."""
-        return self._laps.get(name)
-
-    @property
-    def total(self) -> float:
-        return self._last - self._start
-
-    def metrics(self) -> dict[str, float]:
-        """`time/<part>`; a part that ran before an interruption is absent."""
-        return {f"time/{name}": seconds for name, seconds in self._laps.items()}

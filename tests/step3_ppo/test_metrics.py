@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from step3_ppo.experience import Experience, Response
-from step3_ppo.metrics import describe, held_out_line, mean_with_error, response_kl
+from step3_ppo.kl import response_kl
+from step3_ppo.metrics import describe, held_out_line, mean_with_error
 
 
 def two_responses() -> Experience:
