@@ -20,7 +20,8 @@ from pipeline.run import LINEAGE, read_lineage
 def verify_path(path: Path, *, say: Callable[[str], None] = print) -> int:
     """Verify everything at or below `path`. UserError when there is nothing to verify."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder", hint="name an artifact, a checkpoint or a run's folder")
+        what = "a file" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {what}", hint="name an artifact, a checkpoint or a run's folder")
     folders = list(finished_folders(path))
     if not folders and not (path / LINEAGE).exists():
         raise UserError(
