@@ -203,7 +203,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                     average.update()
                 total = seen.of_all_ranks()
                 learned.add(total)
-                of_last, of_update = outcome.grad_norms(), total.means()
+                of_last, of_update = outcome.metrics(), total.means()
                 if counters.update == 0:
                     counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off", 0.0))
                 counters = counters.after_update(outcome.actor, outcome.critic)
@@ -228,7 +228,6 @@ def train(job: PPOJob, run_dir: Path) -> int:
             unfinished.experience, learned = None, UpdateSums()
 
             metrics |= {
-                "learning_rate": networks.actor.learning_rate(counters.applied),
                 "epoch": order.epoch_of(counters.step),
                 **counters.totals(),
                 **speed(

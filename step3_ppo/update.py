@@ -7,7 +7,7 @@ the gradient depends neither on the micro batch nor on the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +27,17 @@ from step3_ppo.state import Counters
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update did to each network; None: it was not to learn."""
+    """What an update did to each network; None: it was not to learn. learning_rates: by metric."""
 
     actor: StepOutcome | None
     critic: StepOutcome | None
+    learning_rates: Mapping[str, float]
 
-    def grad_norms(self) -> dict[str, float]:
-        """Before clipping, as metrics."""
+    def metrics(self) -> dict[str, float]:
+        """Gradient norms before clipping and learning rates, of the networks that were to learn."""
         both = {"grad_norm": self.actor, "critic/grad_norm": self.critic}
-        return {name: outcome.grad_norm for name, outcome in both.items() if outcome is not None}
+        norms = {name: outcome.grad_norm for name, outcome in both.items() if outcome is not None}
+        return {**norms, **self.learning_rates}
 
 
 def update(
@@ -49,15 +51,18 @@ def update(
 ) -> Outcome:
     """Learn from one minibatch. demonstrations: mixed into the actor's loss by `ppo.ptx_weight`."""
     actor = critic = None
+    learning_rates = {}
     if counters.step >= ppo.critic.warmup_iterations:
         _actor_gradient(networks, minibatch, experience, ppo, counters.kl_coef, sums)
         if demonstrations is not None:
             _add_demonstrations(networks, demonstrations, counters.applied, ppo.ptx_weight, sums)
+        learning_rates["learning_rate"] = networks.actor.learning_rate(counters.applied)
         actor = networks.actor.step(counters.applied)
     if networks.critic is not None:
         _critic_gradient(networks, minibatch, experience, ppo.critic.clip, sums)
+        learning_rates["critic/learning_rate"] = networks.critic.learning_rate(counters.critic_applied)
         critic = networks.critic.step(counters.critic_applied)
-    return Outcome(actor, critic)
+    return Outcome(actor, critic, learning_rates)
 
 
 def _actor_gradient(

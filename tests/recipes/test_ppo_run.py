@@ -45,8 +45,8 @@ TRAINING = {
     "val/ratio_off", "val/first_ratio_error", "val/explained_variance", "val/num_eos_tokens",
     "response/length_mean", "response/length_max", "response/truncated_share", "kl_coef",
     "rollout/logprob_drift", "rollout/logprob_drift_max", "grad_norm", "critic/grad_norm",
-    "learning_rate", "epoch", "num_tokens", "num_trained_tokens", "num_responses", "time/rollout",
-    "time/score", "time/learn", "perf/rollout_tokens_per_second", "perf/slot_utilisation",
+    "learning_rate", "critic/learning_rate", "epoch", "num_tokens", "num_trained_tokens", "num_responses",
+    "time/rollout", "time/score", "time/learn", "perf/rollout_tokens_per_second", "perf/slot_utilisation",
     "perf/tokens_per_second", "perf/peak_memory_gb",
 }  # fmt: skip
 EVALUATION = {

@@ -100,6 +100,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(last_weights(one, part), last_weights(other, part))
 
 
+def schedule(applied: int, updates: int) -> float:
+    """The share of the peak that PPO's default (cosine to a tenth, here without warm-up) has then."""
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * applied / updates)) / 2
+
+
 def counters_of(run_dir: Path) -> dict[str, Any]:
     newest = max((run_dir / "ppo" / "checkpoints").glob("step_*"))
     counters: dict[str, Any] = json.loads((newest / "counters.json").read_text())
@@ -222,6 +227,10 @@ def test_while_the_critic_warms_up_the_actor_keeps_every_bit(run: Any, artifacts
     lines = lines_of(run_dir)
     assert ["loss/policy_avg" in line for line in lines] == ["grad_norm" in line for line in lines]
     assert ["loss/policy_avg" in line for line in lines] == [False, False, True]
+    assert ["learning_rate" in line for line in lines] == [False, False, True]
+    # of the last of the six updates of the critic and of the two of the actor, on the cosine
+    assert lines[2]["critic/learning_rate"] == pytest.approx(5e-4 * schedule(5, 6))
+    assert lines[2]["learning_rate"] == pytest.approx(5e-4 * schedule(1, 2))
     assert lines[2]["val/first_ratio_error"] == 0.0
     counters = counters_of(run_dir)
     assert (counters["applied"], counters["critic_applied"], counters["skipped"]) == (2, 6, 0)
@@ -372,17 +381,18 @@ def test_parameters_that_are_gathered_layer_by_layer_sample_the_same(run: Any) -
 
 
 def test_defaults_are_those_of_the_specification(run: Any) -> None:
-    rates = []
+    rates: dict[str, list[float]] = {"learning_rate": [], "critic/learning_rate": []}
     for adapters in (False, True):
 
         def change(job: PPOJob, adapters: bool = adapters) -> None:
-            job.model.lora.enabled, job.ppo.optim.lr = adapters, None
+            job.model.lora.enabled, job.ppo.optim.lr, job.ppo.critic.optim.lr = adapters, None, None
 
-        rates.append(
-            series(run(change, f"adapters {adapters}", max_steps=1, global_batch_size=8), "learning_rate")
-        )
-    # where it stands after the last update: cosine's floor
-    assert rates == [[pytest.approx(1e-7)], [pytest.approx(1e-6)]]
+        run_dir = run(change, f"adapters {adapters}", max_steps=1, global_batch_size=8)
+        for name, found in rates.items():
+            found += series(run_dir, name)
+    # of the only update, which is the first one: the peak
+    assert rates["learning_rate"] == [pytest.approx(1e-6), pytest.approx(1e-5)]
+    assert rates["critic/learning_rate"] == [pytest.approx(9e-6), pytest.approx(9e-5)]
     ppo = PPOConfig()
     assert (ppo.kl.coef, ppo.lam, ppo.gamma, ppo.clip, ppo.ppo_epochs) == (0.05, 0.95, 1.0, 0.2, 1)
     assert (ppo.missing_eos_penalty, ppo.reward_clip, ppo.rollout.temperature) == (1.0, 10.0, 1.0)

@@ -34,6 +34,9 @@ class Trained:
     def __init__(self) -> None:
         self.engine = Engine()
 
+    def learning_rate(self, applied: int) -> float:
+        return 0.1 * applied
+
     def step(self, applied: int) -> StepOutcome:
         self.engine.steps.append(applied)
         return StepOutcome(True, 2.0)
@@ -79,11 +82,13 @@ def test_in_the_warm_up_only_the_critic_learns(step: int, learns: bool) -> None:
     # each network's learning rate is that of its own updates
     assert networks.actor.engine.steps == ([5] if learns else [])
     assert networks.critic is not None and networks.critic.engine.steps == [6]
-    assert outcome.grad_norms() == {**({"grad_norm": 2.0} if learns else {}), "critic/grad_norm": 2.0}
+    of_actor = {"grad_norm": 2.0, "learning_rate": 0.5} if learns else {}
+    of_critic = {"critic/grad_norm": 2.0, "critic/learning_rate": pytest.approx(0.6)}
+    assert outcome.metrics() == {**of_actor, **of_critic}
     assert ("loss/policy_avg" in sums.means()) is learns and "loss/value_avg" in sums.means()
 
 
 def test_without_a_critic_only_the_actor_learns() -> None:
     outcome, networks, sums = updated(2, has_critic=False)
-    assert outcome.critic is None and outcome.grad_norms() == {"grad_norm": 2.0}
+    assert outcome.critic is None and outcome.metrics() == {"grad_norm": 2.0, "learning_rate": 0.5}
     assert networks.value.grad is None and "loss/value_avg" not in sums.means()
