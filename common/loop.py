@@ -161,19 +161,25 @@ def report_skipped(
     loss_scale: float,
     dtype: Dtype,
     progress: Progress,
+    *,
+    unit: str = "step",
+    key: str = "optim.lr",
 ) -> None:
-    """Say which rows a skipped step had; UserError after too many in a row."""
-    log.warning("step %d skipped, loss %s, rows %s", counters.step, loss, ", ".join(places))
+    """Say which rows a skipped step had; UserError after too many in a row.
+
+    unit: what is counted, where a run has more than one network that learns. key: of its learning rate.
+    """
+    log.warning("%s %d skipped, loss %s, rows %s", unit, counters.step, loss, ", ".join(places))
     if dtype is Dtype.fp16 and math.isfinite(loss) and loss_scale > 1:
         return  # fp16 looks for its loss scale by overflowing
     progress.log(
-        f"step {counters.step}: loss {loss:.4g}, its gradient is not finite; skipped on all ranks "
+        f"{unit} {counters.step}: loss {loss:.4g}, its gradient is not finite; skipped on all ranks "
         f"(its rows are named in logs/rank_0.log)"
     )
     if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
-            f"{counters.skipped_in_a_row} steps in a row were not finite, up to step {counters.step}",
-            hint="none of them changed the weights: lower optim.lr, use model.dtype=bf16 or fp32, "
+            f"{counters.skipped_in_a_row} {unit}s in a row were not finite, up to {unit} {counters.step}",
+            hint=f"none of them changed the weights: lower {key}, use model.dtype=bf16 or fp32, "
             "or look at the rows named in the step's logs/rank_0.log",
         )
 
@@ -199,12 +205,17 @@ def swapped_warning(
     )
 
 
-def skipped_warning(counters: Counters, dtype: Dtype, step: Step) -> str | None:
-    """What to say of steps that changed nothing because their gradient was not finite; fp16 has some."""
+def skipped_warning(
+    counters: Counters, dtype: Dtype, step: Step, *, unit: str = "step", key: str = "optim.lr"
+) -> str | None:
+    """What to say of steps that changed nothing because their gradient was not finite; fp16 has some.
+
+    unit, key: as in `report_skipped`, the key without its step.
+    """
     skipped = counters.step - counters.applied
     if not skipped or dtype is Dtype.fp16:
         return None
     return (
-        f"warning: {skipped} of {counters.step} steps were skipped, because their gradients were not finite: "
-        f"the training diverged; lower {step.value}.optim.lr"
+        f"warning: {skipped} of {counters.step} {unit}s were skipped, because their gradients were not "
+        f"finite: the training diverged; lower {step.value}.{key}"
     )

@@ -32,8 +32,10 @@ class Counters:
     updates: int = 0  # of all iterations
     applied: int = 0  # of these, the ones that changed the actor
     critic_applied: int = 0  # and those that changed the critic
-    skipped: int = 0  # and those in which a gradient was not finite, of one of them or of both
+    skipped: int = 0  # and those that were to change the actor, had its gradient been finite
+    critic_skipped: int = 0  # the same of the critic
     skipped_in_a_row: int = 0
+    critic_skipped_in_a_row: int = 0
     num_tokens: int = 0  # of prompts and responses that were learned from
     num_trained_tokens: int = 0  # of responses
     num_responses: int = 0
@@ -49,22 +51,31 @@ class Counters:
 
     def after_update(self, actor: StepOutcome | None, critic: StepOutcome | None) -> Counters:
         """One update further; None for a network that was not to learn."""
-        skipped = any(outcome is not None and not outcome.applied for outcome in (actor, critic))
-        return replace(
-            self,
-            update=self.update + 1,
-            updates=self.updates + 1,
-            applied=self.applied + (actor is not None and actor.applied),
-            critic_applied=self.critic_applied + (critic is not None and critic.applied),
-            skipped=self.skipped + skipped,
-            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
-        )
+        counters = replace(self, update=self.update + 1, updates=self.updates + 1)
+        if actor is not None:
+            counters = replace(
+                counters,
+                applied=self.applied + actor.applied,
+                skipped=self.skipped + (not actor.applied),
+                skipped_in_a_row=0 if actor.applied else self.skipped_in_a_row + 1,
+            )
+        if critic is not None:
+            counters = replace(
+                counters,
+                critic_applied=self.critic_applied + critic.applied,
+                critic_skipped=self.critic_skipped + (not critic.applied),
+                critic_skipped_in_a_row=0 if critic.applied else self.critic_skipped_in_a_row + 1,
+            )
+        return counters
 
-    def as_of_loop(self) -> loop.Counters:
-        """As the other recipes count, for the lines that all of them print."""
-        return loop.Counters(
-            step=self.updates, applied=self.updates - self.skipped, skipped_in_a_row=self.skipped_in_a_row
-        )
+    def of_actor(self) -> loop.Counters:
+        """The actor's own updates, as the other recipes count theirs; it has none in the warm-up."""
+        return loop.Counters(self.applied + self.skipped, self.applied, self.skipped_in_a_row)
+
+    def of_critic(self) -> loop.Counters:
+        """The same of the critic."""
+        updates = self.critic_applied + self.critic_skipped
+        return loop.Counters(updates, self.critic_applied, self.critic_skipped_in_a_row)
 
     def totals(self) -> dict[str, float]:
         """What was learned from since the beginning, as metrics."""

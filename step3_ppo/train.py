@@ -62,7 +62,7 @@ from step3_ppo.networks import build_networks
 from step3_ppo.rollout import Sampler
 from step3_ppo.scoring import Scoring
 from step3_ppo.state import Counters, Unfinished
-from step3_ppo.update import update
+from step3_ppo.update import report_skipped, skipped_warnings, update
 from step3_ppo.watchdogs import Watchdogs
 
 log = logging.getLogger("rlhf.ppo")
@@ -207,13 +207,10 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 if counters.update == 0:
                     counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off", 0.0))
                 counters = counters.after_update(outcome.actor, outcome.critic)
-                if counters.skipped_in_a_row:
+                if outcome.is_skipped:
                     asked = [experience.responses[index].prompt_id for index in minibatch.responses]
                     places = [data.train.place(prompt_id) for prompt_id in dict.fromkeys(asked)]
-                    loss = of_update.get("loss/policy_avg", 0.0)
-                    loop.report_skipped(
-                        counters.as_of_loop(), places, loss, actor.loss_scale, job.model.dtype, progress
-                    )
+                    report_skipped(outcome, counters, networks, of_update, places, job.model.dtype, progress)
                 if ppo.target_kl is not None and of_update.get("policy/approxkl_avg", 0.0) > ppo.target_kl:
                     break
             clock.lap("learn")
@@ -258,9 +255,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
             weights = actor.full_state_dict()
             if weights is not None:
                 final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
-                skipped = loop.skipped_warning(counters.as_of_loop(), job.model.dtype, Step.ppo)
-                if skipped is not None:
-                    progress.log(skipped)
+                for line in skipped_warnings(counters, job.model.dtype):
+                    progress.log(line)
                 export = export_policy(
                     networks.model,
                     weights,

@@ -13,16 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common import loop
+from common.config import Dtype
 from common.data.batches import Batches
 from common.distributed import sum_over_ranks
 from common.engine import StepOutcome
 from common.losses import TokenLoss, batch_arguments
+from common.progress import Progress
+from common.stage import Step
 from step3_ppo.config import KLPlacement, PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.loss import UpdateSums, policy_loss, value_loss
 from step3_ppo.minibatches import Minibatch
 from step3_ppo.networks import Networks
 from step3_ppo.state import Counters
+
+ACTOR, CRITIC, CRITIC_KEY = "actor update", "critic update", "critic.optim.lr"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Outcome:
         both = {"grad_norm": self.actor, "critic/grad_norm": self.critic}
         norms = {name: outcome.grad_norm for name, outcome in both.items() if outcome is not None}
         return {**norms, **self.learning_rates}
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a network that was to learn did not."""
+        return any(outcome is not None and not outcome.applied for outcome in (self.actor, self.critic))
 
 
 def update(
@@ -63,6 +74,37 @@ def update(
         learning_rates["critic/learning_rate"] = networks.critic.learning_rate(counters.critic_applied)
         critic = networks.critic.step(counters.critic_applied)
     return Outcome(actor, critic, learning_rates)
+
+
+def report_skipped(
+    outcome: Outcome,
+    counters: Counters,
+    networks: Networks,
+    means: Mapping[str, float],
+    places: Sequence[str],
+    dtype: Dtype,
+    progress: Progress,
+) -> None:
+    """Say which network skipped an update; UserError after too many of one network in a row.
+
+    counters: after the update. means: what it saw. places: where the prompts of its responses came from.
+    """
+    if outcome.actor is not None and not outcome.actor.applied:
+        loss, scale = means.get("loss/policy_avg", 0.0), networks.actor.engine.loss_scale
+        loop.report_skipped(counters.of_actor(), places, loss, scale, dtype, progress, unit=ACTOR)
+    if outcome.critic is not None and not outcome.critic.applied:
+        assert networks.critic is not None
+        loss, scale = means.get("loss/value_avg", 0.0), networks.critic.engine.loss_scale
+        loop.report_skipped(
+            counters.of_critic(), places, loss, scale, dtype, progress, unit=CRITIC, key=f"ppo.{CRITIC_KEY}"
+        )
+
+
+def skipped_warnings(counters: Counters, dtype: Dtype) -> list[str]:
+    """What to say at the end of updates that were skipped."""
+    of_actor = loop.skipped_warning(counters.of_actor(), dtype, Step.ppo, unit=ACTOR)
+    of_critic = loop.skipped_warning(counters.of_critic(), dtype, Step.ppo, unit=CRITIC, key=CRITIC_KEY)
+    return [line for line in (of_actor, of_critic) if line is not None]
 
 
 def _actor_gradient(

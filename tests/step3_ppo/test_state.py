@@ -82,8 +82,9 @@ def test_an_update_that_changed_only_the_critic_counts_as_skipped_for_nobody_in_
     warm = Counters().after_update(None, done)
     assert (warm.update, warm.applied, warm.critic_applied, warm.skipped) == (1, 0, 1, 0)
     bad = warm.after_update(lost, done).after_update(done, lost)
-    assert (bad.applied, bad.critic_applied, bad.skipped, bad.skipped_in_a_row) == (1, 2, 2, 2)
-    assert bad.after_update(done, done).skipped_in_a_row == 0
+    assert (bad.applied, bad.critic_applied, bad.skipped, bad.critic_skipped) == (1, 2, 1, 1)
+    assert (bad.skipped_in_a_row, bad.critic_skipped_in_a_row) == (0, 1)
+    assert bad.after_update(done, done).critic_skipped_in_a_row == 0
 
 
 def test_an_update_that_only_one_network_skipped_has_its_own_number() -> None:
@@ -91,6 +92,11 @@ def test_an_update_that_only_one_network_skipped_has_its_own_number() -> None:
     counters, seen = Counters(), []
     for actor, critic in [(lost, done), (done, done), (done, lost), (lost, lost)]:
         counters = counters.after_update(actor, critic)
-        seen.append((counters.as_of_loop().step, counters.as_of_loop().applied))
-    # a step that a network skipped was not applied, as the line at the end of a run counts them
-    assert seen == [(1, 0), (2, 1), (3, 1), (4, 1)]
+        both = counters.of_actor(), counters.of_critic()
+        seen.append(tuple((own.step, own.applied, own.skipped_in_a_row) for own in both))
+    assert seen == [
+        ((1, 0, 1), (1, 1, 0)),
+        ((2, 1, 0), (2, 2, 0)),
+        ((3, 2, 0), (3, 2, 1)),
+        ((4, 2, 1), (4, 2, 2)),
+    ]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from common.config import Dtype
 from common.data.batches import BatchPlan
 from common.engine import StepOutcome
+from common.errors import UserError
 from common.losses import TokenLoss
 from step3_ppo.config import CriticConfig, PPOConfig
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of
 from step3_ppo.state import Counters
-from step3_ppo.update import Outcome, update
+from step3_ppo.update import Outcome, report_skipped, skipped_warnings, update
 from tests.step3_ppo.gradients import MAX_LENGTH, some_experience
 
 
@@ -86,6 +90,62 @@ def test_in_the_warm_up_only_the_critic_learns(step: int, learns: bool) -> None:
     of_critic = {"critic/grad_norm": 2.0, "critic/learning_rate": pytest.approx(0.6)}
     assert outcome.metrics() == {**of_actor, **of_critic}
     assert ("loss/policy_avg" in sums.means()) is learns and "loss/value_avg" in sums.means()
+
+
+LOST, DONE = StepOutcome(False, math.nan), StepOutcome(True, 1.0)
+
+
+class Lines:
+    """Where what is said of a run goes."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def log(self, line: str) -> None:
+        self.said.append(line)
+
+
+def told(counters: Counters, *both: StepOutcome, dtype: Dtype = Dtype.bf16) -> list[str]:
+    """What is said of an update whose policy loss is fine, and whose value loss is not."""
+    networks, lines = Networks(has_critic=True), Lines()
+    networks.actor.engine.loss_scale, networks.critic.engine.loss_scale = 1024.0, 1.0  # type: ignore
+    means = {"loss/policy_avg": 0.25, "loss/value_avg": math.inf}
+    report_skipped(Outcome(*both, {}), counters, networks, means, ["rows:3"], dtype, lines)  # type: ignore
+    return lines.said
+
+
+def test_the_network_that_skipped_is_named_with_its_own_loss(caplog: pytest.LogCaptureFixture) -> None:
+    counters = Counters(applied=6, skipped=1, critic_applied=8, critic_skipped=1)
+    assert told(counters, DONE, DONE) == []
+    (line,) = told(counters, LOST, DONE)
+    assert line.startswith("actor update 7: loss 0.25, its gradient is not finite")
+    (line,) = told(counters, DONE, LOST)
+    assert line.startswith("critic update 9: loss inf, its gradient is not finite")
+    assert "critic update 9 skipped, loss inf, rows rows:3" in caplog.text
+    # the actor is looking for its loss scale; the critic has found none
+    (line,) = told(counters, LOST, LOST, dtype=Dtype.fp16)
+    assert line.startswith("critic update 9")
+
+
+def test_a_network_that_skips_five_times_in_a_row_ends_the_run_with_its_own_learning_rate() -> None:
+    counters = Counters(applied=2, skipped=5, skipped_in_a_row=5, critic_applied=3, critic_skipped=4)
+    with pytest.raises(UserError, match="5 actor updates in a row .* up to actor update 7") as error:
+        told(counters, LOST, DONE)
+    assert "none of them changed the weights: lower ppo.optim.lr, use" in str(error.value.in_step("ppo"))
+    assert len(told(counters, DONE, LOST)) == 1  # four of the critic's are not too many
+    counters = replace(counters, critic_skipped=5, critic_skipped_in_a_row=5)
+    with pytest.raises(UserError, match="5 critic updates in a row .* up to critic update 8") as error:
+        told(counters, DONE, LOST)
+    assert "lower ppo.critic.optim.lr, use" in str(error.value.in_step("ppo"))
+
+
+def test_at_the_end_each_network_has_a_line_of_its_own() -> None:
+    assert skipped_warnings(Counters(applied=4, critic_applied=4), Dtype.bf16) == []
+    found = skipped_warnings(Counters(applied=4, critic_applied=3, critic_skipped=1), Dtype.bf16)
+    assert len(found) == 1 and "1 of 4 critic updates were skipped" in found[0]
+    assert found[0].endswith("lower ppo.critic.optim.lr")
+    (line,) = skipped_warnings(Counters(applied=4, skipped=2, critic_applied=9), Dtype.bf16)
+    assert "2 of 6 actor updates were skipped" in line and line.endswith("lower ppo.optim.lr")
 
 
 def test_without_a_critic_only_the_actor_learns() -> None:
