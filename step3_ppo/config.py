@@ -1,7 +1,7 @@
 """What PPO can be told."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
@@ -223,7 +223,7 @@ class PPOConfig:
     ptx_weight: float = 0.0
     """weight of the SFT loss on ptx_data, mixed into every update of the actor"""
     ptx_data: DataConfig = field(default_factory=DataConfig)
-    """demonstrations for ptx_weight"""
+    """demonstrations for ptx_weight; all of them, where eval_fraction does not leave some out"""
     ptx_batch_size: int = 32
     """rows of ptx_data per update, over all ranks"""
     ema_decay: Optional[float] = None
@@ -250,6 +250,14 @@ class PPOConfig:
         require(decay is None or 0 < decay < 1, "ppo.ema_decay", decay, "between 0 and 1")
         target = self.target_kl
         require(target is None or 0 < target < math.inf, "ppo.target_kl", target, "a number above 0")
+        if self.ptx_data.eval_path is not None:
+            raise UserError(
+                f"ppo.ptx_data.eval_path={self.ptx_data.eval_path} has no effect: demonstrations are not "
+                "evaluated",
+                hint="leave it out",
+            )
+        if self.ptx_data.eval_fraction is None:  # rows that are held out would be lost
+            self.ptx_data = replace(self.ptx_data, eval_fraction=0.0)
         if not self.rewards:
             raise UserError("ppo.rewards=[] leaves nothing to learn from", hint="ppo.rewards=[{model: true}]")
         if sum(source.model for source in self.rewards) > 1:
