@@ -9,11 +9,13 @@ here looks at a file that the configuration names (see `pipeline/checks.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from common.config import DataConfig, OptimConfig
 from common.errors import UserError
@@ -26,12 +28,21 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
+    from step3_ppo.config import PPOConfig
+
 SHARED_GROUPS = {DataConfig: "data", OptimConfig: "optim"}  # mounted once per step: data@sft.data
 DEFAULT_STEPS = ("sft",)
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
 BASE_MODEL = ("path", "revision", "config", "tokenizer", "chat_template")
 """Keys of `model` that a step which starts from an artifact takes from there (`common.handoff.model_of`)."""
+
+OF_A_CHOICE = {
+    "ppo.critic": ("ppo.estimator", "gae"),
+    "ppo.kl.target": ("ppo.kl.controller", "adaptive"),
+    "ppo.kl.horizon": ("ppo.kl.controller", "adaptive"),
+}
+"""Keys that only one choice of another key reads: that key and the choice."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,10 @@ def share_a_name(configs: Sequence[PipelineConfig]) -> bool:
 
 
 def check_effects(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
-    """Whatever the user typed has an effect, as far as base models and artifacts go."""
+    """Whatever the user typed has an effect, as far as base models, artifacts and PPO's choices go."""
     check_artifacts_are_used(configs, overrides)
     check_base_model_is_used(configs, overrides)
+    check_choices_are_used(configs, overrides)
 
 
 def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
@@ -165,6 +177,29 @@ def check_artifacts_are_used(configs: Sequence[PipelineConfig], overrides: Seque
                 f"{override.input_line} has no effect: {step.value} is not among steps=[{names}]",
                 hint=f"'steps=[{step.value}]' runs it",
             )
+
+
+def check_choices_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
+    """A setting of PPO that the user typed is an error when no run has what it sets.
+
+    overrides: as typed. What an experiment says does not count: a choice beside it may have made it idle.
+    """
+    with_ppo = [config.ppo for config in configs if Step.ppo in config.steps]
+    for override in map(_parse, overrides):
+        place = override.key_or_group
+        for key, (choice, needed) in OF_A_CHOICE.items():
+            if with_ppo and (place == key or place.startswith(f"{key}.")):
+                chosen = {getattr(_value_of(ppo, choice), "name", "") for ppo in with_ppo}
+                if needed not in chosen:
+                    raise UserError(
+                        f"{override.input_line} has no effect with {choice}={', '.join(sorted(chosen))}",
+                        hint=f"leave it out, or {choice}={needed}",
+                    )
+
+
+def _value_of(ppo: PPOConfig, key: str) -> Any:
+    """The value of ppo.<key>."""
+    return functools.reduce(getattr, key.split(".")[1:], ppo)
 
 
 def name_of_sweep_job(config: PipelineConfig) -> PipelineConfig:
@@ -224,9 +259,34 @@ def _parse(text: str) -> Override:
         if value.startswith("~"):
             way_out = f"~ is not expanded here; write {key}={Path(value).expanduser()}"
             raise UserError(f"{text} cannot be read", hint=way_out) from None
+        if value.startswith(("[", "{")):
+            _raise_for_entries(text, key, value, reason)
         inner = value.replace("\\", "\\\\").replace('"', '\\"')
         quoted = shlex.quote(f'{key}="{inner}"')
         raise UserError(f"{text} cannot be read: {reason}", hint=f"quote the value: {quoted}") from None
+
+
+def _raise_for_entries(text: str, key: str, value: str, reason: str) -> NoReturn:
+    """The error for a list or a mapping that cannot be read: quotes around all of it would make it a text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    mended = f"{key}={_ENTRY_WITH_SIGNS.sub(_quoted_entry, value)}"
+    hint = "inside of it, quote each text that holds other signs than letters, digits and . : / - _"
+    try:
+        OverridesParser.create().parse_override(mended)
+        hint = f"quote the text inside of it: {shlex.quote(mended)}"
+    except HydraException:
+        pass
+    raise UserError(f"{text} cannot be read: {reason}", hint=hint) from None
+
+
+_ENTRY_WITH_SIGNS = re.compile(r"""(\w+:\s*)([^\s"'{}\[\],][^"'{}\[\],]*)""")
+
+
+def _quoted_entry(entry: re.Match[str]) -> str:
+    plain = re.fullmatch(r"[\w.:/ +-]*", entry[2])
+    return entry[0] if plain else f'{entry[1]}"{entry[2]}"'
 
 
 def _short_steps(text: str, multirun: bool) -> str:

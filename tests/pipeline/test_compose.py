@@ -153,6 +153,21 @@ def test_a_grammar_error_prints_the_quoted_form_and_that_form_works(text: str, q
     assert (result.run_name if key == "run_name" else result.model.path) == value
 
 
+def test_a_url_in_a_list_that_cannot_be_read_is_to_be_quoted_inside_of_the_list() -> None:
+    text = "ppo.rewards=[{url: https://h/x?a=b, weight: 2}]"
+    message = error_of(*JOB, text)
+    assert f"{text} cannot be read" in message
+    mended = 'ppo.rewards=[{url: "https://h/x?a=b", weight: 2}]'
+    assert message.endswith(f"quote the text inside of it: '{mended}'")
+    (source,) = composed(*JOB, mended).ppo.rewards
+    assert (source.url, source.weight) == ("https://h/x?a=b", 2.0)
+
+
+def test_a_list_that_quotes_do_not_mend_is_not_to_be_quoted_as_a_whole() -> None:
+    message = error_of(*JOB, "ppo.rewards=[{url: https://h/x?a=b")
+    assert message.endswith("quote each text that holds other signs than letters, digits and . : / - _")
+
+
 def test_something_without_an_equals_sign_is_no_override() -> None:
     assert "'seed' is not of the form key=value" in error_of("seed")
 
@@ -391,6 +406,38 @@ def test_an_artifact_for_a_step_that_does_not_run_is_refused(overrides: list[str
     with pytest.raises(UserError) as caught:
         check_effects([composed(*overrides)], overrides)
     assert said in caught.value.message and "runs it" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["ppo.critic.clip=0"], None),
+        (["ppo.kl.target=3", "ppo.kl.controller=adaptive"], None),
+        (["ppo.estimator=reinforce_pp"], None),  # the demo's critic.optim.lr is not the user's
+        (["steps=[sft]", "ppo.kl.target=3"], None),
+        (["ppo.kl.target=3"], "ppo.kl.target=3 has no effect with ppo.kl.controller=fixed"),
+        (["ppo.kl.horizon=3"], "leave it out, or ppo.kl.controller=adaptive"),
+        (
+            ["ppo.estimator=reinforce_pp", "ppo.critic.clip=0"],
+            "ppo.critic.clip=0 has no effect with ppo.estimator=reinforce_pp",
+        ),
+        (["ppo.estimator=reinforce_pp", "ppo.critic.start=policy"], "or ppo.estimator=gae"),
+        (["ppo.estimator=reinforce_pp", "ppo.critic.optim.lr=1"], "ppo.critic.optim.lr=1 has no effect"),
+        (["ppo.estimator=reinforce_pp", "ppo.critic.optim=muon"], "ppo.critic.optim=muon has no effect"),
+    ],
+)
+def test_a_setting_that_only_another_choice_reads_is_refused(overrides: list[str], said: str | None) -> None:
+    overrides = ["experiment=demo", *overrides]
+    if said is None:
+        return check_effects([composed(*overrides)], overrides)
+    with pytest.raises(UserError) as caught:
+        check_effects([composed(*overrides)], overrides)
+    assert said in str(caught.value)
+
+
+def test_a_setting_that_one_run_of_a_sweep_reads_has_an_effect() -> None:
+    overrides = ["experiment=demo", "ppo.estimator=gae,reinforce_pp", "ppo.critic.clip=0"]
+    check_effects([compose(job) for job in jobs_of(overrides)], overrides)
 
 
 def test_an_artifact_that_one_run_of_a_sweep_uses_has_an_effect() -> None:
