@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.limits import COLLECTIVE_SECONDS
 
 STOPPED_EXIT_CODE = 143
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(seconds=COLLECTIVE_SECONDS)
 T = TypeVar("T")
 
 

@@ -47,6 +47,7 @@ def check(config: PipelineConfig, ranks: int) -> None:
         check_step(config, step.stage.name, models or {Role.policy: config.model}, ranks)
     if Step.ppo in config.steps:
         check_ppo(config.ppo)
+        config.ppo.check_patience(ranks)
     check_stage_split(config)
     check_sharding(config, ranks)
 

@@ -7,8 +7,10 @@ from typing import Dict, List, Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
 from common.errors import UserError
+from common.limits import COLLECTIVE_SECONDS
 from common.stage import Role
 from step3_ppo.addresses import check_reference, check_url
+from step3_ppo.patience import longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
 """What every evaluation measures of a response, beside the functions of ppo.evaluation."""
@@ -50,9 +52,10 @@ class RolloutConfig:
     temperature: float = 1.0
     """of the distribution that is sampled and trained"""
     top_p: float = 1.0
-    """sample from the most likely tokens that together have this probability; 1: all"""
+    """sample from the most likely tokens that together have this probability; 1: all. What is trained (the
+    ratio, the divergence) stays the distribution over all tokens"""
     top_k: int = 0
-    """sample from so many of the most likely tokens; 0: all"""
+    """sample from so many of the most likely tokens; 0: all. Trained as with top_p"""
     slots: int = 64
     """responses decoded side by side, per rank"""
     gather_parameters: bool = True
@@ -72,6 +75,15 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "ppo.rollout.top_p", self.top_p, "above 0, up to 1")
         require(self.top_k >= 0, "ppo.rollout.top_k", self.top_k, "0 (all) or more")
         require(self.slots >= 1, "ppo.rollout.slots", self.slots, "1 or more")
+
+    def notes(self) -> list[str]:
+        """What should be known at a run's start: one line where not all tokens can be sampled."""
+        if self.top_p == 1 and self.top_k == 0:
+            return []
+        return [
+            f"sampled from a part of the tokens (top_p={self.top_p}, top_k={self.top_k}): the ratio and the "
+            "divergence are of the distribution over all of them"
+        ]
 
 
 @dataclass
@@ -286,6 +298,20 @@ class PPOConfig:
     def responses_per_iteration(self) -> int:
         """Over all ranks."""
         return self.rollout.prompts * self.rollout.samples_per_prompt
+
+    def check_patience(self, ranks: int) -> None:
+        """UserError when the servers of `rewards` may take longer than ranks wait for each other."""
+        servers = [source for source in self.rewards if source.url is not None]
+        longest = sum(longest_wait(source.timeout, source.retries) for source in servers)
+        if ranks > 1 and longest >= COLLECTIVE_SECONDS:
+            listed = ", ".join(
+                f"timeout: {source.timeout:g}, retries: {source.retries}" for source in servers
+            )
+            raise UserError(
+                f"ppo.rewards ({listed}) may wait {longest:,.0f} s for scores, and the other "
+                f"ranks give up after {COLLECTIVE_SECONDS:,} s",
+                hint="lower timeout or retries, which may take timeout · (2 · retries + 1) and the pauses",
+            )
 
     @property
     def has_critic(self) -> bool:

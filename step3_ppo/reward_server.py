@@ -37,15 +37,12 @@ from common.errors import UserError
 from common.redact import redact_text
 from step3_ppo.addresses import TOKEN, check_url, is_this_machine
 from step3_ppo.functions import Columns, Prompts, finite_scores
+from step3_ppo.patience import FIRST_PAUSE, LONGEST_PAUSE
 
 log = logging.getLogger("rlhf.ppo")
 
 LARGEST_ANSWER = 16 * 2**20
 """Bytes of an answer; ten thousand rewards take about 0.2 MiB."""
-FIRST_PAUSE = 1.0
-"""Seconds before the second attempt; each further pause is twice as long."""
-LONGEST_PAUSE = 60.0
-"""Seconds at which pauses stop growing: with twenty retries they would come to days."""
 ANSWER = 'expected: {"rewards": [a finite number for every completion, in their order]}'
 
 

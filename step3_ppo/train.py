@@ -76,6 +76,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
     stop = StopSignal()
     seed_everything(job.seed)
     say = print if world.is_main else log.info
+    for line in ppo.rollout.notes():
+        say(f"note: {line}")
 
     # Load --------------------------------------------------------------------------------------
     policy = from_main(world, lambda: load_named(ppo.policy or "", Role.policy, "ppo.policy"))
@@ -123,7 +125,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
     }  # fmt: skip
     state = States(**{name: part for name, part in parts.items() if part is not None})
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
-    counters = Counters(**loop.restore(checkpoints, state, say) or {"kl_coef": ppo.kl.coef})
+    restored = loop.restore(checkpoints, state, say, lambda stored: Counters(**stored).place)
+    counters = Counters(**restored or {"kl_coef": ppo.kl.coef})
 
     with (
         Progress(total_steps, label="ppo", done=counters.step, enabled=world.is_main) as progress,
@@ -165,7 +168,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         if counters.is_fresh:
             evaluate()
         while counters.step < total_steps:
-            clock = Stopwatch()
+            clock = Stopwatch(is_whole=unfinished.experience is None)
             networks.eval()
             if unfinished.experience is None:
                 # 1. Sample responses from the actor.
@@ -205,7 +208,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 learned.add(total)
                 of_last, of_update = outcome.metrics(), total.means()
                 if counters.update == 0:
-                    counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off", 0.0))
+                    counters = replace(counters, first_ratio_error=of_update.get("val/ratio_off"))
                 counters = counters.after_update(outcome.actor, outcome.critic)
                 if outcome.is_skipped:
                     asked = [experience.responses[index].prompt_id for index in minibatch.responses]
@@ -234,7 +237,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
             }  # fmt: skip
             tracker.log(metrics, counters.step)
             progress.update(
-                counters.step, tokens_per_second=metrics["perf/tokens_per_second"],
+                counters.step, tokens_per_second=metrics.get("perf/tokens_per_second"),
                 numbers={"reward": metrics["objective/scores"], "KL": metrics.get("objective/kl")},
             )  # fmt: skip
             for line in watchdogs.look(counters.step, metrics):

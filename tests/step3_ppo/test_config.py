@@ -6,7 +6,9 @@ import pytest
 
 from common.config import DataConfig
 from common.errors import UserError
-from step3_ppo.config import MEASURED, EvaluationConfig, PPOConfig
+from common.limits import COLLECTIVE_SECONDS
+from step3_ppo.config import MEASURED, EvaluationConfig, PPOConfig, RewardSourceConfig, RolloutConfig
+from step3_ppo.patience import longest_wait
 
 
 @pytest.mark.parametrize("name", [*MEASURED, "gold_se", "greedy/gold"])
@@ -32,3 +34,29 @@ def test_no_demonstration_is_held_out_where_nothing_says_so() -> None:
 def test_demonstrations_are_not_evaluated_on_rows_of_their_own() -> None:
     with pytest.raises(UserError, match="ppo.ptx_data.eval_path=b.jsonl has no effect"):
         PPOConfig(ptx_data=DataConfig(path="a.jsonl", eval_path="b.jsonl"))
+
+
+@pytest.mark.parametrize(("retries", "pauses"), [(0, 0), (1, 1), (4, 15), (6, 63), (8, 183)])
+def test_the_longest_wait_is_that_of_a_server_that_asks_for_time_and_then_hangs(
+    retries: int, pauses: float
+) -> None:
+    assert longest_wait(10.0, retries) == 10 * (retries + 1) + 10 * retries + pauses
+
+
+def test_a_server_that_several_ranks_would_not_wait_for_is_refused() -> None:
+    server = RewardSourceConfig(url="https://h/x", timeout=100.0, retries=8)  # 1,700 s and 183 s of pauses
+    assert longest_wait(100.0, 7) < COLLECTIVE_SECONDS < longest_wait(100.0, 8)
+    PPOConfig(rewards=[server]).check_patience(1)
+    with pytest.raises(UserError, match="timeout: 100, retries: 8.* may wait 1,883 s"):
+        PPOConfig(rewards=[server]).check_patience(2)
+    one = RewardSourceConfig(url="https://h/x", timeout=100.0, retries=5, name="one")
+    PPOConfig(rewards=[one]).check_patience(2)
+    with pytest.raises(UserError):  # one after the other
+        PPOConfig(rewards=[one, one]).check_patience(2)
+
+
+def test_sampling_from_a_part_of_the_tokens_is_worth_a_line() -> None:
+    assert RolloutConfig().notes() == []
+    for config in (RolloutConfig(top_p=0.9), RolloutConfig(top_k=40)):
+        (line,) = config.notes()
+        assert f"top_p={config.top_p}, top_k={config.top_k}" in line and "over all of them" in line
