@@ -420,7 +420,8 @@ def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence
         step, _, group = place.partition(".")
         data = (plain.get(step) or {}).get(group) or {}
         path, sources = f"{place}.path", f"{place}.sources"
-        if path in keys and sources not in keys:
+        chosen = keys & {f"data@{place}", f"/data@{place}"}  # a file of conf/data, which has a path
+        if (path in keys or chosen) and sources not in keys:
             data["sources"] = []
         if sources in keys and path not in keys:
             data["path"] = None
