@@ -66,7 +66,7 @@ def update(
     if counters.step >= ppo.critic.warmup_iterations:
         _actor_gradient(networks, minibatch, experience, ppo, counters.kl_coef, sums)
         if demonstrations is not None:
-            _add_demonstrations(networks, demonstrations, counters.applied, ppo.ptx_weight, sums)
+            _add_demonstrations(networks, demonstrations, counters.of_actor().step, ppo.ptx_weight, sums)
         learning_rates["learning_rate"] = networks.actor.learning_rate(counters.applied)
         actor = networks.actor.step(counters.applied)
     if networks.critic is not None:
@@ -152,7 +152,10 @@ def _critic_gradient(
 def _add_demonstrations(
     networks: Networks, batches: Batches, step: int, weight: float, sums: UpdateSums
 ) -> None:
-    """The SFT loss of as many demonstrations as an update has, per trained token (PPO-ptx of InstructGPT)."""
+    """The SFT loss of as many demonstrations as an update has, per trained token (PPO-ptx of InstructGPT).
+
+    step: updates that the actor was to learn from, also those that it skipped: each has demonstrations anew.
+    """
     micro_batches = batches.micro_batches(step)
     (tokens,) = sum_over_ranks([sum(len(batch.targets) for batch in micro_batches)])
     for batch in micro_batches:

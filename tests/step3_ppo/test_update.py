@@ -148,6 +148,28 @@ def test_at_the_end_each_network_has_a_line_of_its_own() -> None:
     assert "2 of 6 actor updates were skipped" in line and line.endswith("lower ppo.optim.lr")
 
 
+class Demonstrations:
+    """Notes which step is asked for."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def micro_batches(self, step: int) -> list[Any]:
+        self.steps.append(step)
+        return []
+
+
+def test_an_update_after_a_skipped_one_has_other_demonstrations() -> None:
+    plan, networks, asked = BatchPlan(MAX_LENGTH, False, 4, 1, 0), Networks(False), Demonstrations()
+    minibatch = minibatches_of(some_experience(), plan, iteration=0, epoch=0)[0]
+    counters, ppo = Counters(), PPOConfig(critic=CriticConfig(warmup_iterations=0), ptx_weight=1.0)
+    for outcome in (LOST, LOST, DONE, DONE):
+        update(networks, minibatch, some_experience(), ppo, counters, UpdateSums(), asked)  # type: ignore
+        counters = counters.after_update(outcome, None)
+    assert asked.steps == [0, 1, 2, 3]
+    assert networks.actor.engine.steps == [0, 0, 0, 1]  # the learning rate does not move for nothing
+
+
 def test_without_a_critic_only_the_actor_learns() -> None:
     outcome, networks, sums = updated(2, has_critic=False)
     assert outcome.critic is None and outcome.metrics() == {"grad_norm": 2.0, "learning_rate": 0.5}
