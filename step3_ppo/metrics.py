@@ -26,12 +26,14 @@ def of_iteration(
     counters: as they were when all updates were done, before the coefficient moves. learned: the sums of all
     its updates, over all ranks.
     """
-    return {
+    metrics = {
         **describe(experience, cost_of_kl(ppo, counters.kl_coef)),
         **learned.means(),
-        "val/first_ratio_error": counters.first_ratio_error,
         "kl_coef": counters.kl_coef,
     }
+    if counters.first_ratio_error is not None:  # where the actor learned
+        metrics["val/first_ratio_error"] = counters.first_ratio_error
+    return metrics
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, float]:

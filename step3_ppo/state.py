@@ -41,7 +41,7 @@ class Counters:
     num_responses: int = 0
     kl_coef: float = 0.0
     watchdogs: Mapping[str, Any] = field(default_factory=dict)  # what they remember
-    first_ratio_error: float = 0.0  # mean |ratio − 1| in the first update of this iteration
+    first_ratio_error: float | None = None  # mean |ratio − 1| in the first update of this iteration
     sums: Mapping[str, float] = field(default_factory=dict)  # of the updates done in the unfinished iteration
 
     @property

@@ -231,6 +231,7 @@ def test_while_the_critic_warms_up_the_actor_keeps_every_bit(run: Any, artifacts
     # of the last of the six updates of the critic and of the two of the actor, on the cosine
     assert lines[2]["critic/learning_rate"] == pytest.approx(5e-4 * schedule(5, 6))
     assert lines[2]["learning_rate"] == pytest.approx(5e-4 * schedule(1, 2))
+    assert ["val/first_ratio_error" in line for line in lines] == [False, False, True]
     assert lines[2]["val/first_ratio_error"] == 0.0
     counters = counters_of(run_dir)
     assert (counters["applied"], counters["critic_applied"], counters["skipped"]) == (2, 6, 0)
