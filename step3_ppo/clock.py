@@ -43,7 +43,7 @@ def rollout_speed(experience: Experience, sampler: Sampler, clock: Stopwatch) ->
         return {}
     return {
         "perf/rollout_tokens_per_second": experience.num_tokens / seconds,
-        "perf/slot_utilisation": sampler.counts.slot_utilisation,
+        "perf/slot_utilisation": sampler.counts().slot_utilisation,
     }
 
 

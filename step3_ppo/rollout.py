@@ -16,7 +16,7 @@ from torch import nn
 
 from common.data.types import TokenizedPrompt
 from common.decoder import Completion, Decoder, DecodingCounts, Engine, Request, SamplingRule
-from common.distributed import StopSignal, World, of_all_ranks
+from common.distributed import StopSignal, World, of_all_ranks, sum_over_ranks
 from common.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
 from step3_ppo.experience import Response
@@ -72,6 +72,11 @@ def roll_out(
         for group in range(len(prompt_ids))
         for completion in _of_group(shares, group, samples)
     ]
+
+
+def over_ranks(own: DecodingCounts) -> DecodingCounts:
+    """The counts of all ranks, summed; all of them call it."""
+    return DecodingCounts(*map(int, sum_over_ranks([own.steps, own.tokens, own.rows])))
 
 
 def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:
@@ -138,10 +143,9 @@ class Sampler:
                 lockstep=self._lockstep,
             )
 
-    @property
     def counts(self) -> DecodingCounts:
-        """Of the last call, on this rank."""
-        return self._decoder.counts
+        """Of the last call, over all ranks, which all ask."""
+        return over_ranks(self._decoder.counts)
 
     def _phase(self) -> AbstractContextManager[object]:
         return self._actor.gathered() if self._gathers else nullcontext()

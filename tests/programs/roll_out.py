@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from common.data.types import TokenizedPrompt
 from common.decoder import Decoder, SamplingRule
 from common.distributed import close_world, init_world, sum_over_ranks
 from common.errors import UserError
-from step3_ppo.rollout import roll_out
+from step3_ppo.rollout import over_ranks, roll_out
 from tests.common.test_attention import CONFIGS, tiny
 
 PROMPT_IDS = [3, 0, 4, 1, 3]  # one twice; with two ranks one has three groups and the other two
@@ -64,6 +65,8 @@ def main(folder: Path, case: str) -> None:
         for r in found
     ]  # fmt: skip
     result = {"responses": responses, "error": error, "passes": passes[0] - before}
+    if found is not None:
+        result |= {"own": asdict(decoder.counts), "all": asdict(over_ranks(decoder.counts))}
     (folder / f"rank_{world.rank}.json").write_text(json.dumps(result))
     close_world()
 

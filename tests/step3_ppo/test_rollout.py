@@ -56,6 +56,9 @@ def test_two_ranks_know_the_responses_that_one_rank_samples(
         assert rank["responses"] == alone["responses"]
     passes = [rank["passes"] for rank in ranks]
     assert (passes[0] == passes[1]) is (case == "lockstep")  # the first rank has more to do
+    sums = {name: sum(rank["own"][name] for rank in ranks) for name in ("steps", "tokens", "rows")}
+    assert [rank["all"] for rank in ranks] == [sums] * 2
+    assert sums["tokens"] == sum(len(tokens) for _, _, _, tokens, *_ in alone["responses"])
 
 
 @pytest.mark.parametrize("case", ["told", "told_lockstep"])
