@@ -31,14 +31,18 @@ def training_flops_per_token(model: PreTrainedModel) -> float:
 
 
 def performance(
-    flops_per_token: float, tokens: float, seconds: float, dtype: str, world: World
+    flops_per_token: float, tokens: float, seconds: float | None, dtype: str, world: World
 ) -> dict[str, float]:
     """The `perf/` metrics of one step of `tokens` tokens over all ranks, in `seconds`.
 
+    seconds: None where an interruption took a part of the step, which then has no speed.
     `perf/mfu` is present where the device's peak is known. `perf/peak_memory_gb` (10^9 bytes) is the
     device's on a GPU and this process's resident peak on the CPU.
     """
-    metrics = {"perf/tokens_per_second": tokens / seconds, "perf/peak_memory_gb": _peak_memory() / 1e9}
+    metrics = {"perf/peak_memory_gb": _peak_memory() / 1e9}
+    if seconds is None:
+        return metrics
+    metrics["perf/tokens_per_second"] = tokens / seconds
     if world.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(world.device), dtype)
         if peak is not None:

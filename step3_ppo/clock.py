@@ -11,9 +11,13 @@ from step3_ppo.rollout import Sampler
 
 
 class Stopwatch:
-    """Seconds of the parts of an iteration; it runs from the start."""
+    """Seconds of the parts of an iteration; it runs from the start.
 
-    def __init__(self) -> None:
+    is_whole: whether it sees all of them, and not only what an interruption left.
+    """
+
+    def __init__(self, *, is_whole: bool = True) -> None:
+        self._is_whole = is_whole
         self._laps: dict[str, float] = {}
         self._last = self._start = time.perf_counter()
 
@@ -27,9 +31,9 @@ class Stopwatch:
         return self._laps.get(name)
 
     @property
-    def total(self) -> float:
-        """Seconds from the start to the end of the last lap."""
-        return self._last - self._start
+    def total(self) -> float | None:
+        """Seconds from the start to the end of the last lap; None where that is not the whole."""
+        return self._last - self._start if self._is_whole else None
 
     def metrics(self) -> dict[str, float]:
         """`time/<part>`; a part that ran before an interruption is absent."""

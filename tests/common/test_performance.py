@@ -50,3 +50,4 @@ def test_speed_is_tokens_over_seconds_and_a_cpus_peak_is_not_guessed() -> None:
     assert set(metrics) == {"perf/tokens_per_second", "perf/peak_memory_gb"}
     assert metrics["perf/tokens_per_second"] == 300.0
     assert 0.01 < metrics["perf/peak_memory_gb"] < 1000
+    assert set(performance(100.0, 600, None, "bf16", CPU)) == {"perf/peak_memory_gb"}

@@ -93,8 +93,14 @@ def test_a_run_told_to_stop_between_two_updates_goes_on_with_the_next_one(
         assert checkpoints(run_dir)[-1] == update
         saved = run_dir / "ppo" / "checkpoints" / f"step_{update:08d}" / "experience" / "experience.npz"
         assert saved.exists() and counters_of(run_dir, update)["update"] == update % UPDATES
-    assert "resuming from" in finish(run_dir, 1, ppo)
+    printed = finish(run_dir, 1, ppo)
+    assert "resuming from" in printed
     assert_same_end(whole[1], run_dir)
+    # seconds that are not known are not divided by: iterations 1 and 2 were interrupted
+    speeds = ("perf/tokens_per_second", "perf/rollout_tokens_per_second", "time/rollout")
+    for name in speeds:
+        assert [name in line for line in lines_of(run_dir)] == [False, False, True]
+        assert all(name in line for line in lines_of(whole[1]))
 
 
 def test_a_run_told_to_stop_while_it_samples_samples_the_same_again(
