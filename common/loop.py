@@ -70,14 +70,23 @@ def resume(checkpoints: Checkpoints, engine: Engine, say: Callable[[str], None])
     return Counters(**restore(checkpoints, engine, say))
 
 
-def restore(checkpoints: Checkpoints, state: State, say: Callable[[str], None]) -> dict[str, Any]:
-    """The same for any state and any counters, which are {} when there is no checkpoint."""
+def restore(
+    checkpoints: Checkpoints,
+    state: State,
+    say: Callable[[str], None],
+    place: Callable[[Mapping[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """The same for any state and any counters, which are {} when there is no checkpoint.
+
+    place: where such counters are, in words, if their checkpoint's number does not tell.
+    """
     resumed = checkpoints.resume(state)
     if resumed is None:
         return {}
     for line in resumed.set_aside:
         say(f"set aside, not verified: {line}")
-    say(f"resuming from {resumed.path}")
+    where = "" if place is None else f", {place(resumed.counters)}"
+    say(f"resuming from {resumed.path}{where}")
     return resumed.counters
 
 

@@ -49,6 +49,13 @@ class Counters:
         """Whether nothing was learned yet."""
         return self.step == 0 and self.update == 0
 
+    @property
+    def place(self) -> str:
+        """In words; checkpoints are numbered by updates."""
+        if self.update:
+            return f"in iteration {self.step + 1} after {self.update} of its updates"
+        return f"after iteration {self.step}" if self.step else "before iteration 1"
+
     def after_update(self, actor: StepOutcome | None, critic: StepOutcome | None) -> Counters:
         """One update further; None for a network that was not to learn."""
         counters = replace(self, update=self.update + 1, updates=self.updates + 1)

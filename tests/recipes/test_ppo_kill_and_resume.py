@@ -94,7 +94,7 @@ def test_a_run_told_to_stop_between_two_updates_goes_on_with_the_next_one(
         saved = run_dir / "ppo" / "checkpoints" / f"step_{update:08d}" / "experience" / "experience.npz"
         assert saved.exists() and counters_of(run_dir, update)["update"] == update % UPDATES
     printed = finish(run_dir, 1, ppo)
-    assert "resuming from" in printed
+    assert "step_00000006, in iteration 2 after 2 of its updates\n" in printed
     assert_same_end(whole[1], run_dir)
     # seconds that are not known are not divided by: iterations 1 and 2 were interrupted
     speeds = ("perf/tokens_per_second", "perf/rollout_tokens_per_second", "time/rollout")

@@ -294,6 +294,6 @@ def test_the_same_command_after_the_end_changes_no_bit(run_dir: Path) -> None:
     before = verify(run_dir / "ppo" / "export").files
     files = [run_dir / "ppo" / name for name in ("metrics.jsonl", "samples.jsonl")]
     texts = [file.read_text() for file in files]
-    assert "resuming from" in finish(run_dir, 1, ppo)
+    assert "step_00000006, after iteration 3\n" in finish(run_dir, 1, ppo)
     assert verify(run_dir / "ppo" / "export").files == before
     assert [file.read_text() for file in files] == texts

@@ -77,6 +77,12 @@ def test_counters_survive_json_exactly() -> None:
     assert Counters(**json.loads(json.dumps(asdict(counters)))) == counters
 
 
+def test_the_place_of_a_checkpoint_is_told_by_its_iteration() -> None:
+    assert Counters(step=5, update=2, updates=42).place == "in iteration 6 after 2 of its updates"
+    assert Counters(step=5, updates=40).place == "after iteration 5"
+    assert Counters().place == "before iteration 1"
+
+
 def test_an_update_that_changed_only_the_critic_counts_as_skipped_for_nobody_in_warm_up() -> None:
     done, lost = StepOutcome(True, 1.0), StepOutcome(False, math.nan)
     warm = Counters().after_update(None, done)
