@@ -1,7 +1,8 @@
 """How a step is started: `python -m <step> --config resolved.yaml --run-dir DIR`, one rank of it.
 
 Takes what a step's `__main__` hands over; returns an exit status. Runs under torchrun's environment; with
-`--preview` it shows the data instead, with neither model nor ranks.
+`--preview` it shows the data instead, with neither model nor ranks; with `--check` it only makes sure of what
+the controller, which imports nothing of the user's, cannot look at.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ def step_main(
     *,
     train: Callable[[Job, Path], int],
     preview: Callable[[Job, Path], None],
+    check: Callable[[Job], None] | None = None,
 ) -> int:
     """Exit status: 0 done, 2 something the user can fix, 143 told to stop with its state saved.
 
     name: the step's folder below the run's, and the prefix of its keys. train: gets the job and the run's
-    folder. preview: gets the job and the step's folder.
+    folder. preview: gets the job and the step's folder. check: gets the job; raises what the user can fix.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--config", type=Path, required=True, help="a run's resolved.yaml")
@@ -38,6 +40,8 @@ def step_main(
         "--run-dir", type=Path, help="the run's folder; by default the one that holds the config"
     )
     parser.add_argument("--preview", action="store_true", help="show the data and stop")
+    if check is not None:
+        parser.add_argument("--check", action="store_true", help="make sure of the user's functions and stop")
     arguments = parser.parse_args()
     run_dir = arguments.run_dir or arguments.config.parent
     logs = run_dir / name / "logs"
@@ -46,6 +50,9 @@ def step_main(
     def work() -> int:
         job = load_resolved(arguments.config, schema)
         try:
+            if check is not None and arguments.check:
+                check(job)
+                return 0
             if not arguments.preview:
                 return train(job, run_dir)
             preview(job, run_dir / name)

@@ -58,6 +58,9 @@ def run(config: PipelineConfig, *, say: Say = print) -> int:
     name = state.run_name(config)
     folder = Path(config.output_dir) / name
     config = with_sources(replace(config, run_name=name), wired, folder)
+    status = check_functions(config, wired, folder)
+    if status != 0:
+        return status
     lock = state.lock_run(folder)
     try:
         status = run_steps(config, wired, folder, ranks, lock, say)
@@ -77,6 +80,23 @@ def run_steps(
         if status != 0:
             return status
     return 0
+
+
+def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
+    """Let PPO import what it scores with, before hours are spent on the steps that come first.
+
+    A process of the step does it, since it is the user's code: it prints what is wrong. Returns its exit
+    status; 0 without asking where there is nothing to import, or PPO is done.
+    """
+    steps = {step.stage.name: step for step in wired}
+    done = (run_dir / Step.ppo.value / EXPORT / MANIFEST).exists()
+    if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
+        return 0
+    with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
+        resolved = write_resolved(config, Path(folder), lambda line: None)
+        job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
+        status, stopped = supervise(job, ())
+    return STOPPED if stopped else status
 
 
 def make_report(run_dir: Path, say: Say) -> None:

@@ -11,7 +11,7 @@ from step3_ppo.config import PPOJob
 
 def main() -> int:
     """See `common.entry.step_main`."""
-    return step_main("ppo", "step3_ppo", PPOJob, train=_train, preview=_preview)
+    return step_main("ppo", "step3_ppo", PPOJob, train=_train, preview=_preview, check=_check)
 
 
 def _train(job: PPOJob, run_dir: Path) -> int:
@@ -24,6 +24,14 @@ def _preview(job: PPOJob, folder: Path) -> None:
     from step3_ppo.preview import preview
 
     preview(job, folder)
+
+
+def _check(job: PPOJob) -> None:
+    from step3_ppo.functions import load_functions
+    from step3_ppo.rewards import RewardSources
+
+    RewardSources(job.ppo.rewards)
+    load_functions(job.ppo.evaluation.functions, "ppo.evaluation.functions")
 
 
 if __name__ == "__main__":

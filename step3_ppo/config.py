@@ -314,6 +314,11 @@ class PPOConfig:
             )
 
     @property
+    def names_code(self) -> bool:
+        """Whether something scores that only the step can look at: a function, or a server with its token."""
+        return any(not source.model for source in self.rewards) or bool(self.evaluation.functions)
+
+    @property
     def has_critic(self) -> bool:
         return self.estimator is Estimator.gae
 

@@ -27,7 +27,7 @@ from common.stage import Role, Step
 from pipeline import plan, run, state
 from pipeline.config import PROJECT, PipelineConfig
 from pipeline.verify import verify_path
-from step3_ppo.config import RewardSourceConfig
+from step3_ppo.config import EvaluationConfig, RewardSourceConfig
 from tests.pipeline.programs.fake_step import TOKENS
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -460,3 +460,48 @@ def test_a_preview_of_ppo_needs_no_reward_model_yet(capfd: pytest.CaptureFixture
     go(config(SFT))
     capfd.readouterr()
     assert previewed(config(SFT, REWARD, PPO), capfd) == "ppo: policy runs/a/sft/export, tokenizer None"
+
+
+# --- Functions that score --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"rewards": [RewardSourceConfig(function="demo.gold:glod")]},
+            "error: ppo.rewards[0].function=demo.gold:glod: demo.gold has no glod\n  did you mean",
+        ),
+        (
+            {"evaluation": EvaluationConfig(functions={"looked_at": "demo.gould:gold"})},
+            "error: ppo.evaluation.functions.looked_at=demo.gould:gold: there is no module demo.gould",
+        ),
+    ],
+)
+def test_a_function_that_is_not_there_is_found_before_the_first_step(
+    change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(plan.STAGES, PPO, dataclasses.replace(plan.STAGES[PPO], module="step3_ppo"))  # type: ignore[arg-type]
+    made = config(SFT, REWARD, PPO)
+    for name, value in change.items():
+        setattr(made.ppo, name, value)
+    assert run.run(made, say=lambda line: None) == UserError.EXIT_CODE
+    assert capfd.readouterr().err.startswith(said)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("references", "asked"), [({}, []), ({"gold": "demo.gold:gold"}, ["step3_ppo"])])
+def test_functions_are_looked_at_when_there_are_some(
+    references: dict[str, str], asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Any] = []
+    monkeypatch.setitem(plan.STAGES, PPO, dataclasses.replace(plan.STAGES[PPO], module="step3_ppo"))  # type: ignore[arg-type]
+    supervise = run.supervise
+    monkeypatch.setattr(run, "supervise", lambda job, held: jobs.append(job) or supervise(job, held))
+    made = config(SFT, REWARD, PPO)
+    made.ppo.evaluation.functions = references
+    assert run.check_functions(made, plan.wire_run(made), Path("runs/a")) == 0
+    assert [job.module for job in jobs] == asked and all("--check" in job.arguments for job in jobs)
+    make_policy("runs/a/ppo/export")
+    assert run.check_functions(made, plan.wire_run(made), Path("runs/a")) == 0
+    assert len(jobs) == len(asked), "it is done"

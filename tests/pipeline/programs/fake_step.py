@@ -87,6 +87,8 @@ def main(name: str = "sft", role: Role = Role.policy) -> int:
     arguments = sys.argv[1:]
     if "--preview" in arguments:
         return preview(name, Path(arguments[arguments.index("--config") + 1]))
+    if "--check" in arguments:
+        return 0
     run_dir = Path(arguments[arguments.index("--run-dir") + 1])
     with open(run_dir / f"launches_{RANK}", "a") as file:
         file.write(f"{os.environ['WORLD_SIZE']} {os.environ['MASTER_ADDR']}\n")
