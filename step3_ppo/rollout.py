@@ -65,12 +65,13 @@ def roll_out(
         for sample in range(samples)
     ]
     shares = of_all_ranks(lambda: decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep))
-    if any(share is None for share in shares):
+    made = [share for share in shares if share is not None]
+    if len(made) < len(shares):
         return None
     return [
         _response(prompts, prompt_ids[group], group, completion)
         for group in range(len(prompt_ids))
-        for completion in _of_group(shares, group, samples)
+        for completion in _of_group(made, group, samples)
     ]
 
 
