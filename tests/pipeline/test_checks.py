@@ -314,6 +314,12 @@ def test_an_update_of_more_responses_than_an_iteration_samples_is_refused(ppo: P
     assert "ppo.train.global_batch_size=1 is less than the 2 ranks" in error_of(ppo, ranks=2).message
 
 
+def test_a_reward_server_is_not_waited_for_longer_than_the_ranks_wait(ppo: PipelineConfig) -> None:
+    ppo.ppo.rewards = [RewardSourceConfig(url="https://h/x", timeout=600.0)]
+    checks.check(ppo, ranks=1)
+    assert "may wait 5,415 s for scores" in error_of(ppo, ranks=2).message
+
+
 def test_prompts_with_responses_fit_into_the_context_of_policy_and_reward_model(ppo: PipelineConfig) -> None:
     ppo.ppo.reward_model = artifact("short", context=128)
     error = error_of(ppo)
