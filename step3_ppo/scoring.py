@@ -63,8 +63,8 @@ class Scoring:
     def check(self, rows: PromptDataset, *, held_out: bool = False) -> None:
         """UserError when a function wants a column that no source of the rows has.
 
-        held_out: said of the rows in the message. Of each source its first row is looked at. What they have is
-        offered from now on, with every batch.
+        held_out: said of the rows in the message. Of each source its first row is looked at. What they have
+        is offered from now on, with every batch.
         """
         _, first = np.unique(rows.source_ids, return_index=True)
         columns = sorted({name for index in first for name in rows[int(index)].columns})
