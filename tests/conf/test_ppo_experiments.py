@@ -93,8 +93,8 @@ def test_several_rewards_are_named_on_the_command_line_with_their_settings() -> 
 
 
 def test_a_score_to_look_at_is_named_on_the_command_line() -> None:
-    job = composed("experiment=demo", "ppo.evaluation.functions.length=demo.gold:style")
-    assert job.ppo.evaluation.functions["length"] == "demo.gold:style"
+    job = composed("experiment=demo", "ppo.evaluation.functions.manner=demo.gold:style")
+    assert job.ppo.evaluation.functions["manner"] == "demo.gold:style"
 
 
 @pytest.mark.parametrize(
