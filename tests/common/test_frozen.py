@@ -114,6 +114,7 @@ def test_an_error_while_it_is_present_puts_it_away() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_an_offloaded_model_takes_no_memory_outside_of_its_phases() -> None:
     device = torch.device("cuda", 0)
     module = torch.nn.Linear(1024, 1024).to(device)

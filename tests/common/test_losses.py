@@ -286,7 +286,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         PackedCausalLM(model).score(BATCH).loss_sum.backward()
         return [p.grad for p in model.parameters()]
 
-    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+    # recomputed layers are computed at all rows, others only where they are read: products of other sizes
+    for without, with_it in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(with_it, without, rtol=1e-5, atol=1e-7)
 
 
 def test_a_projection_with_a_bias_is_scored_with_it() -> None:
