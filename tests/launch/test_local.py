@@ -95,6 +95,40 @@ def test_a_number_of_threads_that_was_set_is_kept(monkeypatch: pytest.MonkeyPatc
     assert "OMP_NUM_THREADS" not in environment(Job("m", ()))
 
 
+def test_threads_spin_for_a_moment_on_an_idle_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for idle in (True, False):
+        monkeypatch.setattr(local, "is_idle", lambda idle=idle: idle)
+        values = environment(Job("m", ()))
+        assert (values.get("GOMP_SPINCOUNT"), values.get("OMP_WAIT_POLICY")) == (
+            ("10000", None) if idle else (None, "PASSIVE")
+        )
+    monkeypatch.setattr(local, "is_idle", lambda: True)
+    for name, value in (("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")):
+        with monkeypatch.context() as set_by_user:
+            set_by_user.setenv(name, value)
+            assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment(Job("m", ())).keys()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "idle"),
+    [
+        ("cpu  100 0 50 1000 5 0 0 0 0 0", "cpu  101 0 51 1020 6 0 0 0 0 0", True),
+        ("cpu  100 0 50 1000 5 0 0 0 0 0", "cpu  110 0 50 1010 5 0 0 0 0 0", False),
+        ("cpu  100 0 50 1000 5 0 0 0 0 0", "cpu  100 0 50 1010 15 0 0 0 0 0", True),  # others wait for a disk
+        ("cpu  100 0 50 1000 5 0 0 0 0 0", "cpu  100 0 50 1010 5 0 0 10 0 0", False),  # the host is busy
+        ("intr 5", "intr 6", False),
+    ],
+)
+def test_a_machine_is_idle_when_its_processors_were(
+    before: str, after: str, idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = iter([before, after])
+    monkeypatch.setattr(local.Path, "read_text", lambda self: next(stats) + "\ncpu0 1 1 1 1\n")
+    assert local.is_idle(0.0) is idle
+
+
 def test_the_projects_packages_are_found_before_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     assert environment(Job("m", ()))["PYTHONPATH"] == os.pathsep.join([str(local.PROJECT), "/elsewhere"])
