@@ -3,7 +3,7 @@
 It takes what a transformers attention module gives (query [1, H, N, d], key and value [1, G, N, d] with
 G key-value heads, G dividing H) and, through the model's forward arguments, where documents begin and
 end; it returns [1, N, H, d]. Each document attends causally to itself and to nothing else; what it has in
-common with the beginning of the document before it may stand there only (`SharedPrefix`). The backend follows
+common with the beginning of a document before it may stand there only (`SharedPrefix`). The backend follows
 the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
 precision, the same loop elsewhere.
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from common.data.types import leaders_of
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ UNSUPPORTED_ARGUMENTS = {
 
 
 class SharedPrefix:
-    """Documents that begin with tokens which stand in the document before them, and only there.
+    """Documents that begin with tokens which stand in a document before them, and only there.
 
     tokens: of each document, how many (0: none). cu_seqlens: int32 [D + 1], boundaries of what stands.
+    leaders: of each document, the one in which they stand: the nearest before it that stands whole.
     """
 
     def __init__(self, tokens: Sequence[int], cu_seqlens: torch.Tensor) -> None:
         self.tokens = tuple(tokens)
+        self.leaders = leaders_of(self.tokens)
         self._cu_seqlens = cu_seqlens
 
     @cached_property
@@ -70,7 +73,7 @@ class SharedPrefix:
         starts, device = self._cu_seqlens.tolist(), self._cu_seqlens.device
         parts, ends = [], [0]
         for index, shared in enumerate(self.tokens):
-            before = starts[index - 1]
+            before = starts[self.leaders[index]]
             parts += [torch.arange(before, before + shared), torch.arange(starts[index], starts[index + 1])]
             ends.append(ends[-1] + shared + starts[index + 1] - starts[index])
         longest = max(end - start for start, end in pairwise(ends))
@@ -103,7 +106,7 @@ def packed_attention(
 
     cu_seq_lens_q: int32 [D + 1], document boundaries (0 first, N last); max_length_q: longest document;
     sliding_window: each token sees itself and the `sliding_window - 1` before it. shared_prefix: what
-    documents see of the one before them (None: nothing). Returns ([1, N, H, d], None). Raises UserError for
+    documents see of one before them (None: nothing). Returns ([1, N, H, d], None). Raises UserError for
     what no backend computes, ValueError when called without boundaries.
     """
     _refuse_unsupported(module, attention_mask, is_causal, kwargs)
@@ -157,9 +160,10 @@ def _by_document(
         if not lengths[index]:
             continue
         shared = 0 if shared_prefix is None else shared_prefix.tokens[index]
-        if shared:
-            k = torch.cat([keys[index - 1][:, :, :shared], k], 2)
-            v = torch.cat([values[index - 1][:, :, :shared], v], 2)
+        if shared_prefix is not None and shared:
+            leader = shared_prefix.leaders[index]
+            k = torch.cat([keys[leader][:, :, :shared], k], 2)
+            v = torch.cat([values[leader][:, :, :shared], v], 2)
         seen = k.shape[2]
         if q.device.type == "cpu" and seen <= CPU_FP32_LENGTH:
             q, k, v = q.float(), k.float(), v.float()

@@ -398,6 +398,7 @@ class PackedCausalLM(nn.Module):
         if self.scores_in_head:
             cast(nn.Module, head).__class__ = ScoringHead
         self.last_layer = last_layer_of(self.base())
+        self.shares_prefix = can_share_prefix(self.base())
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
@@ -540,7 +541,7 @@ def check_packed(model: nn.Module) -> None:
 
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether a document may begin in the one before it (`attention.SharedPrefix`): a model must hand its
+    """Whether a document may begin in one before it (`attention.SharedPrefix`): a model must hand its
     attention what it is called with. Asked by running a few tokens; leaves mode and random state alone.
 
     model: a transformers model with packed attention, without peft's wrapper.

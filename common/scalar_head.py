@@ -21,7 +21,14 @@ from torch import nn
 
 from common.config import ModelConfig
 from common.errors import UserError
-from common.losses import check_isolation, last_layer_of, packed_arguments, positions_within, unwrapped
+from common.losses import (
+    can_share_prefix,
+    check_isolation,
+    last_layer_of,
+    packed_arguments,
+    positions_within,
+    unwrapped,
+)
 from common.models import Ending, disable_dropout, load_network
 
 if TYPE_CHECKING:
@@ -156,6 +163,7 @@ class PackedScalarModel(nn.Module):
             if type(part) is nn.Linear:
                 part.__class__ = ScalarHead
         self.last_layer = last_layer_of(self.base())
+        self.shares_prefix = can_share_prefix(self.base())
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""

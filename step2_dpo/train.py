@@ -34,7 +34,7 @@ from common.distributed import (
 )
 from common.export import export_policy
 from common.handoff import load_named, model_of, parent_record
-from common.losses import PackedCausalLM, can_share_prefix
+from common.losses import PackedCausalLM
 from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
@@ -77,7 +77,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
 
     # Data --------------------------------------------------------------------------------------
     module = PackedCausalLM(model)
-    plan = batch_plan(job, job.dpo.data, config, world, share_prefix=can_share_prefix(module.base()))
+    plan = batch_plan(job, job.dpo.data, config, world, share_prefix=module.shares_prefix)
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
     prompts = prompts_to_sample(data.held_out, job, model)

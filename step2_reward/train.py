@@ -33,7 +33,6 @@ from common.distributed import (
 )
 from common.export import export_reward_model
 from common.handoff import load_named, model_of, parent_record
-from common.losses import can_share_prefix
 from common.models import load_tokenizer
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
@@ -77,7 +76,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
 
     # Data --------------------------------------------------------------------------------------
     module = PackedScalarModel(model)
-    plan = batch_plan(job, job.reward.data, config, world, share_prefix=can_share_prefix(module.base()))
+    plan = batch_plan(job, job.reward.data, config, world, share_prefix=module.shares_prefix)
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
 

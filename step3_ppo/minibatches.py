@@ -3,6 +3,9 @@
 Takes an `Experience`; returns what this rank computes of each update. The responses of an update are a pure
 function of the seed, the iteration and the epoch, whatever the number of ranks or the micro batch. Micro
 batches hold rows of `ppo.data.max_length` tokens, so their number follows from how long responses are.
+
+The responses to a prompt stay together: in an update, and in a row as far as they fit, where what they begin
+with alike is computed once.
 """
 
 from __future__ import annotations
@@ -30,13 +33,15 @@ class Minibatch:
 
 
 def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, epoch: int) -> list[Minibatch]:
-    """The updates of one pass over the responses, `plan.global_batch_size` responses each, in a new order."""
+    """The updates of one pass over the responses, `plan.global_batch_size` responses each: the prompts in a
+    new order, and the responses to each."""
     key = [plan.seed, iteration, epoch, _ORDER]
-    order = np.random.default_rng(key).permutation(len(experience.responses))
-    documents, lengths = _Documents(experience), np.diff(experience.offsets)
+    groups, lengths = experience.groups, np.diff(experience.offsets)
+    place_of_group = np.random.default_rng(key).permutation(groups.max() + 1)
+    order = np.argsort(place_of_group[groups], kind="stable")
     size = plan.global_batch_size
     return [
-        Minibatch(batches_of(documents, chosen, plan, seed=plan.seed), chosen, int(lengths[chosen].sum()))
+        Minibatch(_batches(experience, chosen, plan), chosen, int(lengths[chosen].sum()))
         for chosen in (order[first : first + size] for first in range(0, len(order), size))
     ]
 
@@ -57,8 +62,7 @@ def first_pass(experience: Experience, plan: BatchPlan, *, iteration: int) -> li
 
 def batches_in(experience: Experience, plan: BatchPlan) -> list[Batch]:
     """All responses once over all ranks, as this rank's micro-batches."""
-    everything = np.arange(len(experience.responses))
-    return batches_of(_Documents(experience), everything, plan, seed=plan.seed)
+    return _batches(experience, np.arange(len(experience.responses)), plan)
 
 
 def updates_in(responses: int, plan: BatchPlan, epochs: int) -> int:
@@ -108,6 +112,10 @@ def _of_all_ranks(
         ends = np.cumsum([sizes[response] for response in batch.row_ids])
         own += zip(batch.row_ids, np.split(values, ends)[:-1] if len(ends) else [], strict=True)
     return [item for share in gather_objects(own) for item in share]
+
+
+def _batches(experience: Experience, chosen: np.ndarray, plan: BatchPlan) -> list[Batch]:
+    return batches_of(_Documents(experience), chosen, plan, seed=plan.seed, families=experience.groups)
 
 
 class _Documents:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -60,6 +60,13 @@ class Networks:
     temperature: float
     device: torch.device
     has_reference: bool  # also where it is the actor without its adapter
+
+    @property
+    def share_prefix(self) -> bool:
+        """Whether each of them can compute once what several documents begin with."""
+        trained = [network.engine.module for network in (self.actor, self.critic) if network is not None]
+        frozen = [network.module for network in (self.reference, self.reward_model) if network is not None]
+        return all(cast(Any, module).shares_prefix for module in [*trained, *frozen])
 
     @property
     def module(self) -> PackedCausalLM:
@@ -174,4 +181,5 @@ def _packed(batch: Batch) -> dict[str, Any]:
         "position_ids": batch.position_ids,
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
+        "shared_prefix": batch.shared_prefix,
     }

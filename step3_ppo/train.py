@@ -106,7 +106,6 @@ def train(job: PPOJob, run_dir: Path) -> int:
         ptx_plan = replace(batch_plan(job, ppo.ptx_data, config, world), global_batch_size=ppo.ptx_batch_size)
         demonstrations = Batches(ptx.train, ptx_plan, ptx.weights)
         fingerprints["ptx"] = ptx.train.fingerprint
-    evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation.num_prompts, job.seed)
 
     # Networks ----------------------------------------------------------------------------------
     networks = build_networks(
@@ -114,6 +113,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
         actor_updates=updates * (total_steps - ppo.critic.warmup_iterations),
         critic_updates=updates * total_steps,
     )  # fmt: skip
+    plan = replace(plan, share_prefix=networks.share_prefix)
+    evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation.num_prompts, job.seed)
     actor = networks.actor.engine
     flops_per_token = training_flops_per_token(networks.model)
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators_of(tokenizer), world, stop)

@@ -5,12 +5,12 @@ batch or the accumulation. An epoch's documents are drawn by the sources' weight
 shuffled; ranks take turns through the rows of a step. Nothing is remembered between calls but a
 cache of the last epochs, so resuming needs no more than the step's number. Does not tokenize.
 
-The two sides of a pair lie next to each other, and what they begin with alike (the prompt) is there once.
+Documents that begin alike (the two sides of a pair, the responses to a prompt) lie next to each other, and
+what they have in common is there once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common.data.packing import Packing, one_per_row, pack, spread
-from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair
+from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair, leaders_of
 
 PAIR = 2
 """Answers in a pair: a row of packed pairs has room for so many documents of the greatest length."""
@@ -63,7 +63,7 @@ class BatchPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
-    share_prefix: bool = True  # of pairs: what both sides begin with is computed once
+    share_prefix: bool = True  # what neighbours begin with alike is computed once
 
 
 class Batches:
@@ -171,13 +171,27 @@ class PairBatches(Batches):
         return documents, one_per_row(len(documents), seed=self._seed_of(epoch))
 
 
-def batches_of(dataset: Documents, indices: np.ndarray, plan: BatchPlan, *, seed: int) -> list[Batch]:
+def batches_of(
+    dataset: Documents,
+    indices: np.ndarray,
+    plan: BatchPlan,
+    *,
+    seed: int,
+    families: np.ndarray | None = None,
+) -> list[Batch]:
     """These documents (int64 [D], indices), each once over all ranks, as this rank's `Batch`es.
 
-    Equally many on every rank, the missing ones without targets. `plan.global_batch_size` plays no part.
+    families: int64, of each document of the data set. Neighbours among `indices` that are of one family share
+    a row, as many as fit, and what they begin with alike is computed once there, if the plan shares prefixes.
+    Equally many batches on every rank, the missing ones without targets. `plan.global_batch_size` plays no
+    part.
     """
-    rows = _rows_within(plan.max_length, dataset.lengths, indices, plan, seed=seed)
-    return _share(rows, plan, functools.partial(_documents, dataset))
+    shared_by = families if plan.share_prefix else None
+    units = _units(dataset, indices, plan, shared_by)
+    lengths = np.array([length for _, length in units], np.int64)
+    rows = _rows_within(plan.max_length, lengths, np.arange(len(units)), plan, seed=seed)
+    of_rows = [np.concatenate([units[unit][0] for unit in row]) for row in rows]
+    return _share(of_rows, plan, functools.partial(_documents, dataset, families=shared_by))
 
 
 def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
@@ -196,27 +210,44 @@ def evaluation_pair_batches(dataset: Pairs, plan: BatchPlan) -> Iterator[PairBat
     yield from _passes(rows, plan, lambda indices: _pairs(dataset, indices, plan))
 
 
-def collate(examples: Sequence[TokenizedExample], row_ids: Sequence[int], source_ids: Sequence[int]) -> Batch:
+def collate(
+    examples: Sequence[TokenizedExample],
+    row_ids: Sequence[int],
+    source_ids: Sequence[int],
+    families: Sequence[int] | None = None,
+) -> Batch:
     """Documents laid end to end; none at all gives one token without targets.
 
-    row_ids, source_ids: of each document. Shapes are those of `Batch`.
+    row_ids, source_ids: of each document. families: of each document, too; what neighbours of one family
+    begin with alike stands only once (None: every document stands whole). Shapes are those of `Batch`.
     """
     if not examples:
         nothing = TokenizedExample(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32), "")
-        examples, source_ids = [nothing], [0]
+        examples, source_ids, families = [nothing], [0], None
     lengths = np.array([len(example.input_ids) for example in examples])
-    ends = np.cumsum(lengths)
+    shared = _shared_tokens(examples, families)
+    standing = lengths - shared
+    starts = np.cumsum(standing) - standing
     labels = np.concatenate([example.labels for example in examples])
     trained = np.flatnonzero(labels != IGNORE)
+    document = np.repeat(np.arange(len(examples)), lengths)[trained]
+    within = trained - (np.cumsum(lengths) - lengths)[document]
+    leader = np.array(leaders_of(shared.tolist()))[document]
+    stands_in_leader = within < shared[document]
     return Batch(
-        input_ids=_tensor(np.concatenate([example.input_ids for example in examples]))[None],
-        position_ids=_tensor(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))[None],
-        cu_seqlens=_tensor(np.concatenate([[0], ends])).to(torch.int32),
-        trained_positions=_tensor(trained),
+        input_ids=_tensor(
+            np.concatenate([e.input_ids[count:] for e, count in zip(examples, shared, strict=True)])
+        )[None],
+        position_ids=_tensor(np.arange(standing.sum()) - np.repeat(starts - shared, standing))[None],
+        cu_seqlens=_tensor(np.append(starts, standing.sum())).to(torch.int32),
+        trained_positions=_tensor(
+            within + np.where(stands_in_leader, starts[leader], (starts - shared)[document])
+        ),
         targets=_tensor(labels[trained]),
-        source_of_target=_tensor(np.repeat(np.asarray(source_ids), lengths)[trained]),
-        max_seqlen=int(lengths.max()),
+        source_of_target=_tensor(np.asarray(source_ids)[document]),
+        max_seqlen=int(standing.max()),
         row_ids=tuple(int(index) for index in row_ids),
+        shared_prefix=tuple(shared.tolist()) if shared.any() else (),
     )
 
 
@@ -233,33 +264,15 @@ def collate_pairs(
     of `PairBatch`.
     """
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    sources = np.asarray(source_ids, np.int64)
-    lengths = np.array([len(side.input_ids) for side in sides], np.int64)
-    shared = np.zeros(len(sides), np.int64)
-    if share_prefix:
-        shared[1::2] = [_common_tokens(pair) for pair in pairs]
-    standing = lengths - shared
-    starts = np.cumsum(standing) - standing
-    trained = [np.flatnonzero(side.labels != IGNORE) for side in sides]
-    places = [
-        # what is shared stands in the document before
-        np.where(at < shared[d], at + starts[d - 1], at - shared[d] + starts[d])
-        for d, at in enumerate(trained)
-    ]
-    documents = _laid_out(sides, shared, starts, standing)
+    sources, families = (np.repeat(x, PAIR).tolist() for x in (source_ids, range(len(pairs))))
+    documents = collate(sides, pair_ids, sources, families if share_prefix else None)
     return PairBatch(
-        documents=dataclasses.replace(
-            documents,
-            trained_positions=_tensor(_joined(places)),
-            targets=_tensor(_joined([side.labels[at] for side, at in zip(sides, trained, strict=True)])),
-            source_of_target=_tensor(np.repeat(np.repeat(sources, PAIR), [len(at) for at in trained])),
-            row_ids=tuple(int(index) for index in pair_ids),
-        ),
-        score_positions=_tensor(starts + standing - 1),
-        document_of_target=_tensor(np.repeat(np.arange(len(sides)), [len(at) for at in trained])),
+        documents=documents,
+        score_positions=documents.cu_seqlens[1 : 1 + len(sides)].long() - 1 if sides else _tensor([]),
+        document_of_target=_tensor(np.repeat(np.arange(len(sides)), [side.trained for side in sides])),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
-        source_ids=_tensor(sources),
-        lengths=_tensor(lengths),
+        source_ids=_tensor(source_ids),
+        lengths=_tensor([len(side.input_ids) for side in sides]),
         pair_ids=tuple(int(index) for index in pair_ids),
     )
 
@@ -276,37 +289,49 @@ def count_pairs(micro_batches: Sequence[PairBatch]) -> tuple[int, int, int, int]
     return pairs, tokens, sum(n for n, real in sizes if real), sum(n for n, real in sizes if not real)
 
 
-def _laid_out(
-    sides: Sequence[TokenizedExample], shared: np.ndarray, starts: np.ndarray, standing: np.ndarray
-) -> Batch:
-    """The documents without what they share with the one before, and without targets yet."""
-    if not sides:
-        return collate([], [], [])
-    ids = np.concatenate([side.input_ids[count:] for side, count in zip(sides, shared, strict=True)])
-    nothing = _tensor(np.empty(0, np.int64))
-    return Batch(
-        input_ids=_tensor(ids)[None],
-        position_ids=_tensor(np.arange(len(ids)) - np.repeat(starts - shared, standing))[None],
-        cu_seqlens=_tensor(np.append(starts, len(ids))).to(torch.int32),
-        trained_positions=nothing,
-        targets=nothing,
-        source_of_target=nothing,
-        max_seqlen=int(standing.max()),
-        row_ids=(),
-        shared_prefix=tuple(shared.tolist()),
-    )
+def _shared_tokens(examples: Sequence[TokenizedExample], families: Sequence[int] | None) -> np.ndarray:
+    """int64 [D]: how many tokens each document has in common with the one that leads its family."""
+    shared = np.zeros(len(examples), np.int64)
+    leader = 0
+    for index in range(1, len(examples) if families is not None else 0):
+        if families is not None and families[index] == families[leader]:
+            shared[index] = _common_tokens(examples[leader], examples[index])
+        if not shared[index]:
+            leader = index
+    return shared
 
 
-def _common_tokens(pair: TokenizedPair) -> int:
-    """How many tokens both sides begin with; each keeps at least its last one."""
-    chosen, rejected = pair.chosen.input_ids, pair.rejected.input_ids
-    shorter = min(len(chosen), len(rejected)) - 1
-    different = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
+def _common_tokens(leader: TokenizedExample, follower: TokenizedExample) -> int:
+    """How many tokens both begin with; each keeps at least its last one."""
+    a, b = leader.input_ids, follower.input_ids
+    shorter = min(len(a), len(b)) - 1
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(different[0]) if len(different) else shorter
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+def _units(
+    dataset: Documents, indices: np.ndarray, plan: BatchPlan, families: np.ndarray | None
+) -> list[tuple[np.ndarray, int]]:
+    """The documents in units that stay together in a row, with the number of tokens that stand in each.
+
+    Alone where nothing is shared, where every document has a row of its own, or where ranks would be left
+    without a row.
+    """
+    alone = [(indices[at : at + 1], int(dataset.lengths[index])) for at, index in enumerate(indices)]
+    if families is None or not plan.packing:
+        return alone
+    units: list[tuple[np.ndarray, int]] = []
+    leader = dataset[indices[0]] if len(indices) else None
+    for document, length in alone:
+        example = dataset[int(document[0])]
+        if units and leader is not None and families[units[-1][0][0]] == families[document[0]]:
+            together = units[-1][1] + length - _common_tokens(leader, example)
+            if together <= plan.max_length:
+                units[-1] = (np.append(units[-1][0], document), together)
+                continue
+        units.append((document, length))
+        leader = example
+    return units if len(units) >= plan.world_size else alone
 
 
 def _rows_within(
@@ -336,9 +361,10 @@ def _share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int
     return [make([int(index) for row in part for index in row]) for part in parts]
 
 
-def _documents(dataset: Any, indices: list[int]) -> Batch:
+def _documents(dataset: Any, indices: list[int], families: np.ndarray | None = None) -> Batch:
     source_ids = [int(dataset.source_ids[index]) for index in indices]
-    return collate([dataset[index] for index in indices], indices, source_ids)
+    of_documents = None if families is None else families[indices].tolist()
+    return collate([dataset[index] for index in indices], indices, source_ids, of_documents)
 
 
 def _pairs(dataset: Any, indices: list[int], plan: BatchPlan) -> PairBatch:
@@ -347,5 +373,5 @@ def _pairs(dataset: Any, indices: list[int], plan: BatchPlan) -> PairBatch:
     return collate_pairs(pairs, indices, source_ids, share_prefix=plan.share_prefix)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def _tensor(array: np.ndarray | Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))

@@ -9,8 +9,9 @@ row; `batches.py` decides which rows make a step. Nothing here reads or writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -138,8 +139,8 @@ class Batch:
     trained_positions: int64 [M], indices into N. targets: int64 [M], the token each must predict.
     source_of_target: int64 [M], index of the source each target belongs to (for evaluation).
     max_seqlen: longest document. row_ids: dataset indices of its documents, for logs.
-    shared_prefix: of each document, how many tokens it has in common with the one before it and does not
-    repeat: it begins with those, in place there (empty: none does).
+    shared_prefix: of each document, how many tokens it begins with that stand in the nearest document before
+    it which stands whole (0), and are not repeated (empty: all stand whole).
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -204,3 +205,8 @@ class PairBatch:
             move(self.lengths),
             self.pair_ids,
         )
+
+
+def leaders_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:
+    """Of each document the one in which its shared prefix stands; itself, where it stands whole."""
+    return tuple(accumulate((0 if shared else at for at, shared in enumerate(shared_prefix)), max))

@@ -1,4 +1,4 @@
-"""A prompt that is computed once for both answers gives what two documents of their own give."""
+"""A prompt that is computed once for all answers to it gives what documents of their own give."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import attention
-from common.data.batches import collate_pairs
+from common.data.batches import collate, collate_pairs
 from common.data.types import IGNORE, PairBatch, TokenizedExample, TokenizedPair
 from common.losses import PackedCausalLM, batch_arguments, can_share_prefix, token_cross_entropy
 
@@ -87,11 +87,41 @@ def test_a_shared_prompt_gives_the_same_losses_scores_and_gradients(window: int 
         torch.testing.assert_close(gradients_once[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_many_answers_to_a_prompt_give_the_same_losses_and_gradients(window: int | None) -> None:
+    draw = np.random.default_rng(1)
+    prompts = [draw.integers(3, VOCABULARY, length).astype(np.int32) for length in (9, 6)]
+    families, documents = [0, 0, 0, 0, 1, 1, 1], []
+    for family, length in zip(families, (4, 1, 7, 5, 3, 8, 2), strict=True):
+        answer = draw.integers(3, VOCABULARY, length).astype(np.int32)
+        if len(documents) == 3:
+            answer[:2] = documents[0].input_ids[9:11]  # the fourth goes on like the first
+        documents.append(example(np.concatenate([prompts[family], answer]), len(prompts[family])))
+    ids, sources = list(range(7)), [0] * 7
+    found = {}
+    for shared, batch in (
+        (False, collate(documents, ids, sources)),
+        (True, collate(documents, ids, sources, families)),
+    ):
+        assert batch.shared_prefix == ((0, 9, 9, 11, 0, 6, 6) if shared else ())
+        model = tiny_model(window)
+        packed = PackedCausalLM(model)
+        packed.scores_in_head = False  # the plain path stays in float64
+        losses = packed(**batch_arguments(batch), per_token=True).token_losses
+        (losses * (1.0 + torch.arange(len(losses)) % 4)).sum().backward()
+        found[shared] = losses.detach(), {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-6, atol=1e-6)
+    for name, gradient in found[False][1].items():
+        scale = float(gradient.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(found[True][1][name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
+
+
 def test_keys_are_those_of_the_prefix_and_the_documents_own() -> None:
-    boundaries = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
-    positions, ends, longest = attention.SharedPrefix((0, 3, 0), boundaries).keys
-    assert positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 6, 7, 8]
-    assert ends.tolist() == [0, 4, 9, 12] and longest == 5
+    boundaries = torch.tensor([0, 4, 6, 9, 10], dtype=torch.int32)
+    positions, ends, longest = attention.SharedPrefix((0, 3, 4, 0), boundaries).keys
+    assert positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9]
+    assert ends.tolist() == [0, 4, 9, 16, 17] and longest == 7
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

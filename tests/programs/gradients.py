@@ -15,7 +15,7 @@ from common import attention
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
-from common.distributed import World, init_world, sum_over_ranks
+from common.distributed import World, close_world, init_world, sum_over_ranks
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.losses import PackedCausalLM, batch_arguments
@@ -112,6 +112,7 @@ def main() -> None:
         gradients[2, True, stage, True] = pipeline_gradient(world, 2, True, stage, checkpointing=True)
     if world.is_main:
         torch.save(gradients, sys.argv[1])
+    close_world()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
-from common.distributed import World, init_world, sum_over_ranks
+from common.distributed import World, close_world, init_world, sum_over_ranks
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.losses import PackedCausalLM
@@ -150,6 +150,7 @@ def main() -> None:
         starts = {start: beginning(world, start, Path(folder)) for start in STARTS}
     if world.is_main:
         torch.save({"gradients": gradients, "metrics": metrics, "starts": starts}, sys.argv[1])
+    close_world()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, count_pairs, evaluation_pair_batches
-from common.distributed import World, init_world, sum_over_ranks
+from common.distributed import World, close_world, init_world, sum_over_ranks
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.scalar_head import PackedScalarModel
@@ -81,6 +81,7 @@ def main() -> None:
     found = {tuple(point): tuple(one_step(world, point)) for point in GRID}
     if world.is_main:
         torch.save(found, sys.argv[1])
+    close_world()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from common import attention
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
-from common.distributed import World, init_world
+from common.distributed import World, close_world, init_world
 from common.losses import PackedCausalLM
 from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
 from step3_ppo.experience import Experience, Response
@@ -28,7 +28,9 @@ from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
 from tests.step2_dpo.pairs import VOCABULARY, tiny_llama
 
 MAX_LENGTH, TEMPERATURE, KL_COEF, SHIFT = 32, 0.7, 0.3, 0.5
-PROMPTS, RESPONSES = (3, 9, 2, 5, 8, 1, 4), (5, 1, 9, 12, 4, 7, 2)
+PROMPTS, RESPONSES = (3, 9, 3, 5, 9, 1, 3), (5, 1, 9, 12, 4, 7, 2)
+GROUPS = (0, 1, 0, 2, 1, 3, 0)
+ALIKE = (0, 0, 2, 0, 0, 0, 4)  # tokens that a response begins with like the first one to its prompt
 
 
 def everything() -> PPOConfig:
@@ -57,8 +59,8 @@ GRID = [
 
 
 def some_experience() -> Experience:
-    """Seven responses of different lengths, all that is known of them made up; some tokens are clipped."""
-    draw = np.random.default_rng(4)
+    """Seven responses of different lengths to four prompts, with made-up numbers; some tokens are clipped."""
+    draw = np.random.default_rng(6)
 
     def ids(count: int) -> np.ndarray:
         return draw.integers(1, VOCABULARY, count).astype(np.int32)
@@ -66,10 +68,13 @@ def some_experience() -> Experience:
     def numbers(mean: float = 0.0, scale: float = 1.0) -> np.ndarray:
         return (mean + scale * draw.standard_normal(sum(RESPONSES))).astype(np.float32)
 
-    responses = [
-        Response(i, i, ids(prompt), ids(length), np.zeros(length, np.float32), True)
-        for i, (prompt, length) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
-    ]
+    responses: list[Response] = []
+    for length, of_prompt, group, alike in zip(RESPONSES, PROMPTS, GROUPS, ALIKE, strict=True):
+        prompt, tokens = ids(of_prompt), ids(length)
+        first = next((response for response in responses if response.group == group), None)
+        if first is not None:
+            prompt, tokens[:alike] = first.prompt, first.tokens[: min(alike, length)]
+        responses.append(Response(group, group, prompt, tokens, np.zeros(length, np.float32), True))
     chance = -np.log(VOCABULARY)
     return Experience(
         responses,
@@ -162,6 +167,7 @@ def main() -> None:
     found = {point: one_update(world, point) for point in GRID}
     if world.is_main:
         torch.save(found, sys.argv[1])
+    close_world()
 
 
 if __name__ == "__main__":

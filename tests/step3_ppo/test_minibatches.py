@@ -38,6 +38,52 @@ def passes(plan: BatchPlan, iteration: int = 0, epoch: int = 0) -> list[list[int
     return [responses_of(minibatch.micro_batches) for minibatch in found]
 
 
+def two_prompts() -> Experience:
+    """Three responses to each of two prompts."""
+    some = some_experience().responses
+    return Experience(
+        [replace(response, group=group, prompt=some[1].prompt) for group in (0, 1) for response in some[:3]]
+    )
+
+
+def test_responses_to_a_prompt_stay_together_and_it_is_computed_once() -> None:
+    experience, prompt = two_prompts(), PROMPTS[1]
+    plan = BatchPlan(2 * MAX_LENGTH, True, SIZE, 1, 5)
+    orders = set()
+    for iteration in range(8):
+        updates = minibatches_of(experience, plan, iteration=iteration, epoch=0)
+        orders.add(tuple(map(tuple, (update.responses.tolist() for update in updates))))
+        for update in updates:
+            (batch,) = update.micro_batches
+            assert set(experience.groups[list(batch.row_ids)]) in ({0}, {1}) and len(batch.row_ids) == SIZE
+            assert batch.shared_prefix[0] == 0 and all(shared >= prompt for shared in batch.shared_prefix[1:])
+            whole = sum(len(experience.responses[index].document().input_ids) for index in batch.row_ids)
+            assert batch.input_ids.shape[1] == whole - sum(batch.shared_prefix)
+    assert orders == {((0, 1, 2), (3, 4, 5)), ((3, 4, 5), (0, 1, 2))}
+
+
+def test_rows_hold_as_much_of_a_family_as_fits() -> None:
+    experience = two_prompts()
+    plan = BatchPlan(MAX_LENGTH // 2 + 4, True, 6, 1, 5)  # room for two of the three responses
+    batches = batches_in(experience, plan)
+    assert sorted(index for batch in batches for index in batch.row_ids) == list(range(6))
+    assert sorted(len(batch.row_ids) for batch in batches) == [1, 1, 2, 2]
+    assert all(batch.input_ids.shape[1] <= plan.max_length for batch in batches)
+    assert sum(any(batch.shared_prefix) for batch in batches) == 2
+    apart = batches_in(experience, replace(plan, share_prefix=False))
+    assert not any(batch.shared_prefix for batch in apart)
+    assert sum(batch.input_ids.shape[1] for batch in apart) == sum(
+        len(response.document().input_ids) for response in experience.responses
+    )
+
+
+def test_no_rank_is_left_without_a_row_for_the_sake_of_sharing() -> None:
+    experience = Experience(two_prompts().responses[:3])
+    plan = BatchPlan(2 * MAX_LENGTH, True, SIZE, 1, 5)
+    shares = [batches_in(experience, replace(plan, rank=rank, world_size=2)) for rank in range(2)]
+    assert all(batch.row_ids for share in shares for batch in share)
+
+
 def test_a_pass_has_every_response_once_and_its_last_update_may_be_short() -> None:
     updates = passes(plan_of())
     assert [len(update) for update in updates] == [3, 3, 1] and updates_in(7, plan_of(), 1) == 3
@@ -75,7 +121,7 @@ def test_ranks_share_the_same_updates_and_count_the_tokens_of_all(packing: bool,
 
 def test_a_responses_tokens_are_the_targets_of_the_positions_before_them() -> None:
     experience = some_experience()
-    for batch in batches_in(experience, plan_of()):
+    for batch in batches_in(experience, replace(plan_of(), share_prefix=False)):
         ends = batch.cu_seqlens.tolist()
         for response, first, end in zip(batch.row_ids, ends, ends[1:], strict=False):
             prompt, tokens = experience.responses[response].prompt, experience.responses[response].tokens

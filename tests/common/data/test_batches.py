@@ -203,7 +203,7 @@ def test_a_pair_without_sharing_is_two_documents() -> None:
     documents = batch.documents
     assert documents.input_ids.tolist() == [[5, 6, 7, 1, 2, 9, 5, 6, 7, 3, 9]]
     assert documents.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]]
-    assert documents.cu_seqlens.tolist() == [0, 6, 11] and documents.shared_prefix == (0, 0)
+    assert documents.cu_seqlens.tolist() == [0, 6, 11] and documents.shared_prefix == ()
     assert documents.trained_positions.tolist() == [2, 3, 4, 8, 9]
     assert documents.targets.tolist() == [1, 2, 9, 3, 9]
     assert batch.document_of_target.tolist() == [0, 0, 0, 1, 1]
@@ -226,6 +226,24 @@ def test_what_both_sides_begin_with_stands_once() -> None:
     assert batch.lengths.tolist() == [6, 5, 3, 4] and batch.num_tokens == 18
     ends = documents.input_ids[0][batch.score_positions]
     assert ends.tolist() == [9, 9, 9, 9]
+
+
+def test_a_family_stands_on_what_its_first_document_begins_with() -> None:
+    tokens = ([5, 6, 7, 1], [5, 6, 7, 2, 9], [5, 6, 8, 9], [5, 6, 7, 1], [5, 6, 7, 1], [5, 6, 4])
+    documents = []
+    for ids in tokens:
+        labels = np.array([*ids[1:], IGNORE], np.int32)
+        labels[:1] = IGNORE
+        documents.append(TokenizedExample(np.array(ids, np.int32), labels, "s"))
+    # the fifth begins like those before it and is of another family; the last is of the first family again
+    batch = collate(documents, range(6), [0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0])
+    assert batch.shared_prefix == (0, 3, 2, 3, 0, 0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 2, 9, 8, 9, 1, 5, 6, 7, 1, 5, 6, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 2, 3, 3, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6, 8, 9, 13, 16] and batch.max_seqlen == 4
+    assert batch.trained_positions.tolist() == [1, 2, 1, 2, 4, 1, 6, 1, 2, 10, 11, 14]
+    assert batch.targets.tolist() == [7, 1, 7, 2, 9, 8, 9, 7, 1, 7, 1, 4]
+    assert batch.source_of_target.tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0]
 
 
 def test_no_pair_at_all_is_one_token_without_scores() -> None:
