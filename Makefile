@@ -1,6 +1,6 @@
 # make demo   run the embedded default: a policy, a reward model, PPO, and a report
-# make test   the whole test suite
-# make check  what CI runs: style, types, import contracts, tests
+# make test   the test suite, one worker per core
+# make check  what CI runs: style, types, import contracts, tests, and the demo held to its bars
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make bench  the CPU benchmarks (long)
 
@@ -9,15 +9,20 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test browser check style bench clean
+.PHONY: demo test bars browser check style bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
 
+# Workers share the cores: a thread each, and the tests of a file, which share what they set up, in one of them.
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
-check: browser style test
+# The embedded default, trained for real on one seed: minutes.
+bars: $(VENV)/.dev
+	$(RUN) -m pytest -m slow
+
+check: browser style test bars
 
 # Found, or installed where that is ours to do; the tests of the report in a browser say so when they are skipped.
 browser: $(VENV)/.dev

@@ -138,7 +138,9 @@ def test_what_goes_wrong_in_a_function_is_said_with_its_name(
 
 
 @pytest.mark.parametrize(
-    "values", [np.array([1, 2]), torch.tensor([1.0, 2.0]), (1, 2), iter([1, np.float32(2)])], ids=repr
+    "values",
+    [np.array([1, 2]), torch.tensor([1.0, 2.0]), (1, 2), iter([1, np.float32(2)])],
+    ids=["numpy", "torch", "tuple", "iterator"],
 )
 def test_numbers_of_any_library_count(values: object) -> None:
     assert finite_scores(values, COMPLETIONS, "it").tolist() == [1.0, 2.0]
