@@ -255,7 +255,9 @@ class TrainConfig:
     eval_every: int = 0
     """steps between evaluations; 0: only at the end"""
     save_every: int = 0
-    """steps between checkpoints; 0: only at the end and when told to stop"""
+    """steps between checkpoints; 0: only at the end, when told to stop, and by save_minutes"""
+    save_minutes: float = 30.0
+    """and one after so many minutes without; 0: never"""
     keep_checkpoints: int = 2
     """newest checkpoints kept, beside the best one"""
 
@@ -266,6 +268,8 @@ class TrainConfig:
         require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 or more")
         require(self.save_every >= 0, "train.save_every", self.save_every, "0 or more")
+        in_range = 0 <= self.save_minutes < math.inf
+        require(in_range, "train.save_minutes", self.save_minutes, "0 (never) or more")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "1 or more")
 
 
@@ -423,7 +427,7 @@ class LaunchConfig:
     """Where the ranks run."""
 
     kind: Launcher = Launcher.local
-    """local: this machine, one of nnodes; ssh: the machines of a hostfile; slurm, k8s: a job of the cluster"""
+    """local: this machine, one of nnodes; ssh: the machines of a hostfile; slurm, k8s: a cluster's job"""
     nproc_per_node: str = "auto"
     """ranks on each machine: a number, or auto (one per GPU; one on a machine without)"""
     nnodes: int = 1

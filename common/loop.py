@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -126,6 +127,29 @@ def with_best(counters: Counters, held_out_loss: float) -> Counters:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
+
+
+class SaveClock:
+    """When a checkpoint is due because so many minutes went by since the last one (0: never).
+
+    The first rank's clock decides. All ranks learn of it in the sum over ranks that opens each step anyway:
+    clocks that differ would have some of them save and the others not.
+    """
+
+    def __init__(self, minutes: float, world: World, now: Callable[[], float] = time.monotonic) -> None:
+        """now: seconds on a clock that never goes back."""
+        self._seconds, self._now = minutes * 60, now
+        self._decides = world.is_main and minutes > 0
+        self._last = now()
+
+    @property
+    def asks(self) -> bool:
+        """Whether this rank wants a checkpoint now; never any but the first."""
+        return self._decides and self._now() - self._last >= self._seconds
+
+    def restart(self) -> None:
+        """There is a checkpoint of this moment."""
+        self._last = self._now()
 
 
 def metrics_of_step(path: Path, step: int) -> dict[str, float]:

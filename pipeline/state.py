@@ -33,6 +33,7 @@ DYING_SECONDS = 10.0
 # What may change under a run without changing its result; inside a list: of each of its entries.
 FREE_KEYS = (
     ("train", "keep_checkpoints"),
+    ("train", "save_minutes"),
     ("data", "cache_dir"),
     ("ptx_data", "cache_dir"),
     ("warn_below_accuracy",),

@@ -99,12 +99,13 @@ def train(job: RewardJob, run_dir: Path) -> int:
         # Loop ----------------------------------------------------------------------------------
         engine.train()
         stop.deferred = True
+        clock = loop.SaveClock(config.save_minutes, world)
         while counters.step < total_steps:
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
-            # the one collective before the first backward: what the step holds, and whether to stop
-            pairs, tokens, computed, padding, stopping = sum_over_ranks(
-                [*count_pairs(micro_batches), stop.received]
+            # the one collective before the first backward: what the step holds, and whether to stop or save
+            pairs, tokens, computed, padding, stopping, saving = sum_over_ranks(
+                [*count_pairs(micro_batches), stop.received, clock.asks]
             )
             if stopping:
                 loop.save_and_leave(checkpoints, engine, counters, progress)
@@ -147,8 +148,9 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 progress.log(held_out_line(counters.step, held_out))
                 counters = loop.with_best(counters, held_out["eval/loss"])
             is_best = counters.best_step == counters.step
-            if loop.is_due(counters.step, config.save_every) or is_best or is_last:
+            if loop.is_due(counters.step, config.save_every) or saving or is_best or is_last:
                 loop.save(checkpoints, engine, counters)
+                clock.restart()
 
         # Save ----------------------------------------------------------------------------------
         stop.deferred = False  # everything is saved: what is left can be done again

@@ -138,6 +138,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     ):  # fmt: skip
         # Loop ----------------------------------------------------------------------------------
         stop.deferred = True
+        save_clock = loop.SaveClock(config.save_minutes, world)
         watchdogs = Watchdogs(ppo, job.model.dtype, counters.watchdogs)
         learned = UpdateSums(**counters.sums)
 
@@ -145,6 +146,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
             """Commit a checkpoint of this moment, also between two updates of an iteration."""
             now = replace(counters, sums=learned.state(), watchdogs=watchdogs.state())
             checkpoints.save(counters.step * updates + counters.update, state, asdict(now), best_step=None)
+            save_clock.restart()
 
         def leave() -> NoReturn:
             save()
@@ -198,8 +200,11 @@ def train(job: PPOJob, run_dir: Path) -> int:
             minibatches = all_minibatches(experience, plan, iteration=counters.step, epochs=ppo.ppo_epochs)
             of_last: dict[str, float] = {}
             for minibatch in minibatches[counters.update :]:
-                if any(sum_over_ranks([stop.received])):
+                stopping, saving = sum_over_ranks([stop.received, save_clock.asks])
+                if stopping:
                     leave()
+                if saving:
+                    save()
                 seed_everything(job.seed, counters.step, counters.update, world.rank)
                 seen = UpdateSums()
                 outcome = update(networks, minibatch, experience, ppo, counters, seen, demonstrations)
