@@ -116,16 +116,19 @@ def composed(verb: str, arguments: Sequence[str]) -> int:
             print(note)
         config = compose(prepared.overrides)
         check_effects([config], overrides)
-        return execute(verb, config)
+        return execute(verb, config, overrides)
     return with_hydra(verb, arguments)
 
 
-def execute(verb: str, config: object) -> int:
-    """Do what the verb says with a finished configuration."""
+def execute(verb: str, config: object, overrides: Sequence[str]) -> int:
+    """Do what the verb says with a finished configuration, which was made from these overrides."""
     from pipeline.config import PipelineConfig
     from pipeline.run import preview, run
+    from pipeline.submit import is_for_other_machines, submit
 
     assert isinstance(config, PipelineConfig)
+    if verb == "run" and is_for_other_machines(config):
+        return submit(config, overrides, say=say)
     return run(config, say=say) if verb == "run" else preview(config)
 
 
@@ -174,10 +177,11 @@ class _Task:
         from pipeline.compose import name_of_sweep_job, to_config
 
         try:
-            config = to_config(node, list(HydraConfig.get().overrides.task))
+            overrides = list(HydraConfig.get().overrides.task)
+            config = to_config(node, overrides)
             if self.shared_name:
                 config = name_of_sweep_job(config)
-            status = execute(self.verb, config)
+            status = execute(self.verb, config, overrides)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             status = UserError.EXIT_CODE

@@ -1,0 +1,161 @@
+"""A run as a TrainJob of Kubeflow Trainer v2: one controller per pod of the runtime `torch-distributed`.
+
+Takes the launch configuration and the overrides as typed; writes a manifest into the run's folder on this
+machine and hands it to the cluster. In the pods the run's folder lies on a volume that all of them mount.
+Waits for nothing and knows nothing of steps. Written for Trainer 2.2 and later (`runtimePatches`).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from common.config import LaunchConfig
+from common.errors import UserError
+from launch.command import log_folder, machine_arguments
+
+API_VERSION = "trainer.kubeflow.org/v1alpha1"
+MANAGER = "rlhf-pipeline/launch"
+NODE = "node"
+"""What the runtime calls the pods that train, and the container in each."""
+FOLDER = "k8s"
+MANIFEST = "trainjob.yaml"
+GRACE_SECONDS = 120
+"""How long a pod that is told to leave may save."""
+LONGEST_NAME = 40
+"""Characters of a job's name; the names of its pods are longer by what Kubernetes adds."""
+
+SCRIPT = (
+    'cd -- "$0" && exec python -m pipeline "$@" '
+    'launch.node_rank="$PET_NODE_RANK" launch.rdzv_endpoint="$PET_MASTER_ADDR:$PET_MASTER_PORT"'
+)
+
+
+def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: Callable[[str], None]) -> int:
+    """Write `<run>/k8s/trainjob.yaml` and create the job; with launch.submit=false only write it. Returns 0.
+
+    overrides: as typed; their paths are those in the container. UserError where a setting is missing, there
+    is no kubectl, or it refuses the job.
+    """
+    from common.artifacts import write_text
+
+    text = render(config, overrides, run_dir.name)
+    if run_dir.is_relative_to(config.k8s.volume_path):
+        run_dir = Path("runs") / run_dir.name  # the volume is in the cluster, the manifest is here
+    path = log_folder(run_dir, FOLDER) / MANIFEST
+    write_text(path, text)
+    say(f"k8s       {path}")
+    if not config.submit:
+        say(f"  create it with: kubectl create --filename {shlex.quote(str(path))}")
+        return 0
+    say(f"  {submit(path)}")
+    return 0
+
+
+def render(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> str:
+    """The manifest as YAML. Pure."""
+    import yaml
+
+    head = "# Create it with: kubectl create --filename THIS_FILE. Each time is a new job of the same run.\n"
+    return head + yaml.safe_dump(train_job(config, overrides, run_name), sort_keys=False, allow_unicode=True)
+
+
+def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> dict[str, Any]:
+    """The TrainJob. Pure. UserError where launch.k8s lacks what it cannot do without."""
+    k8s = config.k8s
+    for key, value in (("image", k8s.image), ("volume_claim", k8s.volume_claim)):
+        if not value:
+            raise UserError(
+                f"launch=k8s needs launch.k8s.{key}",
+                hint="launch.k8s.image=IMAGE with this project in it, launch.k8s.volume_claim=CLAIM that all "
+                "nodes mount: the run's folder lies there",
+            )
+    output = output_dir(config, overrides)
+    arguments = machine_arguments(overrides, config.nnodes, {"run_name": run_name, "output_dir": output})
+    metadata: dict[str, Any] = {"generateName": f"{dns_label(run_name)}-"}
+    if k8s.namespace is not None:
+        metadata["namespace"] = k8s.namespace
+    trainer: dict[str, Any] = {
+        "image": k8s.image,
+        "command": ["/bin/sh", "-c", escaped(SCRIPT)],
+        "args": [escaped(text) for text in (k8s.workdir, *arguments)],
+        "numNodes": config.nnodes,
+    }
+    if resources := resources_of(config):
+        trainer["resourcesPerNode"] = {"limits": resources, "requests": resources}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "TrainJob",
+        "metadata": metadata,
+        "spec": {
+            "runtimeRef": {"apiGroup": API_VERSION.partition("/")[0], "kind": "ClusterTrainingRuntime"}
+            | {"name": k8s.runtime},
+            "trainer": trainer,
+            "runtimePatches": [patch(str(k8s.volume_claim), k8s.volume_path)],
+        },
+    }
+
+
+def patch(claim: str, path: str) -> dict[str, Any]:
+    """What the runtime's pods have beside: the volume, and time to save when they are told to leave."""
+    pod = {
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}],
+        "containers": [{"name": NODE, "volumeMounts": [{"name": "runs", "mountPath": path}]}],
+    }
+    job = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
+    return {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}
+
+
+def output_dir(config: LaunchConfig, overrides: Sequence[str]) -> str:
+    """Where the pods write: the volume, or the folder on it that was typed."""
+    volume = config.k8s.volume_path
+    typed = [text.partition("=")[2].strip("\"'") for text in overrides if text.startswith("output_dir=")]
+    if not typed:
+        return volume
+    if not PurePosixPath(typed[-1]).is_relative_to(volume):
+        raise UserError(
+            f"output_dir={typed[-1]} is not on the volume, which is mounted at {volume}: the run would "
+            "vanish with its pods",
+            hint=f"output_dir={volume}, or leave it out",
+        )
+    return typed[-1]
+
+
+def resources_of(config: LaunchConfig) -> dict[str, str | int]:
+    """What each node is given."""
+    resources: dict[str, str | int] = dict(config.k8s.resources)
+    if config.k8s.gpus_per_node is not None:
+        resources["nvidia.com/gpu"] = config.k8s.gpus_per_node
+    return resources
+
+
+def escaped(text: str) -> str:
+    """Text that Kubernetes leaves as it is: it would replace $(NAME)."""
+    return text.replace("$", "$$")
+
+
+def dns_label(name: str) -> str:
+    """A run's name as the beginning of a job's: lower-case letters, digits and hyphens, a letter first."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LONGEST_NAME].rstrip("-")
+    return plain if plain[:1].isalpha() else f"rlhf-{plain}".rstrip("-")
+
+
+def submit(path: Path) -> str:
+    """Create the job; returns what kubectl says of it."""
+    command = f"kubectl create --filename {shlex.quote(str(path))}"
+    if shutil.which("kubectl") is None:
+        raise UserError(
+            f"there is no kubectl on this machine; {path} is written but not submitted",
+            hint=f"where there is one: {command}",
+        )
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split())[:400] or f"exit status {done.returncode}"
+        raise UserError(f"kubectl refused {path}: {said}", hint=f"{command}; launch.submit=false only writes")
+    return done.stdout.strip()

@@ -1,0 +1,131 @@
+"""A run as a job of SLURM: one controller per node, started by srun.
+
+Takes the launch configuration and the overrides as typed; writes an sbatch file into the run's folder and
+hands it to the cluster. The job leaves before its time is up, with its state saved, and is queued again; it
+then runs the same command, which goes on. Waits for nothing and knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.config import LaunchConfig
+from common.errors import UserError
+from launch.command import log_folder, machine_arguments, one_line
+
+TEMPLATE = Path(__file__).parent / "templates" / "slurm.sh.jinja"
+FOLDER = "slurm"
+SCRIPT = "job.sh"
+
+
+def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: Callable[[str], None]) -> int:
+    """Write `<run>/slurm/job.sh` and submit it; with launch.submit=false only write it. Returns 0.
+
+    overrides: as typed. UserError where there is no sbatch, or it refuses the job.
+    """
+    from common.artifacts import write_text
+
+    arguments = machine_arguments(overrides, config.nnodes, {"run_name": run_dir.name})
+    text = render(config, arguments, run_dir.absolute(), Path.cwd(), sys.executable)
+    script = log_folder(run_dir, FOLDER) / SCRIPT
+    write_text(script, text)
+    say(f"slurm     {script}")
+    if not config.submit:
+        say(f"  submit it with: sbatch {shlex.quote(str(script))}")
+        return 0
+    job = submit(script)
+    say(f"  job {job} is queued; it prints into {script.parent / f'{job}.out'}")
+    then = "and is queued again" if config.slurm.requeue else "and ends"
+    say(f"  scancel --batch --signal=USR1 {job}: it saves {then}; scancel {job}: it ends")
+    return 0
+
+
+def render(config: LaunchConfig, arguments: Sequence[str], run_dir: Path, folder: Path, python: str) -> str:
+    """The sbatch file. Pure.
+
+    arguments: what every node runs after `python -m pipeline` (`launch.command.machine_arguments`).
+    run_dir: absolute; its folder `slurm` takes what the job prints. folder: where the command is run.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    logs = run_dir / FOLDER
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    given = config.rdzv_endpoint
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        nnodes=config.nnodes,
+        script=shlex.quote(one_line(str(logs / SCRIPT), "output_dir")),
+        options=sbatch_options(config, run_dir),
+        folder=shlex.quote(one_line(str(folder), "the working directory")),
+        logs=shlex.quote(str(logs)),
+        python=shlex.quote(python),
+        setup=[one_line(line, "launch.slurm.setup") for line in config.slurm.setup],
+        arguments=[shlex.quote(text) for text in arguments],
+        endpoint=None if given is None else shlex.quote(given),
+        requeue=config.slurm.requeue,
+    )
+
+
+def sbatch_options(config: LaunchConfig, run_dir: Path) -> list[str]:
+    """What follows #SBATCH, a line each."""
+    slurm = config.slurm
+    log = f"{run_dir}/{FOLDER}/".replace("%", "%%") + "%j.out"
+    values: dict[str, str | int | None] = {
+        "job-name": run_dir.name,
+        "nodes": config.nnodes,
+        "ntasks-per-node": 1,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "gpus-per-node": slurm.gpus_per_node,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+        "output": log,
+        "open-mode": "append",
+        "signal": f"B:USR1@{slurm.signal_seconds}",
+    }
+    lines = [f"--{name}={sbatch_value(value, name)}" for name, value in values.items() if value is not None]
+    lines.append("--requeue" if slurm.requeue else "--no-requeue")
+    for text in slurm.options:
+        if not text.startswith("-"):
+            raise UserError(
+                f"launch.slurm.options: {text!r} is not an option of sbatch", hint="such as --exclusive"
+            )
+        lines.append(one_line(text, "launch.slurm.options"))
+    return lines
+
+
+def sbatch_value(value: str | int, name: str) -> str:
+    """A value as sbatch reads it from a line of its own: quoted where it holds more than plain signs."""
+    text = one_line(str(value), f"sbatch --{name}")
+    if '"' in text or "\\" in text:
+        raise UserError(
+            f'sbatch --{name}={text} cannot hold " or \\', hint="another value, or another run_name"
+        )
+    return text if shlex.quote(text) == text else f'"{text}"'
+
+
+def submit(script: Path) -> str:
+    """Hand the file to SLURM; returns the job's number."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"there is no sbatch on this machine; {script} is written but not submitted",
+            hint=f"on a machine of the cluster: sbatch {shlex.quote(str(script))}",
+        )
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise UserError(
+            f"sbatch refused {script}: {said}",
+            hint="the settings are launch.slurm.*; launch.submit=false only writes",
+        )
+    return done.stdout.strip().partition(";")[0]

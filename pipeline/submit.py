@@ -1,0 +1,47 @@
+"""Hand a run to several machines: over ssh, or as a job of SLURM or Kubernetes.
+
+Takes a finished configuration and the overrides it was made from, returns the exit status. Checks what can be
+seen from here, and leaves the rest to the machines, which run the same command: they have the GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.config import Launcher
+from common.stage import Step
+from launch import k8s, slurm, ssh
+from pipeline import checks, state
+from pipeline.config import PipelineConfig
+from pipeline.plan import wire_run
+from pipeline.run import check_named_sources
+
+
+def is_for_other_machines(config: PipelineConfig) -> bool:
+    """Whether this process only starts the run; a machine that has its number takes part in it."""
+    return config.launch.kind is not Launcher.local and config.launch.node_rank is None
+
+
+def submit(config: PipelineConfig, overrides: Sequence[str], *, say: Callable[[str], None] = print) -> int:
+    """Start the run where launch.kind says. Returns the run's exit status over ssh, else 0 once it is queued.
+
+    overrides: as typed.
+    """
+    run_dir = Path(config.output_dir) / state.run_name(config)
+    wired = wire_run(config)
+    if config.launch.kind is Launcher.k8s:  # its paths are those of the container
+        return k8s.launch(config.launch, overrides, run_dir, say)
+    check_named_sources(wired)
+    check_paths(config)
+    launcher = ssh if config.launch.kind is Launcher.ssh else slurm
+    return launcher.launch(config.launch, overrides, run_dir, say)
+
+
+def check_paths(config: PipelineConfig) -> None:
+    """The model, the data and the output folder, which the machines see as this one does."""
+    if Step.sft in config.steps:
+        checks.check_model(config.model)
+    for step in config.steps:
+        checks.check_data(getattr(config, step.value).data, f"{step.value}.data")
+    checks.check_disk(config, [])
