@@ -1,8 +1,12 @@
-"""Several ranks: `python -m launch.agent --ranks N [--parent PID] [--log-dir DIR] MODULE ARGUMENTS...`
+"""Several ranks, through torchrun's elastic agent:
+`python -m launch.agent --ranks N [--parent PID] [--log-dir DIR] [--report FD]
+[--nnodes N --node-rank K --rdzv-endpoint HOST:PORT --run-id ID] MODULE ARGUMENTS...`
 
-Starts N ranks of MODULE on this machine through torchrun's elastic agent and waits for them. Ends
-with the exit status of the rank that failed first, without a traceback of its own. A signal that
-asks to stop is passed to every rank once and then waited for: the ranks agree on when to save.
+Starts N ranks of MODULE on this machine and waits for them. Ends with the exit status of the rank whose
+failure explains the others, without a traceback of its own, and writes "RANK EXIT_CODE" of that rank to the
+file descriptor FD. A signal that asks to stop is passed to every rank once and then waited for: the ranks
+agree on when to save. Restarts nothing: the agent cannot tell what a person has to fix (exit status 2) or who
+was told to stop (143) from a rank that died (see `launch/supervise.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +40,11 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--log-dir", type=Path)
+    parser.add_argument("--report", type=int)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--rdzv-endpoint")
+    parser.add_argument("--run-id", default=f"local_{os.getpid()}")
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
@@ -44,25 +53,43 @@ def main() -> int:
     stopping = forward_signals()
     logs = [] if args.log_dir is None else ["--log-dir", str(args.log_dir)]
     rank = ["-m", "launch.rank", "--parent", str(os.getpid()), *logs, args.module, *args.arguments]
-    failures = run_ranks(args.ranks, rank)
+    meeting = meeting_options(args.nnodes, args.node_rank, args.rdzv_endpoint)
+    try:
+        failures = run_ranks(args.ranks, rank, {**meeting, "run_id": args.run_id})
+    except ConnectionError as error:
+        print(f"the ranks could not meet at {args.rdzv_endpoint}: {error}", file=sys.stderr)
+        return 1
     first = first_failure(failures)
     if first is None:
         return 0
-    number, exit_code = first
-    status = exit_status(exit_code, stopping=bool(stopping))
-    # Rank 0 shows its own traceback, and a status of 2 comes with a message already printed.
-    if number != 0 and status not in (UserError.EXIT_CODE, STOPPED):
-        tell(number, exit_code, args.log_dir)
-    return status
+    if args.report is not None:
+        os.write(args.report, "{} {}".format(*first).encode())
+    return exit_status(first[1], stopping=bool(stopping))
 
 
-def run_ranks(ranks: int, arguments: Sequence[str]) -> list[tuple[int, int]]:
-    """Run `python ARGUMENTS` in every rank; (rank, exit code) of those that failed, the earliest first."""
+def meeting_options(nnodes: int, node_rank: int, endpoint: str | None) -> dict[str, Any]:
+    """What torchrun's agent is told about where the machines meet.
+
+    Machines are numbered by the user (`static`): the rendezvous named `c10d` would number them by the order
+    of their names, and rank 0, which has the terminal, could be on any.
+    """
+    if nnodes == 1:
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    options = {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": {"rank": node_rank}}
+    return {**options, "min_nodes": nnodes, "max_nodes": nnodes}
+
+
+def run_ranks(ranks: int, arguments: Sequence[str], meeting: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Run `python ARGUMENTS` in every rank; (rank, exit code) of those that failed, the earliest first.
+
+    ConnectionError when the machines cannot meet.
+    """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The agent reports a failed rank at length; what matters is said by `tell` in two lines.
+    # The agent reports a failed rank at length; what matters is said by the controller in two lines.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     with tempfile.TemporaryDirectory(prefix="rlhf_agent_") as folder:
@@ -70,15 +97,12 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> list[tuple[int, int]]:
             "min_nodes": 1,
             "max_nodes": 1,
             "nproc_per_node": ranks,
-            "run_id": f"local_{os.getpid()}",
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "127.0.0.1:0",
-            "local_addr": "127.0.0.1",
             "max_restarts": 0,
             "logs_specs": DefaultLogsSpecs(log_dir=folder),
             # Its own handler would give the ranks 30 s and end with a traceback.
             "signals_to_handle": "SIGQUIT",
             "shutdown_timeout": GRACE_SECONDS,
+            **meeting,
         }
         config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
         try:
@@ -86,13 +110,27 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> list[tuple[int, int]]:
         except ChildFailedError as error:
             found = sorted(error.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
             return [(rank, failure.exitcode) for rank, failure in found]
+        except DistError as error:
+            raise ConnectionError(str(error).splitlines()[0]) from None
     return []
 
 
 def first_failure(failures: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """The failure that explains the others: not a rank that was merely told to stop, if there is another."""
-    causes = [(rank, code) for rank, code in failures if code not in (STOPPED, -signal.SIGTERM)]
-    return next(iter(causes or failures), None)
+    """The failure that explains the others, which are given in the order they were seen.
+
+    A message to the user, then death by a signal that none of us sends (the others fail because that rank
+    is gone, and may be seen first), then the earliest; last, ranks that were merely told to stop.
+    """
+    return min(failures, key=lambda failure: gravity(failure[1]), default=None)
+
+
+def gravity(exit_code: int) -> int:
+    """How little a failure explains: 0 for a cause, more for what may be its consequence."""
+    if exit_code == UserError.EXIT_CODE:
+        return 0
+    if exit_code in (STOPPED, -signal.SIGTERM, -signal.SIGUSR1):
+        return 3
+    return 1 if exit_code < 0 else 2
 
 
 def exit_status(exit_code: int, *, stopping: bool) -> int:
@@ -139,15 +177,6 @@ def children(parent: int) -> list[int]:
         if is_rank:
             found.append(int(folder.name))
     return found
-
-
-def tell(rank: int, exit_code: int, log_dir: Path | None) -> None:
-    """Name the rank that failed first and show the end of its log, which the terminal has not seen."""
-    print(f"rank {rank} failed first (exit status {exit_code})", file=sys.stderr)
-    log = None if log_dir is None else log_dir / f"rank_{rank}.log"
-    if log is not None and log.exists():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
-        print(f"the end of {log}:", *lines, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Start a step's ranks on this machine, under torchrun's environment contract.
 
 Takes a module to run and how many ranks it has, returns the started process. One rank is started
-directly; more are started and watched by torchrun's elastic agent (`launch/agent.py`). Devices are
-counted without torch. Waiting, signals and exit statuses are the caller's.
+directly; more, also on several machines, are started and watched by torchrun's elastic agent
+(`launch/agent.py`). Devices are counted without torch. Waiting, signals, exit statuses and restarts
+are those of `launch/supervise.py`.
 """
 
 from __future__ import annotations
@@ -31,13 +32,31 @@ ALLOWED_LOAD = 0.2
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of several machines meet."""
+
+    nnodes: int
+    node_rank: int  # of this machine: it has the ranks after those of the machines before it
+    address: str  # of machine 0
+    port: int
+    run_id: str  # of this start; another one for each restart
+    interface: str | None = None  # the network interface that leads to the others, where it is known
+
+
+@dataclass(frozen=True)
 class Job:
     """A module to be run by a number of ranks."""
 
     module: str
     arguments: tuple[str, ...]
-    ranks: int = 1
+    ranks: int = 1  # on this machine
     log_dir: Path | None = None  # output and tracebacks of the ranks after the first
+    meeting: Meeting | None = None  # with other machines
+
+    @property
+    def is_one_process(self) -> bool:
+        """Whether its only rank is started directly."""
+        return self.ranks == 1 and self.meeting is None
 
 
 def ranks_of(launch: LaunchConfig) -> int:
@@ -73,28 +92,37 @@ def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return count
 
 
-def start(job: Job, *, keep_open: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+def start(job: Job, *, keep_open: Sequence[int] = (), report: int | None = None) -> subprocess.Popen[bytes]:
     """Start the job in a process group of its own; it is killed when this process dies.
 
-    keep_open: file descriptors the process inherits, such as the lock of the run's folder.
+    keep_open: file descriptors the process inherits, such as the lock of the run's folder. report: the one
+    that torchrun's agent, where there is one, writes to which rank failed.
     """
+    inherited = [*keep_open, *([] if report is None else [report])]
     return subprocess.Popen(
-        command(job),
+        command(job, report),
         env={**os.environ, **environment(job)},
         stdin=subprocess.DEVNULL,
-        pass_fds=tuple(keep_open),
+        pass_fds=tuple(inherited),
         process_group=0,  # Ctrl-C reaches the ranks once, through the caller, not once per process
     )
 
 
-def command(job: Job) -> list[str]:
+def command(job: Job, report: int | None = None) -> list[str]:
     """The command line that runs the job on this machine."""
     logs = [] if job.log_dir is None else ["--log-dir", str(job.log_dir)]
     parent = ["--parent", str(os.getpid())]
     what = [job.module, *job.arguments]
-    if job.ranks == 1:
+    if job.is_one_process:
         return [sys.executable, "-m", "launch.rank", *parent, *logs, *what]
-    return [sys.executable, "-m", "launch.agent", "--ranks", str(job.ranks), *parent, *logs, *what]
+    options = ["--ranks", str(job.ranks), *parent, *logs]
+    if report is not None:
+        options += ["--report", str(report)]
+    if job.meeting is not None:
+        meeting = job.meeting
+        options += ["--nnodes", str(meeting.nnodes), "--node-rank", str(meeting.node_rank)]
+        options += ["--rdzv-endpoint", f"{meeting.address}:{meeting.port}", "--run-id", meeting.run_id]
+    return [sys.executable, "-m", "launch.agent", *options, *what]
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -105,7 +133,10 @@ def environment(job: Job) -> dict[str, str]:
         values["OMP_NUM_THREADS"] = str(max(1, count_cores() // job.ranks))
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         values |= _how_threads_wait()
-    if job.ranks == 1:
+    if job.meeting is not None and job.meeting.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo would take the address that this machine's name stands for, on Debian one of the loopback
+        values["GLOO_SOCKET_IFNAME"] = job.meeting.interface
+    if job.is_one_process:
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return values

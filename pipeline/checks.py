@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
+from common.config import DataConfig, Dtype, LaunchConfig, ModelConfig, OptimConfig, OptimizerName, Quantize
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.stage import Role, Step
 from launch.local import count_gpus
+from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
 from pipeline.plan import STAGES, start_of, wire_run
 from step3_ppo.config import PPOConfig
@@ -32,8 +33,11 @@ SMALLEST_DISK = 64 * 2**20
 """Bytes that must be free for any run: logs, metrics and a tokenized cache."""
 
 
-def check(config: PipelineConfig, ranks: int) -> None:
-    """Every check, also that each step has a start; `ranks` is the number of ranks that a step will have."""
+def check(config: PipelineConfig, ranks: int, on_each: Sequence[int] = ()) -> None:
+    """Every check, also that each step has a start.
+
+    ranks: how many ranks a step will have. on_each: how many of them each machine has; without, there is one.
+    """
     wired = wire_run(config)
     if Step.sft in config.steps:
         check_model(config.model)
@@ -49,7 +53,21 @@ def check(config: PipelineConfig, ranks: int) -> None:
         check_ppo(config.ppo)
         config.ppo.check_patience(ranks)
     check_stage_split(config)
-    check_sharding(config, ranks)
+    for count in set(on_each or [ranks]):
+        check_sharding(config, count)
+
+
+def check_launch(launch: LaunchConfig) -> None:
+    """A machine of several knows its number, and where machine 0 is."""
+    if launch.nnodes == 1:
+        return
+    if launch.node_rank is None:
+        raise UserError(
+            f"launch.nnodes={launch.nnodes}, and launch.node_rank is missing",
+            hint="give every machine the same command with its own launch.node_rank, from 0 to "
+            f"{launch.nnodes - 1}, or let launch=ssh, slurm or k8s do it",
+        )
+    endpoint_of(launch)
 
 
 def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelConfig], ranks: int) -> None:

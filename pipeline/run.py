@@ -11,13 +11,13 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from common.artifacts import (
@@ -35,7 +35,9 @@ from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
 from common.redact import redact
 from common.stage import Role, Stage, Step
-from launch.local import Job, ranks_of, start
+from launch.local import Job, ranks_of
+from launch.nodes import Hello, Machines, follow, gather
+from launch.supervise import supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, start_of, wire_run, with_sources
@@ -51,19 +53,42 @@ Say = Callable[[str], None]
 
 def run(config: PipelineConfig, *, say: Say = print) -> int:
     """Run every step of `config`. Returns 0 when all are done, else the status of the one that was not."""
-    ranks = ranks_of(config.launch)
+    checks.check_launch(config.launch)
+    own = ranks_of(config.launch)
     wired = wire_run(config)
-    check_named_sources(wired)
-    checks.check(config, ranks)
     name = state.run_name(config)
     folder = Path(config.output_dir) / name
-    config = with_sources(replace(config, run_name=name), wired, folder)
+    if config.launch.node_rank:
+        return follow(config.launch, hello(config, own), folder, jobs_of(wired, folder, own), say)
+    check_named_sources(wired)
+    checks.check(config, own)
+    if config.launch.nnodes == 1:
+        return run_checked(replace(config, run_name=name), wired, folder, own, None, say)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with gather(config.launch, hello(config, own), folder, say) as machines:
+        checks.check(config, sum(machines.ranks), machines.ranks)
+        status = run_checked(replace(config, run_name=name), wired, folder, own, machines, say)
+        machines.leave_with(status)
+    return status
+
+
+def run_checked(
+    config: PipelineConfig,
+    wired: Sequence[Wired],
+    folder: Path,
+    ranks: int,
+    machines: Machines | None,
+    say: Say,
+) -> int:
+    """Run every step of a configuration that can be run; `ranks` are those of this machine."""
+    config = with_sources(config, wired, folder)
     status = check_functions(config, wired, folder)
     if status != 0:
         return status
     lock = state.lock_run(folder)
     try:
-        status = run_steps(config, wired, folder, ranks, lock, say)
+        status = run_steps(config, wired, folder, ranks, lock, say, machines)
     finally:
         os.close(lock)
     if (folder / REPORT).exists():
@@ -71,12 +96,42 @@ def run(config: PipelineConfig, *, say: Say = print) -> int:
     return status
 
 
+def hello(config: PipelineConfig, ranks: int) -> Hello:
+    """What this machine says to the others; the command must be the same on all of them."""
+    command = {
+        "launch.nnodes": config.launch.nnodes,
+        "run_name": state.run_name(config),
+        "steps": [step.value for step in config.steps],
+        "settings": state.config_hash(config)[:12],
+        "force": config.force,
+        **{f"version of {name}": version(name) for name in ("rlhf-pipeline", "torch", "deepspeed")},
+    }
+    return Hello(config.launch.node_rank or 0, ranks, command, socket.gethostname())
+
+
+def jobs_of(wired: Sequence[Wired], run_dir: Path, ranks: int) -> dict[str, Job]:
+    """What each step runs on this machine, by name."""
+    arguments = ("--config", str(run_dir / RESOLVED), "--run-dir", str(run_dir))
+    return {
+        step.stage.name.value: Job(
+            step.stage.module, arguments, ranks, run_dir / step.stage.name.value / "logs"
+        )
+        for step in wired
+    }
+
+
 def run_steps(
-    config: PipelineConfig, wired: Sequence[Wired], run_dir: Path, ranks: int, lock: int, say: Say
+    config: PipelineConfig,
+    wired: Sequence[Wired],
+    run_dir: Path,
+    ranks: int,
+    lock: int,
+    say: Say,
+    machines: Machines | None = None,
 ) -> int:
     """Run the steps until one does not end well; returns the exit status of the last that ran."""
     for step in wired:
-        status = run_step(config, step, run_dir, ranks, lock, say)
+        status = run_step(config, step, run_dir, ranks, lock, say, machines)
         if status != 0:
             return status
     return 0
@@ -177,7 +232,15 @@ def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:
     return loaded
 
 
-def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lock: int, say: Say) -> int:
+def run_step(
+    config: PipelineConfig,
+    wired: Wired,
+    run_dir: Path,
+    ranks: int,
+    lock: int,
+    say: Say,
+    machines: Machines | None = None,
+) -> int:
     """Run one step, or find that there is nothing to do. Returns its exit status."""
     name = wired.stage.name.value
     folder = run_dir / name
@@ -203,7 +266,10 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
     policy = sources.get(Role.policy)
     start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
     begins = "going on" if before is not None else "starting"
-    say(f"{name}: {begins} in {folder}, {ranks} rank(s){start_from}")
+    size = f"{ranks} rank(s)"
+    if machines is not None:
+        size = f"{sum(machines.ranks)} rank(s) on {len(machines.ranks)} machines"
+    say(f"{name}: {begins} in {folder}, {size}{start_from}")
     if Role.reward_model in sources:
         for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
             say(f"{name}: {line}")
@@ -217,9 +283,16 @@ def run_step(config: PipelineConfig, wired: Wired, run_dir: Path, ranks: int, lo
         "launched": state.now(),
     }
     state.write_state(folder, current)
-    arguments = ("--config", str(resolved), "--run-dir", str(run_dir))
-    job = Job(wired.stage.module, arguments, ranks, folder / "logs")
-    status, stopped = supervise(job, (lock,))
+    if machines is not None:
+        machines.expect(run_dir, [resolved])
+    status, stopped = supervise(
+        jobs_of([wired], run_dir, ranks)[name],
+        (lock,),
+        name=name,
+        others=machines,
+        restarts=config.launch.max_restarts,
+        say=say,
+    )
     try:
         return conclude(run_dir, wired, current, status, stopped, say)
     finally:
@@ -406,37 +479,3 @@ def write_resolved(config: PipelineConfig, folder: Path, say: Say) -> Path:
     path = folder / RESOLVED
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(hidden)))
     return path
-
-
-def supervise(job: Job, keep_open: tuple[int, ...]) -> tuple[int, bool]:
-    """Run a job to its end, passing each signal to stop on to it once.
-
-    Returns its exit status (128 + N when signal N killed it) and whether it was told to stop.
-    """
-    process: subprocess.Popen[bytes] | None = None
-    told: set[int] = set()
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        # Ranks save on SIGTERM and SIGUSR1; a Python process would end on SIGINT without saving.
-        passed_on = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
-        if passed_on not in told:
-            told.add(passed_on)
-            if process is not None:
-                process.send_signal(passed_on)
-
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
-    kept = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if kept[number] is not signal.SIG_IGN:  # nohup stays in force
-            signal.signal(number, forward)
-    try:
-        process = start(job, keep_open=keep_open)
-        for early in told:  # it came while the process was being started
-            process.send_signal(early)
-        code = process.wait()
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-    if code < 0 and -code in told:
-        return STOPPED, True
-    return (code if code >= 0 else 128 - code), bool(told)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.agent import STOPPED, exit_status, first_failure
-from launch.local import Job, start
+from launch.local import Job
+from launch.supervise import supervise
 
 PROGRAM = """
 import os, sys
@@ -34,7 +35,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_two_ranks_get_torchruns_environment_and_the_first_one_the_terminal(
     module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert start(Job(module, (str(tmp_path),), 2, tmp_path / "logs")).wait() == 0
+    assert supervise(Job(module, (str(tmp_path),), 2, tmp_path / "logs")) == (0, False)
     assert (tmp_path / "0").read_text() == "2 0 2 127.0.0.1"
     assert (tmp_path / "1").read_text() == "2 1 2 127.0.0.1"
     assert capfd.readouterr().out == "printed by rank 0\n"
@@ -44,7 +45,7 @@ def test_two_ranks_get_torchruns_environment_and_the_first_one_the_terminal(
 def test_a_crash_of_another_rank_ends_with_its_status_and_the_end_of_its_log(
     module: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert start(Job(module, (str(tmp_path), "crash"), 2, tmp_path / "logs")).wait() == 1
+    assert supervise(Job(module, (str(tmp_path), "crash"), 2, tmp_path / "logs")) == (1, False)
     shown = capfd.readouterr().err
     assert "rank 1 failed first (exit status 1)" in shown
     assert "RuntimeError: rank one crashed" in shown
@@ -56,6 +57,12 @@ def test_the_cause_is_preferred_to_ranks_that_were_only_told_to_stop() -> None:
     assert first_failure([(0, -15), (1, 1)]) == (1, 1)
     assert first_failure([(1, 143), (0, 143)]) == (1, 143)
     assert first_failure([(2, -9), (1, 1)]) == (2, -9)
+
+
+def test_a_rank_that_died_is_preferred_to_those_that_failed_without_it_and_a_message_to_both() -> None:
+    assert first_failure([(0, 1), (3, 1)]) == (0, 1)
+    assert first_failure([(0, 1), (1, -9)]) == (1, -9)
+    assert first_failure([(0, 1), (1, -9), (2, 2)]) == (2, 2)
 
 
 def test_death_by_a_signal_to_stop_counts_as_stopped_only_when_one_was_sent() -> None:

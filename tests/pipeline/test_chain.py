@@ -497,7 +497,9 @@ def test_functions_are_looked_at_when_there_are_some(
     jobs: list[Any] = []
     monkeypatch.setitem(plan.STAGES, PPO, dataclasses.replace(plan.STAGES[PPO], module="step3_ppo"))  # type: ignore[arg-type]
     supervise = run.supervise
-    monkeypatch.setattr(run, "supervise", lambda job, held: jobs.append(job) or supervise(job, held))
+    monkeypatch.setattr(
+        run, "supervise", lambda job, held, **more: jobs.append(job) or supervise(job, held, **more)
+    )
     made = config(SFT, REWARD, PPO)
     made.ppo.evaluation.functions = references
     assert run.check_functions(made, plan.wire_run(made), Path("runs/a")) == 0

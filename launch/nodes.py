@@ -1,0 +1,461 @@
+"""Several machines: each is given the same command, and machine 0 decides.
+
+Takes a LaunchConfig whose `nnodes` is more than 1. On machine 0 `gather` waits for the others and returns
+them as `Machines`, which start their part of a job, report how it ended and are sent home at the end. On each
+other machine `follow` does what machine 0 says: it starts jobs that it knows by name, and nothing else. They
+talk over one TCP connection each (`launch/channel.py`); the ranks meet at the next port. Knows nothing of steps,
+of what a job does, or of why it failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from common.artifacts import disk_errors, write_text
+from common.config import LaunchConfig
+from common.errors import UserError
+from launch.agent import STOPPED
+from launch.channel import Channel, interface_of
+from launch.local import Job, Meeting
+from launch.supervise import POLL_SECONDS, Outcome, Running, Say, StopRequests
+
+SHARED_SECONDS = 60.0
+"""How long a file that machine 0 wrote may take to be seen by another: what NFS remembers, and some."""
+LATE_SECONDS = 15.0
+"""How much longer than allowed a machine may take to stop its ranks before it is taken to be lost."""
+_TOKEN = re.compile(r"\.machines-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a machine says of itself; `command` must be the same on all of them."""
+
+    node_rank: int
+    ranks: int
+    command: Mapping[str, Any]
+    host: str
+
+
+@dataclass
+class _Other:
+    """Another machine, as machine 0 sees it."""
+
+    hello: Hello
+    channel: Channel
+    is_running: bool = False
+    must_end_by: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"machine {self.hello.node_rank} ({self.hello.host})"
+
+
+class Machines:
+    """The other machines of a run, as machine 0 sees them; leaving the context sends them home."""
+
+    def __init__(self, others: Sequence[_Other], own: Hello, endpoint: tuple[str, int]) -> None:
+        self._others = sorted(others, key=lambda other: other.hello.node_rank)
+        self._endpoint = endpoint
+        self._files: Mapping[Path, Path] = {}
+        self.ranks = [own.ranks, *(other.hello.ranks for other in self._others)]
+        """on each machine"""
+        self.status = 1
+        """with which the others are to end"""
+        self.message: str | None = "machine 0 broke off"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, UserError):
+            self.status, self.message = UserError.EXIT_CODE, error.message
+        for other in self._others:
+            other.channel.send("end", status=self.status, message=self.message)
+            other.channel.close()
+
+    def leave_with(self, status: int) -> None:
+        """Let the others end with this status."""
+        self.status, self.message = status, None
+
+    def expect(self, root: Path, files: Sequence[Path]) -> None:
+        """Have the others wait until these files under `root` are for them what they are here."""
+        self._files = {path.relative_to(root): path for path in files}
+
+    def begin(self, name: str) -> Meeting:
+        """Have them start their part of the job `name`; where all ranks meet."""
+        address, port = self._endpoint
+        run_id = f"{name}_{secrets.token_hex(4)}"
+        files = {str(relative): _sha256(path) for relative, path in self._files.items()}
+        for other in self._others:
+            other.is_running, other.must_end_by = True, None
+            other.channel.send("job", name=name, run_id=run_id, files=files)
+        interface = interface_of(self._others[0].channel.own_address)
+        return Meeting(len(self.ranks), 0, address, port + 1, run_id, interface)
+
+    def ended(self) -> list[Outcome]:
+        """How the job ended on those machines where it ended since the last call."""
+        return [outcome for other in self._others for outcome in self._ended(other)]
+
+    def _ended(self, other: _Other) -> list[Outcome]:
+        outcomes = [
+            _outcome(message, other.name)
+            for message in other.channel.receive()
+            if message["do"] in ("ended", "leaving")
+        ]
+        is_late = other.must_end_by is not None and time.monotonic() > other.must_end_by
+        if other.is_running and not outcomes and (not other.channel.is_open or is_late):
+            other.channel.close()
+            why = "does not answer" if is_late else "is gone: its connection was closed"
+            outcomes = [Outcome(1, lost=f"{other.name} {why}")]
+        if outcomes:
+            other.is_running = False
+        return outcomes
+
+    def is_running(self) -> bool:
+        """Whether the job has not ended on any of them."""
+        return any(other.is_running for other in self._others)
+
+    def halt(self, seconds: float) -> None:
+        """Have them stop the job, and kill what is left of it after so many seconds."""
+        for other in self._others:
+            if other.is_running:
+                other.must_end_by = time.monotonic() + seconds + LATE_SECONDS
+                other.channel.send("halt", seconds=seconds)
+
+
+def gather(launch: LaunchConfig, own: Hello, folder: Path, say: Say) -> Machines:
+    """Wait for the other machines, which must see the run's `folder`; UserError when they do not come."""
+    address, port = endpoint_of(launch)
+    token = folder / f".machines-{secrets.token_hex(4)}"
+    secret = secrets.token_hex(16)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(address, port))
+        write_text(token, secret)
+        stack.callback(token.unlink, missing_ok=True)
+        requests = stack.enter_context(StopRequests())
+        say(f"machine 0 waits at {address}:{port} for {launch.nnodes - 1} other(s)")
+        door = _Door(listener, own, token, secret, launch.nnodes)
+        try:
+            end = time.monotonic() + launch.join_seconds
+            while len(door.joined) < launch.nnodes - 1:
+                if requests.received:
+                    raise SystemExit(STOPPED)
+                if time.monotonic() > end:
+                    raise _nobody_came(launch, door)
+                door.answer(say)
+        except (UserError, SystemExit) as error:
+            is_users = isinstance(error, UserError)
+            door.send_home(UserError.EXIT_CODE if is_users else STOPPED, error.message if is_users else None)  # type: ignore[union-attr]
+            raise
+    return Machines(list(door.joined.values()), own, (address, port))
+
+
+class _Door:
+    """Where the other machines come in: each says who it is, and shows that it sees the run's folder."""
+
+    def __init__(self, listener: socket.socket, own: Hello, token: Path, secret: str, nnodes: int) -> None:
+        self._listener, self._own, self._nnodes = listener, own, nnodes
+        self._token, self._secret = token, secret
+        self._strangers: list[Channel] = []
+        self._known: list[_Other] = []  # said who they are, not yet that they see the folder
+        self.joined: dict[int, _Other] = {}
+
+    def answer(self, say: Say) -> None:
+        """Deal with what the machines say within a fraction of a second."""
+        others = [*self._known, *self.joined.values()]
+        watched: list[Any] = [self._listener, *self._strangers, *(other.channel for other in others)]
+        ready = select.select(watched, [], [], 0.2)[0]
+        if self._listener in ready:
+            self._strangers.append(Channel(self._listener.accept()[0]))
+        for other in others:
+            if other.channel in ready:
+                for message in other.channel.receive():
+                    self._hear(other, message, say)
+            if not other.channel.is_open:
+                self._forget(other, say)
+        for channel in [channel for channel in self._strangers if channel in ready]:
+            for message in channel.receive():
+                self._greet(channel, message)
+        self._strangers = [channel for channel in self._strangers if channel.is_open]
+
+    def _greet(self, channel: Channel, message: Mapping[str, Any]) -> None:
+        try:
+            hello = Hello(
+                int(message["node_rank"]),
+                int(message["ranks"]),
+                dict(message["command"]),
+                str(message["host"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            channel.close()
+            return
+        self._strangers.remove(channel)
+        other = _Other(hello, channel)
+        self._known.append(other)
+        reasons = differences(self._own.command, hello.command)
+        if reasons:
+            listed = "".join(f"\n    {line}" for line in reasons)
+            raise UserError(
+                f"{other.name} was given another command than machine 0:{listed}",
+                hint="give every machine the same command, but for launch.node_rank",
+            )
+        same = [other for other in [self._own, *self._hellos()] if other.node_rank == hello.node_rank]
+        if same:
+            raise UserError(
+                f"two machines have launch.node_rank={hello.node_rank}: {same[0].host} and {hello.host}",
+                hint=f"number them from 0 to {self._nnodes - 1}",
+            )
+        channel.send("welcome", token=self._token.name, folder=str(self._token.parent.absolute()))
+
+    def _hellos(self) -> list[Hello]:
+        others = [*self._known[:-1], *self.joined.values()]
+        return [other.hello for other in others if other.channel.is_open]
+
+    def _hear(self, other: _Other, message: Mapping[str, Any], say: Say) -> None:
+        if message["do"] == "found" and message.get("secret") == self._secret:
+            self._known.remove(other)
+            self.joined[other.hello.node_rank] = other
+            say(f"{other.name} is here with {other.hello.ranks} rank(s)")
+        elif message["do"] == "lost":
+            raise not_shared(self._token.parent, str(message.get("folder")), other.name)
+        else:
+            other.channel.close()
+
+    def _forget(self, other: _Other, say: Say) -> None:
+        if other in self._known:
+            self._known.remove(other)
+        elif self.joined.pop(other.hello.node_rank, None) is not None:
+            say(f"{other.name} has left again")
+
+    def send_home(self, status: int, message: str | None) -> None:
+        """Let all that are here end with this status."""
+        for other in [*self._known, *self.joined.values()]:
+            other.channel.send("end", status=status, message=message)
+            other.channel.close()
+        for channel in self._strangers:
+            channel.close()
+
+
+def follow(launch: LaunchConfig, own: Hello, folder: Path, jobs: Mapping[str, Job], say: Say) -> int:
+    """Do what machine 0 says until it sends us home; returns the exit status.
+
+    jobs: all that it may ask for, by name. UserError when it cannot be reached, does not want us, or its
+    run's folder is another one than ours.
+    """
+    endpoint = endpoint_of(launch)
+    with StopRequests() as requests:
+        channel = _connect(endpoint, launch.join_seconds, requests)
+        if channel is None:
+            return STOPPED
+        try:
+            return _obey(channel, launch, own, folder, jobs, say, requests)
+        except UserError as error:
+            channel.send("ended", status=UserError.EXIT_CODE, message=error.message)
+            raise
+        finally:
+            channel.close()
+
+
+def _obey(
+    channel: Channel,
+    launch: LaunchConfig,
+    own: Hello,
+    folder: Path,
+    jobs: Mapping[str, Job],
+    say: Say,
+    requests: StopRequests,
+) -> int:
+    channel.send("hello", node_rank=own.node_rank, ranks=own.ranks, command=own.command, host=own.host)
+    is_leaving = False
+    while channel.is_open:
+        if requests.received and not is_leaving:
+            is_leaving = True
+            channel.send("leaving", status=STOPPED, stopped=True)
+        for message in channel.receive(0.2):
+            match message["do"]:
+                case "welcome":
+                    _show_that_we_see(folder, message, channel)
+                    say(f"machine {own.node_rank} follows machine 0 at {launch.rdzv_endpoint}")
+                case "job" if not is_leaving:
+                    _do(jobs, message, folder, channel, launch, requests)
+                case "end":
+                    return _end(message) or (STOPPED if requests.received else 0)
+    if requests.received:
+        return STOPPED
+    print(f"machine 0 at {launch.rdzv_endpoint} is gone: its connection was closed", file=sys.stderr)
+    return 1
+
+
+def _end(message: Mapping[str, Any]) -> int:
+    """The status with which machine 0 sends us home; UserError when it has one."""
+    status = int(message["status"])
+    if status == UserError.EXIT_CODE:
+        raise UserError(f"machine 0: {message['message'] or 'see what was printed there'}")
+    return status
+
+
+def _do(
+    jobs: Mapping[str, Job],
+    message: Mapping[str, Any],
+    folder: Path,
+    channel: Channel,
+    launch: LaunchConfig,
+    requests: StopRequests,
+) -> None:
+    """Run our part of a job, and say how it ended."""
+    name = str(message["name"])
+    if name not in jobs:
+        raise UserError(f"machine 0 asks for {name}, which this run does not have", hint="use one version")
+    for relative, sha256 in message["files"].items():
+        if not _within(SHARED_SECONDS, partial(_is_same, folder / relative, sha256)):
+            raise UserError(
+                f"{folder / relative} is not what machine 0 wrote", hint="all machines must share output_dir"
+            )
+    assert launch.node_rank is not None
+    address, port = endpoint_of(launch)
+    interface = interface_of(channel.own_address)
+    meeting = Meeting(launch.nnodes, launch.node_rank, address, port + 1, str(message["run_id"]), interface)
+    running = Running(replace(jobs[name], meeting=meeting), (), requests)
+    while (outcome := running.wait(POLL_SECONDS)) is None:
+        for order in channel.receive():
+            if order["do"] == "halt":
+                running.halt(float(order["seconds"]))
+        if not channel.is_open:
+            running.halt(0.0)
+    cause = None if outcome.cause is None else list(outcome.cause)
+    channel.send("ended", status=outcome.status, cause=cause, stopped=outcome.stopped)
+
+
+def _outcome(message: Mapping[str, Any], where: str) -> Outcome:
+    cause = message.get("cause")
+    rank_and_code = None if cause is None else (int(cause[0]), int(cause[1]))
+    said = message.get("message")
+    lost = None if said is None else f"{where}: {said}"
+    return Outcome(int(message["status"]), rank_and_code, bool(message.get("stopped")), where, lost)
+
+
+def _show_that_we_see(folder: Path, message: Mapping[str, Any], channel: Channel) -> None:
+    """Send back what is in the file that machine 0 wrote into the run's folder."""
+    token = str(message["token"])
+    if not _TOKEN.fullmatch(token):
+        raise UserError("machine 0 speaks another language", hint="use one version on all machines")
+    if not _within(SHARED_SECONDS, partial(_is_there, folder, token)):
+        channel.send("lost", folder=str(folder.absolute()))
+        raise not_shared(Path(str(message["folder"])), str(folder.absolute()), "this machine")
+    with disk_errors(folder):
+        channel.send("found", secret=(folder / token).read_text(encoding="utf-8"))
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    """Whether the folder has the file; it is listed, because NFS remembers for a while what was not there."""
+    with contextlib.suppress(OSError):
+        return any(path.name == name for path in folder.iterdir())
+    return False
+
+
+def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
+    """Whether it becomes so within the time."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _is_same(path: Path, sha256: str) -> bool:
+    return _sha256(path) == sha256
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "unreadable"
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What another machine was told differently, one line for each."""
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    return [
+        f"{key}: {ours.get(key)} on machine 0, {theirs.get(key)} there"
+        for key in keys
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def not_shared(folder: Path | str, other: str, who: str) -> UserError:
+    """The error for a run's folder that is not one and the same on all machines."""
+    return UserError(
+        f"machine 0 writes to {folder}, and {who} sees nothing of it in {other}",
+        hint="output_dir must be a folder that all machines share, such as one on NFS",
+    )
+
+
+def endpoint_of(launch: LaunchConfig) -> tuple[str, int]:
+    """Host and port of `launch.rdzv_endpoint`; UserError when it is no such thing."""
+    host, colon, port = (launch.rdzv_endpoint or "").rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65535):
+        raise UserError(
+            f"launch.rdzv_endpoint={launch.rdzv_endpoint} is not allowed with launch.nnodes={launch.nnodes}",
+            hint="allowed: HOST:PORT of machine 0, the same on every machine; PORT and PORT + 1 must be free",
+        )
+    return host, int(port)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """A socket that the other machines can reach; on all interfaces, unless the address is a loopback one."""
+    try:
+        if address == "localhost" or address.startswith("127."):
+            return socket.create_server((address, port), backlog=64)
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
+        return socket.create_server(("", port), backlog=64)
+    except OSError as error:
+        raise UserError(
+            f"machine 0 cannot listen at port {port}: {error.strerror}",
+            hint=f"launch.rdzv_endpoint={address}:ANOTHER_PORT, the same on every machine",
+        ) from None
+
+
+def _connect(endpoint: tuple[str, int], seconds: float, requests: StopRequests) -> Channel | None:
+    """A connection to machine 0, which may be started later than this one; None when told to stop."""
+    address, port = endpoint
+    end = time.monotonic() + seconds
+    while not requests.received:
+        try:
+            return Channel(socket.create_connection(endpoint, timeout=5.0))
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"machine 0 did not answer at {address}:{port} for {seconds:.0f} s ({error})",
+                    hint="start the same command there with launch.node_rank=0, "
+                    "or wait longer: launch.join_seconds",
+                ) from None
+        time.sleep(0.3)
+    return None
+
+
+def _nobody_came(launch: LaunchConfig, door: _Door) -> UserError:
+    missing = [str(rank) for rank in range(1, launch.nnodes) if rank not in door.joined]
+    _, port = endpoint_of(launch)
+    return UserError(
+        f"machine {', '.join(missing)} of {launch.nnodes} did not come within {launch.join_seconds} s",
+        hint="start the same command there with its own launch.node_rank, let nothing block ports "
+        f"{port} and {port + 1}, or wait longer: launch.join_seconds",
+    )
