@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from common.config import JobConfig, load_resolved
 from common.errors import UserError
+from common.jit import refuse_to_wait_for_ever
 from common.logs import open_rank_log, run_and_report
 
 Job = TypeVar("Job", bound=JobConfig)
@@ -54,6 +55,7 @@ def step_main(
                 check(job)
                 return 0
             if not arguments.preview:
+                refuse_to_wait_for_ever()
                 return train(job, run_dir)
             preview(job, run_dir / name)
             return 0
