@@ -3,8 +3,8 @@
 Takes a LaunchConfig whose `nnodes` is more than 1. On machine 0 `gather` waits for the others and returns
 them as `Machines`, which start their part of a job, report how it ended and are sent home at the end. On each
 other machine `follow` does what machine 0 says: it starts jobs that it knows by name, and nothing else. They
-talk over one TCP connection each (`launch/channel.py`); the ranks meet at the next port. Knows nothing of steps,
-of what a job does, or of why it failed.
+talk over one TCP connection each (`launch/channel.py`); the ranks meet at the next port. Knows nothing of
+steps, of what a job does, or of why it failed.
 """
 
 from __future__ import annotations
