@@ -87,7 +87,7 @@ def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> 
         "numNodes": config.nnodes,
     }
     if resources := resources_of(config):
-        trainer["resourcesPerNode"] = {"limits": resources, "requests": resources}
+        trainer["resourcesPerNode"] = {"limits": resources, "requests": dict(resources)}
     return {
         "apiVersion": API_VERSION,
         "kind": "TrainJob",
