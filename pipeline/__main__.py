@@ -28,6 +28,7 @@ usage: python -m pipeline VERB ...
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
+  doctor                what this machine can do, and what would stop a run on it
 
   python -m pipeline run                                              the embedded demo: sft, reward, ppo
   python -m pipeline run model.path=FOLDER sft.data.path=FILE.jsonl   your model, your data
@@ -41,7 +42,7 @@ usage: python -m pipeline VERB ...
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "preview", "verify", "report", "chat")
+VERBS = ("run", "preview", "verify", "report", "chat", "doctor")
 INTERRUPTED = 130
 
 
@@ -79,6 +80,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.chat import chat
 
         return chat(rest)
+    if verb == "doctor":
+        from pipeline.doctor import doctor
+
+        return doctor(rest, say=say)
     near = difflib.get_close_matches(verb, VERBS, 1)
     way_out = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
     if "=" in verb:

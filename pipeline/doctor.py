@@ -1,0 +1,95 @@
+"""`python -m pipeline doctor`: what this machine can do, and what would stop a run on it.
+
+Runs every probe of `probes.py` at once, each in a thread of its own and for a limited time; prints a line
+per finding, in the order of the probes. Takes nothing but the folder for runs; returns 2 when something would
+stop or hang a run, else 0. Changes nothing, and asks nothing of other machines but the name server.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from pipeline.probes import PROBES, Finding, Level, Machine, Probe
+
+SECONDS = 10.0
+"""How long a probe may take; a disk or a name server that is away can take for ever."""
+TORCH_SECONDS = 60.0
+"""And the one that imports torch, which on a busy machine takes its time."""
+
+
+def doctor(arguments: Sequence[str], *, say: Callable[[str], None] = print) -> int:
+    """The verb. Returns 0, or 2 when a finding would stop a run."""
+    output_dir = Path("runs")
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key != "output_dir" or not value:
+            raise UserError(
+                f"doctor takes output_dir=FOLDER or nothing, not {argument}",
+                hint="python -m pipeline doctor output_dir=runs",
+            )
+        output_dir = Path(value)
+    machine = Machine(dict(os.environ), output_dir)
+    return report(examine(machine), say)
+
+
+def examine(
+    machine: Machine,
+    probes: Sequence[Probe] = PROBES,
+    limit: float = SECONDS,
+    torch_limit: float = TORCH_SECONDS,
+) -> list[Finding]:
+    """What the probes find, in their order; one that is late or fails is a finding itself."""
+    machine = Machine(machine.environment, machine.output_dir, child_seconds=torch_limit)
+    answers: queue.Queue[tuple[int, list[Finding]]] = queue.Queue()
+
+    def answer(number: int) -> None:
+        answers.put((number, examined(probes[number], machine)))
+
+    for number in range(len(probes)):
+        threading.Thread(target=answer, args=(number,), daemon=True).start()
+    begin, found = time.monotonic(), dict[int, list[Finding]]()
+    while missing := [number for number in range(len(probes)) if number not in found]:
+        limits = [torch_limit + limit if probes[number].starts_child else limit for number in missing]
+        try:
+            number, findings = answers.get(timeout=max(0.0, begin + max(limits) - time.monotonic()))
+        except queue.Empty:
+            found |= {number: [late(probes[number], limits[at])] for at, number in enumerate(missing)}
+        else:
+            found[number] = findings
+    return [finding for number in range(len(probes)) for finding in found[number]]
+
+
+def examined(probe: Probe, machine: Machine) -> list[Finding]:
+    """A probe's findings; what it cannot cope with is one, and never a traceback."""
+    try:
+        return probe.look(machine)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        return [Finding(Level.note, probe.name, f"could not be looked at ({type(error).__name__}: {words})")]
+
+
+def late(probe: Probe, seconds: float) -> Finding:
+    """The finding that a probe did not answer."""
+    return Finding(
+        Level.warning, probe.name, f"did not answer within {seconds:.0f} s, and a run would hang there too",
+        probe.when_late,
+    )  # fmt: skip
+
+
+def report(findings: Sequence[Finding], say: Callable[[str], None]) -> int:
+    """Print the findings and a closing line; returns the exit status."""
+    for finding in findings:
+        way_out = f" -> {finding.way_out}" if finding.way_out else ""
+        say(f"{finding.level.value:<7}  {finding.name:<12} {finding.text}{way_out}")
+    warnings = sum(finding.level is Level.warning for finding in findings)
+    if not warnings:
+        say("nothing here would stop a run")
+        return 0
+    say(f"{warnings} of these would stop a run")
+    return UserError.EXIT_CODE
