@@ -34,6 +34,7 @@ from common.artifacts import (
 )
 from common.distributed import World, from_main, gather_objects
 from common.errors import UserError
+from common.moments import at
 
 COUNTERS = "counters.json"
 QUARANTINE = "quarantine"
@@ -103,6 +104,7 @@ class Checkpoints:
 
         UserError on a full or read-only disk, with what was saved before left as it was.
         """
+        at("save")
         final = self.folder / f"step_{step:08d}"
         partial = final.with_name(f"{final.name}.tmp")
         if self._exists_everywhere(final):
@@ -112,6 +114,7 @@ class Checkpoints:
         records = self._hash_own_share(partial)
         from_main(self._world, lambda: self._commit(partial, final, step, records))
         from_main(self._world, lambda: self._forget_old(best_step))
+        at("commit.end")
         return final
 
     def resume(self, state: State) -> Resumed | None:
@@ -119,6 +122,7 @@ class Checkpoints:
 
         UserError when there were some and none can be verified, or the world size differs.
         """
+        at("load")
         from_main(self._world, self._remove_unfinished)
         set_aside: list[str] = []
         for step in sorted(self.steps(), reverse=True):
@@ -165,12 +169,14 @@ class Checkpoints:
             raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
     def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
+        at("commit.write")
         state.save(partial)
         if self._world.is_main:
             (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
 
     def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
         """Hash every world_size-th file; return all ranks' records."""
+        at("commit.hash")
         names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
         own = {}
         for name in names[self._world.rank :: self._world.size]:
@@ -180,10 +186,13 @@ class Checkpoints:
     def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
         details = {"step": step, **self._details}
         with disk_errors(partial):
+            at("commit.manifest")
             write_manifest(partial, Manifest("checkpoint", None, records, details))
+        at("commit.rename")
         commit_folder(partial, final)
 
     def _forget_old(self, best_step: int | None) -> None:
+        at("commit.forget")
         present = sorted(int(m.group(1)) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
         for step in present[: -self._keep]:
             if step != best_step:

@@ -1,4 +1,4 @@
-"""Rank, device, seeds, small collectives and the stop signal. Leaf: knows nothing of training.
+"""Rank, device, seeds, small collectives and the stop signal. Knows nothing of training.
 
 Runs under torchrun's environment contract (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 Small host-side values travel over gloo, so that a collective never waits for the GPU's queue.
@@ -18,12 +18,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common import moments
 from common.errors import UserError
-from common.limits import COLLECTIVE_SECONDS
+from common.limits import collective_seconds
+from common.watch import Watch, start_watch
 
 STOPPED_EXIT_CODE = 143
-TIMEOUT = timedelta(seconds=COLLECTIVE_SECONDS)
+WATCH_FIRST = 60.0
+"""Seconds by which a collective's own timeout comes after the watch, which says more."""
 T = TypeVar("T")
+_watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,11 @@ class World:
 
 
 def init_world() -> World:
-    """Join the process group named by the environment; a lone process is a world of one."""
+    """Join the process group named by the environment; a lone process is a world of one.
+
+    Several are watched from here on (`watch.py`). UserError when RLHF_FAULT, or a limit, is not understood.
+    """
+    global _watch
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -50,14 +58,32 @@ def init_world() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+    moments.arm(rank)
     if not dist.is_initialized():
+        timeout = timedelta(seconds=collective_seconds() + WATCH_FIRST)
+        _limit_every_group(timeout)
         store = dist.HashStore() if size == 1 else None  # a lone process needs no address to meet at
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT, store=store)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
+        if size > 1:
+            _watch = start_watch(rank, size, timeout, barrier)
+    moments.at("start")
     return World(rank, size, local_rank, device)
+
+
+def _limit_every_group(timeout: timedelta) -> None:
+    """Also those that others make without naming a timeout: DeepSpeed's would wait for torch's own."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def close_world() -> None:
     """Leave the process group."""
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.moments import at
+
 STATE_TAG = "zero"
 """Name of the folder DeepSpeed writes below a checkpoint."""
 
@@ -73,10 +75,13 @@ class Engine:
         `denominator` is the step's global count of trained tokens, known before the first
         micro-batch. DeepSpeed averages gradients over ranks; the factor world size undoes it.
         """
+        if at("backward"):
+            loss_sum = loss_sum * math.nan
         self._engine.backward(loss_sum * (self._world_size / denominator), scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
         """Reduce, clip, update. A gradient that is not finite on any rank skips it on all."""
+        at("update")
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from common.errors import UserError
 
 _ERROR_FILE = "error.txt"
+ending = threading.Lock()
+"""Held by whoever ends this process, so that it ends for one reason and says one."""
 
 
 def open_rank_log(folder: Path, rank: int) -> None:
@@ -40,6 +44,8 @@ def run_and_report(work: Callable[[], int], folder: Path) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return UserError.EXIT_CODE
     except Exception:
+        with ending:  # for ever, where the watch has it: ranks that leave make others fail in a collective
+            pass
         logging.getLogger("rlhf").exception("unexpected error")
         raise
 
@@ -53,3 +59,17 @@ def _is_first(folder: Path, message: str) -> bool:
     except OSError:  # a full or read-only disk must not hide the message
         return True
     return True
+
+
+def rank_log() -> TextIO | None:
+    """The log file of this process; None where there is none."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            return handler.stream
+    return None
+
+
+def is_first(message: str) -> bool:
+    """Whether no other rank of this start has printed an error yet."""
+    log = rank_log()
+    return log is None or _is_first(Path(log.name).parent, message)

@@ -33,6 +33,7 @@ from common.distributed import (
 from common.export import export_policy
 from common.losses import PackedCausalLM
 from common.models import load_model, terminators_of
+from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
@@ -98,6 +99,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
         stop.deferred = True
         clock = loop.SaveClock(config.save_minutes, world)
         while counters.step < total_steps:
+            at("step", counters.step + 1)
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: the step's tokens, and whether to stop or save
@@ -137,6 +139,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
 
             is_last = counters.step == total_steps
             if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
+                at("evaluate")
                 held_out = evaluate(
                     engine, evaluation_batches(data.held_out, plan), data.held_out.sources, world.device
                 )
@@ -156,6 +159,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
                 clock.restart()
 
         # Save ----------------------------------------------------------------------------------
+        at("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         engine.eval()
         probe = loop.probe_of(data.train[0], world.device)

@@ -36,6 +36,7 @@ from common.export import export_policy
 from common.handoff import load_named, model_of, parent_record
 from common.losses import PackedCausalLM
 from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
+from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
@@ -115,6 +116,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
         stop.deferred = True
         clock = loop.SaveClock(config.save_minutes, world)
         while counters.step < total_steps:
+            at("step", counters.step + 1)
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: what the step holds, and whether to stop or save
@@ -158,6 +160,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
 
             is_last = counters.step == total_steps
             if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
+                at("evaluate")
                 held_out = evaluate(
                     engine, evaluation_pair_batches(data.held_out, plan), reference, objective, world.device
                 )
@@ -177,6 +180,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
                 clock.restart()
 
         # Save ----------------------------------------------------------------------------------
+        at("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         engine.eval()
         probe = loop.probe_of(data.train[0].chosen, world.device)

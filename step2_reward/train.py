@@ -34,6 +34,7 @@ from common.distributed import (
 from common.export import export_reward_model
 from common.handoff import load_named, model_of, parent_record
 from common.models import load_tokenizer
+from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
@@ -101,6 +102,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
         stop.deferred = True
         clock = loop.SaveClock(config.save_minutes, world)
         while counters.step < total_steps:
+            at("step", counters.step + 1)
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: what the step holds, and whether to stop or save
@@ -142,6 +144,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
 
             is_last = counters.step == total_steps
             if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
+                at("evaluate")
                 scores_now = score_pairs(engine, evaluation_pair_batches(data.held_out, plan), world.device)
                 held_out = held_out_metrics(scores_now, data.held_out.sources, centering)
                 tracker.log(held_out, counters.step)
@@ -153,6 +156,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 clock.restart()
 
         # Save ----------------------------------------------------------------------------------
+        at("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         measured, measured_pairs = {}, data.held_out or Sample(data.train, CALIBRATION_PAIRS, job.seed)
         if data.held_out is None:

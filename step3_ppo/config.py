@@ -7,7 +7,7 @@ from typing import Dict, List, Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
 from common.errors import UserError
-from common.limits import COLLECTIVE_SECONDS
+from common.limits import collective_seconds
 from common.stage import Role
 from step3_ppo.addresses import check_reference, check_url
 from step3_ppo.patience import longest_wait
@@ -303,13 +303,13 @@ class PPOConfig:
         """UserError when the servers of `rewards` may take longer than ranks wait for each other."""
         servers = [source for source in self.rewards if source.url is not None]
         longest = sum(longest_wait(source.timeout, source.retries) for source in servers)
-        if ranks > 1 and longest >= COLLECTIVE_SECONDS:
+        if ranks > 1 and longest >= collective_seconds():
             listed = ", ".join(
                 f"timeout: {source.timeout:g}, retries: {source.retries}" for source in servers
             )
             raise UserError(
                 f"ppo.rewards ({listed}) may wait {longest:,.0f} s for scores, and the other "
-                f"ranks give up after {COLLECTIVE_SECONDS:,} s",
+                f"ranks give up after {collective_seconds():,.0f} s",
                 hint="lower timeout or retries, which may take timeout · (2 · retries + 1) and the pauses",
             )
 

@@ -43,6 +43,7 @@ from common.errors import UserError
 from common.export import export_policy
 from common.handoff import check_same_tokens, load_named, model_of, parent_record
 from common.models import load_tokenizer, terminators_of
+from common.moments import at
 from common.performance import training_flops_per_token
 from common.progress import Progress
 from common.stage import Role, Step
@@ -159,6 +160,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
             """Measure on held-out prompts what would be exported now."""
             if evaluation is None:
                 return
+            at("evaluate")
             networks.eval()
             with swapped_in(average):
                 held_out, samples = evaluation(networks, sampler)
@@ -171,10 +173,12 @@ def train(job: PPOJob, run_dir: Path) -> int:
         if counters.is_fresh:
             evaluate()
         while counters.step < total_steps:
+            at("step", counters.step + 1)
             clock = Stopwatch(is_whole=unfinished.experience is None)
             networks.eval()
             if unfinished.experience is None:
                 # 1. Sample responses from the actor.
+                at("rollout")
                 prompt_ids = order.prompts_of(counters.step)
                 samples_each = ppo.rollout.samples_per_prompt
                 responses = sampler(
@@ -185,6 +189,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 experience = Experience(responses)
                 clock.lap("rollout")
                 # 2. Score them, in the micro-batches in which part 6 sees them first.
+                at("score")
                 batches = first_pass(experience, plan, iteration=counters.step)
                 texts = scoring.texts(responses, data.train)
                 experience = scoring.score(experience, texts, batches, networks)
@@ -255,6 +260,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 save()
 
         # Save ----------------------------------------------------------------------------------
+        at("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         networks.eval()
         probe = loop.probe_of(data.train[0], world.device)

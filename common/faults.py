@@ -1,0 +1,142 @@
+"""Faults on demand, to try what a cluster does to a run: `RLHF_FAULT="point=save,rank=1,step=20,do=kill"`.
+
+Takes the variable's text and a rank; makes the fault happen when the rank passes the point (`moments.at`).
+Several are separated by `;`. The keys:
+
+    point   where: one of `moments.POINTS`
+    do      what: one of ACTIONS
+    rank    which rank; all of them if it is not given
+    step    in which step (PPO: iteration); whichever comes first if it is not given
+    nth     at which passage that matches, from 1; 1 if it is not given
+    once    a file that is made when the fault happens, and while it exists the fault does not happen again,
+            also in a process that was started anew
+
+In one process a fault happens once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import UserError
+from common.moments import POINTS, VARIABLE
+
+ACTIONS = {
+    "kill": "SIGKILL to itself",
+    "term": "SIGTERM to itself",
+    "stop": "SIGSTOP to itself: the process is there and does nothing",
+    "hang": "waits for ever",
+    "freeze": "waits for ever in a function that keeps the interpreter's lock, so that no thread runs",
+    "raise": "raises an error that is nobody's",
+    "enospc": "raises what a full disk raises",
+    "nan": "makes the loss not a number; at the point backward",
+}
+"""What can go wrong."""
+
+_EXAMPLE = f'for example {VARIABLE}="point=save,rank=1,step=20,do=kill"'
+log = logging.getLogger("rlhf.faults")
+
+
+class InjectedError(RuntimeError):
+    """What `do=raise` raises."""
+
+
+@dataclass
+class Fault:
+    """One fault of one rank, and how often its point was passed."""
+
+    point: str
+    do: str
+    rank: int | None = None
+    step: int | None = None
+    nth: int = 1
+    once: Path | None = None
+    passed: int = field(default=0, init=False)
+
+    def is_due(self, point: str, step: int | None) -> bool:
+        """Count a passage; True at the one that is meant."""
+        if point != self.point or self.step not in (None, step):
+            return False
+        self.passed += 1
+        return self.passed == self.nth and self._is_first()
+
+    def _is_first(self) -> bool:
+        if self.once is None:
+            return True
+        try:
+            self.once.open("x").close()
+        except FileExistsError:
+            return False
+        return True
+
+
+class Faults:
+    """The faults of this process."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self._faults = faults
+
+    @classmethod
+    def parse(cls, text: str, rank: int) -> Faults:
+        """Those of the rank, out of all that the variable names. UserError that says what is allowed."""
+        found = [_parse(part) for part in text.split(";") if part.strip()]
+        return cls([fault for fault in found if fault.rank in (None, rank)])
+
+    def strike(self, point: str, step: int | None) -> bool:
+        """Let what is due here happen; True when a loss is to be not a number."""
+        due = [fault for fault in self._faults if fault.is_due(point, step)]
+        return bool([fault for fault in due if _happen(fault, step)])
+
+
+def _parse(text: str) -> Fault:
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    given = {key.strip(): value.strip() for key, value in pairs}
+    allowed = ("point", "do", "rank", "step", "nth", "once")
+    for key in given:
+        if key not in allowed:
+            raise _refused(text, f"it has no {key!r}; the keys are {', '.join(allowed)}")
+    for key, known in (("point", POINTS), ("do", ACTIONS)):
+        if given.get(key) not in known:
+            what = f"there is no {key} {given[key]!r}" if key in given else f"it names no {key}"
+            raise _refused(text, f"{what}; known: {', '.join(known)}")
+    numbers = {}
+    for key, least in (("rank", 0), ("step", 0), ("nth", 1)):
+        if key in given:
+            if not given[key].isdecimal() or int(given[key]) < least:
+                raise _refused(text, f"{key}={given[key]} is not a number from {least}")
+            numbers[key] = int(given[key])
+    if given["do"] == "nan" and given["point"] != "backward":
+        raise _refused(text, "a loss is made not a number at point=backward only")
+    once = Path(given["once"]) if given.get("once") else None
+    return Fault(given["point"], given["do"], once=once, **numbers)
+
+
+def _refused(text: str, why: str) -> UserError:
+    return UserError(f"{VARIABLE} is not understood in {text.strip()!r}: {why}", hint=_EXAMPLE)
+
+
+def _happen(fault: Fault, step: int | None) -> bool:
+    line = f"fault on demand: {fault.do} at {fault.point}, step {step}, process {os.getpid()}"
+    log.warning(line)
+    print(line, file=sys.stderr, flush=True)
+    if fault.do in ("kill", "term", "stop"):
+        os.kill(os.getpid(), signal.Signals[f"SIG{fault.do.upper()}"])
+    elif fault.do == "hang":
+        while True:
+            time.sleep(1)
+    elif fault.do == "freeze":
+        ctypes.PyDLL(None).sleep(10**6)
+    elif fault.do == "raise":
+        raise InjectedError(line)
+    elif fault.do == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return fault.do == "nan"

@@ -1,0 +1,308 @@
+"""Notices a rank that hangs, says which one it was and what it did, and ends all of them.
+
+Takes this process's place among the ranks and the address where they met; returns nothing. Two threads run
+beside the training: one beats through the ranks' common store (torch's TCPStore), the other makes sure that
+the store itself answers. A rank is taken to hang when it has not beaten for `limits.silent_seconds` (its
+process is stopped, or its machine is cut off), or when another one has waited in one and the same collective
+for `limits.collective_seconds` (it is in an endless loop, or in another collective). Then every rank that
+can writes the stacks of its threads into its log, one of them prints who is to blame, and all end with
+STALLED_EXIT_CODE, so that a restart can follow. What the ranks compute it does not know.
+
+Rank 0 watches all ranks, and all watch rank 0: the store's traffic grows with the ranks, not their square.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from common import moments
+from common.limits import collective_seconds, silent_seconds
+from common.logs import ending, is_first, rank_log
+
+STALLED_EXIT_CODE = 75
+"""Exit status of ranks that gave up because one of them hangs (EX_TEMPFAIL: try again)."""
+PROJECT = Path(__file__).resolve().parent.parent
+_WAITING_IN = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
+_VERDICT = "verdict"
+_LAST_WORDS = 5.0  # seconds that ranks have to write their stacks before the first one leaves
+log = logging.getLogger("rlhf.watch")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells the others about itself."""
+
+    rank: int
+    host: str
+    count: int  # of its beats
+    doing: str  # in words
+    where: str  # the line of this project that it is in
+    waiting: float  # seconds in the collective that it is in now; 0 outside of one
+    collectives: int  # how many it has begun, over all groups
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who is to blame, and what is said of it."""
+
+    rank: int | None
+    message: str
+    is_silent: bool  # the rank cannot be waited for
+
+
+class Heard:
+    """The last beats of other ranks, and when each was new. Times are in monotonic seconds."""
+
+    def __init__(self, silent: float, stalled: float, size: int) -> None:
+        """size: of the world; only who hears all of them can tell who keeps the others waiting."""
+        self._silent, self._stalled, self._size = silent, stalled, size
+        self._last: dict[int, tuple[Beat, float]] = {}
+        self._looked: float | None = None
+
+    def hear(self, beats: Sequence[Beat], now: float) -> Verdict | None:
+        """Take in the beats of this moment; a verdict when one of the ranks hangs."""
+        if self._looked is not None and now - self._looked > self._silent / 2:
+            self._last.clear()  # it was this process that stood still, perhaps with all others
+        self._looked = now
+        for beat in beats:
+            last = self._last.get(beat.rank)
+            self._last[beat.rank] = (
+                (beat, now) if last is None or last[0].count != beat.count else (beat, last[1])
+            )
+        quiet = [(since, beat) for beat, since in self._last.values() if now - since > self._silent]
+        if quiet:
+            since, beat = min(quiet, key=lambda item: item[0])
+            return Verdict(beat.rank, silence(beat, now - since), is_silent=True)
+        if len(self._last) < self._size:
+            return None
+        return stalled_among([beat for beat, _ in self._last.values()], self._stalled)
+
+    def of(self, rank: int) -> Beat | None:
+        """The last beat of a rank."""
+        last = self._last.get(rank)
+        return None if last is None else last[0]
+
+
+def silence(beat: Beat, seconds: float) -> str:
+    """What is said of a rank that stopped beating."""
+    return f"{beat} has not answered for {seconds:.0f} s; it was in {beat.doing} ({beat.where})"
+
+
+def stalled_among(beats: Sequence[Beat], limit: float) -> Verdict | None:
+    """The rank for which another one has waited too long: one that does not wait, else one that is behind."""
+    waited = max((beat.waiting for beat in beats), default=0.0)
+    if waited <= limit:
+        return None
+    late = min(beats, key=lambda beat: (beat.waiting > 0, beat.collectives, beat.waiting))
+    if late.waiting == 0:
+        words = f"{late} has kept the others waiting for {waited:.0f} s; it is in {late.doing} ({late.where})"
+        return Verdict(late.rank, words, is_silent=False)
+    most = max(beat.collectives for beat in beats)
+    if late.collectives < most:
+        words = (
+            f"{late} waits in another collective than the others, for {waited:.0f} s (its number "
+            f"{late.collectives}, not {most}); it is in {late.doing} ({late.where})"
+        )
+        return Verdict(late.rank, words, is_silent=False)
+    words = f"all ranks have waited in one collective for {waited:.0f} s: what they send does not arrive; "
+    return Verdict(None, f"{words}{late} is in {late.doing} ({late.where})", is_silent=False)
+
+
+class Watch:
+    """The two threads of a rank."""
+
+    def __init__(self, rank: int, size: int, store: Any, store_name: str) -> None:
+        """store: of all ranks, used by nobody else in this process. store_name: who holds it, in words."""
+        self._rank, self._size, self._store, self._store_name = rank, size, store, store_name
+        self._silent, self._stalled = silent_seconds(), collective_seconds()
+        self._interval = min(1.0, self._silent / 10)
+        self._host, self._count = socket.gethostname(), 0
+        self._main = threading.main_thread().ident
+        self._waiting: tuple[int, float] | None = None  # collectives begun, and since when it waits
+        self._heard = Heard(self._silent, self._stalled, size)
+        self._answered = time.monotonic()
+        self._over = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=f"watch {work.__name__.strip('_')}", daemon=True)
+            for work in (self._beat_for_ever, self._guard_the_store)
+        ]
+
+    def start(self) -> None:
+        """Beat once, then go on in the background. Before anyone looks, all ranks must have called it."""
+        self._beat()
+        file = rank_log()
+        if file is not None:
+            faulthandler.enable(file)  # what kills the process from within leaves its stacks, too
+
+    def go_on(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the threads: from now on nobody waits for this rank."""
+        self._over.set()
+        faulthandler.cancel_dump_traceback_later()
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(timeout=2.0)
+        atexit.unregister(self.stop)
+
+    def _beat_for_ever(self) -> None:
+        others = range(self._size) if self._rank == 0 else (0,)
+        while not self._over.wait(self._interval):
+            try:
+                self._beat()
+                beats = [Beat(**json.loads(text)) for text in self._store.multi_get(_keys(others))]
+                verdict = self._heard.hear(beats, time.monotonic())
+                if self._store.check([_VERDICT]):
+                    verdict = Verdict(**json.loads(self._store.get(_VERDICT)))
+                self._answered = time.monotonic()
+            except (RuntimeError, ValueError) as error:  # the store went away: the guard counts the seconds
+                log.debug("no answer of the store: %s", error)
+                continue
+            if verdict is not None and not self._over.is_set():
+                self._give_up(verdict, with_store=True)
+
+    def _guard_the_store(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(self._interval):
+            now = time.monotonic()
+            if now - looked > self._silent / 2:
+                self._answered = now  # this process stood still itself
+            looked = now
+            if now - self._answered > self._silent and not self._over.is_set():
+                self._give_up(self._store_is_gone(now - self._answered), with_store=False)
+
+    def _beat(self) -> None:
+        self._count += 1
+        file = rank_log()
+        if file is not None:  # written by a thread of C, if this one gets no turn any more
+            faulthandler.dump_traceback_later(self._silent, file=file)
+        self._store.set(_keys([self._rank])[0], json.dumps(asdict(self._own())))
+
+    def _own(self) -> Beat:
+        frame = sys._current_frames().get(self._main or 0)
+        begun = _collectives_begun()
+        is_waiting = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_IN)
+        if not is_waiting:
+            self._waiting = None
+        elif self._waiting is None or self._waiting[0] != begun:
+            self._waiting = (begun, time.monotonic())
+        waited = 0.0 if self._waiting is None else max(time.monotonic() - self._waiting[1], 1e-3)
+        return Beat(self._rank, self._host, self._count, str(moments.now()), _place_of(frame), waited, begun)
+
+    def _store_is_gone(self, seconds: float) -> Verdict:
+        first = self._heard.of(0)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and first is not None:
+            return Verdict(0, silence(first, seconds), is_silent=True)
+        words = f"{self._store_name} has not answered for {seconds:.0f} s: its machine is cut off"
+        return Verdict(None, words, is_silent=True)
+
+    def _give_up(self, verdict: Verdict, *, with_store: bool) -> None:
+        """Leave the stacks and the reason, wait for the others to do so, and end the process."""
+        with ending:
+            file = rank_log()
+            if file is not None:
+                print(f"giving up: {verdict.message}\nstacks of all threads:", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+            if with_store:
+                _bounded(lambda: self._agree(verdict), 2 * _LAST_WORDS)
+            else:
+                self._tell(verdict, is_only=is_first(verdict.message))
+            os._exit(STALLED_EXIT_CODE)
+
+    def _agree(self, verdict: Verdict) -> None:
+        """Tell all ranks; the first to do so prints it. Wait until all that can have left their stacks."""
+        if self._store.add("told", 1) == 1:
+            self._store.set(_VERDICT, json.dumps(asdict(verdict)))
+            self._tell(verdict, is_only=True)
+        self._store.set(f"dumped/{self._rank}", "")
+        end = time.monotonic() + _LAST_WORDS
+        silent = verdict.rank if verdict.is_silent else None
+        missing = [f"dumped/{rank}" for rank in range(self._size) if rank != silent]
+        while not self._store.check(missing) and time.monotonic() < end:
+            time.sleep(0.05)
+        if self._rank == 0:
+            time.sleep(2 * self._interval)  # it may hold the store
+
+    def _tell(self, verdict: Verdict, *, is_only: bool) -> None:
+        file = rank_log()
+        logs = "" if file is None else f"; the stacks of the ranks are in {Path(file.name).parent}"
+        log.error("%s", verdict.message)
+        if is_only:
+            print(f"error: {verdict.message}{logs}", file=sys.stderr, flush=True)
+
+
+def start_watch(rank: int, size: int, timeout: timedelta, meet: Callable[[], object]) -> Watch:
+    """Watch the ranks that have met under torchrun's environment. meet: waits for all of them."""
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(rank, size, dist.PrefixStore(f"watch/{attempt}", store), f"the store at {host}:{port}")
+    watch.start()
+    meet()
+    watch.go_on()
+    return watch
+
+
+def _bounded(work: Callable[[], None], seconds: float) -> None:
+    """Do it, but do not wait for it any longer."""
+
+    def quietly() -> None:
+        try:
+            work()
+        except RuntimeError as error:
+            log.debug("the store went away: %s", error)
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _keys(ranks: Sequence[int] | range) -> list[str]:
+    return [f"beat/{rank}" for rank in ranks]
+
+
+def _collectives_begun() -> int:
+    """Of this process, over all its groups."""
+    from torch.distributed import distributed_c10d
+
+    groups: Mapping[Any, Any] = distributed_c10d._world.pg_map
+    total = 0
+    for group in list(groups):
+        try:
+            total += group._get_sequence_number_for_group()
+        except RuntimeError:  # a group that has not begun, or a backend that does not count
+            continue
+    return total
+
+
+def _place_of(frame: FrameType | None) -> str:
+    """The innermost line of this project on a stack."""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(f"{PROJECT}{os.sep}") and "site-packages" not in path:
+            return f"{Path(path).relative_to(PROJECT)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "outside of this program"

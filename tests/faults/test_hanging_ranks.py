@@ -1,0 +1,69 @@
+"""A rank that hangs, however it does, is named, and all ranks end soon with their stacks written."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from common.watch import STALLED_EXIT_CODE
+from tests.programs.faulted import sft_faulted
+from tests.runs import Base, start, wait_while
+
+SHORT = {"RLHF_SILENT_SECONDS": "5", "RLHF_COLLECTIVE_SECONDS": "12"}
+HOST = socket.gethostname()
+
+
+def hang(base: Base, name: str, fault: str, victim: int, *, leaves: bool) -> tuple[Path, str]:
+    """A run with a fault until the other rank has given up; the victim too, if it `leaves` by itself."""
+    job = base.job(max_steps=4, save_every=2)
+    job.deepspeed.stage = 3
+    run_dir = base.write(name, job)
+    started = start(run_dir, 2, sft_faulted, {**SHORT, "RLHF_FAULT": fault})
+    waited_for = [*started.processes] if leaves else [started.processes[1 - victim]]
+    wait_while(started, lambda: any(process.is_alive() for process in waited_for))
+    codes = [process.exitcode for process in waited_for]
+    printed = (run_dir / "output.txt").read_text()
+    started.kill()
+    assert codes == [STALLED_EXIT_CODE] * len(waited_for), printed[-3000:]
+    return run_dir, printed
+
+
+def stacks(run_dir: Path, rank: int) -> str:
+    """What a rank wrote after it gave up."""
+    _, _, after = (run_dir / f"sft/logs/rank_{rank}.log").read_text().rpartition("stacks of all threads:")
+    return after
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_whose_process_is_stopped_is_named_by_the_other(base: Base, victim: int) -> None:
+    run_dir, printed = hang(
+        base, f"stopped {victim}", f"point=update,rank={victim},nth=3,do=stop", victim, leaves=False
+    )
+    assert printed.count("error: ") == 1 and "Traceback" not in printed
+    assert f"error: rank {victim} on {HOST} has not answered for " in printed
+    # what it did when it beat last, a moment before
+    assert re.search(
+        r"; it was in (step [123], )?[a-z ]+ \([a-z_0-9/]+\.py:\d+ in \w+\); the stacks", printed
+    )
+    assert "all_reduce" in stacks(run_dir, 1 - victim) or "reduce_scatter" in stacks(run_dir, 1 - victim)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_in_an_endless_loop_is_told_from_one_that_waits_for_it(base: Base, victim: int) -> None:
+    run_dir, printed = hang(
+        base, f"loop {victim}", f"point=save,rank={victim},nth=1,do=hang", victim, leaves=True
+    )
+    assert printed.count("error: ") == 1 and "Traceback" not in printed
+    assert f"error: rank {victim} on {HOST} has kept the others waiting for " in printed
+    assert "it is in step 2, saving a checkpoint (common/faults.py:" in printed
+    assert "in _happen" in stacks(run_dir, victim) and "gather_objects" in stacks(run_dir, 1 - victim)
+
+
+def test_a_rank_that_keeps_the_interpreters_lock_still_leaves_its_stacks(base: Base) -> None:
+    run_dir, printed = hang(base, "frozen", "point=update,rank=1,step=2,do=freeze", 1, leaves=False)
+    assert f"error: rank 1 on {HOST} has not answered for " in printed
+    log = (run_dir / "sft/logs/rank_1.log").read_text()
+    assert "Timeout (" in log and "faults.py" in log
