@@ -177,6 +177,9 @@ class _Door:
 
     def answer(self, say: Say) -> None:
         """Deal with what the machines say within a fraction of a second."""
+        for other in [*self._known, *self.joined.values()]:
+            if not other.channel.is_open:
+                self._forget(other, say)
         others = [*self._known, *self.joined.values()]
         watched: list[Any] = [self._listener, *self._strangers, *(other.channel for other in others)]
         ready = select.select(watched, [], [], 0.2)[0]
@@ -186,11 +189,12 @@ class _Door:
             if other.channel in ready:
                 for message in other.channel.receive():
                     self._hear(other, message, say)
-            if not other.channel.is_open:
-                self._forget(other, say)
         for channel in [channel for channel in self._strangers if channel in ready]:
-            for message in channel.receive():
-                self._greet(channel, message)
+            messages = channel.receive()
+            if len(messages) > 1:  # nobody of us goes on before he is answered
+                channel.close()
+            elif messages:
+                self._greet(channel, messages[0])
         self._strangers = [channel for channel in self._strangers if channel.is_open]
 
     def _greet(self, channel: Channel, message: Mapping[str, Any]) -> None:

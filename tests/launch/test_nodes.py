@@ -1,0 +1,326 @@
+"""Several machines on this one: who may come in, who leaves, and what the ranks find."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config import LaunchConfig
+from common.errors import UserError
+from launch import nodes
+from launch.channel import Channel, interface_of
+from launch.local import Job
+from launch.nodes import Hello, endpoint_of, follow, gather
+from launch.supervise import Outcome, supervise
+from tests.ranks import ROOT, free_port
+
+COMMAND = {"launch.nnodes": 2, "run_name": "a", "steps": ["sft"]}
+FOLLOWER = """
+import json, sys
+from pathlib import Path
+from common.config import LaunchConfig
+from common.errors import UserError
+from launch import nodes
+from launch.local import Job
+nodes.SHARED_SECONDS = 0.5
+launch, rank, ranks, command, folder = json.loads(sys.argv[1])
+own = nodes.Hello(rank, ranks, command, "b")
+jobs = {"sft": Job("some_module", (folder,), ranks)}
+try:
+    sys.exit(nodes.follow(LaunchConfig(**launch, node_rank=rank), own, Path(folder), jobs, print))
+except UserError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def launch() -> LaunchConfig:
+    return launch_of(2)
+
+
+def launch_of(nnodes: int, seconds: int = 60) -> LaunchConfig:
+    endpoint = f"127.0.0.1:{free_port()}"
+    return LaunchConfig(nnodes=nnodes, node_rank=0, rdzv_endpoint=endpoint, join_seconds=seconds)
+
+
+def own(ranks: int = 1) -> Hello:
+    return Hello(0, ranks, COMMAND, "a")
+
+
+@contextlib.contextmanager
+def follower(
+    launch: LaunchConfig, folder: Path, rank: int = 1, ranks: int = 1, command: dict[str, object] = COMMAND
+) -> Iterator[subprocess.Popen[str]]:
+    """Another machine, as a process."""
+    told = {"nnodes": launch.nnodes, "rdzv_endpoint": launch.rdzv_endpoint, "join_seconds": 60}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOLLOWER, json.dumps([told, rank, ranks, command, str(folder)])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.getcwd()])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_a_machine_comes_in_and_ends_as_machine_0_says(folder: Path, launch: LaunchConfig) -> None:
+    lines: list[str] = []
+    with follower(launch, folder, ranks=3) as process:
+        with gather(launch, own(2), folder, lines.append) as machines:
+            assert machines.ranks == [2, 3]
+            machines.leave_with(5)
+        assert process.wait(30) == 5
+    assert "machine 1 (b) is here with 3 rank(s)" in lines
+    assert list(folder.iterdir()) == []
+
+
+def test_an_error_of_machine_0_ends_the_others_with_its_words(folder: Path, launch: LaunchConfig) -> None:
+    with follower(launch, folder) as process:
+        with pytest.raises(UserError, match="too few rows"), gather(launch, own(), folder, print):
+            raise UserError("too few rows", hint="more of them")
+        assert process.wait(30) == 2
+        assert "machine 0: too few rows" in process.communicate()[1]
+
+
+def test_machines_that_did_not_come_are_named(folder: Path) -> None:
+    launch = launch_of(3, seconds=4)
+    command = {**COMMAND, "launch.nnodes": 2}
+    with follower(launch, folder, rank=1, command=command) as process:
+        with pytest.raises(UserError, match=r"machine 2 of 3 did not come within 4 s") as caught:
+            gather(launch, own(), folder, print)
+        assert str(endpoint_of(launch)[1] + 1) in str(caught.value)
+        assert process.wait(30) == 2
+
+
+def test_two_machines_with_one_number_are_refused(folder: Path) -> None:
+    launch = launch_of(3)
+    with follower(launch, folder) as first, follower(launch, folder) as second:
+        with pytest.raises(UserError, match=r"two machines have launch\.node_rank=1: b and b"):
+            gather(launch, own(), folder, print)
+        assert {first.wait(30), second.wait(30)} == {2}
+
+
+def test_another_command_is_refused_with_the_difference_on_both_sides(
+    folder: Path, launch: LaunchConfig
+) -> None:
+    with follower(launch, folder, command={**COMMAND, "run_name": "c"}) as process:
+        with pytest.raises(UserError, match=r"run_name: a on machine 0, c there"):
+            gather(launch, own(), folder, print)
+        assert process.wait(30) == 2
+        assert "run_name: a on machine 0, c there" in process.communicate()[1]
+
+
+def test_a_folder_that_is_not_shared_is_named_on_both_sides(folder: Path, launch: LaunchConfig) -> None:
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    with follower(launch, elsewhere) as process:
+        with pytest.raises(UserError) as caught:
+            gather(launch, own(), folder, print)
+        for text in (str(caught.value), process.communicate()[1]):
+            assert str(folder) in text and str(elsewhere) in text and "share" in text
+        assert process.returncode == 2
+
+
+def test_who_speaks_another_language_or_has_not_seen_the_folder_does_not_come_in(folder: Path) -> None:
+    launch = launch_of(2, seconds=3)
+    endpoint = endpoint_of(launch)
+    connections: list[socket.socket] = []
+
+    def knock() -> None:
+        for first in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"do": "hello"}\n', b"\xff\xfe\n", b""):
+            connections.append(connect(endpoint))
+            connections[-1].sendall(first)
+        for waits in (True, False):
+            connections.append(connect(endpoint))
+            liar = Channel(connections[-1])
+            liar.send("hello", node_rank=1, ranks=1, command=COMMAND, host="liar")
+            assert not waits or [message["do"] for message in liar.receive(20)] == ["welcome"]
+            liar.send("found", secret="guessed")
+
+    thread = threading.Thread(target=knock)
+    thread.start()
+    with pytest.raises(UserError, match="machine 1 of 2 did not come"):
+        gather(launch, own(), folder, print)
+    thread.join()
+    assert len(connections) == 7
+    for connection in connections:
+        connection.close()
+
+
+def connect(endpoint: tuple[str, int]) -> socket.socket:
+    for _ in range(200):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(endpoint)
+        time.sleep(0.02)
+    raise AssertionError(endpoint)
+
+
+def test_a_machine_0_that_never_answers_is_named() -> None:
+    launch = launch_of(2, seconds=1)
+    with pytest.raises(UserError, match=rf"machine 0 did not answer at {launch.rdzv_endpoint} for 1 s"):
+        follow(launch, Hello(1, 1, COMMAND, "b"), Path(), {}, print)
+
+
+def test_a_machine_0_that_vanished_ends_the_others(folder: Path, launch: LaunchConfig) -> None:
+    with follower(launch, folder) as process:
+        machines = gather(launch, own(), folder, print)
+        machines._others[0].channel.close()
+        assert process.wait(30) == 1
+        assert f"machine 0 at {launch.rdzv_endpoint} is gone" in process.communicate()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_machine_that_is_told_to_stop_between_jobs_stops_the_run(
+    number: signal.Signals, folder: Path, launch: LaunchConfig
+) -> None:
+    with follower(launch, folder) as process:
+        with gather(launch, own(), folder, print) as machines:
+            process.send_signal(number)
+            outcomes: list[Outcome] = []
+            machines.begin("sft")
+            while not outcomes:
+                outcomes = machines.ended()
+            assert (outcomes[0].status, outcomes[0].stopped, outcomes[0].lost) == (143, True, None)
+            assert not machines.is_running()
+            machines.leave_with(143)
+        assert process.wait(30) == 143
+
+
+def test_only_known_jobs_run_and_only_when_the_files_are_there(folder: Path, launch: LaunchConfig) -> None:
+    for name, changed, message in (
+        ("rm", False, "asks for rm"),
+        ("sft", True, "is not what machine 0 wrote"),
+    ):
+        with follower(launch, folder) as process, gather(launch, own(), folder, print) as machines:
+            written = folder / "resolved.yaml"
+            written.write_text("a")
+            machines.expect(folder, [written])
+            machines._files = {Path("resolved.yaml"): folder.parent / "other"} if changed else {}
+            (folder.parent / "other").write_text("b")
+            machines.begin(name)
+            while machines.is_running():
+                outcomes = machines.ended()
+            assert outcomes[0].status == 2 and message in str(outcomes[0].lost)
+            assert process.wait(30) == 2
+
+
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+seen = " ".join(os.environ[name] for name in names)
+(folder / f"rank_{rank}").write_text(seen + " " + os.environ.get("GLOO_SOCKET_IFNAME", ""))
+if (folder / "wait").exists():
+    (folder / f"pid_{rank}").write_text(str(os.getpid()))
+    time.sleep(600)
+if rank == "2" and not (folder / "died").exists():
+    (folder / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_ranks_are_numbered_by_machine_and_all_are_started_again_when_one_died(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    Path("some_module.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    launch = launch_of(2)
+    port = endpoint_of(launch)[1] + 1
+    lines: list[str] = []
+    with follower(launch, folder, ranks=1) as process:
+        with gather(launch, own(2), folder, print) as machines:
+            job = Job("some_module", (str(folder),), 2)
+            status = supervise(job, name="sft", others=machines, restarts=1, say=lines.append)
+            machines.leave_with(0)
+        assert process.wait(60) == 0
+    assert status == (0, False)
+    assert lines == [
+        "sft: rank 2 on machine 1 (b) died (SIGKILL); starting again from the last checkpoint, restart 1 of 1"
+    ]
+    assert [(folder / f"rank_{rank}").read_text() for rank in range(3)] == [
+        f"3 0 2 0 127.0.0.1 {port} lo",
+        f"3 1 2 0 127.0.0.1 {port} lo",
+        f"3 0 1 1 127.0.0.1 {port} lo",
+    ]
+
+
+def test_a_machine_that_vanishes_takes_its_ranks_along_and_ends_those_of_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    Path("some_module.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    (folder / "wait").touch()
+    launch = launch_of(2)
+    with follower(launch, folder) as process, gather(launch, own(), folder, print) as machines:
+
+        def kill() -> None:
+            while not all((folder / f"pid_{rank}").exists() for rank in (0, 1)):
+                time.sleep(0.05)
+            process.kill()
+
+        thread = threading.Thread(target=kill, daemon=True)
+        thread.start()
+        assert supervise(Job("some_module", (str(folder),), 1), name="sft", others=machines) == (1, False)
+        thread.join()
+    assert "machine 1 (b) is gone: its connection was closed" in capfd.readouterr().err
+    end = time.monotonic() + 30
+    while any(is_alive((folder / f"pid_{rank}").read_text()) for rank in (0, 1)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(process_id: str) -> bool:
+    with contextlib.suppress(OSError):
+        return "State:\tZ" not in Path("/proc", process_id, "status").read_text()
+    return False
+
+
+@pytest.mark.parametrize("endpoint", [None, "host", "host:", ":29500", "host:0", "host:65535", "host:port"])
+def test_an_endpoint_is_a_host_and_a_port_that_has_a_next_one(endpoint: str | None) -> None:
+    with pytest.raises(UserError, match=r"launch\.rdzv_endpoint"):
+        endpoint_of(LaunchConfig(nnodes=2, node_rank=0, rdzv_endpoint=endpoint))
+    assert endpoint_of(LaunchConfig(nnodes=2, rdzv_endpoint="a.b:65534")) == ("a.b", 65534)
+
+
+def test_a_port_that_is_taken_is_named(folder: Path, launch: LaunchConfig) -> None:
+    with (
+        socket.create_server(endpoint_of(launch)),
+        pytest.raises(UserError, match=f"cannot listen at port {endpoint_of(launch)[1]}"),
+    ):
+        gather(launch, own(), folder, print)
+
+
+def test_the_interface_is_the_one_with_the_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None
+    assert nodes.differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == [
+        "b: 2 on machine 0, 3 there",
+        "c: None on machine 0, 4 there",
+    ]
