@@ -163,7 +163,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     # overrides first: after a flag with an optional value (--info) the first one would be taken for it
     sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *flags]
     task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
-        _Task(verb, shared_name=args.multirun and share_a_name(configs))
+        _Task(verb, is_sweep=args.multirun, shared_name=args.multirun and share_a_name(configs))
     )
     task()
     return 0
@@ -172,26 +172,32 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
 class _Task:
     """What Hydra calls with a composed configuration, once or once per run of a sweep."""
 
-    def __init__(self, verb: str, *, shared_name: bool) -> None:
-        self.verb, self.shared_name = verb, shared_name
+    def __init__(self, verb: str, *, is_sweep: bool, shared_name: bool) -> None:
+        self.verb, self.is_sweep, self.shared_name = verb, is_sweep, shared_name
         self.__name__ = verb
 
-    def __call__(self, node: DictConfig) -> None:
+    def __call__(self, node: DictConfig) -> float | None:
+        """The objective of a run of a sweep."""
         from hydra.core.hydra_config import HydraConfig
 
         from pipeline.compose import name_of_sweep_job, to_config
+        from pipeline.submit import is_for_other_machines
+        from pipeline.sweep import run_in_child
 
         try:
             overrides = list(HydraConfig.get().overrides.task)
             config = to_config(node, overrides)
             if self.shared_name:
                 config = name_of_sweep_job(config)
+            if self.verb == "run" and self.is_sweep and not is_for_other_machines(config):
+                return run_in_child(config)
             status = execute(self.verb, config, overrides)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             status = UserError.EXIT_CODE
         if status != 0:
             sys.exit(status)
+        return None
 
 
 def say(line: str) -> None:

@@ -33,6 +33,8 @@ class PipelineConfig:
     """where runs are kept"""
     seed: int = 0
     """of everything that is random"""
+    objective: Optional[str] = None
+    """STEP:METRIC that a run of a sweep returns (sft:eval/loss); by default the last step's loss or reward"""
     force: bool = False
     """start a step over whose configuration or inputs changed; its old folder is kept as <step>.old-1"""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -61,6 +63,15 @@ class PipelineConfig:
         if self.run_name is not None:
             _check_run_name(self.run_name)
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 up to 2**63 - 1")
+        if self.objective is not None:
+            named, _, metric = self.objective.partition(":")
+            names = [step.value for step in self.steps]
+            require(
+                named in names and bool(metric),
+                "objective",
+                self.objective,
+                f"{' or '.join(names)}, then :METRIC",
+            )
         if not self.output_dir:
             raise UserError("output_dir is empty", hint="leave it out, or name a folder: output_dir=runs")
 

@@ -144,7 +144,7 @@ def config_hash(config: PipelineConfig) -> str:
     """Hash of everything that decides the run's results; steps that do not run have no part in it."""
     plain = to_plain(config)
     idle = [step.value for step in Step if step not in config.steps]
-    for key in ("run_name", "output_dir", "force", "launch", "tracking", *idle):
+    for key in ("run_name", "output_dir", "objective", "force", "launch", "tracking", *idle):
         plain.pop(key, None)
     return content_sha256(redact(plain))
 

@@ -1,0 +1,88 @@
+"""One run of a sweep: a process of its own, and the number that the sweeper learns from.
+
+Takes a finished PipelineConfig; starts `python -m pipeline.sweep FILE`, which runs it, and returns the value
+of its `objective`. A run leaves nothing behind in the sweeper's process, and a sweeper that starts several at
+once does not mix them. Decides neither what is swept nor what comes next: that is Hydra's sweeper.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common.config import load_resolved, to_plain
+from common.errors import UserError
+from common.stage import Step
+from launch.rank import die_with
+from launch.supervise import StopRequests
+from pipeline import state
+from pipeline.config import PipelineConfig
+from pipeline.run import run
+
+METRICS = "metrics.jsonl"
+
+DEFAULTS = {
+    Step.sft: ("eval/loss", "loss"),
+    Step.reward: ("eval/loss", "loss"),
+    Step.dpo: ("eval/loss", "loss"),
+    Step.ppo: ("eval/reward", "objective/scores"),
+}
+"""What a run returns when `objective` is not set: the first of these that its last step has logged."""
+
+
+def run_in_child(config: PipelineConfig) -> float:
+    """Run it to its end; returns the objective's last value.
+
+    Leaves by SystemExit with the run's exit status when that is not 0. UserError without such a number.
+    """
+    with StopRequests() as requests, tempfile.TemporaryDirectory(prefix="rlhf_sweep_") as folder:
+        path = Path(folder) / "config.json"  # readable by its owner only: nothing in it is hidden yet
+        path.write_text(json.dumps(to_plain(config)), encoding="utf-8")
+        command = [sys.executable, "-m", "pipeline.sweep", str(path), str(os.getpid())]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+        requests.pass_on_to(process)
+        status = process.wait()
+    if status != 0:
+        sys.exit(status if status > 0 else 128 - status)
+    return objective_of(config)
+
+
+def objective_of(config: PipelineConfig) -> float:
+    """The last value of what `objective` names, or of what the last step is measured by."""
+    run_dir = Path(config.output_dir) / state.run_name(config)
+    if config.objective is None:
+        step, names = config.steps[-1], DEFAULTS[config.steps[-1]]
+    else:
+        named, _, name = config.objective.partition(":")
+        step, names = Step(named), (name,)
+    last: dict[str, float] = {}
+    with open(run_dir / step.value / METRICS, encoding="utf-8") as lines:
+        for line in lines:
+            last |= json.loads(line)
+    found = next((last[name] for name in names if name in last), None)
+    if not isinstance(found, int | float) or not math.isfinite(found):
+        raise UserError(
+            f"objective={config.objective or f'{step.value}:{names[0]}'} is {found} in {run_dir}",
+            hint=f"a run of {step.value} has: {', '.join(sorted(last))}",
+        )
+    return float(found)
+
+
+def main() -> int:
+    """The child: FILE and its parent's process id."""
+    die_with(int(sys.argv[2]))
+    config = load_resolved(Path(sys.argv[1]), PipelineConfig)
+    try:
+        return run(config, say=lambda line: print(line, flush=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A run of a sweep gives its sweeper the number that it is judged by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.stage import Step
+from pipeline.compose import compose
+from pipeline.config import PipelineConfig
+from pipeline.state import config_hash
+from pipeline.sweep import objective_of
+
+
+def config_of(folder: Path, *overrides: str) -> PipelineConfig:
+    return compose(["experiment=demo", "run_name=r", f"output_dir={folder}", *overrides])
+
+
+def write(folder: Path, step: Step, *lines: dict[str, float]) -> None:
+    place = folder / "r" / step.value
+    place.mkdir(parents=True)
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_by_default_it_is_what_the_last_step_is_measured_by(tmp_path: Path) -> None:
+    write(tmp_path, Step.sft, {"loss": 2.0}, {"eval/loss": 3.0}, {"loss": 1.0}, {"eval/loss": 1.5})
+    write(tmp_path, Step.ppo, {"eval/reward": 0.1}, {"objective/scores": 0.4}, {"eval/reward": 0.7})
+    assert objective_of(config_of(tmp_path, "steps=[sft]")) == 1.5
+    assert objective_of(config_of(tmp_path)) == 0.7
+    assert objective_of(config_of(tmp_path, "objective=ppo:objective/scores")) == 0.4
+    assert objective_of(config_of(tmp_path, "objective=sft:loss")) == 1.0
+
+
+def test_without_a_held_out_loss_it_is_the_training_loss(tmp_path: Path) -> None:
+    write(tmp_path, Step.sft, {"loss": 2.0}, {"loss": 1.0})
+    assert objective_of(config_of(tmp_path, "steps=[sft]")) == 1.0
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_metric_that_is_no_number_is_an_error_that_lists_those_there_are(
+    value: float | None, tmp_path: Path
+) -> None:
+    write(tmp_path, Step.sft, {"loss": 2.0}, {} if value is None else {"eval/loss": value})
+    config = config_of(tmp_path, "steps=[sft]", "objective=sft:eval/loss")
+    with pytest.raises(UserError, match="objective=sft:eval/loss is") as caught:
+        objective_of(config)
+    assert "loss" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("objective", ["loss", "reward:loss", "sft:", "sft"])
+def test_an_objective_names_a_step_of_the_run_and_a_metric(objective: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"objective={objective} is not allowed"):
+        config_of(tmp_path, "steps=[sft]", f"objective={objective}")
+
+
+def test_what_is_looked_at_decides_no_result(tmp_path: Path) -> None:
+    one, other = (config_of(tmp_path, "steps=[sft]", *more) for more in ((), ("objective=sft:loss",)))
+    assert config_hash(one) == config_hash(other)
