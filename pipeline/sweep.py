@@ -26,7 +26,7 @@ from pipeline.run import run
 
 METRICS = "metrics.jsonl"
 
-DEFAULTS = {
+DEFAULTS: dict[Step, tuple[str, ...]] = {
     Step.sft: ("eval/loss", "loss"),
     Step.reward: ("eval/loss", "loss"),
     Step.dpo: ("eval/loss", "loss"),
@@ -56,7 +56,8 @@ def objective_of(config: PipelineConfig) -> float:
     """The last value of what `objective` names, or of what the last step is measured by."""
     run_dir = Path(config.output_dir) / state.run_name(config)
     if config.objective is None:
-        step, names = config.steps[-1], DEFAULTS[config.steps[-1]]
+        step = config.steps[-1]
+        names = DEFAULTS[step]
     else:
         named, _, name = config.objective.partition(":")
         step, names = Step(named), (name,)
