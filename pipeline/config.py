@@ -65,13 +65,9 @@ class PipelineConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 up to 2**63 - 1")
         if self.objective is not None:
             named, _, metric = self.objective.partition(":")
-            names = [step.value for step in self.steps]
-            require(
-                named in names and bool(metric),
-                "objective",
-                self.objective,
-                f"{' or '.join(names)}, then :METRIC",
-            )
+            known = [step.value for step in self.steps]
+            allowed = f"{' or '.join(known)}, then :METRIC"
+            require(named in known and bool(metric), "objective", self.objective, allowed)
         if not self.output_dir:
             raise UserError("output_dir is empty", hint="leave it out, or name a folder: output_dir=runs")
 
