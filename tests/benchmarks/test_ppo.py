@@ -197,6 +197,7 @@ def test_the_command_is_one_that_the_configuration_knows(
     assert metrics == tmp_path / "ours" / "ppo" / "metrics.jsonl"
 
 
+@pytest.mark.slow
 def test_both_sides_run_and_are_counted(tmp_path: Path, made: ppo_workload.PPOWorkload) -> None:
     load = ppo_sides.Load(made, 2, 8, 4, 12, 512, "fp32")
     settings = ppo_sides.OurSettings(slots=4, micro_batch=1)

@@ -120,6 +120,7 @@ def test_dpos_numbers_are_trls(tmp_path: Path) -> None:
 
 
 @needs_trl
+@pytest.mark.slow
 def test_the_gpu_comparison_runs_on_the_cpu_with_a_toy(tmp_path: Path) -> None:
     written = run_program(tmp_path, "sft_gpu", "--shape", "toy", "--length", "64", "--steps", "5")
     assert written["best_trl"] == "TRL sdpa"
