@@ -24,6 +24,7 @@ USAGE = """\
 usage: python -m pipeline VERB ...
 
   run [overrides]       run the steps; the same command again resumes, or skips what is done
+  plan [overrides]      steps, data, schedule, memory and launch command, before a device is touched
   preview [overrides]   rows as the model sees them, with the trained tokens marked
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
@@ -42,7 +43,7 @@ usage: python -m pipeline VERB ...
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "preview", "verify", "report", "chat", "doctor")
+VERBS = ("run", "plan", "preview", "verify", "report", "chat", "doctor")
 INTERRUPTED = 130
 
 
@@ -70,7 +71,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(USAGE, end="", file=sys.stderr)
         return UserError.EXIT_CODE
     verb, rest = arguments[0], list(arguments[1:])
-    if verb in ("run", "preview"):
+    if verb in ("run", "plan", "preview"):
         return composed(verb, rest)
     if verb == "verify":
         return verify(rest)
@@ -111,7 +112,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def composed(verb: str, arguments: Sequence[str]) -> int:
-    """`run` or `preview`: compose the configuration once, or leave that to Hydra when a flag asks for it."""
+    """`run`, `plan`, `preview`: compose the configuration once, or leave that to Hydra when flags ask."""
     from pipeline.compose import check_effects, compose, prepare
 
     overrides = [text for text in arguments if not text.startswith("-")]
@@ -132,6 +133,10 @@ def execute(verb: str, config: object, overrides: Sequence[str]) -> int:
     from pipeline.submit import is_for_other_machines, submit
 
     assert isinstance(config, PipelineConfig)
+    if verb == "plan":
+        from pipeline.planning.show import plan
+
+        return plan(config, overrides, say=say)
     if verb == "run" and is_for_other_machines(config):
         return submit(config, overrides, say=say)
     return run(config, say=say) if verb == "run" else preview(config)

@@ -1,0 +1,206 @@
+"""What is known of a step's data and schedule before it is started; a program of its own for the controller.
+
+    python -m common.forecast ANSWER.json STEP MODULE RESOLVED.yaml [STEP MODULE RESOLVED.yaml ...]
+
+Takes each step's configuration; writes one `Forecast` per step as JSON, or the UserError that stopped it.
+Tokenizes into the cache, where the run finds it again; of large sources it tokenizes a seeded sample and
+scales the counts. Loads no model. Every step's `forecast.py` says how its rows are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from common.config import DataConfig, JobConfig, SourceConfig, TrainConfig
+from common.data import sources
+from common.data.batches import Batches, BatchPlan, PairBatches
+from common.data.dataset import PairDataset, PromptDataset, TokenizedDataset
+from common.data.packing import pack
+from common.errors import UserError
+from common.step_data import StepData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LARGE_BYTES = 16 * 2**20
+"""Sources above this are sampled: tokenizing them would take more than seconds."""
+
+SAMPLED_ROWS = 2_000
+"""Rows of each source that a sample has."""
+
+PACKED_SUFFIXES = (".gz", ".zst", ".parquet", ".arrow")
+Job = TypeVar("Job", bound=JobConfig)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Counts of a step. scale: 1, or by how much those of a sample were multiplied.
+
+    ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:
+    prompts). total_steps: of the run (PPO: iterations). longest: tokens of its longest document. fill: share
+    of the rows' room that is filled.
+    """
+
+    ledger: list[str]
+    documents: int
+    held_out: int
+    tokens: int
+    trained_tokens: int
+    rows: int
+    total_steps: int
+    longest: int
+    fill: float
+    vocabulary: int
+    scale: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer for each step in turn; the first UserError ends it."""
+    answer, rest = Path(arguments[0]), list(arguments[1:])
+    found: dict[str, Any] = {}
+    try:
+        for step, module, resolved in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            program = importlib.import_module(f"{module}.forecast")
+            try:
+                found[step] = program.forecast(Path(resolved)).to_json()
+            except UserError as error:
+                raise error.in_step(step) from error
+    except UserError as error:
+        found["error"] = {"message": error.message, "hint": error.hint}
+    answer.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def to_read(job: JobConfig, data: DataConfig) -> tuple[DataConfig, float]:
+    """The settings to count with, and by how much the counts are then to be multiplied.
+
+    All rows where the sources are small; else a sample, kept in a folder of its own.
+    """
+    if size_of(data.all_sources()) <= LARGE_BYTES:
+        return data, 1.0
+    every = [_rows_of(source) for source in data.all_sources()]
+    taken = [min(count, SAMPLED_ROWS, source.max_rows or count) for count, source in every]
+    wanted = [min(count, source.max_rows or count) for count, source in every]
+    sampled = [
+        dataclasses.replace(source, max_rows=rows) for (_, source), rows in zip(every, taken, strict=True)
+    ]
+    folder = Path(job.output_dir) / ".cache" / "plan"
+    reading = dataclasses.replace(data, path=None, sources=sampled, cache_dir=str(folder))
+    return reading, sum(wanted) / max(sum(taken), 1)
+
+
+def size_of(every: Sequence[SourceConfig]) -> int:
+    """Bytes of the sources that are files or folders here; packed ones count fourfold."""
+    total = 0
+    for source in every:
+        root = Path(source.path)
+        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+        total += sum(
+            file.stat().st_size * (4 if file.name.endswith(PACKED_SUFFIXES) else 1) for file in files
+        )
+    return total
+
+
+def plan_of(job: JobConfig, data: DataConfig, train: TrainConfig) -> BatchPlan:
+    """How rows become steps; ranks play no part in how many there are."""
+    return BatchPlan(
+        max_length=data.max_length,
+        packing=data.packing,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=job.seed,
+    )
+
+
+def of_documents(
+    job: JobConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    built: StepData[TokenizedDataset],
+    tokenizer: PreTrainedTokenizerFast,
+    scale: float,
+) -> Forecast:
+    """Of a step that trains on documents, each row packed over the whole epoch."""
+    batches = Batches(built.train, plan_of(job, data, train), built.weights)
+    documents = batches.documents(0)
+    lengths = built.train.lengths[documents]
+    rows = len(pack(lengths, data.max_length, seed=0)) if data.packing else len(documents)
+    steps = batches.steps_in_epochs(train.epochs)
+    fill = float(lengths.sum()) / (rows * data.max_length)
+    return _forecast(built, tokenizer, rows=rows, steps=steps, train=train, fill=fill, scale=scale)
+
+
+def of_pairs(
+    job: JobConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    built: StepData[PairDataset],
+    tokenizer: PreTrainedTokenizerFast,
+    scale: float,
+) -> Forecast:
+    """Of a step that trains on pairs, which are packed within a step; its rows are pairs."""
+    batches = PairBatches(built.train, plan_of(job, data, train), built.weights)
+    pairs = batches.documents(0)
+    steps = batches.steps_in_epochs(train.epochs)
+    longest = max(built.train.chosen_lengths.max(), (built.train.lengths - built.train.chosen_lengths).max())
+    found = _forecast(built, tokenizer, rows=len(pairs), steps=steps, train=train, fill=1.0, scale=scale)
+    return dataclasses.replace(found, longest=int(longest))
+
+
+def of_prompts(
+    built: StepData[PromptDataset],
+    tokenizer: PreTrainedTokenizerFast,
+    train: TrainConfig,
+    iterations: int,
+    scale: float,
+) -> Forecast:
+    """Of PPO: its rows are prompts, its steps iterations."""
+    return _forecast(
+        built, tokenizer, rows=len(built.train), steps=iterations, train=train, fill=1.0, scale=scale
+    )
+
+
+def _forecast(
+    built: StepData[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    rows: int,
+    steps: int,
+    train: TrainConfig,
+    fill: float,
+    scale: float,
+) -> Forecast:
+    data = built.train
+    return Forecast(
+        ledger=built.ledger.lines(),
+        documents=round(len(data) * scale),
+        held_out=round((0 if built.held_out is None else len(built.held_out)) * scale),
+        tokens=round(int(data.lengths.sum()) * scale),
+        trained_tokens=round(int(data.trained.sum()) * scale),
+        rows=round(rows * scale),
+        total_steps=train.max_steps or math.ceil(steps * scale),
+        longest=int(data.lengths.max()),
+        fill=fill,
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        scale=scale,
+    )
+
+
+def _rows_of(source: SourceConfig) -> tuple[int, SourceConfig]:
+    return sum(1 for records in sources.open_source(source) for _ in records.rows()), source
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""What memory there is on this machine, in bytes. Asks the kernel and the driver's own tool."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def host_memory() -> int | None:
+    """Memory of this machine, or of the container where that has a limit; None where it cannot be seen."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or the word max: no limit
+        return total
+
+
+def gpu_memory() -> int | None:
+    """Memory of the smallest GPU; None without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return min(int(line) for line in asked.stdout.split()) * 2**20
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def memory_per_rank(gpu: bool, ranks_here: int) -> int | None:
+    """What a rank may use: a GPU, or its share of this machine."""
+    if gpu:
+        return gpu_memory()
+    total = host_memory()
+    return None if total is None else total // ranks_here

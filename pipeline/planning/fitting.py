@@ -1,0 +1,110 @@
+"""What to set when a run does not fit into memory: overrides, each with what it would need.
+
+Takes a configuration, a step and its ranks; returns lines for a person. By the same estimate as `plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from common.config import DeepSpeedConfig, Offload
+from common.stage import Step
+from launch.local import count_gpus
+from pipeline.config import PipelineConfig
+from pipeline.planning import devices, memory
+from pipeline.planning.memory import Workload
+from pipeline.planning.workload import workload_of
+
+WORTH_NAMING = 0.97
+"""A way out needs less than this share of what the run needs."""
+
+
+def ways_out(config: PipelineConfig, step: Step, ranks: int, *, ranks_here: int | None = None) -> list[str]:
+    """After a run died of memory: how much was short by the estimate, and what would fit, the mildest first.
+
+    ranks: of the whole run; ranks_here: of this machine, all by default. Empty where the model's sizes are
+    not known.
+    """
+    gpu = count_gpus() > 0
+    work = workload_of(config, step, ranks, gpu=gpu)
+    if work is None:
+        return []
+    available = devices.memory_per_rank(gpu, ranks_here or ranks)
+    needed = memory.estimate(work).device
+    lines = [f"a rank needs about {needed / 1e9:.2f} GB"]
+    if available is not None:
+        short = needed - available
+        lines[0] += f" and has {available / 1e9:.2f} GB"
+        lines[0] += f": {short / 1e9:.2f} GB short" if short > 0 else ", shared with what else runs here"
+    limit = min(needed * WORTH_NAMING, needed if available is None else available)
+    return lines + ways_out_of(work, step, config, limit)
+
+
+def ways_out_of(work: Workload, step: Step, config: PipelineConfig, limit: float) -> list[str]:
+    """Overrides with which a rank needs at most `limit` bytes; all together when none alone is enough."""
+    now = memory.estimate(work).device
+    found = [
+        (override, size)
+        for override, other in variants(work, step, config)
+        if (size := memory.estimate(other).device) < now * WORTH_NAMING
+    ]
+    fitting = [(override, size) for override, size in found if size <= limit]
+    return [
+        f"{override}: about {size / 1e9:.2f} GB instead of {now / 1e9:.2f}"
+        for override, size in fitting or found
+    ]
+
+
+def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tuple[str, Workload]]:
+    """(overrides, the work with them): smaller passes, recomputation, sharding, offload, all of these."""
+    name, micro = step.value, getattr(config, step.value).train.micro_batch_size
+    smallest, small = work, ""
+    rows = micro
+    while rows > 1:
+        rows = max(1, rows // 2)
+        small = f"{name}.train.micro_batch_size={rows}"
+        smallest = with_rows(work, rows / micro)
+        yield small, smallest
+    checkpointed = dataclasses.replace(work, checkpointing=True)
+    if not work.checkpointing:
+        yield "model.gradient_checkpointing=true", checkpointed
+    for option, other in sharded(work):
+        yield f"deepspeed={option}", other
+    everything = dataclasses.replace(smallest, checkpointing=True)
+    parts = [small, "" if work.checkpointing else "model.gradient_checkpointing=true"]
+    for option, other in [("", everything), *sharded(everything)]:
+        yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
+
+
+def with_rows(work: Workload, share: float) -> Workload:
+    """With a share of the rows in each pass."""
+    batch = work.batch
+    fewer = dataclasses.replace(
+        batch, tokens=max(1, round(batch.tokens * share)), trained=max(1, round(batch.trained * share))
+    )
+    return dataclasses.replace(work, batch=fewer)
+
+
+def sharded(work: Workload) -> Iterator[tuple[str, Workload]]:
+    """On the stages of `conf/deepspeed` that shard or offload more."""
+    for option, settings in OPTIONS.items():
+        offload_optimizer = settings.offload_optimizer is not Offload.none
+        offload_param = settings.offload_param is not Offload.none
+        if settings.stage > work.sharding.stage or (offload_optimizer and work.gpu):
+            sharding = dataclasses.replace(
+                work.sharding,
+                stage=settings.stage,
+                offload_optimizer=offload_optimizer,
+                offload_param=offload_param,
+            )
+            yield option, dataclasses.replace(work, sharding=sharding)
+
+
+OPTIONS = {
+    "zero2": DeepSpeedConfig(stage=2),
+    "zero3": DeepSpeedConfig(stage=3),
+    "zero2_offload": DeepSpeedConfig(stage=2, offload_optimizer=Offload.cpu),
+    "zero3_offload": DeepSpeedConfig(stage=3, offload_optimizer=Offload.cpu, offload_param=Offload.cpu),
+}
+"""Files of conf/deepspeed."""

@@ -1,0 +1,297 @@
+"""What a device holds at the worst moment of training, term by term. Pure: numbers in, numbers out.
+
+Takes a `Workload` (networks, a batch, the settings that matter), returns an `Estimate`. Weights, gradients
+and optimizer states are those of ZeRO (arXiv 1910.02054, section 3), with the buffers that DeepSpeed adds;
+activations are what our own packed forward pass keeps for its backward pass. Reads no file, knows no config.
+
+Symbols: P weights, T trained ones, R ranks, b bytes of a weight (4, or 2 in half precision), N tokens and M
+trained tokens of a micro-batch, h hidden and i intermediate size, q width of all query heads, k of all keys,
+L layers, V vocabulary, B = min(reduce_bucket_size, P).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+
+from pipeline.planning.network import Network
+
+FP32 = 4
+CPU_CHUNK_BYTES = 4 << 20
+"""As in `common.losses`: fp32 logits made at once on the CPU."""
+GPU_CHUNK_ROWS = 4096
+"""As in `common.losses`: rows of logits made at once on a GPU."""
+CPU_BASE = 463_000_000
+"""Resident bytes of a rank before it has a model: Python with torch, DeepSpeed and transformers imported.
+Measured by benchmarks/memory_plan.py."""
+GPU_BASE = 1_000_000_000
+"""CUDA context, libraries' workspaces and what the allocator cannot use; assumed, not measured."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Gathered weights that ZeRO-3 keeps at once: DeepSpeed's stage3_max_live_parameters."""
+NF4_BYTES = 0.53
+"""Of a 4-bit weight with its doubly quantized scales."""
+
+
+class Head(Enum):
+    """What lies above the decoder in training."""
+
+    tokens = "tokens"  # cross-entropy of trained tokens
+    scalar = "scalar"  # one number per document or token
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest micro-batch of a rank. short: its documents have at most 256 tokens."""
+
+    tokens: int
+    trained: int
+    short: bool = True
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What of the DeepSpeed settings decides memory."""
+
+    stage: int
+    ranks: int
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket_size: int = 200_000_000
+    overlap_comm: bool = True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One network that learns. trained: weights that do; state_bytes: the optimizer's, for each of them."""
+
+    network: Network
+    trained: int
+    head: Head
+    state_bytes: float = 8.0
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Responses decoded side by side. slots and tokens of each slot, as the cache is allocated."""
+
+    slots: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that an estimate depends on."""
+
+    networks: tuple[Trained, ...]  # each learns in its turn
+    batch: Batch
+    sharding: Sharding
+    half: bool  # bf16 or fp16
+    gpu: bool
+    checkpointing: bool = False
+    decoding: Decoding | None = None
+    frozen: tuple[Network, ...] = ()
+    offload_frozen: bool = False
+    averaged: bool = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight in the forward pass."""
+        return 2 if self.half else FP32
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the total, in bytes per rank: on the device and, offloaded, in host memory."""
+
+    name: str
+    device: float
+    host: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All terms. On the CPU, host and device are one memory."""
+
+    terms: tuple[Term, ...]
+    gpu: bool
+
+    @property
+    def device(self) -> float:
+        """Bytes of the device per rank; on the CPU everything."""
+        return sum(term.device + (0 if self.gpu else term.host) for term in self.terms)
+
+    @property
+    def host(self) -> float:
+        """Bytes of host memory per rank, beside a GPU."""
+        return sum(term.host for term in self.terms) if self.gpu else 0.0
+
+    def of(self, name: str) -> float:
+        """Bytes of a term, wherever they are."""
+        return sum(term.device + term.host for term in self.terms if term.name == name)
+
+
+def estimate(work: Workload) -> Estimate:
+    """The peak of one rank.
+
+    Two moments compete: training (gradients, buffers, activations, logits) and sampling (the KV cache). On a
+    GPU the larger one counts. On the CPU both do: freed blocks below 32 MB stay with the process (glibc).
+    """
+    training = [
+        _gradients_of_all(work),
+        max((buffers(work, part) for part in work.networks), key=_total),
+        Term("activations", max(activations(work, part) for part in work.networks)),
+        Term("logits", max(head_memory(work, part) for part in work.networks)),
+    ]
+    sampling = [Term("KV cache", kv_cache(work))]
+    if work.gpu and sum(map(_total, sampling)) <= sum(map(_total, training)):
+        sampling = []  # what training needs is free while responses are sampled
+    elif work.gpu:
+        training = [term for term in training if term.name == "gradients" and work.sharding.stage == 3]
+    base = Term("libraries", GPU_BASE if work.gpu else CPU_BASE)
+    return Estimate((base, *states(work), *training, *sampling), work.gpu)
+
+
+def states(work: Workload) -> list[Term]:
+    """Weights b P, whole on stages 1 and 2 and shared by R on stage 3; of what learns an fp32 master 4 T / R
+    and the optimizer's state s T / R; frozen networks b P, shared like weights; an average 4 T / R.
+
+    ZeRO's P_os, P_os+g and P_os+g+p (arXiv 1910.02054, section 5), with s = 8 for AdamW.
+    """
+    sharding, ranks = work.sharding, work.sharding.ranks
+    share = ranks if sharding.stage == 3 else 1
+    on_host = sharding.offload_param and sharding.stage == 3
+    weights = sum(_weights(work, part) for part in work.networks) / share
+    frozen = sum(network.parameters for network in work.frozen) * work.weight_bytes / share
+    trained = sum(part.trained for part in work.networks)
+    state = sum(part.trained * (FP32 + part.state_bytes) for part in work.networks) / ranks
+    terms = [
+        _placed("weights", weights, on_host),
+        _placed("optimizer", state, sharding.offload_optimizer),
+        _placed("frozen models", frozen, on_host or work.offload_frozen),
+        Term("average", FP32 * trained / ranks if work.averaged else 0.0),
+    ]
+    if sharding.stage == 3:
+        # a layer's whole weights, kept until as many are live as DeepSpeed allows
+        whole = max(part.network.parameters for part in work.networks)
+        terms.append(Term("gathered weights", min(whole, LIVE_PARAMETERS) * work.weight_bytes))
+    return terms
+
+
+def gradients(work: Workload, part: Trained) -> Term:
+    """Accumulated over the micro-batches of a step: stage 1 keeps all of them on every rank (g T), stages 2
+    and 3 a share in fp32 (4 T / R). In half precision stage 1 sums in fp32 beside the gradients: 4 T + 2 T.
+    """
+    sharding, trained = work.sharding, part.trained
+    if sharding.stage == 1:
+        return Term("gradients", trained * (FP32 + 2 if work.half else FP32))
+    return _placed("gradients", FP32 * trained / sharding.ranks, sharding.offload_optimizer)
+
+
+def buffers(work: Workload, part: Trained) -> Term:
+    """DeepSpeed's copies around a reduction and a step, as read in its 0.19.8 and seen in a process:
+
+    stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half precision
+    its other optimizer updates in place). Stage 2: one bucket, on a GPU with overlap two, and the share of
+    the newest micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share.
+    """
+    sharding, trained = work.sharding, part.trained
+    bucket = min(sharding.reduce_bucket_size, trained)
+    share = trained / sharding.ranks
+    if sharding.stage == 1:
+        return Term("buffers", 0.0 if work.half else FP32 * bucket + 2 * FP32 * share)
+    if sharding.stage == 2:
+        count = 2 if work.gpu and sharding.overlap_comm else 1
+        return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
+    width = work.weight_bytes
+    flat = FP32 * share if work.half else 0.0
+    return Term("buffers", width * bucket + max(flat, width * bucket + width * bucket / sharding.ranks))
+
+
+def activations(work: Workload, part: Trained) -> float:
+    """What autograd keeps of a micro-batch, bytes.
+
+    Per token and layer in fp32: each norm keeps its input, the normalised input and its output (6 h), the
+    attention q, k, v, its output and that output end to end (3 q + 2 k), the feed-forward network both
+    halves, the activated one and their product (4 i); times 4 bytes. In half precision norms compute in fp32
+    (16 h bytes), and so does attention of documents up to 256 tokens on the CPU.
+    The last layer's feed-forward network has trained positions only (`common.last_layer`); with recomputation
+    a layer keeps its input, and one layer at a time all of it.
+    """
+    net, batch = part.network, work.batch
+    n, m = batch.tokens, min(batch.trained, batch.tokens)
+    b = work.weight_bytes
+    norm = (8 if work.half else 12) * net.hidden
+    attention = _attention_bytes(work, net)
+    feed_forward = 4 * net.intermediate * b
+    layer = 2 * norm + attention + feed_forward
+    final = n * norm + 2 * m * net.hidden * b
+    if work.checkpointing:
+        return final + n * (net.layers * net.hidden * b + layer)
+    return final + n * layer * net.layers - (n - m) * (feed_forward - net.hidden * b)
+
+
+def head_memory(work: Workload, part: Trained) -> float:
+    """Logits of one chunk, fp32, up to three times (entropy needs a copy), and the output projection's
+    gradient in fp32, 4 V h, with its product in the weights' dtype beside it in half precision on the CPU."""
+    if part.head is Head.scalar:
+        return 0.0
+    net, m = part.network, min(work.batch.trained, work.batch.tokens)
+    rows = GPU_CHUNK_ROWS if work.gpu else max(64, CPU_CHUNK_BYTES // (FP32 * net.vocabulary))
+    chunk = 3 * FP32 * min(rows, max(m, 1)) * net.vocabulary
+    if part.trained < net.parameters:
+        return chunk  # adapters: the projection is frozen
+    product = FP32 + 2 if work.half and not work.gpu else 0
+    return chunk + (FP32 + product) * net.vocabulary * net.hidden
+
+
+def kv_cache(work: Workload) -> float:
+    """2 L k b bytes per cached token, for every slot to its capacity; logits of all slots three times."""
+    if work.decoding is None:
+        return 0.0
+    net, slots = work.networks[0].network, work.decoding.slots
+    cache = 2 * net.layers * net.kv_width * work.weight_bytes * slots * work.decoding.capacity
+    return cache + 3 * FP32 * slots * net.vocabulary
+
+
+def _gradients_of_all(work: Workload) -> Term:
+    """Of all networks where the gradients lie in memory of their own for good; else of the largest."""
+    each = [gradients(work, part) for part in work.networks]
+    if work.sharding.stage == 3 or (work.sharding.stage == 1 and work.half):
+        return Term("gradients", sum(term.device for term in each), sum(term.host for term in each))
+    return max(each, key=_total)
+
+
+def with_stage(work: Workload, stage: int) -> Workload:
+    """The same work on another ZeRO stage; offload stays where that stage has it."""
+    sharding = dataclasses.replace(
+        work.sharding,
+        stage=stage,
+        offload_optimizer=work.sharding.offload_optimizer and stage >= 2,
+        offload_param=work.sharding.offload_param and stage == 3,
+    )
+    return dataclasses.replace(work, sharding=sharding)
+
+
+def _attention_bytes(work: Workload, net: Network) -> int:
+    """Per token: q, k, v and the output as the kernel took them, and the output for the projection."""
+    b = work.weight_bytes
+    kernel = FP32 if work.batch.short and not work.gpu else b
+    return kernel * 2 * (net.query_width + net.kv_width) + b * net.query_width
+
+
+def _weights(work: Workload, part: Trained) -> float:
+    """Bytes of a network's weights, whole."""
+    if part.quantized:
+        return NF4_BYTES * part.network.parameters + work.weight_bytes * part.trained
+    extra = part.trained if part.trained < part.network.parameters else 0
+    return work.weight_bytes * (part.network.parameters + extra)
+
+
+def _placed(name: str, size: float, on_host: bool) -> Term:
+    return Term(name, 0.0, size) if on_host else Term(name, size)
+
+
+def _total(term: Term) -> float:
+    return term.device + term.host

@@ -1,0 +1,270 @@
+"""`python -m pipeline plan`: all that is known of a run before a device is touched, as plain text.
+
+Takes a finished configuration and the overrides it was made from; prints, and returns the exit status. Starts
+no step and writes nothing but tokenized rows into the cache.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.artifacts import MANIFEST, file_sha256
+from common.config import Launcher
+from common.stage import Step
+from launch import k8s, slurm
+from launch.command import machine_arguments
+from launch.local import count_gpus, ranks_of
+from pipeline import checks, state
+from pipeline.config import PipelineConfig
+from pipeline.plan import EXPORT, Wired, wire_run
+from pipeline.planning import counting, devices, memory
+from pipeline.planning.counting import Counts
+from pipeline.planning.fitting import ways_out_of
+from pipeline.planning.network import Network
+from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
+from pipeline.run import check_named_sources
+
+Say = Callable[[str], None]
+STAGES = (1, 2, 3)
+COLUMNS = ("weights", "optimizer", "gradients", "buffers", "activations", "logits", "KV cache", "others")
+
+
+@dataclass(frozen=True)
+class Where:
+    """The ranks of the run. here: on one machine."""
+
+    ranks: int
+    here: int
+    gpu: bool
+
+
+def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) -> int:
+    """Print the plan. Returns 0; UserError for what a run would refuse."""
+    where = where_of(config)
+    wired = wire_run(config)
+    check_named_sources(wired)
+    checks.check(config, where.here)
+    counts = counting.count(config, wired)
+    sections = {
+        "run": run_lines(config, where),
+        "steps": step_lines(config, wired),
+        "data": data_lines(counts),
+        "schedule": schedule_lines(config, wired, where, counts),
+        "memory": memory_lines(config, wired, where, counts),
+        "launch": launch_lines(config, overrides, where),
+    }
+    for name, lines in sections.items():
+        say(name)
+        for line in lines:
+            say(f"  {line}".rstrip())
+    return 0
+
+
+def where_of(config: PipelineConfig) -> Where:
+    """How many ranks there will be, and on what; a cluster's nodes are taken to be as they were asked for."""
+    launch = config.launch
+    asked = {Launcher.slurm: launch.slurm.gpus_per_node, Launcher.k8s: launch.k8s.gpus_per_node}
+    gpus = asked.get(launch.kind)
+    is_given = launch.nproc_per_node.strip() != "auto"
+    here = gpus if gpus is not None and not is_given else ranks_of(launch)
+    return Where(here * launch.nnodes, here, gpus is not None or count_gpus() > 0)
+
+
+def run_lines(config: PipelineConfig, where: Where) -> list[str]:
+    """Name, folder, ranks."""
+    device = "one per GPU" if where.gpu else "on the CPU"
+    machines = f" on {config.launch.nnodes} machines" if config.launch.nnodes > 1 else ""
+    return [
+        f"{state.run_name(config)} in {counting.run_folder(config)}, seed {config.seed}",
+        f"{where.ranks} rank(s){machines}, {device}, ZeRO {config.deepspeed.stage}, "
+        f"{config.model.dtype.value}",
+    ]
+
+
+def step_lines(config: PipelineConfig, wired: Sequence[Wired]) -> list[str]:
+    """What each step starts from, with the hash of what is there, and where it leaves its artifact."""
+    run_dir = counting.run_folder(config)
+    rows = []
+    for step in wired:
+        name = step.stage.name.value
+        sources = [f"{role.value} {_source(step, role, run_dir)}" for role in step.sources]
+        takes = ", ".join(sources) or f"base model {_base(config)}"
+        folder = run_dir / name / EXPORT
+        done = f", done ({file_sha256(folder / MANIFEST)[:12]})" if (folder / MANIFEST).exists() else ""
+        rows.append((name, takes, f"-> {step.stage.produces.value} {folder}{done}"))
+    return table(rows)
+
+
+def data_lines(counts: dict[Step, Counts]) -> list[str]:
+    """Each step's ledger and its share of trained tokens."""
+    lines = []
+    for step, found in counts.items():
+        about = "" if found.scale == 1 else f"; estimated from a sample, 1 row in {found.scale:.3g}"
+        share = f", {found.trained_share:.1%} of them trained" if found.trained_tokens else ""
+        lines.append(
+            f"{step.value}: {found.documents:,} to train on, {found.held_out:,} held out, "
+            f"{found.tokens:,} tokens{share}{about}"
+        )
+        lines += [f"  {line}" for line in found.ledger]
+    return lines
+
+
+def schedule_lines(
+    config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, Counts]
+) -> list[str]:
+    """Rows of an epoch, optimizer steps, and how the global batch comes about."""
+    head = (
+        "step",
+        "rows per epoch",
+        "fill",
+        "optimizer steps",
+        "global batch",
+        "= ranks x micro x accumulation",
+    )
+    rows, notes = [head], []
+    for step in wired:
+        name = step.stage.name
+        part, found = getattr(config, name.value), counts[name]
+        micro = rows_per_pass(part.train, where.ranks)
+        times = accumulation(part.train, where.ranks)
+        unit = {Step.ppo: "prompts", Step.sft: "rows"}.get(name, "pairs")
+        steps = _updates(config, found.total_steps) if name is Step.ppo else found.total_steps
+        fill = f"{found.fill:.1%}" if name is Step.sft else ""
+        about = "~" if found.scale != 1 else ""
+        packed = "packed " if name is Step.sft and part.data.packing else ""
+        exact = where.ranks * micro * times == part.train.global_batch_size
+        sum_up = f"= {where.ranks} x {micro} x {times}" if exact else f"<= {where.ranks} x {micro} x {times}"
+        rows.append(
+            (name.value, f"{about}{found.rows:,} {packed}{unit}", fill, f"{about}{steps:,}",
+             str(part.train.global_batch_size), sum_up)
+        )  # fmt: skip
+        if name is Step.ppo:
+            notes.append(
+                f"ppo: {about}{found.total_steps:,} iterations, "
+                f"{part.responses_per_iteration:,} responses and "
+                f"{steps // max(found.total_steps, 1)} updates in each"
+            )
+    if any(not row[5].startswith("= ") for row in rows):
+        notes.append("<=: rows of pairs and responses are packed within a step, or the last pass is short")
+    return [*table(rows), *notes]
+
+
+def memory_lines(
+    config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, Counts]
+) -> list[str]:
+    """Per step a table: one line for each ZeRO stage, the chosen one marked."""
+    available = devices.memory_per_rank(where.gpu, where.here)
+    has = "" if available is None else f"; a rank has {gigabytes(available)} GB"
+    lines = [f"estimated peak per rank in GB (10^9 bytes){has}"]
+    for step in wired:
+        name = step.stage.name
+        found = counts[name]
+        work = workload_of(
+            config, name, where.ranks, gpu=where.gpu, vocabulary=found.vocabulary, longest=found.longest,
+            trained_share=found.trained_share,
+        )  # fmt: skip
+        if work is None:
+            lines.append(
+                f"{name.value}: not estimated: the model's sizes are known once its config.json is here"
+            )
+            continue
+        lines.append(f"{name.value}: {networks_in_words([part.network for part in work.networks], work)}")
+        rows: list[tuple[str, ...]] = [("ZeRO", *COLUMNS, "total", "")]
+        for stage in STAGES:
+            of_stage = memory.estimate(memory.with_stage(work, stage))
+            chosen = stage == work.sharding.stage
+            mark = "<- chosen" if chosen else ""
+            if available is not None and of_stage.device > available:
+                mark = f"{mark}, does not fit".lstrip(", ")
+            if of_stage.host:
+                mark = f"{mark} + {gigabytes(of_stage.host)} GB of host memory".lstrip()
+            cells = [gigabytes(of_stage.of(column)) for column in COLUMNS[:-1]]
+            others = of_stage.device + of_stage.host - sum(of_stage.of(column) for column in COLUMNS[:-1])
+            rows.append((str(stage), *cells, gigabytes(others), gigabytes(of_stage.device), mark))
+        lines += [f"  {line}" for line in table(rows, right=range(1, len(COLUMNS) + 2))]
+        estimate = memory.estimate(work)
+        if available is not None and estimate.device > available:
+            ways = ways_out_of(work, name, config, available)
+            lines += [f"  does not fit; {way}" for way in ways] or ["  does not fit, whatever is set"]
+    base = memory.GPU_BASE if where.gpu else memory.CPU_BASE
+    libraries = (
+        "the CUDA context and workspaces" if where.gpu else "a process with torch and DeepSpeed loaded"
+    )
+    lines.append(
+        f"others: frozen models, gathered weights, an average, and {libraries} ({gigabytes(base)} GB)"
+    )
+    return lines
+
+
+def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where) -> list[str]:
+    """The command, or the file that the cluster is given."""
+    run_dir = counting.run_folder(config)
+    typed = shlex.join(overrides)
+    command = f"python -m pipeline run {typed}".rstrip()
+    if config.launch.kind is Launcher.slurm:
+        arguments = machine_arguments(overrides, config.launch.nnodes, {"run_name": run_dir.name})
+        text = slurm.render(config.launch, arguments, run_dir.absolute(), Path.cwd(), sys.executable)
+        return [command, "which writes and submits", *text.splitlines()]
+    if config.launch.kind is Launcher.k8s:
+        text = k8s.render(config.launch, overrides, run_dir.name)
+        return [command, "which writes and creates", *text.splitlines()]
+    if config.launch.kind is Launcher.local and config.launch.nnodes > 1 and config.launch.node_rank is None:
+        return [f"{command} launch.node_rank={rank}" for rank in range(config.launch.nnodes)]
+    each = "directly" if where.ranks == 1 else "by torchrun's elastic agent"
+    return [command, f"which starts {where.here} rank(s) {each} for every step"]
+
+
+def networks_in_words(networks: Sequence[Network], work: memory.Workload) -> str:
+    """What learns and what is frozen, and how large a pass is."""
+    sizes = " and ".join(
+        f"{network.parameters:,}" + ("" if network.is_exact else " (by its config)") for network in networks
+    )
+    frozen = f", {len(work.frozen)} frozen model(s)" if work.frozen else ""
+    decoding = ""
+    if work.decoding is not None:
+        decoding = f", {work.decoding.slots} x {work.decoding.capacity} tokens decoded side by side"
+    return f"{sizes} parameters{frozen}; passes of {work.batch.tokens:,} tokens{decoding}"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Columns aligned, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def gigabytes(size: float) -> str:
+    """10^9 bytes, with three digits where they say something."""
+    number = size / 1e9
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def _updates(config: PipelineConfig, iterations: int) -> int:
+    """Optimizer steps of PPO's actor."""
+    ppo = config.ppo
+    each = ppo.ppo_epochs * math.ceil(ppo.responses_per_iteration / ppo.train.global_batch_size)
+    return each * iterations
+
+
+def _source(step: Wired, role: object, run_dir: Path) -> str:
+    source = step.sources[role]  # type: ignore[index]
+    folder = step.folder_of(role, run_dir)  # type: ignore[arg-type]
+    known = f" ({file_sha256(folder / MANIFEST)[:12]})" if (folder / MANIFEST).exists() else ""
+    return f"from {source.value if isinstance(source, Step) else source}{known}"
+
+
+def _base(config: PipelineConfig) -> str:
+    model = config.model
+    if model.path is not None:
+        return model.path if model.revision is None else f"{model.path}@{model.revision}"
+    return f"{model.config.get('model_type')}, at random"

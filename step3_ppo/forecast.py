@@ -1,0 +1,28 @@
+"""Counts of PPO's prompts and its schedule, before anything is started (`common/forecast.py`)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from common.config import load_resolved
+from common.forecast import Forecast, of_prompts, to_read
+from common.handoff import model_to_preview
+from common.models import load_tokenizer
+from common.stage import Step
+from common.step_data import build_data
+from step3_ppo.config import PPOJob
+from step3_ppo.data import PromptOrder, kind_of
+
+log = logging.getLogger("rlhf.ppo")
+
+
+def forecast(resolved: Path) -> Forecast:
+    """Of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
+    job = load_resolved(resolved, PPOJob)
+    ppo = job.ppo
+    data, scale = to_read(job, ppo.data)
+    tokenizer = load_tokenizer(model_to_preview(job.model, ppo.policy, "ppo.policy"))
+    built = build_data(job, Step.ppo, data, kind_of(job), tokenizer, log.info)
+    order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, built.weights)
+    return of_prompts(built, tokenizer, ppo.train, order.iterations_in(ppo.train.epochs), scale)
