@@ -44,7 +44,14 @@ class Outcome:
         """How little it explains: of several outcomes the least one is the cause."""
         if self.lost is not None:
             return 0
-        return 4 if self.status == 0 else gravity(self.status if self.cause is None else self.cause[1])
+        return 4 if self.status == 0 else gravity(self.code)
+
+    @property
+    def code(self) -> int:
+        """The exit code that explains it, -N for signal N; of torchrun's agent where no rank is known."""
+        if self.cause is not None:
+            return self.cause[1]
+        return 128 - self.status if self.status > 128 and self.status != STOPPED else self.status
 
     @property
     def is_restartable(self) -> bool:
@@ -112,6 +119,7 @@ class Running:
 
     def __init__(self, job: Job, keep_open: Sequence[int], requests: StopRequests) -> None:
         self._requests = requests
+        self._is_rank = job.is_one_process
         self._report, report = os.pipe()
         try:
             self._process = start(job, keep_open=keep_open, report=report)
@@ -149,7 +157,8 @@ class Running:
         status = exit_status(code, stopping=told or self._killed_at is not None)
         if words:
             return Outcome(status, (int(words[0]), int(words[1])), told)
-        return Outcome(status, (0, code) if code != 0 else None, told)
+        is_rank = code != 0 and self._is_rank  # else it is torchrun's agent that failed, not a rank
+        return Outcome(status, (0, code) if is_rank else None, told)
 
 
 def supervise(
@@ -216,27 +225,27 @@ def explain(outcome: Outcome, log_dir: Path | None) -> None:
         print(f"{outcome.where} says there what is wrong", file=sys.stderr, flush=True)
         return
     # Rank 0 shows its own traceback, and a status of 2 comes with a message printed where the rank is.
-    if outcome.cause is None or outcome.cause[0] == 0:
+    if outcome.status in (0, UserError.EXIT_CODE, STOPPED) or (outcome.cause and outcome.cause[0] == 0):
         return
-    if outcome.status in (0, UserError.EXIT_CODE, STOPPED):
+    print(f"{_who(outcome)} failed first (exit status {outcome.code})", file=sys.stderr)
+    if log_dir is None or outcome.cause is None:
         return
-    rank, code = outcome.cause
-    of = f"rank {rank}" if outcome.where is None else f"rank {rank} on {outcome.where}"
-    print(f"{of} failed first (exit status {code})", file=sys.stderr)
-    log = None if log_dir is None else log_dir / f"rank_{rank}.log"
-    if log is not None and log.exists():
+    log = log_dir / f"rank_{outcome.cause[0]}.log"
+    if log.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
         print(f"the end of {log}:", *lines, sep="\n  ", file=sys.stderr)
-    sys.stderr.flush()
 
 
 def died(outcome: Outcome) -> str:
     """What happened, in a few words: `rank 1 died (SIGKILL)`."""
-    rank, code = outcome.cause or (0, outcome.status)
-    of = f"rank {rank}" if outcome.where is None else f"rank {rank} on {outcome.where}"
-    if code >= 0:
-        return f"{of} failed (exit status {code})"
+    if outcome.code >= 0:
+        return f"{_who(outcome)} failed (exit status {outcome.code})"
     try:
-        return f"{of} died ({signal.Signals(-code).name})"
+        return f"{_who(outcome)} died ({signal.Signals(-outcome.code).name})"
     except ValueError:
-        return f"{of} died (signal {-code})"
+        return f"{_who(outcome)} died (signal {-outcome.code})"
+
+
+def _who(outcome: Outcome) -> str:
+    who = "torchrun's agent" if outcome.cause is None else f"rank {outcome.cause[0]}"
+    return who if outcome.where is None else f"{who} on {outcome.where}"

@@ -23,6 +23,7 @@ from launch.channel import Channel, interface_of
 from launch.local import Job
 from launch.nodes import Hello, endpoint_of, follow, gather
 from launch.supervise import Outcome, supervise
+from pipeline.checks import check_launch
 from tests.ranks import ROOT, free_port
 
 COMMAND = {"launch.nnodes": 2, "run_name": "a", "steps": ["sft"]}
@@ -225,6 +226,29 @@ def test_only_known_jobs_run_and_only_when_the_files_are_there(folder: Path, lau
                 outcomes = machines.ended()
             assert outcomes[0].status == 2 and message in str(outcomes[0].lost)
             assert process.wait(30) == 2
+
+
+def test_machine_0_that_is_told_to_stop_while_it_waits_ends_with_those_that_came(folder: Path) -> None:
+    launch = launch_of(3)
+    with follower(launch, folder) as process:
+
+        def say(line: str) -> None:
+            if "is here" in line:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SystemExit) as ended:
+            gather(launch, own(), folder, say)
+        assert (ended.value.code, process.wait(30)) == (143, 143)
+    assert list(folder.iterdir()) == []
+
+
+def test_one_of_several_machines_has_a_number_and_an_endpoint() -> None:
+    check_launch(LaunchConfig())
+    check_launch(LaunchConfig(nnodes=2, node_rank=1, rdzv_endpoint="a:29500"))
+    with pytest.raises(UserError, match=r"launch\.nnodes=2, and launch\.node_rank is missing"):
+        check_launch(LaunchConfig(nnodes=2, rdzv_endpoint="a:29500"))
+    with pytest.raises(UserError, match=r"launch\.rdzv_endpoint=None is not allowed with launch\.nnodes=2"):
+        check_launch(LaunchConfig(nnodes=2, node_rank=0))
 
 
 PROGRAM = """

@@ -237,6 +237,9 @@ def test_a_secondary_partition_must_divide_the_ranks(config: PipelineConfig) -> 
     config.deepspeed.stage, config.deepspeed.hpz_partition_size = 3, 2
     checks.check(config, ranks=4)
     assert "hpz_partition_size=2 does not divide the 3 rank(s)" in error_of(config, ranks=3).message
+    checks.check(config, ranks=6, on_each=[4, 2])
+    with pytest.raises(UserError, match=r"does not divide the 3 rank\(s\) of this machine"):
+        checks.check(config, ranks=6, on_each=[3, 3])
 
 
 def test_an_output_folder_below_a_file_is_refused(config: PipelineConfig) -> None:
