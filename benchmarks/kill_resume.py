@@ -181,7 +181,8 @@ def new_job(step_name: str, **identity: Any) -> Any:
 class Attempt:
     """All ranks of one start of the run, in a process group of their own."""
 
-    def __init__(self, config: Path, point: Point) -> None:
+    def __init__(self, config: Path, point: Point, environment: Mapping[str, str] | None = None) -> None:
+        """environment: what the ranks have beside this process's."""
         ranks = point.ranks
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -189,7 +190,7 @@ class Attempt:
         shared = {
             **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {}),
         }  # fmt: skip
         with (config.parent / "output.log").open("a") as output:
             self.processes = [
@@ -249,10 +250,8 @@ def moments(windows: Windows) -> dict[str, int]:
     return {"startup": 1, **steps, "checkpoint": 4}
 
 
-def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills, windows: Windows) -> None:
-    """Kill the attempt at a moment drawn from `generator`, or stop it in an update, unless it ends before."""
-    from common.distributed import STOPPED_EXIT_CODE
-
+def await_moment(attempt: Attempt, folder: Path, generator: random.Random, windows: Windows) -> str:
+    """Return at a moment drawn from `generator`, or when the attempt ends before it; what kind it is of."""
     weights = moments(windows)
     (kind,) = generator.choices([*weights], [*weights.values()])
     before, count = last_step(folder), generator.randint(1, 3)
@@ -270,6 +269,14 @@ def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kill
             break
         time.sleep(0.001)
     time.sleep(delay)
+    return kind
+
+
+def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills, windows: Windows) -> None:
+    """Kill the attempt at a moment drawn from `generator`, or stop it in an update, unless it ends before."""
+    from common.distributed import STOPPED_EXIT_CODE
+
+    kind = await_moment(attempt, folder, generator, windows)
     if not attempt.is_running():
         kills.missed += 1
     elif kind == "stop":

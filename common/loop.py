@@ -26,7 +26,7 @@ from common.engine import Engine, StepOutcome
 from common.errors import UserError
 from common.progress import Progress
 from common.stage import Step
-from common.tracking import Tracker, read_metrics
+from common.tracking import METRICS_FILE, Tracker, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 5
 log = logging.getLogger("rlhf.loop")
@@ -83,6 +83,8 @@ def restore(
     """
     resumed = checkpoints.resume(state)
     if resumed is None:
+        if (checkpoints.folder.parent / METRICS_FILE).exists():
+            say(f"there is no checkpoint in {checkpoints.folder}: beginning again with the first step")
         return {}
     for line in resumed.set_aside:
         say(f"set aside, not verified: {line}")

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from common.checkpoint import Checkpoints
 from common.config import Dtype
 from common.distributed import World
 from common.engine import StepOutcome
-from common.loop import Counters, SaveClock, advance, is_due, skipped_warning, swapped_warning, with_best
+from common.loop import (
+    Counters,
+    SaveClock,
+    advance,
+    is_due,
+    restore,
+    skipped_warning,
+    swapped_warning,
+    with_best,
+)
 from common.stage import Step
 
 
@@ -88,3 +99,20 @@ def test_only_the_first_rank_s_clock_counts_and_zero_minutes_mean_never() -> Non
         clock, seconds = save_clock(rank, minutes)
         seconds.append(1e9)
         assert not clock.asks
+
+
+class Nothing:
+    """A state that is never asked for."""
+
+    save = load = None
+
+
+def test_checkpoints_that_are_gone_are_missed_aloud_and_a_first_start_is_not(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, world=World(0, 1, 0, torch.device("cpu")))
+    said: list[str] = []
+    assert restore(checkpoints, Nothing(), said.append) == {} and said == []  # type: ignore[arg-type]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert restore(checkpoints, Nothing(), said.append) == {}  # type: ignore[arg-type]
+    assert said == [
+        f"there is no checkpoint in {tmp_path / 'checkpoints'}: beginning again with the first step"
+    ]

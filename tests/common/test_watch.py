@@ -1,0 +1,115 @@
+"""Who is to blame, as told from what ranks say of themselves. Ranks that do hang: tests/faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from common import distributed, limits
+from common.errors import UserError
+from common.watch import Beat, Heard, stalled_among
+
+
+def beat(rank: int, count: int = 1, *, waiting: float = 0.0, collectives: int = 7) -> Beat:
+    return Beat(rank, f"node{rank}", count, "step 4, training", "train.py:1 in train", waiting, collectives)
+
+
+def test_a_rank_that_does_not_beat_is_blamed_after_the_limit_and_not_before() -> None:
+    heard = Heard(silent=10.0, stalled=100.0, size=3)
+    for second in range(11):
+        assert heard.hear([beat(0, second), beat(1, 5), beat(2, second)], 50.0 + second) is None
+    verdict = heard.hear([beat(0, 11), beat(1, 5), beat(2, 11)], 61.0)
+    assert verdict is not None and (verdict.rank, verdict.is_silent) == (1, True)
+    assert verdict.message == (
+        "rank 1 on node1 has not answered for 11 s; it was in step 4, training (train.py:1 in train)"
+    )
+
+
+def test_of_several_silent_ranks_the_first_to_fall_silent_is_blamed() -> None:
+    heard = Heard(silent=3.0, stalled=100.0, size=3)
+    for second in range(8):
+        counts = (second, min(second, 4), min(second, 2))
+        verdict = heard.hear([beat(rank, count) for rank, count in enumerate(counts)], float(second))
+        if second < 6:
+            assert verdict is None
+            continue
+        assert verdict is not None and verdict.rank == 2
+        break
+
+
+def test_a_process_that_stood_still_itself_blames_nobody_for_the_time() -> None:
+    heard = Heard(silent=10.0, stalled=100.0, size=2)
+    assert heard.hear([beat(0, 1), beat(1, 1)], 0.0) is None
+    assert heard.hear([beat(0, 1), beat(1, 1)], 3600.0) is None  # a suspended job, or a laptop that slept
+    assert heard.hear([beat(0, 2), beat(1, 1)], 3604.0) is None
+    assert heard.hear([beat(0, 3), beat(1, 1)], 3608.0) is None
+    verdict = heard.hear([beat(0, 4), beat(1, 1)], 3612.0)
+    assert verdict is not None and verdict.rank == 1
+
+
+def test_who_does_not_wait_keeps_the_others_waiting() -> None:
+    waiting = [beat(0, waiting=31.0), beat(1, waiting=0.0, collectives=6), beat(2, waiting=30.0)]
+    assert stalled_among(waiting, 31.0) is None
+    verdict = stalled_among(waiting, 30.5)
+    assert verdict is not None and (verdict.rank, verdict.is_silent) == (1, False)
+    assert verdict.message == (
+        "rank 1 on node1 has kept the others waiting for 31 s; it is in step 4, training "
+        "(train.py:1 in train)"
+    )
+
+
+def test_of_ranks_that_all_wait_the_one_that_is_behind_is_blamed() -> None:
+    waiting = [beat(0, waiting=31.0, collectives=9), beat(1, waiting=31.0, collectives=8)]
+    verdict = stalled_among(waiting, 30.0)
+    assert verdict is not None and verdict.rank == 1
+    assert "rank 1 on node1 waits in another collective than the others" in verdict.message
+    assert "(its number 8, not 9)" in verdict.message
+
+
+def test_when_all_wait_for_the_same_nobody_is_blamed() -> None:
+    verdict = stalled_among([beat(0, waiting=31.0), beat(1, waiting=32.0)], 30.0)
+    assert verdict is not None and verdict.rank is None
+    assert verdict.message.startswith("all ranks have waited in one collective for 32 s")
+
+
+def test_only_who_hears_all_ranks_tells_who_keeps_them_waiting() -> None:
+    late = beat(0, waiting=50.0)
+    assert Heard(10.0, 30.0, size=2).hear([late], 0.0) is None
+    assert Heard(10.0, 30.0, size=2).hear([late, replace(late, rank=1, waiting=0.0)], 0.0) is not None
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "-5", "nan", "inf", ""])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, limit in (
+        ("RLHF_COLLECTIVE_SECONDS", limits.collective_seconds),
+        ("RLHF_SILENT_SECONDS", limits.silent_seconds),
+    ):
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(UserError, match=f"{variable}={text} is not allowed"):
+            limit()
+        monkeypatch.setenv(variable, "12.5")
+        assert limit() == 12.5
+        monkeypatch.delenv(variable)
+    assert (limits.collective_seconds(), limits.silent_seconds()) == (1800, 300)
+
+
+def test_a_group_that_others_make_has_the_timeout_of_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed names none for its groups, and torch's own would be half an hour."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RLHF_COLLECTIVE_SECONDS", "7")
+    try:
+        distributed.init_world()
+        groups = [dist.group.WORLD, dist.new_group([0])]
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert timeouts == [timedelta(seconds=7 + distributed.WATCH_FIRST)] * 2
+    finally:
+        distributed.close_world()

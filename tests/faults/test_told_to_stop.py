@@ -1,0 +1,91 @@
+"""SIGTERM to one rank or to both, once or twice, wherever they are: all save, and no bit is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_resume import last_checkpoint, metric_differences, state_differences
+from common.config import Dtype
+from common.distributed import STOPPED_EXIT_CODE
+from tests.programs.faulted import ppo_faulted, sft_faulted
+from tests.runs import Base, finish
+from tests.step2_dpo.runs import write_job
+from tests.step3_ppo.runs import make_artifacts, make_job
+
+TWICE = "{0};{0}"
+SFT = {
+    "both, in a step": ("point=backward,step=1,do=term", 1),
+    "one, while evaluating, twice": (TWICE.format("point=evaluate,step=2,rank=1,do=term"), 2),
+    "one, while writing": ("point=commit.write,step=3,rank=1,do=term", 3),
+    "both, at two moments of a save": (
+        "point=commit.rename,step=4,rank=0,do=term;point=commit.end,step=4,rank=1,do=term",
+        4,
+    ),
+}
+PPO = {
+    "both, while evaluating": ("point=evaluate,do=term", 0),
+    "one, while sampling, twice": (TWICE.format("point=rollout,step=1,rank=1,do=term"), 0),
+    "both, while scoring, twice": (TWICE.format("point=score,step=1,do=term"), 0),
+    "one, while writing": ("point=commit.write,step=1,rank=0,do=term", 4),
+    "both, in an update": ("point=update,step=2,nth=5,do=term", 7),
+}
+"""Where they are told, and the number of the checkpoint that there is then."""
+
+
+def stop_and_go_on(whole: Path, run_dir: Path, step: str, program: Callable[..., int], cases: dict) -> None:
+    """Stop the run at each place in turn; at the end it must equal the one that nobody stopped."""
+    newest = 0
+    for where, (fault, number) in cases.items():
+        printed = finish(run_dir, 2, program, {"RLHF_FAULT": fault}, code=STOPPED_EXIT_CODE)
+        assert printed.count("told to stop: saved") == 1 and "Traceback" not in printed, where
+        assert printed.count("fault on demand: term") == fault.count("do=term") * (
+            1 if "rank=" in fault else 2
+        )
+        before, newest = newest, last_checkpoint(run_dir / step)
+        assert newest >= before and number in (None, newest), (where, newest)
+    finish(run_dir, 2, program, {})
+    last = last_checkpoint(whole / step)
+    assert state_differences(whole, run_dir, last, step) == []
+    assert metric_differences(whole, run_dir, step) == []
+
+
+def test_sft_told_to_stop_anywhere_ends_with_the_same_bits(base: Base) -> None:
+    job = base.job(max_steps=5, save_every=1, eval_every=2, keep_checkpoints=2)
+    job.deepspeed.stage = 3
+    job.model.config["attention_dropout"] = 0.2  # whatever is drawn must be drawn again
+    whole, run_dir = base.write("never told", job), base.write("told", job)
+    finish(whole, 2, sft_faulted, {})
+    stop_and_go_on(whole, run_dir, "sft", sft_faulted, SFT)
+
+
+@pytest.fixture(scope="module")
+def ppo_runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder for a PPO run on two ranks, by name."""
+    folder = tmp_path_factory.mktemp("told_ppo")
+    artifacts = make_artifacts(folder, base.tokenizer)
+
+    def prepare(name: str) -> Path:
+        job = make_job(folder, artifacts, max_steps=2, eval_every=1, save_every=1)
+        job.model.dtype, job.deepspeed.stage, job.ppo.ppo_epochs, job.ppo.ema_decay = Dtype.fp32, 3, 2, 0.5
+        return write_job(job, folder / "runs" / name)  # type: ignore[arg-type]
+
+    return prepare
+
+
+def test_ppo_told_to_stop_anywhere_ends_with_the_same_bits(ppo_runs: Callable[[str], Path]) -> None:
+    whole, run_dir = ppo_runs("never told"), ppo_runs("told")
+    finish(whole, 2, ppo_faulted, {})
+    stop_and_go_on(whole, run_dir, "ppo", ppo_faulted, PPO)
+
+
+def test_a_loss_that_is_not_a_number_on_one_rank_skips_that_update_of_ppo_on_all(
+    ppo_runs: Callable[[str], Path],
+) -> None:
+    run_dir = ppo_runs("nan")
+    fault = "point=backward,step=2,rank=1,do=nan"  # the first of the iteration: of the actor
+    printed = finish(run_dir, 2, ppo_faulted, {"RLHF_FAULT": fault})
+    assert printed.count("its gradient is not finite; skipped on all ranks") == 1
+    assert "warning: 1 of " in printed and "updates" in printed and "Traceback" not in printed
