@@ -420,6 +420,10 @@ class KubernetesConfig:
     """GPUs of each node"""
     resources: Dict[str, str] = field(default_factory=dict)
     """further resources of each node, such as memory: 64Gi"""
+    env: Dict[str, str] = field(default_factory=dict)
+    """environment variables of each node, such as NCCL_DEBUG: INFO; credentials belong into secret"""
+    secret: Optional[str] = None
+    """Secret whose WANDB_API_KEY and HF_TOKEN become environment variables, those of them that it has"""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.config import LaunchConfig
+from common.config import KubernetesConfig, LaunchConfig
 from common.errors import UserError
 from launch.command import log_folder, machine_arguments
 
@@ -27,6 +27,8 @@ FOLDER = "k8s"
 MANIFEST = "trainjob.yaml"
 GRACE_SECONDS = 120
 """How long a pod that is told to leave may save."""
+KEYS = ("WANDB_API_KEY", "HF_TOKEN")
+"""Credentials that the pods take from launch.k8s.secret."""
 LONGEST_NAME = 40
 """Characters of a job's name; the names of its pods are longer by what Kubernetes adds."""
 
@@ -86,6 +88,8 @@ def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> 
         "args": [escaped(text) for text in (k8s.workdir, *arguments)],
         "numNodes": config.nnodes,
     }
+    if variables := environment(k8s):
+        trainer["env"] = variables
     if resources := resources_of(config):
         trainer["resourcesPerNode"] = {"limits": resources, "requests": dict(resources)}
     return {
@@ -99,6 +103,17 @@ def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> 
             "runtimePatches": [patch(str(k8s.volume_claim), k8s.volume_path)],
         },
     }
+
+
+def environment(k8s: KubernetesConfig) -> list[dict[str, Any]]:
+    """Environment variables of the pods; credentials are only named, and read from the Secret there."""
+    variables: list[dict[str, Any]] = [
+        {"name": name, "value": escaped(str(value))} for name, value in k8s.env.items()
+    ]
+    for key in KEYS if k8s.secret is not None else ():
+        reference = {"name": k8s.secret, "key": key, "optional": True}
+        variables.append({"name": key, "valueFrom": {"secretKeyRef": reference}})
+    return variables
 
 
 def patch(claim: str, path: str) -> dict[str, Any]:

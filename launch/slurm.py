@@ -35,6 +35,10 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     script = log_folder(run_dir, FOLDER) / SCRIPT
     write_text(script, text)
     say(f"slurm     {script}")
+    if config.slurm.cpus_per_task is None and not any(
+        text.startswith(("--exclusive", "--cpus-per", "-c")) for text in config.slurm.options
+    ):
+        say("  note: most clusters give one core where launch.slurm.cpus_per_task=N does not ask for more")
     if not config.submit:
         say(f"  submit it with: sbatch {shlex.quote(str(script))}")
         return 0

@@ -48,7 +48,14 @@ def validate(made: dict[str, Any]) -> None:
     assert read_back == made
 
 
-@pytest.mark.parametrize("changes", [{}, {"gpus_per_node": None, "resources": {}}, {"namespace": "team"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gpus_per_node": None, "resources": {}},
+        {"namespace": "team", "env": {"A": "1"}, "secret": "keys"},
+    ],
+)
 def test_the_job_is_what_the_schema_of_trainer_v2_allows(changes: dict[str, Any]) -> None:
     validate(job(**changes))
 
@@ -76,6 +83,19 @@ def test_the_job_names_runtime_nodes_resources_and_the_shared_volume() -> None:
     mount = {"name": pod(made)["volumes"][0]["name"], "mountPath": "/runs"}
     assert pod(made)["containers"] == [{"name": "node", "volumeMounts": [mount]}]
     assert "namespace" not in made["metadata"] and job(namespace="team")["metadata"]["namespace"] == "team"
+
+
+def test_credentials_are_named_and_read_in_the_cluster() -> None:
+    made = job(secret="keys", env={"NCCL_DEBUG": "INFO", "X": "$(HOME)"})
+    by_name = {entry["name"]: entry for entry in made["spec"]["trainer"]["env"]}
+    assert (
+        by_name["NCCL_DEBUG"]["value"] == "INFO"
+        and expanded(by_name["X"]["value"], {"HOME": "/"}) == "$(HOME)"
+    )
+    for key in ("WANDB_API_KEY", "HF_TOKEN"):
+        reference = {"name": "keys", "key": key, "optional": True}
+        assert by_name[key]["valueFrom"] == {"secretKeyRef": reference}
+    assert "env" not in job()["spec"]["trainer"]
 
 
 @pytest.mark.parametrize("name", ["a", "sft-1a2b3c4d", "My Run_é/9", "9-lives", "-", "x" * 200, "a.b."])

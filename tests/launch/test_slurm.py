@@ -221,6 +221,17 @@ def test_the_file_is_written_and_said_where_when_it_is_not_to_be_submitted(tmp_p
     assert path.exists() and any(str(path) in line and "sbatch" in line for line in lines)
 
 
+def test_a_job_that_would_get_one_core_is_told_so(tmp_path: Path) -> None:
+    def note(asked: SlurmConfig) -> bool:
+        lines: list[str] = []
+        slurm.launch(LaunchConfig(submit=False, slurm=asked), [], tmp_path / "a", lines.append)
+        return any("one core" in line for line in lines)
+
+    assert note(SlurmConfig(gpus_per_node=8))
+    assert not note(SlurmConfig(cpus_per_task=16))
+    assert not note(SlurmConfig(options=["--exclusive"]))
+
+
 def test_without_sbatch_the_error_says_that_the_file_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
