@@ -2,6 +2,7 @@
 # make test   the test suite, one worker per core
 # make check  what CI runs: style, types, import contracts, tests, also those that train for minutes
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
+# make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
 # make bench  the CPU benchmarks (long)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -9,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser check style bench clean
+.PHONY: demo test slow browser check style faults bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -37,6 +38,16 @@ style: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# What is not there is skipped and named. The installed services are not started: the tests start their own.
+CLUSTER := slurmctld slurmd slurm-client openssh-server openssh-client iproute2
+faults: $(VENV)/.dev
+	@{ command -v slurmctld && command -v sshd && command -v ip; } >/dev/null 2>&1 || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive && \
+	  { apt-get install -y -qq --no-install-recommends $(CLUSTER) || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CLUSTER); } } >/dev/null 2>&1; } || \
+	echo 'not all is here: install $(CLUSTER)'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -m cluster -rs
 
 bench: $(VENV)/.bench
 	$(RUN) -m benchmarks.run_all

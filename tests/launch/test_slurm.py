@@ -146,12 +146,12 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def script(tmp_path: Path, *overrides: str, **launch: object) -> list[str]:
+def script(tmp_path: Path, *overrides: str, python: str | None = None, **launch: object) -> list[str]:
     config = LaunchConfig(**{"nnodes": 2, **launch})  # type: ignore[arg-type]
     run_dir = tmp_path / "my runs" / "a"
     (run_dir / "slurm").mkdir(parents=True)
     arguments = machine_arguments(overrides, config.nnodes, {"run_name": "a"})
-    text = slurm.render(config, arguments, run_dir, tmp_path, str(tmp_path / "bin" / "python"))
+    text = slurm.render(config, arguments, run_dir, tmp_path, python or str(tmp_path / "bin" / "python"))
     path = run_dir / "slurm" / "job.sh"
     path.write_text(text)
     return ["bash", str(path)]
@@ -174,6 +174,13 @@ def test_every_node_runs_the_same_command_with_its_own_number(
         [*shared, endpoint, f"launch.node_rank={node}"] for node in range(2)
     ]
     assert not (tmp_path / "calls").exists()
+
+
+def test_setup_may_name_another_interpreter(tmp_path: Path, stand_ins: dict[str, str]) -> None:
+    setup = [f"RLHF_PYTHON={tmp_path}/bin/python"]
+    command = script(tmp_path, slurm=SlurmConfig(setup=setup), python="/not/there")
+    assert subprocess.run(command, env=stand_ins).returncode == 0
+    assert calls(tmp_path, 0)[:3] == ["-m", "pipeline", "run"]
 
 
 def test_the_place_to_meet_can_be_given(tmp_path: Path, stand_ins: dict[str, str]) -> None:
