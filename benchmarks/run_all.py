@@ -29,6 +29,7 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("rollout_cpu", "--out", "benchmarks/results"),
     ("ppo_cpu",),
     ("demo_chain",),
+    ("weak_scaling",),
     ("data_scale",),
     ("kill_resume",),
     ("kill_resume", "--step", "reward", "--kills", "10"),
