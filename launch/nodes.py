@@ -84,6 +84,8 @@ class Machines:
     ) -> None:
         if isinstance(error, UserError):
             self.status, self.message = UserError.EXIT_CODE, error.message
+        elif isinstance(error, SystemExit) and isinstance(error.code, int):
+            self.leave_with(error.code)
         for other in self._others:
             other.channel.send("end", status=self.status, message=self.message)
             other.channel.close()
@@ -307,9 +309,11 @@ def _obey(
 
 def _end(message: Mapping[str, Any]) -> int:
     """The status with which machine 0 sends us home; UserError when it has one."""
-    status = int(message["status"])
+    status, said = int(message["status"]), message["message"] or "see what was printed there"
     if status == UserError.EXIT_CODE:
-        raise UserError(f"machine 0: {message['message'] or 'see what was printed there'}")
+        raise UserError(f"machine 0: {said}")
+    if status not in (0, STOPPED):
+        print(f"machine 0 ended with exit status {status}: {said}", file=sys.stderr, flush=True)
     return status
 
 

@@ -37,7 +37,7 @@ from common.redact import redact
 from common.stage import Role, Stage, Step
 from launch.local import Job, ranks_of
 from launch.nodes import Hello, Machines, follow, gather
-from launch.supervise import supervise
+from launch.supervise import leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, start_of, wire_run, with_sources
@@ -53,6 +53,12 @@ Say = Callable[[str], None]
 
 def run(config: PipelineConfig, *, say: Say = print) -> int:
     """Run every step of `config`. Returns 0 when all are done, else the status of the one that was not."""
+    with leaving_when_told():
+        return run_as_machine(config, say)
+
+
+def run_as_machine(config: PipelineConfig, say: Say) -> int:
+    """Run `config` alone, as the machine that decides for others, or as one that follows it."""
     checks.check_launch(config.launch)
     own = ranks_of(config.launch)
     wired = wire_run(config)
@@ -408,7 +414,9 @@ def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:
     artifact = Artifact.load(folder / EXPORT, wired.stage.produces)
     check_parents(artifact, wired, run_dir, ended["inputs"])
     sha256 = artifact.sha256
-    state.write_state(folder, {**ended, "status": "done", "manifest_sha256": sha256})
+    records = ended.get("records") or state.records_of(folder)
+    done = {**ended, "status": "done", "manifest_sha256": sha256, "records": records}
+    state.write_state(folder, done)
     record_lineage(run_dir, wired.stage, artifact, ended)
     return sha256
 

@@ -22,7 +22,7 @@ from launch import nodes
 from launch.channel import Channel, interface_of
 from launch.local import Job
 from launch.nodes import Hello, endpoint_of, follow, gather
-from launch.supervise import Outcome, supervise
+from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline.checks import check_launch
 from tests.ranks import ROOT, free_port
 
@@ -94,8 +94,24 @@ def test_a_machine_comes_in_and_ends_as_machine_0_says(folder: Path, launch: Lau
             assert machines.ranks == [2, 3]
             machines.leave_with(5)
         assert process.wait(30) == 5
+        assert "machine 0 ended with exit status 5: see what was printed there" in process.communicate()[1]
     assert "machine 1 (b) is here with 3 rank(s)" in lines
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_machine_0_that_is_told_to_stop_between_jobs_ends_with_all_others(
+    number: signal.Signals, folder: Path, launch: LaunchConfig
+) -> None:
+    with follower(launch, folder) as process:
+        with (
+            pytest.raises(SystemExit) as ended,
+            leaving_when_told(),
+            gather(launch, own(), folder, print),
+        ):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        assert (ended.value.code, process.wait(30)) == (143, 143)
 
 
 def test_an_error_of_machine_0_ends_the_others_with_its_words(folder: Path, launch: LaunchConfig) -> None:
