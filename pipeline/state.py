@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import Artifact, content_sha256, disk_errors, file_sha256, write_json
+from common.artifacts import Artifact, FileRecord, content_sha256, disk_errors, file_sha256, write_json
 from common.config import DataConfig, to_plain
 from common.errors import UserError
 from common.redact import redact
@@ -27,6 +27,8 @@ from pipeline.config import PipelineConfig
 
 STATE = "state.json"
 LOCK = ".lock"
+CHECKSUM = "checksum"
+NOT_RECORDED = (STATE, "export", "checkpoints", "logs", "wandb", "wandb_run_id")
 DYING_SECONDS = 10.0
 """How long the ranks of a killed controller may hold its lock."""
 
@@ -165,11 +167,25 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return dict(state)
 
 
+def records_of(folder: Path) -> dict[str, FileRecord]:
+    """Hash and size of what a step has recorded: metrics, samples, ledgers, its own tokenizer; by path.
+
+    Not of what has hashes of its own (artifact, checkpoints), and not of what others write (logs, W&B).
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.parts[0] not in NOT_RECORDED and not name.parts[0].endswith(".tmp"):
+            found[name.as_posix()] = FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+    return found
+
+
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Replace a step's state."""
+    """Replace a step's state; a checksum of it all is added, which `verify` looks at."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STATE, state)
+    body = {key: value for key, value in state.items() if key != CHECKSUM}
+    write_json(folder / STATE, {**body, CHECKSUM: content_sha256(body)})
 
 
 def now() -> str:

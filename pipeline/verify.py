@@ -1,49 +1,158 @@
-"""Re-hash what is on disk: an artifact, a checkpoint, a step or a whole run.
+"""Re-hash what is on disk: an artifact, a checkpoint, a step, a run, or a folder of runs with their caches.
 
-Takes a path, prints one line per finished folder found below it, and returns the exit status: 0 when
-everything matches, 2 otherwise. Changes nothing.
+Takes a path, prints a line for everything found at or below it, and returns the exit status: 0 when all
+matches, 2 otherwise. What is unfinished, set aside or interrupted is a note: no loss. Writes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, file_sha256, read_manifest, verify
+from common.artifacts import MANIFEST, content_sha256, file_sha256, read_manifest, verify
 from common.errors import UserError
-from pipeline.run import LINEAGE, read_lineage
+from common.stage import Step
+from pipeline.plan import EXPORT
+from pipeline.run import LINEAGE, RESOLVED, read_lineage
+from pipeline.state import CHECKSUM, LOCK, STATE, is_abandoned, read_state
+
+METRICS, SAMPLES, LEDGER = "metrics.jsonl", "samples.jsonl", "ledger.json"
+CACHE_KEY = "key.json"
+"""Written last into a folder of tokenized rows (see common/data/cache.py)."""
+REFERENCES = "reference"
+"""Folder with what DPO's starting policies say of pairs (see step2_dpo/reference.py)."""
+STATUSES = ("running", "stopped", "failed", "done")
+STEPS = tuple(step.value for step in Step)
+SPELLED = ("NaN", "Infinity", "-Infinity")
+OTHERS = ("logs", "wandb")
+"""Folders that nothing here has written, or whose content nobody reads again."""
+
+Say = Callable[[str], None]
 
 
-def verify_path(path: Path, *, say: Callable[[str], None] = print) -> int:
+@dataclass
+class Found:
+    """What there is to verify at or below a path."""
+
+    finished: list[Path] = field(default_factory=list)  # artifacts and checkpoints
+    runs: list[Path] = field(default_factory=list)
+    steps: list[Path] = field(default_factory=list)
+    caches: list[Path] = field(default_factory=list)  # folders of tokenized rows
+    references: list[Path] = field(default_factory=list)  # files
+    notes: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def verify_path(path: Path, *, say: Say = print) -> int:
     """Verify everything at or below `path`. UserError when there is nothing to verify."""
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
         raise UserError(f"{path}: {what}", hint="name an artifact, a checkpoint or a run's folder")
-    folders = list(finished_folders(path))
-    if not folders and not (path / LINEAGE).exists():
+    found = look_for(path)
+    checks = list(checks_of(found))
+    if not checks:
         raise UserError(
             f"{path} holds nothing to verify: no {MANIFEST} in it or below it",
             hint="the manifest is written last: what has none is not finished",
         )
-    faults = sum(not _check(partial(verify_folder, folder), folder, say) for folder in folders)
-    if (path / LINEAGE).exists():
-        for name, entry in sorted(read_lineage(path / LINEAGE).items()):
-            place = path / LINEAGE
-            faults += not _check(partial(verify_lineage, path, entry), f"{place} {name}", say)
+    faults = sum(not _check(work, name, say) for name, work in checks)
+    for place, what in found.notes:
+        say(f"note     {place}: {what}")
     say("all is as it was written" if not faults else f"{faults} of them differ")
     return 0 if not faults else UserError.EXIT_CODE
 
 
-def finished_folders(path: Path) -> Iterator[Path]:
-    """Folders with a manifest at or below `path`, without unfinished ones and what was set aside."""
-    for folder, below, files in os.walk(path):
+def look_for(path: Path) -> Found:
+    """What there is at or below `path`, without what is unfinished or was set aside, which is noted."""
+    found = Found()
+    for name, below, files in os.walk(path):
+        folder = Path(name)
         if MANIFEST in files:
             below.clear()
-            yield Path(folder)
-        below[:] = sorted(name for name in below if not name.endswith(".tmp") and name != "quarantine")
+            found.finished.append(folder)
+            continue
+        if CACHE_KEY in files and folder.name not in STEPS:
+            below.clear()
+            found.caches.append(folder)
+            continue
+        if is_run(folder):
+            found.runs.append(folder)
+            if note := _at_work(folder):
+                found.notes.append((folder, note))
+        if STATE in files or (folder.name in STEPS and METRICS in files):
+            found.steps.append(folder)
+        if folder.name == REFERENCES:
+            found.references += [folder / file for file in sorted(files) if file.endswith(".npz")]
+        found.notes += [
+            (folder / other, why) for other in sorted([*below, *files]) if (why := _why_not(other))
+        ]
+        below[:] = sorted(other for other in below if not _why_not(other) and other not in OTHERS)
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of a run."""
+    marks = (RESOLVED, LINEAGE, *(f"{step}/{STATE}" for step in STEPS))
+    return any((folder / mark).exists() for mark in marks)
+
+
+def checks_of(found: Found) -> Iterator[tuple[object, Callable[[], str]]]:
+    """Everything to be checked: its name, and what returns a description or raises what is wrong."""
+    for folder in found.finished:
+        yield folder, partial(verify_folder, folder)
+    for run_dir in found.runs:
+        if (run_dir / LINEAGE).exists():
+            for name, entry in _entries(run_dir).items():
+                yield f"{run_dir / LINEAGE} {name}", partial(verify_lineage, run_dir, entry)
+            yield run_dir / LINEAGE, partial(verify_lineage_file, run_dir)
+        if (run_dir / RESOLVED).exists():
+            yield run_dir / RESOLVED, partial(verify_resolved, run_dir)
+    for folder in found.steps:
+        yield folder / STATE, partial(verify_state, folder)
+        for name, work in ((METRICS, verify_metrics), (SAMPLES, verify_samples), (LEDGER, verify_ledger)):
+            if (folder / name).exists():
+                yield folder / name, partial(work, folder)
+        for name in _recorded(folder):
+            if name not in (METRICS, SAMPLES, LEDGER):
+                yield folder / name, partial(verify_record, folder, name)
+    for folder in found.caches:
+        yield folder, partial(verify_cache, folder)
+    for file in found.references:
+        yield file, partial(verify_reference, file)
+
+
+def _why_not(name: str) -> str | None:
+    """Why something is not looked into; None for what is."""
+    if name.endswith(".tmp") or ".tmp-" in name:
+        return "unfinished; it is removed or written anew when its step runs again"
+    return "set aside because it could not be verified" if name == "quarantine" else None
+
+
+def _at_work(run_dir: Path) -> str | None:
+    """Whether the run is going on, or was interrupted."""
+    running = [step for step in STEPS if _status(run_dir / step) == "running"]
+    if not running:
+        return None
+    if (run_dir / LOCK).exists() and not is_abandoned(run_dir):
+        return f"{running[-1]} may be at work: what it is writing now looks unfinished"
+    return f"{running[-1]} was interrupted; the same command goes on from its last checkpoint"
+
+
+def _status(step_dir: Path) -> str | None:
+    try:
+        state = read_state(step_dir)
+    except (UserError, OSError):
+        return None
+    return None if state is None else str(state["status"])
+
+
+# --- Artifacts, checkpoints, lineage ---------------------------------------------------------------
 
 
 def verify_folder(folder: Path) -> str:
@@ -52,6 +161,40 @@ def verify_folder(folder: Path) -> str:
     size = sum(record["bytes"] for record in manifest.files.values())
     role = f" ({manifest.role.value})" if manifest.role is not None else ""
     return f"{manifest.kind}{role}, {len(manifest.files)} files, {size:,} bytes"
+
+
+def verify_lineage_file(run_dir: Path) -> str:
+    """Hold lineage.json against the states and manifests that it was made from."""
+    place = run_dir / LINEAGE
+    entries = read_lineage(place)
+    if {**_json_object(place), "artifacts": None} != {"format_version": 1, "artifacts": None}:
+        raise UserError(f"{place} is damaged: it holds more than artifacts of format version 1")
+    expected = {
+        name: _expected_entry(run_dir / name, state)
+        for name in STEPS
+        if (state := read_state(run_dir / name)) is not None and state["status"] == "done"
+    }
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise UserError(f"{place}: {', '.join(missing)} is done, but not in it")
+    if strange := sorted(entries.keys() - set(STEPS)):
+        raise UserError(f"{place}: {', '.join(strange)} is no step")
+    for name in expected:
+        keys = sorted({*expected[name], *entries[name]})
+        if other := [key for key in keys if expected[name].get(key) != entries[name].get(key)]:
+            raise UserError(f"{place} {name}: {', '.join(other)} differ from {run_dir / name / STATE}")
+    return f"{len(entries)} artifact(s)"
+
+
+def _expected_entry(step_dir: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(step_dir / EXPORT)
+    return {
+        "path": f"{step_dir.name}/{EXPORT}",
+        "role": manifest.role.value if manifest.role is not None else None,
+        "manifest_sha256": state["manifest_sha256"],
+        "parents": manifest.details.get("parents", []),
+        "config_hash": state["config_hash"],
+        "inputs": {key: value["sha256"] for key, value in state["inputs"].items()},
+    }
 
 
 def verify_lineage(run_dir: Path, entry: Mapping[str, Any]) -> str:
@@ -73,6 +216,13 @@ def verify_lineage(run_dir: Path, entry: Mapping[str, Any]) -> str:
     return f"lineage, made from {listed}" if parents else "lineage, made from no other artifact"
 
 
+def _entries(run_dir: Path) -> dict[str, Any]:
+    try:
+        return dict(sorted(read_lineage(run_dir / LINEAGE).items()))
+    except UserError:  # verify_lineage_file says so
+        return {}
+
+
 def _is_recorded(folder: Path, recorded: str, what: str) -> None:
     """UserError unless the folder's manifest is the recorded one. what: what the folder is, in words."""
     name = f"{folder} ({what})" if what else str(folder)
@@ -82,13 +232,216 @@ def _is_recorded(folder: Path, recorded: str, what: str) -> None:
         raise UserError(f"{name}: another artifact ({found[:12]}) than recorded ({recorded[:12]})")
 
 
-def _check(work: Callable[[], str], name: object, say: Callable[[str], None]) -> bool:
+def verify_resolved(run_dir: Path) -> str:
+    """Hold resolved.yaml against what the step that was launched last has recorded of it."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    place = run_dir / RESOLVED
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.load(place))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{place} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(resolved, dict):
+        raise UserError(f"{place} holds no settings")
+    states = [(run_dir / name, state) for name in STEPS if (state := read_state(run_dir / name)) is not None]
+    if not states:
+        return "readable; no step has begun"
+    newest = max(str(state.get("launched", "")) for _, state in states)
+    last = [(folder, state) for folder, state in states if str(state.get("launched", "")) == newest]
+    hashes = {
+        folder: read_manifest(folder / EXPORT).details.get("resolved_config_hash")
+        for folder, state in last
+        if state["status"] == "done"
+    }
+    known = {folder: sha256 for folder, sha256 in hashes.items() if sha256 is not None}
+    if known and file_sha256(place) not in known.values():
+        raise UserError(f"{place}: not the configuration that {', '.join(map(str, known))} was made with")
+    for folder, state in last:
+        if other := list(_other_settings(state["config"], resolved)):
+            raise UserError(f"{place}: {', '.join(other[:5])} differ from {folder / STATE}")
+    return "the configuration that was used last"
+
+
+def _other_settings(recorded: Any, resolved: Any, key: str = "") -> Iterator[str]:
+    """Keys of leaves of the recorded configuration, which has not all of them, that are other ones."""
+    if isinstance(recorded, Mapping) and isinstance(resolved, Mapping):
+        for name, value in recorded.items():
+            yield from _other_settings(value, resolved.get(name), f"{key}.{name}" if key else str(name))
+    elif isinstance(recorded, list) and isinstance(resolved, list) and len(recorded) == len(resolved):
+        for number, (one, other) in enumerate(zip(recorded, resolved, strict=True)):
+            yield from _other_settings(one, other, f"{key}[{number}]")
+    elif recorded != resolved:
+        yield key
+
+
+# --- A step's own files ----------------------------------------------------------------------------
+
+
+def verify_state(folder: Path) -> str:
+    """Hold a step's state against what is there."""
+    place = folder / STATE
+    state = read_state(folder)
+    if state is None:
+        raise UserError(f"{place} is missing, beside what the step has left")
+    recorded = state.pop(CHECKSUM, None)
+    if recorded != content_sha256(state) and (
+        recorded is not None or "records" in state
+    ):  # older ones have none
+        raise UserError(f"{place} is damaged: its checksum does not match its content")
+    status, export = state["status"], folder / EXPORT
+    if status not in STATUSES:
+        raise UserError(f"{place}: unknown status {status}")
+    if state.get("config_hash") != content_sha256(state["config"]):
+        raise UserError(f"{place}: its configuration has another hash than recorded")
+    is_there = (export / MANIFEST).exists()
+    if status != "done":
+        words = f"{status}, with an artifact that the same command will record" if is_there else status
+        return f"{folder.name} is {words}" if status == "running" else f"{folder.name} {words}"
+    if not is_there:
+        raise UserError(f"{place} says done, but there is no finished {export}")
+    if file_sha256(export / MANIFEST) != state.get("manifest_sha256"):
+        raise UserError(f"{place} says done, with another artifact than {export}")
+    if missing := [name for name in _recorded(folder) if not (folder / name).exists()]:
+        raise UserError(f"{folder}: {', '.join(missing)} recorded, but missing")
+    return f"{folder.name} is done"
+
+
+def _recorded(folder: Path) -> Mapping[str, Any]:
+    """Hashes of what a step that is done has recorded, by path; empty before, or when it cannot be read."""
+    try:
+        state = read_state(folder)
+    except UserError:
+        return {}
+    records = (state or {}).get("records", {})
+    return records if isinstance(records, Mapping) else {}
+
+
+def verify_record(folder: Path, name: str) -> str:
+    """Hold a file against its hash, which is recorded when the step is done."""
+    record = _recorded(folder).get(name)
+    if record is None:
+        return "readable, not hashed"
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{path}: missing")
+    if (size := path.stat().st_size) != record["bytes"]:
+        raise UserError(f"{path}: {size} bytes, recorded {record['bytes']}")
+    if (found := file_sha256(path)) != record["sha256"]:
+        raise UserError(f"{path}: content differs (sha256 {found[:12]}, recorded {record['sha256'][:12]})")
+    return f"{size:,} bytes"
+
+
+def verify_metrics(folder: Path) -> str:
+    """Every line is a JSON object of numbers with a step, and the steps never go back."""
+    steps: list[int] = []
+    for number, record in _json_lines(folder / METRICS, is_done=METRICS in _recorded(folder)):
+        where = f"{folder / METRICS}:{number}"
+        step = record.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise UserError(f"{where}: no step")
+        if steps and step < steps[-1]:
+            raise UserError(f"{where}: step {step} after step {steps[-1]}")
+        steps.append(step)
+        for name, value in record.items():
+            if not isinstance(value, int | float) and value not in SPELLED:
+                raise UserError(f"{where}: {name} is no number")
+    said = f"{len(steps)} lines up to step {steps[-1]}" if steps else "empty"
+    return f"{said}, {verify_record(folder, METRICS)}"
+
+
+def verify_samples(folder: Path) -> str:
+    """Every line is a JSON object."""
+    lines = sum(1 for _ in _json_lines(folder / SAMPLES, is_done=SAMPLES in _recorded(folder)))
+    return f"{lines} lines, {verify_record(folder, SAMPLES)}"
+
+
+def verify_ledger(folder: Path) -> str:
+    """The ledger of the data is a JSON object."""
+    _json_object(folder / LEDGER)
+    return verify_record(folder, LEDGER)
+
+
+def _json_lines(path: Path, *, is_done: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines with their numbers. A torn last one is passed over while its step is not done."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            is_torn = not line.endswith(b"\n")
+            try:
+                record = json.loads(line, parse_constant=_not_strict)
+            except ValueError as error:
+                if is_torn and not is_done:
+                    return
+                raise UserError(f"{path}:{number} is no JSON: {error}") from None
+            if not isinstance(record, dict) or (is_torn and is_done):
+                raise UserError(f"{path}:{number} is {'cut short' if is_torn else 'no JSON object'}")
+            yield number, record
+
+
+def _not_strict(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return value
+
+
+# --- Caches ----------------------------------------------------------------------------------------
+
+
+def verify_cache(folder: Path) -> str:
+    """Hold a folder of tokenized rows against its key: the folder's name, and the hashes of its files."""
+    place = folder / CACHE_KEY
+    body = _json_object(place)
+    key = json.dumps(body["key"], sort_keys=True).encode()
+    if hashlib.blake2b(key, digest_size=12).hexdigest() != folder.name:
+        raise UserError(f"{place} is damaged: {folder.name} is not the hash of its key")
+    if strange := body.keys() - {"key", "bytes", "sha256"}:
+        raise UserError(f"{place} is damaged: unknown entry {', '.join(sorted(strange))}")
+    hashes = body.get("sha256", {})
+    for name, size in body["bytes"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path}: missing; it is made anew when it is needed")
+        if (found := path.stat().st_size) != size:
+            raise UserError(f"{path}: {found} bytes, recorded {size}; rm -r {folder} has it made anew")
+        if hashes and file_sha256(path) != hashes[name]:
+            raise UserError(f"{path}: content differs; rm -r {folder} has it made anew")
+    total = sum(body["bytes"].values())
+    return f"tokenized rows, {total:,} bytes{'' if hashes else ' (of an older version, without hashes)'}"
+
+
+def verify_reference(path: Path) -> str:
+    """The parts of a file of reference log-probabilities have the checksums that the file itself records."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {error}; rm {path} has it computed anew") from None
+    if damaged is not None:
+        raise UserError(
+            f"{path} is damaged: {damaged} differs from its checksum; rm {path} has it computed anew"
+        )
+    return f"reference log-probabilities, {path.stat().st_size:,} bytes"
+
+
+def _check(work: Callable[[], str], name: object, say: Say) -> bool:
     try:
         say(f"ok       {name}: {work()}")
     except UserError as error:
         say(f"DIFFERS  {error.message}")
         return False
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         say(f"DIFFERS  {name}: damaged entry ({error!r})")
+        return False
+    except OSError as error:
+        say(f"DIFFERS  {name}: cannot be read ({error.strerror})")
         return False
     return True

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.artifacts import file_sha256
 from common.config import DataConfig, SourceConfig
 from common.data import chat, sources
 from common.data.stored import ROWS_FILE
@@ -131,9 +132,11 @@ def is_whole(folder: Path) -> bool:
 
 
 def seal(folder: Path, key: Mapping[str, Any]) -> None:
-    """Write the key last: with it the folder is whole."""
-    sizes = {name: (folder / name).stat().st_size for name in (ROWS_FILE, INDEX_FILE, LEDGER_FILE)}
-    (folder / KEY_FILE).write_text(json.dumps({"key": key, "bytes": sizes}, indent=1))
+    """Write the key last: with it the folder is whole. The hashes are what `verify` looks at."""
+    names = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    hashes = {name: file_sha256(folder / name) for name in names}
+    (folder / KEY_FILE).write_text(json.dumps({"key": key, "bytes": sizes, "sha256": hashes}, indent=1))
 
 
 def why_missed(root: Path, key: Mapping[str, Any]) -> str:
