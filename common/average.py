@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
 
+from common.elastic import WEIGHTS, Layout, divided_anew
 from common.engine import Engine
 
 
@@ -50,13 +51,25 @@ class ExponentialAverage:
     def save(self, folder: Path) -> None:
         """Write this rank's share into `folder`."""
         tensors = {str(number): average for number, average in enumerate(self._averages)}
-        (folder / _name()).write_bytes(save(tensors))  # safetensors itself hides why a disk refuses
+        rank = dist.get_rank()
+        (folder / _name(rank)).write_bytes(save(tensors))  # safetensors itself hides why a disk refuses
+        if rank == 0:
+            self._engine.layout.write(folder)
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit; same world size and ZeRO stage."""
-        stored = load_file(folder / _name())
-        for number, average in enumerate(self._averages):
-            average.copy_(stored[str(number)])
+    def load(self, folder: Path) -> str | None:
+        """Restore what `save` wrote, bit for bit, also by other ranks or at another stage; returns from what
+        and to what it was then divided anew."""
+        stored, own = Layout.read(folder), self._engine.layout
+        if stored is None or stored == own:
+            self._take(_held_by(folder, dist.get_rank()))
+            return None
+        shards = own.ranks[dist.get_rank()]
+        self._take(divided_anew(stored, shards, lambda rank: _held_by(folder, rank)))
+        return f"{stored} -> {own}"
+
+    def _take(self, held: list[dict[str, torch.Tensor]]) -> None:
+        for average, values in zip(self._averages, held, strict=True):
+            average.copy_(values[WEIGHTS])
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -72,5 +85,10 @@ def swapped_in(average: ExponentialAverage | None) -> AbstractContextManager[obj
     return nullcontext() if average is None else average.swapped_in()
 
 
-def _name() -> str:
-    return f"rank_{dist.get_rank()}.safetensors"
+def _held_by(folder: Path, rank: int) -> list[dict[str, torch.Tensor]]:
+    stored = load_file(folder / _name(rank))
+    return [{WEIGHTS: stored[str(number)]} for number in range(len(stored))]
+
+
+def _name(rank: int) -> str:
+    return f"rank_{rank}.safetensors"

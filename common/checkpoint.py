@@ -50,8 +50,12 @@ class State(Protocol):
         A disk that refuses raises OSError or RuntimeError, once this rank has taken part in every collective.
         """
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit; all ranks call it."""
+    def load(self, folder: Path) -> str | None:
+        """Restore what `save` wrote, bit for bit; all ranks call it.
+
+        Other ranks than those that wrote it may call it; where it was divided anew, returns in words what
+        changed. UserError when it cannot be.
+        """
 
 
 class States:
@@ -76,10 +80,10 @@ class States:
         if refused:
             raise refused[0]
 
-    def load(self, folder: Path) -> None:
-        """Restore all of them."""
-        for name, part in self._parts.items():
-            part.load(folder / name)
+    def load(self, folder: Path) -> str | None:
+        """Restore all of them; what changed is said once where it is the same."""
+        changed = [part.load(folder / name) for name, part in self._parts.items()]
+        return "; ".join(dict.fromkeys(line for line in changed if line)) or None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Resumed:
     path: Path
     counters: dict[str, Any]
     set_aside: tuple[str, ...]  # newer checkpoints that could not be verified, and why
+    divided_anew: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
 
 
 class Checkpoints:
@@ -120,7 +125,7 @@ class Checkpoints:
     def resume(self, state: State) -> Resumed | None:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
 
-        UserError when there were some and none can be verified, or the world size differs.
+        UserError when there were some and none can be verified, or the state cannot be divided anew.
         """
         at("load")
         from_main(self._world, self._remove_unfinished)
@@ -129,8 +134,10 @@ class Checkpoints:
             path = self.folder / f"step_{step:08d}"
             faults = self._vote(path)
             if not faults:
-                counters = self._restore(path, state)
-                return Resumed(path, counters, tuple(set_aside))
+                self._check_base(path)
+                changed = state.load(path)
+                counters = json.loads((path / COUNTERS).read_text())
+                return Resumed(path, counters, tuple(set_aside), changed)
             set_aside.append(f"{path.name}: {'; '.join(faults)}")
             from_main(self._world, partial_function(self._quarantine, path))
         if set_aside:
@@ -212,22 +219,14 @@ class Checkpoints:
             found = [error.message]
         return [fault for faults in gather_objects(found) for fault in faults]
 
-    def _restore(self, path: Path, state: State) -> dict[str, Any]:
-        details = read_manifest(path).details
-        written_by, revision = details["world_size"], details.get("base_revision")
-        if written_by != self._world.size:
-            raise UserError(
-                f"{path} was written by {written_by} ranks; this run has {self._world.size}",
-                hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
-            )
+    def _check_base(self, path: Path) -> None:
+        revision = read_manifest(path).details.get("base_revision")
         if revision != self._details["base_revision"]:
             raise UserError(
                 f"{path} was trained from commit {revision} of the base model, which is now at "
                 f"{self._details['base_revision']}",
                 hint=f"resume with model.revision={revision}, or start a new run_name",
             )
-        state.load(path)
-        return json.loads((path / COUNTERS).read_text())
 
     def _quarantine(self, path: Path) -> None:
         target = self.folder / QUARANTINE / path.name

@@ -28,6 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.distributed import gather_objects
+from common.elastic import WEIGHTS, Layout, Piece, Shard, divided_anew
+from common.errors import UserError
 from common.moments import at
 
 STATE_TAG = "zero"
@@ -52,6 +55,8 @@ class Engine:
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
+        self.layout = Layout(self.zero_stage, tuple(gather_objects(self._shards())))
+        """How the trained weights and the optimizer's state are divided over the ranks."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -113,18 +118,38 @@ class Engine:
             self._engine.save_checkpoint(
                 str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen()
             )
+            if dist.get_rank() == 0:
+                self.layout.write(folder)
+        except OSError as error:
+            refused.append(error)
         finally:
             writer.save = write
         if refused:
             raise refused[0]
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit; same world size and ZeRO stage."""
+    def load(self, folder: Path) -> str | None:
+        """Restore what `save` wrote, bit for bit.
+
+        By another number of ranks or at another ZeRO stage it is divided anew; returns from what and to what.
+        UserError when the optimizer's state cannot be.
+        """
+        stored = Layout.read(folder)
+        written_by = len(list((folder / STATE_TAG).glob("*_optim_states.pt")))
+        if stored is None and written_by != self._world_size:
+            raise UserError(
+                f"{folder} was written by {written_by} ranks and an earlier version; this run has "
+                f"{self._world_size}",
+                hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
+            )
+        if stored is not None and stored != self.layout:
+            self._load_divided_anew(folder / STATE_TAG, stored)
+            return f"{stored} -> {self.layout}"
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=STATE_TAG, load_module_strict=not self._has_frozen()
         )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
+        return None
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The module's whole state dict on rank 0, None elsewhere; all ranks call it."""
@@ -152,14 +177,7 @@ class Engine:
 
         The module's own are these, rounded; what is written here shows in it after `publish_master_weights`.
         """
-        zero = self._engine.optimizer
-        if self.zero_stage == 3:
-            masters = zero.fp32_partitioned_groups_flat
-        elif hasattr(zero, "fp32_groups_flat_partition"):  # bf16 at stage 1 has an optimizer of its own
-            masters = zero.fp32_groups_flat_partition
-        else:
-            masters = zero.single_partition_of_fp32_groups
-        return [master.data for master in masters]
+        return [master.data for master in self._masters()]
 
     @torch.no_grad()
     def publish_master_weights(self) -> None:
@@ -174,6 +192,70 @@ class Engine:
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The flat tensors that DeepSpeed gave to the optimizer, which keys its state by them."""
+        zero = self._engine.optimizer
+        if self.zero_stage == 3:
+            return zero.fp32_partitioned_groups_flat
+        if hasattr(zero, "fp32_groups_flat_partition"):  # bf16 at stage 1 has an optimizer of its own
+            return zero.fp32_groups_flat_partition
+        return zero.single_partition_of_fp32_groups
+
+    def _shards(self) -> tuple[Shard, ...]:
+        """This rank's part of `layout`, as DeepSpeed recorded it."""
+        zero = self._engine.optimizer
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        if self.zero_stage == 3:
+            pieces = [_pieces_of_partitions(group, names) for group in zero.fp16_groups]
+            groups = zero.fp16_groups
+        else:
+            groups = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+            pieces = [_pieces_of_fragments(group, names) for group in groups]
+        shards = zip(self._masters(), groups, pieces, strict=True)
+        return tuple(
+            Shard(master.numel(), names[id(group[0])], tuple(found), _wholes(zero, number, names))
+            for number, (master, group, found) in enumerate(shards)
+        )
+
+    def _load_divided_anew(self, folder: Path, stored: Layout) -> None:
+        """Restore a state that other ranks, or another stage, wrote into `folder`."""
+        own, refused = self.layout.ranks[dist.get_rank()], None
+        try:
+            held = divided_anew(stored, own, lambda rank: _held_by(folder, rank))
+        except UserError as error:
+            refused = error
+        for refusal in gather_objects(refused):  # the ranks that succeeded would wait for the others
+            if refusal is not None:
+                raise refusal
+        weights = [values.pop(WEIGHTS) for values in held]
+        self._load_buffers(folder)
+        self._load_optimizer(held, _stored_optimizer(folder, 0).get("loss_scaler"))
+        for master, values in zip(self.master_weights(), weights, strict=True):
+            master.copy_(values)
+        self.publish_master_weights()
+
+    def _load_optimizer(self, states: list[dict[str, Any]], loss_scaler: Any) -> None:
+        """Give the optimizer its state for each of the flat tensors, and fp16 its loss scale."""
+        zero = self._engine.optimizer
+        if self.zero_stage == 3:
+            zero._set_fp32_optimizer_param_groups()  # in between it hides them
+        state = {number: values for number, values in enumerate(states) if values}
+        zero.optimizer.load_state_dict(
+            {"state": state, "param_groups": zero.optimizer.state_dict()["param_groups"]}
+        )
+        if self.zero_stage == 3:
+            zero._clear_fp32_optimizer_param_groups()
+        if loss_scaler is not None and hasattr(zero, "loss_scaler"):
+            zero.loss_scaler = loss_scaler
+
+    def _load_buffers(self, folder: Path) -> None:
+        """What the module keeps beside its weights; each rank wrote all of it."""
+        path = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
+        stored = torch.load(path, mmap=True, map_location="cpu", weights_only=False)["module"] or {}
+        for name, buffer in self.module.named_buffers():
+            if name in stored:
+                buffer.copy_(stored[name])
 
     def _has_frozen(self) -> bool:
         return any(not p.requires_grad for p in self.module.parameters())
@@ -191,6 +273,58 @@ class Partitioned:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self._engine(*args, **kwargs)
+
+
+def _pieces_of_fragments(group: list[torch.nn.Parameter], names: dict[int, str]) -> Iterator[Piece]:
+    """Stages 1 and 2: a rank's flat tensor is a stretch of all parameters of the group in a row."""
+    for parameter in group:
+        if (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            begin, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+            yield Piece(names[id(parameter)], begin, place.start, place.numel)
+
+
+def _pieces_of_partitions(group: list[Any], names: dict[int, str]) -> Iterator[Piece]:
+    """Stage 3: it has an equal stretch of every parameter, on the last ranks filled up."""
+    offset = 0
+    for parameter in group:
+        size = parameter.partition_numel()
+        begin = dist.get_rank(parameter.ds_process_group) * size
+        if (count := min(size, parameter.ds_numel - begin)) > 0:
+            yield Piece(names[id(parameter)], begin, offset, count)
+        offset += size
+
+
+def _wholes(zero: Any, number: int, names: dict[int, str]) -> tuple[Piece, ...] | None:
+    """Places in Muon's momentum where it has all of each parameter of which the rank has a part; None where
+    it is divided like the weights."""
+    in_partition = getattr(zero, "params_in_partition", None)  # of stages 1 and 2
+    if in_partition is None or zero.cpu_offload or not in_partition[number]:
+        return None
+    if not zero._is_muon_group(in_partition[number]):
+        return None
+    pieces, offset = [], 0
+    for parameter in in_partition[number]:
+        pieces.append(Piece(names[id(parameter)], 0, offset, parameter.numel()))
+        offset += parameter.numel()
+    return tuple(pieces)
+
+
+def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """What a rank's file holds: of each flat tensor the weights and the optimizer's state."""
+    stored = _stored_optimizer(folder, rank)
+    if "fp32_flat_groups" in stored:  # stage 3
+        weights, optimizer = stored["fp32_flat_groups"], stored["optimizer_state_dict"]
+    else:
+        weights, optimizer = stored["single_partition_of_fp32_groups"], stored["base_optimizer_state"]
+    return [
+        {WEIGHTS: master.detach(), **optimizer["state"].get(number, {})}
+        for number, master in enumerate(weights)
+    ]
+
+
+def _stored_optimizer(folder: Path, rank: int) -> dict[str, Any]:
+    path = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    return torch.load(path, mmap=True, map_location="cpu", weights_only=False)["optimizer_state_dict"]
 
 
 def _initialized(

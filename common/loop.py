@@ -90,6 +90,8 @@ def restore(
         say(f"set aside, not verified: {line}")
     where = "" if place is None else f", {place(resumed.counters)}"
     say(f"resuming from {resumed.path}{where}")
+    if resumed.divided_anew is not None:
+        say(f"its state was divided anew: {resumed.divided_anew}")
     return resumed.counters
 
 

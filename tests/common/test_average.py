@@ -76,7 +76,7 @@ def test_the_average_is_that_of_a_plain_loop_and_leaves_the_weights_as_they_were
     (tmp_path / "saved").mkdir()
     runs(beside_a_plain_loop, ranks, tmp_path, str(tmp_path / "saved"))
     names = {path.name for path in (tmp_path / "saved" / "fp32-1").iterdir()}
-    assert names == {f"rank_{rank}.safetensors" for rank in range(ranks)}
+    assert names == {"layout.json", *(f"rank_{rank}.safetensors" for rank in range(ranks))}
 
 
 def training_goes_on() -> int:

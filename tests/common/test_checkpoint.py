@@ -135,13 +135,27 @@ def test_a_second_broken_checkpoint_of_the_same_step_does_not_overwrite_the_firs
     assert (kept / "step_00000020-2" / "zero" / "weights.pt").read_bytes() == b"second"
 
 
-def test_another_number_of_ranks_is_refused_naming_both(two: Checkpoints) -> None:
-    manifest_before = content(two.folder)
-    engine: Any = StateOnly(-1.0)
-    with pytest.raises(UserError, match="was written by 1 ranks; this run has 3") as caught:
-        checkpoints_in(two.folder, size=3).resume(engine)
-    assert "launch.nproc_per_node=1" in str(caught.value.hint)
-    assert engine.value == -1.0 and content(two.folder) == manifest_before
+def test_what_a_state_divided_anew_is_said_once(two: Checkpoints) -> None:
+    class Divided(StateOnly):
+        def load(self, folder: Path) -> str:
+            super().load(folder)
+            return "2 ranks -> 3 ranks"
+
+    kept = content(two.folder)
+    engine: Any = Divided(-1.0)
+    resumed = checkpoints_in(two.folder, size=3).resume(engine)
+    assert resumed is not None and resumed.divided_anew == "2 ranks -> 3 ranks"
+    assert engine.value == 20.0 and content(two.folder) == kept
+    assert resumed_value(two)[1].divided_anew is None
+    save_states(two, 30)
+    both = States(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
+    assert two.resume(both).divided_anew == "2 ranks -> 3 ranks"
+
+
+def save_states(checkpoints: Checkpoints, step: int) -> None:
+    names = ("actor", "critic", "plain")
+    state = States(**{name: StateOnly(step * 1.0) for name in names})
+    checkpoints.save(step, state, {"step": step}, best_step=None)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def one_step(folder: str) -> int:
     torch.testing.assert_close(state["weight"], torch.tensor([[0.7, 1.0, 0.6]]))
 
     engine.save(Path(folder))
-    assert sorted(path.name for path in Path(folder).iterdir()) == ["zero"]
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["layout.json", "zero"]
     engine.backward(engine(torch.tensor([[math.nan, 0.0, 0.0]])).sum(), 1.0)
     outcome = engine.step()
     assert not outcome.applied and math.isnan(outcome.grad_norm)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common import attention
-from common.config import DeepSpeedConfig, Dtype
+from common.config import DeepSpeedConfig, Dtype, OptimizerName
 from common.distributed import World
 from common.ds_config import build_ds_config
 from common.engine import Engine
@@ -58,6 +58,7 @@ def engine_of(
     world: World,
     dtype: Dtype = Dtype.fp32,
     optimizer: Callable[..., torch.optim.Optimizer] = adamw,
+    muon: bool = False,
     **zero: Any,
 ) -> Engine:
     """zero: further settings of DeepSpeedConfig. On stage 3 matrices come and go and vectors stay, as in
@@ -65,6 +66,7 @@ def engine_of(
     config = build_ds_config(
         DeepSpeedConfig(stage=stage, **zero), dtype=dtype, max_grad_norm=1.0, micro_batch_size=1,
         world_size=world.size, num_parameters=sum(p.numel() for p in module.parameters()),
+        optimizer=OptimizerName.muon if muon else OptimizerName.adamw,
     )  # fmt: skip
     if stage == 3:
         many: Any = config["zero_optimization"]

@@ -28,6 +28,7 @@ from tests.step2_dpo.runs import (
 
 CHECKPOINT = (
     "counters.json",
+    "layout.json",
     "manifest.json",
     "zero/mp_rank_00_model_states.pt",
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",

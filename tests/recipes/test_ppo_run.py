@@ -29,7 +29,7 @@ from tests.step3_ppo.runs import (
 )
 
 TEMPERATURE = 0.8
-STATE = ("zero/mp_rank_00_model_states.pt", "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+STATE = ("layout.json", "zero/mp_rank_00_model_states.pt", "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt")
 CHECKPOINT = (
     "counters.json", "manifest.json", *(f"{part}/{name}" for part in ("actor", "critic") for name in STATE),
 )  # fmt: skip

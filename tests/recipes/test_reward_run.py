@@ -17,6 +17,7 @@ from tests.step2_reward.runs import lines_of, make_job, reward, run_job, series
 
 CHECKPOINT = (
     "counters.json",
+    "layout.json",
     "manifest.json",
     "zero/mp_rank_00_model_states.pt",
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",

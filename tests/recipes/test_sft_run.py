@@ -19,6 +19,7 @@ GOLDEN_TOLERANCE = 1e-4
 
 CHECKPOINT = (
     "counters.json",
+    "layout.json",
     "manifest.json",
     "zero/mp_rank_00_model_states.pt",
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",

@@ -1,0 +1,160 @@
+"""Engines that write their state, and engines of other ranks or stages that go on from it.
+
+What a state consists of is asked of DeepSpeed by the name of each parameter, not of our own layout. The
+documents of a step are the same for any number of ranks up to two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.average import ExponentialAverage
+from common.config import Dtype, Offload, OptimConfig, OptimizerName
+from common.distributed import World, init_world
+from common.engine import Engine
+from common.optim import build_optimizer
+from tests.programs import engines
+
+BEFORE, AFTER, SHARES = 3, 2, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how it is divided."""
+
+    optimizer: OptimizerName = OptimizerName.adamw
+    dtype: Dtype = Dtype.fp32
+    stage: int = 2
+    offload: bool = False
+    frozen: bool = False
+
+    @property
+    def name(self) -> str:
+        more = "-offload" * self.offload + "-frozen" * self.frozen
+        return f"{self.optimizer.value}-{self.dtype.value}-zero{self.stage}{more}"
+
+
+def engine_of(case: Case, world: World, noise: float = 0.0) -> Engine:
+    """noise: added to the weights, so that only what is loaded can be right."""
+    module = engines.tiny_actor(case.dtype)
+    module.register_buffer("scale", torch.zeros(3))
+    for name, parameter in module.named_parameters():
+        parameter.data.add_(noise)
+        parameter.requires_grad_(not (case.frozen and ".0." in name))
+    optim = OptimConfig(name=case.optimizer, weight_decay=0.1)
+    cpu = Offload.cpu if case.offload else Offload.none
+    zero: dict[str, Any] = {"offload_optimizer": cpu}
+    if case.stage == 3:
+        zero["offload_param"] = cpu
+    return engines.engine_of(
+        module, case.stage, world, case.dtype, lambda _: build_optimizer(module, optim, 1e-2),
+        muon=case.optimizer is OptimizerName.muon, **zero,
+    )  # fmt: skip
+
+
+def learn(engine: Engine, world: World, steps: range, average: ExponentialAverage) -> None:
+    engine.train()
+    for step in steps:
+        for share in range(world.rank, SHARES, world.size):
+            for loss in engines.actor_losses(engine, share, step):
+                engine.backward(loss, 10.0)
+        assert engine.step().applied
+        average.update()
+
+
+def keys_of(optimizer: OptimizerName, is_muon: bool) -> tuple[str, ...]:
+    if optimizer is OptimizerName.adafactor:
+        return ("exp_avg_sq",)
+    return ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq")
+
+
+def state_of(engine: Engine, optimizer: OptimizerName) -> dict[str, torch.Tensor]:
+    """Master weights and the optimizer's state by parameter, whole, and the module's weights and buffers."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    zero = engine._engine.optimizer
+    if engine.zero_stage < 3:
+        zero._hp_optimizer_states_linked = False  # as after a step
+        zero._lazy_init_hp_params_optimizer_state()
+    found: dict[str, torch.Tensor] = {"scale": engine.module.scale.clone()}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found[f"{name} weights"] = safe_get_full_fp32_param(parameter).clone()
+        for key in keys_of(optimizer, getattr(parameter, "use_muon", False)):
+            if key == "momentum_buffer" and engine.zero_stage < 3:
+                continue  # it is not where DeepSpeed looks for it
+            value = safe_get_full_optimizer_state(parameter, key)
+            assert value is not None
+            found[f"{name} {key}"] = value.clone()
+    return found
+
+
+def write(folder: str, cases: list[Case]) -> int:
+    """Under folder/<case>: `state`, `then.pt` with what it consists of, `later.pt` after some more steps."""
+    world = init_world()
+    for case in cases:
+        where = Path(folder) / case.name
+        (where / "state").mkdir(parents=True, exist_ok=True)
+        (where / "average").mkdir(exist_ok=True)
+        engine = engine_of(case, world)
+        average = ExponentialAverage(engine, 0.8)
+        learn(engine, world, range(BEFORE), average)
+        engine.module.scale.fill_(7.0)
+        engine.save(where / "state")
+        average.save(where / "average")
+        then, averaged = state_of(engine, case.optimizer), averaged_weights(engine, average, world)
+        learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
+        later = (engines.weights_of(engine, world), averaged_weights(engine, average, world))
+        if world.is_main:
+            torch.save((then, averaged), where / "then.pt")
+            torch.save(later, where / "later.pt")
+    return 0
+
+
+def averaged_weights(engine: Engine, average: ExponentialAverage, world: World) -> dict[str, torch.Tensor]:
+    with average.swapped_in():
+        return engines.weights_of(engine, world)
+
+
+def read(folder: str, pairs: list[tuple[Case, Case]]) -> int:
+    """Go on from the first case's state as the second; what it consists of must be the same, bit for bit."""
+    world = init_world()
+    for case, wanted in pairs:
+        where = Path(folder) / case.name
+        engine = engine_of(wanted, world, noise=0.0 if case.frozen else 0.5)
+        average = ExponentialAverage(engine, 0.8)
+        changed = engine.load(where / "state"), average.load(where / "average")
+        (then, averaged), later = torch.load(where / "then.pt"), torch.load(where / "later.pt")
+        mark = f"{case.name} -> {wanted.name} ({changed[0]})"
+        assert changed[0] is not None and changed[0] == changed[1], mark
+        found = state_of(engine, case.optimizer)
+        wrong = [key for key in then if key in found and not torch.equal(found[key], then[key])]
+        assert not wrong, f"{mark}: {wrong}"
+        kinds = {key.partition(" ")[2] for key in found} & {key.partition(" ")[2] for key in then}
+        assert {"weights", "exp_avg_sq"} <= kinds, (mark, kinds)
+        assert engines.differing(averaged_weights(engine, average, world), averaged) == [], mark
+        learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
+        ends = (engines.weights_of(engine, world), averaged_weights(engine, average, world))
+        pairs_of_ends = zip(ends, later, strict=True)
+        errors = [distance(end, other) / distance(end, averaged) for end, other in pairs_of_ends]
+        if world.is_main:
+            print(f"{mark}: {max(errors):.2g}")
+        assert max(errors) < tolerance(case), (mark, errors)
+    return 0
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    return sum(float(((left[name].float() - right[name].float()) ** 2).sum()) for name in left) ** 0.5
+
+
+def tolerance(case: Case) -> float:
+    """Of the error as a share of what was learned: stages sum gradients in another order, in bf16 with
+    roundings of 2^-9, and Newton-Schulz enlarges that."""
+    if case.dtype is Dtype.bf16:
+        return 0.1
+    return 1e-2 if case.optimizer is OptimizerName.muon else 1e-4
