@@ -166,6 +166,20 @@ def test_a_step_that_crashed_goes_on_with_the_same_command(
     assert "going on" in lines[0]
 
 
+def test_a_step_that_fails_is_started_again_as_often_as_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = config()
+    made.launch.max_restarts = 2
+    monkeypatch.setenv("FAKE_STEP", "crash")
+    code, lines = go(made)
+    assert (code, launches(), status()["status"]) == (1, 3, "failed")
+    assert [line for line in lines if "restart" in line] == [
+        f"sft: rank 0 failed (exit status 1); starting again from the last checkpoint, restart {number} of 2"
+        for number in (1, 2)
+    ]
+
+
 def test_a_correction_is_accepted_while_there_is_nothing_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_STEP", "user-error")
     assert go()[0] == 2
