@@ -371,7 +371,8 @@ def reasons_to_refuse(
     folder = run_dir / wired.stage.name.value
     if before is None:
         return [f"{folder} holds files, but no usable {state.STATE}"] if any(folder.iterdir()) else []
-    changed = state.differences(before["config"], part) + state.input_differences(before["inputs"], inputs)
+    changed = state.config_differences(before["config"], part)
+    changed += state.input_differences(before["inputs"], inputs)
     if not changed and is_finished(folder, before):
         try:
             check_parents(Artifact(folder / EXPORT, verify(folder / EXPORT)), wired, run_dir, inputs)
