@@ -86,7 +86,9 @@ def chat(arguments: Sequence[str]) -> int:
     for known in dataclasses.fields(Settings):
         if (text := getattr(options, known.name)) is not None:
             settings = settings.changed(known.name, text)
-    artifact = load_named(str(policy_in(Path(options.path))), Role.policy, "PATH")
+    place = policy_in(Path(options.path))
+    check_is_not_several(place)
+    artifact = load_named(str(place), Role.policy, "PATH")
     policy = Policy(artifact, options.device)
     note(f"policy {artifact.path}, verified ({artifact.sha256[:12]}), on {policy.device}")
     if not policy.has_template:
@@ -152,6 +154,18 @@ def policy_in(path: Path) -> Path:
     below = [path / EXPORT, *(path / step.value / EXPORT for step in makers)]
     finished = [folder for folder in (path, *below) if (folder / MANIFEST).exists()]
     return finished[0] if finished else path
+
+
+def check_is_not_several(place: Path) -> None:
+    """UserError naming the runs in it where a folder of runs was named instead of one of them."""
+    if not place.is_dir() or (place / MANIFEST).exists():
+        return
+    runs = [folder for folder in sorted(place.iterdir()) if policy_in(folder) != folder]
+    if runs:
+        listed = ", ".join(str(run) for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
+        raise UserError(
+            f"{place} holds {len(runs)} run(s) with a policy, and is none itself", hint=f"name one: {listed}"
+        )
 
 
 def note(line: str) -> None:

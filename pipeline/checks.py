@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ SMALLEST_DISK = 64 * 2**20
 """Bytes that must be free for any run: logs, metrics and a tokenized cache."""
 
 
-def check(config: PipelineConfig, ranks: int, on_each: Sequence[int] = ()) -> None:
+def check(
+    config: PipelineConfig, ranks: int, on_each: Sequence[int] = (), *, can_lack: Collection[Role] = ()
+) -> None:
     """Every check, also that each step has a start.
 
     ranks: how many ranks a step will have. on_each: how many of them each machine has; without, there is one.
+    can_lack: what a step need not have yet; what is asked of it is then asked of the policy.
     """
-    wired = wire_run(config)
+    wired = wire_run(config, can_lack=can_lack)
     if Step.sft in config.steps:
         check_model(config.model)
     check_quantize(config.model)
@@ -48,7 +51,9 @@ def check(config: PipelineConfig, ranks: int, on_each: Sequence[int] = ()) -> No
             role: config.model if start is None else model_of(config.model, Path(start))
             for role, start in starts.items()
         }
-        check_step(config, step.stage.name, models or {Role.policy: config.model}, ranks)
+        models = models or {Role.policy: config.model}
+        stand_ins = {role: models[Role.policy] for role in can_lack if role not in models}
+        check_step(config, step.stage.name, {**models, **stand_ins}, ranks)
     if Step.ppo in config.steps:
         check_ppo(config.ppo)
         config.ppo.check_patience(ranks)

@@ -144,7 +144,7 @@ def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Seque
     if not named or not configs:
         return
     for config in configs:
-        wired = wire_run(config)
+        wired = wire_run(config, can_lack=[Role.reward_model])  # whether one is needed is not asked here
         if any(start_of(step.stage.name, wired) is None for step in wired):
             return
     sources = named_sources(configs[0])

@@ -6,7 +6,7 @@ says what it consumes and produces, and everything here follows from that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,12 +51,14 @@ def wire(
     known: Mapping[Step, Stage] = STAGES,
     *,
     needs: Callable[[Step, Role], bool] = lambda step, role: True,
+    can_lack: Collection[Role] = (),
 ) -> list[Wired]:
     """Order the steps and find the source of every artifact that they use.
 
     given: paths the user named, by step and role; they come before earlier steps. The latest
     earlier step that produces a role is its source. needs: whether a step's settings make use of a
-    role that its stage consumes. UserError when a role has no source, or a path is named in vain.
+    role that its stage consumes. can_lack: roles that are left out where they have no source. UserError when
+    another has none, or a path is named in vain.
     """
     paths = given or {}
     wired: list[Wired] = []
@@ -64,7 +66,8 @@ def wire(
         sources: dict[Role, Step | str] = {}
         for role in stage.consumes:
             path = paths.get((stage.name, role))
-            if needs(stage.name, role):
+            made = any(other.stage.produces is role for other in wired)
+            if needs(stage.name, role) and (path is not None or made or role not in can_lack):
                 sources[role] = path if path is not None else _earlier(stage, role, wired, known)
             elif path is not None:
                 raise _in_vain(stage, role, path)
@@ -72,17 +75,18 @@ def wire(
     return wired
 
 
-def wire_run(config: PipelineConfig) -> list[Wired]:
+def wire_run(config: PipelineConfig, *, can_lack: Collection[Role] = ()) -> list[Wired]:
     """The run's steps in order, with the artifacts that the user named and those of earlier steps.
 
-    A step's settings may have `needs(role)`; without it a step uses all that its stage consumes.
+    A step's settings may have `needs(role)`; without it a step uses all that its stage consumes. can_lack:
+    see `wire`.
     """
 
     def needs(step: Step, role: Role) -> bool:
         asked = getattr(getattr(config, step.value), "needs", None)
         return asked is None or bool(asked(role))
 
-    return wire(config.steps, named_sources(config), STAGES, needs=needs)
+    return wire(config.steps, named_sources(config), STAGES, needs=needs, can_lack=can_lack)
 
 
 def named_sources(config: PipelineConfig) -> dict[tuple[Step, Role], str]:

@@ -172,10 +172,13 @@ def make_report(run_dir: Path, say: Say) -> None:
 
 
 def preview(config: PipelineConfig) -> int:
-    """Show the rows of every step as the model will see them, in one process and without a run's folder."""
-    wired = wire_run(config)
+    """Show the rows of every step as the model will see them, in one process and without a run's folder.
+
+    Rows are read without a reward model, so that none need be there yet.
+    """
+    wired = wire_run(config, can_lack=[Role.reward_model])
     check_named_sources(wired)
-    checks.check(config, 1)
+    checks.check(config, 1, can_lack=[Role.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
         for step in wired:
             resolved = write_resolved(preview_config(config, step, wired, Path(folder)), Path(folder), print)

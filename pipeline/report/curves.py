@@ -81,6 +81,7 @@ MAIN: Mapping[str, Sequence[Plan]] = {
         Plan("Explained variance", (("val/explained_variance", "of the returns"),)),
         Plan("Clipped", (("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")), percent=True),
         Plan("Approximate KL of the updates", (("policy/approxkl_avg", "policy"),), unit="nats"),
+        Plan("Learning rate", (("learning_rate", "policy"), ("critic/learning_rate", "critic"))),
         Plan(
             "Time of an iteration",
             (("time/rollout", "roll-out"), ("time/score", "score"), ("time/learn", "learn")),

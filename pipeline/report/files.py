@@ -157,6 +157,8 @@ def read_step(reader: Reader, name: str) -> StepFiles:
     state = reader.json(f"{name}/{STATE}")
     keys = ("status", "started", "launched", "ended", "exit_status")
     metrics, errors = errors_apart(reader.metrics(f"{name}/{METRICS}"))
+    if state.get("status") == "done" and not metrics:
+        reader.problems.append((f"{name}/{METRICS}", "holds no numbers, although the step is done"))
     return StepFiles(
         name,
         {key: clean(state[key]) for key in keys if isinstance(state.get(key), str | int)},

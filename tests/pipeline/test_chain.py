@@ -455,6 +455,13 @@ def test_a_preview_takes_the_policy_that_the_run_has_or_the_user_named(
     assert previewed(from_policy(DPO, "here"), capfd) == "dpo: policy here, tokenizer None"
 
 
+def test_a_preview_of_ppo_alone_needs_no_reward_model_at_all(capfd: pytest.CaptureFixture[str]) -> None:
+    make_policy("here")
+    made = from_policy(PPO, "here")
+    assert made.ppo.reward_model is None and refused(made).message == "ppo needs a reward_model"
+    assert previewed(made, capfd) == "ppo: policy here, tokenizer None"
+
+
 def test_a_preview_of_ppo_needs_no_reward_model_yet(capfd: pytest.CaptureFixture[str]) -> None:
     assert previewed(config(SFT, REWARD, PPO), capfd) == "ppo: policy None, tokenizer None"
     go(config(SFT))

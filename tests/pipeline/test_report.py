@@ -180,6 +180,15 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "Gold score" in found.text  # what can be read is there
 
 
+def test_a_step_that_is_done_and_has_no_numbers_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "a", ("sft",))
+    assert read_run(run).problems == []
+    (run / "sft" / "metrics.jsonl").write_text("")
+    assert read_run(run).problems == [("sft/metrics.jsonl", "holds no numbers, although the step is done")]
+    write_state(run / "sft", "running")  # then they may still come
+    assert read_run(run).problems == []
+
+
 def test_no_damage_makes_the_report_fail(tmp_path: Path) -> None:
     draw = random.Random(0)
     whole = make_run(tmp_path / "whole", iterations=6, count=6)

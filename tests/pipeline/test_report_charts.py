@@ -152,3 +152,9 @@ def test_every_metric_is_drawn_exactly_once() -> None:
     main, further = curves("ppo", ppo, ["gold"])
     assert sum(len(found.lines) for found in [*main, *further]) == len(ppo)
     assert main[0].title == "Gold score, held out" and len(main[0].lines) == 2
+
+
+def test_the_learning_rates_of_policy_and_critic_share_a_chart() -> None:
+    names = ("learning_rate", "critic/learning_rate")
+    main, further = curves("ppo", {name: [(1, 1e-5), (2, 2e-5)] for name in names})
+    assert [(found.title, len(found.lines)) for found in main] == [("Learning rate", 2)] and further == []
