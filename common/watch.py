@@ -152,7 +152,8 @@ class Watch:
             faulthandler.enable(file)  # what kills the process from within leaves its stacks, too
 
     def go_on(self) -> None:
-        """Start the threads."""
+        """Start the threads: all ranks have beaten."""
+        self._answered = time.monotonic()
         for thread in self._threads:
             thread.start()
         atexit.register(self.stop)
@@ -169,6 +170,9 @@ class Watch:
     def _beat_for_ever(self) -> None:
         others = range(self._size) if self._rank == 0 else (0,)
         while not self._over.wait(self._interval):
+            file = rank_log()
+            if file is not None:  # written by a thread of C, if this one gets no turn any more
+                faulthandler.dump_traceback_later(self._silent, file=file)
             try:
                 self._beat()
                 beats = [Beat(**json.loads(text)) for text in self._store.multi_get(_keys(others))]
@@ -194,9 +198,6 @@ class Watch:
 
     def _beat(self) -> None:
         self._count += 1
-        file = rank_log()
-        if file is not None:  # written by a thread of C, if this one gets no turn any more
-            faulthandler.dump_traceback_later(self._silent, file=file)
         self._store.set(_keys([self._rank])[0], json.dumps(asdict(self._own())))
 
     def _own(self) -> Beat:

@@ -12,7 +12,9 @@ from common.watch import STALLED_EXIT_CODE
 from tests.programs.faulted import sft_faulted
 from tests.runs import Base, start, wait_while
 
-SHORT = {"RLHF_SILENT_SECONDS": "5", "RLHF_COLLECTIVE_SECONDS": "12"}
+# a busy machine may keep a rank from beating, or from a collective, for some seconds
+SILENT = {"RLHF_SILENT_SECONDS": "6", "RLHF_COLLECTIVE_SECONDS": "100"}
+STALLED = {"RLHF_SILENT_SECONDS": "60", "RLHF_COLLECTIVE_SECONDS": "12"}
 HOST = socket.gethostname()
 
 
@@ -21,7 +23,8 @@ def hang(base: Base, name: str, fault: str, victim: int, *, leaves: bool) -> tup
     job = base.job(max_steps=4, save_every=2)
     job.deepspeed.stage = 3
     run_dir = base.write(name, job)
-    started = start(run_dir, 2, sft_faulted, {**SHORT, "RLHF_FAULT": fault})
+    limits = STALLED if leaves else SILENT
+    started = start(run_dir, 2, sft_faulted, {**limits, "RLHF_FAULT": fault})
     waited_for = [*started.processes] if leaves else [started.processes[1 - victim]]
     wait_while(started, lambda: any(process.is_alive() for process in waited_for))
     codes = [process.exitcode for process in waited_for]
