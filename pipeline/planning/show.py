@@ -25,13 +25,16 @@ from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.counting import Counts
 from pipeline.planning.fitting import ways_out_of
-from pipeline.planning.network import Network
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
 from pipeline.run import check_named_sources
 
 Say = Callable[[str], None]
 STAGES = (1, 2, 3)
-COLUMNS = ("weights", "optimizer", "gradients", "buffers", "activations", "logits", "KV cache", "others")
+COLUMNS = {
+    "weights": "weights", "optimizer": "states", "gradients": "grads", "buffers": "buffers",
+    "activations": "kept", "logits": "logits", "KV cache": "KV",
+}  # fmt: skip
+"""Terms of the estimate that have a column of their own, and its head."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +169,14 @@ def memory_lines(
         found = counts[name]
         work = workload_of(
             config, name, where.ranks, gpu=where.gpu, vocabulary=found.vocabulary, longest=found.longest,
-            trained_share=found.trained_share,
+            trained_share=share_read(name, found),
         )  # fmt: skip
         if work is None:
-            lines.append(
-                f"{name.value}: not estimated: the model's sizes are known once its config.json is here"
-            )
+            lines.append(f"{name.value}: not estimated, for the model's config.json is not here yet")
             continue
-        lines.append(f"{name.value}: {networks_in_words([part.network for part in work.networks], work)}")
-        rows: list[tuple[str, ...]] = [("ZeRO", *COLUMNS, "total", "")]
+        about, passes = work_in_words(work)
+        lines += [f"{name.value}: {about}", f"  {passes}"]
+        rows: list[tuple[str, ...]] = [("ZeRO", *COLUMNS.values(), "others", "total", "")]
         for stage in STAGES:
             of_stage = memory.estimate(memory.with_stage(work, stage))
             chosen = stage == work.sharding.stage
@@ -183,10 +185,10 @@ def memory_lines(
                 mark = f"{mark}, does not fit".lstrip(", ")
             if of_stage.host:
                 mark = f"{mark} + {gigabytes(of_stage.host)} GB of host memory".lstrip()
-            cells = [gigabytes(of_stage.of(column)) for column in COLUMNS[:-1]]
-            others = of_stage.device + of_stage.host - sum(of_stage.of(column) for column in COLUMNS[:-1])
+            cells = [gigabytes(of_stage.of(column)) for column in COLUMNS]
+            others = of_stage.device + of_stage.host - sum(of_stage.of(column) for column in COLUMNS)
             rows.append((str(stage), *cells, gigabytes(others), gigabytes(of_stage.device), mark))
-        lines += [f"  {line}" for line in table(rows, right=range(1, len(COLUMNS) + 2))]
+        lines += [f"  {line}" for line in table(rows, right=range(1, len(COLUMNS) + 3))]
         estimate = memory.estimate(work)
         if available is not None and estimate.device > available:
             ways = ways_out_of(work, name, config, available)
@@ -195,10 +197,17 @@ def memory_lines(
     libraries = (
         "the CUDA context and workspaces" if where.gpu else "a process with torch and DeepSpeed loaded"
     )
-    lines.append(
-        f"others: frozen models, gathered weights, an average, and {libraries} ({gigabytes(base)} GB)"
-    )
+    lines.append("states: the optimizer's and fp32 masters; kept: activations, for the backward pass")
+    lines.append("others: frozen models, gathered weights, an average;")
+    lines.append(f"  {libraries} ({gigabytes(base)} GB)")
     return lines
+
+
+def share_read(step: Step, counts: Counts) -> float:
+    """Share of the tokens at which something is read: those trained, or of pairs each answer's last one."""
+    if step is Step.reward:
+        return min(1.0, 2 * counts.documents / max(counts.tokens, 1))
+    return counts.trained_share
 
 
 def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where) -> list[str]:
@@ -219,16 +228,19 @@ def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where)
     return [command, f"which starts {where.here} rank(s) {each} for every step"]
 
 
-def networks_in_words(networks: Sequence[Network], work: memory.Workload) -> str:
+def work_in_words(work: memory.Workload) -> list[str]:
     """What learns and what is frozen, and how large a pass is."""
-    sizes = " and ".join(
-        f"{network.parameters:,}" + ("" if network.is_exact else " (by its config)") for network in networks
-    )
+    networks = [part.network for part in work.networks]
+    sizes = " and ".join(f"{network.parameters:,}" for network in networks)
+    counted = "" if all(network.is_exact for network in networks) else " by the config"
+    part = ""
+    if any(part.trained < part.network.parameters for part in work.networks):
+        part = f", of which {sum(part.trained for part in work.networks):,} learn"
     frozen = f", {len(work.frozen)} frozen model(s)" if work.frozen else ""
-    decoding = ""
+    passes = f"passes of {work.batch.tokens:,} tokens, {work.batch.trained:,} of them read by the loss"
     if work.decoding is not None:
-        decoding = f", {work.decoding.slots} x {work.decoding.capacity} tokens decoded side by side"
-    return f"{sizes} parameters{frozen}; passes of {work.batch.tokens:,} tokens{decoding}"
+        passes += f"; {work.decoding.slots} x {work.decoding.capacity} tokens of KV cache"
+    return [f"{sizes} parameters{counted}{part}{frozen}", passes]
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

@@ -1,7 +1,7 @@
 """A step's settings -> the `Workload` that its memory is estimated from.
 
-Takes a PipelineConfig, a step, its ranks and what is known of its rows; returns numbers only. Reads the config
-of the model it starts from (`network.py`), nothing else.
+Takes a PipelineConfig, a step, its ranks and what is known of its rows; returns numbers only. Reads the
+config of the model it starts from (`network.py`), nothing else.
 """
 
 from __future__ import annotations

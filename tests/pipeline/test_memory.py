@@ -1,0 +1,231 @@
+"""The memory estimate against what autograd keeps, what a process takes, and what is worked by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import memory_plan
+from common.config import LoraConfig, ModelConfig, TokenizerConfig
+from common.stage import Step
+from pipeline.compose import compose, prepare
+from pipeline.planning import memory
+from pipeline.planning.fitting import ways_out, ways_out_of
+from pipeline.planning.memory import Batch, Decoding, Head, Sharding, Trained, Workload
+from pipeline.planning.network import from_fields, network_of
+from pipeline.planning.workload import workload_of
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def work_of(fields: dict[str, Any] = LLAMA, **changes: Any) -> Workload:
+    network = from_fields(fields)
+    assert network is not None
+    plain = Workload(
+        (Trained(network, network.parameters, Head.tokens),),
+        Batch(600, 400),
+        Sharding(1, 1),
+        half=False,
+        gpu=False,
+    )
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_parameters_are_counted_as_transformers_makes_them(kind: str, tied: bool) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {**LLAMA, "model_type": kind, "head_dim": 12, "tie_word_embeddings": tied}
+    with torch.device("meta"):
+        config = AutoConfig.for_model(kind, **{k: v for k, v in fields.items() if k != "model_type"})
+        model = AutoModelForCausalLM.from_config(config)
+    network = from_fields(fields)
+    assert network is not None
+    assert network.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_folder_with_weights_is_counted_in_its_files_and_a_config_without_sizes_is_not_guessed(
+    tmp_path: Path,
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    found = network_of(ModelConfig(path=str(tmp_path)))
+    assert found is not None and found.is_exact and found.parameters == 22
+    assert from_fields({"model_type": "llama", "hidden_size": 8}) is None
+    assert network_of(ModelConfig(path="org/name")) is None
+
+
+def test_the_vocabulary_of_a_new_model_is_its_tokenizers() -> None:
+    fields = {name: value for name, value in LLAMA.items() if name != "vocab_size"}
+    model = ModelConfig(config=fields, tokenizer=TokenizerConfig(train_vocab_size=512))
+    found = network_of(model)
+    assert found is not None and found.vocabulary == 512
+
+
+@pytest.mark.parametrize("length", [100, 300])
+@pytest.mark.parametrize("half", [False, True])
+def test_activations_are_what_autograd_keeps(half: bool, length: int) -> None:
+    """Within 6 %: rotary tables, token ids and logsumexp are left out of the formula."""
+    kept, batch = bytes_kept(half, length)
+    work = work_of(batch=batch, half=half)
+    assert memory.activations(work, work.networks[0]) == pytest.approx(kept, rel=0.06)
+
+
+def test_recomputation_leaves_the_input_of_each_layer_and_one_whole_layer() -> None:
+    """600 tokens in fp32 by hand: three layers' inputs, a layer without the shortcut, norm and selection."""
+    work = work_of(checkpointing=True)
+    inputs, layer = 3 * 48 * 4, 4 * (6 * 48 + 3 * 48 + 2 * 24 + 4 * 112)
+    assert memory.activations(work, work.networks[0]) == 600 * (inputs + layer + 12 * 48) + 2 * 400 * 48 * 4
+
+
+def bytes_kept(half: bool, length: int) -> tuple[int, Batch]:
+    """What a forward pass over documents of this length saves, weights left out."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from common import attention
+    from common.data.batches import collate
+    from common.data.types import IGNORE, TokenizedExample
+    from common.losses import PackedCausalLM, batch_arguments
+
+    attention.register()
+    dtype = torch.bfloat16 if half else torch.float32
+    config = AutoConfig.for_model(**LLAMA)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    packed = PackedCausalLM(model.train())
+    ids = np.arange(length, dtype=np.int32) % LLAMA["vocab_size"]
+    labels = np.roll(ids, -1)
+    labels[: length // 3] = labels[-1] = IGNORE
+    documents = [TokenizedExample(ids, labels, "")] * (600 // length)
+    batch = collate(documents, range(len(documents)), [0] * len(documents))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed(**batch_arguments(batch))
+    size = sum(size for address, (size, _) in kept.items() if address not in weights)
+    size += 2 * len(batch.targets) * LLAMA["hidden_size"] * dtype.itemsize  # selected, and its gradient
+    return size, Batch(batch.input_ids.shape[1], len(batch.targets), short=length <= 256)
+
+
+def test_states_are_those_of_zero_and_are_shared_by_the_ranks_as_its_stages_say() -> None:
+    """Hand-worked for 1,000 weights in half precision on 4 ranks: weights 2, master 4, AdamW 8 bytes."""
+    network = from_fields(LLAMA)
+    assert network is not None
+    part = Trained(replace(network, parameters=1000), 1000, Head.tokens)
+    found = {}
+    for stage in (1, 2, 3):
+        work = work_of(networks=(part,), sharding=Sharding(stage, 4), half=True, gpu=True)
+        terms = memory.estimate(work)
+        found[stage] = [terms.of(name) for name in ("weights", "optimizer", "gradients", "gathered weights")]
+    assert found[1] == [2000, 3000, 6000, 0]
+    assert found[2] == [2000, 3000, 1000, 0]
+    assert found[3] == [500, 3000, 1000, 2000]
+
+
+def test_what_is_offloaded_is_host_memory_on_a_gpu_and_the_same_memory_on_the_cpu() -> None:
+    offloaded = Sharding(3, 2, offload_optimizer=True, offload_param=True)
+    on_gpu = memory.estimate(work_of(sharding=offloaded, gpu=True))
+    plain = memory.estimate(work_of(sharding=Sharding(3, 2), gpu=True))
+    assert on_gpu.host > 0 and on_gpu.device + on_gpu.host == pytest.approx(plain.device)
+    on_cpu = memory.estimate(work_of(sharding=offloaded))
+    assert on_cpu.host == 0 and on_cpu.device == memory.estimate(work_of(sharding=Sharding(3, 2))).device
+
+
+def test_adapters_have_optimizer_states_only_for_themselves() -> None:
+    network = from_fields(LLAMA)
+    assert network is not None
+    # r (in + out) of q, k, v, o, gate, up, down in three layers, with r = 2
+    linears = [(48, 48), (48, 24), (48, 24), (48, 48), (48, 112), (48, 112), (112, 48)]
+    adapters = 3 * sum(2 * (a + b) for a, b in linears)
+    assert network.adapter_parameters(LoraConfig(r=2)) == adapters
+    work = work_of(networks=(Trained(network, adapters, Head.tokens),))
+    assert memory.estimate(work).of("optimizer") == 12 * adapters
+
+
+def test_the_kv_cache_is_two_vectors_per_layer_token_and_slot() -> None:
+    work = work_of(decoding=Decoding(slots=8, capacity=64), half=True)
+    cache = 2 * 3 * 24 * 2 * 8 * 64
+    logits = 3 * 4 * 8 * 320
+    assert memory.kv_cache(work) == cache + logits
+
+
+def test_ppo_holds_four_networks_and_its_gradients_in_turn() -> None:
+    config = compose(prepare(["experiment=demo"]).overrides)
+    work = workload_of(config, Step.ppo, 1, gpu=False)
+    assert work is not None
+    actor, critic = work.networks
+    assert critic.network.parameters == actor.network.parameters + 192 and critic.head is Head.scalar
+    assert len(work.frozen) == 2
+    without_reference = compose(prepare(["experiment=demo", "ppo.kl.coef=0"]).overrides)
+    fewer = workload_of(without_reference, Step.ppo, 1, gpu=False)
+    assert fewer is not None and len(fewer.frozen) == 1
+    grpo = compose(prepare(["experiment=gsm8k_rlvr"]).overrides)
+    one = workload_of(grpo, Step.ppo, 2, gpu=False)
+    assert one is not None and len(one.networks) == 1 and len(one.frozen) == 1
+    assert one.decoding == Decoding(64, 512)  # 32 prompts with 8 samples each on a rank, in 64 slots
+
+
+def test_a_way_out_names_overrides_that_fit_and_leaves_out_what_does_not_help() -> None:
+    config = compose(prepare(["experiment=demo", "steps=[sft]"]).overrides)
+    work = workload_of(config, Step.sft, 1, gpu=False)
+    assert work is not None
+    work = replace(work, batch=Batch(8 * 100_000, 8 * 50_000))
+    needed = memory.estimate(work).device
+    ways = ways_out_of(work, Step.sft, config, needed / 3)
+    assert any(way.startswith("sft.train.micro_batch_size=1: about ") for way in ways)
+    assert not any(way.startswith("sft.train.micro_batch_size=4: ") for way in ways)  # still half of it
+    assert not any(way.startswith("deepspeed=zero2:") for way in ways)  # one rank shards nothing
+    for way in ways:
+        overrides = way.partition(":")[0].split()
+        compose(prepare(["experiment=demo", "steps=[sft]", *overrides]).overrides)
+
+
+def test_ways_out_begin_with_what_is_needed_and_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.planning.devices.host_memory", lambda: 300_000_000)
+    monkeypatch.setattr("pipeline.planning.fitting.count_gpus", lambda: 0)
+    config = compose(prepare(["experiment=demo", "steps=[sft]"]).overrides)
+    first = ways_out(config, Step.sft, 1)[0]
+    assert "and has 0.30 GB" in first and first.endswith("GB short")
+    assert ways_out(compose(prepare(["steps=[sft]", "model.path=org/name"]).overrides), Step.sft, 1) == []
+
+
+def test_the_estimate_for_the_demo_is_within_15_percent_of_the_peak_of_its_process(tmp_path: Path) -> None:
+    """The smallest of the shapes that benchmarks/memory_plan.py measures, at the stage the demo has."""
+    run = memory_plan.compare("demo", 1, threads=1, folder=tmp_path)
+    assert abs(run["off_training"]) < 0.15, run
+
+
+def test_what_the_benchmark_recorded_is_within_15_percent() -> None:
+    recorded = json.loads((memory_plan.PROJECT / "benchmarks/results/memory_plan.json").read_text())
+    assert {run["shape"] for run in recorded["runs"]} == {"demo", "gsm8k", "100m"}
+    for run in recorded["runs"]:
+        assert abs(run["estimate"] / run["measured_training"] - 1) < 0.15, run
+
+
+def test_planning_imports_no_torch() -> None:
+    heavy = "{'torch', 'transformers', 'tokenizers', 'pyarrow'}"
+    program = f"import pipeline.planning.show, sys; sys.exit(bool({heavy} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(memory_plan.PROJECT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
