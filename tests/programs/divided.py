@@ -158,3 +158,39 @@ def tolerance(case: Case) -> float:
     if case.dtype is Dtype.bf16:
         return 0.1
     return 1e-2 if case.optimizer is OptimizerName.muon else 1e-4
+
+
+def sft_recorded(config: str, stop_after: int) -> int:
+    """`python -m step1_sft --config CONFIG`, whose ranks record beside it which rows they learn from.
+
+    Rank 0 is told to stop after that step, if it is not 0; at -1 it dies of the first state it divides anew.
+    """
+    import json
+    import os
+    import signal
+
+    import common.engine
+    from common.data.batches import Batches
+    from tests.forked import sft
+    from tests.programs.told_to_stop import sft_told_to_stop
+
+    take = Batches.micro_batches
+    path = Path(config).with_name(f"rows_{os.getpid()}.jsonl")
+
+    def recorded(self: Batches, step: int) -> Any:
+        made = take(self, step)
+        waiting = stop_after > 0 and step >= stop_after  # its rows are not learned from: it is told to stop
+        rows = [int(row) for batch in made for row in batch.row_ids]
+        with path.open("a") as file:
+            if not waiting:
+                file.write(json.dumps({"step": step, "rows": rows}) + "\n")
+        return made
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Batches.micro_batches = recorded  # type: ignore[method-assign]
+    if stop_after < 0:
+        common.engine.Engine.publish_master_weights = die  # type: ignore[method-assign]
+        return sft(config)
+    return sft_told_to_stop(config, stop_after, 0, [signal.SIGTERM]) if stop_after else sft(config)
