@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import UserError
+from common.shortage import OUT_OF_MEMORY, shortage
 
 _ERROR_FILE = "error.txt"
 ending = threading.Lock()
@@ -43,9 +44,13 @@ def run_and_report(work: Callable[[], int], folder: Path) -> int:
         if _is_first(folder, str(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return UserError.EXIT_CODE
-    except Exception:
+    except Exception as error:
         with ending:  # for ever, where the watch has it: ranks that leave make others fail in a collective
             pass
+        if (said := shortage(error)) is not None:
+            logging.getLogger("rlhf").exception("out of memory")
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            return OUT_OF_MEMORY
         logging.getLogger("rlhf").exception("unexpected error")
         raise
 

@@ -229,3 +229,22 @@ def test_planning_imports_no_torch() -> None:
     program = f"import pipeline.planning.show, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(memory_plan.PROJECT)}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
+
+
+def test_a_device_out_of_memory_ends_with_a_line_and_a_status_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from common.logs import run_and_report
+    from common.shortage import OUT_OF_MEMORY, shortage
+
+    def work() -> int:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
+            "which 512.00 MiB is free. Process 1 has 78.6 GiB memory in use."
+        )
+
+    assert run_and_report(work, tmp_path) == OUT_OF_MEMORY
+    assert "2.00 GiB more were needed, 512.00 MiB of 79.10 GiB were free" in capsys.readouterr().err
+    assert shortage(RuntimeError("CUDA out of memory")) is None
