@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,17 @@ def hello(config: PipelineConfig, ranks: int) -> Hello:
         "steps": [step.value for step in config.steps],
         "settings": state.config_hash(config)[:12],
         "force": config.force,
-        **{f"version of {name}": version(name) for name in ("rlhf-pipeline", "torch", "deepspeed")},
+        **{f"version of {name}": version_of(name) for name in ("rlhf-pipeline", "torch", "deepspeed")},
     }
     return Hello(config.launch.node_rank or 0, ranks, command, socket.gethostname())
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:  # this project, in a folder that was only copied
+        return "not installed"
 
 
 def jobs_of(wired: Sequence[Wired], run_dir: Path, ranks: int) -> dict[str, Job]:
