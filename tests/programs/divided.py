@@ -6,6 +6,7 @@ documents of a step are the same for any number of ranks up to two.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 
 from common.average import ExponentialAverage
 from common.config import Dtype, Offload, OptimConfig, OptimizerName
-from common.distributed import World, init_world
+from common.distributed import World, barrier, init_world
+from common.elastic import LAYOUT
 from common.engine import Engine
+from common.errors import UserError
 from common.optim import build_optimizer
 from tests.programs import engines
 
@@ -145,6 +148,16 @@ def read(folder: str, pairs: list[tuple[Case, Case]]) -> int:
         if world.is_main:
             print(f"{mark}: {max(errors):.2g}")
         assert max(errors) < tolerance(case), (mark, errors)
+    without = Path(folder) / "without a layout"
+    if world.is_main:
+        shutil.copytree(where / "state", without)
+        (without / LAYOUT).unlink()
+    barrier()
+    try:
+        engine.load(without)
+        raise AssertionError("it does not say how it is divided")
+    except UserError as error:
+        assert "and an earlier version" in error.message and "launch.nproc_per_node=" in str(error.hint)
     return 0
 
 
