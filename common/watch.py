@@ -14,6 +14,7 @@ Rank 0 watches all ranks, and all watch rank 0: the store's traffic grows with t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import json
 import logging
@@ -221,15 +222,21 @@ class Watch:
     def _give_up(self, verdict: Verdict, *, with_store: bool) -> None:
         """Leave the stacks and the reason, wait for the others to do so, and end the process."""
         with ending:
-            file = rank_log()
-            if file is not None:
+            try:
+                self._leave_stacks(verdict)
+                if with_store:
+                    _bounded(lambda: self._agree(verdict), 2 * _LAST_WORDS)
+                else:
+                    self._tell(verdict, is_only=is_first(verdict.message))
+            finally:
+                os._exit(STALLED_EXIT_CODE)
+
+    def _leave_stacks(self, verdict: Verdict) -> None:
+        file = rank_log()
+        if file is not None:
+            with contextlib.suppress(OSError):  # a full disk
                 print(f"giving up: {verdict.message}\nstacks of all threads:", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-            if with_store:
-                _bounded(lambda: self._agree(verdict), 2 * _LAST_WORDS)
-            else:
-                self._tell(verdict, is_only=is_first(verdict.message))
-            os._exit(STALLED_EXIT_CODE)
 
     def _agree(self, verdict: Verdict) -> None:
         """Tell all ranks; the first to do so prints it. Wait until all that can have left their stacks."""
@@ -273,7 +280,7 @@ def _bounded(work: Callable[[], None], seconds: float) -> None:
     def quietly() -> None:
         try:
             work()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             log.debug("the store went away: %s", error)
 
     thread = threading.Thread(target=quietly, daemon=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
-from common import distributed, limits
+from common import distributed, limits, watch
 from common.errors import UserError
-from common.watch import Beat, Heard, stalled_among
+from common.watch import Beat, Heard, Verdict, stalled_among
 
 
 def beat(rank: int, count: int = 1, *, waiting: float = 0.0, collectives: int = 7) -> Beat:
@@ -113,3 +116,24 @@ def test_a_group_that_others_make_has_the_timeout_of_the_world(monkeypatch: pyte
         assert timeouts == [timedelta(seconds=7 + distributed.WATCH_FIRST)] * 2
     finally:
         distributed.close_world()
+
+
+def test_a_disk_that_is_full_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(BaseException):
+        pass
+
+    class Full(io.StringIO):
+        name = "logs/rank_1.log"
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+    def leave(status: int) -> None:
+        assert status == watch.STALLED_EXIT_CODE
+        raise Left
+
+    monkeypatch.setattr(watch, "rank_log", Full)
+    monkeypatch.setattr(watch, "is_first", lambda message: True)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left):
+        watch.Watch(1, 2, None, "the store")._give_up(Verdict(0, "rank 0 is silent", True), with_store=False)
