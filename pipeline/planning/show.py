@@ -200,6 +200,10 @@ def memory_lines(
     lines.append("states: the optimizer's and fp32 masters; kept: activations, for the backward pass")
     lines.append("others: frozen models, gathered weights, an average;")
     lines.append(f"  {libraries} ({gigabytes(base)} GB)")
+    if not where.gpu:
+        lines.append(
+            "not in it: freed blocks that a process keeps where rows vary in length, and the host's data"
+        )
     return lines
 
 
