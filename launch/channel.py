@@ -26,6 +26,8 @@ class Channel:
         self._socket = connection
         self._buffer = b""
         self.is_open = True
+        self.own_address = str(connection.getsockname()[0]).removeprefix("::ffff:")
+        """this machine's, as the other one sees it"""
         connection.settimeout(SEND_SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -39,11 +41,6 @@ class Channel:
     def fileno(self) -> int:
         """For select()."""
         return self._socket.fileno()
-
-    @property
-    def own_address(self) -> str:
-        """This machine's address, as the other one sees it."""
-        return str(self._socket.getsockname()[0]).removeprefix("::ffff:")
 
     def send(self, does: str, **values: Any) -> None:
         """Send one message."""

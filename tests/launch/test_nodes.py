@@ -226,6 +226,19 @@ def test_a_machine_that_is_told_to_stop_between_jobs_stops_the_run(
         assert process.wait(30) == 143
 
 
+def test_a_machine_that_died_between_jobs_is_named_by_the_next_one(
+    folder: Path, launch: LaunchConfig
+) -> None:
+    with follower(launch, folder) as process, gather(launch, own(), folder, print) as machines:
+        process.kill()
+        process.wait()
+        for _ in range(2):  # the first message to it may still be sent
+            machines.begin("sft")
+            while machines.is_running():
+                outcomes = machines.ended()
+            assert outcomes[0].lost == "machine 1 (b) is gone: its connection was closed"
+
+
 def test_only_known_jobs_run_and_only_when_the_files_are_there(folder: Path, launch: LaunchConfig) -> None:
     for name, changed, message in (
         ("rm", False, "asks for rm"),
