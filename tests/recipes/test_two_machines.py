@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from common.artifacts import file_sha256
 from tests import runs
 from tests.forked import ENVIRONMENT
@@ -14,6 +16,7 @@ from tests.ranks import ROOT, free_port
 from tests.runs import LLAMA, Base
 
 
+@pytest.mark.slow
 def test_two_machines_with_zero3_that_lose_a_rank_end_with_the_bits_of_one_machine(
     tmp_path: Path, base: Base
 ) -> None:
