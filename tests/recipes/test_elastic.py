@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from common.artifacts import verify
 from common.distributed import STOPPED_EXIT_CODE
 from step1_sft.config import SFTJob
 from tests.programs.divided import sft_recorded
 from tests.runs import Base, finish, training_lines
-from tests.step2_dpo.runs import write_job
+from tests.step2_dpo import runs as dpo_runs
+from tests.step2_dpo.runs import make_policy, write_job
+from tests.step2_reward import runs as reward_runs
 from tests.step3_ppo.runs import lines_of, make_artifacts, make_job, ppo, ppo_interrupted
 
 # fp32 on fewer ranks sums in another order; what is asked for is 1e-4
@@ -94,3 +99,26 @@ def close(whole: list[dict[str, Any]], other: list[dict[str, Any]], names: Seque
         for name in names:
             assert abs(one[name] - two[name]) <= TOLERANCE * max(1.0, abs(one[name])), (one["step"], name)
     return True
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo"])
+def test_a_step_on_pairs_goes_on_with_one_rank_and_another_stage(
+    base: Base, tmp_path: Path, name: str
+) -> None:
+    runs = {"reward": reward_runs, "dpo": dpo_runs}[name]
+    make_policy(tmp_path / "policy", base.tokenizer)
+
+    def write(run: str, stage: int) -> Path:
+        job: Any = runs.make_job(tmp_path, tmp_path / "policy", max_steps=4, save_every=2, eval_every=0)
+        job.deepspeed.stage = stage
+        return write_job(job, tmp_path / "runs" / run)
+
+    whole = write("whole", 2)
+    finish(whole, 2, getattr(runs, name))
+    shutil.copytree(whole, tmp_path / "runs" / "divided")
+    run_dir = write("divided", 3)
+    shutil.rmtree(run_dir / name / "export")
+    shutil.rmtree(run_dir / name / "checkpoints" / "step_00000004")
+    printed = finish(run_dir, 1, getattr(runs, name))
+    assert "step_00000002\nits state was divided anew: ZeRO-2 on 2 ranks -> ZeRO-3 on 1 rank\n" in printed
+    assert close(runs.lines_of(whole), runs.lines_of(run_dir), ("loss", "grad_norm", "num_tokens"))
