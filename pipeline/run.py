@@ -7,6 +7,7 @@ difference. Trains nothing and imports no torch: a step is a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -34,6 +35,7 @@ from common.config import TokenizerConfig, to_plain
 from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
 from common.redact import redact
+from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Stage, Step
 from launch.local import Job, ranks_of
 from launch.nodes import Hello, Machines, follow, gather
@@ -47,6 +49,8 @@ LINEAGE = "lineage.json"
 REPORT = "report.html"
 STOPPED = 143
 """Exit status of a step that was told to stop and saved its state."""
+OF_MEMORY = (OUT_OF_MEMORY, 128 + signal.SIGKILL)
+"""Exit statuses of a step that ran out of memory: of a device, and perhaps of the machine."""
 
 Say = Callable[[str], None]
 
@@ -311,7 +315,11 @@ def run_step(
         say=say,
     )
     try:
-        return conclude(run_dir, wired, current, status, stopped, say)
+        ended = conclude(run_dir, wired, current, status, stopped, say)
+        if ended in OF_MEMORY:
+            total = ranks if machines is None else sum(machines.ranks)
+            show_ways_out(config, wired.stage.name, total, ranks, is_certain=ended == OUT_OF_MEMORY)
+        return ended
     finally:
         make_report(run_dir, say)
 
@@ -369,6 +377,22 @@ def conclude(
                 "  perhaps it ran out of memory; the same command goes on from its last save", file=sys.stderr
             )
     return status
+
+
+def show_ways_out(
+    config: PipelineConfig, step: Step, ranks: int, ranks_here: int, *, is_certain: bool
+) -> None:
+    """Say what would need less memory, as far as that can be estimated; what went wrong was said already.
+
+    is_certain: that memory was short. Otherwise it is said where the estimate agrees, and else only how much
+    a rank needs.
+    """
+    from pipeline.planning import ways_out
+
+    with contextlib.suppress(Exception):
+        needed, *ways = ways_out(config, step, ranks, ranks_here=ranks_here)
+        for line in [needed, *(ways if is_certain or "short" in needed else [])]:
+            print(f"  {line}", file=sys.stderr)
 
 
 def reasons_to_refuse(

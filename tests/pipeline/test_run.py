@@ -200,6 +200,22 @@ def test_a_failure_after_a_signal_is_not_called_stopped() -> None:
     assert status()["status"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("needed", "is_certain", "ways"),
+    [("needs 9 GB and has 8 GB: 1 GB short", False, 1), ("needs 1 GB", False, 0), ("needs 1 GB", True, 1)],
+)
+def test_ways_to_need_less_memory_are_named_where_it_was_short(
+    needed: str,
+    is_certain: bool,
+    ways: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pipeline.planning.ways_out", lambda *args, **more: [needed, "deepspeed=zero3"])
+    run.show_ways_out(config(), Step.sft, 2, 2, is_certain=is_certain)
+    assert capsys.readouterr().err == f"  {needed}\n" + ways * "  deepspeed=zero3\n"
+
+
 def test_an_error_that_the_step_has_printed_is_not_commented(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
