@@ -28,6 +28,8 @@ from launch.rank import die_with
 
 STOPPED = 143
 """Exit status of ranks that were told to stop and saved."""
+STALLED = 75
+"""Exit status of ranks that ended because one of them hangs (`common/watch.py`), which they have named."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 60
 """How long ranks may take to end after one was told to stop, before they are killed: time to finish a save.
@@ -126,7 +128,7 @@ def first_failure(failures: Sequence[tuple[int, int]]) -> tuple[int, int] | None
 
 def gravity(exit_code: int) -> int:
     """How little a failure explains: 0 for a cause, more for what may be its consequence."""
-    if exit_code == UserError.EXIT_CODE:
+    if exit_code in (UserError.EXIT_CODE, STALLED):
         return 0
     if exit_code in (STOPPED, -signal.SIGTERM, -signal.SIGUSR1):
         return 3

@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import Protocol, Self
 
 from common.errors import UserError
-from launch.agent import GRACE_SECONDS, STOPPED, exit_status, gravity
+from launch.agent import GRACE_SECONDS, STALLED, STOPPED, exit_status, gravity
 from launch.local import Job, Meeting, start
 
 POLL_SECONDS = 0.05

@@ -77,5 +77,8 @@ def test_of_several_machines_the_one_whose_rank_was_killed_explains_the_others()
     assert min(outcomes, key=lambda outcome: outcome.gravity) is killed
     assert died(killed) == "rank 1 on machine 1 (b) died (SIGKILL)"
     assert died(Outcome(1, (0, 1))) == "rank 0 failed (exit status 1)"
+    hanging = Outcome(75, (0, 75))  # its message names the rank, which the agent has killed meanwhile
+    assert min([killed, hanging], key=lambda outcome: outcome.gravity) is hanging
+    assert died(hanging) == "a rank hangs" and hanging.is_restartable
     agent = Outcome(137, where="machine 1 (b)")
     assert died(agent) == "torchrun's agent on machine 1 (b) died (SIGKILL)"
