@@ -244,7 +244,8 @@ def explain(outcome: Outcome, log_dir: Path | None) -> None:
         print(f"{outcome.where} says there what is wrong", file=sys.stderr, flush=True)
         return
     # Rank 0 shows its own traceback, and a status of 2 comes with a message printed where the rank is.
-    if outcome.status in (0, UserError.EXIT_CODE, STOPPED) or (outcome.cause and outcome.cause[0] == 0):
+    said = (0, UserError.EXIT_CODE, STOPPED, STALLED)
+    if outcome.status in said or (outcome.cause and outcome.cause[0] == 0):
         return
     print(f"{_who(outcome)} failed first (exit status {outcome.code})", file=sys.stderr)
     if log_dir is None or outcome.cause is None:
@@ -257,6 +258,8 @@ def explain(outcome: Outcome, log_dir: Path | None) -> None:
 
 def died(outcome: Outcome) -> str:
     """What happened, in a few words: `rank 1 died (SIGKILL)`."""
+    if outcome.code == STALLED:
+        return "a rank hangs"
     if outcome.code >= 0:
         return f"{_who(outcome)} failed (exit status {outcome.code})"
     try:
