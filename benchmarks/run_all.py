@@ -30,11 +30,13 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("ppo_cpu",),
     ("demo_chain",),
     ("weak_scaling",),
+    ("memory_plan",),
     ("data_scale",),
     ("kill_resume",),
     ("kill_resume", "--step", "reward", "--kills", "10"),
     ("kill_resume", "--step", "dpo", "--kills", "10"),
     ("kill_resume", "--step", "ppo", "--kills", "10"),
+    ("fault_matrix",),
 )
 
 

@@ -158,7 +158,8 @@ def policy_in(path: Path) -> Path:
 
 def check_is_not_several(place: Path) -> None:
     """UserError naming the runs in it where a folder of runs was named instead of one of them."""
-    if not place.is_dir() or (place / MANIFEST).exists():
+    is_run = any((place / step.value).is_dir() for step in Step)
+    if is_run or not place.is_dir() or (place / MANIFEST).exists():
         return
     runs = [folder for folder in sorted(place.iterdir()) if policy_in(folder) != folder]
     if runs:

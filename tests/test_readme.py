@@ -30,7 +30,7 @@ def test_every_command_of_the_readme_composes(verb: str, rest: str) -> None:
     if verb == "doctor":
         assert not arguments
         return
-    assert verb in ("run", "preview")
+    assert verb in ("run", "preview", "plan")
     config = compose(prepare(arguments).overrides)
     steps = [getattr(config, step.value) for step in config.steps]
     assert steps and all(step.data.all_sources() for step in steps)

@@ -18,6 +18,8 @@ from tests.runs import Base, finish
 from tests.step2_dpo.runs import write_job
 from tests.step3_ppo.runs import make_artifacts, make_job
 
+pytestmark = pytest.mark.slow
+
 
 class NoState:
     """As much of a state as it takes to find a checkpoint."""

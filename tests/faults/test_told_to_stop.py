@@ -15,6 +15,8 @@ from tests.runs import Base, finish
 from tests.step2_dpo.runs import write_job
 from tests.step3_ppo.runs import make_artifacts, make_job
 
+pytestmark = pytest.mark.slow
+
 TWICE = "{0};{0}"
 SFT = {
     "both, in a step": ("point=backward,step=1,do=term", 1),

@@ -211,12 +211,6 @@ def test_ways_out_begin_with_what_is_needed_and_what_there_is(monkeypatch: pytes
     assert ways_out(compose(prepare(["steps=[sft]", "model.path=org/name"]).overrides), Step.sft, 1) == []
 
 
-def test_the_estimate_for_the_demo_is_within_15_percent_of_the_peak_of_its_process(tmp_path: Path) -> None:
-    """The smallest of the shapes that benchmarks/memory_plan.py measures, at the stage the demo has."""
-    run = memory_plan.compare("demo", 1, threads=1, folder=tmp_path)
-    assert abs(run["off_training"]) < 0.15, run
-
-
 def test_planning_imports_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'tokenizers', 'pyarrow'}"
     program = f"import pipeline.planning.show, sys; sys.exit(bool({heavy} & set(sys.modules)))"

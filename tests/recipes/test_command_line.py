@@ -118,7 +118,9 @@ def test_verify_says_yes_and_after_a_flipped_bit_names_the_file(
 ) -> None:
     fine = rlhf(place, "verify", "runs/a")
     assert fine.returncode == 0 and "all is as it was written" in fine.stdout
-    assert fine.stdout.count("ok ") == 4  # the artifact, two checkpoints, the lineage
+    assert "DIFFERS" not in fine.stdout
+    for what, times in ((": artifact (policy),", 1), (": checkpoint,", 2), (": lineage,", 1)):
+        assert fine.stdout.count(what) == times
     weights = place / "runs/a/sft/export/model.safetensors"
     original = weights.read_bytes()
     weights.write_bytes(original[:-9] + bytes([original[-9] ^ 1]) + original[-8:])

@@ -21,6 +21,8 @@ from tests.step2_dpo.runs import make_policy, write_job
 from tests.step2_reward import runs as reward_runs
 from tests.step3_ppo.runs import lines_of, make_artifacts, make_job, ppo, ppo_interrupted
 
+pytestmark = pytest.mark.slow
+
 # fp32 on fewer ranks sums in another order; what is asked for is 1e-4
 TOLERANCE = 2e-5
 

@@ -15,6 +15,8 @@ from tests.step2_dpo import runs as dpo_runs
 from tests.step2_reward import runs as reward_runs
 from tests.step3_ppo import runs as ppo_runs
 
+pytestmark = pytest.mark.slow
+
 EVERY, KEEP = 2.5, 20
 """Minutes, of which an update takes one: three updates go by before a step sees that a save is due, and the
 save follows that step. KEEP: all of them."""
