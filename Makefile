@@ -16,8 +16,9 @@ demo: $(VENV)/.core
 	$(RUN) -m pipeline run
 
 # Workers share the cores: a thread each, and the tests of a file, which share what they set up, in one of them.
+# Files in their own order: xdist would begin those of few tests last, which take longest.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The embedded default held to its bars on one seed, and benchmark programs at toy sizes: minutes.
 slow: $(VENV)/.dev
