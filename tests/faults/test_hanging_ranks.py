@@ -12,6 +12,8 @@ from common.watch import STALLED_EXIT_CODE
 from tests.programs.faulted import sft_faulted
 from tests.runs import Base, start, wait_while
 
+pytestmark = pytest.mark.cluster
+
 # a busy machine may keep a rank from beating, or from a collective, for some seconds
 SILENT = {"RLHF_SILENT_SECONDS": "6", "RLHF_COLLECTIVE_SECONDS": "100"}
 STALLED = {"RLHF_SILENT_SECONDS": "60", "RLHF_COLLECTIVE_SECONDS": "12"}
