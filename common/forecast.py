@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from common.config import DataConfig, JobConfig, SourceConfig, TrainConfig
 from common.data import sources
-from common.data.batches import Batches, BatchPlan, PairBatches
+from common.data.batches import Batches, PairBatches
 from common.data.dataset import PairDataset, PromptDataset, TokenizedDataset
 from common.data.packing import pack
+from common.distributed import World
 from common.errors import UserError
-from common.step_data import StepData
+from common.step_data import StepData, batch_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +41,9 @@ SAMPLED_ROWS = 2_000
 
 PACKED_SUFFIXES = (".gz", ".zst", ".parquet", ".arrow")
 Job = TypeVar("Job", bound=JobConfig)
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+"""Ranks play no part in how many steps there are."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +119,6 @@ def size_of(every: Sequence[SourceConfig]) -> int:
     return total
 
 
-def plan_of(job: JobConfig, data: DataConfig, train: TrainConfig) -> BatchPlan:
-    """How rows become steps; ranks play no part in how many there are."""
-    return BatchPlan(
-        max_length=data.max_length,
-        packing=data.packing,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        seed=job.seed,
-    )
-
-
 def of_documents(
     job: JobConfig,
     data: DataConfig,
@@ -133,7 +128,7 @@ def of_documents(
     scale: float,
 ) -> Forecast:
     """Of a step that trains on documents, each row packed over the whole epoch."""
-    batches = Batches(built.train, plan_of(job, data, train), built.weights)
+    batches = Batches(built.train, batch_plan(job, data, train, ALONE), built.weights)
     documents = batches.documents(0)
     lengths = built.train.lengths[documents]
     rows = len(pack(lengths, data.max_length, seed=0)) if data.packing else len(documents)
@@ -151,7 +146,7 @@ def of_pairs(
     scale: float,
 ) -> Forecast:
     """Of a step that trains on pairs, which are packed within a step; its rows are pairs."""
-    batches = PairBatches(built.train, plan_of(job, data, train), built.weights)
+    batches = PairBatches(built.train, batch_plan(job, data, train, ALONE), built.weights)
     pairs = batches.documents(0)
     steps = batches.steps_in_epochs(train.epochs)
     longest = max(built.train.chosen_lengths.max(), (built.train.lengths - built.train.chosen_lengths).max())
