@@ -294,14 +294,15 @@ def run_step(
     if Role.reward_model in sources:
         for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
             say(f"{name}: {line}")
+    launched = state.now()
     current = {
         "step": name,
         "status": "running",
         "config": part,
         "config_hash": content_sha256(part),
         "inputs": inputs,
-        "started": before["started"] if before is not None else state.now(),
-        "launched": state.now(),
+        "started": before["started"] if before is not None else launched,
+        "launched": launched,
     }
     state.write_state(folder, current)
     if machines is not None:

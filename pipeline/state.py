@@ -189,8 +189,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The time, in UTC, to the microsecond: it tells which of two steps was launched last."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def inputs_of(

@@ -248,19 +248,13 @@ def verify_resolved(run_dir: Path) -> str:
     states = [(run_dir / name, state) for name in STEPS if (state := read_state(run_dir / name)) is not None]
     if not states:
         return "readable; no step has begun"
-    newest = max(str(state.get("launched", "")) for _, state in states)
-    last = [(folder, state) for folder, state in states if str(state.get("launched", "")) == newest]
-    hashes = {
-        folder: read_manifest(folder / EXPORT).details.get("resolved_config_hash")
-        for folder, state in last
-        if state["status"] == "done"
-    }
-    known = {folder: sha256 for folder, sha256 in hashes.items() if sha256 is not None}
-    if known and file_sha256(place) not in known.values():
-        raise UserError(f"{place}: not the configuration that {', '.join(map(str, known))} was made with")
-    for folder, state in last:
-        if other := list(_other_settings(state["config"], resolved)):
-            raise UserError(f"{place}: {', '.join(other[:5])} differ from {folder / STATE}")
+    folder, last = max(states, key=lambda found: str(found[1].get("launched", "")))
+    if last["status"] == "done":
+        made_with = read_manifest(folder / EXPORT).details.get("resolved_config_hash")
+        if made_with not in (None, file_sha256(place)):
+            raise UserError(f"{place}: not the configuration that {folder} was made with")
+    if other := list(_other_settings(last["config"], resolved)):
+        raise UserError(f"{place}: {', '.join(other[:5])} differ from {folder / STATE}")
     return "the configuration that was used last"
 
 
