@@ -2,7 +2,7 @@
 
     python -m common.forecast ANSWER.json STEP MODULE RESOLVED.yaml [STEP MODULE RESOLVED.yaml ...]
 
-Takes each step's configuration; writes one `Forecast` per step as JSON, or the UserError that stopped it.
+Takes each step's configuration; writes the `Counts` of each as JSON, or the UserError that stopped it.
 Tokenizes into the cache, where the run finds it again; of large sources it tokenizes a seeded sample and
 scales the counts. Loads no model. Every step's `forecast.py` says how its rows are read.
 """
@@ -12,23 +12,27 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.config import DataConfig, JobConfig, SourceConfig, TrainConfig
+from common.counts import Counts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
-from common.data.dataset import PairDataset, PromptDataset, TokenizedDataset
+from common.data.dataset import PREFERENCES, PromptDataset, TokenizedDataset
 from common.data.packing import pack
 from common.distributed import World
 from common.errors import UserError
-from common.step_data import StepData, batch_plan
+from common.handoff import model_to_preview
+from common.models import load_tokenizer
+from common.stage import Step
+from common.step_data import StepData, batch_plan, build_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,36 +44,9 @@ SAMPLED_ROWS = 2_000
 """Rows of each source that a sample has."""
 
 PACKED_SUFFIXES = (".gz", ".zst", ".parquet", ".arrow")
-Job = TypeVar("Job", bound=JobConfig)
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 """Ranks play no part in how many steps there are."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Counts of a step. scale: 1, or by how much those of a sample were multiplied.
-
-    ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:
-    prompts). total_steps: of the run (PPO: iterations). longest: tokens of its longest document. fill: share
-    of the rows' room that is filled.
-    """
-
-    ledger: list[str]
-    documents: int
-    held_out: int
-    tokens: int
-    trained_tokens: int
-    rows: int
-    total_steps: int
-    longest: int
-    fill: float
-    vocabulary: int
-    scale: float = 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         for step, module, resolved in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             program = importlib.import_module(f"{module}.forecast")
             try:
-                found[step] = program.forecast(Path(resolved)).to_json()
+                found[step] = dataclasses.asdict(program.forecast(Path(resolved)))
             except UserError as error:
                 raise error.in_step(step) from error
     except UserError as error:
@@ -126,7 +103,7 @@ def of_documents(
     built: StepData[TokenizedDataset],
     tokenizer: PreTrainedTokenizerFast,
     scale: float,
-) -> Forecast:
+) -> Counts:
     """Of a step that trains on documents, each row packed over the whole epoch."""
     batches = Batches(built.train, batch_plan(job, data, train, ALONE), built.weights)
     documents = batches.documents(0)
@@ -134,23 +111,23 @@ def of_documents(
     rows = len(pack(lengths, data.max_length, seed=0)) if data.packing else len(documents)
     steps = batches.steps_in_epochs(train.epochs)
     fill = float(lengths.sum()) / (rows * data.max_length)
-    return _forecast(built, tokenizer, rows=rows, steps=steps, train=train, fill=fill, scale=scale)
+    return _counts(built, tokenizer, rows=rows, steps=steps, train=train, fill=fill, scale=scale)
 
 
-def of_pairs(
-    job: JobConfig,
-    data: DataConfig,
-    train: TrainConfig,
-    built: StepData[PairDataset],
-    tokenizer: PreTrainedTokenizerFast,
-    scale: float,
-) -> Forecast:
-    """Of a step that trains on pairs, which are packed within a step; its rows are pairs."""
-    batches = PairBatches(built.train, batch_plan(job, data, train, ALONE), built.weights)
+def of_pairs(job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, policy: str | None) -> Counts:
+    """Of a step that trains on pairs, which are packed within a step; its rows are pairs.
+
+    policy: that the step starts from. Before there is one, the base model's tokenizer counts.
+    """
+    reading, scale = to_read(job, data)
+    tokenizer = load_tokenizer(model_to_preview(job.model, policy, f"{step.value}.policy"))
+    say = logging.getLogger(f"rlhf.{step.value}").info
+    built = build_data(job, step, reading, PREFERENCES, tokenizer, say)
+    batches = PairBatches(built.train, batch_plan(job, reading, train, ALONE), built.weights)
     pairs = batches.documents(0)
     steps = batches.steps_in_epochs(train.epochs)
     longest = max(built.train.chosen_lengths.max(), (built.train.lengths - built.train.chosen_lengths).max())
-    found = _forecast(built, tokenizer, rows=len(pairs), steps=steps, train=train, fill=1.0, scale=scale)
+    found = _counts(built, tokenizer, rows=len(pairs), steps=steps, train=train, fill=1.0, scale=scale)
     return dataclasses.replace(found, longest=int(longest))
 
 
@@ -160,14 +137,14 @@ def of_prompts(
     train: TrainConfig,
     iterations: int,
     scale: float,
-) -> Forecast:
+) -> Counts:
     """Of PPO: its rows are prompts, its steps iterations."""
-    return _forecast(
+    return _counts(
         built, tokenizer, rows=len(built.train), steps=iterations, train=train, fill=1.0, scale=scale
     )
 
 
-def _forecast(
+def _counts(
     built: StepData[Any],
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -176,9 +153,9 @@ def _forecast(
     train: TrainConfig,
     fill: float,
     scale: float,
-) -> Forecast:
+) -> Counts:
     data = built.train
-    return Forecast(
+    return Counts(
         ledger=built.ledger.lines(),
         documents=round(len(data) * scale),
         held_out=round((0 if built.held_out is None else len(built.held_out)) * scale),

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config import load_resolved
+from common.counts import Counts
 from common.data.dataset import DEMONSTRATIONS
-from common.forecast import Forecast, of_documents, to_read
+from common.forecast import of_documents, to_read
 from common.stage import Step
 from common.step_data import build_data
 from step1_sft.config import SFTJob
@@ -17,7 +18,7 @@ from step1_sft.data import load_sft_tokenizer
 log = logging.getLogger("rlhf.sft")
 
 
-def forecast(resolved: Path) -> Forecast:
+def forecast(resolved: Path) -> Counts:
     """Of the job in `resolved`; a tokenizer that is trained for it is left in `sft/` beside that file."""
     job = load_resolved(resolved, SFTJob)
     data, scale = to_read(job, job.sft.data)

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from common.config import load_resolved
-from common.forecast import Forecast, of_prompts, to_read
+from common.counts import Counts
+from common.forecast import of_prompts, to_read
 from common.handoff import model_to_preview
 from common.models import load_tokenizer
 from common.stage import Step
@@ -17,7 +18,7 @@ from step3_ppo.data import PromptOrder, kind_of
 log = logging.getLogger("rlhf.ppo")
 
 
-def forecast(resolved: Path) -> Forecast:
+def forecast(resolved: Path) -> Counts:
     """Of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
     job = load_resolved(resolved, PPOJob)
     ppo = job.ppo

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.artifacts import MANIFEST
 from common.config import TokenizerConfig
+from common.counts import Counts
 from common.errors import UserError
 from common.stage import Role, Step
 from launch.local import PROJECT
@@ -26,28 +27,6 @@ from pipeline import state
 from pipeline.config import PipelineConfig
 from pipeline.plan import Wired, start_of
 from pipeline.run import write_resolved
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A step's rows, as `common.forecast.Forecast` has them."""
-
-    ledger: list[str]
-    documents: int
-    held_out: int
-    tokens: int
-    trained_tokens: int
-    rows: int
-    total_steps: int
-    longest: int
-    fill: float
-    vocabulary: int
-    scale: float = 1.0
-
-    @property
-    def trained_share(self) -> float:
-        """Of the tokens; 1 where nothing says which are trained."""
-        return self.trained_tokens / self.tokens if self.trained_tokens and self.tokens else 1.0
 
 
 def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, Counts]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.artifacts import MANIFEST, file_sha256
 from common.config import Launcher
+from common.counts import Counts
 from common.stage import Step
 from launch import k8s, slurm
 from launch.command import machine_arguments
@@ -23,7 +24,6 @@ from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
-from pipeline.planning.counting import Counts
 from pipeline.planning.fitting import ways_out_of
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
 from pipeline.run import check_named_sources

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from common.counts import Counts
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
 from pipeline.plan import wire_run
-from pipeline.planning.counting import Counts
 from pipeline.planning.show import (
     Where,
     launch_lines,

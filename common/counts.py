@@ -1,0 +1,35 @@
+"""What is known of a step's rows and schedule before it starts: for the controller, which imports no torch.
+
+Made by `common/forecast.py`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of a step. scale: 1, or by how much those of a sample were multiplied.
+
+    ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:
+    prompts). total_steps: of the run (PPO: iterations). longest: tokens of its longest document. fill: share
+    of the rows' room that is filled.
+    """
+
+    ledger: list[str]
+    documents: int
+    held_out: int
+    tokens: int
+    trained_tokens: int
+    rows: int
+    total_steps: int
+    longest: int
+    fill: float
+    vocabulary: int
+    scale: float = 1.0
+
+    @property
+    def trained_share(self) -> float:
+        """Of the tokens; 1 where nothing says which are trained."""
+        return self.trained_tokens / self.tokens if self.trained_tokens and self.tokens else 1.0
