@@ -152,7 +152,8 @@ def _concerns(target: Shard, source: Shard, names: set[str], *, is_first: bool) 
 def _take(held: dict[str, Any], target: Shard, source: Shard, values: Held) -> None:
     for key, value in values.items():
         if not source.is_flat(key, value):
-            held.setdefault(key, value)
+            # its own: optimizers count in place, and what `read` gave is mapped from a file
+            held.setdefault(key, value.clone() if isinstance(value, torch.Tensor) else value)
             continue
         if key not in held:
             held[key] = torch.zeros(target.size_of(key), dtype=value.dtype)

@@ -60,6 +60,13 @@ def test_only_files_of_ranks_that_have_something_are_read() -> None:
     assert read == [1]
 
 
+def test_shards_that_one_stored_shard_feeds_count_each_for_itself() -> None:
+    own = [Shard(2, "b", (Piece("b", begin, 0, count),)) for begin, count in ((0, 2), (2, 1))]
+    first, second = divided_anew(IN_A_ROW, own, lambda rank: HELD[rank])
+    first["step"] += 1
+    assert (first["step"], second["step"], HELD[1][0]["step"]) == (8.0, 7.0, 7.0)
+
+
 def test_a_momentum_of_whole_parameters_becomes_one_of_parts_and_back() -> None:
     whole = (Piece("a", 0, 0, 5),)
     stored = Layout(
