@@ -303,8 +303,11 @@ def printers(machine: Machine) -> list[threading.Thread]:
 
 
 def print_lines(name: str, source: IO[bytes], target: IO[str]) -> None:
-    """Copy lines, each in one piece."""
+    """Copy lines, each in one piece; once nobody reads them, drop what comes."""
     for line in source:
         text = line.decode(errors="replace").rstrip("\n")
-        target.write(f"[{name}] {text}\n")
-        target.flush()
+        try:
+            target.write(f"[{name}] {text}\n")
+            target.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())

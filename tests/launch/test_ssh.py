@@ -50,6 +50,8 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 (calls / f"argv_{rank}").write_text(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), sys.executable]))
 print("out of", rank, flush=True)
 print("error of", rank, file=sys.stderr, flush=True)
+for _ in range(plan.get("lines", 0)):
+    print("x" * 1000)
 time.sleep(plan.get("seconds", 0))
 sys.exit(plan.get("status", 0))
 """
@@ -237,18 +239,23 @@ sys.exit(ssh.launch(LaunchConfig(hostfile="hosts"), [], Path("runs/a"), lambda l
 
 def started(place: Path) -> subprocess.Popen[str]:
     """The launcher as a process of its own, once both of its machines run."""
-    (place / "hosts").write_text("localhost slots=1\nnode-b slots=1\n")
     behave(place, rank_0={"seconds": 60, "saving": 0.3}, rank_1={"seconds": 60, "saving": 0.3})
-    process = subprocess.Popen(
+    process = driven(place)
+    wait_for(place, "argv_0", "argv_1")
+    time.sleep(0.1)  # argv is written a moment before the first line
+    return process
+
+
+def driven(place: Path) -> subprocess.Popen[str]:
+    """The launcher as a process of its own."""
+    (place / "hosts").write_text("localhost slots=1\nnode-b slots=1\n")
+    return subprocess.Popen(
         [sys.executable, "-c", DRIVE],
         env={**os.environ, "PYTHONPATH": str(tiny_run.ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    wait_for(place, "argv_0", "argv_1")
-    time.sleep(0.1)  # argv is written a moment before the first line
-    return process
 
 
 def wait_for(place: Path, *names: str) -> None:
@@ -279,6 +286,14 @@ def test_when_the_launcher_is_killed_the_machines_still_save(place: Path) -> Non
     assert process.stdout is not None
     process.stdout.close()
     wait_for(place, "saved_0", "saved_1")
+
+
+def test_a_reader_that_leaves_does_not_hold_the_machines_up(place: Path) -> None:
+    behave(place, rank_0={"lines": 1000}, rank_1={"lines": 1000})
+    process = driven(place)
+    assert process.stdout is not None and process.stdout.readline().startswith("ssh")
+    process.stdout.close()
+    assert process.wait(60) == 0
 
 
 def test_what_a_machine_prints_after_its_reader_has_left_does_not_disturb_it(tmp_path: Path) -> None:
