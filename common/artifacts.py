@@ -33,6 +33,10 @@ KINDS = ("artifact", "checkpoint")
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".txt", ".py")
 
 
+class Damaged(UserError):
+    """A folder that is not as it was when it was finished, or never was: never used again as it is."""
+
+
 class FileRecord(TypedDict):
     """What is known of one file."""
 
@@ -140,40 +144,43 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a finished folder; its files are not looked at. UserError when it cannot be used."""
+    """The manifest of a finished folder; its files are not looked at.
+
+    Damaged when there is none or it is broken; UserError when it may not be read, or has another format.
+    """
     path = Path(folder) / MANIFEST
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        recorded = body.pop("checksum")
-        version, kind, role = body["format_version"], body["kind"], body["role"]
+        version = body["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
+                hint="use the version of this program that wrote it",
+            )
+        recorded, kind, role = body.pop("checksum"), body["kind"], body["role"]
         files = {str(name): _record(entry) for name, entry in body["files"].items()}
         details = dict(body["details"])
     except OSError as error:
         _raise_unreadable(path, error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}", hint=_RESTORE) from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
-            hint="use the version of this program that wrote it",
-        )
+        raise Damaged(f"{path} is damaged: {error!r}", hint=_RESTORE) from None
     if recorded != content_sha256(body):
-        raise UserError(f"{path} is damaged: its checksum does not match its content", hint=_RESTORE)
+        raise Damaged(f"{path} is damaged: its checksum does not match its content", hint=_RESTORE)
     return Manifest(kind, None if role is None else Role(role), files, details, version)
 
 
 def verify(folder: str | os.PathLike[str]) -> Manifest:
     """Re-hash a finished folder against its manifest.
 
-    Returns the manifest. UserError that names each file that is missing, not recorded, of another
-    size or of other content.
+    Returns the manifest. Damaged names each file that is missing, not recorded, of another size or of
+    other content.
     """
     root = Path(folder)
     manifest = read_manifest(root)
     faults = list(_faults(root, manifest))
     if faults:
         shown = "\n    ".join(faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else []))
-        raise UserError(f"{root} does not match its manifest:\n    {shown}", hint=_RESTORE)
+        raise Damaged(f"{root} does not match its manifest:\n    {shown}", hint=_RESTORE)
     return manifest
 
 
@@ -229,10 +236,13 @@ _DISK_REASONS = {
 def _raise_unreadable(path: Path, error: OSError) -> None:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         there = "there is no such folder" if not path.parent.is_dir() else f"it has no {MANIFEST}"
-        raise UserError(
+        raise Damaged(
             f"{path.parent} is not finished: {there}", hint="the manifest is written last: run the step again"
         ) from None
-    raise UserError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+    found = f"{path} cannot be read: {error.strerror}"
+    if isinstance(error, PermissionError):
+        raise UserError(found, hint="check its permissions") from None
+    raise Damaged(found, hint=_RESTORE) from None
 
 
 def _record(entry: Any) -> FileRecord:

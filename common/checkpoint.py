@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from common.artifacts import (
     MANIFEST,
+    Damaged,
     FileRecord,
     Manifest,
     commit_folder,
@@ -32,7 +33,7 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
-from common.distributed import World, from_main, gather_objects
+from common.distributed import World, from_main, gather_objects, of_all_ranks
 from common.errors import UserError
 from common.moments import at
 
@@ -125,7 +126,8 @@ class Checkpoints:
     def resume(self, state: State) -> Resumed | None:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
 
-        UserError when there were some and none can be verified, or the state cannot be divided anew.
+        UserError when there were some and none can be verified, the newest may not be read or has another
+        format, or the state cannot be divided anew.
         """
         at("load")
         from_main(self._world, self._remove_unfinished)
@@ -210,14 +212,16 @@ class Checkpoints:
                     shutil.rmtree(unfinished)
 
     def _vote(self, path: Path) -> list[str]:
-        """Faults that any rank found; each rank verifies its share of the files."""
+        """Faults that any rank found; UserError on all for what is no damage, such as another format."""
+        return [fault for faults in of_all_ranks(lambda: self._faults_in_share(path)) for fault in faults]
+
+    def _faults_in_share(self, path: Path) -> list[str]:
         try:
             manifest = read_manifest(path)
-            names = sorted(manifest.files)[self._world.rank :: self._world.size]
-            found = [fault for name in names if (fault := _fault(path, name, manifest.files[name]))]
-        except UserError as error:
-            found = [error.message]
-        return [fault for faults in gather_objects(found) for fault in faults]
+        except Damaged as error:
+            return [error.message]
+        names = sorted(manifest.files)[self._world.rank :: self._world.size]
+        return [fault for name in names if (fault := _fault(path, name, manifest.files[name]))]
 
     def _check_base(self, path: Path) -> None:
         revision = read_manifest(path).details.get("base_revision")
@@ -272,8 +276,13 @@ def _no_room(place: Path, free: int, reason: str) -> UserError:
 
 def _fault(folder: Path, name: str, record: FileRecord) -> str | None:
     path = folder / name
-    if not path.exists():
-        return f"{name} is missing"
-    if path.stat().st_size != record["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes, recorded {record['bytes']}"
-    return None if file_sha256(path) == record["sha256"] else f"{name} differs from its recorded hash"
+    try:
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != record["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, recorded {record['bytes']}"
+        return None if file_sha256(path) == record["sha256"] else f"{name} differs from its recorded hash"
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"

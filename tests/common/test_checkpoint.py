@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from common.artifacts import MANIFEST
+from common import checkpoint
+from common.artifacts import MANIFEST, Manifest, write_manifest
 from common.checkpoint import Checkpoints, States
 from common.distributed import World
 from common.errors import UserError
@@ -112,6 +114,49 @@ def test_a_truncated_file_is_named_with_both_sizes(two: Checkpoints) -> None:
     os.truncate(path, size - 1)
     _, resumed = resumed_value(two)
     assert f"zero/weights.pt has {size - 1} bytes, recorded {size}" in resumed.set_aside[0]
+
+
+def failing(number: int, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of a path, which fails for the files of that name in the newest checkpoint."""
+
+    def fail(path: Path, *rest: Any, **more: Any) -> Any:
+        if path.name == name and "step_00000020" in path.parts:
+            raise OSError(number, os.strerror(number))
+        return method(path, *rest, **more)
+
+    return fail
+
+
+def refuse_reading(patch: pytest.MonkeyPatch, number: int, name: str) -> None:
+    """Reading the newest checkpoint's files of that name fails."""
+    patch.setattr(Path, "read_text", failing(number, name, Path.read_text))
+    patch.setattr(checkpoint, "file_sha256", failing(number, name, checkpoint.file_sha256))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", MANIFEST])
+def test_a_bad_sector_sets_the_checkpoint_aside(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    refuse_reading(monkeypatch, errno.EIO, name)
+    value, resumed = resumed_value(two)
+    assert value == 10.0 and f"{name} cannot be read: Input/output error" in resumed.set_aside[0]
+
+
+@pytest.mark.parametrize("name", ["weights.pt", MANIFEST])
+def test_a_checkpoint_that_may_not_be_read_is_an_error_and_stays_where_it_is(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    refuse_reading(monkeypatch, errno.EACCES, name)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied") as caught:
+        resumed_value(two)
+    assert caught.value.hint == "check its permissions" and sorted(two.steps()) == [10, 20]
+
+
+def test_checkpoints_of_another_format_are_an_error_and_stay_where_they_are(two: Checkpoints) -> None:
+    write_manifest(two.folder / "step_00000020", Manifest("checkpoint", None, {}, format_version=2))
+    with pytest.raises(UserError, match="has format version 2; this program reads version 1"):
+        resumed_value(two)
+    assert sorted(two.steps()) == [10, 20]
 
 
 def test_when_all_are_broken_the_error_names_them_and_nothing_is_deleted(two: Checkpoints) -> None:
