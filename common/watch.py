@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -171,10 +173,11 @@ class Watch:
     def _beat_for_ever(self) -> None:
         others = range(self._size) if self._rank == 0 else (0,)
         while not self._over.wait(self._interval):
-            file = rank_log()
-            if file is not None:  # written by a thread of C, if this one gets no turn any more
-                faulthandler.dump_traceback_later(self._silent, file=file)
             try:
+                file = rank_log()
+                if file is not None:  # written by a thread of C, if this one gets no turn any more
+                    with contextlib.suppress(RuntimeError, ValueError, OSError):  # no thread to be had
+                        faulthandler.dump_traceback_later(self._silent, file=file)
                 self._beat()
                 beats = [Beat(**json.loads(text)) for text in self._store.multi_get(_keys(others))]
                 verdict = self._heard.hear(beats, time.monotonic())
@@ -183,6 +186,9 @@ class Watch:
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError) as error:  # the store went away: the guard counts the seconds
                 log.debug("no answer of the store: %s", error)
+                continue
+            except Exception:  # without beats the others would take this rank for silent
+                log.warning("a beat failed", exc_info=True)
                 continue
             if verdict is not None and not self._over.is_set():
                 self._give_up(verdict, with_store=True)
@@ -223,11 +229,12 @@ class Watch:
         """Leave the stacks and the reason, wait for the others to do so, and end the process."""
         with ending:
             try:
-                self._leave_stacks(verdict)
+                _end_within(4 * _LAST_WORDS)
+                _bounded(lambda: self._leave_stacks(verdict), _LAST_WORDS)
                 if with_store:
                     _bounded(lambda: self._agree(verdict), 2 * _LAST_WORDS)
                 else:
-                    self._tell(verdict, is_only=is_first(verdict.message))
+                    _bounded(lambda: self._tell(verdict, is_only=is_first(verdict.message)), _LAST_WORDS)
             finally:
                 os._exit(STALLED_EXIT_CODE)
 
@@ -255,9 +262,9 @@ class Watch:
     def _tell(self, verdict: Verdict, *, is_only: bool) -> None:
         file = rank_log()
         logs = "" if file is None else f"; the stacks of the ranks are in {Path(file.name).parent}"
-        log.error("%s", verdict.message)
         if is_only:
             print(f"error: {verdict.message}{logs}", file=sys.stderr, flush=True)
+        log.error("%s", verdict.message)  # last: it may be its file system that does not answer
 
 
 def start_watch(rank: int, size: int, timeout: timedelta, meet: Callable[[], object]) -> Watch:
@@ -284,8 +291,17 @@ def _bounded(work: Callable[[], None], seconds: float) -> None:
             log.debug("the store went away: %s", error)
 
     thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads: the alarm is the limit
+        return quietly()
     thread.join(seconds)
+
+
+def _end_within(seconds: float) -> None:
+    """Have the kernel end this process then, whichever of its threads keeps the interpreter's lock."""
+    ctypes.CDLL(None).signal(signal.SIGALRM, None)  # to the default; Python lets its main thread alone do so
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _keys(ranks: Sequence[int] | range) -> list[str]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
+import json
 import os
+import signal
+import sys
+import threading
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from common import distributed, limits, watch
 from common.errors import UserError
@@ -101,7 +108,6 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch:
 def test_a_group_that_others_make_has_the_timeout_of_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed names none for its groups, and torch's own would be half an hour."""
     import torch
-    import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
@@ -118,22 +124,115 @@ def test_a_group_that_others_make_has_the_timeout_of_the_world(monkeypatch: pyte
         distributed.close_world()
 
 
-def test_a_disk_that_is_full_keeps_nobody_from_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Left(BaseException):
-        pass
+class Left(BaseException):
+    """Raised in place of the end of this process."""
 
-    class Full(io.StringIO):
-        name = "logs/rank_1.log"
 
-        def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, "full")
+@pytest.fixture
+def leaving(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Lets `_give_up` raise Left; the seconds after which the kernel was asked to end the process."""
 
     def leave(status: int) -> None:
         assert status == watch.STALLED_EXIT_CODE
         raise Left
 
-    monkeypatch.setattr(watch, "rank_log", Full)
-    monkeypatch.setattr(watch, "is_first", lambda message: True)
+    limits: list[float] = []
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(watch, "_end_within", limits.append)
+    monkeypatch.setattr(watch, "is_first", lambda message: True)
+    return limits
+
+
+class FullLog(io.StringIO):
+    name = "logs/rank_1.log"
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+
+class StuckLog(FullLog):
+    def write(self, text: str) -> int:
+        threading.Event().wait()
+        return 0
+
+
+@pytest.mark.parametrize("log", [FullLog, StuckLog])
+@pytest.mark.parametrize("with_store", [False, True])
+def test_a_log_that_cannot_be_written_keeps_nobody_from_saying_who_hangs_and_leaving(
+    leaving: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    log: type,
+    with_store: bool,
+) -> None:
+    monkeypatch.setattr(watch, "_LAST_WORDS", 0.5)
+    monkeypatch.setattr(watch, "rank_log", log)
+    store = dist.HashStore()
+    verdict = Verdict(0, "rank 0 is silent", True)
     with pytest.raises(Left):
-        watch.Watch(1, 2, None, "the store")._give_up(Verdict(0, "rank 0 is silent", True), with_store=False)
+        watch.Watch(1, 2, store, "the store")._give_up(verdict, with_store=with_store)
+    assert leaving == [2.0]
+    assert capsys.readouterr().err == "error: rank 0 is silent; the stacks of the ranks are in logs\n"
+    assert store.check(["verdict", "dumped/1"]) == with_store
+
+
+def test_of_all_ranks_the_first_tells_why_and_each_waits_for_those_that_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdict = Verdict(1, "rank 1 is silent", True)
+    store, naps = dist.HashStore(), []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        store.multi_set(["dumped/2", "dumped/3"], ["", ""])
+
+    monkeypatch.setattr(watch.time, "sleep", nap)
+    for rank in (0, 3):
+        watch.Watch(rank, 4, store, "the store")._agree(verdict)
+    assert naps == [0.05, 2.0]  # rank 0 until those two have left their stacks, then while others look
+    assert capsys.readouterr().err.count("error: rank 1 is silent") == 1
+    assert Verdict(**json.loads(store.get("verdict"))) == verdict
+
+
+def test_the_kernel_ends_a_process_that_keeps_the_interpreters_lock() -> None:
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, lambda number, frame: None)  # as a function of the user's may
+        watch._end_within(0.05)
+        ctypes.PyDLL(None).sleep(60)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGALRM
+
+
+def test_a_rank_beats_on_when_there_is_no_thread_to_be_had_for_its_stacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Scarce:
+        """A store that fails once, and ends the watch at the fourth beat."""
+
+        def __init__(self) -> None:
+            self.beats = 0
+            self.store = dist.HashStore()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.store, name)
+
+        def set(self, key: str, value: str) -> None:
+            self.beats += 1
+            if self.beats == 2:
+                raise MemoryError("passing")
+            self.store.set(key, value)
+            if self.beats == 4:
+                rank_0._over.set()
+
+    def no_thread(*arguments: object, **options: object) -> None:
+        raise RuntimeError("unable to start watchdog thread")
+
+    store = Scarce()
+    rank_0 = watch.Watch(0, 1, store, "the store")
+    rank_0._interval = 0.0
+    monkeypatch.setattr(watch, "rank_log", lambda: sys.stderr)
+    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", no_thread)
+    rank_0._beat_for_ever()
+    assert store.beats == 4
+    assert [record.message for record in caplog.records] == ["a beat failed"]
