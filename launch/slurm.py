@@ -7,6 +7,7 @@ then runs the same command, which goes on. Waits for nothing and knows nothing o
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,13 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import LaunchConfig
+from common.config import LaunchConfig, SlurmConfig
 from common.errors import UserError
 from launch.command import log_folder, machine_arguments, one_line
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sh.jinja"
 FOLDER = "slurm"
 SCRIPT = "job.sh"
+EARLY_SECONDS = 60
+"""How much earlier than asked for SLURM may send a signal."""
 
 
 def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: Callable[[str], None]) -> int:
@@ -57,6 +60,7 @@ def render(config: LaunchConfig, arguments: Sequence[str], run_dir: Path, folder
     """
     from jinja2 import Environment, StrictUndefined
 
+    check_time(config.slurm)
     logs = run_dir / FOLDER
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -73,7 +77,34 @@ def render(config: LaunchConfig, arguments: Sequence[str], run_dir: Path, folder
         arguments=[shlex.quote(text) for text in arguments],
         endpoint=None if given is None else shlex.quote(given),
         requeue=config.slurm.requeue,
+        early=EARLY_SECONDS,
+        notice=config.slurm.signal_seconds + EARLY_SECONDS,
     )
+
+
+def check_time(slurm: SlurmConfig) -> None:
+    """UserError for a limit that is over before anything is trained."""
+    notice = slurm.signal_seconds + EARLY_SECONDS
+    seconds = seconds_of(slurm.time or "")
+    if seconds is not None and seconds <= notice:
+        raise UserError(
+            f"launch.slurm.time={slurm.time} leaves no time to train: launch.slurm.signal_seconds="
+            f"{slurm.signal_seconds} before its end, or up to {EARLY_SECONDS} s earlier, the job is told to leave",
+            hint=f"launch.slurm.time of well over {notice // 60 + 1} minutes, or fewer launch.slurm.signal_seconds",
+        )
+
+
+def seconds_of(time: str) -> int | None:
+    """A limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for anything else: UNLIMITED."""
+    if re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", time) is None:
+        return None
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    if dash or len(numbers) == 3:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def sbatch_options(config: LaunchConfig, run_dir: Path) -> list[str]:

@@ -83,6 +83,25 @@ def test_the_file_asks_for_what_is_set_and_for_nothing_else() -> None:
     assert "requeue" not in more and "scontrol requeue" not in rendered(slurm=everything)
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("6", 360), ("90", 5400), ("5:30", 330), ("90:00", 5400), ("1:02:03", 3723), ("1-0", 86400), ("0-1", 3600),
+        ("2-03:04", 183840), ("0-00:06", 360), ("1-02:03:04", 93784), ("UNLIMITED", None), ("1:2:3:4", None),
+        ("", None), ("-1", None),
+    ],
+)  # fmt: skip
+def test_a_limit_is_read_as_sbatch_reads_it(time: str, seconds: int | None) -> None:
+    assert slurm.seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["6", "06:00", "0:06:00", "0-0:6", "1"])
+def test_a_limit_that_leaves_no_time_to_train_is_refused(time: str) -> None:
+    with pytest.raises(UserError, match=f"launch.slurm.time={time} leaves no time to train"):
+        rendered(slurm=SlurmConfig(time=time))
+    rendered(slurm=SlurmConfig(time=time, signal_seconds=10) if time == "6" else SlurmConfig(time="6:01"))
+
+
 def test_a_percent_sign_in_the_folder_is_not_taken_for_a_job_number() -> None:
     config = LaunchConfig()
     text = slurm.render(config, [], Path("/runs/50%j"), Path("/"), "python")
@@ -143,6 +162,7 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
         "NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_END_TIME": str(int(time.time()) + 3600),
     }  # fmt: skip
 
 
@@ -204,18 +224,36 @@ def test_told_to_leave_the_first_node_saves_and_the_job_is_queued_again(
     tmp_path: Path, stand_ins: dict[str, str], saved: int, requeue: bool, queued: bool
 ) -> None:
     command = script(tmp_path, nnodes=1, slurm=SlurmConfig(requeue=requeue))
-    environment = {**stand_ins, "LONG": "1", "SAVED": str(saved), "NODES": "1"}
-    process = subprocess.Popen(command, env=environment)
+    status, _ = told_to_leave(tmp_path, command, {**stand_ins, "SAVED": str(saved)})
+    assert status == saved
+    assert (tmp_path / "calls").exists() == queued
+    if queued:
+        assert (tmp_path / "calls").read_text() == "requeue 7\n"
+
+
+def told_to_leave(tmp_path: Path, command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run it, with SIGUSR1 as soon as the command runs; its exit status and what it said."""
+    process = subprocess.Popen(
+        command, env={**environment, "LONG": "1", "NODES": "1"}, stderr=subprocess.PIPE, text=True
+    )
     said = tmp_path / "calls.launch.node_rank=0.said"
     while not said.exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == saved
+    printed = process.communicate(timeout=60)[1]
     assert said.read_text().split() == ["ready", "saved"]
-    assert (tmp_path / "calls").exists() == queued
-    if queued:
-        assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    return process.returncode, printed
+
+
+@pytest.mark.parametrize("end", ["in 340 s", "unknown"])
+def test_a_job_whose_time_is_up_when_it_begins_is_not_queued_again(
+    tmp_path: Path, stand_ins: dict[str, str], end: str
+) -> None:
+    stand_ins["SLURM_JOB_END_TIME"] = str(int(time.time()) + 340) if end == "in 340 s" else ""
+    status, printed = told_to_leave(tmp_path, script(tmp_path, nnodes=1), stand_ins)
+    assert status == 143 and not (tmp_path / "calls").exists()
+    assert "launch.slurm.time must be well over launch.slurm.signal_seconds" in printed
 
 
 # --- Submitting ------------------------------------------------------------------------------------
