@@ -253,18 +253,32 @@ class Checkpoints:
                 action()
         except UserError as error:
             refused = error
-        except RuntimeError:
-            # torch reports a full disk as an unexpected position in its archive
-            free = shutil.disk_usage(self.folder).free
-            if free > 64 * 2**20:
+        except RuntimeError as error:
+            if (refused := _refused_write(partial, error)) is None:
                 raise
-            refused = _no_room(partial, free, "the disk is full or refuses writing")
         # all ranks learn of it before anything is removed under those that still write
         errors = [error for error in gather_objects(refused) if error is not None]
         if errors:
             if self._world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise errors[0]
+
+
+def _refused_write(partial: Path, error: RuntimeError) -> UserError | None:
+    """What the disk says to a small write, as torch does not tell; None where `error` is of another kind."""
+    reason = "not all of a file could be written"
+    try:
+        with disk_errors(partial), open(partial / "probe", "wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except UserError as refused:
+        return refused
+    except OSError as refused:
+        reason = str(refused.strerror)
+    if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:
+        return None
+    return _no_room(partial, shutil.disk_usage(partial).free, reason)
 
 
 def _no_room(place: Path, free: int, reason: str) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -289,6 +290,45 @@ def test_a_full_disk_in_plain_files_is_the_same_error(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="the disk is full"):
             checkpoints.save(10, engine, {}, best_step=None)  # type: ignore[arg-type]
         assert content(disk) == {} and not list(disk.rglob("*.tmp"))
+
+
+class TornWrite(StateOnly):
+    """A state whose writing fails in torch."""
+
+    said = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+
+    def save(self, folder: Path) -> None:
+        raise RuntimeError(self.said)
+
+
+def test_a_used_up_quota_is_named_though_the_disk_has_room(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over_quota(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    before = content(two.folder)
+    monkeypatch.setattr(os, "fsync", over_quota)
+    with pytest.raises(UserError, match="cannot write .*step_00000030.tmp: the disk quota is used up"):
+        two.save(30, TornWrite(), {}, best_step=None)
+    assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
+
+
+def test_a_write_that_torch_could_not_end_is_refused_and_another_failure_is_not(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write .*step_00000030.tmp: File too large"):
+            save(two, 30, numbers=2**18)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(UserError, match="not all of a file could be written"):
+        two.save(30, TornWrite(), {}, best_step=None)
+    monkeypatch.setattr(TornWrite, "said", "shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        two.save(30, TornWrite(), {}, best_step=None)
 
 
 def test_a_read_only_disk_is_an_error_that_leaves_earlier_checkpoints_intact(two: Checkpoints) -> None:
