@@ -45,6 +45,7 @@ usage: python -m pipeline VERB ...
 
 VERBS = ("run", "plan", "preview", "verify", "report", "chat", "doctor")
 INTERRUPTED = 130
+SEARCHPATH = "hydra.searchpath="
 
 
 def main() -> None:
@@ -156,8 +157,8 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     jobs = jobs_of(prepared.overrides) if args.multirun else [prepared.overrides]
     configs: list[PipelineConfig] = []
     own_config = args.config_path or args.config_name or args.experimental_rerun
+    beside = [f"{SEARCHPATH}[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
     if not own_config and not args.hydra_help and not args.shell_completion:
-        beside = [f"hydra.searchpath=[file://{Path(args.config_dir).absolute()}]"] if args.config_dir else []
         # errors of every job in our words, before the first one starts
         configs = [compose([*job, *beside]) for job in jobs]
         check_effects(configs, args.overrides)
@@ -166,7 +167,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
             print(note)
     flags = [text for text in arguments if text not in args.overrides]
     # overrides first: after a flag with an optional value (--info) the first one would be taken for it
-    sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *flags]
+    sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *beside, *flags]
     task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
         _Task(verb, is_sweep=args.multirun, shared_name=args.multirun and share_a_name(configs))
     )
@@ -185,18 +186,31 @@ class _Task:
         """The objective of a run of a sweep."""
         from hydra.core.hydra_config import HydraConfig
 
+        from common.config import Launcher
         from pipeline.compose import name_of_sweep_job, to_config
         from pipeline.submit import is_for_other_machines
-        from pipeline.sweep import run_in_child
+        from pipeline.sweep import objective_of, run_in_child
 
         try:
-            overrides = list(HydraConfig.get().overrides.task)
+            hydra = HydraConfig.get()
+            searched = [text for text in hydra.overrides.hydra if text.startswith(SEARCHPATH)]
+            overrides = [*hydra.overrides.task, *searched]  # other machines look there, too
             config = to_config(node, overrides)
             if self.shared_name:
                 config = name_of_sweep_job(config)
-            if self.verb == "run" and self.is_sweep and not is_for_other_machines(config):
+            is_judged = self.verb == "run" and self.is_sweep
+            if is_judged and not is_for_other_machines(config):
                 return run_in_child(config)
+            launcher, sweeper = config.launch.kind, hydra.runtime.choices["hydra/sweeper"]
+            if is_judged and launcher is not Launcher.ssh and sweeper != "basic":
+                raise UserError(
+                    f"hydra/sweeper={sweeper} learns from what runs come to; launch={launcher.value} "
+                    "only queues them",
+                    hint="launch=local or launch=ssh; or leave hydra/sweeper out",
+                )
             status = execute(self.verb, config, overrides)
+            if status == 0 and is_judged and launcher is Launcher.ssh:
+                return objective_of(config)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             status = UserError.EXIT_CODE
