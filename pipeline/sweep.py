@@ -41,8 +41,8 @@ def run_in_child(config: PipelineConfig) -> float:
     Leaves by SystemExit with the run's exit status when that is not 0. UserError without such a number.
     """
     with StopRequests() as requests, tempfile.TemporaryDirectory(prefix="rlhf_sweep_") as folder:
-        path = Path(folder) / "config.json"  # readable by its owner only: nothing in it is hidden yet
-        path.write_text(json.dumps(to_plain(config)), encoding="utf-8")
+        path = Path(folder) / "config.yaml"  # readable by its owner only: nothing in it is hidden yet
+        write(config, path)
         command = [sys.executable, "-m", "pipeline.sweep", str(path), str(os.getpid())]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         requests.pass_on_to(process)
@@ -50,6 +50,13 @@ def run_in_child(config: PipelineConfig) -> float:
     if status != 0:
         sys.exit(status if status > 0 else 128 - status)
     return objective_of(config)
+
+
+def write(config: PipelineConfig, path: Path) -> None:
+    """The configuration as the child reads it."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(to_plain(config)), path)
 
 
 def objective_of(config: PipelineConfig) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from common.config import load_resolved
 from common.errors import UserError
 from common.stage import Step
+from pipeline import sweep
 from pipeline.compose import compose
 from pipeline.config import PipelineConfig
 from pipeline.state import config_hash
@@ -23,6 +25,14 @@ def write(folder: Path, step: Step, *lines: dict[str, float]) -> None:
     place = folder / "r" / step.value
     place.mkdir(parents=True)
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("text", ["a \U0001f600 b", "1e5", "null", "two\nlines\x7f\u2028"])
+def test_a_run_is_given_its_configuration_as_it_is(text: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config.tracking.project = text
+    sweep.write(config, tmp_path / "config.yaml")
+    assert load_resolved(tmp_path / "config.yaml", PipelineConfig) == config
 
 
 def test_by_default_it_is_what_the_last_step_is_measured_by(tmp_path: Path) -> None:
