@@ -229,6 +229,7 @@ _DISK_REASONS = {
     errno.EROFS: ("the file system is read-only", "write elsewhere with output_dir=DIR"),
     errno.EACCES: ("permission denied", "write elsewhere with output_dir=DIR"),
     errno.EPERM: ("operation not permitted", "write elsewhere with output_dir=DIR"),
+    errno.EEXIST: ("it is there already", "remove it, or write elsewhere with output_dir=DIR"),
     errno.ENOTDIR: ("a file is in the way of a folder", "write elsewhere with output_dir=DIR"),
 }
 

@@ -12,11 +12,13 @@ here: a recipe seeds them before each step (`distributed.seed_everything`).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
@@ -36,6 +38,8 @@ from common.artifacts import (
 from common.distributed import World, from_main, gather_objects, of_all_ranks
 from common.errors import UserError
 from common.moments import at
+
+log = logging.getLogger("rlhf.checkpoint")
 
 COUNTERS = "counters.json"
 QUARANTINE = "quarantine"
@@ -160,13 +164,13 @@ class Checkpoints:
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._check_room()
-        with disk_errors(self.folder):
-            partial.mkdir()
+        with disk_errors(partial):
+            partial.mkdir()  # not into what could not be removed
 
     def _remove_unfinished(self) -> None:
         """Remove what a process that was killed while writing, or while deleting, left behind."""
-        with disk_errors(self.folder):
-            for path in self.folder.glob("step_*.tmp"):
+        for path in self.folder.glob("step_*.tmp"):
+            with _left_with_a_warning(path):
                 shutil.rmtree(path)
 
     def _check_room(self) -> None:
@@ -207,7 +211,7 @@ class Checkpoints:
             if step != best_step:
                 path = self.folder / f"step_{step:08d}"
                 unfinished = path.with_name(f"{path.name}.tmp")
-                with disk_errors(path):
+                with _left_with_a_warning(path):
                     path.rename(unfinished)  # one that is half deleted must not look like a damaged one
                     shutil.rmtree(unfinished)
 
@@ -234,12 +238,12 @@ class Checkpoints:
 
     def _quarantine(self, path: Path) -> None:
         target = self.folder / QUARANTINE / path.name
-        target.parent.mkdir(exist_ok=True)
         number = 1
         while target.exists():
             number += 1
             target = target.with_name(f"{path.name}-{number}")
         with disk_errors(target):
+            target.parent.mkdir(exist_ok=True)
             os.rename(path, target)
 
     def _exists_everywhere(self, final: Path) -> bool:
@@ -262,6 +266,15 @@ class Checkpoints:
             if self._world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise errors[0]
+
+
+@contextlib.contextmanager
+def _left_with_a_warning(path: Path) -> Iterator[None]:
+    """A folder that cannot be removed costs room and no more: NFS refuses it while a file of it is open."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s cannot be removed: %s; the next save tries again", path, error.strerror)
 
 
 def _refused_write(partial: Path, error: RuntimeError) -> UserError | None:

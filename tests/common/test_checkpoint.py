@@ -249,6 +249,23 @@ def test_what_was_left_unfinished_is_removed(two: Checkpoints) -> None:
     assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000020", "step_00000030"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_left_with_a_warning_and_removed_by_a_later_save(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(two, 30)
+    assert "step_00000010 cannot be removed: Device or resource busy" in caplog.text
+    assert resumed_value(two)[0] == 30.0 and list(two.folder.glob("*.tmp"))
+    with pytest.raises(UserError, match=r"cannot write .*step_00000010.tmp: it is there already"):
+        save(two, 10)  # what is left of the old one is not taken into a new one
+    monkeypatch.undo()
+    save(two, 40)
+    assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000030", "step_00000040"]
+
+
 def test_an_unfinished_checkpoint_is_never_loaded(two: Checkpoints) -> None:
     (two.folder / "step_00000020").rename(two.folder / "step_00000020.tmp")
     value, resumed = resumed_value(two)
@@ -338,6 +355,12 @@ def test_a_read_only_disk_is_an_error_that_leaves_earlier_checkpoints_intact(two
             save(two, 30)
         assert resumed_value(two)[0] == 20.0
     assert content(two.folder) == before
+
+
+def test_a_damaged_checkpoint_that_a_read_only_disk_keeps_in_its_place_is_an_error(two: Checkpoints) -> None:
+    (two.folder / "step_00000020" / "counters.json").unlink()
+    with mounts.read_only(two.folder), pytest.raises(UserError, match="quarantine.*: .* is read-only"):
+        resumed_value(two)
 
 
 def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints) -> None:
