@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -148,6 +149,22 @@ def of_all_ranks(make: Callable[[], T]) -> list[T]:
 def barrier() -> None:
     """Wait for all ranks."""
     sum_over_ranks([0.0])
+
+
+def wait_for_main(world: World, name: str) -> None:
+    """Wait for all ranks; for rank 0, which works alone, however long it takes. name: used once in a run.
+
+    In a collective the others would give it up after `collective_seconds()`; here the watch does, when it is
+    silent.
+    """
+    if world.size == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    if world.is_main:
+        store.set(name, "")
+    while not store.check([name]):
+        time.sleep(0.2)
+    barrier()  # rank 0 may hold the store: it leaves after all have looked
 
 
 class StopSignal:

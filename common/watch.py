@@ -114,17 +114,18 @@ def stalled_among(beats: Sequence[Beat], limit: float) -> Verdict | None:
     if waited <= limit:
         return None
     late = min(beats, key=lambda beat: (beat.waiting > 0, beat.collectives, beat.waiting))
+    seconds = f"{waited:.0f} s (RLHF_COLLECTIVE_SECONDS=... allows more)"
     if late.waiting == 0:
-        words = f"{late} has kept the others waiting for {waited:.0f} s; it is in {late.doing} ({late.where})"
+        words = f"{late} has kept the others waiting for {seconds}; it is in {late.doing} ({late.where})"
         return Verdict(late.rank, words, is_silent=False)
     most = max(beat.collectives for beat in beats)
     if late.collectives < most:
         words = (
-            f"{late} waits in another collective than the others, for {waited:.0f} s (its number "
-            f"{late.collectives}, not {most}); it is in {late.doing} ({late.where})"
+            f"{late} waits in another collective (its number {late.collectives}, not {most}) than the others "
+            f"for {seconds}; it is in {late.doing} ({late.where})"
         )
         return Verdict(late.rank, words, is_silent=False)
-    words = f"all ranks have waited in one collective for {waited:.0f} s: what they send does not arrive; "
+    words = f"all ranks have waited in one collective for {seconds}: what they send does not arrive; "
     return Verdict(None, f"{words}{late} is in {late.doing} ({late.where})", is_silent=False)
 
 

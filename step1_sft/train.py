@@ -24,11 +24,11 @@ from common.data.batches import Batches, evaluation_batches
 from common.data.dataset import DEMONSTRATIONS
 from common.distributed import (
     StopSignal,
-    barrier,
     close_world,
     init_world,
     seed_everything,
     sum_over_ranks,
+    wait_for_main,
 )
 from common.export import export_policy
 from common.losses import PackedCausalLM
@@ -187,7 +187,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
             )
             tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)
-        barrier()
+        wait_for_main(world, "export")
     close_world()
     return 0
 

@@ -24,12 +24,12 @@ from common.data.batches import PairBatches, count_pairs, evaluation_pair_batche
 from common.data.dataset import PREFERENCES
 from common.distributed import (
     StopSignal,
-    barrier,
     close_world,
     from_main,
     init_world,
     seed_everything,
     sum_over_ranks,
+    wait_for_main,
 )
 from common.export import export_reward_model
 from common.handoff import load_named, model_of, parent_record
@@ -193,7 +193,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             )
             tracker.log_artifact(export, "reward_model", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)
-        barrier()
+        wait_for_main(world, "export")
     close_world()
     return 0
 

@@ -32,12 +32,12 @@ from common.data.dataset import DEMONSTRATIONS
 from common.distributed import (
     STOPPED_EXIT_CODE,
     StopSignal,
-    barrier,
     close_world,
     from_main,
     init_world,
     seed_everything,
     sum_over_ranks,
+    wait_for_main,
 )
 from common.errors import UserError
 from common.export import export_policy
@@ -289,7 +289,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 )
                 tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
                 tracker.finish(summary=final)
-            barrier()
+            wait_for_main(world, "export")
     close_world()
     return 0
 

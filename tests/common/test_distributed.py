@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -52,6 +53,24 @@ def test_a_lone_process_is_a_world_of_one_without_any_environment(monkeypatch: p
         distributed.close_world()
     assert not torch.distributed.is_initialized()
     distributed.close_world()
+
+
+def test_the_others_wait_for_rank_0_outside_of_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, passed = torch.distributed.HashStore(), []
+    rank_0, rank_1 = (distributed.World(rank, 2, 0, torch.device("cpu")) for rank in (0, 1))
+
+    def nap(seconds: float) -> None:
+        passed.append("nap")
+        if len(passed) == 3:
+            distributed.wait_for_main(rank_0, "export")
+
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed, "barrier", lambda: passed.append("collective"))
+    monkeypatch.setattr(time, "sleep", nap)
+    distributed.wait_for_main(rank_1, "export")
+    assert passed == [*["nap"] * 3, *["collective"] * 2]
+    distributed.wait_for_main(distributed.World(0, 1, 0, torch.device("cpu")), "export")
+    assert len(passed) == 5
 
 
 def test_sums_are_made_in_double_precision_and_leave_their_input_alone() -> None:
