@@ -190,11 +190,20 @@ class Checkpoints:
     def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
         """Hash every world_size-th file; return all ranks' records."""
         at("commit.hash")
-        names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-        own = {}
-        for name in names[self._world.rank :: self._world.size]:
-            own[name] = FileRecord(sha256=file_sha256(partial / name), bytes=(partial / name).stat().st_size)
-        return {name: record for share in gather_objects(own) for name, record in share.items()}
+        listed = [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
+        names = sorted(set().union(*gather_objects(listed)))  # a client's listing may be behind
+        own = names[self._world.rank :: self._world.size]
+        shares = of_all_ranks(lambda: {name: self._record(partial / name) for name in own})
+        return {name: record for share in shares for name, record in share.items()}
+
+    def _record(self, path: Path) -> FileRecord:
+        try:
+            return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+        except OSError as error:
+            raise UserError(
+                f"{path} was written, but rank {self._world.rank} cannot read it: {error.strerror}",
+                hint="all ranks need one disk that works: check it, or use another one with output_dir=DIR",
+            ) from None
 
     def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
         details = {"step": step, **self._details}

@@ -250,7 +250,7 @@ class Engine:
             zero.loss_scaler = loss_scaler
 
     def _load_buffers(self, folder: Path) -> None:
-        """What the module keeps beside its weights; each rank wrote all of it."""
+        """What the module keeps beside its weights; rank 0 wrote all of it, at stage 3 each rank."""
         path = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
         stored = torch.load(path, mmap=True, map_location="cpu", weights_only=False)["module"] or {}
         for name, buffer in self.module.named_buffers():

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.artifacts import MANIFEST, Manifest, write_manifest
+from common.artifacts import MANIFEST, Manifest, read_manifest, write_manifest
 from common.checkpoint import Checkpoints, States
-from common.distributed import World
+from common.distributed import World, init_world
 from common.errors import UserError
 from tests import mounts
 from tests.common.test_engine import runs
@@ -361,6 +361,41 @@ def test_a_damaged_checkpoint_that_a_read_only_disk_keeps_in_its_place_is_an_err
     (two.folder / "step_00000020" / "counters.json").unlink()
     with mounts.read_only(two.folder), pytest.raises(UserError, match="quarantine.*: .* is read-only"):
         resumed_value(two)
+
+
+class OfTwoRanks:
+    """A state of which each rank writes one file."""
+
+    def save(self, folder: Path) -> None:
+        (folder / f"{os.environ['RANK']}.bin").write_bytes(b"x")
+
+    def load(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+def listed_late(folder: str) -> int:
+    """Rank 1's listing lacks the first file, then it cannot read its share."""
+    world = init_world()
+    checkpoints = Checkpoints(Path(folder), keep=2, world=world)
+    listed = Path.rglob
+    if world.rank == 1:
+        Path.rglob = lambda path, pattern: sorted(listed(path, pattern))[1:]  # type: ignore[assignment, method-assign]
+    path = checkpoints.save(1, OfTwoRanks(), {}, best_step=None)
+    assert set(read_manifest(path).files) == {"0.bin", "1.bin", "counters.json"}
+
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    if world.rank == 1:
+        checkpoint.file_sha256 = unreadable  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"1\.bin was written, but rank 1 cannot read it: No such file"):
+        checkpoints.save(2, OfTwoRanks(), {}, best_step=None)
+    assert checkpoints.steps() == [1]
+    return 0
+
+
+def test_every_file_is_recorded_also_where_a_rank_lists_the_folder_late(tmp_path: Path) -> None:
+    runs(listed_late, 2, tmp_path, str(tmp_path / "checkpoints"))
 
 
 def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints) -> None:
