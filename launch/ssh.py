@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -52,7 +52,7 @@ class Host:
     """A line of the hostfile."""
 
     name: str  # as ssh takes it: HOST or USER@HOST
-    slots: int | None  # ranks; None where the line does not say
+    slots: int | None  # ranks; None where the line does not say, or launch.nproc_per_node does
     line: int
 
     @property
@@ -63,7 +63,8 @@ class Host:
     @property
     def address(self) -> str:
         """By which the other machines reach it."""
-        return socket.gethostname() if self.name == "localhost" else self.name.rpartition("@")[2]
+        name = self.name.rpartition("@")[2]
+        return socket.gethostname() if name == "localhost" else name
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,16 @@ class Machine:
     def send(self, line: str) -> None:
         """Write a line to its `launch.remote`; nothing where that has ended."""
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # it has ended, or we have hung up
             os.write(self.process.stdin.fileno(), f"{line}\n".encode())
+
+    def hang_up(self) -> None:
+        """Leave it alone: its `launch.remote` notices, and ends the command."""
+        if self.host.is_here:  # the process is `launch.remote`
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        else:
+            self.process.kill()
 
 
 def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: Say) -> int:
@@ -160,14 +169,14 @@ def choose(hosts: Sequence[Host], config: LaunchConfig) -> list[Host]:
                 f"{host.name} slots={host.slots}",
                 hint="leave launch.nproc_per_node out: each host has the ranks that its line says",
             )
-    return list(hosts[:wanted])
+    return [host if asked == "auto" else replace(host, slots=None) for host in hosts[:wanted]]
 
 
 class Run:
     """A run on several machines, as the machine that starts it sees it."""
 
     def __init__(self, ssh_options: Sequence[str], say: Say) -> None:
-        self.ssh_options = [word for text in ssh_options for word in shlex.split(text)]
+        self.ssh_options = [word for text in ssh_options for word in words_of(text)]
         self.say = say
         self.machines: list[Machine] = []
         self.told: set[str] = set()
@@ -182,7 +191,7 @@ class Run:
         pumps: list[threading.Thread] = []
         try:
             for rank, host in enumerate(hosts):
-                machine = self.start(host, [*arguments, *of_machine(rank, host, arguments)])
+                machine = self.start(host, [*arguments, *of_machine(rank, host)])
                 self.machines.append(machine)
                 for line in self.told:  # it came while they were being started
                     machine.send(line)
@@ -191,7 +200,7 @@ class Run:
         finally:
             for machine in self.machines:
                 if machine.process.poll() is None:
-                    machine.process.kill()  # its remote side notices, and ends the command
+                    machine.hang_up()
             for number, handler in kept.items():
                 signal.signal(number, handler)
         for pump in pumps:
@@ -243,7 +252,7 @@ class Run:
             if status != 0 and running and time.monotonic() > end:
                 for machine in running:
                     machine.send("SIGKILL")
-                    machine.process.kill()
+                    machine.hang_up()
             time.sleep(0.05)
         return status
 
@@ -265,10 +274,21 @@ class Run:
                 machine.send(name)
 
 
-def of_machine(rank: int, host: Host, arguments: Sequence[str]) -> list[str]:
+def words_of(option: str) -> list[str]:
+    """The words of an entry of launch.ssh_options."""
+    try:
+        return shlex.split(option)
+    except ValueError as error:
+        raise UserError(
+            f"launch.ssh_options: {option} is not understood: {error}",
+            hint="words as a shell reads them, such as -p 2222; close every quote",
+        ) from None
+
+
+def of_machine(rank: int, host: Host) -> list[str]:
     """The arguments that are one machine's own."""
     own = [override("launch.node_rank", rank)]
-    if host.slots is not None and not any(text.startswith("launch.nproc_per_node=") for text in arguments):
+    if host.slots is not None:
         own.append(override("launch.nproc_per_node", host.slots))
     return own
 

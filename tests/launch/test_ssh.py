@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def stop(number, frame):
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, stop)
 (calls / f"argv_{rank}").write_text(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), sys.executable]))
+(calls / f"pid_{rank}").write_text(str(os.getpid()))
 print("out of", rank, flush=True)
 print("error of", rank, file=sys.stderr, flush=True)
 for _ in range(plan.get("lines", 0)):
@@ -105,6 +107,9 @@ def test_a_hostfile_has_hosts_slots_comments_and_empty_lines(tmp_path: Path) -> 
         ("node-a", 8, 3), ("me@node-b", 4, 4), ("node-c", None, 5),
     ]  # fmt: skip
     assert hosts[1].address == "node-b"
+    assert (
+        ssh.Host("me@localhost", 1, 1).address == ssh.Host("localhost", 1, 1).address == socket.gethostname()
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,11 +184,21 @@ def test_every_machine_runs_the_command_in_the_same_folder_with_its_number_and_s
     assert sorted(printed.err.splitlines()) == ["[localhost] error of 0", "[node-b] error of 1"]
 
 
-def test_typed_ranks_take_the_place_of_slots(place: Path) -> None:
+@pytest.mark.parametrize("typed", [["launch.nproc_per_node=2"], ["++launch.nproc_per_node=2"], []])
+def test_ranks_that_are_set_take_the_place_of_slots(place: Path, typed: list[str]) -> None:
     config = hostfile(place, "node-a slots=4\n")
-    config.nproc_per_node = "2"
-    go(config, "launch.nproc_per_node=2")
-    assert [text for text in noted(place, 0)[0] if "nproc" in text] == ["launch.nproc_per_node=2"]
+    config.nproc_per_node = "2"  # typed, or of an experiment
+    go(config, *typed)
+    assert [text for text in noted(place, 0)[0] if "nproc" in text] == typed
+
+
+def test_an_option_of_ssh_that_no_shell_could_read_is_named(place: Path) -> None:
+    config = hostfile(place, "node-a slots=4\n")
+    config.ssh_options = ["-p 2222", "-o ProxyCommand='x"]
+    with pytest.raises(
+        UserError, match="launch.ssh_options: -o ProxyCommand='x is not understood: No closing"
+    ):
+        go(config)
 
 
 def test_where_they_meet_is_the_first_host_at_an_even_port(place: Path) -> None:
@@ -226,6 +241,37 @@ def test_a_machine_that_cannot_be_used_is_named(place: Path, name: str, status: 
     code, lines = go(hostfile(place, f"node-a slots=1\n{name} slots=1\n"))
     assert code == status
     assert lines[-1].startswith(f"{name}: {said}")
+
+
+def test_this_machine_s_part_that_does_not_stop_is_killed(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "SAVE_SECONDS", 0.2)
+    behave(place, rank_0={"saving": 600, "seconds": 600}, rank_1={"seconds": 0.5, "status": 7})
+    assert go(hostfile(place, "localhost slots=1\nnode-b slots=1\n"))[0] == 7
+    wait_for(place, "told_0")
+    wait_until_gone(int((place / "pid_0").read_text()))
+
+
+def test_when_the_launcher_breaks_off_this_machine_s_part_still_saves(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(run: ssh.Run) -> int:
+        wait_for(place, "argv_0")
+        raise OSError("broken off")
+
+    monkeypatch.setattr(ssh.Run, "wait", break_off)
+    behave(place, rank_0={"seconds": 600})
+    with pytest.raises(OSError, match="broken off"):
+        go(hostfile(place, "localhost slots=1\n"))
+    wait_for(place, "saved_0")
+
+
+def wait_until_gone(process_id: int) -> None:
+    end = time.monotonic() + 60
+    while Path("/proc", str(process_id)).exists():
+        assert time.monotonic() < end, process_id
+        time.sleep(0.01)
 
 
 DRIVE = """
