@@ -86,9 +86,9 @@ def test_the_file_asks_for_what_is_set_and_for_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [
-        ("6", 360), ("90", 5400), ("5:30", 330), ("90:00", 5400), ("1:02:03", 3723), ("1-0", 86400), ("0-1", 3600),
-        ("2-03:04", 183840), ("0-00:06", 360), ("1-02:03:04", 93784), ("UNLIMITED", None), ("1:2:3:4", None),
-        ("", None), ("-1", None),
+        ("6", 360), ("90", 5400), ("5:30", 330), ("90:00", 5400), ("1:02:03", 3723), ("1-0", 86400),
+        ("0-1", 3600), ("2-03:04", 183840), ("0-00:06", 360), ("1-02:03:04", 93784), ("UNLIMITED", None),
+        ("1:2:3:4", None), ("", None), ("-1", None),
     ],
 )  # fmt: skip
 def test_a_limit_is_read_as_sbatch_reads_it(time: str, seconds: int | None) -> None:
