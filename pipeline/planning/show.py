@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.artifacts import MANIFEST, file_sha256
 from common.config import Launcher
 from common.counts import Counts
+from common.errors import UserError
 from common.stage import Step
-from launch import k8s, slurm
+from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
 from launch.local import count_gpus, ranks_of
 from pipeline import checks, state
@@ -39,28 +40,36 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Where:
-    """The ranks of the run. here: on one machine."""
+    """The ranks of the run. here: on one machine, the one with the most."""
 
     ranks: int
     here: int
     gpu: bool
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    """over ssh: the machines, and the ranks of each"""
 
 
 def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) -> int:
-    """Print the plan. Returns 0; UserError for what a run would refuse."""
-    where = where_of(config)
+    """Print the plan; of a job of Kubernetes its launch only, for its paths are those in the container.
+
+    Returns 0; UserError for what a run would refuse.
+    """
     wired = wire_run(config)
-    check_named_sources(wired)
-    checks.check(config, where.here)
-    counts = counting.count(config, wired)
-    sections = {
-        "run": run_lines(config, where),
-        "steps": step_lines(config, wired),
-        "data": data_lines(counts),
-        "schedule": schedule_lines(config, wired, where, counts),
-        "memory": memory_lines(config, wired, where, counts),
-        "launch": launch_lines(config, overrides, where),
-    }
+    if config.launch.kind is Launcher.k8s:
+        sections = {"launch": k8s_lines(config, overrides)}
+    else:
+        where = where_of(config)
+        check_named_sources(wired)
+        checks.check(config, where.ranks, [*where.hosts.values()] or [where.here])
+        counts = counting.count(config, wired)
+        sections = {
+            "run": run_lines(config, where),
+            "steps": step_lines(config, wired),
+            "data": data_lines(counts),
+            "schedule": schedule_lines(config, wired, where, counts),
+            "memory": memory_lines(config, wired, where, counts),
+            "launch": launch_lines(config, overrides, where),
+        }
     for name, lines in sections.items():
         say(name)
         for line in lines:
@@ -69,11 +78,18 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
 
 
 def where_of(config: PipelineConfig) -> Where:
-    """How many ranks there will be, and on what; a cluster's nodes are taken to be as they were asked for."""
+    """How many ranks there will be, and on what: SLURM's nodes as they were asked for, hosts as this one."""
     launch = config.launch
-    asked = {Launcher.slurm: launch.slurm.gpus_per_node, Launcher.k8s: launch.k8s.gpus_per_node}
-    gpus = asked.get(launch.kind)
+    gpus = launch.slurm.gpus_per_node if launch.kind is Launcher.slurm else None
     is_given = launch.nproc_per_node.strip() != "auto"
+    if launch.kind is Launcher.ssh and launch.node_rank is None:
+        if launch.hostfile is None:
+            raise UserError("launch=ssh: launch.hostfile is missing", hint="launch.hostfile=FILE")
+        chosen = ssh.choose(ssh.read_hostfile(Path(launch.hostfile)), launch)
+        hosts = {
+            host.name: ranks_of(launch) if is_given or host.slots is None else host.slots for host in chosen
+        }
+        return Where(sum(hosts.values()), max(hosts.values()), count_gpus() > 0, hosts)
     here = gpus if gpus is not None and not is_given else ranks_of(launch)
     return Where(here * launch.nnodes, here, gpus is not None or count_gpus() > 0)
 
@@ -81,7 +97,8 @@ def where_of(config: PipelineConfig) -> Where:
 def run_lines(config: PipelineConfig, where: Where) -> list[str]:
     """Name, folder, ranks."""
     device = "one per GPU" if where.gpu else "on the CPU"
-    machines = f" on {config.launch.nnodes} machines" if config.launch.nnodes > 1 else ""
+    number = len(where.hosts) or config.launch.nnodes
+    machines = f" on {number} machines" if number > 1 else ""
     return [
         f"{state.run_name(config)} in {counting.run_folder(config)}, seed {config.seed}",
         f"{where.ranks} rank(s){machines}, {device}, ZeRO {config.deepspeed.stage}, "
@@ -217,19 +234,30 @@ def share_read(step: Step, counts: Counts) -> float:
 def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where) -> list[str]:
     """The command, or the file that the cluster is given."""
     run_dir = counting.run_folder(config)
-    typed = shlex.join(overrides)
-    command = f"python -m pipeline run {typed}".rstrip()
+    command = command_of(overrides)
     if config.launch.kind is Launcher.slurm:
         arguments = machine_arguments(overrides, config.launch.nnodes, {"run_name": run_dir.name})
         text = slurm.render(config.launch, arguments, run_dir.absolute(), Path.cwd(), sys.executable)
         return [command, "which writes and submits", *text.splitlines()]
-    if config.launch.kind is Launcher.k8s:
-        text = k8s.render(config.launch, overrides, run_dir.name)
-        return [command, "which writes and creates", *text.splitlines()]
+    if where.hosts:
+        each = [f"{name}: {ranks} rank(s)" for name, ranks in where.hosts.items()]
+        return [command, "which starts over ssh, for every step", *each]
     if config.launch.kind is Launcher.local and config.launch.nnodes > 1 and config.launch.node_rank is None:
         return [f"{command} launch.node_rank={rank}" for rank in range(config.launch.nnodes)]
-    each = "directly" if where.ranks == 1 else "by torchrun's elastic agent"
-    return [command, f"which starts {where.here} rank(s) {each} for every step"]
+    how = "directly" if where.ranks == 1 else "by torchrun's elastic agent"
+    return [command, f"which starts {where.here} rank(s) {how} for every step"]
+
+
+def k8s_lines(config: PipelineConfig, overrides: Sequence[str]) -> list[str]:
+    """The command, what Kubernetes is given, and where the rest of the plan can be made."""
+    text = k8s.render(config.launch, overrides, state.run_name(config))
+    rest = "steps, data, schedule and memory: plan in a container, where the paths lie, with launch=local"
+    return [command_of(overrides), "which writes and creates", *text.splitlines(), rest]
+
+
+def command_of(overrides: Sequence[str]) -> str:
+    """What starts the run."""
+    return f"python -m pipeline run {shlex.join(overrides)}".rstrip()
 
 
 def work_in_words(work: memory.Workload) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.counts import Counts
+from common.errors import UserError
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
@@ -20,11 +21,13 @@ from pipeline.planning.show import (
     Where,
     launch_lines,
     memory_lines,
+    run_lines,
     schedule_lines,
     step_lines,
     table,
     where_of,
 )
+from pipeline.planning.show import plan as show_plan
 
 GPUS = "launch.slurm.gpus_per_node=4"
 COUNTS = Counts([], 90, 10, 9_000, 3_000, 25, 12, 120, 0.9, 512)
@@ -130,6 +133,27 @@ def test_ranks_of_a_cluster_are_its_nodes_times_their_gpus() -> None:
     assert where_of(config) == Where(12, 4, gpu=True)
     lines = launch_lines(config, ["experiment=gsm8k", "launch=slurm", "launch.nnodes=3"], where_of(config))
     assert any(line.startswith("#SBATCH --nodes=3") for line in lines)
+
+
+def test_ranks_over_ssh_are_those_of_the_hostfile(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=8\nme@node-b slots=4\nnode-c slots=8\n")
+    typed = ["experiment=gsm8k", "launch=ssh", f"launch.hostfile={hostfile}", "launch.nnodes=2"]
+    config = compose(prepare(typed).overrides)
+    where = where_of(config)
+    assert (where.ranks, where.here) == (12, 8)
+    assert "12 rank(s) on 2 machines" in run_lines(config, where)[1]
+    assert launch_lines(config, typed, where)[-2:] == ["node-a: 8 rank(s)", "me@node-b: 4 rank(s)"]
+    with pytest.raises(UserError, match="hostfile is missing"):
+        where_of(compose(prepare(["experiment=gsm8k", "launch=ssh"]).overrides))
+
+
+def test_of_a_job_of_kubernetes_only_the_launch_is_known_here() -> None:
+    typed = ["steps=[sft]", "model.path=/models/llama", "sft.data.path=/data/rows.jsonl", "launch=k8s"]
+    typed += ["launch.k8s.image=I", "launch.k8s.volume_claim=C", "launch.nnodes=3"]
+    said: list[str] = []
+    assert show_plan(compose(prepare(typed).overrides), typed, say=said.append) == 0
+    assert said[0] == "launch" and "      numNodes: 3" in said and said[-1].endswith("with launch=local")
 
 
 def test_every_machine_started_by_hand_has_a_command_of_its_own() -> None:
