@@ -98,12 +98,15 @@ class Faults:
 
 
 def _parse(text: str) -> Fault:
-    pairs = [part.partition("=")[::2] for part in text.split(",")]
-    given = {key.strip(): value.strip() for key, value in pairs}
+    given: dict[str, str] = {}
     allowed = ("point", "do", "rank", "step", "nth", "once")
-    for key in given:
+    for part in text.split(","):
+        key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in allowed:
             raise _refused(text, f"it has no {key!r}; the keys are {', '.join(allowed)}")
+        if key in given:
+            raise _refused(text, f"it names {key} twice; several faults are separated by ;")
+        given[key] = value
     for key, known in (("point", POINTS), ("do", ACTIONS)):
         if given.get(key) not in known:
             what = f"there is no {key} {given[key]!r}" if key in given else f"it names no {key}"
@@ -117,6 +120,8 @@ def _parse(text: str) -> Fault:
     if given["do"] == "nan" and given["point"] != "backward":
         raise _refused(text, "a loss is made not a number at point=backward only")
     once = Path(given["once"]) if given.get("once") else None
+    if once is not None and not once.parent.is_dir():
+        raise _refused(text, f"once={once} cannot be made: there is no folder {once.parent}")
     return Fault(given["point"], given["do"], once=once, **numbers)
 
 

@@ -7,7 +7,6 @@ variable RLHF_FAULT is set, something may go wrong there (`faults.py`); else not
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,18 +35,17 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Moment:
-    """The last point passed, the step it was in (None: before the first) and when, in monotonic seconds."""
+    """The last point passed, and the step it was in (None: before the first)."""
 
     point: str
     step: int | None
-    since: float
 
     def __str__(self) -> str:
         step = "" if self.step is None else f"step {self.step}, "
         return f"{step}{POINTS[self.point]}"
 
 
-_now = Moment("start", None, time.monotonic())
+_now = Moment("start", None)
 _strike: Callable[[str, int | None], bool] | None = None
 
 
@@ -57,7 +55,7 @@ def at(point: str, step: int | None = None) -> bool:
     True when a fault asks for a loss that is not a number, at `backward` only.
     """
     global _now
-    _now = Moment(point, _now.step if step is None else step, time.monotonic())
+    _now = Moment(point, _now.step if step is None else step)
     return _strike is not None and _strike(point, _now.step)
 
 

@@ -38,8 +38,11 @@ from common.logs import ending, is_first, rank_log
 
 STALLED_EXIT_CODE = 75
 """Exit status of ranks that gave up because one of them hangs (EX_TEMPFAIL: try again)."""
+LEFT = -1
+"""In place of the number of a beat: the rank's last one, after which it may be silent."""
 PROJECT = Path(__file__).resolve().parent.parent
 _WAITING_IN = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
+_PACKAGES = ("common", "launch", "pipeline", "step1_sft", "step2_reward", "step2_dpo", "step3_ppo", "demo")
 _VERDICT = "verdict"
 _LAST_WORDS = 5.0  # seconds that ranks have to write their stacks before the first one leaves
 log = logging.getLogger("rlhf.watch")
@@ -51,7 +54,7 @@ class Beat:
 
     rank: int
     host: str
-    count: int  # of its beats
+    count: int  # of its beats, or LEFT
     doing: str  # in words
     where: str  # the line of this project that it is in
     waiting: float  # seconds in the collective that it is in now; 0 outside of one
@@ -89,7 +92,8 @@ class Heard:
             self._last[beat.rank] = (
                 (beat, now) if last is None or last[0].count != beat.count else (beat, last[1])
             )
-        quiet = [(since, beat) for beat, since in self._last.values() if now - since > self._silent]
+        present = [(since, beat) for beat, since in self._last.values() if beat.count != LEFT]
+        quiet = [(since, beat) for since, beat in present if now - since > self._silent]
         if quiet:
             since, beat = min(quiet, key=lambda item: item[0])
             return Verdict(beat.rank, silence(beat, now - since), is_silent=True)
@@ -163,12 +167,15 @@ class Watch:
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """End the threads: from now on nobody waits for this rank."""
+        """End the threads: from now on nobody takes this rank's silence for a hang."""
         self._over.set()
-        faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:
-            if thread.is_alive() and thread is not threading.current_thread():
+            if thread.is_alive():
                 thread.join(timeout=2.0)
+        faulthandler.cancel_dump_traceback_later()
+        if not self._threads[0].is_alive():  # else it still waits for the store
+            with contextlib.suppress(RuntimeError):  # the store left earlier
+                self._beat(is_last=True)
         atexit.unregister(self.stop)
 
     def _beat_for_ever(self) -> None:
@@ -204,8 +211,8 @@ class Watch:
             if now - self._answered > self._silent and not self._over.is_set():
                 self._give_up(self._store_is_gone(now - self._answered), with_store=False)
 
-    def _beat(self) -> None:
-        self._count += 1
+    def _beat(self, *, is_last: bool = False) -> None:
+        self._count = LEFT if is_last else self._count + 1
         self._store.set(_keys([self._rank])[0], json.dumps(asdict(self._own())))
 
     def _own(self) -> Beat:
@@ -314,20 +321,20 @@ def _collectives_begun() -> int:
     from torch.distributed import distributed_c10d
 
     groups: Mapping[Any, Any] = distributed_c10d._world.pg_map
-    total = 0
+    begun: dict[Any, int] = {}  # by backend: with GPUs a group has two, and itself asks only NCCL
     for group in list(groups):
-        try:
-            total += group._get_sequence_number_for_group()
-        except RuntimeError:  # a group that has not begun, or a backend that does not count
-            continue
-    return total
+        for device in group._device_types:
+            with contextlib.suppress(RuntimeError):  # a group that has not begun, or one that does not count
+                backend = group._get_backend(device)
+                begun[backend] = backend._get_sequence_number_for_group()
+    return sum(begun.values())
 
 
 def _place_of(frame: FrameType | None) -> str:
     """The innermost line of this project on a stack."""
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(f"{PROJECT}{os.sep}") and "site-packages" not in path:
-            return f"{Path(path).relative_to(PROJECT)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PROJECT) and path.relative_to(PROJECT).parts[0] in _PACKAGES:
+            return f"{path.relative_to(PROJECT)}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return "outside of this program"

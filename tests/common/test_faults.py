@@ -40,6 +40,8 @@ def unarmed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("point=save,do=kill,nth=0", "nth=0 is not a number from 1"),
         ("point=save,do=nan", "at point=backward only"),
         ("save", "it has no 'save'"),
+        ("point=save,do=kill,rank=0,rank=1", "it names rank twice; several faults are separated by ;"),
+        ("point=save,do=kill,once=/nowhere/a", "once=/nowhere/a cannot be made: there is no folder /nowhere"),
         ("point=save,do=kill;point=update,do=nothing", "there is no do 'nothing'"),
     ],
 )

@@ -10,16 +10,22 @@ import os
 import signal
 import sys
 import threading
+import tomllib
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from common import distributed, limits, watch
 from common.errors import UserError
 from common.watch import Beat, Heard, Verdict, stalled_among
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def beat(rank: int, count: int = 1, *, waiting: float = 0.0, collectives: int = 7) -> Beat:
@@ -57,6 +63,83 @@ def test_a_process_that_stood_still_itself_blames_nobody_for_the_time() -> None:
     assert heard.hear([beat(0, 3), beat(1, 1)], 3608.0) is None
     verdict = heard.hear([beat(0, 4), beat(1, 1)], 3612.0)
     assert verdict is not None and verdict.rank == 1
+
+
+def test_a_rank_that_left_may_be_silent_and_the_others_go_on_to_watch_each_other() -> None:
+    heard = Heard(silent=10.0, stalled=100.0, size=3)
+    for second in range(30):
+        assert heard.hear([beat(0, second), beat(1, watch.LEFT), beat(2, second)], float(second)) is None
+    verdict = heard.hear([beat(0, 30, waiting=101.0), beat(1, watch.LEFT, waiting=101.0), beat(2, 30)], 30.0)
+    assert verdict is not None and verdict.rank == 2
+
+
+def test_a_rank_that_ends_says_so_after_the_beat_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class UnderWay:
+        def is_alive(self) -> bool:
+            return not events
+
+        def join(self, timeout: float) -> None:
+            rank_1._beat()
+            events.append("ended")
+
+    store = dist.HashStore()
+    rank_1 = watch.Watch(1, 2, store, "the store")
+    rank_1._threads = [UnderWay()]  # type: ignore[list-item]
+    monkeypatch.setattr(watch.faulthandler, "cancel_dump_traceback_later", lambda: events.append("disarmed"))
+    rank_1.stop()
+    assert events == ["ended", "disarmed"]
+    assert json.loads(store.get("beat/1"))["count"] == watch.LEFT
+
+
+def test_collectives_of_all_backends_of_a_group_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With GPUs a group asks its default backend only, and small values travel over the other one."""
+
+    class Backend:
+        def __init__(self, begun: int | None) -> None:
+            self.begun = begun
+
+        def _get_sequence_number_for_group(self) -> int:
+            if self.begun is None:
+                raise RuntimeError("not begun")
+            return self.begun
+
+    class Group:
+        def __init__(self, **backends: Backend) -> None:
+            self._device_types, self._get_backend = [*backends], backends.__getitem__
+
+    gloo = Backend(2)
+    groups = {
+        Group(cpu=Backend(5), cuda=Backend(30)): 0,
+        Group(cpu=gloo, cuda=gloo): 1,
+        Group(cpu=Backend(None)): 2,
+    }
+    monkeypatch.setattr(distributed_c10d, "_world", SimpleNamespace(pg_map=groups))
+    assert watch._collectives_begun() == 5 + 30 + 2
+
+
+@pytest.mark.parametrize("home", ["checkout", "lib/python3.11/site-packages"])
+def test_the_line_of_this_project_is_found_wherever_it_is_installed(
+    home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Path("/") / home
+
+    def frame_in(file: str, name: str, body: str) -> Any:
+        scope: dict[str, Any] = {"sys": sys}
+        exec(compile(f"def {name}(inner=None):\n    return {body}", str(project / file), "exec"), scope)
+        return scope[name]
+
+    library = frame_in("torch/nn.py", "forward", "sys._getframe()")
+    ours = frame_in("common/engine.py", "step", "inner()")
+    monkeypatch.setattr(watch, "PROJECT", project)
+    assert watch._place_of(ours(library)) == "common/engine.py:2 in step"
+    assert watch._place_of(None) == "outside of this program"
+
+
+def test_every_package_of_this_project_is_known() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(watch._PACKAGES) == set(pyproject["tool"]["importlinter"]["root_packages"])
 
 
 def test_who_does_not_wait_keeps_the_others_waiting() -> None:
@@ -109,7 +192,6 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch:
 def test_a_group_that_others_make_has_the_timeout_of_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed names none for its groups, and torch's own would be half an hour."""
     import torch
-    from torch.distributed import distributed_c10d
 
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
