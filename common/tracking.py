@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from common.config import TrackingConfig, WandbMode
+from common.credentials import has_wandb_key
 from common.redact import redact, redact_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -312,7 +312,7 @@ def _open_mirror(
     if tracking.wandb is WandbMode.off:
         return None
     server = os.environ.get("WANDB_BASE_URL", _DEFAULT_SERVER).rstrip("/")
-    mode, why = choose_mode(tracking.wandb, os.environ, has_credentials(server, os.environ))
+    mode, why = choose_mode(tracking.wandb, os.environ, has_wandb_key(server, os.environ))
     if mode is WandbMode.online and not server_answers(server):
         mode, why = WandbMode.offline, f"{redact_text(server)} does not answer"
     if mode is WandbMode.off:
@@ -341,19 +341,6 @@ def choose_mode(requested: WandbMode, environ: Mapping[str, str], has_key: bool)
         mode = WandbMode.offline if wanted in ("offline", "dryrun") else WandbMode.off
         return mode, "asked for by the environment"
     return (WandbMode.online, "") if has_key else (WandbMode.offline, "no W&B key; `wandb login` adds one")
-
-
-def has_credentials(server: str, environ: Mapping[str, str]) -> bool:
-    """Whether a key for `server` is at hand: in the environment or in the netrc file."""
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    import netrc
-
-    try:
-        entries = netrc.netrc(environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return entries.authenticators(urlsplit(server).netloc) is not None
 
 
 def server_answers(server: str, seconds: float = PROBE_SECONDS) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import netrc
 import os
 import platform
 import re
@@ -27,10 +26,10 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from common import jit
-from common.redact import redact
+from common.credentials import has_wandb_key
+from common.redact import redact, redact_text
 from launch.local import PROJECT, count_cores, count_gpus
 
 GIB = 2**30
@@ -365,11 +364,11 @@ def cache_folders(machine: Machine) -> list[Finding]:
 
 def place(name: str, folder: Path, way_out: str, *, is_needed: bool = True) -> list[Finding]:
     """Whether a folder can be written safely, and how much room there is. is_needed: by every run."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    shown = f"{folder}" if there == folder.absolute() else f"{folder} (to be made in {there})"
+    there, shown = folder.absolute(), f"{folder}"
     try:
+        while not there.exists():
+            there = there.parent
+            shown = f"{folder} (to be made in {there})"
         try_to_write(there)
     except OSError as error:
         reason = f"{shown}: {error.strerror or error}"
@@ -516,21 +515,11 @@ def tracking(machine: Machine) -> list[Finding]:
         where = "off" if asked in ("", "disabled") else "offline"
         return [note("wandb", f"{where}, because the environment says so")]
     server = environment.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not _has_wandb_key(server, environment):
+    if not has_wandb_key(server, environment):
         return [
             note("wandb", "offline: there is no key (files are kept, and can be sent later)", "wandb login")
         ]
-    return [ok("wandb", f"online, {redact({'server': server})['server']} (a key is there; not tried)")]
-
-
-def _has_wandb_key(server: str, environment: Mapping[str, str]) -> bool:
-    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    file = environment.get("NETRC") or str(Path(environment.get("HOME", "~"), ".netrc").expanduser())
-    try:
-        return netrc.netrc(file).authenticators(urlsplit(server).netloc) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return [ok("wandb", f"online, {redact_text(server)} (a key is there; not tried)")]
 
 
 def hub(machine: Machine) -> list[Finding]:
@@ -550,7 +539,8 @@ def hub(machine: Machine) -> list[Finding]:
     token = (
         "a token is there" if environment.get("HF_TOKEN") or file.exists() else "no token: public ones only"
     )
-    return [ok("hub", f"{environment.get('HF_ENDPOINT', 'https://huggingface.co')} ({token}; not tried)")]
+    server = redact_text(environment.get("HF_ENDPOINT", "https://huggingface.co"))
+    return [ok("hub", f"{server} ({token}; not tried)")]
 
 
 CHANGES_RUNS = re.compile(

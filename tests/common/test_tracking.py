@@ -17,7 +17,8 @@ import pytest
 
 from common import tracking
 from common.config import TrackingConfig, WandbMode
-from common.tracking import Tracker, choose_mode, has_credentials, read_metrics, server_answers
+from common.credentials import has_wandb_key
+from common.tracking import Tracker, choose_mode, read_metrics, server_answers
 from tests.fake_wandb import FakeWandb, running
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -185,10 +186,10 @@ def test_a_key_is_found_in_the_environment_or_in_netrc(tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
     netrc.chmod(0o600)
-    assert has_credentials("https://api.wandb.ai", {"NETRC": str(netrc)})
-    assert not has_credentials("https://wandb.example", {"NETRC": str(netrc)})
-    assert not has_credentials("https://api.wandb.ai", {"NETRC": str(tmp_path / "none")})
-    assert has_credentials("https://api.wandb.ai", {"WANDB_API_KEY": KEY})
+    assert has_wandb_key("https://api.wandb.ai", {"NETRC": str(netrc)})
+    assert not has_wandb_key("https://wandb.example", {"NETRC": str(netrc)})
+    assert not has_wandb_key("https://api.wandb.ai", {"NETRC": str(tmp_path / "none")})
+    assert has_wandb_key("https://api.wandb.ai", {"WANDB_API_KEY": KEY})
 
 
 def test_a_server_answers_or_does_not() -> None:
@@ -219,6 +220,7 @@ import sys
 from pathlib import Path
 from common import tracking
 from common.config import TrackingConfig, WandbMode
+from common.credentials import has_wandb_key
 from common.tracking import Tracker
 """
 TRAIN = """

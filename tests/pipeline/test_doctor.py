@@ -233,6 +233,18 @@ def test_a_file_in_the_way_of_a_folder_is_found(tmp_path: Path) -> None:
     assert spare.level is Level.note
 
 
+def test_a_folder_that_may_not_be_looked_into_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    finding = only(probes.place("output_dir", tmp_path / "runs", "output_dir=FOLDER"))
+    assert (finding.level, finding.way_out) == (Level.warning, "output_dir=FOLDER")
+    assert f"{tmp_path / 'runs'}: Permission denied" in finding.text
+
+
 @pytest.mark.parametrize("refuses", ["fsync", "rename"])
 def test_a_disk_that_cannot_commit_is_found_and_left_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
@@ -309,7 +321,11 @@ def test_few_open_files_are_noted_and_very_few_are_a_warning() -> None:
     assert only(probes.judge_files(255, unlimited)).level is Level.warning
 
 
-def test_where_numbers_go_follows_key_and_environment(tmp_path: Path) -> None:
+def test_where_numbers_go_follows_key_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
     def look(**environment: str) -> Finding:
         return only(probes.tracking(machine(tmp_path, **environment)))
 
@@ -318,7 +334,11 @@ def test_where_numbers_go_follows_key_and_environment(tmp_path: Path) -> None:
     assert with_key.level is Level.ok and with_key.text.startswith("online") and "aaaa" not in with_key.text
     assert look(WANDB_API_KEY="a" * 40, WANDB_MODE="offline").text.startswith("offline, because")
     assert look(WANDB_API_KEY="a" * 40, WANDB_DISABLED="true").text.startswith("off, because")
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    netrc.chmod(0o644)
+    assert look().text.startswith("offline: there is no key")
+    netrc.chmod(0o600)
     assert look().text.startswith("online")
     assert look(WANDB_BASE_URL="https://another.example").text.startswith("offline")
 
@@ -342,4 +362,6 @@ def test_the_hub_is_described_and_not_asked(tmp_path: Path, monkeypatch: pytest.
     assert "no token" in only(probes.hub(machine(tmp_path))).text
     finding = only(probes.hub(machine(tmp_path, HF_TOKEN="hf_abcdefghijkl")))
     assert "a token is there" in finding.text and "abcdef" not in finding.text
+    mirror = only(probes.hub(machine(tmp_path, HF_ENDPOINT="https://user:secret@mirror")))
+    assert "@mirror" in mirror.text and "secret" not in mirror.text
     assert only(probes.hub(machine(tmp_path, HF_HUB_OFFLINE="1"))).way_out == "unset HF_HUB_OFFLINE"
