@@ -62,7 +62,7 @@ class Channel:
             self.close()
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             messages = [None]
         if not all(isinstance(message, dict) and "do" in message for message in messages):
             self.close()  # something that is not one of us

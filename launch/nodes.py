@@ -36,6 +36,8 @@ SHARED_SECONDS = 60.0
 """How long a file that machine 0 wrote may take to be seen by another: what NFS remembers, and some."""
 LATE_SECONDS = 15.0
 """How much longer than allowed a machine may take to stop its ranks before it is taken to be lost."""
+MOST_UNPROVED = 64
+"""Connections of which it is not known whose they are: beyond that many the oldest are closed."""
 _TOKEN = re.compile(r"\.machines-[0-9a-f]{8}")
 
 
@@ -55,6 +57,7 @@ class _Other:
 
     hello: Hello
     channel: Channel
+    refusal: UserError | None = None  # why it cannot take part, should it be one of us
     is_running: bool = False
     must_end_by: float | None = None
 
@@ -154,12 +157,12 @@ def gather(launch: LaunchConfig, own: Hello, folder: Path, say: Say) -> Machines
         door = _Door(listener, own, token, secret, launch.nnodes)
         try:
             end = time.monotonic() + launch.join_seconds
-            while len(door.joined) < launch.nnodes - 1:
-                if requests.received:
-                    raise SystemExit(STOPPED)
+            while len(door.joined) < launch.nnodes - 1 and not requests.received:
                 if time.monotonic() > end:
                     raise _nobody_came(launch, door)
                 door.answer(say)
+            if requests.received:
+                raise SystemExit(STOPPED)
         except (UserError, SystemExit) as error:
             is_users = isinstance(error, UserError)
             door.send_home(UserError.EXIT_CODE if is_users else STOPPED, error.message if is_users else None)  # type: ignore[union-attr]
@@ -176,6 +179,8 @@ class _Door:
         self._strangers: list[Channel] = []
         self._known: list[_Other] = []  # said who they are, not yet that they see the folder
         self.joined: dict[int, _Other] = {}
+        self.refusal: UserError | None = None
+        """why the last one with another command could not take part"""
 
     def answer(self, say: Say) -> None:
         """Deal with what the machines say within a fraction of a second."""
@@ -197,6 +202,9 @@ class _Door:
                 channel.close()
             elif messages:
                 self._greet(channel, messages[0])
+        for channels in (self._strangers, [other.channel for other in self._known if other.refusal]):
+            for channel in channels[:-MOST_UNPROVED]:
+                channel.close()
         self._strangers = [channel for channel in self._strangers if channel.is_open]
 
     def _greet(self, channel: Channel, message: Mapping[str, Any]) -> None:
@@ -205,42 +213,41 @@ class _Door:
                 int(message["node_rank"]),
                 int(message["ranks"]),
                 dict(message["command"]),
-                str(message["host"]),
+                printable(str(message["host"])),
             )
-        except (KeyError, TypeError, ValueError):
+            reasons = [printable(line) for line in differences(self._own.command, hello.command)]
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             channel.close()
             return
         self._strangers.remove(channel)
         other = _Other(hello, channel)
         self._known.append(other)
-        reasons = differences(self._own.command, hello.command)
         if reasons:
-            listed = "".join(f"\n    {line}" for line in reasons)
-            raise UserError(
-                f"{other.name} was given another command than machine 0:{listed}",
-                hint="give every machine the same command, but for launch.node_rank",
-            )
-        same = [other for other in [self._own, *self._hellos()] if other.node_rank == hello.node_rank]
-        if same:
-            raise UserError(
-                f"two machines have launch.node_rank={hello.node_rank}: {same[0].host} and {hello.host}",
-                hint=f"number them from 0 to {self._nnodes - 1}",
-            )
-        channel.send("welcome", token=self._token.name, folder=str(self._token.parent.absolute()))
-
-    def _hellos(self) -> list[Hello]:
-        others = [*self._known[:-1], *self.joined.values()]
-        return [other.hello for other in others if other.channel.is_open]
+            self.refusal = other.refusal = another_command(other.name, reasons)
+        folder = str(self._token.parent.absolute())
+        channel.send("welcome", token=self._token.name, folder=folder, differs=reasons)
 
     def _hear(self, other: _Other, message: Mapping[str, Any], say: Say) -> None:
         if message["do"] == "found" and message.get("secret") == self._secret:
-            self._known.remove(other)
-            self.joined[other.hello.node_rank] = other
+            self._admit(other)
             say(f"{other.name} is here with {other.hello.ranks} rank(s)")
-        elif message["do"] == "lost":
-            raise not_shared(self._token.parent, str(message.get("folder")), other.name)
+        elif message["do"] == "lost" and other.refusal is None:
+            raise not_shared(self._token.parent, printable(str(message.get("folder"))), other.name)
         else:
             other.channel.close()
+
+    def _admit(self, other: _Other) -> None:
+        if other.refusal is not None:
+            raise other.refusal
+        rank = other.hello.node_rank
+        for hello in (self._own, *(joined.hello for joined in self.joined.values())):
+            if hello.node_rank == rank:
+                raise UserError(
+                    f"two machines have launch.node_rank={rank}: {hello.host} and {other.hello.host}",
+                    hint=f"number them from 0 to {self._nnodes - 1}",
+                )
+        self._known.remove(other)
+        self.joined[rank] = other
 
     def _forget(self, other: _Other, say: Say) -> None:
         if other in self._known:
@@ -359,11 +366,13 @@ def _outcome(message: Mapping[str, Any], where: str) -> Outcome:
 
 def _show_that_we_see(folder: Path, message: Mapping[str, Any], channel: Channel) -> None:
     """Send back what is in the file that machine 0 wrote into the run's folder."""
-    token = str(message["token"])
+    token, differs = str(message["token"]), [str(line) for line in message.get("differs", ())]
     if not _TOKEN.fullmatch(token):
         raise UserError("machine 0 speaks another language", hint="use one version on all machines")
-    if not _within(SHARED_SECONDS, partial(_is_there, folder, token)):
+    if not _within(0.0 if differs else SHARED_SECONDS, partial(_is_there, folder, token)):
         channel.send("lost", folder=str(folder.absolute()))
+        if differs:
+            raise another_command("this machine", differs)
         raise not_shared(Path(str(message["folder"])), str(folder.absolute()), "this machine")
     with disk_errors(folder):
         channel.send("found", secret=(folder / token).read_text(encoding="utf-8"))
@@ -405,6 +414,20 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         for key in keys
         if ours.get(key) != theirs.get(key)
     ]
+
+
+def another_command(who: str, reasons: Sequence[str]) -> UserError:
+    """The error for a machine that was not told what machine 0 was told."""
+    listed = "".join(f"\n    {line}" for line in reasons)
+    return UserError(
+        f"{who} was given another command than machine 0:{listed}",
+        hint="give every machine the same command, but for launch.node_rank",
+    )
+
+
+def printable(text: str) -> str:
+    """What a stranger sent, without the signs that a terminal would obey."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def not_shared(folder: Path | str, other: str, who: str) -> UserError:
@@ -462,8 +485,9 @@ def _connect(endpoint: tuple[str, int], seconds: float, requests: StopRequests) 
 def _nobody_came(launch: LaunchConfig, door: _Door) -> UserError:
     missing = [str(rank) for rank in range(1, launch.nnodes) if rank not in door.joined]
     _, port = endpoint_of(launch)
+    missed = f"machine {', '.join(missing)} of {launch.nnodes} did not come within {launch.join_seconds} s"
     return UserError(
-        f"machine {', '.join(missing)} of {launch.nnodes} did not come within {launch.join_seconds} s",
+        missed if door.refusal is None else f"{missed}; {door.refusal.message}",
         hint="start the same command there with its own launch.node_rank, let nothing block ports "
         f"{port} and {port + 1}, or wait longer: launch.join_seconds",
     )

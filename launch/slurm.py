@@ -88,8 +88,8 @@ def check_time(slurm: SlurmConfig) -> None:
     seconds = seconds_of(slurm.time or "")
     if seconds is not None and seconds <= notice:
         raise UserError(
-            f"launch.slurm.time={slurm.time} leaves no time to train: the job is told to leave "
-            f"launch.slurm.signal_seconds={slurm.signal_seconds} before the end, or {EARLY_SECONDS} s earlier",
+            f"launch.slurm.time={slurm.time} leaves no time to train: the job is told to leave launch.slurm."
+            f"signal_seconds={slurm.signal_seconds} before its end, or up to {EARLY_SECONDS} s earlier",
             hint=f"launch.slurm.time of well over {notice // 60} minutes, or a smaller signal_seconds",
         )
 

@@ -187,6 +187,87 @@ def test_who_speaks_another_language_or_has_not_seen_the_folder_does_not_come_in
         connection.close()
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"[" * 60_000,
+        b'{"do": "hello", "node_rank": Infinity, "ranks": 1, "command": {}, "host": "a"}',
+        b'{"do": "hello", "node_rank": 1, "ranks": 1, "command": {}, "host": "a"}',
+    ],
+)
+def test_a_stranger_s_message_does_not_end_the_run(
+    folder: Path, launch: LaunchConfig, message: bytes
+) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def say(line: str) -> None:
+            if "waits" in line:
+                stack.enter_context(connect(endpoint_of(launch))).sendall(message + b"\n")
+                stack.enter_context(follower(launch, folder))
+
+        with gather(launch, own(), folder, say) as machines:
+            assert [other.name for other in machines._others] == ["machine 1 (b)"]
+
+
+@pytest.mark.parametrize(
+    "first", [b"", b'{"do": "hello", "node_rank": 1, "ranks": 1, "command": {}, "host": "a"}\n']
+)
+def test_of_many_that_do_not_prove_to_be_ours_the_oldest_are_sent_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    monkeypatch.setattr(nodes, "MOST_UNPROVED", 3)
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        door = nodes._Door(listener, own(), folder / "token", "secret", 2)
+        connections = []
+        for _ in range(5):
+            connections.append(stack.enter_context(connect(listener.getsockname())))
+            connections[-1].sendall(first)
+            door.answer(print)
+            door.answer(print)
+        stack.callback(door.send_home, 0, None)
+        for connection in connections:
+            connection.settimeout(0.1)
+        assert [is_closed(connection) for connection in connections] == [True, True, False, False, False]
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_who_has_another_command_and_another_folder_is_refused_and_named_when_nobody_came(
+    folder: Path,
+) -> None:
+    launch = launch_of(2, seconds=3)
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    command = {**COMMAND, "run_name": "c\x1b[2J"}
+    with follower(launch, elsewhere, command=command) as process:
+        with pytest.raises(UserError, match="machine 1 of 2 did not come") as caught:
+            gather(launch, own(), folder, print)
+        assert "machine 1 (b) was given another command" in caught.value.message
+        assert "run_name: a on machine 0, c\\x1b[2J there" in caught.value.message
+        assert process.wait(30) == 2
+        assert "this machine was given another command than machine 0" in process.communicate()[1]
+
+
+def test_machine_0_that_is_told_to_stop_while_the_last_one_joins_stops(
+    folder: Path, launch: LaunchConfig
+) -> None:
+    def say(line: str) -> None:
+        if "is here" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with follower(launch, folder) as process:
+        with pytest.raises(SystemExit) as ended:
+            gather(launch, own(), folder, say)
+        assert (ended.value.code, process.wait(30)) == (143, 143)
+
+
 def connect(endpoint: tuple[str, int]) -> socket.socket:
     for _ in range(200):
         with contextlib.suppress(ConnectionRefusedError):
