@@ -22,9 +22,9 @@ import torch.distributed as dist
 from common import moments
 from common.errors import UserError
 from common.limits import collective_seconds
+from common.logs import STOPPED_EXIT_CODE
 from common.watch import Watch, start_watch
 
-STOPPED_EXIT_CODE = 143
 WATCH_FIRST = 60.0
 """Seconds by which a collective's own timeout comes after the watch, which says more."""
 T = TypeVar("T")

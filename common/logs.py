@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,7 +14,10 @@ from typing import TextIO
 from common.errors import UserError
 from common.shortage import OUT_OF_MEMORY, shortage
 
+STOPPED_EXIT_CODE = 143
+"""Exit status of ranks that were told to stop."""
 _ERROR_FILE = "error.txt"
+_STOPPED_FILE = "stopped.txt"
 ending = threading.Lock()
 """Held by whoever ends this process, so that it ends for one reason and says one."""
 
@@ -29,16 +33,23 @@ def open_rank_log(folder: Path, rank: int) -> None:
     logging.captureWarnings(True)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it has a handler of its own, for every retry
     if rank == 0:
-        (folder / _ERROR_FILE).unlink(missing_ok=True)
+        for name in (_ERROR_FILE, _STOPPED_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def run_and_report(work: Callable[[], int], folder: Path) -> int:
     """The exit status of `work()`. A UserError is printed by the first rank that meets it, without traceback.
 
-    `folder` holds the ranks' logs. Other exceptions keep their traceback, there and on the terminal.
+    `folder` holds the ranks' logs. Other exceptions keep their traceback, there and on the terminal; where
+    another rank had been told to stop, and left, they are its consequence, and this rank ends as it did.
     """
     try:
         return work()
+    except SystemExit as left:
+        if left.code == STOPPED_EXIT_CODE:
+            with contextlib.suppress(OSError):  # a full disk
+                (folder / _STOPPED_FILE).touch()
+        raise
     except UserError as error:
         logging.getLogger("rlhf").error("%s", error)
         if _is_first(folder, str(error)):
@@ -51,6 +62,9 @@ def run_and_report(work: Callable[[], int], folder: Path) -> int:
             logging.getLogger("rlhf").exception("out of memory")
             print(f"error: {said}", file=sys.stderr, flush=True)
             return OUT_OF_MEMORY
+        if (folder / _STOPPED_FILE).exists():
+            logging.getLogger("rlhf").exception("another rank was told to stop")
+            return STOPPED_EXIT_CODE
         logging.getLogger("rlhf").exception("unexpected error")
         raise
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.logs import open_rank_log, run_and_report
+from common.logs import STOPPED_EXIT_CODE, open_rank_log, run_and_report
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,21 @@ def test_an_error_is_printed_when_the_folder_cannot_be_written(
 ) -> None:
     assert run_and_report(refuse, tmp_path / "gone") == 2
     assert capfd.readouterr().err.startswith("error: key=1")
+
+
+def test_what_fails_because_another_rank_was_told_to_stop_is_no_failure(tmp_path: Path) -> None:
+    def leave() -> int:
+        raise SystemExit(STOPPED_EXIT_CODE)
+
+    open_rank_log(tmp_path, 0)
+    with pytest.raises(SystemExit):
+        run_and_report(leave, tmp_path)
+    assert run_and_report(lambda: 1 // 0, tmp_path) == STOPPED_EXIT_CODE
+    assert run_and_report(refuse, tmp_path) == 2
+    assert "ZeroDivisionError" in (tmp_path / "rank_0.log").read_text()
+    open_rank_log(tmp_path, 0)  # the next start
+    with pytest.raises(ZeroDivisionError):
+        run_and_report(lambda: 1 // 0, tmp_path)
 
 
 def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
