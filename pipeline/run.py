@@ -91,14 +91,20 @@ def run_checked(
     machines: Machines | None,
     say: Say,
 ) -> int:
-    """Run every step of a configuration that can be run; `ranks` are those of this machine."""
+    """Run the steps until one does not end well; returns the exit status of the last that ran.
+
+    ranks: those of this machine.
+    """
     config = with_sources(config, wired, folder)
     status = check_functions(config, wired, folder)
     if status != 0:
         return status
     lock = state.lock_run(folder)
     try:
-        status = run_steps(config, wired, folder, ranks, lock, say, machines)
+        for step in wired:
+            status = run_step(config, step, folder, ranks, lock, say, machines)
+            if status != 0:
+                break
     finally:
         os.close(lock)
     if (folder / REPORT).exists():
@@ -136,23 +142,6 @@ def jobs_of(wired: Sequence[Wired], run_dir: Path, ranks: int) -> dict[str, Job]
         )
         for step in wired
     }
-
-
-def run_steps(
-    config: PipelineConfig,
-    wired: Sequence[Wired],
-    run_dir: Path,
-    ranks: int,
-    lock: int,
-    say: Say,
-    machines: Machines | None = None,
-) -> int:
-    """Run the steps until one does not end well; returns the exit status of the last that ran."""
-    for step in wired:
-        status = run_step(config, step, run_dir, ranks, lock, say, machines)
-        if status != 0:
-            return status
-    return 0
 
 
 def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
@@ -260,7 +249,7 @@ def run_step(
     ranks: int,
     lock: int,
     say: Say,
-    machines: Machines | None = None,
+    machines: Machines | None,
 ) -> int:
     """Run one step, or find that there is nothing to do. Returns its exit status."""
     name = wired.stage.name.value
