@@ -17,7 +17,7 @@ from typing import Any
 
 from common.config import KubernetesConfig, LaunchConfig
 from common.errors import UserError
-from launch.command import log_folder, machine_arguments
+from launch.command import log_folder, machine_arguments, refuse_credentials
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 MANAGER = "rlhf-pipeline/launch"
@@ -25,6 +25,8 @@ NODE = "node"
 """What the runtime calls the pods that train, and the container in each."""
 FOLDER = "k8s"
 MANIFEST = "trainjob.yaml"
+NOT_SET = "runs"
+"""The output_dir of a configuration that sets none; this machine's folder for what is rendered."""
 GRACE_SECONDS = 120
 """How long a pod that is told to leave may save."""
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
@@ -46,9 +48,9 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     """
     from common.artifacts import write_text
 
-    text = render(config, overrides, run_dir.name)
+    text = render(config, overrides, run_dir.name, str(run_dir.parent))
     if run_dir.is_relative_to(config.k8s.volume_path):
-        run_dir = Path("runs") / run_dir.name  # the volume is in the cluster, the manifest is here
+        run_dir = Path(NOT_SET) / run_dir.name  # the volume is in the cluster, the manifest is here
     path = log_folder(run_dir, FOLDER) / MANIFEST
     write_text(path, text)
     say(f"k8s       {path}")
@@ -59,16 +61,22 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     return 0
 
 
-def render(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> str:
+def render(config: LaunchConfig, overrides: Sequence[str], run_name: str, output_dir: str = NOT_SET) -> str:
     """The manifest as YAML. Pure."""
     import yaml
 
     head = "# Create it with: kubectl create --filename THIS_FILE. Each time is a new job of the same run.\n"
-    return head + yaml.safe_dump(train_job(config, overrides, run_name), sort_keys=False, allow_unicode=True)
+    job = train_job(config, overrides, run_name, output_dir)
+    return head + yaml.safe_dump(job, sort_keys=False, allow_unicode=True)
 
 
-def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> dict[str, Any]:
-    """The TrainJob. Pure. UserError where launch.k8s lacks what it cannot do without."""
+def train_job(
+    config: LaunchConfig, overrides: Sequence[str], run_name: str, output_dir: str = NOT_SET
+) -> dict[str, Any]:
+    """The TrainJob. Pure. UserError where launch.k8s lacks what it cannot do without.
+
+    output_dir: of the composed configuration.
+    """
     k8s = config.k8s
     for key, value in (("image", k8s.image), ("volume_claim", k8s.volume_claim)):
         if not value:
@@ -77,8 +85,8 @@ def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> 
                 hint="launch.k8s.image=IMAGE with this project in it, launch.k8s.volume_claim=CLAIM that all "
                 "nodes mount: the run's folder lies there",
             )
-    output = output_dir(config, overrides)
-    arguments = machine_arguments(overrides, config.nnodes, {"run_name": run_name, "output_dir": output})
+    folder = folder_on_volume(k8s.volume_path, output_dir)
+    arguments = machine_arguments(overrides, config.nnodes, {"run_name": run_name, "output_dir": folder})
     metadata: dict[str, Any] = {"generateName": f"{dns_label(run_name)}-"}
     if k8s.namespace is not None:
         metadata["namespace"] = k8s.namespace
@@ -107,6 +115,7 @@ def train_job(config: LaunchConfig, overrides: Sequence[str], run_name: str) -> 
 
 def environment(k8s: KubernetesConfig) -> list[dict[str, Any]]:
     """Environment variables of the pods; credentials are only named, and read from the Secret there."""
+    refuse_credentials("launch.k8s.env", k8s.env)
     variables: list[dict[str, Any]] = [
         {"name": name, "value": escaped(str(value))} for name, value in k8s.env.items()
     ]
@@ -127,19 +136,17 @@ def patch(claim: str, path: str) -> dict[str, Any]:
     return {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}
 
 
-def output_dir(config: LaunchConfig, overrides: Sequence[str]) -> str:
-    """Where the pods write: the volume, or the folder on it that was typed."""
-    volume = config.k8s.volume_path
-    typed = [text.partition("=")[2].strip("\"'") for text in overrides if text.startswith("output_dir=")]
-    if not typed:
+def folder_on_volume(volume: str, output_dir: str) -> str:
+    """Where the pods write: the volume, or the folder on it that was set."""
+    if output_dir == NOT_SET:
         return volume
-    if not PurePosixPath(typed[-1]).is_relative_to(volume):
+    if not PurePosixPath(output_dir).is_relative_to(volume):
         raise UserError(
-            f"output_dir={typed[-1]} is not on the volume, which is mounted at {volume}: the run would "
+            f"output_dir={output_dir} is not on the volume, which is mounted at {volume}: the run would "
             "vanish with its pods",
             hint=f"output_dir={volume}, or leave it out",
         )
-    return typed[-1]
+    return output_dir
 
 
 def resources_of(config: LaunchConfig) -> dict[str, str | int]:

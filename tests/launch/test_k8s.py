@@ -147,11 +147,25 @@ def test_the_pod_s_arguments_compose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (made.output_dir, made.run_name) == ("/runs", "a")
 
 
-def test_the_output_folder_is_on_the_volume() -> None:
-    assert "output_dir=/runs/mine" in job("output_dir=/runs/mine")["spec"]["trainer"]["args"]
-    for elsewhere in ("output_dir=runs", "output_dir=/runsx", 'output_dir="/tmp/runs"'):
-        with pytest.raises(UserError, match="is not on the volume"):
-            job(elsewhere)
+@pytest.mark.parametrize("typed", [["output_dir=/runs/mine"], ["++output_dir=/runs/mine"], []])
+def test_the_output_folder_is_the_one_that_is_set_on_the_volume(typed: list[str]) -> None:
+    trainer = k8s.train_job(config(), typed, "a", "/runs/mine")["spec"][
+        "trainer"
+    ]  # typed, or of an experiment
+    assert [text for text in trainer["args"] if "output_dir" in text] == ["output_dir=/runs/mine"]
+
+
+@pytest.mark.parametrize("elsewhere", ["mine", "/runsx", "/tmp/runs"])
+def test_an_output_folder_that_is_not_on_the_volume_is_refused(tmp_path: Path, elsewhere: str) -> None:
+    with pytest.raises(UserError, match=f"output_dir={elsewhere} is not on the volume"):
+        k8s.launch(config(), TYPED, Path(elsewhere) / "a", print)
+
+
+@pytest.mark.parametrize("env", [{"HF_TOKEN": "mine"}, {"X": "hf_abcdefghijklmnop"}])
+def test_a_credential_in_the_environment_of_the_pods_is_refused(env: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"launch.k8s.env.{next(iter(env))} holds .* credential") as caught:
+        job(env=env)
+    assert "launch.k8s.secret=NAME" in str(caught.value) and next(iter(env.values())) not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["image", "volume_claim"])
@@ -171,13 +185,14 @@ def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kubectl: str | None)
         (tmp_path / "bin" / "kubectl").write_text(f"#!/bin/sh\n{kubectl}\n")
         (tmp_path / "bin" / "kubectl").chmod(0o755)
     lines: list[str] = []
-    k8s.launch(config(), TYPED, tmp_path / "my runs" / "a", lines.append)
+    monkeypatch.chdir(tmp_path)
+    k8s.launch(config(), TYPED, Path("runs/a"), lines.append)
     return lines
 
 
 def test_the_manifest_is_written_and_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = submit(tmp_path, monkeypatch, 'test -f "$3" && echo "$1 $2"')
-    assert lines == [f"k8s       {tmp_path}/my runs/a/k8s/trainjob.yaml", "  create --filename"]
+    assert lines == ["k8s       runs/a/k8s/trainjob.yaml", "  create --filename"]
 
 
 @pytest.mark.parametrize(
@@ -192,12 +207,13 @@ def test_a_job_that_cannot_be_created_is_an_error_and_the_manifest_is_there(
 ) -> None:
     with pytest.raises(UserError, match=said):
         submit(tmp_path, monkeypatch, kubectl)
-    assert (tmp_path / "my runs" / "a" / "k8s" / "trainjob.yaml").exists()
+    assert (tmp_path / "runs" / "a" / "k8s" / "trainjob.yaml").exists()
 
 
-def test_without_submission_the_command_is_said(tmp_path: Path) -> None:
+def test_without_submission_the_command_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     lines: list[str] = []
     made = config()
     made.submit = False
-    assert k8s.launch(made, TYPED, tmp_path / "a", lines.append) == 0
+    assert k8s.launch(made, TYPED, Path("runs/a"), lines.append) == 0
     assert "kubectl create --filename" in lines[-1]
