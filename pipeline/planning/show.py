@@ -250,7 +250,8 @@ def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where)
 
 def k8s_lines(config: PipelineConfig, overrides: Sequence[str]) -> list[str]:
     """The command, what Kubernetes is given, and where the rest of the plan can be made."""
-    text = k8s.render(config.launch, overrides, state.run_name(config))
+    run_dir = counting.run_folder(config)
+    text = k8s.render(config.launch, overrides, run_dir.name, str(run_dir.parent))
     rest = "steps, data, schedule and memory: plan in a container, where the paths lie, with launch=local"
     return [command_of(overrides), "which writes and creates", *text.splitlines(), rest]
 

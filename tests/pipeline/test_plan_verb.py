@@ -151,8 +151,10 @@ def test_ranks_over_ssh_are_those_of_the_hostfile(tmp_path: Path) -> None:
 def test_of_a_job_of_kubernetes_only_the_launch_is_known_here() -> None:
     typed = ["steps=[sft]", "model.path=/models/llama", "sft.data.path=/data/rows.jsonl", "launch=k8s"]
     typed += ["launch.k8s.image=I", "launch.k8s.volume_claim=C", "launch.nnodes=3"]
+    typed += ["launch.k8s.volume_path=/v", "output_dir=/v/mine"]
     said: list[str] = []
     assert show_plan(compose(prepare(typed).overrides), typed, say=said.append) == 0
+    assert any("output_dir=/v/mine" in line for line in said[3:])
     assert said[0] == "launch" and "      numNodes: 3" in said and said[-1].endswith("with launch=local")
 
 
