@@ -167,6 +167,7 @@ STAND_INS = {
         exit $worst
     """,
     "scontrol": 'case $1 in show) echo first; echo second;; *) echo "$@" >> "$CALLS";; esac',
+    "squeue": 'test "$LEFT" = unknown || date --date "now + $LEFT" +%Y-%m-%dT%H:%M:%S',
     "python": """
         node=$(printf '%s\\n' "$@" | grep launch.node_rank)
         printf '%s\\0' "$@" > "$CALLS.$node"
@@ -188,7 +189,7 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
         "NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_JOB_END_TIME": str(int(time.time()) + 3600),
+        "LEFT": "1 hour",
     }  # fmt: skip
 
 
@@ -272,12 +273,11 @@ def told_to_leave(tmp_path: Path, command: list[str], environment: dict[str, str
     return process.returncode, printed
 
 
-@pytest.mark.parametrize("end", ["in 340 s", "unknown"])
+@pytest.mark.parametrize("left", ["340 seconds", "unknown"])
 def test_a_job_whose_time_is_up_when_it_begins_is_not_queued_again(
-    tmp_path: Path, stand_ins: dict[str, str], end: str
+    tmp_path: Path, stand_ins: dict[str, str], left: str
 ) -> None:
-    stand_ins["SLURM_JOB_END_TIME"] = str(int(time.time()) + 340) if end == "in 340 s" else ""
-    status, printed = told_to_leave(tmp_path, script(tmp_path, nnodes=1), stand_ins)
+    status, printed = told_to_leave(tmp_path, script(tmp_path, nnodes=1), {**stand_ins, "LEFT": left})
     assert status == 143 and not (tmp_path / "calls").exists()
     assert "launch.slurm.time must be well over launch.slurm.signal_seconds" in printed
 
