@@ -31,7 +31,7 @@ from pipeline.planning import memory
 from pipeline.planning.workload import workload_of
 from pipeline.run import write_resolved
 
-STEPS = 3
+STEPS = 6
 LARGE = (
     "{model_type: llama, hidden_size: 768, intermediate_size: 2048, num_hidden_layers: 12, "
     "num_attention_heads: 12, num_key_value_heads: 4, vocab_size: 32000, max_position_embeddings: 1024, "
@@ -81,13 +81,13 @@ def baseline(threads: int) -> int:
 
 def rank_environment(threads: int) -> dict[str, str]:
     """torchrun's contract for a lone rank."""
-    from launch.local import free_port
+    from launch.local import KERNELS, free_port
 
     return {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(threads),
         "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": "cpu", **KERNELS,
     }  # fmt: skip
 
 

@@ -95,6 +95,14 @@ def test_a_number_of_threads_that_was_set_is_kept(monkeypatch: pytest.MonkeyPatc
     assert "OMP_NUM_THREADS" not in environment(Job("m", ()))
 
 
+def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in local.KERNELS:
+        monkeypatch.delenv(name, raising=False)
+    assert local.KERNELS.items() <= environment(Job("m", ())).items()
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in environment(Job("m", ()))
+
+
 def test_threads_spin_for_a_moment_on_an_idle_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
