@@ -1,4 +1,4 @@
-"""`plan`'s estimate of memory beside what a process took: measured here for the demo, recorded for larger shapes."""
+"""`plan`'s memory beside what a process took: measured here for the demo, recorded for larger shapes."""
 
 from __future__ import annotations
 
