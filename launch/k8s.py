@@ -61,7 +61,7 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     return 0
 
 
-def render(config: LaunchConfig, overrides: Sequence[str], run_name: str, output_dir: str = NOT_SET) -> str:
+def render(config: LaunchConfig, overrides: Sequence[str], run_name: str, output_dir: str) -> str:
     """The manifest as YAML. Pure."""
     import yaml
 
@@ -71,7 +71,7 @@ def render(config: LaunchConfig, overrides: Sequence[str], run_name: str, output
 
 
 def train_job(
-    config: LaunchConfig, overrides: Sequence[str], run_name: str, output_dir: str = NOT_SET
+    config: LaunchConfig, overrides: Sequence[str], run_name: str, output_dir: str
 ) -> dict[str, Any]:
     """The TrainJob. Pure. UserError where launch.k8s lacks what it cannot do without.
 

@@ -94,12 +94,7 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: S
 
     overrides: as typed. UserError for a hostfile that cannot be used, and where there is no ssh.
     """
-    if config.hostfile is None:
-        raise UserError(
-            "launch=ssh needs the machines: launch.hostfile is missing",
-            hint="launch.hostfile=FILE with a line of HOST slots=N for each, machine 0 first",
-        )
-    hosts = choose(read_hostfile(Path(config.hostfile)), config)
+    hosts = hosts_of(config)
     if shutil.which("ssh") is None and not all(host.is_here for host in hosts):
         raise UserError("there is no ssh on this machine", hint="install an OpenSSH client, or launch=local")
     endpoint = config.rdzv_endpoint or f"{hosts[0].address}:{random.randrange(20000, 32000, 2)}"
@@ -107,6 +102,16 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: S
     shared.append(override("launch.rdzv_endpoint", endpoint))
     say(f"ssh       {', '.join(host.name for host in hosts)}; they meet at {endpoint}")
     return Run(config.ssh_options, say).to_the_end(hosts, shared)
+
+
+def hosts_of(config: LaunchConfig) -> list[Host]:
+    """The machines that will be used, each with the ranks it is to have. UserError where none can be."""
+    if config.hostfile is None:
+        raise UserError(
+            "launch=ssh needs the machines: launch.hostfile is missing",
+            hint="launch.hostfile=FILE with a line of HOST slots=N for each, machine 0 first",
+        )
+    return choose(read_hostfile(Path(config.hostfile)), config)
 
 
 def read_hostfile(path: Path) -> list[Host]:

@@ -288,7 +288,7 @@ def check_disk(config: PipelineConfig, models: Sequence[ModelConfig]) -> None:
     models: those that the step trains, as far as their sizes are known; the first one is exported.
     """
     folder = Path(config.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
         raise UserError(f"output_dir={folder}: {existing} is not a folder", hint="output_dir=ANOTHER_FOLDER")
     if not os.access(existing, os.W_OK | os.X_OK):

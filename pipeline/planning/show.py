@@ -16,7 +16,6 @@ from pathlib import Path
 from common.artifacts import MANIFEST, file_sha256
 from common.config import Launcher
 from common.counts import Counts
-from common.errors import UserError
 from common.stage import Step
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
@@ -83,11 +82,9 @@ def where_of(config: PipelineConfig) -> Where:
     gpus = launch.slurm.gpus_per_node if launch.kind is Launcher.slurm else None
     is_given = launch.nproc_per_node.strip() != "auto"
     if launch.kind is Launcher.ssh and launch.node_rank is None:
-        if launch.hostfile is None:
-            raise UserError("launch=ssh: launch.hostfile is missing", hint="launch.hostfile=FILE")
-        chosen = ssh.choose(ssh.read_hostfile(Path(launch.hostfile)), launch)
         hosts = {
-            host.name: ranks_of(launch) if is_given or host.slots is None else host.slots for host in chosen
+            host.name: ranks_of(launch) if is_given or host.slots is None else host.slots
+            for host in ssh.hosts_of(launch)
         }
         return Where(sum(hosts.values()), max(hosts.values()), count_gpus() > 0, hosts)
     here = gpus if gpus is not None and not is_given else ranks_of(launch)

@@ -30,7 +30,7 @@ def config(**changes: Any) -> LaunchConfig:
 
 
 def job(*overrides: str, name: str = "a", **changes: Any) -> dict[str, Any]:
-    return dict(yaml.safe_load(k8s.render(config(**changes), overrides or TYPED, name)))
+    return dict(yaml.safe_load(k8s.render(config(**changes), overrides or TYPED, name, k8s.NOT_SET)))
 
 
 def pod(made: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,9 @@ def test_a_pod_runs_the_same_command_with_what_the_runtime_tells_it(tmp_path: Pa
 def test_the_pod_s_arguments_compose(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.compose import compose, prepare
 
-    arguments = k8s.train_job(config(), ["experiment=demo", "launch=k8s", "launch.k8s.image=x"], "a")["spec"]
+    arguments = k8s.train_job(
+        config(), ["experiment=demo", "launch=k8s", "launch.k8s.image=x"], "a", k8s.NOT_SET
+    )["spec"]
     own = ["launch.node_rank=1", "launch.rdzv_endpoint=a-x-node-0-0.a-x:29400"]
     made = compose(prepare([*arguments["trainer"]["args"][2:], *own]).overrides)
     assert (made.launch.kind.value, made.launch.nnodes, made.launch.node_rank) == ("local", 2, 1)
