@@ -182,8 +182,8 @@ class Checkpoints:
             raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
     def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
-        at("commit.write")
         state.save(partial)
+        at("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
         if self._world.is_main:
             (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
 

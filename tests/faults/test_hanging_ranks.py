@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from common.watch import STALLED_EXIT_CODE
-from tests.programs.faulted import sft_faulted
+from tests.programs.faulted import ppo_faulted, sft_faulted
 from tests.runs import Base, start, wait_while
+from tests.step2_dpo.runs import write_job
+from tests.step3_ppo.runs import make_artifacts, make_job
 
 pytestmark = pytest.mark.cluster
 
@@ -21,19 +24,26 @@ HOST = socket.gethostname()
 
 
 def hang(base: Base, name: str, fault: str, victim: int, *, leaves: bool) -> tuple[Path, str]:
-    """A run with a fault until the other rank has given up; the victim too, if it `leaves` by itself."""
+    """SFT with a fault until the other rank has given up; the victim too, if it `leaves` by itself."""
     job = base.job(max_steps=4, save_every=2)
     job.deepspeed.stage = 3
     run_dir = base.write(name, job)
+    return run_dir, run_until_given_up(run_dir, sft_faulted, fault, victim, leaves=leaves)
+
+
+def run_until_given_up(
+    run_dir: Path, program: Callable[..., int], fault: str, victim: int, *, leaves: bool
+) -> str:
+    """What was printed until then."""
     limits = STALLED if leaves else SILENT
-    started = start(run_dir, 2, sft_faulted, {**limits, "RLHF_FAULT": fault})
+    started = start(run_dir, 2, program, {**limits, "RLHF_FAULT": fault})
     waited_for = [*started.processes] if leaves else [started.processes[1 - victim]]
     wait_while(started, lambda: any(process.is_alive() for process in waited_for))
     codes = [process.exitcode for process in waited_for]
     printed = (run_dir / "output.txt").read_text()
     started.kill()
     assert codes == [STALLED_EXIT_CODE] * len(waited_for), printed[-3000:]
-    return run_dir, printed
+    return printed
 
 
 def stacks(run_dir: Path, rank: int) -> str:
@@ -70,3 +80,22 @@ def test_a_rank_that_keeps_the_interpreters_lock_still_leaves_its_stacks(base: B
     assert f"error: rank 1 on {HOST} has not answered for " in printed
     log = (run_dir / "sft/logs/rank_1.log").read_text()
     assert "Timeout (" in log and "faults.py" in log
+
+
+@pytest.mark.parametrize(
+    ("point", "leaves", "said"),
+    [
+        ("rollout,step=2,rank=1,do=stop", False, "rank 1 on {host} has not answered for "),
+        ("score,step=1,rank=0,do=hang", True, "rank 0 on {host} has kept the others waiting for "),
+    ],
+)
+def test_a_rank_that_hangs_in_an_iteration_of_ppo_is_named(
+    base: Base, tmp_path: Path, point: str, leaves: bool, said: str
+) -> None:
+    job = make_job(tmp_path, make_artifacts(tmp_path, base.tokenizer), max_steps=2, save_every=1)
+    job.deepspeed.stage = 3
+    run_dir = write_job(job, tmp_path / "run")  # type: ignore[arg-type]
+    victim = 1 if "rank=1" in point else 0
+    printed = run_until_given_up(run_dir, ppo_faulted, f"point={point}", victim, leaves=leaves)
+    assert printed.count("error: ") == 1 and "Traceback" not in printed
+    assert "error: " + said.format(host=HOST) in printed

@@ -1,4 +1,4 @@
-"""SIGTERM to one rank or to both, once or twice, wherever they are: all save, and no bit is lost."""
+"""SIGTERM to one rank or to both, once or twice, anywhere, or a disk that is full: no bit is lost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from benchmarks.kill_resume import last_checkpoint, metric_differences, state_differences
 from common.config import Dtype
 from common.distributed import STOPPED_EXIT_CODE
+from pipeline.verify import verify_path
 from tests.programs.faulted import ppo_faulted, sft_faulted
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import write_job
@@ -49,9 +50,13 @@ def stop_and_go_on(whole: Path, run_dir: Path, step: str, program: Callable[...,
         before, newest = newest, last_checkpoint(run_dir / step)
         assert newest >= before and newest == number, (where, newest)
     finish(run_dir, 2, program, {})
+    assert differences(whole, run_dir, step) == []
+
+
+def differences(whole: Path, run_dir: Path, step: str) -> list[str]:
+    """Of the last checkpoints and of the metrics."""
     last = last_checkpoint(whole / step)
-    assert state_differences(whole, run_dir, last, step) == []
-    assert metric_differences(whole, run_dir, step) == []
+    return state_differences(whole, run_dir, last, step) + metric_differences(whole, run_dir, step)
 
 
 def test_sft_told_to_stop_anywhere_ends_with_the_same_bits(base: Base) -> None:
@@ -77,10 +82,33 @@ def ppo_runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return prepare
 
 
-def test_ppo_told_to_stop_anywhere_ends_with_the_same_bits(ppo_runs: Callable[[str], Path]) -> None:
-    whole, run_dir = ppo_runs("never told"), ppo_runs("told")
+@pytest.fixture(scope="module")
+def whole_ppo(ppo_runs: Callable[[str], Path]) -> Path:
+    """A run to its end that nobody disturbed."""
+    whole = ppo_runs("undisturbed")
     finish(whole, 2, ppo_faulted, {})
-    stop_and_go_on(whole, run_dir, "ppo", ppo_faulted, PPO)
+    return whole
+
+
+def test_ppo_told_to_stop_anywhere_ends_with_the_same_bits(
+    ppo_runs: Callable[[str], Path], whole_ppo: Path
+) -> None:
+    stop_and_go_on(whole_ppo, ppo_runs("told"), "ppo", ppo_faulted, PPO)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_for_one_rank_costs_ppo_nothing_that_was_saved(
+    rank: int, ppo_runs: Callable[[str], Path], whole_ppo: Path
+) -> None:
+    run_dir = ppo_runs(f"full for rank {rank}")
+    fault = f"point=commit.write,step=2,rank={rank},do=enospc"
+    printed = finish(run_dir, 2, ppo_faulted, {"RLHF_FAULT": fault}, code=2)
+    assert "the disk is full" in printed and str(run_dir) in printed and "Traceback" not in printed
+    checkpoints = run_dir / "ppo" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000004"]  # of the first iteration
+    assert verify_path(checkpoints, say=lambda line: None) == 0
+    finish(run_dir, 2, ppo_faulted, {})
+    assert differences(whole_ppo, run_dir, "ppo") == []
 
 
 def test_a_loss_that_is_not_a_number_on_one_rank_skips_that_update_of_ppo_on_all(
