@@ -6,7 +6,8 @@
 For SFT and PPO on two ranks, ZeRO 2 and 3, three kinds of trials, each against a run that nobody touched:
 
 * kill: SIGKILL to one rank, drawn anew each time, at a moment drawn anew (start-up, in a step, in each phase
-  of PPO's iterations, while a checkpoint is written); the other has to end by itself within SECONDS.
+  of PPO's iterations, while a checkpoint is written); the other has to end by itself within SECONDS, but for
+  start-up, where the agent, which is not here, would end it.
 * commit: SIGKILL to each rank at every boundary of a commit (the points `commit.*` of RLHF_FAULT).
 * term: SIGTERM to one rank, or to both, once or twice in a row, at moments drawn likewise; all ranks have to
   save and end with 143.
@@ -109,7 +110,10 @@ class Run:
         if attempt.is_running():
             os.kill(attempt.processes[victim].pid, signal.SIGKILL)
             self.seen.hits[f"{kind}, rank {victim}"] += 1
-            self._await_end(attempt, f"{kind}, rank {victim} killed")
+            if kind == "startup":  # the ranks may not have met: in a run the agent ends the other
+                attempt.kill()
+            else:
+                self._await_end(attempt, f"{kind}, rank {victim} killed")
         else:
             self._missed(attempt)
         self._look(kind)
