@@ -59,3 +59,31 @@ def test_two_machines_with_zero3_that_lose_a_rank_end_with_the_bits_of_one_machi
     runs.finish(one, 2)
     artifacts = [folder / "sft/export/model.safetensors" for folder in (one, tmp_path / "runs/two")]
     assert file_sha256(artifacts[0]) == file_sha256(artifacts[1])
+
+
+@pytest.mark.slow
+def test_two_agents_of_torchrun_that_meet_over_c10d_run_a_step(base: Base) -> None:
+    job = base.job(max_steps=3)
+    job.deepspeed.stage = 3
+    one, two = base.run("one machine", job, ranks=2), base.write("two agents", job)
+    endpoint = f"127.0.0.1:{free_port()}"
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+            + ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=test"]
+            + ["-m", "step1_sft", "--config", str(two / "resolved.yaml")],
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        printed = [agent.communicate(timeout=600)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
+    artifacts = [folder / "sft/export/model.safetensors" for folder in (one, two)]
+    assert file_sha256(artifacts[0]) == file_sha256(artifacts[1])
