@@ -16,6 +16,17 @@ from tests.ranks import ROOT, free_port
 from tests.runs import LLAMA, Base
 
 
+def printed_by(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each has printed in the end; all have to end well."""
+    try:
+        printed = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
+    return printed
+
+
 @pytest.mark.slow
 def test_two_machines_with_zero3_that_lose_a_rank_end_with_the_bits_of_one_machine(
     tmp_path: Path, base: Base
@@ -43,12 +54,7 @@ def test_two_machines_with_zero3_that_lose_a_rank_end_with_the_bits_of_one_machi
         )
         for number in (0, 1)
     ]
-    try:
-        printed = [machine.communicate(timeout=600)[0] for machine in machines]
-    finally:
-        for machine in machines:
-            machine.kill()
-    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(printed)
+    printed = printed_by(machines)
     assert (tmp_path / "killed").exists()
     assert "died (SIGKILL); starting again from the last checkpoint, restart 1 of 1" in printed[0]
     assert "resuming from" in printed[0] and "sft: done" in printed[0]
@@ -79,11 +85,6 @@ def test_two_agents_of_torchrun_that_meet_over_c10d_run_a_step(base: Base) -> No
         )
         for _ in range(2)
     ]
-    try:
-        printed = [agent.communicate(timeout=600)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
+    printed_by(agents)
     artifacts = [folder / "sft/export/model.safetensors" for folder in (one, two)]
     assert file_sha256(artifacts[0]) == file_sha256(artifacts[1])
