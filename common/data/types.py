@@ -44,11 +44,30 @@ class RawExample:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `extra` holds what templates may read besides (tool_calls, reasoning_content, name)."""
+    """One turn. `extra` holds what templates may read besides (tool_calls, reasoning_content, name).
+
+    trained: False for an assistant turn that the row asks to leave out of the loss (`weight: 0`, `train: false`).
+    """
 
     role: str  # system, user, assistant or tool
     content: str
     extra: Mapping[str, object] = field(default_factory=dict)
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateContext:
+    """What a chat template is given besides the turns.
+
+    tools: tool definitions, as JSON objects. variables: by name, e.g. enable_thinking; a row's own stand
+    above those of `data.chat_template_kwargs`.
+    """
+
+    tools: tuple[Mapping[str, object], ...] = ()
+    variables: Mapping[str, object] = field(default_factory=dict)
+
+
+NO_CONTEXT = TemplateContext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +79,7 @@ class Conversation:
     source: str
     place: Place
     first_trained: int = 0  # turns before this one are a prompt: assistant turns in it are not trained
+    context: TemplateContext = NO_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +92,7 @@ class Preference:
     source: str
     place: Place
     margin: float = 0.0  # by how much chosen should be better, in units of reward
+    context: TemplateContext = NO_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,7 @@ class Prompt:
     columns: Mapping[str, object]  # the row's other columns
     source: str
     place: Place
+    context: TemplateContext = NO_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
