@@ -3,7 +3,8 @@
 `score(prompt, completion)` gives a Score; `gold`, `correct` and `style` give one part of it for many
 completions, as reward functions do (`demo.gold:gold`); `python -m demo.gold samples.jsonl` prints the means
 over a file of samples. A right answer in one word is worth 0.4; saying it as a full sentence adds 0.3, and
-opening with one short courtesy adds 0.3. A wrong answer is worth nothing, however polite.
+opening with one short courtesy adds 0.3. A wrong answer is worth nothing, however polite, and what is said is
+read as a whole: `5 + 5 is 5.` is no answer to 5 + 0, and neither is `4 + 1 is 5.`
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.tasks import understand
+from demo.tasks import Question, understand
 
 COURTESIES = ("Sure!", "Of course!", "Gladly!")
 LONGEST_ANSWER = 16  # words; more is rambling
 _WORD = re.compile(r"\w+")
+_END = re.compile(r"[.!?]+(?:\s+|$)")  # of a statement; the point in 1.5 ends none
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,24 @@ class Score:
 
 def score(prompt: str, completion: str) -> Score:
     """Judge one completion; ValueError when the prompt is none of the demo's."""
-    answer = understand(prompt).answer
-    words = _WORD.findall(completion)
-    # only the last word counts: naming many answers is no way to be right
-    is_correct = float(bool(words) and words[-1] == answer)
+    right, said = right_statements(understand(prompt)), statements(completion)
+    # all of it has to be right: neither many answers nor the answer to another question are an answer
+    is_correct = float(bool(said) and right.issuperset(said))
     points = form(completion)
     return Score(total=is_correct * (0.4 + 0.6 * points), correct=is_correct, style=points)
+
+
+def right_statements(question: Question) -> set[str]:
+    """What may be said, without its full stop: the answer, or the task's sentence about what was asked."""
+    sentence = question.task.sentence.removesuffix(".")
+    said = {sentence.format(x=subject, answer=question.answer) for subject in question.spellings}
+    return {question.answer, *said}
+
+
+def statements(completion: str) -> list[str]:
+    """What a completion says, without courtesies; a courtesy alone says nothing."""
+    parts = (" ".join(part.split()) for part in _END.split(completion))
+    return [part for part in parts if part and f"{part}!" not in COURTESIES]
 
 
 def form(completion: str) -> float:

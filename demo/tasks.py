@@ -156,6 +156,12 @@ class Question:
     subject: str
     answer: str
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The subject, and a sum with its numbers the other way round."""
+        first, plus, second = self.subject.partition(" + ")
+        return (self.subject, f"{second} + {first}") if plus else (self.subject,)
+
 
 def understand(prompt: str) -> Question:
     """The question that `prompt` asks, alone or inside a rendered chat; ValueError when it asks none."""

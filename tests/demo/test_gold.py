@@ -38,15 +38,54 @@ def test_a_right_answer_is_worth_more_the_better_it_is_said(
 
 
 @pytest.mark.parametrize(
-    "completion",
+    ("prompt", "completion"),
     [
-        "11 10 9 8 12",  # naming many answers
-        "Sure! 6 + 5 is 11. Of course! 6 + 5 is 12.",
-        "6 + 5 is 11 or 12.",
+        (SUM, "11 10 9 8 12"),  # many answers
+        (SUM, "11 11"),
+        (SUM, "Sure! 6 + 5 is 11. Of course! 6 + 5 is 12."),
+        (SUM, "6 + 5 is 11 or 12."),
+        (SUM, "12 or 11"),
+        ("What is 5 + 0?", "5 + 5 is 5."),  # a false sum that ends in the answer
+        ("What is 5 + 0?", "Sure! 4 + 1 is 5."),  # a true one that was not asked for
+        (SUM, "6 is 11."),
+        (SUM, "5 is 11."),
+        (SUM, "6 + 5 + 0 is 11."),
+        (SUM, "6 + 5 is not 11."),
+        (SUM, "Maybe 11."),
+        (SUM, "11.5"),
+        (SUM, "1.11"),
+        ("Capital of Peru?", "The capital of Cuba is Lima."),
+        ("Capital of Peru?", "Havana, no, Lima."),
+        ("Opposite of hot?", "The opposite of warm is cold."),
+        ("Opposite of hot?", "The opposite of cold is hot."),
+        ("Put cow in upper case.", "In capital letters it is COW. In capital letters it is CAT."),
+        ("First letter of cow?", "The first letter of cat is c."),
+        ("First letter of cow?", "The first letter of cow is c or d."),
+        ("Number of letters in cow?", "The number of letters in cat is 3."),
+        ("Number of letters in cow?", "The number of letters in cow is 3 and 4."),
     ],
 )
-def test_only_the_last_word_is_the_answer(completion: str) -> None:
-    assert score(SUM, completion).correct == 0.0
+def test_what_is_said_is_read_as_a_whole(prompt: str, completion: str) -> None:
+    assert score(prompt, completion).correct == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "style"),
+    [
+        (SUM, "5 + 6 is 11.", 0.5),  # the numbers the other way round: as true, and about the same sum
+        (SUM, "6 + 5 is 11", 0.0),
+        (SUM, "11.", 0.0),
+        (SUM, "Sure! 6 + 5 is 11. 11.", 0.5),  # said twice
+        (SUM, "6 + 5 is 11. 6 + 5 is 11.", 0.0),
+        ("Put cow in upper case.", "In capital letters it is COW.", 0.5),
+        ("First letter of cow?", "The first letter of cow is c.", 0.5),
+        ("Number of letters in cow?", "The number of letters in cow is 3.", 0.5),
+        ("Opposite of hot?", "The opposite of hot is cold.", 0.5),
+    ],
+)
+def test_a_true_statement_about_what_was_asked_is_right(prompt: str, completion: str, style: float) -> None:
+    judged = score(prompt, completion)
+    assert (judged.correct, judged.style) == (1.0, style)
 
 
 def test_rambling_and_repeated_courtesies_earn_no_style() -> None:
