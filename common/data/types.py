@@ -46,7 +46,7 @@ class RawExample:
 class Message:
     """One turn. `extra` holds what templates may read besides (tool_calls, reasoning_content, name).
 
-    trained: False for an assistant turn that the row asks to leave out of the loss (`weight: 0`, `train: false`).
+    trained: False for an assistant turn that the row leaves out of the loss (`weight: 0`, `train: false`).
     """
 
     role: str  # system, user, assistant or tool
