@@ -1,4 +1,4 @@
-"""What the cells of a row hold: strings, lists of turns, transcripts, numbers.
+"""What the cells of a row hold: strings, turns, transcripts, numbers, and what a template is given besides.
 
 The formats of demonstrations (`formats.py`) and of preferences (`preferences.py`) are put together from
 these. Every function takes a row and a column's name and raises `RowError` for a cell that holds
@@ -11,19 +11,26 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from common.data import canonical
+from common.data.canonical import kind
 from common.data.sources import RowError
-from common.data.types import Message
+from common.data.types import Message, RawExample, TemplateContext
 
 ROLES = ("system", "user", "assistant", "tool")
 
-OPENAI_ROLES = {role: role for role in ROLES} | {"developer": "system"}
+OPENAI_ROLES = {role: role for role in ROLES} | {"developer": "system", "function": "tool", "ipython": "tool"}
+
+CALL_ROLE = "function_call"
+"""ShareGPT's turn that holds a tool call and nothing else."""
 
 SHAREGPT_ROLES = OPENAI_ROLES | {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    CALL_ROLE: "assistant",
     "observation": "tool",
     "function_response": "tool",
 }
@@ -33,6 +40,23 @@ TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 _TRANSCRIPT_TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 """What begins a turn of a transcript: a name at its very beginning, or below an empty line. A name in
 the middle of a line is something that was said."""
+
+CONTEXT_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that every format reads: what a template is given besides turns."""
+
+STRUCTURED_COLUMNS = (
+    *CONTEXT_COLUMNS,
+    "messages",
+    "conversations",
+    "prompt",
+    "question",
+    "completion",
+    "response",
+    "answer",
+    "chosen",
+    "rejected",
+)
+"""Columns in which a null is a key that the row does not have, when a file of columns says it."""
 
 Columns = Mapping[str, object]
 
@@ -50,17 +74,22 @@ def rename(columns: Columns, columns_map: Mapping[str, str]) -> Columns:
     return renamed
 
 
+def of_row(raw: RawExample, columns_map: Mapping[str, str]) -> Columns:
+    """The row under our names, without the nulls that a file of columns made inside turns and tools."""
+    columns = rename(raw.columns, columns_map)
+    if not raw.columnar:
+        return columns
+    return {
+        name: canonical.without_nulls(value) if name in STRUCTURED_COLUMNS else value
+        for name, value in columns.items()
+    }
+
+
 def require(columns: Columns, required: Sequence[str], format_name: str) -> None:
     """RowError when one of the columns that the source's format needs is missing or null."""
     for column in required:
         if columns.get(column) is None:
             raise RowError(f"no {column} (the source's format is {format_name})")
-
-
-def kind(value: object) -> str:
-    """What a value is, in words for a message."""
-    kinds = {type(None): "null", dict: "an object", list: "an array", bool: "a boolean"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def text(columns: Columns, name: str, *, empty: bool = True) -> str:
@@ -89,8 +118,10 @@ def number(columns: Columns, name: str) -> float:
 def turns(
     columns: Columns, column: str, role_key: str, content_key: str, roles: Mapping[str, str]
 ) -> tuple[Message, ...]:
-    """The list of turns in a column. `roles`: what the roles found there are called here."""
+    """The list of turns in a column, or its JSON text. `roles`: what the roles found there are called."""
     value = columns[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = canonical.parsed(value, column)
     if not isinstance(value, list):
         raise RowError(f"{column} is not an array ({kind(value)})")
     return tuple(
@@ -105,31 +136,97 @@ def messages(columns: Columns, column: str) -> tuple[Message, ...]:
 
 
 def _turn(turn: object, where: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
+    if isinstance(turn, str) and turn.lstrip().startswith("{"):  # so Parquet holds objects of any form
+        turn = canonical.parsed(turn, where)
     if not isinstance(turn, dict):
         raise RowError(f"{where} is not an object ({kind(turn)})")
-    for key in (role_key, content_key):
-        if key not in turn:
-            raise RowError(f"{where} has no {key} (keys: {', '.join(turn) or 'none'})")
+    if role_key not in turn:
+        raise RowError(f"{where} has no {role_key} (keys: {', '.join(turn) or 'none'})")
     role = turn[role_key]
     if not isinstance(role, str) or role not in roles:
         raise RowError(f"{where}: unknown role {role!r} (known: {', '.join(roles)})")
-    # columnar files fill what a turn does not have with null
-    extra = {
+    # what a turn does not have is often written as null, in files of columns always
+    extra: dict[str, Any] = {
         key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None
     }
-    content = turn[content_key]
-    if content is None and extra.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise RowError(f"{where}: {content_key} is not a string ({kind(content)})")
-    return Message(roles[role], content, extra)
+    trained = _is_trained(extra, roles[role], where)
+    content = turn.get(content_key)
+    if role == CALL_ROLE:
+        content, extra["tool_calls"] = None, content
+    if legacy := extra.pop("function_call", None):
+        extra["tool_calls"] = legacy
+    if extra.get("tool_calls"):
+        extra["tool_calls"] = canonical.calls(extra["tool_calls"], f"{where}: tool_calls")
+        content = "" if content is None else content
+    elif content_key not in turn:
+        raise RowError(f"{where} has no {content_key} (keys: {', '.join(turn) or 'none'})")
+    said = canonical.words(content, f"{where}: {content_key}")
+    return Message(roles[role], said, canonical.reasoning(extra, where), trained)
 
 
-def system(columns: Columns) -> tuple[Message, ...]:
-    """The system turn in the column of that name; none when it is missing or empty."""
+def _is_trained(extra: dict[str, Any], role: str, where: str) -> bool:
+    """What the turn's `weight` and `train` say, which are taken out: no template may read them."""
+    weight, train = extra.pop("weight", 1), extra.pop("train", role == "assistant")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(f"{where}: weight is {weight!r}: a turn is trained (1) or not (0)")
+    if not isinstance(train, bool):
+        raise RowError(f"{where}: train is not a boolean ({kind(train)})")
+    if train and role != "assistant":
+        raise RowError(f"{where}: train is true, and only assistant turns are trained, not a {role} turn")
+    return bool(weight) and (train or role != "assistant")
+
+
+def asked(columns: Columns, name: str, *, empty: bool = True) -> tuple[Message, ...]:
+    """What a column asks, at least one turn: a list of messages, a transcript, or what the user says.
+
+    The column `system` is the first turn.
+    """
+    if isinstance(columns[name], list):
+        found = messages(columns, name)
+    elif is_transcript(said := text(columns, name, empty=empty)):
+        found = _without_cue(transcript(said))
+    else:
+        found = (Message("user", said),)
+    if not found:
+        raise RowError(f"{name} has no turns")
+    return behind_system(columns, found)
+
+
+def _without_cue(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A transcript's prompt often ends with "Assistant:", for the model to go on from there."""
+    return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
+
+
+def behind_system(columns: Columns, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns behind the system turn in the column of that name, if any; turns may begin with the same."""
     if columns.get("system") in (None, ""):
-        return ()
-    return (Message("system", text(columns, "system")),)
+        return turns
+    said = text(columns, "system")
+    if turns and turns[0].role == "system":
+        if turns[0].content.strip() != said.strip():
+            raise RowError("the column system and the first turn, a system turn too, say different things")
+        return turns
+    return (Message("system", said), *turns)
+
+
+def history(columns: Columns) -> tuple[Message, ...]:
+    """Alpaca's `history`: what was asked and answered before, as pairs."""
+    found = canonical.parsed(columns.get("history") or [], "history")
+    if not isinstance(found, list):
+        raise RowError(f"history is not an array ({kind(found)})")
+    before: list[Message] = []
+    for number, pair in enumerate(found, start=1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise RowError(f"history, number {number}, is not a pair of a question and an answer")
+        before += (Message("user", pair[0]), Message("assistant", pair[1]))
+    return tuple(before)
+
+
+def context(columns: Columns) -> TemplateContext:
+    """What the row gives a template besides its turns."""
+    return TemplateContext(
+        canonical.tools(columns.get("tools")), canonical.variables(columns.get("chat_template_kwargs"))
+    )
 
 
 def is_transcript(value: str) -> bool:

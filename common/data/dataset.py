@@ -148,7 +148,7 @@ def load(folder: Path, kind: Kind[Row, Record, Opened]) -> tuple[Opened, Opened 
     train = kind.opened(folder, index, names, "train")
     held_out = kind.opened(folder, index, names, "eval")
     if not len(train):
-        reasons = "; ".join(ledger.lines()[1 + len(ledger.sources) :]) or "all rows are held out"
+        reasons = "; ".join(ledger.reasons()) or "all rows are held out"
         raise UserError(f"no row is left to train on: {reasons}", hint=_way_out(reasons))
     return train, held_out if len(held_out) else None, ledger
 
@@ -285,12 +285,16 @@ def _rows_of_source(
 ) -> Iterator[Row]:
     format: Any = None
     names: Mapping[str, str] = {}
+    seen: set[str] = set()
     for raw in sources.rows_of(source, bad_rows, seed=seed):
         try:
             if format is None:
                 format, names = (_format_of_eval if for_eval else _format)(raw, source, kind)
                 entry.format = format.name
                 report(f"{entry.name}: format {format.name} (columns {', '.join(raw.columns)})")
+            if not seen.issuperset(raw.columns):
+                _name_unused(format.unused(rename(raw.columns, names)), entry, report)
+                seen.update(raw.columns)
             found = kind.read(raw, format, names)
         except RowUnused as reason:
             entry.drop(str(reason), raw.place)
@@ -299,6 +303,20 @@ def _rows_of_source(
         else:
             entry.further_pairs += len(found) - 1
             yield from found
+
+
+ALIASES = {"functions": "tools", "system_prompt": "system"}
+"""What other programs call columns that are read here."""
+
+
+def _name_unused(columns: Sequence[str], entry: SourceLedger, report: Report) -> None:
+    """Say once of each column that nothing reads it."""
+    new = [name for name in columns if name not in entry.unused_columns]
+    entry.unused_columns += new
+    if new:
+        ours = ", ".join(f"{ALIASES[name]}: {name}" for name in new if name in ALIASES)
+        way_out = f"; to read them: data.sources.columns={{{ours}}}" if ours else ""
+        report(f"{entry.name}: columns not used: {', '.join(new)}{way_out}")
 
 
 def _format(

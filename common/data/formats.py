@@ -21,15 +21,26 @@ from common.data.sources import RowError
 from common.data.types import Conversation, Message, RawExample
 from common.errors import UserError
 
+Turns = tuple[Message, ...]
+
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a row: columns it needs, columns it may have, and how it is read."""
+    """A way to write a row: columns it needs, columns it may have, and how it is read.
+
+    read: all turns, and how many of the first are a prompt, whose assistant turns are not trained. Not called
+    for plain text.
+    """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Columns], tuple[Message, ...]]  # not called for plain text
+    read: Callable[[Columns], tuple[Turns, int]]
+
+    def unused(self, columns: Columns) -> list[str]:
+        """Columns of a row (already renamed) that say nothing to this format."""
+        read = {*self.required, *self.optional, *(() if self.name == "text" else cells.CONTEXT_COLUMNS)}
+        return [name for name in columns if name not in read]
 
 
 def recognise(columns: Iterable[str], *, name: str | None = None, origin: str = "data") -> Format:
@@ -82,71 +93,69 @@ def to_conversation(
     Raises RowError: a missing column, an unknown role, no assistant turn, a content that is not a
     string, an empty assistant turn, a system turn that is not the first.
     """
-    columns = cells.rename(raw.columns, columns_map or {})
+    columns = cells.of_row(raw, columns_map or {})
     cells.require(columns, format.required, format.name)
     if format.name == "text":
         return Conversation((), cells.text(columns, "text", empty=False), raw.source, raw.place)
-    first_trained = 0
-    if format is CHOSEN:
-        turns, first_trained = preferences.chosen_side(columns)
-    else:
-        turns = format.read(columns)
+    turns, first_trained = format.read(columns)
     cells.check_turns(turns)
     if not any(turn.role == "assistant" for turn in turns):
         raise RowError("no assistant turn")
-    return Conversation(turns, None, raw.source, raw.place, first_trained)
+    return Conversation(turns, None, raw.source, raw.place, first_trained, cells.context(columns))
 
 
 def messages(columns: Columns) -> tuple[Message, ...]:
     """The turns of OpenAI's `messages`."""
-    return cells.messages(columns, "messages")
+    return cells.behind_system(columns, cells.messages(columns, "messages"))
 
 
 def sharegpt(columns: Columns) -> tuple[Message, ...]:
-    """The turns of ShareGPT's `conversations`, behind the column `system` if there is one."""
+    """The turns of ShareGPT's `conversations`."""
     turns = cells.turns(columns, "conversations", "from", "value", SHAREGPT_ROLES)
-    return cells.system(columns) + turns
+    return cells.behind_system(columns, turns)
 
 
 def instruction(columns: Columns) -> tuple[Message, ...]:
-    """What Alpaca's `instruction` and `input` ask."""
+    """What Alpaca's `instruction` and `input` ask, behind its `history`."""
     prompt = cells.text(columns, "instruction")
     if columns.get("input") not in (None, ""):
         prompt += "\n\n" + cells.text(columns, "input")
-    return (*cells.system(columns), Message("user", prompt))
+    return cells.behind_system(columns, (*cells.history(columns), Message("user", prompt)))
 
 
-def question(columns: Columns, name: str) -> tuple[Message, ...]:
-    """What a column asks: a string, or an array of messages, which has its own system turn if any."""
-    if isinstance(columns[name], list):
-        return cells.messages(columns, name)
-    return (*cells.system(columns), Message("user", cells.text(columns, name)))
+def _all_trained(read: Callable[[Columns], Turns]) -> Callable[[Columns], tuple[Turns, int]]:
+    return lambda columns: (read(columns), 0)
 
 
-def _alpaca(columns: Columns) -> tuple[Message, ...]:
-    return (*instruction(columns), Message("assistant", cells.text(columns, "output")))
+def _alpaca(columns: Columns) -> tuple[Turns, int]:
+    prompt = instruction(columns)
+    return (*prompt, Message("assistant", cells.text(columns, "output"))), len(prompt)
 
 
-def _pair(prompt: str, answer: str) -> Callable[[Columns], tuple[Message, ...]]:
-    """Two columns; both strings, or both arrays of messages."""
+def _pair(prompt: str, answer: str) -> Callable[[Columns], tuple[Turns, int]]:
+    """Two columns: what is asked, and a string or an array of messages that goes on from there."""
 
-    def read(columns: Columns) -> tuple[Message, ...]:
-        if isinstance(columns[prompt], list) and isinstance(columns[answer], list):
-            return question(columns, prompt) + cells.messages(columns, answer)
-        asked = Message("user", cells.text(columns, prompt))
-        return (*cells.system(columns), asked, Message("assistant", cells.text(columns, answer)))
+    def read(columns: Columns) -> tuple[Turns, int]:
+        before = cells.asked(columns, prompt)
+        if before[-1].role == "assistant":
+            raise RowError("the prompt ends with an assistant turn")
+        if isinstance(columns[answer], list):
+            return before + cells.messages(columns, answer), len(before)
+        said = cells.text(columns, answer)
+        in_transcript = isinstance(columns[prompt], str) and cells.is_transcript(str(columns[prompt]))
+        return (*before, Message("assistant", said.strip() if in_transcript else said)), len(before)
 
     return read
 
 
-def _no_turns(columns: Columns) -> tuple[Message, ...]:
-    return ()
+def _no_turns(columns: Columns) -> tuple[Turns, int]:
+    return (), 0
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("messages", ("messages",), (), messages),
-    Format("conversations", ("conversations",), ("system",), sharegpt),
-    Format("instruction", ("instruction", "output"), ("input", "system"), _alpaca),
+    Format("messages", ("messages",), ("system",), _all_trained(messages)),
+    Format("conversations", ("conversations",), ("system",), _all_trained(sharegpt)),
+    Format("instruction", ("instruction", "output"), ("input", "system", "history"), _alpaca),
     Format("prompt/completion", ("prompt", "completion"), ("system",), _pair("prompt", "completion")),
     Format("prompt/response", ("prompt", "response"), ("system",), _pair("prompt", "response")),
     Format("question/answer", ("question", "answer"), ("system",), _pair("question", "answer")),
@@ -154,5 +163,5 @@ FORMATS: tuple[Format, ...] = (
 )
 """Tried in this order; a row with both `messages` and `prompt` is read as messages."""
 
-CHOSEN = Format("chosen", ("chosen", "rejected"), ("prompt", "system"), _no_turns)
+CHOSEN = Format("chosen", ("chosen", "rejected"), ("prompt", "system"), preferences.chosen_side)
 """The preferred side of preferences. Only ever asked for by name, never recognised."""

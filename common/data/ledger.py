@@ -51,6 +51,7 @@ class SourceLedger:
     bad_examples: list[str] = field(default_factory=list)
     dropped: dict[str, Dropped] = field(default_factory=dict)
     further_pairs: int = 0
+    unused_columns: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, place: Place) -> None:
         """Note that a row is left out."""
@@ -93,6 +94,14 @@ class Ledger:
                 lines.append(
                     f"{entry.name}: a row can give several pairs; read counts rows, the others pairs"
                 )
+            if entry.unused_columns:
+                lines.append(f"columns of {entry.name} that are not used: {', '.join(entry.unused_columns)}")
+        return lines + self.reasons()
+
+    def reasons(self) -> list[str]:
+        """Why rows were left out, a line each."""
+        lines = []
+        for entry in self.sources:
             lines += [f"skipped from {entry.name}: {example}" for example in entry.bad_examples]
             for reason, drop in entry.dropped.items():
                 more = ", ..." if drop.count > len(drop.places) else ""

@@ -48,6 +48,12 @@ class PreferenceFormat:
     fits: Callable[[Columns], bool]  # whether a row that has the columns is written this way
     read: Callable[[Columns], list[Sides]]
 
+    def unused(self, columns: Columns) -> list[str]:
+        """Columns of a row (already renamed) that say nothing to this format."""
+        read = {*self.required, *self.optional, *cells.CONTEXT_COLUMNS}
+        graded = () if "chosen" in self.required else _graded(columns)
+        return [name for name in columns if name not in read and name not in graded]
+
 
 def recognise(columns: Columns, *, name: str | None = None, origin: str = "data") -> PreferenceFormat:
     """The format of rows like this one (already renamed), or the one asked for by `name`.
@@ -79,7 +85,7 @@ def to_preferences(
     cell of another type, sides without a common prompt, a prompt that the sides do not begin with, a
     side whose last turn is not an assistant's, a margin that is not a finite number.
     """
-    columns = cells.rename(raw.columns, columns_map or {})
+    columns = cells.of_row(raw, columns_map or {})
     cells.require(columns, format.required, format.name)
     # columnar files fill what a row does not have with null, CSV files with nothing
     margin = 0.0 if columns.get("margin") in (None, "") else cells.number(columns, "margin")
@@ -88,7 +94,11 @@ def to_preferences(
     pairs = format.read(columns)
     for sides in pairs:
         _check(sides)
-    return [Preference(*sides, source=raw.source, place=raw.place, margin=margin) for sides in pairs]
+    context = cells.context(columns)
+    return [
+        Preference(*sides, source=raw.source, place=raw.place, margin=margin, context=context)
+        for sides in pairs
+    ]
 
 
 def chosen_side(columns: Columns) -> tuple[Turns, int]:
@@ -96,19 +106,6 @@ def chosen_side(columns: Columns) -> tuple[Turns, int]:
     sides = _sides(columns)[0]
     _check(sides)
     return sides.prompt + sides.chosen, len(sides.prompt)
-
-
-def prompt_turns(columns: Columns) -> Turns:
-    """The column `prompt`, at least one turn: a list of messages, a transcript, or what the user says."""
-    if isinstance(columns["prompt"], list):
-        turns = cells.messages(columns, "prompt")
-    elif cells.is_transcript(text := cells.text(columns, "prompt", empty=False)):
-        turns = _without_cue(cells.transcript(text))
-    else:
-        turns = (Message("user", text),)
-    if not turns:
-        raise RowError("prompt has no turns")
-    return turns
 
 
 def _check(sides: Sides) -> None:
@@ -136,13 +133,12 @@ def _sides(columns: Columns) -> list[Sides]:
 
 
 def _with_prompt(columns: Columns) -> Sides:
-    value, prompt = columns["prompt"], prompt_turns(columns)
+    value, whole = columns["prompt"], cells.asked(columns, "prompt", empty=False)
     said = isinstance(value, str) and cells.is_transcript(value)
     if isinstance(value, str) and not said:
         columns = _without_repetition(columns, value)
-    whole = cells.system(columns) + prompt
     chosen, rejected = (
-        _after_prompt(_written(columns, name, in_transcript=said), prompt, whole, name)
+        _after_prompt(_written(columns, name, in_transcript=said), whole, name)
         for name in ("chosen", "rejected")
     )
     return Sides(whole, chosen, rejected)
@@ -163,11 +159,6 @@ def _without_repetition(columns: Columns, prompt: str) -> Columns:
     return {**columns, **{name: text.removeprefix(prompt).lstrip() for name, text in texts.items()}}
 
 
-def _without_cue(turns: Turns) -> Turns:
-    """A transcript's prompt often ends with "Assistant:", for the model to go on from there."""
-    return turns[:-1] if turns[-1].role == "assistant" and not turns[-1].content else turns
-
-
 def _written(columns: Columns, name: str, *, in_transcript: bool) -> Turns:
     """The turns of one side as the column has them, which may repeat the prompt.
 
@@ -183,14 +174,11 @@ def _written(columns: Columns, name: str, *, in_transcript: bool) -> Turns:
     return (Message("assistant", text),)
 
 
-def _after_prompt(side: Turns, prompt: Turns, whole: Turns, name: str) -> Turns:
-    """What follows the prompt in a side, which may begin with all of it or with nothing of it.
-
-    whole: the prompt behind the turn of the column `system`, which a side may repeat or leave out.
-    """
+def _after_prompt(side: Turns, prompt: Turns, name: str) -> Turns:
+    """What follows the prompt in a side, which may repeat all of it, all but its system turn, or nothing."""
     if not side or side[0].role not in ("user", "system"):
         return side
-    repeated = whole if side[0].role == "system" else prompt
+    repeated = prompt[1:] if prompt[0].role == "system" and side[0].role != "system" else prompt
     if side[: len(repeated)] != repeated:
         raise RowError(f"prompt is not a prefix of {name}")
     return side[len(repeated) :]
@@ -206,8 +194,8 @@ def _without_prompt(columns: Columns) -> Sides:
         shared -= 1
     if not shared:
         raise RowError("chosen and rejected share nothing: they do not begin with the same turn")
-    system = () if chosen[0].role == "system" else cells.system(columns)
-    return Sides(system + chosen[:shared], chosen[shared:], rejected[shared:])
+    prompt = cells.behind_system(columns, chosen[:shared])
+    return Sides(prompt, chosen[shared:], rejected[shared:])
 
 
 def _whole(columns: Columns, name: str) -> Turns:
@@ -239,7 +227,7 @@ def _flag(answer: Mapping[str, object], name: str) -> bool:
 
 def _right_and_wrong(columns: Columns) -> list[Sides]:
     """Each right answer with each wrong one, without repetition, `MOST_PAIRS` at the most."""
-    prompt = (*cells.system(columns), Message("user", cells.text(columns, "question", empty=False)))
+    prompt = cells.asked(columns, "question", empty=False)
     graded = _graded(columns)
     if len(graded) < 2:
         raise RowError("fewer than two graded answers (the source's format is graded answers)")

@@ -53,6 +53,10 @@ class PromptFormat:
     asks: tuple[str, ...]
     read: Callable[[Columns], Asked]
 
+    def unused(self, columns: Columns) -> list[str]:
+        """Columns of a row (already renamed) that neither this format nor a reward function is given."""
+        return [name for name, value in columns.items() if name not in self.asks and _holds_bytes(value)]
+
 
 def recognise(columns: Columns, *, name: str | None = None, origin: str = "data") -> PromptFormat:
     """The format of rows like this one (already renamed), or the one asked for by `name`.
@@ -104,15 +108,19 @@ def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, s
     Raises RowError: a missing column, a cell of another type, no user turn, an empty question, a prompt that
     ends with an assistant turn.
     """
-    columns = cells.rename(raw.columns, columns_map or {})
+    columns = cells.of_row(raw, columns_map or {})
     cells.require(columns, format.required, format.name)
     turns, text = format.read(columns)
     _check(turns)
     as_given: Any = text
     if text is None:
         as_given = [_plain({"role": turn.role, "content": turn.content, **turn.extra}) for turn in turns]
-    others = {name: _plain(value) for name, value in columns.items() if name not in format.asks}
-    return Prompt(turns, as_given, others, raw.source, raw.place)
+    others = {
+        name: _plain(value)
+        for name, value in columns.items()
+        if name not in format.asks and not _holds_bytes(value)
+    }
+    return Prompt(turns, as_given, others, raw.source, raw.place, cells.context(columns))
 
 
 def tokenize_prompts(
@@ -164,6 +172,15 @@ def _check(turns: Turns) -> None:
     cells.check_turns(turns)
 
 
+def _holds_bytes(value: Any) -> bool:
+    """Whether it is a picture, sound or the like, as it is stored: reward functions are not given that."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_bytes, value))
+    return isinstance(value, bytes | bytearray | memoryview)
+
+
 def _plain(value: Any) -> Any:
     """The value as JSON can say it: dates and the like as strings, numbers that are not finite as null."""
     if isinstance(value, float):
@@ -206,14 +223,9 @@ def _preference(columns: Columns) -> Asked:
     return Asked(turns[:of_prompt], _string(columns.get("prompt")))
 
 
-def _prompt(columns: Columns) -> Asked:
-    turns = cells.system(columns) + preferences.prompt_turns(columns)
-    return Asked(turns, _string(columns["prompt"]))
-
-
 def _column(name: str) -> Callable[[Columns], Asked]:
-    """What demonstrations with this column ask."""
-    return lambda columns: Asked(formats.question(columns, name), _string(columns[name]))
+    """What the column asks, as in demonstrations with that column."""
+    return lambda columns: Asked(cells.asked(columns, name, empty=False), _string(columns[name]))
 
 
 def _string(value: object) -> str | None:
@@ -228,7 +240,7 @@ FORMATS: tuple[PromptFormat, ...] = (
     PromptFormat("prompt/completion", ("prompt", "completion"), ("prompt",), _column("prompt")),
     PromptFormat("prompt/response", ("prompt", "response"), ("prompt",), _column("prompt")),
     PromptFormat("question/answer", ("question", "answer"), ("question",), _column("question")),
-    PromptFormat("prompt", ("prompt",), ("prompt",), _prompt),
+    PromptFormat("prompt", ("prompt",), ("prompt",), _column("prompt")),
     PromptFormat("question", ("question",), ("question",), _column("question")),
 )
 """Tried in this order."""

@@ -9,6 +9,7 @@ Memory stays flat for JSONL, CSV, Parquet and Arrow; a `.json` array is read who
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import functools
 import gzip
@@ -29,7 +30,8 @@ from common.data.types import Place, RawExample
 from common.errors import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*JSONL_SUFFIXES, ".json", ".csv", ".parquet", ".arrow")
+COLUMNAR_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (*JSONL_SUFFIXES, ".json", ".csv", *COLUMNAR_SUFFIXES)
 READ_ROWS = 1024
 """Rows read from a columnar file at once."""
 
@@ -82,6 +84,7 @@ class Records:
 
     rows: Callable[[], Iterator[tuple[Place, Any]]]
     parse: Callable[[Any], Mapping[str, object]]
+    columnar: bool = False  # a file of columns, which fills what a row does not have with null
 
 
 def read_source(
@@ -115,7 +118,7 @@ def rows_of(source: SourceConfig, bad_rows: BadRows, *, seed: int = 0) -> Iterat
             except RowError as error:
                 bad_rows.add(name, place, str(error))
                 continue
-            yield RawExample(columns, name, place)
+            yield RawExample(columns, name, place, records.columnar)
     if index < 0:
         raise UserError(f"{source.path}: no rows", hint="name a file with at least one row")
 
@@ -217,7 +220,7 @@ def _file_records(path: Path) -> Records:
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
     for suffix, reader in readers.items():
         if name.endswith(suffix):
-            return Records(functools.partial(reader, path), _check_row)
+            return Records(functools.partial(reader, path), _check_row, suffix in COLUMNAR_SUFFIXES)
     raise UserError(f"{path}: not a known kind of file", hint=f"expected one of {', '.join(SUFFIXES)}")
 
 
@@ -297,7 +300,7 @@ def _parse_json_row(line: bytes) -> Mapping[str, object]:
     except UnicodeDecodeError as error:
         raise RowError(f"invalid UTF-8 at byte {error.start + 1} of the line") from error
     try:
-        row = _strict_json(text)
+        row = strict_json(text)
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(text.rstrip())
         what = "truncated JSON" if at_end or "Unterminated" in error.msg else "not valid JSON"
@@ -307,7 +310,8 @@ def _parse_json_row(line: bytes) -> Mapping[str, object]:
     return _check_row(row)
 
 
-def _strict_json(text: str) -> Any:
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice), JSONDecodeError."""
     try:
         return json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
@@ -380,7 +384,7 @@ def _json_rows(path: Path) -> Iterator[tuple[Place, object]]:
     with _opened(path) as stream:
         raw = stream.read()
     try:
-        value = _strict_json(raw.decode("utf-8-sig"))
+        value = strict_json(raw.decode("utf-8-sig"))
         _refuse_surrogates(value)
     except json.JSONDecodeError as error:
         raise UserError(
@@ -463,10 +467,32 @@ def _numbered(path: Path, rows: Iterator[object]) -> Iterator[tuple[Place, objec
 
 def _saved_records(dataset: Any, name: str) -> Records:
     def rows() -> Iterator[tuple[Place, object]]:
-        for index, row in enumerate(dataset, start=1):
+        for index, row in enumerate(_undecoded(dataset), start=1):
             yield Place(name, index), row
 
-    return Records(rows, _check_row)
+    return Records(rows, _check_row, columnar=True)
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The data set with pictures, sound and the like left as stored: no text is made from them, and to decode
+    them takes further libraries. JSON is decoded."""
+    import datasets
+
+    def stored(feature: Any) -> Any:
+        if isinstance(feature, dict):
+            return {name: stored(inner) for name, inner in feature.items()}
+        if isinstance(feature, list):
+            return [stored(inner) for inner in feature]
+        if (of_list := getattr(feature, "feature", None)) is not None:
+            return dataclasses.replace(feature, feature=stored(of_list))
+        if getattr(feature, "decode", False) and not isinstance(feature, datasets.Json):
+            return dataclasses.replace(feature, decode=False)
+        return feature
+
+    for name, feature in dataset.features.items():
+        if stored(feature) != feature:
+            dataset = dataset.cast_column(name, stored(feature))
+    return dataset
 
 
 def _load_saved(path: Path, split: str) -> Any:

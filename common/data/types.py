@@ -35,11 +35,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class RawExample:
-    """One row as read: columns by name, nothing interpreted yet."""
+    """One row as read: columns by name, nothing interpreted yet.
+
+    columnar: from a file of columns, where a key that the row does not have reads as null.
+    """
 
     columns: Mapping[str, object]
     source: str  # the source's name in the ledger
     place: Place
+    columnar: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,8 @@ def test_what_else_a_turn_holds_is_kept_for_the_template() -> None:
     calls = [{"name": "clock"}]
     turn = {"role": "assistant", "content": None, "tool_calls": calls, "name": None}
     row = understood({"messages": [ASKED, turn]})
-    assert row.messages[1] == Message("assistant", "", {"tool_calls": calls})
+    canonical = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+    assert row.messages[1] == Message("assistant", "", {"tool_calls": canonical})
 
 
 @pytest.mark.parametrize(

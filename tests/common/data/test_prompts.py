@@ -121,7 +121,8 @@ def test_a_system_column_is_the_first_turn_and_stays_a_column(row: dict[str, Any
 
 
 def test_a_prompt_may_end_with_what_a_tool_said() -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    made = [{"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": made}
     prompt = read({"messages": [USER, call, {"role": "tool", "content": "4"}, ANSWER]})
     assert [role for role, _ in said(prompt)] == ["user", "assistant", "tool"]
     assert prompt.as_given[1] == call
@@ -150,7 +151,7 @@ def test_other_columns_become_values_that_json_has() -> None:
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": " \n"}, "prompt is empty"),
-        ({"question": " "}, "turn 1, which is to be answered, is empty"),
+        ({"question": " "}, "question is empty"),
         ({"prompt": 3}, "prompt is not a string (a number)"),
         ({"prompt": None}, "no prompt (the source's format is prompt)"),
         ({"prompt": []}, "prompt has no turns"),

@@ -288,3 +288,33 @@ def test_reading_lines_keeps_one_row_in_memory_and_not_the_file(tmp_path: Path) 
     tracemalloc.stop()
     assert count == 20_000 and path.stat().st_size > 20_000_000
     assert peak < 2_000_000
+
+
+PICTURE = {"bytes": b"\x89PNG", "path": None}
+"""What a data set stores for a picture; nothing here could decode it."""
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+@pytest.mark.parametrize("feature", ["Image", "Audio"])
+def test_pictures_and_sound_are_read_as_stored_without_the_libraries_that_decode_them(
+    tmp_path: Path, feature: str, form: str
+) -> None:
+    import datasets
+    import pyarrow
+
+    media = getattr(datasets, feature)()
+    features = {"prompt": datasets.Value("string"), "seen": media, "more": datasets.List({"x": media})}
+    rows = {"prompt": ["q"], "seen": [PICTURE], "more": [[{"x": PICTURE}]]}
+    types = {
+        "prompt": pyarrow.string(),
+        "seen": media.pa_type,
+        "more": pyarrow.list_(pyarrow.struct({"x": media.pa_type})),
+    }
+    table = pyarrow.table({name: pyarrow.array(rows[name], types[name]) for name in rows})
+    saved = datasets.Dataset(
+        datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=datasets.Features(features))
+    )
+    path = tmp_path / ("rows.parquet" if form == "parquet" else "rows")
+    (saved.to_parquet if form == "parquet" else saved.save_to_disk)(str(path))
+    (row,) = read_source(SourceConfig(path=str(path)))
+    assert row.columns == {"prompt": "q", "seen": PICTURE, "more": [{"x": PICTURE}]} and row.columnar
