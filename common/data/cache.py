@@ -31,7 +31,17 @@ INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.npz", "ledger.json", "key.json"
 Report = Callable[[str], None]
 
 CODE = (
-    *("cache.py", "chat.py", "columns.py", "dataset.py", "formats.py", "kinds.py", "ledger.py", "pairs.py"),
+    *(
+        "cache.py",
+        "canonical.py",
+        "chat.py",
+        "columns.py",
+        "dataset.py",
+        "formats.py",
+        "kinds.py",
+        "ledger.py",
+        "pairs.py",
+    ),
     *("preferences.py", "prompts.py", "sources.py", "stages.py", "stored.py", "types.py"),
 )
 """Modules of this folder that decide tokenized rows."""
