@@ -96,7 +96,7 @@ def compare(shape: str, stage: int, threads: int, folder: Path) -> dict[str, Any
     config = configured(shape, stage, folder)
     run_dir = folder / f"{shape}-zero{stage}"
     run_dir.mkdir()
-    resolved = write_resolved(config, run_dir, lambda line: None)
+    resolved = write_resolved(config, run_dir)
     command = [sys.executable, "-m", "step1_sft", "--config", str(resolved)]
     prepare_rows(shape, run_dir, command, environment=rank_environment(threads))
     usage, _ = run_measured(command, log=run_dir / "output.txt", environment=rank_environment(threads))

@@ -1,44 +1,72 @@
-"""Hide credentials: a nested mapping in, the same mapping with passwords, keys and tokens replaced out.
+"""Find credentials in settings, and hide them in copies that people read.
 
-Two rules, because each misses what the other sees: by the name of the key (`hf_token`, `wandb_api_key`,
-`password`), and by the look of the value (`hf_...`, `sk-...`, a 40-digit W&B key, `user:password@host`).
-The words of the field that sound alike (`num_tokens`, `pad_token`, `num_key_value_heads`) are left alone.
-It changes nothing in place, reads no environment and imports nothing heavy.
+`credentials_in` names the settings that certainly hold one; composing refuses them, so that what a run is
+made of (resolved.yaml, state, scripts of launchers) is written as it is and never redacted. `redact` and
+`redact_text` make copies for people: W&B, reports, the console.
+
+A credential is known by the name of its key (`hf_token`, `wandb_api_key`, `password`) or by its look
+(`hf_...`, `sk-...`, `user:password@host`). The words of the field that sound alike (`num_tokens`, `pad_token`)
+are none, and neither are the 40 or 64 hexadecimal digits of a commit or a checksum: folders of the hub's
+cache have such names. They are hidden in a text only behind a word that asks for a key. It changes nothing in
+place, reads no environment and imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "[redacted]"
 
 _ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"}
 _ALWAYS |= {"authorization", "apikey", "bearer", "cookie"}
-# "<word>_token" names a vocabulary entry, not a credential, after these words
-_VOCABULARY = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "end", "start", "image", "audio"}
-_VOCABULARY |= {"video", "special", "added", "per", "next", "last", "first", "user", "assistant", "system"}
+# "<word>_token" names an entry of the vocabulary, but for these words and in the names of the environment
+_BEFORE_TOKEN = {"hf", "hub", "huggingface", "wandb", "access", "auth", "oauth", "api", "bearer", "refresh"}
+_BEFORE_TOKEN |= {"session", "security", "id", "identity", "bot", "git", "github", "gitlab", "reward"}
 _ENDS_IN_KEY = {"api", "access", "private", "wandb", "hf", "auth", "encryption", "signing", "account", "ssh"}
-# a 40-digit hexadecimal value under these names is a commit or a checksum, not a W&B key
-_DIGESTS = {"revision", "commit", "hash", "sha", "sha1", "checksum", "digest", "fingerprint", "id"}
 
 _CREDENTIAL_VALUES = re.compile(
     r"(?<![A-Za-z0-9])(?:"
-    r"hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}"  # hub
-    r"|sk-[A-Za-z0-9_-]{8,}"  # model providers
-    r"|wandb_v\d+_[A-Za-z0-9_-]{16,}|local-[0-9a-f]{40}"  # W&B
-    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"  # forges
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}"  # clouds, chat
+    r"(?:hf|api_org)_[A-Za-z0-9]{30,}"  # hub
+    r"|sk-(?:[A-Za-z0-9]+-)*(?=[A-Za-z_]*\d)\w{16,}[\w-]*"  # model providers
+    r"|wandb_v\d+_[A-Za-z0-9_-]{16,}"  # W&B
+    r"|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}"  # forges
+    r"|A(?:KIA|SIA)[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}"  # clouds, chat
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"  # JSON web tokens
     r")"
 )
-_HEX_40 = re.compile(r"(?<![0-9A-Za-z])[0-9a-fA-F]{40}(?![0-9A-Za-z])")
-_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s]+@")
-_QUERY_SECRET = re.compile(
-    r"([?&](?:[\w-]*token|[\w-]*key|sig|signature|x-amz-signature|password)=)[^&\s]+", re.IGNORECASE
-)
+_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s:]*:[^/@\s]+@")
+_URL_USER = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s]+@")
+_QUERY = re.compile(r"([?&]([\w-]+)=)[^&\s]+")
+_SIGNS = {"sig", "signature"}
 _BEARER = re.compile(r"\b(Bearer\s+)\S+", re.IGNORECASE)
+_HEX_KEY = re.compile(
+    r"((?:key|token|secret|password)\W{1,3}(?:is\W)?)[0-9a-f]{40}(?![0-9A-Za-z])", re.IGNORECASE
+)
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)")
+
+
+def credentials_in(value: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys, below `key`, of what certainly is a credential, or refers to one in the environment."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from credentials_in(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            yield from credentials_in(item, key)
+    elif any(map(names_a_credential, key.split("."))):
+        if _hide_leaves(value) != value:
+            yield key
+    elif isinstance(value, str) and is_credential(value):
+        yield key
+
+
+def is_credential(text: str) -> bool:
+    """Whether a text certainly holds a credential, or names a variable of the environment that does."""
+    by_name = any(_is_secret_parameter(name) for _, name in _QUERY.findall(text))
+    by_name = by_name or any(map(names_a_credential, _ENVIRONMENT.findall(text)))
+    return by_name or any(pattern.search(text) for pattern in (_CREDENTIAL_VALUES, _URL_PASSWORD))
 
 
 def redact(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -48,9 +76,11 @@ def redact(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def redact_text(text: str) -> str:
     """`text` without the parts that look like credentials (for log lines and error messages)."""
-    for pattern in (_URL_PASSWORD, _QUERY_SECRET, _BEARER):
-        text = pattern.sub(rf"\g<1>{HIDDEN}" + ("@" if pattern is _URL_PASSWORD else ""), text)
-    return _HEX_40.sub(HIDDEN, _CREDENTIAL_VALUES.sub(HIDDEN, text))
+    text = _URL_USER.sub(rf"\g<1>{HIDDEN}@", text)
+    text = _QUERY.sub(lambda found: found[1] + HIDDEN if _is_secret_parameter(found[2]) else found[0], text)
+    for pattern in (_BEARER, _HEX_KEY):
+        text = pattern.sub(rf"\g<1>{HIDDEN}", text)
+    return _CREDENTIAL_VALUES.sub(HIDDEN, text)
 
 
 def names_a_credential(key: str) -> bool:
@@ -58,12 +88,16 @@ def names_a_credential(key: str) -> bool:
     words = _words(key)
     if not words:
         return False
-    before = words[-2] if len(words) > 1 else ""
     if _ALWAYS & set(words):
         return True
     if words[-1] == "token":
-        return before not in _VOCABULARY
+        return len(words) == 1 or words[-2] in _BEFORE_TOKEN or key.isupper()
     return words[-1] == "key" and (len(words) == 1 or bool(_ENDS_IN_KEY & set(words)))
+
+
+def _is_secret_parameter(name: str) -> bool:
+    """Whether a parameter of a URL grants access."""
+    return names_a_credential(name) or bool(_SIGNS & set(_words(name)))
 
 
 def _redacted(key: str, value: Any) -> Any:
@@ -73,7 +107,7 @@ def _redacted(key: str, value: Any) -> Any:
         return [_redacted(key, item) for item in value]
     if names_a_credential(key):
         return _hide_leaves(value)
-    return _redacted_text(key, value) if isinstance(value, str) else value
+    return redact_text(value) if isinstance(value, str) else value
 
 
 def _hide_leaves(value: Any) -> Any:
@@ -81,11 +115,6 @@ def _hide_leaves(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _hide_leaves(item) for key, item in value.items()}
     return value if value is None or value == "" or isinstance(value, bool) else HIDDEN
-
-
-def _redacted_text(key: str, text: str) -> str:
-    is_digest = bool(_DIGESTS & set(_words(key))) and _HEX_40.fullmatch(text) is not None
-    return text if is_digest else redact_text(text)
 
 
 def _words(key: str) -> list[str]:

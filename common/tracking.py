@@ -43,8 +43,8 @@ class Tracker:
     """Logs one step of a run: to files in its folder, and to one W&B run that a resume continues.
 
     step_name: `sft`, ...; the W&B job type and the prefix of its metrics. run_name: the W&B group.
-    folder: the step's folder, made when missing. config: the resolved configuration; redacted here again
-    before it leaves the process. resume_step: steps already done; lines of later steps are cut from
+    folder: the step's folder, made when missing. config: the resolved configuration; redacted before it
+    leaves the process. resume_step: steps already done; lines of later steps are cut from
     the files, because they will be logged again; None: nothing was done, both files start empty.
     enabled: false on all ranks but the first, where every method does nothing. say: receives the few lines
     meant for the user.

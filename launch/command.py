@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.redact import names_a_credential, redact
 
 OF_THE_LAUNCHER = (
     "launch", "launch.kind", "launch.nnodes", "launch.node_rank", "launch.rdzv_endpoint", "launch.hostfile",
@@ -29,34 +28,10 @@ def machine_arguments(
     """Arguments after `python -m pipeline`: what the user typed, with the launcher's own keys replaced.
 
     set_to: further keys and their values, which take the place of typed ones.
-    UserError for a credential: a command line is there for all to read.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     values = {"launch": "local", "launch.nnodes": nnodes, **(set_to or {})}
     kept = [text for text in overrides if not _sets(text, (*OF_THE_LAUNCHER, *values))]
-    for parsed in OverridesParser.create().parse_overrides(kept):
-        refuse_credentials(parsed.key_or_group, parsed.value())
     return ["run", *kept, *(override(key, value) for key, value in values.items())]
-
-
-def refuse_credentials(key: str, value: object) -> None:
-    """UserError where a setting holds a credential, at any depth. A reference, ${oc.env:NAME}, holds none."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            refuse_credentials(f"{key}.{name}", item)
-    elif isinstance(value, list):
-        for item in value:
-            refuse_credentials(key, item)
-    elif redact({key: value}) != {key: value}:
-        text = str(value)
-        is_path = "/" in text and "://" not in text  # folders of the hub's cache are named like keys of W&B
-        if not text.startswith("${") and (names_a_credential(key) or not is_path):
-            raise UserError(
-                f"{key} holds what looks like a credential; it would be written where others can read it",
-                hint="set HF_TOKEN or WANDB_API_KEY in the environment; "
-                "with launch=k8s put it into a Secret: launch.k8s.secret=NAME",
-            )
 
 
 def override(key: str, value: str | int) -> str:

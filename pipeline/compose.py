@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from common.config import DataConfig, OptimConfig
 from common.errors import UserError
+from common.redact import credentials_in
 from common.stage import Role, Step
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
@@ -36,6 +37,9 @@ DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
 BASE_MODEL = ("path", "revision", "config", "tokenizer", "chat_template")
 """Keys of `model` that a step which starts from an artifact takes from there (`common.handoff.model_of`)."""
+
+NAME_OF_A_SECRET = "launch.k8s.secret"
+"""A key whose value only names where credentials are."""
 
 OF_A_CHOICE = {
     "ppo.critic": ("ppo.estimator", "gae"),
@@ -62,6 +66,7 @@ def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     parsed = [_parse(_for_one_step(override, steps)) for override in parsed]
     ready = []
     for override in parsed:
+        refuse_credentials({override.key_or_group: _values_of(override)})
         _check_key(override)
         ready.append(_rewritten(override))
     if names_a_job:
@@ -93,12 +98,26 @@ def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
     # Through a plain container: a typed node keeps keys that were forced into it with `+`.
     plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     plain.pop("hydra", None)
+    as_written = cast(dict[str, Any], OmegaConf.to_container(node))  # with the names of environment variables
+    refuse_credentials({key: as_written[key] for key in plain})
+    refuse_credentials(plain)
     _replace_what_an_experiment_chose(plain, overrides)
     checked = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.create(plain))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(PipelineConfig):
         values[field.name] = _as_object(checked, field.name)
     return PipelineConfig(**values)
+
+
+def refuse_credentials(settings: Mapping[str, Any]) -> None:
+    """UserError for a setting that certainly holds a credential; others are written down as they are."""
+    for key in credentials_in(settings):
+        if key != NAME_OF_A_SECRET and ".columns." not in key:
+            raise UserError(
+                f"{key} holds what looks like a credential; it would be written where others can read it",
+                hint="take it out: HF_TOKEN, WANDB_API_KEY, RLHF_REWARD_TOKEN are read from the environment; "
+                "with launch=k8s they come from a Secret: launch.k8s.secret=NAME",
+            )
 
 
 def jobs_of(overrides: Sequence[str]) -> list[list[str]]:
@@ -401,9 +420,14 @@ def _names_base_model(override: Override) -> bool:
 
 def _keys_of_options(override: Override) -> list[set[str]]:
     """Top-level keys of the file of each option that an override chooses for a group; empty for no file."""
+    group = CONF / override.key_or_group
+    return [set(_content(group / f"{option}.yaml")) for option in _values_of(override)]
+
+
+def _values_of(override: Override) -> list[Any]:
+    """The values that an override gives; several in a sweep."""
     value = override.value()
-    options = getattr(value, "list", [value])  # a sweep holds a list
-    return [set(_content(CONF / override.key_or_group / f"{option}.yaml")) for option in options]
+    return [getattr(item, "text", item) for item in getattr(value, "list", [value])]
 
 
 def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence[str]) -> None:

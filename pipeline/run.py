@@ -34,7 +34,6 @@ from common.artifacts import (
 from common.config import TokenizerConfig, to_plain
 from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
-from common.redact import redact
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Stage, Step
 from launch.local import Job, ranks_of
@@ -155,7 +154,7 @@ def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Pat
     if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
         return 0
     with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
-        resolved = write_resolved(config, Path(folder), lambda line: None)
+        resolved = write_resolved(config, Path(folder))
         job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
         status, stopped = supervise(job, ())
     return STOPPED if stopped else status
@@ -182,7 +181,7 @@ def preview(config: PipelineConfig) -> int:
     checks.check(config, 1, can_lack=[Role.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
         for step in wired:
-            resolved = write_resolved(preview_config(config, step, wired, Path(folder)), Path(folder), print)
+            resolved = write_resolved(preview_config(config, step, wired, Path(folder)), Path(folder))
             job = Job(step.stage.module, ("--preview", "--config", str(resolved)))
             status, _ = supervise(job, ())
             if status != 0:
@@ -272,7 +271,7 @@ def run_step(
         say(f"{name}: done already, verified: {folder / EXPORT} ({sha256[:12]})")
         return 0
 
-    resolved = write_resolved(config, run_dir, say)
+    resolved = write_resolved(config, run_dir)
     policy = sources.get(Role.policy)
     start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
     begins = "going on" if before is not None else "starting"
@@ -502,14 +501,11 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-def write_resolved(config: PipelineConfig, folder: Path, say: Say) -> Path:
-    """Write the whole configuration for the ranks, credentials hidden; returns its path."""
+def write_resolved(config: PipelineConfig, folder: Path) -> Path:
+    """Write the whole configuration for the ranks, as it is: composing has refused credentials. Its path."""
     from omegaconf import OmegaConf
 
     plain = {**to_plain(config), "run_name": state.run_name(config)}
-    hidden = redact(plain)
-    for line in state.differences(plain, hidden):
-        say(f"note: {line.partition(':')[0]} looks like a credential and is not written; use the environment")
     path = folder / RESOLVED
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(hidden)))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
     return path

@@ -21,7 +21,6 @@ from typing import Any
 from common.artifacts import Artifact, FileRecord, content_sha256, disk_errors, file_sha256, write_json
 from common.config import DataConfig, to_plain
 from common.errors import UserError
-from common.redact import redact
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
 
@@ -114,7 +113,7 @@ def _is_dead(holder: str) -> bool:
 
 
 def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
-    """The part of the configuration that decides a step's result, as plain values, credentials hidden.
+    """The part of the configuration that decides a step's result, as plain values.
 
     Where an artifact lies is not part of it; what is in it is one of the step's inputs (see `inputs_of`).
     """
@@ -131,7 +130,7 @@ def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
     if Role.policy in stage.consumes:
         for key in BASE_MODEL_KEYS:
             part["model"].pop(key)
-    return redact(part)
+    return part
 
 
 def run_name(config: PipelineConfig) -> str:
@@ -148,7 +147,7 @@ def config_hash(config: PipelineConfig) -> str:
     idle = [step.value for step in Step if step not in config.steps]
     for key in ("run_name", "output_dir", "objective", "force", "launch", "tracking", *idle):
         plain.pop(key, None)
-    return content_sha256(redact(plain))
+    return content_sha256(plain)
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, Counts]:
         for step in wired:
             of_step = folder / f"{step.stage.name.value}.yaml"
             readable = config_to_count(config, step, wired, tokenizer)
-            write_resolved(readable, folder, lambda line: None).rename(of_step)
+            write_resolved(readable, folder).rename(of_step)
             arguments += [step.stage.name.value, step.stage.module, str(of_step)]
         found = _ask(folder / "answer.json", arguments)
     if (error := found.pop("error", None)) is not None:

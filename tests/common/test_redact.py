@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from common.redact import HIDDEN, names_a_credential, redact, redact_text
+from common.redact import HIDDEN, credentials_in, is_credential, names_a_credential, redact, redact_text
 
 HEX_40 = "0123456789abcdef0123456789abcdef01234567"
+HUB = "hf_" + "abcdefghijklmnopqrstuvwxyz01234567"
 
 CREDENTIAL_NAMES = ["token", "hf_token", "HF_TOKEN", "accessToken", "auth-token", "wandb_api_key", "api_key"]
 CREDENTIAL_NAMES += ["apikey", "key", "private_key", "password", "db_password", "secret", "client_secret"]
@@ -20,7 +21,7 @@ HARMLESS_NAMES += [
     "monkey",
     "run_name",
 ]
-HARMLESS_NAMES += ["keep_checkpoints", ""]
+HARMLESS_NAMES += ["keep_checkpoints", "boi_token", "soft_token", "tokenizer.path", ""]
 
 
 @pytest.mark.parametrize("name", CREDENTIAL_NAMES)
@@ -37,12 +38,15 @@ def test_words_of_the_field_that_sound_alike_are_left_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("hf_abcdefghijklmnop", HIDDEN),
+        (HUB, HIDDEN),
         ("use sk-abcdefghij1234567890 now", f"use {HIDDEN} now"),
-        (HEX_40, HIDDEN),
+        ("use sk-proj-abcdefghij1234567890-x now", f"use {HIDDEN} now"),
+        (f"api_key={HEX_40}", f"api_key={HIDDEN}"),
+        (f"wandb: API key is {HEX_40}", f"wandb: API key is {HIDDEN}"),
         ("wandb_v1_abcdefghijklmnopqrstuvwx", HIDDEN),
         ("https://me:hunter2@host.example/x", f"https://{HIDDEN}@host.example/x"),
         ("https://onlytoken@host.example/x", f"https://{HIDDEN}@host.example/x"),
+        ("https://h.example/f?X-Amz-Signature=ab&b=2", f"https://h.example/f?X-Amz-Signature={HIDDEN}&b=2"),
         ("https://h.example/f?a=1&token=zzz&b=2", f"https://h.example/f?a=1&token={HIDDEN}&b=2"),
         ("Authorization: Bearer abc.def", f"Authorization: Bearer {HIDDEN}"),
     ],
@@ -56,27 +60,45 @@ def test_a_credential_is_known_by_its_look(text: str, expected: str) -> None:
     "text",
     [
         "hf_model",  # a short name that only begins alike
+        "/data/hf_checkpoints/sk-learn-classification-2024/a.jsonl",
+        HEX_40,  # a commit
+        f"/cache/models--org--name/snapshots/{HEX_40}",
+        f"loading /cache/models--org--name/blobs/{HEX_40}{HEX_40[:24]} took 3 s",
         "risk-adjusted-returns-of-things",
         HEX_40 + HEX_40[:24],  # SHA-256
         "me@host.example",
         "org/name",
-        "https://host.example/path?tokenizer=1",
+        "https://host.example/path?tokenizer=1&sort_key=2",
     ],
 )
 def test_values_that_only_look_a_little_like_credentials_stay(text: str) -> None:
     assert redact({"note": text}) == {"note": text}
 
 
-def test_a_commit_under_a_name_for_commits_stays_readable() -> None:
-    assert redact({"revision": HEX_40, "git_commit": HEX_40, "other": HEX_40}) == {
+def test_only_what_is_certain_is_refused_and_a_link_with_a_mere_user_is_not() -> None:
+    certain = {"a": HUB, "b": [f"x {HUB}"], "c": "s3://me:mine@host/x", "d": "https://h/x?sig=ab"}
+    certain |= {"e": {"api_key": HEX_40}, "f": {"secret": {"x": 1}}, "g": "${oc.env:MY_TOKEN,none}"}
+    assert list(credentials_in(certain)) == ["a", "b", "c", "d", "e.api_key", "f.secret.x", "g"]
+    plain = {"a": HEX_40, "b": f"runs/{HEX_40}/export", "c": "ssh://git@host/x", "d": "${oc.env:HOME}/models"}
+    plain |= {"model": {"config": {"boi_token": "<image>", "pad_token": "<pad>"}}, "api_key": None}
+    assert list(credentials_in({**plain, "e": "Bearer of news", "f": {"token": ""}})) == []
+
+
+def test_a_key_of_wandb_is_known_by_the_key_that_it_stands_under() -> None:
+    assert not is_credential(HEX_40)
+    assert list(credentials_in({"wandb_api_key": HEX_40, "revision": HEX_40})) == ["wandb_api_key"]
+    assert redact({"wandb_api_key": HEX_40, "revision": HEX_40}) == {
+        "wandb_api_key": HIDDEN,
         "revision": HEX_40,
-        "git_commit": HEX_40,
-        "other": HIDDEN,
     }
 
 
 def test_nested_values_are_hidden_and_the_original_is_untouched() -> None:
-    original = {"a": [{"password": 1234}, "sk-abcdefghij"], "secrets": {"x": "y", "none": None}, "flag": True}
+    original = {
+        "a": [{"password": 1234}, "sk-abcdefghij1234567890"],
+        "secrets": {"x": "y", "none": None},
+        "flag": True,
+    }
     assert redact(original) == {
         "a": [{"password": HIDDEN}, HIDDEN],
         "secrets": {"x": HIDDEN, "none": None},

@@ -105,11 +105,11 @@ def test_a_score_to_look_at_is_named_on_the_command_line() -> None:
         ("ppo.rewards=[{}]", "ppo.rewards=[{function: package.module:function}]"),
         ("ppo.rewards=[{model: true, function: demo.gold:gold}]", "'ppo.rewards=[{model: true}]'"),
         ("ppo.rewards=[{url: http://rewards.example/}]", "allow_http: true"),
-        ("ppo.rewards=[{url: 'https://me:secret@rewards.example/'}]", "RLHF_REWARD_TOKEN"),
+        ("ppo.rewards=[{url: 'https://me:hunter2@rewards.example/'}]", "RLHF_REWARD_TOKEN"),
         ("ppo.evaluation.functions.gold=gold", "package.module:function"),
     ],
 )
 def test_a_reward_that_cannot_be_is_refused_with_the_way_out(override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         rewards(override)
-    assert said in str(caught.value) and "secret" not in str(caught.value)
+    assert said in str(caught.value) and "hunter2" not in str(caught.value)

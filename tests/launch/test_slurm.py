@@ -52,32 +52,6 @@ def test_the_command_of_a_machine_is_what_was_typed_without_the_launcher() -> No
 
 
 @pytest.mark.parametrize(
-    "typed",
-    [
-        "+tracking.hf_token=mine", "++sft.api_key=1", "sft.data.path=https://me:mine@host/a.jsonl",
-        "model.path=hf_abcdefghijklmnop", "+x={wandb: {api_key: mine}}", "+x=[a,sk-abcdefghijklmnop]",
-    ],
-)  # fmt: skip
-def test_a_credential_is_not_written_into_a_command(typed: str) -> None:
-    with pytest.raises(UserError, match="holds what looks like a credential") as caught:
-        machine_arguments(["steps=[sft]", typed], 2)
-    assert "mine" not in str(caught.value) and "launch.k8s.secret=NAME" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "typed",
-    [
-        "+model.tokenizer.pad_token=x", "+sft.token=null", "+sft.num_tokens=5",
-        "+sft.token=${oc.env:HF_TOKEN}", f"model.revision='{'a1' * 20}'",
-        f"model.path=/cache/snapshots/{'a1' * 20}", "~model.token",
-        "sft.data.path=[runs/hf_checkpoints/a.jsonl]", "launch.k8s.secret=keys",
-    ],
-)  # fmt: skip
-def test_what_only_sounds_like_a_credential_stays_in_the_command(typed: str) -> None:
-    assert typed.startswith("launch") or typed in machine_arguments([typed], 2)
-
-
-@pytest.mark.parametrize(
     "value", ["plain-1.0", "a b", 'say "hi"', "it's", "back\\", '\\"', "[1,2]", "a=b", "é"]
 )
 def test_hydra_reads_back_every_value_that_is_added(value: str) -> None:

@@ -308,7 +308,7 @@ def test_the_command_to_reproduce_composes_to_the_recorded_configuration(tmp_pat
     typed = ["experiment=demo", "steps=[sft,reward]", "sft.train.max_steps=60", "model.config.hidden_size=64"]
     typed += ["sft.data.path='a b, {c}.jsonl'", f"output_dir={tmp_path}", "run_name=first"]
     config = compose(prepare(typed).overrides)
-    path = write_resolved(config, tmp_path, lambda line: None)
+    path = write_resolved(config, tmp_path)
     command = command_for(path.read_text(), "second")
     assert command.startswith("python -m pipeline run experiment=demo 'steps=[sft,reward]'")
     words = shlex.split(command)[4:]
@@ -332,7 +332,7 @@ def test_warnings_of_the_pipeline_are_shown_without_credentials(tmp_path: Path) 
         "2026-11-21 13:18:15,001 WARNING rlhf.ppo: KL 61 nats per response: raise ppo.kl.coef\n"
         "  or lower ppo.optim.lr\n"
         "2026-11-21 13:18:15,002 WARNING py.warnings: of a library\n"
-        "2026-11-21 13:18:16,003 ERROR rlhf: no access with hf_abcdefghijklmnop\n"
+        "2026-11-21 13:18:16,003 ERROR rlhf: no access with hf_abcdefghijklmnopqrstuvwxyz012345\n"
     )
     found = page(run)
     assert "KL 61 nats per response: raise ppo.kl.coef or lower ppo.optim.lr" in found.text
@@ -350,7 +350,7 @@ def test_the_page_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_making_a_report_imports_nothing_heavy(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo", iterations=4, count=4)
-    write_resolved(compose(prepare(["experiment=demo"]).overrides), run, print)
+    write_resolved(compose(prepare(["experiment=demo"]).overrides), run)
     program = (
         "import sys; from pathlib import Path; from pipeline.report import report; report(Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'wandb', 'numpy') if m in sys.modules])"

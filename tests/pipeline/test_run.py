@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from common.config import DataConfig, ModelConfig, TokenizerConfig
 from common.errors import UserError
@@ -249,16 +250,23 @@ def test_a_second_run_on_the_same_folder_is_refused_while_the_first_is_alive() -
     assert go()[0] == 0
 
 
-def test_credentials_do_not_reach_the_disk() -> None:
-    made = config()
-    secret = "hf_" + "abcdefghijklmnopqrstuvwxyz012345"
-    made.tracking.entity = secret
-    code, lines = go(made)
+def test_what_is_run_is_written_as_it_is_also_below_folders_named_by_a_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "make_report", lambda run_dir, say: None)
+    made = config(output_dir=f"runs/{'a1' * 20}")
+    made.model.path = f"hub/models--org--name/snapshots/{'0b' * 20}"
+    (Path(made.model.path)).mkdir(parents=True)
+    (Path(made.model.path) / "config.json").write_text("{}")
+    made.model.revision = "c2" * 20
+    code, _ = go(made)
     assert code == 0
-    assert any("tracking.entity looks like a credential" in line for line in lines)
-    written = [path for path in Path("runs").rglob("*") if path.is_file()]
-    assert len(written) >= 5
-    assert not [path for path in written if secret in path.read_text(errors="replace")]
+    folder = Path(made.output_dir) / "a"
+    resolved = yaml.safe_load((folder / "resolved.yaml").read_text())
+    assert (resolved["model"]["path"], resolved["output_dir"]) == (made.model.path, made.output_dir)
+    recorded = json.loads((folder / "sft" / "state.json").read_text())
+    assert recorded["config"]["model"]["path"] == made.model.path
+    assert recorded["config"]["model"]["revision"] == made.model.revision
 
 
 def test_without_a_name_the_same_configuration_finds_its_run_again() -> None:
