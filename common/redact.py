@@ -5,10 +5,10 @@ made of (resolved.yaml, state, scripts of launchers) is written as it is and nev
 `redact_text` make copies for people: W&B, reports, the console.
 
 A credential is known by the name of its key (`hf_token`, `wandb_api_key`, `password`) or by its look
-(`hf_...`, `sk-...`, `user:password@host`). The words of the field that sound alike (`num_tokens`, `pad_token`)
-are none, and neither are the 40 or 64 hexadecimal digits of a commit or a checksum: folders of the hub's
-cache have such names. They are hidden in a text only behind a word that asks for a key. It changes nothing in
-place, reads no environment and imports nothing heavy.
+(`hf_...`, `sk-...`, `user:password@host`). What only sounds alike (`num_tokens`, `pad_token`) is
+none, and neither are the 40 or 64 hexadecimal digits of a commit or a checksum, as in the folders of the
+hub's cache: they are hidden in a text only behind a word that asks for a key. It changes nothing in place,
+reads no environment and imports nothing heavy.
 """
 
 from __future__ import annotations
