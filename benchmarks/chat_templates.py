@@ -315,7 +315,7 @@ def _text(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
 def _is_opened(
     row: Mapping[str, Any], index: int, prompt: str, turn: str, tokenizer: PreTrainedTokenizerFast
 ) -> bool:
-    """Whether a turn stands behind its own prompt, which opens what the turn begins with, and nothing is lost."""
+    """Whether a turn stands behind its own prompt, which opens what it begins with, and nothing is lost."""
     prompts = []
     for turns in variants(row):
         try:

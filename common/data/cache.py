@@ -38,6 +38,7 @@ CODE = (
         "columns.py",
         "dataset.py",
         "formats.py",
+        "forms.py",
         "kinds.py",
         "ledger.py",
         "pairs.py",
