@@ -9,6 +9,9 @@ mask to forget. Knows nothing of models, and draws nothing.
     grpo          against the other responses to the prompt, in units of their spread (arXiv 2402.03300)
     rloo          against the mean of the other responses to the prompt (arXiv 2402.14740)
     reinforce_pp  REINFORCE++ (arXiv 2501.03262): the reward to go, whitened over all tokens
+
+Where rewards are all equal (of a group with grpo, of the iteration with reinforce_pp) there is nothing to be in
+units of: the divergence, the only thing left that differs, would be blown up to signal. Advantages are 0 there.
 """
 
 from __future__ import annotations
@@ -83,8 +86,9 @@ def estimate(
     (grpo, rloo). kl: k1 of each token [R]; kl_coef: what a nat of it takes from the reward, 0 when it is in
     the loss instead. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
 
-    grpo and rloo know one reward per response, so the divergence of all its tokens is taken from that before
-    responses are compared. Raises ValueError where something that the estimator needs is missing.
+    grpo and rloo know one reward per response, so the divergence of all its tokens is taken from that: by rloo
+    before responses are compared; by grpo, which has it in the loss (arXiv 2402.03300, equation 3) unless told
+    otherwise, relative to the group's mean and in nats, not in units of the rewards' spread. Raises ValueError where something that the estimator needs is missing.
     """
     if kl is None and kl_coef:
         raise ValueError(f"a coefficient of {kl_coef} and no divergence to multiply")
@@ -93,12 +97,16 @@ def estimate(
     if estimator in (Estimator.grpo, Estimator.rloo):
         if groups is None:
             raise ValueError(f"{estimator.value} without groups")
-        relative = group_relative if estimator is Estimator.grpo else leave_one_out
-        of_responses = relative(np.asarray(rewards, np.float64) + non_score, groups)
+        if estimator is Estimator.grpo:
+            of_responses = _with_penalty(group_relative(rewards, groups), rewards, non_score, groups)
+        else:
+            of_responses = leave_one_out(np.asarray(rewards, np.float64) + non_score, groups)
         return Advantages(_fp32(np.repeat(of_responses, np.diff(offsets))), None, non_score)
     of_tokens = token_rewards(rewards, offsets, kl=kl, coef=kl_coef)
     if estimator is Estimator.reinforce_pp:
-        return Advantages(_fp32(_whiten(reward_to_go(of_tokens, offsets, gamma=gamma))), None, non_score)
+        to_go = reward_to_go(of_tokens, offsets, gamma=gamma)
+        white = _whiten(to_go) if np.ptp(rewards) else np.zeros_like(to_go)
+        return Advantages(_fp32(white), None, non_score)
     if values is None:
         raise ValueError("gae without values")
     found, returns = _gae(of_tokens, values, offsets, gamma=gamma, lam=lam)
@@ -156,6 +164,17 @@ def leave_one_out(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
     deviations, of_response, sizes = _within_groups(rewards, groups)
     # R_i − (Σ R − R_i) / (n − 1) = (R_i − mean) · n / (n − 1)
     return deviations * (sizes / (sizes - 1))[of_response]
+
+
+def _with_penalty(
+    advantages: np.ndarray, rewards: np.ndarray, penalties: np.ndarray, groups: np.ndarray
+) -> np.ndarray:
+    """Advantages [B] and what the divergence adds to rewards [B], against the group's mean of that; 0 in a
+    group whose rewards are all equal."""
+    relative = _within_groups(penalties, groups)[0]
+    deviations, of_response, sizes = _within_groups(rewards, groups)
+    differs = np.bincount(of_response, deviations != 0, len(sizes)) > 0
+    return np.where(differs[of_response], advantages + relative, 0.0)
 
 
 def _gae(

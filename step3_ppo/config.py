@@ -24,6 +24,7 @@ class Estimator(Enum):
 
 
 class KLPlacement(Enum):
+    auto = "auto"
     reward = "reward"
     loss = "loss"
 
@@ -130,8 +131,9 @@ class RewardSourceConfig:
 class KLConfig:
     """How the actor is held to the reference, the policy it starts from."""
 
-    placement: KLPlacement = KLPlacement.reward
-    """reward: each token's reward loses coef times k1; loss: the loss gains coef times k3"""
+    placement: KLPlacement = KLPlacement.auto
+    """reward: each token's reward loses coef times k1; loss: the loss gains coef times k3; auto: loss with
+    ppo.estimator=grpo, else reward"""
     coef: float = 0.05
     """how much a nat of divergence costs; 0: no reference is loaded"""
     controller: KLController = KLController.fixed
@@ -270,6 +272,9 @@ class PPOConfig:
             )
         if self.ptx_data.eval_fraction is None:  # rows that are held out would be lost
             self.ptx_data = replace(self.ptx_data, eval_fraction=0.0)
+        if self.kl.placement is KLPlacement.auto:
+            in_loss = self.estimator is Estimator.grpo  # as its paper has it
+            self.kl = replace(self.kl, placement=KLPlacement.loss if in_loss else KLPlacement.reward)
         if not self.rewards:
             raise UserError("ppo.rewards=[] leaves nothing to learn from", hint="ppo.rewards=[{model: true}]")
         if sum(source.model for source in self.rewards) > 1:

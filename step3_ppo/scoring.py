@@ -39,6 +39,16 @@ class Texts:
     columns: dict[str, list[Any]]
 
 
+def same_of_the_same(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
+    """float64 [B]: scores [B], with responses that are the same to the last token scored as the first of them.
+
+    What a batch holds besides moves a model's score by rounding, and a group's spread must not be that.
+    """
+    of_first: dict[tuple[int, bytes], float] = {}
+    alike = ((response.prompt_id, response.tokens.tobytes()) for response in responses)
+    return np.array([of_first.setdefault(key, score) for key, score in zip(alike, scores, strict=True)])
+
+
 class Scoring:
     """All sources of `ppo.rewards`, and the functions of `ppo.evaluation`, ready to be asked."""
 
@@ -85,7 +95,8 @@ class Scoring:
         by_model = None
         if networks.reward_model is not None:
             with networks.reward_model.present():
-                by_model = per_response(experience, batches, networks.document_scores)
+                scored = per_response(experience, batches, networks.document_scores)
+                by_model = same_of_the_same(experience.responses, scored)
         scores = from_main(
             self._world,
             lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, by_model),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def test_an_estimator_without_a_critic_needs_no_reward_model_either(run: Any, es
             experience.values is None and experience.returns is None and list(experience.scores) == ["shared"]
         )
         found = experience.advantages
-        expected = expected_advantages(experience, estimator.value, 0.05, gamma=0.9)
+        in_reward = 0.0 if estimator is Estimator.grpo else 0.05
+        expected = expected_advantages(experience, estimator.value, in_reward, gamma=0.9)
         assert found == pytest.approx(expected, abs=1e-5) and found.std() > 0.1
         penalties = np.array([0.0 if response.stopped else 1.0 for response in experience.responses])
         assert experience.rewards == pytest.approx(experience.scores["shared"] - penalties)
@@ -156,6 +158,31 @@ def test_an_estimator_without_a_critic_needs_no_reward_model_either(run: Any, es
     ]
     assert not list((run_dir / "ppo" / "checkpoints").glob("*/critic"))
     assert [line["step"] for line in lines_of(run_dir, "eval/kl")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement", "coef", "largest"),
+    [
+        (Estimator.grpo, KLPlacement.auto, 0.05, 0.05),  # k3 pulls; rewards in their own units pull with 2
+        (Estimator.grpo, KLPlacement.auto, 1e-9, 1e-6),
+        (Estimator.grpo, KLPlacement.reward, 0.05, 0.0),
+        (Estimator.reinforce_pp, KLPlacement.reward, 0.05, 0.0),
+        (Estimator.rloo, KLPlacement.reward, 0.05, 0.05),
+    ],
+)
+def test_when_every_response_earns_the_same_nothing_but_the_divergence_is_learned_from(
+    run: Any, estimator: Estimator, placement: KLPlacement, coef: float, largest: float
+) -> None:
+    def change(job: PPOJob) -> None:
+        without_reward_model(job, estimator, "solved_after_one")
+        job.ppo.missing_eos_penalty = 0.0
+        kl = replace(job.ppo.kl, placement=placement, coef=coef)
+        job.ppo = replace(job.ppo, kl=kl)
+
+    run_dir = run(change, max_steps=3)
+    assert np.diff(series(run_dir, "objective/kl")).any()  # the actor has left the reference
+    first, *solved = series(run_dir, "grad_norm")
+    assert first > 0.1 and max(solved) <= largest
 
 
 def test_a_weighted_sum_of_the_model_and_a_function_with_each_logged_apart(

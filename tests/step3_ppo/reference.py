@@ -114,11 +114,14 @@ def estimate(
                 row.append(sum(later))
             to_go.append(row)
         return whiten(to_go, mask), None
-    charged = [
-        score - coef * sum(k for k, keep in zip(kl[b], mask[b], strict=True) if keep)
-        for b, score in enumerate(scores)
-    ]
-    of_response = {"grpo": grpo, "rloo": rloo}[estimator](charged, groups)
+    charges = [-coef * sum(k for k, keep in zip(kl[b], mask[b], strict=True) if keep) for b in range(len(kl))]
+    if estimator == "rloo":
+        of_response = rloo([score + charge for score, charge in zip(scores, charges, strict=True)], groups)
+    else:
+        of_response = grpo(scores, groups)
+        for b, group in enumerate(groups):
+            all_of_it = [c for c, g in zip(charges, groups, strict=True) if g == group]
+            of_response[b] += charges[b] - sum(all_of_it) / len(all_of_it)
     return [[a] * len(mask[b]) for b, a in enumerate(of_response)], None
 
 

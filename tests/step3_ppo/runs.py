@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode
 from common.tracking import read_metrics
-from step3_ppo.config import Estimator, PPOJob, RewardSourceConfig
+from step3_ppo.config import Estimator, KLPlacement, PPOJob, RewardSourceConfig
 from tests.programs import killed
 from tests.runs import LLAMA, finish
 from tests.step2_dpo.runs import write_job, write_rows
@@ -96,8 +96,10 @@ def make_job(folder: Path, artifacts: Artifacts, **train: Any) -> PPOJob:
 
 def without_reward_model(job: PPOJob, estimator: Estimator, function: str = "shared") -> PPOJob:
     """The job with a function of this module as its only reward, and an estimator."""
-    job.ppo.estimator, job.ppo.reward_model = estimator, None
-    job.ppo.rewards = [RewardSourceConfig(function=f"{__name__}:{function}")]
+    job.ppo.reward_model = None
+    kl = replace(job.ppo.kl, placement=KLPlacement.auto)  # anew: it goes with the estimator
+    rewards = [RewardSourceConfig(function=f"{__name__}:{function}")]
+    job.ppo = replace(job.ppo, estimator=estimator, rewards=rewards, kl=kl)
     return job
 
 
@@ -106,6 +108,15 @@ def shared(completions: list[str], wanted: list[str]) -> list[float]:
     every other character, so that no two are alike."""
     pairs = zip(completions, wanted, strict=True)
     return [sum(c in completion for c in right) + len(set(completion)) / 7 for completion, right in pairs]
+
+
+_asked = [0]
+
+
+def solved_after_one(completions: list[str], wanted: list[str]) -> list[float]:
+    """`shared` for the first iteration of a process; from then on every response earns 1."""
+    _asked[0] += 1
+    return shared(completions, wanted) if _asked[0] == 1 else [1.0] * len(completions)
 
 
 def run_job(job: PPOJob, run_dir: Path, ranks: int = 1, *, code: int = 0) -> str:

@@ -164,6 +164,54 @@ def test_the_divergence_is_taken_from_a_responses_reward_before_it_is_compared()
     assert found.non_score_reward.tolist() == [-3, -1]
 
 
+def test_grpo_takes_the_divergence_in_nats_not_in_units_of_the_rewards_spread() -> None:
+    # rewards 1 and 3: ∓√½. Divergences 6 and 2 at 1/2 a nat: −3 and −1, which is −1 and 1 against their mean
+    given = {"rewards": np.array([1.0, 3.0]), "offsets": TWO, "groups": np.array([0, 0])}
+    found = estimate(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
+    assert found.advantages == pytest.approx([-(0.5**0.5) - 1] * 3 + [0.5**0.5 + 1], rel=1e-5)
+    # a hundredth of the spread of the rewards leaves the divergence what it is
+    given["rewards"] = np.array([0.01, 0.03])
+    found = estimate(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
+    assert found.advantages == pytest.approx([-(0.5**0.5) - 1] * 3 + [0.5**0.5 + 1], rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", [Estimator.grpo, Estimator.reinforce_pp])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("equal", [1.0, 0.1, -10.0])
+@pytest.mark.parametrize("responses", [2, 4, 49])  # the mean of 49 numbers of 0.1 is not 0.1
+def test_equal_rewards_have_no_advantage_whatever_the_divergence_costs(
+    estimator: Estimator, gamma: float, equal: float, responses: int
+) -> None:
+    offsets = np.arange(responses + 1) * 5
+    kl = np.random.default_rng(0).normal(0, 1e-3, offsets[-1])
+    given = {"rewards": np.full(responses, equal), "offsets": offsets, "groups": np.zeros(responses, int)}
+    for coef in (0.0, 0.05, 100.0):
+        found = estimate(estimator, **given, kl=kl, kl_coef=coef, gamma=gamma)
+        assert found.advantages.tolist() == [0.0] * offsets[-1]
+
+
+def test_a_group_with_equal_rewards_takes_nothing_from_the_others() -> None:
+    offsets, kl = np.arange(5), np.array([4.0, 2.0, 4.0, 2.0])
+    found = estimate(
+        Estimator.grpo,
+        rewards=np.array([1.0, 1.0, 1.0, 3.0]),
+        offsets=offsets,
+        groups=np.array([0, 0, 1, 1]),
+        kl=kl,
+        kl_coef=0.5,
+    )
+    assert found.advantages == pytest.approx([0, 0, -(0.5**0.5) - 0.5, 0.5**0.5 + 0.5], rel=1e-5)
+
+
+def test_with_rloo_equal_rewards_leave_the_divergence_at_its_price() -> None:
+    # 4 and 2 thousandths of a nat at 1/2: −0.002 and −0.001, against each other
+    found = estimate(
+        Estimator.rloo, rewards=np.ones(2), offsets=np.arange(3), groups=np.zeros(2, int),
+        kl=np.array([0.004, 0.002]), kl_coef=0.5,
+    )  # fmt: skip
+    assert found.advantages == pytest.approx([-0.001, 0.001])
+
+
 @pytest.mark.parametrize("estimator", list(Estimator))
 def test_with_the_divergence_in_the_loss_the_reward_keeps_it_out(estimator: Estimator) -> None:
     case = random_case(3) | {"kl_coef": 0.0}

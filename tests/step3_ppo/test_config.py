@@ -7,7 +7,16 @@ import pytest
 from common.config import DataConfig
 from common.errors import UserError
 from common.limits import COLLECTIVE_SECONDS
-from step3_ppo.config import MEASURED, EvaluationConfig, PPOConfig, RewardSourceConfig, RolloutConfig
+from step3_ppo.config import (
+    MEASURED,
+    Estimator,
+    EvaluationConfig,
+    KLConfig,
+    KLPlacement,
+    PPOConfig,
+    RewardSourceConfig,
+    RolloutConfig,
+)
 from step3_ppo.patience import longest_wait
 
 
@@ -60,3 +69,13 @@ def test_sampling_from_a_part_of_the_tokens_is_worth_a_line() -> None:
     for config in (RolloutConfig(top_p=0.9), RolloutConfig(top_k=40)):
         (line,) = config.notes()
         assert f"top_p={config.top_p}, top_k={config.top_k}" in line and "over all of them" in line
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+def test_the_divergence_is_in_grpos_loss_and_in_the_others_reward(estimator: Estimator) -> None:
+    where = KLPlacement.loss if estimator is Estimator.grpo else KLPlacement.reward
+    rollout = RolloutConfig(samples_per_prompt=2)
+    assert PPOConfig(estimator=estimator, rollout=rollout).kl.placement is where
+    for placement in (KLPlacement.loss, KLPlacement.reward):
+        kl = KLConfig(placement=placement)
+        assert PPOConfig(estimator=estimator, rollout=rollout, kl=kl).kl.placement is placement

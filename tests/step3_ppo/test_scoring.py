@@ -13,7 +13,7 @@ from common.distributed import World
 from common.errors import UserError
 from step3_ppo.config import EvaluationConfig, PPOConfig, RewardSourceConfig
 from step3_ppo.experience import Experience, Response
-from step3_ppo.scoring import Scoring
+from step3_ppo.scoring import Scoring, same_of_the_same
 from tests.tiny import tiny_tokenizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -125,3 +125,13 @@ def test_a_column_that_is_missing_is_said_before_anything_is_sampled(setting: di
     without = Rows([TokenizedPrompt(np.array([1], np.int32), "a", {"level": 1}, "")])
     with pytest.raises(UserError, match="takes answer, which is neither prompts nor completions"):
         scoring.check(without)  # type: ignore[arg-type]
+
+
+def test_responses_that_are_the_same_have_the_same_score_whatever_their_batches_round() -> None:
+    def response(prompt_id: int, *tokens: int) -> Response:
+        prompt = np.array([1], np.int32)
+        return Response(prompt_id, 0, prompt, np.array(tokens, np.int32), np.zeros(len(tokens)), True)
+
+    responses = [response(0, 5, 2), response(0, 5, 2), response(1, 5, 2), response(0, 5), response(0, 5, 2)]
+    scores = np.array([0.5, 0.5 + 1e-7, 0.25, 0.125, 0.5 - 1e-7])
+    assert same_of_the_same(responses, scores).tolist() == [0.5, 0.5, 0.25, 0.125, 0.5]
