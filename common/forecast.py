@@ -135,13 +135,13 @@ def of_prompts(
     built: StepData[PromptDataset],
     tokenizer: PreTrainedTokenizerFast,
     train: TrainConfig,
+    prompts: int,
     iterations: int,
     scale: float,
 ) -> Counts:
-    """Of PPO: its rows are prompts, its steps iterations."""
-    return _counts(
-        built, tokenizer, rows=len(built.train), steps=iterations, train=train, fill=1.0, scale=scale
-    )
+    """Of PPO: its rows are the prompts of a pass, its steps iterations (over all, if a sample is read)."""
+    found = _counts(built, tokenizer, rows=prompts, steps=0, train=train, fill=1.0, scale=scale)
+    return dataclasses.replace(found, total_steps=iterations)
 
 
 def _counts(

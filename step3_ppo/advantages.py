@@ -10,8 +10,8 @@ mask to forget. Knows nothing of models, and draws nothing.
     rloo          against the mean of the other responses to the prompt (arXiv 2402.14740)
     reinforce_pp  REINFORCE++ (arXiv 2501.03262): the reward to go, whitened over all tokens
 
-Where rewards are all equal (of a group with grpo, of the iteration with reinforce_pp) there is nothing to be in
-units of: the divergence, the only thing left that differs, would be blown up to signal. Advantages are 0 there.
+Where rewards are all equal (of a group with grpo, of the iteration with reinforce_pp) there is nothing to be
+in units of: the divergence, the only thing left that differs, would be blown up to signal. Advantages are 0.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ def estimate(
     (grpo, rloo). kl: k1 of each token [R]; kl_coef: what a nat of it takes from the reward, 0 when it is in
     the loss instead. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
 
-    grpo and rloo know one reward per response, so the divergence of all its tokens is taken from that: by rloo
-    before responses are compared; by grpo, which has it in the loss (arXiv 2402.03300, equation 3) unless told
-    otherwise, relative to the group's mean and in nats, not in units of the rewards' spread. Raises ValueError where something that the estimator needs is missing.
+    grpo and rloo know one reward per response, so the divergence of all its tokens is taken from that: by
+    rloo before responses are compared; by grpo (whose paper has it in the loss instead) against the group's
+    mean of it, and not in units of the rewards' spread. Raises ValueError where something that the estimator
+    needs is missing.
     """
     if kl is None and kl_coef:
         raise ValueError(f"a coefficient of {kl_coef} and no divergence to multiply")

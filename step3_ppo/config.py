@@ -304,6 +304,36 @@ class PPOConfig:
         """Over all ranks."""
         return self.rollout.prompts * self.rollout.samples_per_prompt
 
+    def notes(self) -> list[str]:
+        """What should be known at a run's start, beside `filling`."""
+        short = self.responses_per_iteration % self.train.global_batch_size
+        if not short:
+            return self.rollout.notes()
+        return [
+            *self.rollout.notes(),
+            f"the last update of an iteration has {short} responses and the same learning rate: "
+            f"ppo.train.global_batch_size={self.train.global_batch_size} does not divide an iteration's "
+            f"{self.responses_per_iteration:,}",
+        ]
+
+    def iterations_over(self, prompts: int) -> int:
+        """Iterations of a run over so many prompts (of a pass), each with all its responses: the last one is
+        filled up from the next pass."""
+        # a rounding error in 0.1 + 0.2 must not cost an iteration
+        passes = math.ceil(prompts * self.train.epochs / self.rollout.prompts - 1e-9)
+        return self.train.max_steps or max(passes, 1)
+
+    def filling(self, prompts: int) -> str | None:
+        """What to say of a last iteration that is filled up; None where the passes end with it."""
+        asked, wanted = self.iterations_over(prompts) * self.rollout.prompts, prompts * self.train.epochs
+        if self.train.max_steps or asked - wanted < 1:
+            return None
+        return (
+            f"ppo.train.epochs={self.train.epochs:g} over {prompts:,} prompts are no whole iterations "
+            f"of ppo.rollout.prompts={self.rollout.prompts:,}: the last one is filled up with "
+            f"{math.floor(asked - wanted):,} prompts of the next pass"
+        )
+
     def check_patience(self, ranks: int) -> None:
         """UserError when the servers of `rewards` may take longer than ranks wait for each other."""
         servers = [source for source in self.rewards if source.url is not None]

@@ -5,6 +5,8 @@ How rows become prompts on disk is in `common/step_data.py` and `common/data/pro
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,30 +46,33 @@ def kind_of(job: PPOJob) -> Prompts:
 class PromptOrder:
     """Which prompts each iteration has: a pure function of the seed, for any number of ranks.
 
-    An epoch is a shuffled pass over the prompts, those of a source as often as its weight says; its last
-    iteration may be short. per_iteration: N, over all ranks.
+    A pass over the prompts is shuffled and has those of a source as often as its weight says. Iterations take
+    N = `per_iteration` prompts over all ranks, always: what is missing at the end of a pass comes from the
+    next one.
     """
 
     def __init__(
         self, prompts: PromptDataset, per_iteration: int, seed: int, weights: dict[str, float] | None = None
     ) -> None:
-        plan = BatchPlan(
-            max_length=0, packing=False, global_batch_size=per_iteration, micro_batch_size=1, seed=seed
+        plan = BatchPlan(  # a batch is a pass
+            max_length=0, packing=False, global_batch_size=sys.maxsize, micro_batch_size=1, seed=seed
         )
         # it is only asked for rows, never for batches, and without packing it reads no lengths
-        self._batches = Batches(cast(Any, prompts), plan, weights)
+        batches = Batches(cast(Any, prompts), plan, weights)
+        self._pass = lru_cache(maxsize=2)(lambda number: np.concatenate(batches.rows(number)))
+        self._per_iteration = per_iteration
+        self.prompts_per_epoch = len(batches.documents(0))
 
     def prompts_of(self, iteration: int) -> list[int]:
-        """Data set indices of the prompts of an iteration (from 0), at most N."""
-        return [int(index) for (index,) in self._batches.rows(iteration)]
-
-    def iterations_in(self, epochs: float) -> int:
-        """Iterations in this many passes over the prompts."""
-        return self._batches.steps_in_epochs(epochs)
+        """Data set indices of the N prompts of an iteration (from 0)."""
+        epoch, start = divmod(iteration * self._per_iteration, self.prompts_per_epoch)
+        last = (start + self._per_iteration - 1) // self.prompts_per_epoch
+        prompts = np.concatenate([self._pass(epoch + number) for number in range(last + 1)])
+        return [int(index) for index in prompts[start : start + self._per_iteration]]
 
     def epoch_of(self, iteration: int) -> float:
         """Passes over the prompts before an iteration (from 0)."""
-        return self._batches.epoch_of(iteration)
+        return iteration * self._per_iteration / self.prompts_per_epoch
 
 
 def held_out_sample(held_out: PromptDataset | None, count: int, seed: int) -> list[int]:

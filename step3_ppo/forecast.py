@@ -26,4 +26,5 @@ def forecast(resolved: Path) -> Counts:
     tokenizer = load_tokenizer(model_to_preview(job.model, ppo.policy, "ppo.policy"))
     built = build_data(job, Step.ppo, data, kind_of(job), tokenizer, log.info)
     order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, built.weights)
-    return of_prompts(built, tokenizer, ppo.train, order.iterations_in(ppo.train.epochs), scale)
+    iterations = ppo.iterations_over(round(order.prompts_per_epoch * scale))
+    return of_prompts(built, tokenizer, ppo.train, order.prompts_per_epoch, iterations, scale)

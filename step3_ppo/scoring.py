@@ -40,7 +40,7 @@ class Texts:
 
 
 def same_of_the_same(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
-    """float64 [B]: scores [B], with responses that are the same to the last token scored as the first of them.
+    """float64 [B]: scores [B], where responses that are the same to the last token have that of the first.
 
     What a batch holds besides moves a model's score by rounding, and a group's spread must not be that.
     """

@@ -77,7 +77,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     stop = StopSignal()
     seed_everything(job.seed)
     say = print if world.is_main else log.info
-    for line in ppo.rollout.notes():
+    for line in ppo.notes():
         say(f"note: {line}")
 
     # Load --------------------------------------------------------------------------------------
@@ -97,7 +97,9 @@ def train(job: PPOJob, run_dir: Path) -> int:
 
     # Data --------------------------------------------------------------------------------------
     order = PromptOrder(data.train, ppo.rollout.prompts, job.seed, data.weights)
-    total_steps = config.max_steps or order.iterations_in(config.epochs)
+    total_steps = ppo.iterations_over(order.prompts_per_epoch)
+    if filling := ppo.filling(order.prompts_per_epoch):
+        say(f"note: {filling}")
     check_actor_learns(ppo, total_steps)
     plan = batch_plan(job, ppo.data, config, world)
     updates = updates_in(ppo.responses_per_iteration, plan, ppo.ppo_epochs)  # of an iteration, at most

@@ -166,6 +166,7 @@ def schedule_lines(
                 f"{part.responses_per_iteration:,} responses and "
                 f"{steps // max(found.total_steps, 1)} updates in each"
             )
+            notes += [line for line in [part.filling(found.rows)] if line]
     if any(not row[5].startswith("= ") for row in rows):
         notes.append("<=: rows of pairs and responses are packed within a step, or the last pass is short")
     return [*table(rows), *notes]

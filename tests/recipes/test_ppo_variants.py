@@ -24,6 +24,7 @@ from step3_ppo.config import (
     PPOJob,
     RewardSourceConfig,
 )
+from step3_ppo.forecast import forecast
 from tests.runs import Base
 from tests.step2_dpo.runs import write_rows
 from tests.step3_ppo import reference
@@ -32,6 +33,7 @@ from tests.step3_ppo.runs import (
     lines_of,
     make_artifacts,
     make_job,
+    questions,
     run_job,
     series,
     watched,
@@ -183,6 +185,24 @@ def test_when_every_response_earns_the_same_nothing_but_the_divergence_is_learne
     assert np.diff(series(run_dir, "objective/kl")).any()  # the actor has left the reference
     first, *solved = series(run_dir, "grad_norm")
     assert first > 0.1 and max(solved) <= largest
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "iterations"), [(3, 1.0, 1), (4, 1.0, 1), (5, 1.0, 2), (6, 2.0, 3)]
+)
+def test_the_plan_counts_the_iterations_that_are_run_and_each_has_all_its_responses(
+    run: Any, folder: Path, rows: int, epochs: float, iterations: int
+) -> None:
+    def change(job: PPOJob) -> None:
+        path = write_rows(folder / f"{rows} questions.jsonl", questions(rows))
+        job.ppo.data.sources, job.ppo.data.eval_fraction = [SourceConfig(path=str(path))], 0.0
+
+    run_dir = run(change, max_steps=None, epochs=epochs)
+    assert forecast(run_dir / "resolved.yaml").total_steps == iterations
+    lines = lines_of(run_dir)
+    assert [line["num_responses"] for line in lines] == [8 * (n + 1) for n in range(iterations)]
+    assert len(watched(run_dir)["updates"]) == 2 * iterations
+    assert lines[-1]["epoch"] == iterations * 4 / rows
 
 
 def test_a_weighted_sum_of_the_model_and_a_function_with_each_logged_apart(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.config import DataConfig
+from common.config import DataConfig, TrainConfig
 from common.errors import UserError
 from common.limits import COLLECTIVE_SECONDS
 from step3_ppo.config import (
@@ -79,3 +79,10 @@ def test_the_divergence_is_in_grpos_loss_and_in_the_others_reward(estimator: Est
     for placement in (KLPlacement.loss, KLPlacement.reward):
         kl = KLConfig(placement=placement)
         assert PPOConfig(estimator=estimator, rollout=rollout, kl=kl).kl.placement is placement
+
+
+def test_an_update_that_is_short_of_responses_is_worth_a_line() -> None:
+    rollout = RolloutConfig(prompts=10, samples_per_prompt=4)
+    assert PPOConfig(rollout=rollout, train=TrainConfig(global_batch_size=20)).notes() == []
+    (line,) = PPOConfig(rollout=rollout, train=TrainConfig(global_batch_size=16)).notes()
+    assert "has 8 responses" in line and "16 does not divide an iteration's 40" in line

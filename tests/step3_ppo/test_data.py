@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from common.config import TrainConfig
 from common.data.dataset import PromptDataset
 from common.distributed import World
 from common.errors import UserError
 from common.step_data import StepData
-from step3_ppo.config import PPOConfig, PPOJob
+from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
 from step3_ppo.data import PromptOrder, held_out_sample, load_prompts
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -55,14 +57,38 @@ def test_every_rank_has_the_same_prompts_and_the_first_writes_the_ledger(tmp_pat
     assert [first.train[i].prompt for i in range(38)] == [second.train[i].prompt for i in range(38)]
 
 
-def test_an_epoch_has_every_prompt_once_and_its_last_iteration_may_be_short(tmp_path: Path) -> None:
+def test_every_iteration_is_full_and_every_pass_has_every_prompt_once(tmp_path: Path) -> None:
     data = loaded(tmp_path, eval_fraction=0.0)
-    iterations = [order(data, 16).prompts_of(k) for k in range(6)]
-    assert [len(prompts) for prompts in iterations] == [16, 16, 8] * 2
-    assert sorted(sum(iterations[:3], [])) == sorted(sum(iterations[3:], [])) == list(range(40))
-    assert sum(iterations[:3], []) != sum(iterations[3:], []) != list(range(40))
-    assert order(data, 16).iterations_in(1.0) == 3 and order(data, 16).iterations_in(2.5) == 8
-    assert [order(data, 16).epoch_of(k) for k in (0, 3, 6)] == [0.0, 1.0, 2.0]
+    iterations = [order(data, 16).prompts_of(k) for k in range(5)]
+    assert [len(prompts) for prompts in iterations] == [16] * 5
+    asked = sum(iterations, [])  # 80: two passes over 40
+    assert sorted(asked[:40]) == sorted(asked[40:]) == list(range(40))
+    assert asked[:40] != asked[40:] and asked[:40] != list(range(40))
+    assert [order(data, 16).epoch_of(k) for k in (0, 1, 5)] == [0.0, 0.4, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "epochs", "per_iteration", "iterations", "of_the_next_pass"),
+    [
+        (276, 1.0, 256, 2, 236),  # 20 are left after the first
+        (256, 1.0, 256, 1, 0),
+        (40, 2.0, 16, 5, 0),
+        (40, 2.5, 16, 7, 12),
+        (10, 0.3, 1, 3, 0),
+        (20, 1.0, 128, 1, 108),
+        (3, 0.01, 2, 1, 1),
+    ],
+)
+def test_a_run_has_as_many_whole_iterations_as_its_passes_need(
+    prompts: int, epochs: float, per_iteration: int, iterations: int, of_the_next_pass: int
+) -> None:
+    ppo = PPOConfig(rollout=RolloutConfig(prompts=per_iteration), train=TrainConfig(epochs=epochs))
+    assert ppo.iterations_over(prompts) == iterations
+    said = ppo.filling(prompts)
+    assert (said is not None) == (of_the_next_pass > 0)
+    assert said is None or f"filled up with {of_the_next_pass} prompts of the next pass" in said
+    by_steps = replace(ppo, train=TrainConfig(epochs=epochs, max_steps=9))
+    assert by_steps.iterations_over(prompts) == 9 and by_steps.filling(prompts) is None
 
 
 def test_the_prompts_of_an_iteration_follow_from_the_seed_alone(tmp_path: Path) -> None:
@@ -74,17 +100,16 @@ def test_the_prompts_of_an_iteration_follow_from_the_seed_alone(tmp_path: Path) 
     assert all(type(index) is int for index in late)
 
 
-def test_an_iteration_larger_than_the_data_is_one_pass(tmp_path: Path) -> None:
-    data = loaded(tmp_path, eval_fraction=0.0)
-    for iteration in range(2):
-        assert sorted(order(data, 128).prompts_of(iteration)) == list(range(40))
-    assert order(data, 128).iterations_in(3) == 3
+def test_an_iteration_larger_than_the_data_goes_on_with_further_passes(tmp_path: Path) -> None:
+    asked = order(loaded(tmp_path, eval_fraction=0.0), 128).prompts_of(1)  # the 128th prompt to the 255th
+    assert len(asked) == 128 and sorted(asked[32:72]) == sorted(asked[72:112]) == list(range(40))
+    assert asked[32:72] != asked[72:112]
 
 
 def test_a_sources_weight_says_how_often_an_epoch_has_its_prompts(tmp_path: Path) -> None:
     data = loaded(tmp_path, eval_fraction=0.0)
-    twice = PromptOrder(data.train, 80, 0, {"rows": 2.0}).prompts_of(0)
-    assert np.bincount(twice).tolist() == [2] * 40
+    twice = PromptOrder(data.train, 80, 0, {"rows": 2.0})
+    assert np.bincount(twice.prompts_of(0)).tolist() == [2] * 40 and twice.prompts_per_epoch == 80
 
 
 def test_held_out_prompts_are_a_seeded_choice_in_their_order(tmp_path: Path) -> None:
