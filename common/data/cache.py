@@ -36,6 +36,7 @@ CODE = (
         "canonical.py",
         "chat.py",
         "columns.py",
+        "control.py",
         "dataset.py",
         "formats.py",
         "forms.py",
