@@ -300,12 +300,15 @@ def test_a_list_of_turns_may_be_json_text() -> None:
 # what is not used
 
 
+WRITES_TOOLS = "{{ tools | tojson if tools }}" + CHATML
+
+
 def built(rows: list[dict[str, Any]], folder: Path, kind: Any) -> tuple[list[str], Any]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(path=str(folder / "rows.jsonl"), eval_fraction=0.0)
     lines: list[str] = []
     train, _, ledger = build(
-        data, tiny_tokenizer(CHATML), kind=kind, seed=0, cache_dir=folder / "cache", report=lines.append
+        data, tiny_tokenizer(WRITES_TOOLS), kind=kind, seed=0, cache_dir=folder / "cache", report=lines.append
     )
     assert ledger.sources[0].unused_columns == [
         name
