@@ -33,6 +33,11 @@ class Truncation(Enum):
     right = "right"
 
 
+class TrainOn(Enum):
+    all_turns = "all_turns"
+    last_turn = "last_turn"
+
+
 class OnBadRow(Enum):
     error = "error"
     skip = "skip"
@@ -191,6 +196,10 @@ class SourceConfig:
         require(rows is None or rows >= 1, "data.sources.max_rows", rows, "1 or more")
 
 
+TEMPLATE_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+"""What a chat template is given by name besides variables."""
+
+
 @dataclass
 class DataConfig:
     """What to train on, and how rows become tokens."""
@@ -205,6 +214,10 @@ class DataConfig:
     """fill rows with several documents, isolated from each other"""
     truncation: Truncation = Truncation.drop
     """what happens to a document longer than max_length"""
+    train_on: TrainOn = TrainOn.all_turns
+    """which assistant turns of a row are trained"""
+    chat_template_kwargs: Dict[str, Any] = field(default_factory=dict)
+    """variables of the chat template, e.g. {enable_thinking: false}; a row's own stand above them"""
     eval_fraction: Optional[float] = None
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None
@@ -226,6 +239,8 @@ class DataConfig:
         fraction = self.eval_fraction
         in_range = fraction is None or 0 <= fraction < 1
         require(in_range, "data.eval_fraction", fraction, "0 up to (not including) 1")
+        taken = TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()
+        require(not taken, "data.chat_template_kwargs", sorted(taken), "variables that are not given anyway")
         require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more")
         require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "0 or more")
 

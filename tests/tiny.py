@@ -60,3 +60,22 @@ def tiny_tokenizer(chat_template: str | None = None, *, adds_bos: bool = False) 
     )
     wrapped.chat_template = chat_template
     return wrapped
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words without the spaces between them, as BERT's has; an answer ends with `[SEP]`."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[SEP]", "name", "a", "river", "the", "elbe", "user", "assistant", ":"]
+    tokenizer = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens([AddedToken("[SEP]", special=True)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+    )
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token ~ ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    return wrapped

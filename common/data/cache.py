@@ -41,10 +41,9 @@ CODE = (
         "formats.py",
         "forms.py",
         "kinds.py",
-        "ledger.py",
-        "pairs.py",
     ),
-    *("preferences.py", "prompts.py", "sources.py", "stages.py", "stored.py", "types.py"),
+    *("ledger.py", "pairs.py", "parts.py", "preferences.py", "prompts.py", "render.py", "sources.py"),
+    *("stages.py", "stored.py", "types.py"),
 )
 """Modules of this folder that decide tokenized rows."""
 
@@ -103,6 +102,8 @@ def cache_key(
         "max_length": data.max_length,
         "room": room,
         "truncation": data.truncation.value,
+        "train_on": data.train_on.value,
+        "chat_template_kwargs": dict(data.chat_template_kwargs),
         "eval_fraction": data.held_out_fraction(),
         "eval_path": data.eval_path is not None,
         "stage_split": dict(data.stage_split),

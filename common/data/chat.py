@@ -1,13 +1,15 @@
-"""Conversation -> TokenizedExample: which tokens there are, and which of them are trained.
+"""Conversation -> documents: which tokens there are, and which of them are trained.
 
-A conversation is rendered once and the whole text is tokenized once, so the tokens are exactly those
-the model sees in use. What an assistant turn trains is a span of characters: everything the model
-has to write itself, from the end of the generation prompt through the terminator that ends the turn;
-not the header before it, not the line break after it. Spans come from the template's
-`{% generation %}` tags, from the offsets of the rendered turns, or from both, which then must agree.
-Assistant turns of a prompt (`Conversation.first_trained`) have no span.
-A token is trained if and only if its first character lies in a span; a token that begins in the
-header and reaches into the answer is not, because the model is never asked to write it.
+The prompt rule: an assistant turn is trained only behind its own prompt, that is the turns before it as the
+template renders them with the generation prompt. Chat, sampling and PPO give the model just these tokens.
+What is trained is everything the model has to write itself there: what the template writes for the turn
+behind that prompt, through the terminator that ends it; not the line break after it.
+
+Where the whole conversation begins with each prompt and goes on with its turn, it is one document. Where the
+template writes earlier turns in another way than it wrote them as the last ones (takes out reasoning, moves
+the system text), or where tokens merge across the end of a prompt, the row is split: each trained turn stands
+in a document of its own, behind its own prompt. A turn that the template does not write behind its prompt is
+not trained. `{% generation %}` tags, where the template has them, must agree.
 
 Labels are shifted here, and nowhere else. Nothing here depends on the pad id, and no EOS is added
 except at the end of plain text, where a document really ends. Does not read files or pack.
@@ -16,31 +18,37 @@ except at the end of plain text, where a document really ends. Does not read fil
 from __future__ import annotations
 
 import bisect
-import functools
 import hashlib
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from common.config import Truncation
-from common.data.types import IGNORE, Conversation, Message, Place, TokenizedExample
+from common.data import parts
+from common.data.render import (
+    PROBE,
+    TEMPLATE_HINT,
+    ChatTemplate,
+    RenderError,
+    Span,
+    read_template,
+    render,
+)
+from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]
-"""Characters [start, end) of a rendered conversation."""
-
-TEMPLATE_HINT = (
-    "mark the assistant's part in the template with {% generation %} tags, or set model.chat_template=chatml"
-)
+Record = TypeVar("Record")
 
 NOTHING_TRAINED = "no trained token"
+
+HISTORY_DIFFERS = "the chat template writes earlier turns in another way than it wrote them as the last ones"
+TOKENS_MERGE = "tokens merge across the end of a prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,92 +60,94 @@ class Drop:
     faulty: bool = False
 
 
-class RenderError(ValueError):
-    """The template refuses a conversation; the text says why."""
+@dataclass(frozen=True, slots=True)
+class Made(Generic[Record]):
+    """What became of a row: at least one record.
 
-
-@dataclass(frozen=True)
-class Turns:
-    """How a template writes an assistant turn, found by rendering a made-up conversation.
-
-    header: the last characters before what the model writes (its generation prompt).
-    lead: what the template puts between header and content, such as a space.
-    terminator: what ends a turn, through its special tokens; empty when there is nothing.
+    split: why each of its trained turns stands in a document of its own; empty when it is one document.
+    untrained: of each turn that is not trained though the row asks for it, why not.
     """
 
-    header: str
-    lead: str
-    terminator: str
+    records: tuple[Record, ...]
+    split: str = ""
+    untrained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """Where a turn's content stands in the text; not exact where more than the content differs."""
+class Answer:
+    """An assistant turn that is trained: the text of its prompt, and what the model writes behind it."""
 
-    start: int
-    end: int
-    exact_start: bool = True
-    exact_end: bool = True
+    prompt: str
+    text: str
+    rendered: str = ""
+    """prompt and turn as the template writes them, which may go on; empty where it does not"""
+    tags: tuple[Span, ...] = ()
+
+    @property
+    def span(self) -> Span:
+        return len(self.prompt), len(self.prompt) + len(self.text)
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A tokenizer's template: Jinja text, the special tokens it may write, whether it has
-    `{% generation %}` tags, and how it writes turns."""
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and the spans of it that are trained, each of which stands behind its own prompt."""
 
     text: str
-    special: tuple[tuple[str, str], ...]
-    tagged: bool
-    turns: Turns
+    spans: tuple[Span, ...]
+
+
+class _NotTrained(Exception):
+    """The template does not write a turn behind its prompt; the text says why."""
 
 
 def tokenize(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerFast
-) -> list[TokenizedExample | Drop]:
+) -> list[Made[TokenizedExample] | Drop]:
     """One result per conversation, in order, with labels shifted; not yet cut to a length.
 
-    Raises UserError when the template's spans cannot be told, or are told in two different ways.
+    Raises UserError when the template cannot be used, or its tags differ from the turns it writes.
     """
     template: ChatTemplate | None = None
-    results: list[TokenizedExample | Drop | None] = [None] * len(conversations)
-    texts: list[str] = []
-    spans: list[list[Span]] = []
-    rendered: list[int] = []
+    results: list[Made[TokenizedExample] | Drop | None] = [None] * len(conversations)
+    written: list[tuple[int, Made[Document]]] = []
     for index, conversation in enumerate(conversations):
         if conversation.text is not None:
-            text, found = conversation.text, [(0, len(conversation.text))]
+            whole = Document(conversation.text, ((0, len(conversation.text)),))
+            written.append((index, Made((whole,))))
+            continue
+        template = template or read_template(tokenizer)
+        documents = write(conversation, template)
+        if isinstance(documents, Drop):
+            results[index] = documents
         else:
-            template = template or read_template(tokenizer)
-            try:
-                text, found = render(conversation, template)
-            except RenderError as error:
-                results[index] = Drop(str(error), conversation.place, faulty=True)
-                continue
-        texts.append(text)
-        spans.append(found)
-        rendered.append(index)
-    for index, encoding, found in zip(rendered, _encode(texts, tokenizer), spans, strict=True):
-        results[index] = _example(conversations[index], encoding, found, tokenizer)
+            written.append((index, documents))
+    encoder = _Encoder(tokenizer)
+    encodings = iter(encoder.batch([document.text for _, made in written for document in made.records]))
+    for index, made in written:
+        of_row = [next(encodings) for _ in made.records]
+        results[index] = _examples(conversations[index], made, of_row, encoder)
     return [result for result in results if result is not None]
 
 
 def tokenize_questions(
-    questions: Sequence[tuple[Sequence[Message], Place]], tokenizer: PreTrainedTokenizerFast
+    questions: Sequence[tuple[Sequence[Message], TemplateContext, Place]], tokenizer: PreTrainedTokenizerFast
 ) -> list[np.ndarray | Drop]:
     """Turns that end where an assistant's would begin, through the generation prompt: int32 [T] each.
 
-    These are the tokens with which a document begins that has the assistant's turn, before its first trained
-    one. UserError when there is no chat template.
+    These are the tokens with which a document begins that has the assistant's turn, before what it trains
+    there. UserError when there is no chat template.
     """
     template = read_template(tokenizer)
     results: list[np.ndarray | Drop | None] = [None] * len(questions)
     texts: list[str] = []
-    for index, (turns, place) in enumerate(questions):
+    for index, (turns, context, place) in enumerate(questions):
         try:
-            texts.append(_render(turns, template, prompt=True)[0])
+            text, _ = render(turns, template, context, prompt=True)
+            _refuse_loss(parts.lost_by_template(turns, context, template, prompt=True))
+            texts.append(text)
         except RenderError as error:
             results[index] = Drop(str(error), place, faulty=True)
-    encodings = iter(_encode(texts, tokenizer))
+    encodings = iter(_Encoder(tokenizer).batch(texts))
     for index, result in enumerate(results):
         if result is None:
             ids = np.array(next(encodings).ids, np.int32)
@@ -182,7 +192,7 @@ def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
     Raises UserError when there is no template or its turns have no one-token terminator.
     """
-    terminator = read_template(tokenizer).turns.terminator
+    terminator = read_template(tokenizer).terminator
     ids = tokenizer.backend_tokenizer.encode(terminator, add_special_tokens=False).ids
     special = [token for token in ids if token in tokenizer.added_tokens_decoder]
     if not special and len(ids) != 1:
@@ -197,16 +207,24 @@ def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse a tokenizer that cannot be trained with: slow, no template, no span, no terminator."""
     terminators = find_terminators(tokenizer)
-    probe = (Message("user", "a"), Message("assistant", "b"))
-    conversation = Conversation(probe, None, "probe", Place("chat template", 1))
-    result = tokenize([conversation], tokenizer)[0]
-    if isinstance(result, Drop):
-        raise UserError(f"the chat template trains nothing: {result.reason}", hint=TEMPLATE_HINT)
-    trained = result.labels[result.labels != IGNORE]
-    if int(trained[-1]) not in terminators:
-        last = tokenizer.convert_ids_to_tokens(int(trained[-1]))
+    place = Place("chat template", 1)
+    # some templates end their prompt inside a block of reasoning, which an answer then has to begin with
+    answers = ("b", f"{parts.START_OF_REASONING}\na\n{parts.END_OF_REASONING}\n\nb")
+    probes = [
+        Conversation((Message("user", "a"), Message("assistant", answer)), None, "probe", place)
+        for answer in answers
+    ]
+    results = tokenize(probes, tokenizer)
+    made = next((result for result in results if isinstance(result, Made)), None)
+    if made is None:
+        reason = next(result.reason for result in results if isinstance(result, Drop))
+        raise UserError(f"the chat template trains nothing: {reason}", hint=TEMPLATE_HINT)
+    labels = made.records[-1].labels
+    last = int(labels[labels != IGNORE][-1])
+    if last not in terminators:
+        token = tokenizer.convert_ids_to_tokens(last)
         raise UserError(
-            f"the chat template trains {last!r} as the last token of a turn, not the terminator",
+            f"the chat template trains {token!r} as the last token of a turn, not the terminator",
             hint=TEMPLATE_HINT,
         )
 
@@ -228,51 +246,249 @@ def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+# from turns to text: the prompt rule
+
+
+def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] | Drop:
+    """The documents of a conversation as text, by the prompt rule.
+
+    Raises UserError when tags differ from the turns.
+    """
+    messages, context, place = conversation.messages, conversation.context, conversation.place
+    answers: list[Answer] = []
+    untrained: list[str] = []
+    tags: list[Span] = []
+    try:
+        whole, tags = render(messages, template, context)
+        for index in _wanted(conversation):
+            through = (whole, tags) if index == len(messages) - 1 else None
+            try:
+                answers.append(_answer(messages[: index + 1], context, template, through))
+            except _NotTrained as reason:
+                untrained.append(str(reason))
+    except RenderError as error:
+        return Drop(str(error), place, faulty=True)
+    if not answers:
+        return Drop(untrained[0] if untrained else NOTHING_TRAINED, place)
+    if all(whole.startswith(a.prompt) and whole.startswith(a.text, len(a.prompt)) for a in answers):
+        document = Document(whole, tuple(answer.span for answer in answers))
+        _check_tags(document, tags, template, place)
+        return Made((document,), "", tuple(untrained))
+    for answer in answers:
+        if answer.rendered:
+            _check_tags(Document(answer.rendered, (answer.span,)), answer.tags, template, place)
+    return _split(answers, HISTORY_DIFFERS, tuple(untrained))
+
+
+def _wanted(conversation: Conversation) -> Iterator[int]:
+    """Indices of the turns that the row asks to train."""
+    for index, message in enumerate(conversation.messages):
+        if message.role == "assistant" and message.trained and index >= conversation.first_trained:
+            yield index
+
+
+def _split(answers: Sequence[Answer], why: str, untrained: tuple[str, ...]) -> Made[Document]:
+    """Each answer behind its own prompt."""
+    documents = tuple(Document(answer.prompt + answer.text, (answer.span,)) for answer in answers)
+    return Made(documents, why if len(documents) > 1 else "", untrained)
+
+
+def _answer(
+    messages: Sequence[Message],
+    context: TemplateContext,
+    template: ChatTemplate,
+    through: tuple[str, list[Span]] | None,
+) -> Answer:
+    """The last of some turns behind its prompt. through: all of them rendered, where that is known.
+
+    Raises _NotTrained; RenderError when the template leaves out a part of the row.
+    """
+    try:
+        prompt, _ = render(messages[:-1], template, context, prompt=True)
+        text, tags = through or render(messages, template, context)
+    except RenderError as error:
+        raise _NotTrained(f"turn without a prompt: {error}") from error
+    if text.startswith(prompt):
+        answer = Answer(prompt, template.through_terminator(text[len(prompt) :]), text, tuple(tags))
+    else:
+        answer = Answer(prompt, _behind_opened(messages, context, template, prompt))
+    if not answer.text:
+        raise _NotTrained("turn for which the chat template writes nothing")
+    _refuse_loss(parts.lost_by_template(messages, context, template, opened=not answer.rendered))
+    _refuse_loss(parts.lost_in_turn(messages[-1], answer.text))
+    return answer
+
+
+def _behind_opened(
+    messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str
+) -> str:
+    """The last turn behind a prompt which already holds what the turn begins with, such as `<think>`.
+
+    The template does not write it there by itself; its content (or its reasoning, in a field) does.
+    """
+    turn = messages[-1]
+    reasoning = parts.reasoning_of(turn)
+    bare = {name: value for name, value in turn.extra.items() if name not in parts.REASONING}
+    try:
+        text, _ = render([*messages[:-1], Message(turn.role, PROBE, bare)], template, context)
+    except RenderError:
+        text = ""
+    head, found, tail = text.rpartition(PROBE)
+    if not found or not prompt.startswith(head):
+        raise _NotTrained("turn that the chat template does not write behind its own prompt")
+    held = prompt[len(head) :]
+    content = parts.joined(reasoning, turn.content) if reasoning else turn.content
+    if not held.strip() or content.startswith(held):
+        rest = content.removeprefix(held)
+    elif content.lstrip().startswith(held.strip()):
+        rest = content.lstrip()[len(held.strip()) :].lstrip("\n")
+    else:
+        raise _NotTrained(f"turn that does not begin with {held!r}, in which its prompt ends")
+    return template.through_terminator(rest + tail)
+
+
+def _refuse_loss(part: str | None) -> None:
+    """A template that leaves out calls or reasoning would teach the model to do without."""
+    if part is not None:
+        raise RenderError(f"the chat template leaves out {part}{parts.WAY_OUT}")
+
+
+def _check_tags(document: Document, tags: Sequence[Span], template: ChatTemplate, place: Place) -> None:
+    """UserError when the tags mark something else than what is trained.
+
+    White space at the beginning is left to the turns: it belongs to the header or to the answer according to
+    the generation prompt, not to the tags. White space behind the end is never trained.
+    """
+    if not template.tagged:
+        return
+    text, floor = document.text, 0
+    for number, (start, end) in enumerate(document.spans, start=1):
+        marked = [(max(first, floor), last) for first, last in tags if first < end and last > start]
+        first, last = (marked[0][0], marked[-1][1]) if marked else (start, start)
+        gaps = any(left[1] != right[0] for left, right in zip(marked, marked[1:], strict=False))
+        before, behind = text[min(first, start) : max(first, start)], text[min(last, end) : max(last, end)]
+        if gaps or before.strip() or behind.strip() or last < end:
+            raise UserError(
+                f"{place}: the chat template's {{% generation %}} tags and its rendered turns differ in"
+                f" trained turn {number}: the tags train {text[first:last]!r}, the turn is"
+                f" {text[start:end]!r}",
+                hint="the tags must hold what follows the generation prompt, through the turn's terminator",
+            )
+        floor = end
+
+
 # from text to tokens
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Any]:
-    if not texts:
-        return []
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return backend.encode_batch(texts, add_special_tokens=False)
+class _Encoder:
+    """Texts as tokens, without any that the tokenizer would add. Short texts are looked up again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._known: dict[str, list[int]] = {}
+        self.added = tokenizer.added_tokens_decoder
+        self.bos, self.tokenizer = tokenizer.bos_token_id, tokenizer
+
+    def batch(self, texts: list[str]) -> list[Any]:
+        """One encoding per text."""
+        return self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        if text not in self._known:
+            self._known[text] = self.batch([text])[0].ids
+        return self._known[text]
+
+    def ids_inside(self, text: str) -> list[int]:
+        """Those of a text inside a longer one: some tokenizers add a space to what comes first."""
+        for token, added in self.added.items():
+            if not (added.rstrip or added.single_word):
+                ids = self.batch([str(added) + text])[0].ids
+                if ids[:1] == [token]:
+                    return list(ids[1:])
+        return list(self.batch([text])[0].ids)
 
 
-def _example(
-    conversation: Conversation, encoding: Any, spans: list[Span], tokenizer: PreTrainedTokenizerFast
-) -> TokenizedExample | Drop:
+def _examples(
+    row: Conversation, made: Made[Document], encodings: list[Any], encoder: _Encoder
+) -> Made[TokenizedExample] | Drop:
+    """The documents of a row as tokens; split where one document would merge tokens across a prompt's end."""
+    if row.text is not None:
+        return _plain(row, encodings[0].ids, encoder)
+    examples: list[TokenizedExample] = []
+    for document, encoding in zip(made.records, encodings, strict=True):
+        bounds = _bounds(document, encoding, encoder)
+        if bounds is not None:
+            examples.append(_labelled(encoding.ids, bounds, row.source, encoder.bos))
+        elif len(document.spans) == 1:
+            examples.append(_in_parts(document, row.source, encoder))
+        else:
+            answers = [
+                Answer(document.text[:start], document.text[start:end]) for start, end in document.spans
+            ]
+            apart = _split(answers, TOKENS_MERGE, made.untrained)
+            return _examples(row, apart, encoder.batch([each.text for each in apart.records]), encoder)
+    return Made(tuple(examples), made.split, made.untrained)
+
+
+def _bounds(document: Document, encoding: Any, encoder: _Encoder) -> list[Span] | None:
+    """Tokens [start, end) of each span; None when a prompt alone becomes other tokens than it is here."""
     ids, offsets = encoding.ids, encoding.offsets
-    trained = np.zeros(len(ids), bool)
-    for start, end in spans:
-        trained[_first_token(offsets, start) : _first_token(offsets, end)] = True
-    tokens = np.array(ids, np.int32)
-    if conversation.text is not None:
-        tokens, trained = _whole_document(tokens, trained, tokenizer)
-    tokens, trained = _one_bos(tokens, trained, tokenizer.bos_token_id)
+    bounds = []
+    for start, end in document.spans:
+        first = _tokens_of_prompt(document.text, start, ids, offsets, encoder)
+        if first is None:
+            return None
+        bounds.append(
+            (first, len(ids) if end == len(document.text) else bisect.bisect_left(offsets, (end, 0)))
+        )
+    return bounds
+
+
+def _tokens_of_prompt(
+    text: str, end: int, ids: list[int], offsets: list[Span], encoder: _Encoder
+) -> int | None:
+    """How many of the first tokens are those of `text[:end]` alone; None when no number of them is.
+
+    Text behind an added token is encoded on its own, so only what follows the last one has to be compared.
+    """
+    reached = bisect.bisect_left(offsets, (end, 0))
+    last = next((index for index in range(reached - 1, 0, -1) if ids[index] in encoder.added), 0)
+    alone = encoder.ids(text[offsets[last][0] if last else 0 : end])
+    return last + len(alone) if ids[last : last + len(alone)] == alone else None
+
+
+def _labelled(
+    ids: Sequence[int] | np.ndarray, bounds: Sequence[Span], source: str, bos: int | None
+) -> TokenizedExample:
+    tokens, trained = np.array(ids, np.int32), np.zeros(len(ids), bool)
+    for start, end in bounds:
+        trained[start:end] = True
+    tokens, trained = _one_bos(tokens, trained, bos)
     labels = np.full(len(tokens), IGNORE, np.int32)
     labels[:-1][trained[1:]] = tokens[1:][trained[1:]]
-    if not trained[1:].any():
-        return Drop(NOTHING_TRAINED, conversation.place)
-    return TokenizedExample(tokens, labels, conversation.source)
+    return TokenizedExample(tokens, labels, source)
 
 
-def _first_token(offsets: list[Span], character: int) -> int:
-    """Index of the first token that begins at `character` or later."""
-    index = bisect.bisect_left(offsets, (character, 0))
-    if 0 < index < len(offsets):
-        # byte-level tokenizers report " word" without its space: the token begins where the last one ended
-        previous_end, reported = offsets[index - 1][1], offsets[index][0]
-        if previous_end < character and previous_end < reported:
-            return index + 1
-    return index
+def _in_parts(document: Document, source: str, encoder: _Encoder) -> TokenizedExample:
+    """Prompt and turn encoded apart, and put together: the model is given the one and writes the other."""
+    ((start, end),) = document.spans
+    prompt, turn = encoder.ids(document.text[:start]), encoder.ids_inside(document.text[start:end])
+    return _labelled([*prompt, *turn], [(len(prompt), len(prompt) + len(turn))], source, encoder.bos)
 
 
-def _whole_document(
-    tokens: np.ndarray, trained: np.ndarray, tokenizer: PreTrainedTokenizerFast
-) -> tuple[np.ndarray, np.ndarray]:
-    """Plain text: the BOS this tokenizer writes, if any, and one EOS where the document ends."""
+def _plain(row: Conversation, ids: Sequence[int], encoder: _Encoder) -> Made[TokenizedExample] | Drop:
+    """Plain text is one document, trained whole."""
+    tokens, before = _whole_document(np.array(ids, np.int32), encoder.tokenizer)
+    example = _labelled(tokens, [(before, len(tokens))], row.source, encoder.bos)
+    return Made((example,)) if example.trained else Drop(NOTHING_TRAINED, row.place)
+
+
+def _whole_document(tokens: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, int]:
+    """Plain text: the BOS this tokenizer writes, if any, and one EOS where the document ends. With the number
+    of tokens that are put before it."""
     before = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
     end = tokenizer.eos_token_id
     if end is None:
@@ -281,9 +497,7 @@ def _whole_document(
             hint="set its eos_token, or use messages",
         )
     after = [] if len(tokens) and tokens[-1] == end else [end]
-    tokens = np.concatenate([np.array(before, np.int32), tokens, np.array(after, np.int32)])
-    trained = np.concatenate([np.zeros(len(before), bool), trained, np.ones(len(after), bool)])
-    return tokens, trained
+    return np.concatenate([np.array(before, np.int32), tokens, np.array(after, np.int32)]), len(before)
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -296,339 +510,3 @@ def _one_bos(tokens: np.ndarray, trained: np.ndarray, bos: int | None) -> tuple[
     while bos is not None and len(tokens) > 1 and tokens[0] == bos and tokens[1] == bos:
         tokens, trained = tokens[1:], trained[1:]
     return tokens, trained
-
-
-# from turns to text and spans
-
-
-def render(conversation: Conversation, template: ChatTemplate) -> tuple[str, list[Span]]:
-    """The conversation's whole text and the spans its assistant turns train.
-
-    Raises RenderError when the template refuses the row, UserError when it shows no usable spans.
-    """
-    text, blocks = _render(conversation.messages, template, tagged=template.tagged)
-    turns = _spans_of_turns(text, conversation.messages, template)
-    if turns is None and not template.tagged:
-        raise UserError(
-            f"{conversation.place}: the chat template rewrites this conversation, so that its assistant"
-            " turns cannot be found in the text",
-            hint=TEMPLATE_HINT,
-        )
-    terminator = template.turns.terminator
-    if turns is None:
-        return text, _tidy(_behind_prompt(blocks, conversation), text, terminator)
-    _refuse_lost_calls(text, conversation.messages, turns, terminator)
-    if template.tagged:
-        different = _first_difference(text, _tidy(blocks, text, terminator), _joined(turns))
-        if different is not None:
-            raise UserError(
-                f"{conversation.place}: {different}",
-                hint="the tags must hold what follows the generation prompt, through the turn's terminator",
-            )
-    return text, _joined(_behind_prompt(turns, conversation))
-
-
-def _behind_prompt(spans: list[Span], conversation: Conversation) -> list[Span]:
-    """Without the spans of assistant turns that belong to the prompt. spans: one per assistant turn."""
-    if not conversation.first_trained:
-        return spans
-    is_answer = [message.role == "assistant" for message in conversation.messages]
-    if len(spans) != sum(is_answer):
-        raise UserError(
-            f"{conversation.place}: the chat template's {{% generation %}} tags mark {len(spans)} parts of"
-            f" {sum(is_answer)} assistant turns, so that the prompt's cannot be told from the response's",
-            hint="tag each assistant turn once, through its terminator",
-        )
-    return spans[sum(is_answer[: conversation.first_trained]) :]
-
-
-def _refuse_lost_calls(
-    text: str, messages: Sequence[Message], spans: Sequence[Span], terminator: str
-) -> None:
-    """A template that leaves out tool calls would teach the model to say nothing."""
-    answers = [message for message in messages if message.role == "assistant"]
-    for number, (message, (start, end)) in enumerate(zip(answers, spans, strict=True), start=1):
-        if message.extra.get("tool_calls") and text[start:end].strip() == terminator.strip():
-            raise RenderError(f"the chat template leaves out the tool calls of assistant turn {number}")
-
-
-def read_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-    """The tokenizer's chat template and how it writes turns; UserError when it cannot be used."""
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets",
-            hint="use one that ships a tokenizer.json",
-        )
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template",
-            hint="name one: model.chat_template=chatml (or alpaca, plain)",
-        )
-    try:
-        text = tokenizer.get_chat_template()
-    except ValueError as error:  # several named templates, none of them the default
-        raise UserError(
-            f"the tokenizer's chat template cannot be chosen: {error}", hint=TEMPLATE_HINT
-        ) from error
-    special = tuple((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
-    added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
-    tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
-    return ChatTemplate(text, special, tagged, _turns_of(text, special, added))
-
-
-def _render(
-    messages: Sequence[Message], template: ChatTemplate, *, prompt: bool = False, tagged: bool = False
-) -> tuple[str, list[Span]]:
-    turns = [{**message.extra, "role": message.role, "content": message.content} for message in messages]
-    return _render_turns(turns, template.text, template.special, prompt=prompt, tagged=tagged)
-
-
-def _render_turns(
-    turns: list[dict[str, Any]],
-    template: str,
-    special: Sequence[tuple[str, str]],
-    *,
-    prompt: bool = False,
-    tagged: bool = False,
-) -> tuple[str, list[Span]]:
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    options: dict[str, Any] = {
-        **dict(special),
-        "chat_template": template,
-        "add_generation_prompt": prompt,
-        "return_assistant_tokens_mask": tagged,
-    }
-    rendered: Any
-    try:
-        rendered = render_jinja_template([turns], **options)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
-            hint="correct the template, or set model.chat_template=chatml",
-        ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RenderError(f"the chat template refuses it: {error}") from error
-    texts, blocks = rendered
-    return texts[0], blocks[0] if blocks else []
-
-
-_USER, _ASSISTANT = "\ue000u\ue001", "\ue000a\ue001"
-"""Contents of made-up turns: private-use characters, which no template writes itself."""
-
-
-@functools.lru_cache(maxsize=16)
-def _turns_of(template: str, special: tuple[tuple[str, str], ...], added: tuple[str, ...]) -> Turns:
-    user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
-    try:
-        asked, _ = _render_turns([user], template, special)
-        prompted, _ = _render_turns([user], template, special, prompt=True)
-        answered, _ = _render_turns([user, assistant], template, special)
-    except RenderError as error:
-        raise UserError(f"one question and one answer: {error}", hint=TEMPLATE_HINT) from error
-    content, user_end = answered.find(_ASSISTANT), answered.find(_USER) + len(_USER)
-    if content < 0:
-        raise UserError("the chat template does not write the assistant's content", hint=TEMPLATE_HINT)
-    common = _common_prefix(prompted, answered[:content])
-    # the generation prompt alone is best; templates that end the question with it show more
-    start = len(asked) if prompted.startswith(asked) and len(asked) < common else min(user_end, common)
-    tail = answered[content + len(_ASSISTANT) :]
-    inner = _tail_before_question(template, special)
-    return Turns(answered[start:common], answered[common:content], _terminator(tail, inner, added))
-
-
-def _tail_before_question(template: str, special: tuple[tuple[str, str], ...]) -> str | None:
-    """What follows the assistant's content when another question comes; None when that fails."""
-    turns = [("user", "b"), ("assistant", _ASSISTANT), ("user", _USER)]
-    try:
-        text, _ = _render_turns([{"role": r, "content": c} for r, c in turns], template, special)
-    except RenderError:
-        return None
-    return text.partition(_ASSISTANT)[2]
-
-
-def _terminator(tail: str, inner: str | None, added: Sequence[str]) -> str:
-    """Special tokens that end a turn (those that follow each other without a gap, if inner turns have
-    them all, else the first); without a special token everything but the last white space."""
-    special = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))
-    first = re.search(special, tail) if special else None
-    if first is None:
-        return tail.rstrip()
-    run = re.compile(f"(?:{special})+").match(tail, first.start())
-    whole = tail[: run.end()] if run else ""
-    return whole if inner is None or inner.startswith(whole) else tail[: first.end()]
-
-
-def _common_prefix(left: str, right: str) -> int:
-    limit = min(len(left), len(right))
-    low, high = 0, limit
-    while low < high:  # string slices compare in C; a loop over characters would not
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
-    return low
-
-
-def _common_suffix(left: str, right: str) -> int:
-    return _common_prefix(left[::-1], right[::-1])
-
-
-# spans from the offsets of the rendered turns
-
-
-def _spans_of_turns(text: str, messages: Sequence[Message], template: ChatTemplate) -> list[Span] | None:
-    """The spans without help from tags, or None when they cannot be told from the text."""
-    turns = template.turns
-    contents = None
-    if not any(message.extra for message in messages):
-        contents = _contents_by_outline(text, messages, template)
-    if contents is None:
-        contents = _contents_by_difference(text, messages, template)
-    if contents is None:
-        return None
-    spans: list[Span] = []
-    floor = 0
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        ceiling = len(text)
-        if message.extra and index + 1 < len(messages):
-            ceiling = contents[index + 1].start
-        span = _whole_turn(text, contents[index], floor, ceiling, turns, bool(message.extra))
-        if span is None:
-            return None
-        spans.append(span)
-        floor = span[1]
-    return spans
-
-
-def _whole_turn(
-    text: str, content: Written, floor: int, ceiling: int, turns: Turns, has_extra: bool
-) -> Span | None:
-    """From the end of the header before `content` through the terminator after it.
-
-    None when something beside the content was rewritten and no header or terminator gives a hold.
-    """
-    start, end = content.start, content.end
-    header = text.rfind(turns.header, floor, start) if turns.header else -1
-    if header >= 0:
-        start = header + len(turns.header)
-    elif not content.exact_start:
-        return None
-    elif turns.lead and text.endswith(turns.lead, floor, start):
-        start -= len(turns.lead)
-    if turns.terminator and text.startswith(turns.terminator, end):
-        return start, end + len(turns.terminator)
-    if not has_extra:
-        # a template may end only its last turn
-        return (start, end) if content.exact_end else None
-    after = text.find(turns.terminator, end, ceiling) if turns.terminator else -1
-    return None if after < 0 else (start, after + len(turns.terminator))
-
-
-def _contents_by_outline(
-    text: str, messages: Sequence[Message], template: ChatTemplate
-) -> list[Written] | None:
-    """Fast way: fill the contents into the template's outline for these roles and compare.
-
-    None unless outline and contents (as they are, or stripped) make up the whole text.
-    """
-    roles = tuple(message.role for message in messages)
-    outline = _outline(roles, template.text, template.special)
-    if outline is None:
-        return None
-    literals, order = outline
-    contents = [Written(0, 0)] * len(messages)
-    position = len(literals[0])
-    if not text.startswith(literals[0]):
-        return None
-    for index, literal in zip(order, literals[1:], strict=True):
-        content = messages[index].content
-        for written in (content, content.strip()):
-            end = position + len(written)
-            if text.startswith(written, position) and text.startswith(literal, end):
-                contents[index], position = Written(position, end), end + len(literal)
-                break
-        else:
-            return None
-    return contents if position == len(text) else None
-
-
-@functools.lru_cache(maxsize=1024)
-def _outline(
-    roles: tuple[str, ...], template: str, special: tuple[tuple[str, str], ...]
-) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
-    """The text a template writes around contents, and the order in which it writes them."""
-    turns = [{"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)]
-    try:
-        text, _ = _render_turns(turns, template, special)
-    except RenderError:
-        return None
-    parts = re.split("\ue000(\\d+)\ue001", text)
-    order = tuple(int(part) for part in parts[1::2])
-    if sorted(order) != list(range(len(roles))):
-        return None  # a turn is left out or written twice
-    return tuple(parts[0::2]), order
-
-
-def _contents_by_difference(
-    text: str, messages: Sequence[Message], template: ChatTemplate
-) -> list[Written] | None:
-    """Slow way, for templates that rewrite contents: put a mark in place of one content at a time
-    and see where the text changes. Only assistant turns and what follows them are looked for."""
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text) * 3
-    contents = [Written(0, 0)] * len(messages)
-    for index, message in enumerate(messages):
-        follows = index > 0 and messages[index - 1].role == "assistant"
-        if message.role != "assistant" and not follows:
-            continue
-        marked = [*messages[:index], Message(message.role, mark, message.extra), *messages[index + 1 :]]
-        try:
-            changed, _ = _render(marked, template)
-        except RenderError:
-            return None
-        at = changed.find(mark)
-        if at < 0 or changed.count(mark) != 1:
-            return None
-        before, after = changed[:at], changed[at + len(mark) :]
-        start, rest = _common_prefix(text, before), _common_suffix(text, after)
-        end = max(start, len(text) - rest)
-        contents[index] = Written(start, end, start == len(before), rest == len(after))
-    return contents
-
-
-# spans from {% generation %} tags
-
-
-def _tidy(blocks: Sequence[Span], text: str, terminator: str) -> list[Span]:
-    """Tagged spans, joined where they touch, without the white space behind a terminator."""
-    tidy = []
-    for start, end in _joined(blocks):
-        stop = len(text[:end].rstrip())
-        tidy.append((start, stop if terminator and text.endswith(terminator, start, stop) else end))
-    return tidy
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    joined: list[Span] = []
-    for start, end in spans:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        elif end > start:
-            joined.append((start, end))
-    return joined
-
-
-def _first_difference(text: str, tags: list[Span], spans: list[Span]) -> str | None:
-    """Where tags and rendered turns disagree. White space at the beginning is left to the turns: it
-    belongs to the header or to the answer according to the generation prompt, not to the tags."""
-    for number in range(max(len(tags), len(spans))):
-        tag = tags[number] if number < len(tags) else (0, 0)
-        span = spans[number] if number < len(spans) else (0, 0)
-        between = text[min(tag[0], span[0]) : max(tag[0], span[0])]
-        if tag[1] != span[1] or between.strip():
-            return (
-                "the chat template's {% generation %} tags and its rendered turns differ in assistant turn"
-                f" {number + 1}: the tags train {text[slice(*tag)]!r}, the turn is {text[slice(*span)]!r}"
-            )
-    return None

@@ -33,6 +33,7 @@ from common.data.kinds import (
     Opened,
     Record,
     Row,
+    with_options,
 )
 from common.data.ledger import Ledger, SourceLedger
 from common.data.preferences import RowUnused
@@ -194,7 +195,7 @@ def understood(
             if not for_eval and not split.has(kind.question(row)):
                 entry.drop(OTHER_STAGE, row.place)
             else:
-                yield row, number, for_eval
+                yield with_options(row, data), number, for_eval
 
 
 def training_texts(
@@ -353,7 +354,7 @@ class _Kept:
     def __init__(self, more: Mapping[str, str]) -> None:
         """more: columns beside the common ones, with their type codes."""
         common = {"hashes": "Q", "source_ids": "i", "lengths": "i", "trained": "i", "numbers": "i"}
-        codes = {**common, "truncated": "b", "for_eval": "b", **more}
+        codes = {**common, "truncated": "b", "for_eval": "b", "first": "b", **more}
         self._columns: dict[str, array[Any]] = {name: array(code) for name, code in codes.items()}
 
     def add(self, **values: float) -> None:
@@ -432,21 +433,28 @@ class _Writer(Generic[Row, Record, Opened]):
                     eval_hashes.add(row_hash)
                 elif row_hash in eval_hashes:
                     result = chat.Drop(IN_EVAL, row.place)
-                record = self._first_of_its_kind(row, self._fitted(result, row.place))
-                if isinstance(record, chat.Drop):
-                    self._drop(record, self.ledger.sources[source])
+                entry = self.ledger.sources[source]
+                if isinstance(result, chat.Drop):
+                    self._drop(result, entry)
                     continue
-                self._note(record, row_hash, source, for_eval, record is not result, row.place)
-                yield record
+                entry.note_turns(result.split, result.untrained, row.place)
+                entry.further_documents += len(result.records) - 1
+                first = True
+                for made in result.records:
+                    record = self._first_of_its_kind(row, self._fitted(made, row.place))
+                    if isinstance(record, chat.Drop):
+                        self._drop(record, entry)
+                        continue
+                    self._note(record, row_hash, source, for_eval, record is not made, row.place, first)
+                    first = False
+                    yield record
             done += len(chunk)
             if time.monotonic() - last_line > PROGRESS_SECONDS:
                 self.report(f"tokenized {done:,} rows")
                 last_line = time.monotonic()
 
-    def _fitted(self, result: Record | chat.Drop, place: Place) -> Record | chat.Drop:
-        if isinstance(result, chat.Drop):
-            return result
-        return self.kind.fit(result, place, self.data, self.tokenizer.bos_token_id)
+    def _fitted(self, record: Record, place: Place) -> Record | chat.Drop:
+        return self.kind.fit(record, place, self.data, self.tokenizer.bos_token_id)
 
     def _first_of_its_kind(self, row: Row, record: Record | chat.Drop) -> Record | chat.Drop:
         """The record, unless one was kept that says what only one may say."""
@@ -466,8 +474,16 @@ class _Writer(Generic[Row, Record, Opened]):
             entry.drop(drop.reason, drop.place)
 
     def _note(
-        self, record: Record, row_hash: int, source: int, for_eval: bool, truncated: bool, place: Place
+        self,
+        record: Record,
+        row_hash: int,
+        source: int,
+        for_eval: bool,
+        truncated: bool,
+        place: Place,
+        first: bool,
     ) -> None:
+        """first: of the records of its row."""
         documents = self.kind.documents(record)
         self.kept.add(
             hashes=row_hash,
@@ -477,6 +493,7 @@ class _Writer(Generic[Row, Record, Opened]):
             numbers=place.row,
             truncated=truncated,
             for_eval=for_eval,
+            first=first,
             **dict(zip(self.kind.numbers, self.kind.numbers_of(record), strict=True)),
         )
 
@@ -484,7 +501,8 @@ class _Writer(Generic[Row, Record, Opened]):
         """Per record of the file: its numbers; and which records are whose."""
         hashes, source_ids = self.kept["hashes"], self.kept["source_ids"]
         for_eval = self.kept["for_eval"] != 0
-        chosen = held_out(hashes[~for_eval], source_ids[~for_eval], self.data.held_out_fraction())
+        rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
+        chosen = held_out(hashes[rows], source_ids[rows], self.data.held_out_fraction())
         for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
         stored = ("lengths", "trained", "source_ids", "numbers", *self.kind.numbers)
         return {
@@ -512,7 +530,8 @@ def _count(ledger: Ledger, index: Mapping[str, np.ndarray], truncated: np.ndarra
         of_source = index["source_ids"] == number
         entry.rows_kept = int(of_source.sum())
         dropped = sum(drop.count for drop in entry.dropped.values())
-        entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - entry.further_pairs
+        further = entry.further_pairs + entry.further_documents
+        entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - further
         entry.rows_held_out = int((of_source & held).sum())
         entry.tokens = int(index["lengths"][of_source].sum())
         entry.trained_tokens = int(index["trained"][of_source].sum())

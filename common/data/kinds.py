@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from common.config import DataConfig
+from common.config import DataConfig, TrainOn
 from common.data import chat, formats, pairs, preferences, prompts
-from common.data.chat import Drop
+from common.data.chat import Drop, Made
 from common.data.columns import Columns
 from common.data.stored import PairDataset, PromptDataset, StoredRecords, TokenizedDataset
 from common.data.types import (
@@ -38,6 +39,29 @@ if TYPE_CHECKING:
 Row = TypeVar("Row", bound=Conversation | Preference | Prompt)
 Record = TypeVar("Record", bound=TokenizedExample | TokenizedPair | TokenizedPrompt)
 Opened = TypeVar("Opened", bound=StoredRecords)
+
+
+def with_options(row: Row, data: DataConfig) -> Row:
+    """The row with what the run says of it: variables of the template, below the row's own, and which of its
+    turns are trained."""
+    if not data.chat_template_kwargs and data.train_on is TrainOn.all_turns:
+        return row
+    variables = {**data.chat_template_kwargs, **row.context.variables}
+    changed: dict[str, Any] = {"context": replace(row.context, variables=variables)}
+    if data.train_on is TrainOn.last_turn:
+        if isinstance(row, Conversation):
+            changed["messages"] = _last_alone(row.messages)
+        elif isinstance(row, Preference):
+            changed |= {"chosen": _last_alone(row.chosen), "rejected": _last_alone(row.rejected)}
+    return replace(row, **changed)
+
+
+def _last_alone(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns, of whose assistant turns only the last one is trained."""
+    last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    return tuple(
+        replace(message, trained=message.trained and at == last) for at, message in enumerate(messages)
+    )
 
 
 class Kind(ABC, Generic[Row, Record, Opened]):
@@ -65,8 +89,8 @@ class Kind(ABC, Generic[Row, Record, Opened]):
         """
 
     @abstractmethod
-    def tokenize(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Record | Drop]:
-        """One result per row, in order."""
+    def tokenize(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Made[Record] | Drop]:
+        """One result per row, in order: what became of it, one record or several."""
 
     @abstractmethod
     def fit(self, record: Record, place: Place, data: DataConfig, bos_id: int | None) -> Record | Drop:
@@ -115,7 +139,7 @@ class Demonstrations(Kind[Conversation, TokenizedExample, TokenizedDataset]):
 
     def tokenize(
         self, rows: Sequence[Conversation], tokenizer: PreTrainedTokenizerFast
-    ) -> list[TokenizedExample | Drop]:
+    ) -> list[Made[TokenizedExample] | Drop]:
         return chat.tokenize(rows, tokenizer)
 
     def fit(
@@ -153,8 +177,8 @@ class Preferences(Kind[Preference, TokenizedPair, PairDataset]):
 
     def tokenize(
         self, rows: Sequence[Preference], tokenizer: PreTrainedTokenizerFast
-    ) -> list[TokenizedPair | Drop]:
-        return pairs.tokenize_pairs(rows, tokenizer)
+    ) -> list[Made[TokenizedPair] | Drop]:
+        return _one_each(pairs.tokenize_pairs(rows, tokenizer))
 
     def fit(
         self, record: TokenizedPair, place: Place, data: DataConfig, bos_id: int | None
@@ -196,8 +220,8 @@ class Prompts(Kind[Prompt, TokenizedPrompt, PromptDataset]):
 
     def tokenize(
         self, rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast
-    ) -> list[TokenizedPrompt | Drop]:
-        return prompts.tokenize_prompts(rows, tokenizer)
+    ) -> list[Made[TokenizedPrompt] | Drop]:
+        return _one_each(prompts.tokenize_prompts(rows, tokenizer))
 
     def fit(
         self, record: TokenizedPrompt, place: Place, data: DataConfig, bos_id: int | None
@@ -222,6 +246,11 @@ class Prompts(Kind[Prompt, TokenizedPrompt, PromptDataset]):
 
     def kept_once(self, row: Prompt) -> Sequence[Message]:
         return row.messages
+
+
+def _one_each(results: Sequence[Record | Drop]) -> list[Made[Record] | Drop]:
+    """Rows that each became one record."""
+    return [result if isinstance(result, Drop) else Made((result,)) for result in results]
 
 
 def _question_alone(question: str) -> Sequence[Message]:

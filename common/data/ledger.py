@@ -6,11 +6,14 @@ Filled while rows are tokenized (`dataset.py`), stored beside them, and printed 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.data.types import Place
+
+COUNTED = {"dropped": "dropped from", "untrained": "not trained in", "split": "split in"}
+"""What is counted by reason, and how it is said."""
 
 PLACES_KEPT = 5
 """Places of dropped rows named in the ledger, per reason."""
@@ -18,7 +21,7 @@ PLACES_KEPT = 5
 
 @dataclass
 class Dropped:
-    """Rows left out for one reason; the first few by place."""
+    """Rows (or turns) that one reason applies to; the first few by place."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
@@ -35,7 +38,9 @@ class SourceLedger:
 
     Of preferences, what is kept or dropped is pairs, and trained tokens are those of both responses. Of
     prompts nothing is trained.
-    further_pairs: pairs beyond the first of their row; read + further = kept + dropped + bad.
+    further_pairs: pairs beyond the first of their row; further_documents: documents beyond the first of a row
+    that was split; read + further = kept + dropped + bad. split: rows whose trained turns each stand in a
+    document of their own, by reason; untrained: turns that are not trained though the row asks for it.
     """
 
     name: str
@@ -52,10 +57,20 @@ class SourceLedger:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     further_pairs: int = 0
     unused_columns: list[str] = field(default_factory=list)
+    further_documents: int = 0
+    split: dict[str, Dropped] = field(default_factory=dict)
+    untrained: dict[str, Dropped] = field(default_factory=dict)
 
     def drop(self, reason: str, place: Place) -> None:
         """Note that a row is left out."""
         self.dropped.setdefault(reason, Dropped()).add(place)
+
+    def note_turns(self, split: str, untrained: Sequence[str], place: Place) -> None:
+        """Note that a row is split, and which of its turns are not trained."""
+        if split:
+            self.split.setdefault(split, Dropped()).add(place)
+        for reason in untrained:
+            self.untrained.setdefault(reason, Dropped()).add(place)
 
 
 @dataclass
@@ -73,8 +88,10 @@ class Ledger:
         """The inverse of `to_json`."""
         entries = []
         for entry in value["sources"]:
-            dropped = {reason: Dropped(**drop) for reason, drop in entry["dropped"].items()}
-            entries.append(SourceLedger(**{**entry, "dropped": dropped}))
+            counted = {
+                name: {reason: Dropped(**drop) for reason, drop in entry[name].items()} for name in COUNTED
+            }
+            entries.append(SourceLedger(**{**entry, **counted}))
         return cls(entries)
 
     def lines(self) -> list[str]:
@@ -94,6 +111,10 @@ class Ledger:
                 lines.append(
                     f"{entry.name}: a row can give several pairs; read counts rows, the others pairs"
                 )
+            if entry.further_documents:
+                lines.append(
+                    f"{entry.name}: a row can give several documents; read counts rows, the others documents"
+                )
             if entry.unused_columns:
                 lines.append(f"columns of {entry.name} that are not used: {', '.join(entry.unused_columns)}")
         return lines + self.reasons()
@@ -103,10 +124,11 @@ class Ledger:
         lines = []
         for entry in self.sources:
             lines += [f"skipped from {entry.name}: {example}" for example in entry.bad_examples]
-            for reason, drop in entry.dropped.items():
-                more = ", ..." if drop.count > len(drop.places) else ""
-                places = ", ".join(drop.places)
-                lines.append(f"dropped from {entry.name}: {drop.count} × {reason} ({places}{more})")
+            for name, verb in COUNTED.items():
+                for reason, drop in getattr(entry, name).items():
+                    more = ", ..." if drop.count > len(drop.places) else ""
+                    places = ", ".join(drop.places)
+                    lines.append(f"{verb} {entry.name}: {drop.count} × {reason} ({places}{more})")
         return lines
 
 

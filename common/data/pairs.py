@@ -1,9 +1,9 @@
 """Preference -> TokenizedPair: both sides of a pair as tokens, each through its terminator.
 
-A side is rendered whole, prompt and response together, and tokenized once; `chat.py` says which tokens
-the response trains. What the template writes behind the last terminator is cut, so that a side's last
-token is where its reward is read. Pairs that cannot be compared are dropped with a reason. The two
-prompts are usually the same tokens but need not be. Does not read files and does not make batches.
+`chat.py` makes a document of each side and says which tokens the response trains; a side that would need
+several documents cannot be compared. What the template writes behind the last terminator is cut, so that a
+side's last token is where its reward is read. Pairs that cannot be compared are dropped with a reason. The
+two prompts are usually the same tokens but need not be. Does not read files and does not make batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from common.config import Truncation
 from common.data import chat
-from common.data.chat import Drop
+from common.data.chat import Drop, Made
 from common.data.columns import says_nothing
 from common.data.types import IGNORE, Conversation, Place, Preference, TokenizedExample, TokenizedPair
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SAME = "chosen and rejected are the same"
 NO_TERMINATOR = "no terminator"
 CUT = "cut by truncation"
+SPLIT = "several turns to compare, and "
 
 
 def tokenize_pairs(
@@ -83,7 +84,7 @@ def _drop_empty(preference: Preference) -> Drop | None:
 def _sides(preference: Preference) -> tuple[Conversation, Conversation]:
     prompt, source, place = preference.prompt, preference.source, preference.place
     chosen, rejected = (
-        Conversation(prompt + side, None, source, place, first_trained=len(prompt))
+        Conversation(prompt + side, None, source, place, len(prompt), preference.context)
         for side in (preference.chosen, preference.rejected)
     )
     return chosen, rejected
@@ -91,20 +92,29 @@ def _sides(preference: Preference) -> tuple[Conversation, Conversation]:
 
 def _pair(
     preference: Preference,
-    chosen: TokenizedExample | Drop,
-    rejected: TokenizedExample | Drop,
+    chosen: Made[TokenizedExample] | Drop,
+    rejected: Made[TokenizedExample] | Drop,
     terminator: int,
 ) -> TokenizedPair | Drop:
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
+    sides = []
+    for name, made in (("chosen", chosen), ("rejected", rejected)):
+        side = made if isinstance(made, Drop) else _comparable(made, preference.place)
         if isinstance(side, Drop):
             return Drop(f"{name}: {side.reason}", side.place, side.faulty)
-    assert isinstance(chosen, TokenizedExample) and isinstance(rejected, TokenizedExample)
-    ends = _through_terminator(chosen, terminator), _through_terminator(rejected, terminator)
+        sides.append(side)
+    ends = [_through_terminator(side, terminator) for side in sides]
     if ends[0] is None or ends[1] is None:
         return Drop(NO_TERMINATOR, preference.place)
     if np.array_equal(ends[0].input_ids, ends[1].input_ids):
         return Drop(SAME, preference.place)
     return TokenizedPair(ends[0], ends[1], preference.margin)
+
+
+def _comparable(side: Made[TokenizedExample], place: Place) -> TokenizedExample | Drop:
+    """The side as one document that trains all of the response."""
+    if side.untrained:
+        return Drop(side.untrained[0], place)
+    return Drop(SPLIT + side.split, place) if side.split else side.records[0]
 
 
 def _through_terminator(side: TokenizedExample, terminator: int) -> TokenizedExample | None:

@@ -127,7 +127,7 @@ def tokenize_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerFast
 ) -> list[TokenizedPrompt | Drop]:
     """One result per prompt, in order; not yet cut to a length. UserError when there is no chat template."""
-    questions = [(prompt.messages, prompt.place) for prompt in prompts]
+    questions = [(prompt.messages, prompt.context, prompt.place) for prompt in prompts]
     return [
         ids if isinstance(ids, Drop) else TokenizedPrompt(ids, row.as_given, row.columns, row.source)
         for row, ids in zip(prompts, chat.tokenize_questions(questions, tokenizer), strict=True)

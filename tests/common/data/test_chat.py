@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from common.config import Truncation
-from common.data.chat import Drop, check_template, find_terminators, fit, read_template, render, tokenize
-from common.data.types import IGNORE, Conversation, Message, Place, TokenizedExample
+from common.data.chat import Drop, Made, check_template, find_terminators, fit, tokenize
+from common.data.render import read_template, render
+from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.tiny import CHATML, tiny_tokenizer, wordpiece_tokenizer
 
 HERE = Place("rows.jsonl", 7)
 TEMPLATES = Path(__file__).parents[3] / "conf" / "chat_template"
@@ -73,23 +74,42 @@ def conversation(*turns: tuple[str, str]) -> Conversation:
     return Conversation(tuple(Message(role, content) for role, content in turns), None, "s", HERE)
 
 
-def example(row: Conversation, template: str | None, **options: bool) -> TokenizedExample:
+def made(row: Conversation, template: str | None, **options: bool) -> Made[TokenizedExample]:
     result = tokenize([row], tiny_tokenizer(template, **options))[0]
-    assert isinstance(result, TokenizedExample), result
+    assert isinstance(result, Made), result
     return result
 
 
+def documents(row: Conversation, template: str | None, **options: bool) -> tuple[TokenizedExample, ...]:
+    return made(row, template, **options).records
+
+
+def example(row: Conversation, template: str | None, **options: bool) -> TokenizedExample:
+    (document,) = documents(row, template, **options)
+    return document
+
+
 def trained(row: Conversation, template: str | None, **options: bool) -> list[str]:
-    """What is trained, run by run."""
-    labels = example(row, template, **options).labels
-    tokenizer = tiny_tokenizer(template)
-    runs: list[list[int]] = [[]]
-    for label in labels.tolist():
+    """What is trained, run by run, document by document."""
+    return [run for document in documents(row, template, **options) for run in runs(document)]
+
+
+def runs(document: TokenizedExample) -> list[str]:
+    """What a document trains, run by run."""
+    found: list[list[int]] = [[]]
+    for label in document.labels.tolist():
         if label != IGNORE:
-            runs[-1].append(label)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
+            found[-1].append(label)
+        elif found[-1]:
+            found.append([])
+    return [tiny_tokenizer().decode(run) for run in found if run]
+
+
+def stretches(document: TokenizedExample) -> tuple[str, str]:
+    """Prompt and trained turn of a document with one turn, which ends with it."""
+    begin = int(np.argmax(document.labels != IGNORE)) + 1
+    tokenizer = tiny_tokenizer()
+    return tokenizer.decode(document.input_ids[:begin]), tokenizer.decode(document.input_ids[begin:])
 
 
 TWO_TURNS = conversation(("user", "hi"), ("assistant", "hello"), ("user", "more?"), ("assistant", "ok"))
@@ -123,7 +143,7 @@ def test_last_token_of_a_document_never_predicts_the_next() -> None:
         ("llama 3", LLAMA3, ["hello<|eot_id|>", "ok<|eot_id|>"]),
         ("mistral", MISTRAL, [" hello</s>", " ok</s>"]),
         ("gemma", GEMMA, ["hello<end_of_turn>", "ok<end_of_turn>"]),
-        ("reasoning", REASONING, ["hello<|im_end|>", "<think></think>\n\nok<|im_end|>"]),
+        ("reasoning", REASONING, ["<think></think>\n\nhello<|im_end|>", "<think></think>\n\nok<|im_end|>"]),
         ("system default", SYSTEM_DEFAULT, ["hello<|im_end|>", "ok<|im_end|>"]),
     ],
 )
@@ -154,7 +174,8 @@ def test_the_shipped_templates_train_answers_and_terminators(name: str, expected
 def test_the_shipped_templates_write_exactly_this() -> None:
     def text(name: str) -> str:
         template = read_template(tiny_tokenizer((TEMPLATES / f"{name}.jinja").read_text()))
-        return render(conversation(("system", "S"), ("user", "Q"), ("assistant", "A")), template)[0]
+        turns = conversation(("system", "S"), ("user", "Q"), ("assistant", "A")).messages
+        return render(turns, template)[0]
 
     assert text("chatml") == (
         "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
@@ -167,18 +188,8 @@ def test_the_shipped_templates_write_no_bos_that_is_also_the_eos() -> None:
     tokenizer = tiny_tokenizer((TEMPLATES / "chatml.jinja").read_text())
     tokenizer.bos_token = tokenizer.eos_token
     result = tokenize([TWO_TURNS], tokenizer)[0]
-    assert isinstance(result, TokenizedExample)
-    assert result.input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
-
-
-def test_reasoning_is_trained_where_the_template_keeps_it_and_only_there() -> None:
-    row = conversation(
-        ("user", "hi"),
-        ("assistant", "<think>why</think>\n\nhello"),
-        ("user", "more?"),
-        ("assistant", "<think>hm</think>\n\nok"),
-    )
-    assert trained(row, REASONING) == ["hello<|im_end|>", "<think>hm</think>\n\nok<|im_end|>"]
+    assert isinstance(result, Made)
+    assert result.records[0].input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_contents_that_the_template_strips_are_trained_as_they_are_written() -> None:
@@ -219,7 +230,8 @@ def test_a_tool_call_is_trained_and_the_tools_answer_is_not() -> None:
         "ok<|im_end|>",
     ]
     lost = tokenize([Conversation(turns, None, "s", HERE)], tiny_tokenizer(CHATML_WITHOUT_TAGS))[0]
-    assert lost == Drop("the chat template leaves out the tool calls of assistant turn 1", HERE, faulty=True)
+    reason = "the chat template leaves out an assistant turn's tool calls"
+    assert isinstance(lost, Drop) and lost.faulty and lost.reason.startswith(reason)
 
 
 def test_all_bytes_of_a_character_split_over_several_tokens_are_trained() -> None:
@@ -229,18 +241,22 @@ def test_all_bytes_of_a_character_split_over_several_tokens_are_trained() -> Non
     assert (row.input_ids[-2 - 4 : -2] == row.labels[row.labels != IGNORE][:4]).all()
 
 
-def test_a_token_that_begins_in_the_header_is_not_trained() -> None:
-    # the header ends with a space, which the tokenizer joins with "hello": no prompt ends like this
+def test_where_tokens_merge_across_the_end_of_a_prompt_the_turn_is_encoded_apart() -> None:
+    # the header ends with a space, which the tokenizer would join with "hello": no prompt ends like this
     template = (
         "{% for m in messages %}{{ m.role ~ ': ' ~ m.content }}"
         "{{ eos_token if m.role == 'assistant' else '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    tokens = tiny_tokenizer().convert_ids_to_tokens(
-        example(conversation(("user", "a"), ("assistant", "hello ok")), template).input_ids.tolist()
-    )
-    assert "Ġhello" in tokens
-    assert trained(conversation(("user", "a"), ("assistant", "hello ok")), template) == [" ok</s>"]
+    row = example(conversation(("user", "a"), ("assistant", "hello ok")), template)
+    tokens = tiny_tokenizer().convert_ids_to_tokens(row.input_ids.tolist())
+    assert tokens[-6:] == [":", "Ġ", "hello", "Ġ", "ok", "</s>"]
+    assert runs(row) == ["hello ok</s>"]
+    # in the second prompt the first answer is history, so there its token is the merged one
+    two = made(TWO_TURNS, template)
+    assert two.split == "tokens merge across the end of a prompt"
+    assert [runs(document) for document in two.records] == [["hello</s>"], ["ok</s>"]]
+    assert "Ġhello" in tiny_tokenizer().convert_ids_to_tokens(two.records[1].input_ids.tolist())
 
 
 def test_a_space_that_the_template_writes_before_the_answer_belongs_to_it() -> None:
@@ -250,7 +266,7 @@ def test_a_space_that_the_template_writes_before_the_answer_belongs_to_it() -> N
 
 def test_there_is_one_bos_even_when_template_and_tokenizer_both_write_one() -> None:
     for template in (LLAMA3, "{{ bos_token }}" + LLAMA3):
-        ids = example(TWO_TURNS, template, adds_bos=True).input_ids.tolist()
+        ids = documents(TWO_TURNS, template, adds_bos=True)[-1].input_ids.tolist()
         assert ids[0] == 1 and ids.count(1) == 1
     assert 1 not in example(TWO_TURNS, CHATML, adds_bos=True).input_ids.tolist()
 
@@ -259,9 +275,12 @@ def test_masks_do_not_depend_on_the_pad_token() -> None:
     plain, padded_with_eos = tiny_tokenizer(MISTRAL), tiny_tokenizer(MISTRAL)
     padded_with_eos.pad_token = "</s>"
     first, second = (tokenize([TWO_TURNS], t)[0] for t in (plain, padded_with_eos))
-    assert isinstance(first, TokenizedExample) and isinstance(second, TokenizedExample)
-    assert first.labels.tolist() == second.labels.tolist()
-    assert first.labels.tolist().count(2) == 2  # both EOS
+    assert isinstance(first, Made) and isinstance(second, Made)
+    (labels,), (others,) = (
+        [document.labels.tolist() for document in made.records] for made in (first, second)
+    )
+    assert labels == others
+    assert labels.count(2) == 2  # both EOS
 
 
 # plain text
@@ -296,7 +315,7 @@ def test_tags_that_leave_out_the_terminator_are_refused_naming_the_difference() 
     with pytest.raises(UserError) as error:
         tokenize([TWO_TURNS], tiny_tokenizer(template))
     assert "rows.jsonl:7" in str(error.value)
-    assert "assistant turn 1: the tags train 'hello', the turn is 'hello<|im_end|>'" in str(error.value)
+    assert "trained turn 1: the tags train 'hello', the turn is 'hello<|im_end|>'" in str(error.value)
 
 
 def test_tags_that_leave_out_a_turn_are_refused() -> None:
@@ -308,7 +327,7 @@ def test_tags_that_leave_out_a_turn_are_refused() -> None:
     )
     with pytest.raises(
         UserError,
-        match="turn 1: the tags train 'ok<|im_end|>', the turn is 'hello<|im_end|>'".replace("|", r"\|"),
+        match="turn 1: the tags train '', the turn is 'hello<|im_end|>'".replace("|", r"\|"),
     ):
         tokenize([TWO_TURNS], tiny_tokenizer(template))
 
@@ -319,25 +338,213 @@ def test_a_line_break_inside_the_tags_is_not_trained() -> None:
     assert trained(TWO_TURNS, template) == ["hello<|im_end|>", "ok<|im_end|>"]
 
 
-def test_a_conversation_whose_answers_cannot_be_found_asks_for_tags() -> None:
-    # the text begins with a number that changes with every content, so every mark moves everything
-    count = "{{ messages | map(attribute='content') | join | length }}{% for m in messages %}"
-    template = MISTRAL.replace("{% for m in turns %}", count.replace("messages %}", "turns %}"))
-    assert template != MISTRAL
-    with pytest.raises(UserError, match=r"rows.jsonl:7: .* cannot be found .*\n.*generation"):
-        tokenize([TWO_TURNS], tiny_tokenizer(template))
+def test_turns_whose_prompts_the_template_rewrites_are_not_trained() -> None:
+    # the text begins with a number that changes with every turn
+    count = "{{ messages | map(attribute='content') | join | length }}\n"
+    for template in (count + CHATML_WITHOUT_TAGS, count + CHATML):
+        assert tokenize([TWO_TURNS], tiny_tokenizer(template)) == [
+            Drop("turn that the chat template does not write behind its own prompt", HERE)
+        ]
 
 
-def test_answers_are_found_behind_their_header_when_something_else_is_rewritten() -> None:
-    template = "{{ messages | map(attribute='content') | join | length }}\n" + CHATML_WITHOUT_TAGS
-    assert trained(conversation(("user", "a"), ("assistant", "hello")), template) == ["hello<|im_end|>"]
-
-
-def test_the_tags_alone_decide_when_the_turns_cannot_be_found() -> None:
-    # contents are written twice, which no offset can explain
+def test_what_the_template_writes_twice_is_trained_twice() -> None:
     template = CHATML.replace("+ '<|im_end|>' }}{% endgen", "+ message['content'] + '<|im_end|>' }}{% endgen")
     assert template != CHATML
     assert trained(TWO_TURNS, template) == ["hellohello<|im_end|>", "okok<|im_end|>"]
+
+
+# the prompt rule
+
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '[/INST]' ~ m.content.split('</think>')[-1] ~ eos_token }}"
+    "{% else %}{{ '[INST]' ~ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[/INST]<think>\n' }}{% endif %}"
+)
+"""Takes reasoning out of every turn, and ends its prompt with the beginning of it."""
+
+THINKING = conversation(
+    ("user", "hi"),
+    ("assistant", "<think>\nwhy\n</think>\n\nhello"),
+    ("user", "more?"),
+    ("assistant", "<think>\nhm\n</think>\n\nok"),
+)
+
+
+def test_reasoning_that_the_template_takes_out_of_history_is_trained_in_a_document_of_its_own() -> None:
+    row = made(THINKING, REASONING)
+    assert (
+        row.split
+        == "the chat template writes earlier turns in another way than it wrote them as the last ones"
+    )
+    assert [stretches(document) for document in row.records] == [
+        (
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            "<think>\nwhy\n</think>\n\nhello<|im_end|>",
+        ),
+        (
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+            "<|im_start|>user\nmore?<|im_end|>\n<|im_start|>assistant\n",
+            "<think>\nhm\n</think>\n\nok<|im_end|>",
+        ),
+    ]
+
+
+def test_reasoning_is_said_behind_a_prompt_that_opens_it() -> None:
+    row = made(THINKING, R1)
+    assert [stretches(document) for document in row.records] == [
+        ("<s>[INST]hi[/INST]<think>\n", "why\n</think>\n\nhello</s>"),
+        ("<s>[INST]hi[/INST]\n\nhello</s>[INST]more?[/INST]<think>\n", "hm\n</think>\n\nok</s>"),
+    ]
+
+
+def test_reasoning_in_a_field_is_said_behind_a_prompt_that_opens_it() -> None:
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        turns = (Message("user", "hi"), Message("assistant", "hello", {name: "why"}))
+        row = example(Conversation(turns, None, "s", HERE), R1)
+        assert stretches(row) == ("<s>[INST]hi[/INST]<think>\n", "why\n</think>\n\nhello</s>")
+
+
+def test_a_turn_without_the_reasoning_that_its_prompt_opens_is_not_trained_and_counted() -> None:
+    reason = "turn that does not begin with '<think>\\n', in which its prompt ends"
+    assert tokenize([TWO_TURNS], tiny_tokenizer(R1)) == [Drop(reason, HERE)]
+    one = conversation(
+        ("user", "hi"), ("assistant", "hello"), *((m.role, m.content) for m in THINKING.messages)
+    )
+    row = made(one, R1)
+    assert row.untrained == (reason,)
+    assert [runs(document) for document in row.records] == [
+        ["why\n</think>\n\nhello</s>"],
+        ["hm\n</think>\n\nok</s>"],
+    ]
+
+
+def test_a_system_text_that_moves_to_the_last_question_stands_in_every_prompt() -> None:
+    row = made(WITH_SYSTEM, MISTRAL)
+    assert [stretches(document) for document in row.records] == [
+        ("<s>[INST] S\n\nhi [/INST]", " hello</s>"),
+        ("<s>[INST] hi [/INST] hello</s>[INST] S\n\nmore? [/INST]", " ok</s>"),
+    ]
+
+
+def test_a_terminator_that_only_the_last_turn_gets_ends_every_trained_turn() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ eos_token if loop.last and not add_generation_prompt }}"
+    )
+    row = made(TWO_TURNS, template + "{% endfor %}")
+    assert [stretches(document) for document in row.records] == [
+        ("hi", "hello</s>"),
+        ("hihellomore?", "ok</s>"),
+    ]
+
+
+def test_headers_that_the_generation_prompt_leaves_to_the_model_are_trained() -> None:
+    harmony = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role }}{% if m.role == 'assistant' %}"
+        "{% if m.thinking and loop.last %}{{ '[analysis]' ~ m.thinking ~ '<|im_end|><|im_start|>assistant' }}"
+        "{% endif %}{{ '[final]' ~ m.content ~ (eos_token if loop.last else '<|im_end|>') }}"
+        "{% else %}{{ ':' ~ m.content ~ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    turns = (*TWO_TURNS.messages[:3], Message("assistant", "ok", {"reasoning_content": "hm"}))
+    row = made(Conversation(turns, None, "s", HERE), harmony)
+    assert [stretches(document) for document in row.records] == [
+        ("<|im_start|>user:hi<|im_end|><|im_start|>assistant", "[final]hello</s>"),
+        (
+            "<|im_start|>user:hi<|im_end|><|im_start|>assistant[final]hello<|im_end|>"
+            "<|im_start|>user:more?<|im_end|><|im_start|>assistant",
+            "[analysis]hm<|im_end|><|im_start|>assistant[final]ok</s>",
+        ),
+    ]
+
+
+def test_a_variable_of_the_template_reaches_prompt_and_turn() -> None:
+    template = CHATML_WITHOUT_TAGS.replace(
+        "assistant\n' }}{% endif %}", "assistant\n' }}{% if quiet %}{{ 'hush ' }}{% endif %}{% endif %}"
+    ).replace(
+        "{{ message['content']",
+        "{{ ('hush ' if quiet and loop.last and loop.index > 1) }}{{ message['content']",
+    )
+    row = conversation(("user", "hi"), ("assistant", "hello"))
+    assert trained(row, template) == ["hello<|im_end|>"]
+    quiet = replace(row, context=TemplateContext(variables={"quiet": True}))
+    assert stretches(example(quiet, template))[0].endswith("assistant\nhush ")
+
+
+def test_a_turn_that_the_row_leaves_out_stands_untrained_in_the_document() -> None:
+    turns = (TWO_TURNS.messages[0], replace(TWO_TURNS.messages[1], trained=False), *TWO_TURNS.messages[2:])
+    row = replace(TWO_TURNS, messages=turns)
+    for template in (CHATML, CHATML_WITHOUT_TAGS, MISTRAL):
+        assert example(row, template).input_ids.tolist() == example(TWO_TURNS, template).input_ids.tolist()
+        assert [run.strip()[:2] for run in trained(row, template)] == ["ok"]
+
+
+def test_an_answers_first_token_is_trained_by_a_tokenizer_that_drops_spaces() -> None:
+    tokenizer = wordpiece_tokenizer()
+    result = tokenize([conversation(("user", "name a river"), ("assistant", "the elbe"))], tokenizer)[0]
+    assert isinstance(result, Made)
+    (row,) = result.records
+    labels = row.labels[row.labels != IGNORE].tolist()
+    assert tokenizer.convert_ids_to_tokens(labels) == ["the", "elbe", "[SEP]"]
+
+
+# parts that the template leaves out
+
+
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "here"}}}]}
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("turns", "part"),
+    [
+        ((Message("assistant", "words", CALL),), "an assistant turn's tool calls"),
+        ((Message("assistant", "clock here", CALL),), "an assistant turn's tool calls"),
+        ((Message("assistant", "hello", {"reasoning_content": "why"}),), "an assistant turn's reasoning"),
+        ((Message("assistant", "hello", {"reasoning": "hello"}),), "an assistant turn's reasoning"),
+        ((Message("assistant", "<think>why</think>hello"), Message("user", "hi")), None),
+    ],
+)
+def test_a_row_that_loses_a_part_is_refused_naming_it(turns: tuple[Message, ...], part: str | None) -> None:
+    row = Conversation((Message("user", "a"), *turns), None, "s", HERE)
+    result = tokenize([row], tiny_tokenizer(CHATML))[0]
+    if part is None:
+        assert isinstance(result, Made)
+    else:
+        assert isinstance(result, Drop) and result.faulty
+        assert result.reason.startswith(f"the chat template leaves out {part}")
+
+
+@pytest.mark.parametrize(
+    ("rendered", "part"),
+    [
+        ("m.tool_calls[0].function.arguments if m.tool_calls else m.content", "an assistant turn's words"),
+        ("m.content ~ (m.tool_calls[0].function.name if m.tool_calls)", "the arguments of"),
+        ("m.content.split('</think>')[-1]", "an assistant turn's reasoning"),
+        ("m.content if m.role != 'system'", "the words of a system turn"),
+        ("m.content ~ (m.tool_calls | tojson if m.tool_calls) if m.role != 'tool'", "a tool's result"),
+    ],
+)
+def test_whatever_part_is_lost_has_its_name(rendered: str, part: str) -> None:
+    template = "{% for m in messages %}{{ m.role ~ ':' ~ (" + rendered + ") ~ '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    turns = (
+        Message("system", "S"),
+        Message("user", "a"),
+        *((Message("assistant", "words", CALL), Message("tool", "noon")) if "reason" not in part else ()),
+        Message("assistant", "<think>why</think>hello" if "reason" in part else "ok"),
+    )
+    calls_first = Conversation(turns, None, "s", HERE)
+    result = tokenize([calls_first], tiny_tokenizer(template))[0]
+    assert isinstance(result, Drop) and part in result.reason
+
+
+def test_definitions_of_tools_must_be_written() -> None:
+    row = replace(TWO_TURNS, context=TemplateContext(tools=(TOOL,)))
+    lost = tokenize([row], tiny_tokenizer(CHATML))[0]
+    assert isinstance(lost, Drop) and "the definitions of tools" in lost.reason
+    template = "{% for tool in tools or [] %}{{ tool.function.name ~ '\n' }}{% endfor %}" + CHATML
+    assert tiny_tokenizer().decode(example(row, template).input_ids).startswith("clock\n")
 
 
 # turns of a prompt
@@ -350,7 +557,7 @@ def answering(row: Conversation) -> Conversation:
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_WITHOUT_TAGS, LLAMA3, MISTRAL])
 def test_an_assistant_turn_of_the_prompt_is_not_trained(template: str) -> None:
-    whole, answer = example(TWO_TURNS, template), example(answering(TWO_TURNS), template)
+    whole, answer = documents(TWO_TURNS, template)[-1], example(answering(TWO_TURNS), template)
     assert answer.input_ids.tolist() == whole.input_ids.tolist()
     last = answer.trained
     tokenizer = tiny_tokenizer()
@@ -368,26 +575,12 @@ def test_two_answers_in_a_row_are_told_apart_when_the_first_is_prompt() -> None:
     assert trained(answering(row), touching) == ["ok<|im_end|>"]
 
 
-def test_tags_alone_leave_out_the_prompts_turns_too() -> None:
-    # contents are written twice, which no offset can explain
-    twice = CHATML.replace("+ '<|im_end|>' }}{% endgen", "+ message['content'] + '<|im_end|>' }}{% endgen")
-    assert twice != CHATML
-    assert trained(answering(TWO_TURNS), twice) == ["okok<|im_end|>"]
-    in_parts = twice.replace(
-        "message['content'] + message['content']",
-        "message['content'] }}{% endgeneration %}{% generation %}{{ message['content']",
-    )
-    assert in_parts != twice
-    with pytest.raises(UserError, match="tags mark 4 parts of 2 assistant turns"):
-        trained(answering(TWO_TURNS), in_parts)
-
-
 def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place() -> None:
     rows = [conversation(("user", "a"), ("user", "b"), ("assistant", "c")), TWO_TURNS]
     refused, kept = tokenize(rows, tiny_tokenizer(MISTRAL))
     assert isinstance(refused, Drop) and refused.faulty and refused.place == HERE
     assert "user and assistant have to take turns" in refused.reason
-    assert isinstance(kept, TokenizedExample)
+    assert isinstance(kept, Made)
 
 
 # templates and terminators

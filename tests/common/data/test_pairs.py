@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,12 @@ from tests.tiny import CHATML, tiny_tokenizer
 
 HERE = Place("rows.jsonl", 7)
 
-COUNTS_TURNS = "{{ messages | length }}\n" + CHATML
-"""A template whose text before the response depends on how the conversation goes on."""
+ENDS_LATE = (
+    "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ (';' if not loop.last or add_generation_prompt) }}"
+    "{{ '<|im_end|>' if loop.last and m.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+"""A template that ends the last turn in another way than those before it."""
 
 
 def turns(*said: str, first: str = "user") -> tuple[Message, ...]:
@@ -71,11 +76,18 @@ def test_answers_in_the_prompt_are_not_trained_and_those_behind_it_all_are() -> 
 
 
 def test_prompts_whose_tokens_differ_between_the_sides_are_legal() -> None:
-    found = pair(preference(turns("a"), ("hello", "b", "ok"), "hello"), COUNTS_TURNS)
-    decode = tiny_tokenizer().decode
-    assert decode(found.chosen.input_ids[:2]) == "4\n" and decode(found.rejected.input_ids[:2]) == "2\n"
-    assert trained(found.chosen) == "hello<|im_end|>ok<|im_end|>"
+    row = preference(turns("a"), ("hello", "b", "ok"), "hello")
+    found = pair(replace(row, chosen=(replace(row.chosen[0], trained=False), *row.chosen[1:])), ENDS_LATE)
+    assert prompt_length(found.chosen) > prompt_length(found.rejected)
+    assert trained(found.chosen) == "ok<|im_end|>"
     assert trained(found.rejected) == "hello<|im_end|>"
+
+
+def test_a_response_whose_turns_need_prompts_of_their_own_is_dropped_with_the_reason() -> None:
+    result = tokenized(preference(turns("a"), ("hello", "b", "ok"), "hello"), ENDS_LATE)
+    assert isinstance(result, Drop) and result.reason.startswith(
+        "chosen: several turns to compare, and the chat"
+    )
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,13 @@ def shipped(template: str) -> Any:
     return tiny_tokenizer((TEMPLATES / f"{template}.jinja").read_text(), adds_bos=True)
 
 
+def document_of(row: dict[str, Any], tokenizer: Any) -> TokenizedExample:
+    (made,) = chat.tokenize([to_conversation(raw(row), recognise_demonstrations(row))], tokenizer)
+    assert isinstance(made, chat.Made)
+    (document,) = made.records
+    return document
+
+
 def before_the_answer(row: dict[str, Any], tokenizer: Any) -> np.ndarray:
     """Tokens of the row's training document (of pairs: the chosen side's) before its first trained one."""
     if "chosen" in row:
@@ -203,8 +210,7 @@ def before_the_answer(row: dict[str, Any], tokenizer: Any) -> np.ndarray:
         (pair,) = tokenize_pairs([preference], tokenizer)
         assert isinstance(pair, TokenizedPair)
         return pair.chosen.input_ids[: prompt_length(pair.chosen)]
-    (document,) = chat.tokenize([to_conversation(raw(row), recognise_demonstrations(row))], tokenizer)
-    assert isinstance(document, TokenizedExample)
+    document = document_of(row, tokenizer)
     return document.input_ids[: prompt_length(document)]
 
 
@@ -243,8 +249,7 @@ def test_a_prompt_is_what_the_rows_training_document_begins_with(template: str, 
 def test_of_several_answers_the_prompt_holds_all_but_the_last(template: str) -> None:
     row = {"messages": [USER, ANSWER, AGAIN, {**ANSWER, "content": "ok"}]}
     tokenizer = shipped(template)
-    (document,) = chat.tokenize([to_conversation(raw(row), recognise_demonstrations(row))], tokenizer)
-    assert isinstance(document, TokenizedExample)
+    document = document_of(row, tokenizer)
     found = tokens(row, tokenizer)
     assert found.tolist() == document.input_ids[: len(found)].tolist()
     (ok,) = tokenizer.encode("ok", add_special_tokens=False)

@@ -1,0 +1,173 @@
+"""Which parts of a row a chat template leaves out: words, reasoning, calls, results, definitions of tools.
+
+A part is lost when a mark in its place does not come up in the rendered text (looked up once for each shape
+of conversation), or when its own words do not stand in the turn that is trained on it. Reasoning of earlier
+turns is no loss: a template may take it out of history, and then the model in use does not see it either.
+Does not decide what becomes of the row.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from common.data.render import ChatTemplate, RenderError, render
+from common.data.types import Message, TemplateContext
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Fields that hold a turn's reasoning; transformers hands it to templates under the first two names."""
+
+END_OF_REASONING = "</think>"
+
+WAY_OUT = "; model.chat_template=chatml writes every part"
+START_OF_REASONING = "<think>"
+
+
+def lost_in_turn(turn: Message, text: str) -> str | None:
+    """What of an assistant turn's own words does not stand in `text`: "words" or "reasoning"."""
+    inside, words = split_reasoning(turn.content)
+    for name, part in (("words", words), ("reasoning", inside), ("reasoning", reasoning_of(turn))):
+        if not _says(text, part):
+            return name
+    return None
+
+
+def lost_by_template(
+    messages: Sequence[Message],
+    context: TemplateContext,
+    template: ChatTemplate,
+    *,
+    prompt: bool = False,
+    opened: bool = False,
+) -> str | None:
+    """What the template does not write of these turns, or of the tools; None when it writes everything.
+
+    prompt: render through the generation prompt; else the last turn is one that is trained. opened: the
+    reasoning of that turn is put behind the prompt without the template.
+    """
+    parts: list[_Part] = []
+    shape = [_marked(message, number, parts) for number, message in enumerate(messages)]
+    trained = None if prompt or opened else len(messages) - 1
+    parts = [part for part in parts if part.must_stay or part.turn == trained]
+    tools = [_marked_tool(tool, number, parts) for number, tool in enumerate(context.tools)]
+    turns = [[message.role, message.content, message.extra] for message in shape]
+    key = json.dumps([turns, tools, context.variables], default=str)
+    return _lost_of_shape(key, tuple(parts), template, prompt)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lost_of_shape(key: str, parts: tuple[_Part, ...], template: ChatTemplate, prompt: bool) -> str | None:
+    turns, tools, variables = json.loads(key)
+    messages = [Message(*turn) for turn in turns]
+    try:
+        text, _ = render(messages, template, TemplateContext(tuple(tools), variables), prompt=prompt)
+    except RenderError:
+        return None  # the marks are to blame: the row itself was rendered
+    return next((part.name for part in parts if part.mark not in text), None)
+
+
+def split_reasoning(content: str) -> tuple[str, str]:
+    """Reasoning inside a content, without its tags, and the words behind it."""
+    inside, end, words = content.rpartition(END_OF_REASONING)
+    return (
+        (inside.replace(START_OF_REASONING, "").replace(END_OF_REASONING, ""), words)
+        if end
+        else ("", content)
+    )
+
+
+def reasoning_of(turn: Message) -> str:
+    """A turn's reasoning in a field of its own; empty when there is none."""
+    found = (turn.extra.get(name) for name in REASONING)
+    return next((value for value in found if isinstance(value, str) and value.strip()), "")
+
+
+def joined(reasoning: str, words: str) -> str:
+    """Reasoning and words as one content."""
+    inside = f"{START_OF_REASONING}\n{reasoning.strip()}\n{END_OF_REASONING}"
+    return f"{inside}\n\n{words}"
+
+
+def _says(text: str, part: str) -> bool:
+    """Whether the part stands in the text: as it is, as JSON writes it, or word for word in this order."""
+    part = part.strip()
+    if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
+        return True
+    at = 0
+    for word in part.split():
+        at = text.find(word, at) + len(word)
+        if at < len(word):
+            return False
+    return True
+
+
+# marks
+
+
+class _Part(NamedTuple):
+    """A mark and what it stands for.
+
+    turn: which of the turns; -1 for tools. must_stay: also where the turn is history.
+    """
+
+    mark: str
+    name: str
+    turn: int
+    must_stay: bool = True
+
+
+def _marked(message: Message, turn: int, parts: list[_Part]) -> Message:
+    """The message with a mark in place of each part; what the marks stand for is added to `parts`."""
+    if message.role != "assistant":
+        name = "a tool's result" if message.role == "tool" else f"the words of a {message.role} turn"
+        content = _mark(parts, name, turn) if message.content.strip() else ""
+        return Message(message.role, content, message.extra)
+    extra = dict(message.extra)
+    calls = extra.get("tool_calls")
+    inside, words = split_reasoning(message.content)
+    content = _mark(parts, "an assistant turn's words", turn, not calls) if words.strip() else ""
+    if inside.strip():
+        inner = _mark(parts, "an assistant turn's reasoning", turn, False)
+        content = joined(inner, content)
+    if reasoning_of(message):
+        made = _mark(parts, "an assistant turn's reasoning", turn, False)
+        extra |= {name: made for name in REASONING if extra.get(name)}
+    if isinstance(calls, list | tuple):
+        extra["tool_calls"] = [_marked_call(call, turn, parts) for call in calls]
+    return Message("assistant", content, extra)
+
+
+def _marked_call(call: Any, turn: int, parts: list[_Part]) -> Any:
+    """A call with a mark for its name and for each argument."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _marked_call(call["function"], turn, parts)}
+    marked = dict(call)
+    if "name" in call:
+        marked["name"] = _mark(parts, "an assistant turn's tool calls", turn)
+    arguments = call.get("arguments")
+    if isinstance(arguments, Mapping):
+        marked["arguments"] = {name: _mark(parts, _ARGUMENTS, turn) for name in arguments}
+    elif isinstance(arguments, str) and arguments.strip(" {}"):
+        marked["arguments"] = json.dumps({"a": _mark(parts, _ARGUMENTS, turn)})
+    return marked
+
+
+_ARGUMENTS = "the arguments of an assistant turn's tool calls"
+
+
+def _marked_tool(tool: Mapping[str, Any], number: int, parts: list[_Part]) -> Mapping[str, Any]:
+    inner = tool.get("function")
+    if isinstance(inner, Mapping):
+        return {**tool, "function": _marked_tool(inner, number, parts)}
+    return {**tool, "name": _mark(parts, "the definitions of tools", -1)}
+
+
+def _mark(parts: list[_Part], name: str, turn: int, must_stay: bool = True) -> str:
+    """A word that nobody writes, and that no template has to escape."""
+    mark = f"zqx{len(parts)}xqz"
+    parts.append(_Part(mark, name, turn, must_stay))
+    return mark

@@ -1,0 +1,172 @@
+"""Turns -> text: what the chat template writes for them, and how it ends an assistant turn.
+
+Renders as transformers does, with the tools and variables of the row (`TemplateContext`). Knows nothing of
+tokens and does not say what is trained.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from common.data import forms
+from common.data.forms import Forms, Turn
+from common.data.types import NO_CONTEXT, Message, TemplateContext
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Span = tuple[int, int]
+"""Characters [start, end) of a rendered conversation."""
+
+TEMPLATE_HINT = "give another template: model.chat_template=chatml, or a file"
+
+
+class RenderError(ValueError):
+    """The template refuses a conversation; the text says why."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's template: Jinja text, the special tokens it may write, whether it has `{% generation %}`
+    tags, and how it ends an assistant turn.
+
+    added: the tokenizer's added tokens, as text. terminator: what ends a turn, through its special tokens;
+    empty when there is nothing. behind: what follows the terminator where the conversation ends. forms: how it
+    wants contents and calls.
+    """
+
+    text: str
+    special: tuple[tuple[str, str], ...]
+    tagged: bool
+    added: tuple[str, ...]
+    terminator: str
+    behind: str
+    forms: Forms = field(default_factory=Forms)
+
+    def through_terminator(self, turn: str) -> str:
+        """A rendered turn without what follows its terminator, which may be another than the usual one
+        (of a tool call, say)."""
+        if turn.endswith(self.terminator + self.behind):
+            return turn[: len(turn) - len(self.behind)]
+        stripped = turn.rstrip()
+        return stripped if stripped.endswith(self.added) else turn.removesuffix(self.behind)
+
+
+def read_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    """The tokenizer's chat template and how it ends turns; UserError when it cannot be used."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets",
+            hint="use one that ships a tokenizer.json",
+        )
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template",
+            hint="name one: model.chat_template=chatml (or alpaca, plain)",
+        )
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError as error:  # several named templates, none of them the default
+        raise UserError(
+            f"the tokenizer's chat template cannot be chosen: {error}", hint=TEMPLATE_HINT
+        ) from error
+    special = tuple((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
+    added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+    return _read(text, special, added)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(text: str, special: tuple[tuple[str, str], ...], added: tuple[str, ...]) -> ChatTemplate:
+    tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
+    bare = ChatTemplate(text, special, tagged, added, "", "")
+    template = replace(bare, forms=forms.find(lambda turns: _attempt(turns, bare)))
+    question, answer = Message("user", "b"), Message("assistant", PROBE)
+    try:
+        answered, _ = render([question, answer], template)
+    except RenderError as error:
+        raise UserError(f"one question and one answer: {error}", hint=TEMPLATE_HINT) from error
+    if PROBE not in answered:
+        raise UserError("the chat template does not write the assistant's content", hint=TEMPLATE_HINT)
+    tail = answered.rpartition(PROBE)[2]
+    try:
+        inner = render([question, answer, question], template)[0].rpartition(PROBE)[2]
+    except RenderError:
+        inner = None
+    terminator = _terminator(tail, inner, added)
+    behind = tail[tail.find(terminator) + len(terminator) :]
+    return replace(template, terminator=terminator, behind=behind)
+
+
+def _attempt(turns: list[Turn], template: ChatTemplate) -> str:
+    """The turns as they are; the empty string when the template refuses them."""
+    try:
+        return _render(turns, template, NO_CONTEXT, prompt=False)[0]
+    except RenderError:
+        return ""
+
+
+PROBE = "\ue000a\ue001"
+"""Content of a made-up turn: private-use characters, which no template writes itself."""
+
+
+def _terminator(tail: str, inner: str | None, added: Sequence[str]) -> str:
+    """Special tokens that end a turn (those that follow each other without a gap, if inner turns have
+    them all, else the first); without a special token everything but the last white space."""
+    special = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))
+    first = re.search(special, tail) if special else None
+    if first is None:
+        return tail.rstrip()
+    run = re.compile(f"(?:{special})+").match(tail, first.start())
+    whole = tail[: run.end()] if run else ""
+    return whole if inner is None or inner.startswith(whole) else tail[: first.end()]
+
+
+def render(
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    context: TemplateContext = NO_CONTEXT,
+    *,
+    prompt: bool = False,
+) -> tuple[str, list[Span]]:
+    """The text of some turns, and the parts of it that stand in `{% generation %}` tags.
+
+    prompt: through the generation prompt, where an assistant's turn would begin. Raises RenderError when
+    the template refuses the turns, UserError when it is not valid.
+    """
+    return _render([template.forms.turn(message) for message in messages], template, context, prompt=prompt)
+
+
+def _render(
+    turns: list[Turn], template: ChatTemplate, context: TemplateContext, *, prompt: bool
+) -> tuple[str, list[Span]]:
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options: dict[str, Any] = {
+        **dict(template.special),
+        **context.variables,
+        "chat_template": template.text,
+        "add_generation_prompt": prompt,
+        "return_assistant_tokens_mask": template.tagged and not prompt,
+    }
+    rendered: Any
+    try:
+        rendered = render_jinja_template([turns], tools=_tools(context.tools), **options)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
+            hint="correct the template, or set model.chat_template=chatml",
+        ) from error
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise RenderError(f"the chat template refuses it: {error}") from error
+    texts, blocks = rendered
+    return texts[0], blocks[0] if blocks else []
+
+
+def _tools(tools: Sequence[Mapping[str, Any]]) -> Any:
+    return [dict(tool) for tool in tools] or None
