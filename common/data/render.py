@@ -36,8 +36,8 @@ class ChatTemplate:
     tags, and how it ends an assistant turn.
 
     added: the tokenizer's added tokens, as text. terminator: what ends a turn, through its special tokens;
-    empty when there is nothing. behind: what follows the terminator where the conversation ends. forms: how it
-    wants contents and calls.
+    empty when there is nothing. behind: what follows the terminator where the conversation ends. forms: how
+    it wants contents and calls.
     """
 
     text: str
