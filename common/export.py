@@ -3,7 +3,8 @@
 Takes the live module, its gathered weights, a tokenizer and what the live model says to a probe (logits of a
 policy, scores of a reward model); writes `<folder>.tmp` (safetensors, tokenizer, chat template, generation
 config, adapters beside merged weights), loads it back without anything of ours, compares, and only then
-writes the manifest and renames. Runs on one rank; neither gathers weights nor changes the live module.
+writes the manifest and renames. What fails the comparison is committed too, under a name that no step takes:
+a training is never thrown away. Runs on one rank; neither gathers weights nor changes the live module.
 """
 
 from __future__ import annotations
@@ -11,17 +12,28 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import logging
+import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
+from common import attention
+from common.adapters import (
+    ADAPTER,
+    MERGE_TOLERANCE,
+    base_name,
+    is_adapter,
+    is_of_base,
+    merged_weights,
+)
 from common.artifacts import (
     Manifest,
     commit_folder,
@@ -33,7 +45,9 @@ from common.artifacts import (
 )
 from common.data.chat import template_hash, tokenizer_hash
 from common.errors import UserError
+from common.losses import PackedCausalLM, unwrapped
 from common.models import terminators_of
+from common.scalar_head import PackedScalarModel
 from common.stage import Role
 
 if TYPE_CHECKING:
@@ -50,13 +64,17 @@ EXACT_TOLERANCE = 1e-6
 REORDERED_TOLERANCE = 1e-4
 """fp32 with merged adapters, compiled layers or on a GPU: sums in another order, through all layers."""
 
-HALF_TOLERANCE = 5e-2
-"""bf16 and fp16: attention kernels round at other places (2^-9 for bf16, at every layer). The tensors
-themselves are compared bit for bit, so this only has to catch a wrong config."""
+NOISE_FACTOR, LEAST_DIFFERENCE = 4.0, {Role.policy: 1e-3, Role.reward_model: 1e-2}
+"""bf16 and fp16: how far the mean difference may be above the noise of the live model, which is that between
+its two attention kernels; and what is always allowed (nats, and shares of the largest score). A tensor that
+changed places gives hundreds of times the noise."""
+
+UNVERIFIED = ".unverified"
+"""Added to the name of an artifact that failed its check."""
 
 
-class ExportMismatch(RuntimeError):
-    """The reloaded artifact is not the live model. Nothing was committed."""
+class ExportMismatch(UserError):
+    """What was written is not the live model. It was committed under another name, which no step takes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,13 @@ class _Probe:
     role: Role
     documents: Sequence[torch.Tensor]  # int64 [T] each
     answer: torch.Tensor  # policy: logits [T, V] of the only document; reward model: scores [D]
+    noise: float = 0.0  # of the live model, as `noise_of` measures it
     unit: float = 0.0  # differences are relative to the largest answer, or to this if it is larger
+
+    @property
+    def what(self) -> str:
+        """What an answer consists of, in words."""
+        return "logit" if self.role is Role.policy else "score"
 
     def load(self, folder: Path, like: PreTrainedModel) -> PreTrainedModel:
         """The model in `folder`, as anybody would load it."""
@@ -80,11 +104,57 @@ class _Probe:
         )
 
     @torch.no_grad()
-    def ask(self, model: PreTrainedModel, device: torch.device) -> torch.Tensor:
-        """What a plain model answers, to one document after the other."""
+    def ask(self, model: PreTrainedModel) -> torch.Tensor:
+        """What a plain model answers, on the live model's device or its own, to one document at a time."""
+        device = _move(model, self.answer.device)
         model.eval()
         answers = [model(document[None].to(device), use_cache=False).logits[0] for document in self.documents]
         return torch.cat(answers)
+
+    @torch.no_grad()
+    def ask_packed(self, model: nn.Module) -> torch.Tensor:
+        """What a model answers the way the live one was asked; peft's wrapper may be around it."""
+        device = _move(model, self.answer.device)
+        model.eval()
+        documents = [document.to(device) for document in self.documents]
+        unwrapped(model).set_attn_implementation(attention.NAME)
+        if self.role is Role.policy:
+            return PackedCausalLM(model).logits(documents[0][None])
+        return PackedScalarModel(model).scores(documents)
+
+    def difference(self, answer: torch.Tensor) -> float:
+        """Of another answer from the live model's. Policy: the mean over positions of the KL divergence, in
+        nats; reward model: the mean difference of the scores, relative to the largest."""
+        if answer.shape != self.answer.shape:
+            return math.inf
+        live, other = _in_fp32(self.answer), _in_fp32(answer)
+        if self.role is Role.reward_model:
+            return float((live - other).abs().mean() / live.abs().max().clamp_min(max(self.unit, 1e-30)))
+        live, other = live.log_softmax(-1), other.log_softmax(-1)
+        return float((live.exp() * (live - other)).sum(-1).mean())
+
+    @property
+    def allowed(self) -> float:
+        """The largest `difference` that rounding explains."""
+        return max(NOISE_FACTOR * self.noise, LEAST_DIFFERENCE[self.role])
+
+
+@torch.no_grad()
+def noise_of(
+    module: PackedCausalLM | PackedScalarModel, documents: Sequence[torch.Tensor], answer: torch.Tensor
+) -> float:
+    """How much the live model's answer differs between its own two attention kernels: `_Probe.difference`.
+
+    0 in fp32, where nothing is judged by it. documents: int64 [T] each, one for a policy; answer: what the
+    module says to them. On ZeRO-3 all ranks call it.
+    """
+    base = module.base()
+    if base.dtype is torch.float32 or _is_compiled(base):  # compiled layers would be compiled once more
+        return 0.0
+    role = Role.policy if isinstance(module, PackedCausalLM) else Role.reward_model
+    asked = _Probe(role, documents, answer)
+    with attention.plain_attention(base):
+        return asked.difference(asked.ask(base))
 
 
 def export_policy(
@@ -96,16 +166,20 @@ def export_policy(
     details: Mapping[str, Any],
     probe: torch.Tensor,
     live_logits: torch.Tensor,
+    noise: float = 0.0,
+    say: Callable[[str], None] = log.warning,
 ) -> Path:
     """Write, check and commit the policy at `folder`; returns `folder`.
 
     state_dict: the module's full weights (names may carry the "model." of a wrapper), or None to take the
-    module's own. probe: int64 [1, N], one document; live_logits: [N, V], what the live model says to it.
-    `details` goes into the manifest beside what is known here. An artifact already at `folder` stays when
-    it is the same, and is set aside otherwise. Raises ExportMismatch, or UserError for the disk.
+    module's own. probe: int64 [1, N], one document, text of the run; live_logits: [N, V], what the live model
+    says to it; noise: see `noise_of`. `details` goes into the manifest beside what is known here. say: hears
+    what the user should know. An artifact already at `folder` stays when it is the same, and is set aside
+    otherwise. Raises UserError for the disk, and ExportMismatch when the check fails: the artifact is then at
+    `<folder>.unverified`.
     """
-    asked = _Probe(Role.policy, [probe[0]], live_logits)
-    return _export(module, state_dict, tokenizer, folder, details, asked)
+    asked = _Probe(Role.policy, [probe[0]], live_logits, noise)
+    return _export(module, state_dict, tokenizer, folder, details, asked, say)
 
 
 def export_reward_model(
@@ -117,6 +191,8 @@ def export_reward_model(
     details: Mapping[str, Any],
     probe: Sequence[torch.Tensor],
     live_scores: torch.Tensor,
+    noise: float = 0.0,
+    say: Callable[[str], None] = log.warning,
 ) -> Path:
     """Write, check and commit the reward model at `folder`; returns `folder`.
 
@@ -130,14 +206,14 @@ def export_reward_model(
             f"plain transformers would score another token: {config.num_labels} labels, pad "
             f"{config.pad_token_id}, terminators {ends}"
         )
-    asked = _Probe(Role.reward_model, probe, live_scores, unit=_head_norm(module, state_dict))
-    return _export(module, state_dict, tokenizer, folder, details, asked)
+    asked = _Probe(Role.reward_model, probe, live_scores, noise, unit=_head_norm(module, state_dict))
+    return _export(module, state_dict, tokenizer, folder, details, asked, say)
 
 
 def _head_norm(module: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None) -> float:
     """About how large a score is whose terms do not cancel: hidden states are normalised, to about 1 each."""
     state = _own_names(module, module.state_dict() if state_dict is None else state_dict)
-    (head,) = [tensor for name, tensor in state.items() if _base_name(name) == "score.weight"]
+    (head,) = [t for name, t in state.items() if is_of_base(name) and base_name(name) == "score.weight"]
     return float(head.float().norm())
 
 
@@ -148,42 +224,76 @@ def _export(
     folder: Path,
     details: Mapping[str, Any],
     probe: _Probe,
+    say: Callable[[str], None],
 ) -> Path:
     partial = folder.with_name(folder.name + ".tmp")
     with _disk_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        saved = _rebuild(module, state_dict, partial)
-        _save(saved, module, tokenizer, partial)
-        difference = _check(partial, saved, module, probe)
-        what = "logit" if probe.role is Role.policy else "score"
-        known = _details(saved, tokenizer) | {f"largest_{what}_difference": difference}
-        files = hash_files(partial)
-        manifest = Manifest("artifact", probe.role, files, {**known, **details})
-        if folder.exists() and _is_same(folder, manifest):
-            shutil.rmtree(partial)
-            return folder
-        write_manifest(partial, manifest)
-        _set_aside(folder)
-        return commit_folder(partial, folder)
+        rebuilt = _rebuild(module, state_dict, partial)
+        _save(rebuilt.saved, module, tokenizer, partial)
+        checked = _check(partial, rebuilt, module, probe)
+        known = {**_details(rebuilt.saved, tokenizer), **checked.figures, **details}
+        kind, target = "artifact", folder
+        for line in checked.notes:
+            say(f"note: {line}")
+        if checked.fault:
+            kind, target = "unverified", folder.with_name(folder.name + UNVERIFIED)
+            known["unverified"] = checked.fault
+        _commit(partial, target, Manifest(kind, probe.role, hash_files(partial), known))
+        if checked.fault:
+            raise ExportMismatch(
+                f"{checked.fault}; what was trained is kept in {target}, and no step takes it from there",
+                hint=f"look at it with: python -m pipeline chat {target}; the checkpoints are unharmed",
+            )
+    return target
+
+
+def _commit(partial: Path, folder: Path, manifest: Manifest) -> None:
+    if folder.exists() and _is_same(folder, manifest):
+        shutil.rmtree(partial)
+        return
+    write_manifest(partial, manifest)
+    _set_aside(folder)
+    commit_folder(partial, folder)
 
 
 # --- Rebuilding: a plain transformers model with the trained weights -------------------------------
 
 
+@dataclass(frozen=True)
+class _Rebuilt:
+    """What is written, and what it was made from."""
+
+    saved: PreTrainedModel  # on the CPU; tensors that nothing was merged into are the given ones
+    adapted: PreTrainedModel | None = None  # the base with its adapters beside it; None without adapters
+    merge_differences: Mapping[str, float] = field(default_factory=dict)  # by tensor: see `merged_weights`
+
+
 def _rebuild(
     module: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None, folder: Path
-) -> PreTrainedModel:
-    """A second model around the same tensors, on the CPU; adapters are written to disk, then merged."""
+) -> _Rebuilt:
+    """A second model around the same tensors; adapters are written to disk, then merged."""
     is_adapted = hasattr(module, "peft_config")
-    base: PreTrainedModel = cast(Any, module).get_base_model() if is_adapted else module
+    base = unwrapped(module)
     state = _own_names(module, module.state_dict() if state_dict is None else state_dict)
     if is_adapted:
         state = {**state, **_dequantized(module)}
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    plain = {_base_name(name): tensor for name, tensor in state.items() if _is_of_base(name)}
-    rebuilt = _with_weights(type(base), plain_config(base), plain if is_adapted else state)
-    return _merge(module, rebuilt, state, folder) if is_adapted else rebuilt
+    if not is_adapted:
+        return _Rebuilt(_with_weights(type(base), plain_config(base), state))
+    plain = {base_name(name): tensor for name, tensor in state.items() if is_of_base(name)}
+    beside = _with_weights(type(base), plain_config(base), plain, runs=True)
+    tied = _tied_names(beside)
+    adapted = _with_adapters(module, beside, state)
+    cast(Any, adapted).save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
+    config, differences = plain_config(base), {}
+    for name, merged, difference in merged_weights(adapted):
+        differences[name] = difference
+        plain[name] = merged.to(plain[name].dtype)  # the only rounding
+    if tied & set(differences):  # what was one tensor is two now
+        _set_tied(config, False)
+    return _Rebuilt(_with_weights(type(base), config, plain), adapted, differences)
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -212,21 +322,6 @@ def _own_names(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> di
     return {name: stripped[name] for name in names}
 
 
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name
-
-
-def _is_of_base(name: str) -> bool:
-    """Whether the merged model has this tensor: of a head trained beside adapters, peft keeps the old one."""
-    return not _is_adapter(name) and ".original_module." not in name
-
-
-def _base_name(name: str) -> str:
-    """The name a tensor has in the model without adapters."""
-    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    return plain.replace(".modules_to_save.default.", ".")
-
-
 def _dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """4-bit base weights in the model's dtype; empty without quantization."""
     found = {}
@@ -240,10 +335,16 @@ def _dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _with_weights(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, torch.Tensor]
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: Mapping[str, torch.Tensor],
+    *,
+    runs: bool = False,
 ) -> PreTrainedModel:
-    """A model of class `kind` holding exactly these tensors, without a copy; its buffers are not made."""
-    with torch.device("meta"):
+    """A model of class `kind` holding exactly these tensors, without a copy; runs: with its buffers too."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False) if runs else torch.device("meta"):
         model = kind(config)
     names = set(model.state_dict())
     lacking = names - set(state)
@@ -254,27 +355,33 @@ def _with_weights(
     return model.eval()
 
 
-def _merge(
-    module: PreTrainedModel, base: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path
+def _with_adapters(
+    module: PreTrainedModel, base: PreTrainedModel, state: Mapping[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """Write the adapters into `folder/adapter` and return the base with them merged in."""
+    """`base`, with the module's adapters and their weights in `state` around it."""
     import peft
 
-    # merging writes into the base's weights, which may be the live model's memory
-    for parameter in base.parameters():
-        parameter.data = parameter.data.clone()
-    base.tie_weights()
-    config = copy.deepcopy(cast(Any, module).peft_config["default"])
+    config = copy.deepcopy(cast(Any, module).peft_config[ADAPTER])
     config.inference_mode = False
     with torch.random.fork_rng(devices=[]):
         adapted = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    adapters = {name: tensor for name, tensor in state.items() if _is_adapter(name)}
+    adapters = {name: tensor for name, tensor in state.items() if is_adapter(name)}
     unknown = adapted.load_state_dict(adapters, strict=False).unexpected_keys
-    expected = {name for name in adapted.state_dict() if _is_adapter(name)}
+    expected = {name for name in adapted.state_dict() if is_adapter(name)}
     if unknown or expected != set(adapters):
         raise ValueError(f"adapters do not fit: {sorted(set(unknown) | (expected ^ set(adapters)))[:3]}")
-    adapted.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
-    return cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
+    return cast("PreTrainedModel", adapted)
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Tensors that are one, by the model's config."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*tied, *tied.values()}
+
+
+def _set_tied(config: PreTrainedConfig, tied: bool) -> None:
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = tied
 
 
 # --- Writing, and reading back ---------------------------------------------------------------------
@@ -311,57 +418,131 @@ def _generation_config(module: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     return settings
 
 
-def _check(folder: Path, saved: PreTrainedModel, module: PreTrainedModel, probe: _Probe) -> float:
-    """Load the folder as anybody would and compare; the largest difference, relative to the answers."""
-    reloaded: Any = probe.load(folder, saved)
-    _same_tensors(saved.state_dict(), reloaded.state_dict())
-    live = probe.answer.device
-    device = _device_with_room(reloaded, live)
-    difference = largest_difference(probe.answer, probe.ask(reloaded.to(device), device), probe.unit)
-    same_kernels = live.type == "cpu" and not _is_compiled(module)
-    exact = same_kernels and not hasattr(module, "peft_config")
-    tolerance = _tolerance(saved.dtype, exact=exact)
-    if not difference <= tolerance:
-        what = "logit" if probe.role is Role.policy else "score"
-        raise ExportMismatch(
-            f"{folder}: reloaded {what}s differ from the live model's by {difference:.3g} of the largest "
-            f"{what} (allowed: {tolerance:g}); the artifact was not committed"
+# --- Checking: each link from the live model to what plain transformers reads ----------------------
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a check found; fault: the first thing that is wrong, in words."""
+
+    figures: Mapping[str, float | None]
+    fault: str | None
+    notes: Sequence[str] = ()
+
+
+def _check(folder: Path, rebuilt: _Rebuilt, module: PreTrainedModel, probe: _Probe) -> _Checked:
+    """Load the folder as anybody would and compare.
+
+    Rounding hides little in fp32, so answers are compared by their largest difference. In bf16 and fp16 it
+    hides more than a wrong merge or config would change. There every link has a test of its own: the merge,
+    layer by layer in fp32; the tensors, bit for bit; the live model's answer against that of the same
+    tensors, by a mean; and the config and class that were read back against the live ones, in fp32.
+    """
+    saved, what = rebuilt.saved, probe.what
+    reloaded = probe.load(folder, saved)
+    faults = [
+        *_merge_faults(rebuilt.merge_differences),
+        *_tensor_faults(saved.state_dict(), reloaded.state_dict()),
+    ]
+    answer = probe.ask(reloaded)
+    largest = largest_difference(probe.answer, answer, probe.unit)
+    figures: dict[str, float | None] = {f"largest_{what}_difference": largest}
+    if rebuilt.merge_differences:
+        figures["largest_merge_difference"] = max(rebuilt.merge_differences.values())
+    if saved.dtype is torch.float32:
+        same_kernels = probe.answer.device.type == "cpu" and not _is_compiled(module)
+        exact = same_kernels and rebuilt.adapted is None
+        faults += _answer_faults(largest, EXACT_TOLERANCE if exact else REORDERED_TOLERANCE, what)
+        return _Checked(figures, next(iter(faults), None))
+    figures[f"mean_{what}_difference"] = mean = probe.difference(answer)
+    figures[f"mean_{what}_noise"] = probe.noise
+    beside = mean if rebuilt.adapted is None else probe.difference(probe.ask_packed(rebuilt.adapted))
+    faults += _answer_faults(beside, probe.allowed, what, "on average")
+    in_fp32 = _difference_in_fp32(reloaded, unwrapped(module), probe)
+    figures[f"largest_{what}_difference_fp32"] = in_fp32
+    notes = []
+    if in_fp32 is None:
+        notes.append("the export was not compared in fp32, which takes more memory than there is")
+    else:
+        faults += _answer_faults(in_fp32, REORDERED_TOLERANCE, what, "in fp32")
+    if rebuilt.adapted is not None and mean > probe.allowed:
+        notes.append(
+            f"merged weights, rounded to {saved.dtype}, give {what}s that differ from the trained ones by "
+            f"{mean:.3g} on average (noise: {probe.noise:.3g}); {ADAPTER_FOLDER}/ in the export holds the "
+            "adapters as they were trained"
         )
-    return difference
+    return _Checked(figures, next(iter(faults), None), notes)
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
+def _merge_faults(differences: Mapping[str, float]) -> Iterator[str]:
+    for name, difference in differences.items():
+        if not difference <= MERGE_TOLERANCE:
+            yield (
+                f"{name} is not the merge of its adapter: outputs differ by {difference:.3g} of the largest "
+                f"(allowed: {MERGE_TOLERANCE:g})"
+            )
+
+
+def _tensor_faults(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    if set(written) != set(read):
+        yield f"tensors appeared or vanished: {sorted(set(written) ^ set(read))[:3]}"
+        return
+    for name, tensor in written.items():
+        if tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name].cpu()):
+            yield f"{name} is not the same after reading it back"
+
+
+def _answer_faults(difference: float, allowed: float, what: str, how: str = "") -> Iterator[str]:
+    if not difference <= allowed:
+        yield (
+            f"reloaded {what}s differ from the live model's{how and ' ' + how} by {difference:.3g} "
+            f"(allowed: {allowed:.3g})"
+        )
+
+
+def _difference_in_fp32(reloaded: PreTrainedModel, live: PreTrainedModel, probe: _Probe) -> float | None:
+    """Between what was read back and the live model's class and config around the same tensors; None where
+    there is no memory for the tensors in fp32. `reloaded` is fp32 afterwards."""
+    if _free_memory() < 2 * sum(4 * tensor.numel() for tensor in reloaded.state_dict().values()):
+        return None
+    weights = reloaded.cpu().float().state_dict()
+    config = copy.deepcopy(live.config)
+    config.dtype = torch.float32
+    _set_tied(config, bool(reloaded.config.get_text_config(decoder=True).tie_word_embeddings))
+    twin = _with_weights(type(live), config, weights, runs=True)
+    return largest_difference(probe.ask_packed(twin), probe.ask(reloaded), probe.unit)
+
+
+def _free_memory() -> int:
+    """Bytes of the machine's memory that can be had."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def _is_compiled(module: nn.Module) -> bool:
     return any(child._compiled_call_impl is not None for child in module.modules())
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor, unit: float = 0.0) -> float:
-    """max |a - b| / max(|a|, unit), in fp32."""
+    """max |a - b| / max(|a|, unit), in fp32; infinite for another shape."""
     if a.shape != b.shape:
-        raise ExportMismatch(f"live answers have shape {tuple(a.shape)}, reloaded ones {tuple(b.shape)}")
-    left, right = a.detach().float().cpu(), b.detach().float().cpu()
+        return math.inf
+    left, right = _in_fp32(a), _in_fp32(b)
     return float((left - right).abs().max() / left.abs().max().clamp_min(max(unit, 1e-30)))
 
 
-def _tolerance(dtype: torch.dtype, *, exact: bool) -> float:
-    if dtype is not torch.float32:
-        return HALF_TOLERANCE
-    return EXACT_TOLERANCE if exact else REORDERED_TOLERANCE
+def _in_fp32(answer: torch.Tensor) -> torch.Tensor:
+    return answer.detach().float().cpu()
 
 
-def _same_tensors(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> None:
-    if set(written) != set(read):
-        raise ExportMismatch(f"tensors appeared or vanished: {sorted(set(written) ^ set(read))[:3]}")
-    for name, tensor in written.items():
-        if tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name].cpu()):
-            raise ExportMismatch(f"{name} is not the same after reading it back")
-
-
-def _device_with_room(model: PreTrainedModel, device: torch.device) -> torch.device:
-    """`device`, or the CPU where the training run leaves no room for a second model."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if free > 1.5 * model.get_memory_footprint() else torch.device("cpu")
+def _move(model: nn.Module, device: torch.device) -> torch.device:
+    """Move to `device`, or to the CPU where the training run leaves no room for a second model; to where."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = sum(p.numel() * p.element_size() for p in model.parameters() if p.device != device)
+        device = device if free > 1.5 * needed else torch.device("cpu")
+    model.to(device)
+    return device
 
 
 # --- The manifest, and what was there before -------------------------------------------------------

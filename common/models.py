@@ -22,7 +22,6 @@ import shutil
 import socket
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from common import attention
 from common.artifacts import disk_errors
-from common.config import Dtype, LoraConfig, ModelConfig, Quantize
+from common.config import Dtype, ModelConfig, Quantize
 from common.data.chat import find_terminators
 from common.errors import UserError
 
@@ -308,6 +307,8 @@ def load_network(
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from common.adapters import add_adapters
+
     attention.register()
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
@@ -327,7 +328,7 @@ def load_network(
         if model.compile:
             _compile_layers(network)
         if model.lora.enabled:
-            network = _add_adapters(network, model.lora, ending)
+            network = add_adapters(network, model.lora, ending.task_type)
     return network.train()
 
 
@@ -578,30 +579,6 @@ def _compile_layers(network: PreTrainedModel) -> None:
         )
     for layer in layers:
         layer.compile()
-
-
-def _add_adapters(network: PreTrainedModel, lora: LoraConfig, ending: Ending) -> PreTrainedModel:
-    import peft
-
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # peft's own calls
-    everything = list(lora.targets) == ["all-linear"]
-    config = peft.LoraConfig(
-        task_type=ending.task_type,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if everything else list(lora.targets),
-        use_dora=lora.dora,
-    )
-    try:
-        # in the base's dtype: the optimizer keeps fp32 copies of its own
-        return cast(Any, peft.get_peft_model(network, config, autocast_adapter_dtype=False))
-    except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, _ in network.named_modules() if "." in name})
-        raise UserError(
-            f"model.lora.targets={list(lora.targets)} cannot be adapted: {_one_line(error)}",
-            hint=f"use all-linear, or names of this model's modules: {', '.join(names)}",
-        ) from error
 
 
 # --- Finding things, and saying what is wrong -------------------------------------------------------

@@ -30,7 +30,7 @@ from common.distributed import (
     sum_over_ranks,
     wait_for_main,
 )
-from common.export import export_policy
+from common.export import export_policy, noise_of
 from common.losses import PackedCausalLM
 from common.models import load_model, terminators_of
 from common.moments import at
@@ -165,6 +165,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
         probe = loop.probe_of(data.train[0], world.device)
         with torch.no_grad():
             live_logits = module.logits(probe)
+        noise = noise_of(module, list(probe), live_logits)
         weights = engine.full_state_dict()
         if weights is not None:
             final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
@@ -184,6 +185,8 @@ def train(job: SFTJob, run_dir: Path) -> int:
                 },
                 probe=probe,
                 live_logits=live_logits,
+                noise=noise,
+                say=progress.log,
             )
             tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)

@@ -32,7 +32,7 @@ from common.distributed import (
     sum_over_ranks,
     wait_for_main,
 )
-from common.export import export_policy
+from common.export import export_policy, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.losses import PackedCausalLM
 from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
@@ -186,6 +186,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
         probe = loop.probe_of(data.train[0].chosen, world.device)
         with torch.no_grad():
             live_logits = module.logits(probe)
+        noise = noise_of(module, list(probe), live_logits)
         weights = engine.full_state_dict()
         if weights is not None:
             final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
@@ -210,6 +211,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
                 },
                 probe=probe,
                 live_logits=live_logits,
+                noise=noise,
+                say=progress.log,
             )
             tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)

@@ -31,7 +31,7 @@ from common.distributed import (
     sum_over_ranks,
     wait_for_main,
 )
-from common.export import export_reward_model
+from common.export import export_reward_model, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.models import load_tokenizer
 from common.moments import at
@@ -166,6 +166,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
         probe = probe_documents(data.train, world.device)
         with torch.no_grad():
             live_scores = module.scores(probe)
+        noise = noise_of(module, probe, live_scores)
         weights = engine.full_state_dict()
         if weights is not None:
             final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
@@ -190,6 +191,8 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 },
                 probe=probe,
                 live_scores=live_scores,
+                noise=noise,
+                say=progress.log,
             )
             tracker.log_artifact(export, "reward_model", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)

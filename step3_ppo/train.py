@@ -40,7 +40,7 @@ from common.distributed import (
     wait_for_main,
 )
 from common.errors import UserError
-from common.export import export_policy
+from common.export import export_policy, noise_of
 from common.handoff import check_same_tokens, load_named, model_of, parent_record
 from common.models import load_tokenizer, terminators_of
 from common.moments import at
@@ -269,6 +269,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         with swapped_in(average):
             with torch.no_grad():
                 live_logits = networks.module.logits(probe)
+            noise = noise_of(networks.module, list(probe), live_logits)
             weights = actor.full_state_dict()
             if weights is not None:
                 final = loop.metrics_of_step(folder / METRICS_FILE, total_steps)
@@ -288,6 +289,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
                     },
                     probe=probe,
                     live_logits=live_logits,
+                    noise=noise,
+                    say=progress.log,
                 )
                 tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
                 tracker.finish(summary=final)
