@@ -1,8 +1,8 @@
 """LoRA on a pretrained model in a half dtype, exported seed after seed: `python -m benchmarks.lora_export`.
 
-Runs sft with adapters on the first rows of a file as a user would, once per seed, and reads the manifests: was
-the policy exported, how far is it from the live model, how noisy is that model itself. Exit status 1 when a
-seed was not exported. Writes `results/lora_export.json`.
+Runs sft with adapters on the first rows of a file as a user would, once per seed, and reads the manifests:
+was the policy exported, how far is it from the live model, how noisy is that model itself. Exit status 1 when
+a seed was not exported. Writes `results/lora_export.json`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from common.artifacts import read_manifest
 
 FIGURES = (
     "largest_logit_difference",
-    "mean_logit_difference",
-    "mean_logit_noise",
+    "typical_logit_difference",
+    "typical_logit_noise",
+    "mean_kl",
     "largest_merge_difference",
     "largest_logit_difference_fp32",
 )

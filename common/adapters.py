@@ -14,7 +14,8 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,6 +35,9 @@ MERGE_TOLERANCE = 1e-4
 
 PROBE_ROWS = 8
 
+GATE_AND_UP, GATE_UP = ("gate_proj", "up_proj"), "gate_up_proj"
+"""The usual names of two matrices, and the name of the one tensor in which all experts' are kept."""
+
 
 def add_adapters(network: PreTrainedModel, lora: LoraConfig, task_type: str) -> PreTrainedModel:
     """peft's wrapper around `network`, in the base's dtype: the optimizer keeps fp32 copies of its own.
@@ -47,34 +51,53 @@ def add_adapters(network: PreTrainedModel, lora: LoraConfig, task_type: str) -> 
     warnings.filterwarnings(
         "ignore", ".*tie_word_embeddings.*"
     )  # merged weights are untied, see `merged_names`
-    parameters = [target for target in lora.targets if _is_parameter(network, target)]
-    modules = [target for target in lora.targets if target not in parameters]
+    targets = _targets(network, lora)
     config = peft.LoraConfig(
         task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
-        target_parameters=parameters or None,
         use_dora=lora.dora,
+        target_modules="all-linear" if targets.modules == ["all-linear"] else targets.modules,
+        target_parameters=targets.parameters or None,
+        rank_pattern=dict.fromkeys(targets.doubled, 2 * lora.r),
+        alpha_pattern=dict.fromkeys(targets.doubled, 2 * lora.alpha),
     )
     try:
-        return cast(Any, peft.get_peft_model(network, config, autocast_adapter_dtype=False))
+        adapted: Any = peft.get_peft_model(network, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise _refused(network, lora, error) from error
+    if targets.modules != ["all-linear"]:  # what peft neither found nor took for experts is still among these
+        there = [base_name(name) for name, _ in network.named_modules()]
+        lost = [name for name in sorted(config.target_modules or ()) if not _any_ends_in(there, name)]
+        if lost:
+            raise _refused(network, lora, ValueError(f"nothing has the name {', '.join(lost)}"))
+    return cast("PreTrainedModel", adapted)
 
 
-def _is_parameter(network: nn.Module, target: str) -> bool:
-    """Whether a target names no module but a parameter, like experts that are kept in one tensor."""
-    modules = (name for name, _ in network.named_modules())
-    parameters = (name for name, _ in network.named_parameters())
-    return not any(_ends_in(name, target) for name in modules) and any(
-        _ends_in(name, target) for name in parameters
-    )
+@dataclass(frozen=True)
+class _Targets:
+    """The names in `model.lora.targets`, as peft wants them."""
+
+    modules: list[str]
+    parameters: list[str]
+    doubled: list[str]  # patterns of parameters that hold two matrices: they have twice the rank and alpha
 
 
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+def _targets(network: nn.Module, lora: LoraConfig) -> _Targets:
+    """Experts that are kept in one tensor have no modules: their names are those of parameters."""
+    modules = [name for name, _ in network.named_modules()]
+    parameters = [name for name, _ in network.named_parameters()]
+    lost = [name for name in lora.targets if not _any_ends_in(modules, name)]
+    found = [name for name in lost if _any_ends_in(parameters, name)]
+    taken, doubled = list(found), []
+    if set(GATE_AND_UP) <= set(lost) and _any_ends_in(parameters, GATE_UP):
+        found, taken, doubled = [*found, GATE_UP], [*found, *GATE_AND_UP], [rf".*\.{GATE_UP}"]
+    return _Targets([name for name in lora.targets if name not in taken], found, doubled)
+
+
+def _any_ends_in(names: Iterable[str], target: str) -> bool:
+    return any(name == target or name.endswith("." + target) for name in names)
 
 
 def _refused(network: nn.Module, lora: LoraConfig, error: ValueError) -> UserError:
@@ -87,10 +110,13 @@ def _refused(network: nn.Module, lora: LoraConfig, error: ValueError) -> UserErr
                 hint=f"set model.lora.{key}={off}, or leave the experts out: "
                 "model.lora.targets=[q_proj,k_proj,v_proj,o_proj]",
             )
-    names = sorted({name.rsplit(".", 1)[-1] for name, _ in network.named_modules() if "." in name})
+    weights = [
+        base_name(n) for n, p in network.named_parameters() if _dimensions(p) > 1 and not is_adapter(n)
+    ]
+    names = sorted({_short(name) for name in weights})
     return UserError(
         f"model.lora.targets={list(lora.targets)} cannot be adapted: {text}",
-        hint=f"use all-linear, or names of this model's modules: {', '.join(names)}",
+        hint=f"use all-linear, or names that this model has: {', '.join(names)}",
     )
 
 
@@ -116,7 +142,8 @@ def reach(network: nn.Module) -> str | None:
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+    """A module's name without its place; a parameter's with that of its module, as of experts."""
+    return ".".join(name.split(".")[-2:]).removesuffix(".weight")
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -26,7 +26,10 @@ from common.stage import Role
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-KINDS = ("artifact", "checkpoint")
+UNVERIFIED = "unverified"
+"""Kind of an artifact that failed its check when it was exported; its details say why, under this name."""
+
+KINDS = ("artifact", "checkpoint", UNVERIFIED)
 
 # Files that a loader might pick up although nobody recorded them: a stray shard or adapter changes
 # what is loaded. Other extra files (a README, a plot) are harmless.
@@ -48,7 +51,7 @@ class FileRecord(TypedDict):
 class Manifest:
     """What a finished folder holds, and how it came to be."""
 
-    kind: str  # "artifact" or "checkpoint"
+    kind: str  # one of KINDS
     role: Role | None  # what an artifact is for; None for a checkpoint
     files: Mapping[str, FileRecord]  # by path relative to the folder, with forward slashes
     details: Mapping[str, Any] = field(default_factory=dict)  # base model, tokenizer, parents, metrics, ...
@@ -63,10 +66,20 @@ class Artifact:
     manifest: Manifest
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], role: Role) -> Artifact:
-        """Re-hash the artifact at `path`. UserError when it is damaged, or made for another role."""
+    def load(cls, path: str | os.PathLike[str], role: Role, *, allow_unverified: bool = False) -> Artifact:
+        """Re-hash the artifact at `path`. UserError when it is damaged, or made for another role.
+
+        allow_unverified: take one that failed its check when it was exported, to look at it.
+        """
         folder = Path(path)
         manifest = verify(folder)
+        if manifest.kind == UNVERIFIED and manifest.role is role:
+            if allow_unverified:
+                return cls(folder, manifest)
+            raise UserError(
+                f"{folder} failed its check when it was exported: {manifest.details.get(UNVERIFIED)}",
+                hint=f"no step takes it; look at it with: python -m pipeline chat {folder}",
+            )
         found = f"a {manifest.kind}" if manifest.role is None else f"a {manifest.role.value}"
         if manifest.kind != "artifact" or manifest.role is not role:
             raise UserError(

@@ -57,17 +57,18 @@ def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
     return {"role": role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
 
 
-def load_named(path: str, role: Role, key: str) -> Artifact:
+def load_named(path: str, role: Role, key: str, *, allow_unverified: bool = False) -> Artifact:
     """The artifact that the user named with `key=path`, every file re-hashed.
 
     UserError naming key and path when there is none, when it is unfinished or damaged, or has another role.
+    allow_unverified: as in `Artifact.load`.
     """
     folder = Path(path)
     if not path:
         raise UserError(f"{key} is empty", hint=f"{key}=FOLDER of a {role.value} artifact, or leave it out")
     _check_is_artifact(path, role, key)
     try:
-        return Artifact.load(folder, role)
+        return Artifact.load(folder, role, allow_unverified=allow_unverified)
     except UserError as error:
         what = error.message.removeprefix(f"{folder} ")  # the path is said already
         raise UserError(f"{key}={path}: {what}", hint=error.hint) from error
