@@ -5,7 +5,8 @@ G key-value heads, G dividing H) and, through the model's forward arguments, whe
 end; it returns [1, N, H, d]. Each document attends causally to itself and to nothing else; what it has in
 common with the beginning of a document before it may stand there only (`SharedPrefix`). The backend follows
 the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
-precision, the same loop elsewhere.
+precision, the same loop elsewhere. Soft-capped scores and attention sinks, which neither kernel knows, are
+computed in the loop in plain steps, with memory that grows with the square of a document's length.
 
 It knows nothing of padding or masks. Decoding goes on from a cache of slots under a name of its own
 (`decoding_attention`); transformers' own `generate` runs inside `plain_attention`.
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "packed"
 DECODING = "decoding"
@@ -44,11 +45,13 @@ FLASH_MAX_HEAD_DIM = 256
 
 # What a model may ask of its attention that changes the result and that no backend here computes.
 UNSUPPORTED_ARGUMENTS = {
-    "softcap": "soft-capped attention scores",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "indices": "sparse attention",
 }
+
+
+PACKED_LAYERS = {"full_attention", "sliding_attention", "attention", "mlp", "moe", "dense", "sparse"}
+"""Types of layers, as configs name them, in which nothing but attention joins tokens."""
 
 
 class SharedPrefix:
@@ -100,14 +103,18 @@ def packed_attention(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     shared_prefix: SharedPrefix | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of one flat sequence.
 
     cu_seq_lens_q: int32 [D + 1], document boundaries (0 first, N last); max_length_q: longest document;
     sliding_window: each token sees itself and the `sliding_window - 1` before it. shared_prefix: what
-    documents see of one before them (None: nothing). Returns ([1, N, H, d], None). Raises UserError for
-    what no backend computes, ValueError when called without boundaries.
+    documents see of one before them (None: nothing). softcap: scores become softcap · tanh(score / softcap).
+    s_aux: [H], a sink of each head: a score that takes part in the softmax and has no value. Returns
+    ([1, N, H, d], None). Raises UserError for what no backend computes, ValueError when called without
+    boundaries.
     """
     _refuse_unsupported(module, attention_mask, is_causal, kwargs)
     if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
@@ -115,13 +122,62 @@ def packed_attention(
             "packed attention needs one flat sequence, cu_seq_lens_q and no cache; "
             "generate inside `with plain_attention(model)`"
         )
-    if _varlen_applies(query, value, dropout):
+    scores = _Scores(scaling, dropout, softcap, s_aux)
+    if scores.is_plain and _varlen_applies(query, value, dropout):
         longest = max_length_q or int(cu_seq_lens_q.diff().max())
         out = _varlen(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window, shared_prefix)
     else:
         lengths = cu_seq_lens_q.diff().tolist()
-        out = _by_document(query, key, value, lengths, scaling, dropout, sliding_window, shared_prefix)
+        out = _by_document(query, key, value, lengths, scores, sliding_window, shared_prefix)
     return out, None
+
+
+class _Scores(NamedTuple):
+    """How queries and keys become weights; see `packed_attention`."""
+
+    scaling: float | None
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether SDPA and flash attention compute it."""
+        return self.softcap is None and self.sinks is None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[1, H, n, d]: the last n of the tokens that have keys; seen: bool [n, length], None: causal."""
+        if self.is_plain:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, dropout_p=self.dropout, is_causal=seen is None,
+                scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+        heads = q.shape[1]
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        scores = self.capped((q @ k.transpose(2, 3)).float() * self.scale_for(q))
+        if seen is None:
+            seen = _seen_by_own(k.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        sinks = None if self.sinks is None else self.sinks.view(heads, 1, 1)
+        weights = _softmax(scores.masked_fill(~seen, float("-inf")), sinks)
+        return F.dropout(weights, self.dropout).to(v.dtype) @ v
+
+    def scale_for(self, q: torch.Tensor) -> float:
+        """What products of queries and keys are multiplied by."""
+        return float(q.shape[-1] ** -0.5) if self.scaling is None else self.scaling
+
+    def capped(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scores, none larger than the cap."""
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension; sinks [..., 1] (None: none) get a share that no key is given."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 def _refuse_unsupported(
@@ -136,10 +192,10 @@ def _refuse_unsupported(
 
 
 def unsupported(model_type: str, what: str) -> UserError:
-    """The error for an architecture that cannot be trained packed."""
+    """The error for an architecture that cannot be trained."""
     return UserError(
-        f"model_type={model_type} uses {what}, which packed attention does not compute",
-        hint="choose a decoder with plain causal or sliding-window attention, e.g. Llama, Qwen 3, Gemma 3",
+        f"model_type={model_type} has {what}, which cannot be trained here",
+        hint="choose a decoder whose tokens see only those before them, e.g. Llama, Qwen 3, Gemma 3",
     )
 
 
@@ -148,12 +204,11 @@ def _by_document(
     key: torch.Tensor,
     value: torch.Tensor,
     lengths: list[int],
-    scaling: float | None,
-    dropout: float,
+    scores: _Scores,
     window: int | None,
     shared_prefix: SharedPrefix | None,
 ) -> torch.Tensor:
-    """SDPA once per document. `split`, not slices: the backward of a slice fills a whole sequence."""
+    """Attention once per document. `split`, not slices: the backward of a slice fills a whole sequence."""
     queries, keys, values = (tensor.split(lengths, 2) for tensor in (query, key, value))
     outs = []
     for index, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
@@ -169,16 +224,7 @@ def _by_document(
             q, k, v = q.float(), k.float(), v.float()
         banded = shared > 0 or (window is not None and seen > window)
         mask = _seen_by_own(seen, window or seen, shared, q.device) if banded else None
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=not banded,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        out = scores.attend(q, k, v, mask)
         outs.append(out.transpose(1, 2).to(query.dtype))
     return torch.cat(outs, 1)
 
@@ -376,6 +422,8 @@ def decoding_attention(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     decoding: DecodingStep | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one flat sequence: next tokens of cached sequences, then new prompts.
@@ -388,17 +436,18 @@ def decoding_attention(
         raise ValueError("decoding attention needs one flat sequence and a DecodingStep as `decoding`")
     keys, values = decoding.cache.of_layer(module, key, value)
     decoding.write(keys, values, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = _Scores(scaling, 0.0, softcap, s_aux)
     rows = len(decoding.positions)
-    outs = (
-        [_attend_to_slots(query[0, :, :rows], keys, values, decoding, scale, sliding_window)] if rows else []
-    )
+    outs = []
+    if rows:
+        outs = [_attend_to_slots(query[0, :, :rows], keys, values, decoding, scores, sliding_window)]
     if decoding.prompts is not None:
         q, k, v = (x[:, :, rows:] for x in (query, key, value))
         boundaries = decoding.prompts[1]
         out, _ = packed_attention(
-            module, q, k, v, None, scale, cu_seq_lens_q=boundaries, sliding_window=sliding_window
-        )
+            module, q, k, v, None, scaling, cu_seq_lens_q=boundaries, sliding_window=sliding_window,
+            softcap=softcap, s_aux=s_aux,
+        )  # fmt: skip
         outs.append(out)
     return torch.cat(outs, 1), None
 
@@ -408,7 +457,7 @@ def _attend_to_slots(
     keys: torch.Tensor,
     values: torch.Tensor,
     step: DecodingStep,
-    scale: float,
+    scores: _Scores,
     window: int | None,
 ) -> torch.Tensor:
     """[1, M, H, d] from query [H, M, d]. The query heads of a key-value head are rows of one product."""
@@ -425,49 +474,53 @@ def _attend_to_slots(
             values[part, :, :length],
             bias[part, ..., :length],
         )
-        if q.is_cuda:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        if q.is_cuda and scores.is_plain:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale_for(q))
         else:  # faster than SDPA, and bit for bit the same whatever the number of slots and keys
-            out = torch.matmul(torch.matmul(q, k.transpose(2, 3)).mul_(scale).add_(seen).softmax(-1), v)
+            weights = scores.capped(torch.matmul(q, k.transpose(2, 3)).mul_(scores.scale_for(q))).add_(seen)
+            sinks = None if scores.sinks is None else scores.sinks.view(groups, heads // groups, 1)
+            out = torch.matmul(_softmax(weights, sinks), v)
         outs.append(out.reshape(end - begin, heads, -1))
     return torch.cat(outs)[None].to(query.dtype)
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse, by reading the model's class and config, what packed attention cannot compute.
+def why_not_packed(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
+    """What, by its class and config, a model has that packed attention does not reach; None: nothing.
 
-    Raises UserError naming the model type. What can only be seen by running is `losses.check_packed`.
+    What can only be seen by running is found by `losses.isolate_documents`.
     """
-    config = model.config.get_text_config(decoder=True)
-    kind = config.model_type
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise unsupported(kind, "an encoder and a decoder")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise unsupported(kind, "an attention of its own")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise unsupported(kind, UNSUPPORTED_ARGUMENTS["softcap"])
-    if any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
-        raise unsupported(kind, UNSUPPORTED_ARGUMENTS["s_aux"])
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    text = config.get_text_config(decoder=True)
+    if not getattr(kind, "_supports_attention_backend", False):
+        return "an attention of its own"
+    other = set(getattr(text, "layer_types", None) or ()) - PACKED_LAYERS
     if other:
-        raise unsupported(kind, f"layers of type {', '.join(sorted(map(str, other)))}")
-    if getattr(config, "sliding_window", None) and not _passes_window(model):
-        raise unsupported(kind, "a sliding window that it does not hand to its attention")
+        return f"layers of type {', '.join(sorted(map(str, other)))}"
+    if getattr(text, "sliding_window", None) and not _passes_window(kind):
+        return "a sliding window that it does not hand to its attention"
+    return None
 
 
-def _passes_window(model: PreTrainedModel) -> bool:
-    source_module = sys.modules.get(type(model).__module__)
+def _passes_window(kind: type[PreTrainedModel]) -> bool:
+    source_module = sys.modules.get(kind.__module__)
     try:
         return source_module is not None and "sliding_window=" in inspect.getsource(source_module)
     except (OSError, TypeError):
         return False
 
 
+def plain_name(model: PreTrainedModel) -> str:
+    """The attention that transformers gives the model when nobody asks for one."""
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switch the model to transformers' own SDPA, with masks and caches, while the block runs."""
+    """Switch the model to transformers' own attention, with masks and caches, while the block runs."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    if before not in (NAME, DECODING):  # documents one by one: it is its own already
+        yield
+        return
+    model.set_attn_implementation(plain_name(model))
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from common.one_by_one import decoder_of, reason_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -68,7 +70,7 @@ class LastLayer:
 
 
 def _feed_forward(model: PreTrainedModel) -> nn.Module | None:
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(decoder_of(model), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return None
     network = getattr(layers[-1], "mlp", None)
@@ -77,8 +79,8 @@ def _feed_forward(model: PreTrainedModel) -> nn.Module | None:
 
 def _runs_layers_its_own_way(model: PreTrainedModel) -> bool:
     """Recomputed layers run again when the rows are forgotten; compiled ones would be compiled for each
-    number of rows."""
-    return any(
+    number of rows; documents one by one are not where the rows say."""
+    return reason_of(model) is not None or any(
         getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
         for module in model.modules()
     )

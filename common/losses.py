@@ -10,6 +10,9 @@ the trained tokens.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -18,12 +21,16 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from common import attention
+from common.errors import UserError
 from common.last_layer import LastLayer
+from common.one_by_one import decoder_of, reason_of, run_one_by_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from common.data.types import Batch
+
+log = logging.getLogger("rlhf.models")
 
 CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
@@ -428,7 +435,7 @@ class PackedCausalLM(nn.Module):
                 logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
             return _plain_cross_entropy(logits, targets, with_entropy, per_token, temperature)
         with self.last_layer.only(trained_positions):
-            hidden = self.base().get_decoder()(**arguments).last_hidden_state
+            hidden = decoder_of(self.base())(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, trained_positions)
         return cast(
             TokenLoss,
@@ -522,20 +529,34 @@ def _plain_cross_entropy(
 
 @torch.no_grad()
 def check_packed(model: nn.Module) -> None:
-    """Run a few tokens and refuse a model that packing would train wrongly.
+    """Run a few tokens and settle how the model's documents are kept apart; see `isolate_documents`.
 
-    Catches what no list of architectures can: state that crosses documents (convolutions, recurrences),
-    attention to later tokens, logits changed after the projection. Raises UserError. Costs five forward
-    passes of some tokens; leaves mode, weights and random state as they were.
+    Refuses logits changed after the projection by what no config says. Raises UserError. Costs some forward
+    passes of a few tokens; leaves mode, weights and random state as they were.
     """
-    packed = PackedCausalLM(model)
+    with evaluating(unwrapped(model)):
+        isolate_documents(unwrapped(model))
+        packed = PackedCausalLM(model)
+        try:
+            _check_head(packed)
+        finally:
+            packed.last_layer.give_up()
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode; what fails in the model's own code is an error of the user's choice of model."""
     training = model.training
     model.eval()
     try:
-        check_isolation(packed.base())
-        _check_head(packed)
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise attention.unsupported(
+            model.config.model_type, f"a forward pass that fails ({type(error).__name__}: {error})"
+        ) from error
     finally:
-        packed.last_layer.give_up()
         model.train(training)
 
 
@@ -546,6 +567,8 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
 
     model: a transformers model with packed attention, without peft's wrapper.
     """
+    if reason_of(model):
+        return False
     training = model.training
     model.eval()
     try:
@@ -590,7 +613,7 @@ def _run_decoder(
     for start, end, shared in zip(cu_seqlens, cu_seqlens[1:], shared_prefix, strict=False):
         positions[:, start:end] += shared
     arguments = packed_arguments(ids, positions, boundaries, int(boundaries.diff().max()), shared_prefix)
-    return model.get_decoder()(**arguments).last_hidden_state[0].float()
+    return decoder_of(model)(**arguments).last_hidden_state[0].float()
 
 
 def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) -> torch.Tensor:
@@ -598,27 +621,59 @@ def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) ->
 
 
 @torch.no_grad()
-def check_isolation(base: PreTrainedModel) -> None:
-    """Refuse a model whose documents are not on their own; in evaluation mode, without peft's wrapper.
+def isolate_documents(base: PreTrainedModel) -> None:
+    """Settle how documents are kept apart: packed where that is exact, else one by one, else UserError.
+
+    base: in evaluation mode, without peft's wrapper, loaded with packed attention or its own.
+    """
+    kind = base.config.model_type
+    reason = attention.why_not_packed(type(base), base.config)
+    if reason is None:
+        try:
+            reason = _crossing(base)
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            UserError,
+        ) as error:
+            reason = f"a pass over packed documents that fails ({type(error).__name__}: {error})"
+    if reason is None:
+        return
+    if base.config._attn_implementation == attention.NAME:
+        base.set_attn_implementation(attention.plain_name(base))
+    run_one_by_one(base, reason)
+    fault = _crossing(base)
+    if fault is not None:
+        raise attention.unsupported(kind, fault)
+    log.warning(
+        "model_type=%s has %s: its documents run one by one, not packed. That is exact, and slower",
+        kind,
+        reason,
+    )
+
+
+def _crossing(base: PreTrainedModel) -> str | None:
+    """What joins tokens that must not know of each other; None: nothing.
 
     Document B after A, after another A, and alone under transformers' own attention: always the same.
-    Raises UserError.
     """
-    ids = _some_tokens(base, 12)
+    ids, bounds = _some_tokens(base, 11), [0, 6, 11]
     other = ids.clone()
     other[:, :6] = ids[:, :6].flip(1)
     later = ids.clone()
-    later[:, -1] = ids[:, 0]
-    b = _run_decoder(base, ids, [0, 6, 12], ())[6:]
+    later[:, 7:] = ids[:, :4]
+    b = _run_decoder(base, ids, bounds, ())[6:]
+    if _differ(b, _run_decoder(base, other, bounds, ())[6:], base.dtype):
+        return "state that crosses documents"
+    if _differ(b[:1], _run_decoder(base, later, bounds, ())[6:7], base.dtype):
+        return "attention to later tokens"
     with attention.plain_attention(base):
-        alone = base.get_decoder()(input_ids=ids[:, 6:], use_cache=False).last_hidden_state[0].float()
-    kind = base.config.model_type
-    if _differ(b, _run_decoder(base, other, [0, 6, 12], ())[6:], base.dtype):
-        raise attention.unsupported(kind, "state that crosses documents")
-    if _differ(b, alone, base.dtype):
-        raise attention.unsupported(kind, "an attention with arguments of its own")
-    if _differ(b[:-1], _run_decoder(base, later, [0, 6, 12], ())[6:-1], base.dtype):
-        raise attention.unsupported(kind, "attention to later tokens")
+        alone = decoder_of(base)(input_ids=ids[:, 6:], use_cache=False).last_hidden_state[0].float()
+    return "an attention with arguments of its own" if _differ(b, alone, base.dtype) else None
 
 
 def _check_head(packed: PackedCausalLM) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import platform
 import re
 import shutil
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +35,7 @@ from common.artifacts import disk_errors
 from common.config import Dtype, ModelConfig, Quantize
 from common.data.chat import find_terminators
 from common.errors import UserError
+from common.one_by_one import decoder_of
 
 if TYPE_CHECKING:
     import torch
@@ -317,7 +320,6 @@ def load_network(
             _from_config(model, tokenizer, ending) if model.config else _from_weights(model, device, ending)
         )
         _check_context(network.config, max_length)
-        attention.check_supported(network)
         _cover_vocabulary(network, tokenizer, model)
         _set_token_ids(network, tokenizer)
         if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
@@ -368,7 +370,6 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """A transformers config from `model.config`. UserError for an unknown type, field or value."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     given = dict(fields)
@@ -387,8 +388,8 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
             )
     try:
         return AutoConfig.for_model(kind, **given)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"model.config of {kind} is not valid: {_one_line(error)}") from error
+    except Exception as error:  # whatever the type's own code makes of these fields
+        raise UserError(f"model.config of {kind} is not valid: {_told(error)}") from error
 
 
 def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -410,15 +411,69 @@ def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, ending:
     config = build_config(fields)
     config.update(dict(ending.fields))
     _set_config_ids(config, tokenizer)
+    return make_network(config, model, ending)
+
+
+def make_network(config: PreTrainedConfig, model: ModelConfig, ending: Ending) -> PreTrainedModel:
+    """Random weights for a config, in `model.dtype`. UserError for what is no decoder of text."""
+    implementation = _attention_for(config, ending)
     try:
         return _auto_class(ending).from_config(
-            config, dtype=torch_dtype(model.dtype), attn_implementation=attention.NAME
+            config, dtype=torch_dtype(model.dtype), attn_implementation=implementation
         )
-    except ValueError as error:
+    except Exception as error:  # whatever the type's own code makes of these fields
         raise UserError(
-            f"model.config.model_type={config.model_type} does not make a {ending.name}: {_one_line(error)}",
+            f"model.config.model_type={config.model_type} does not make a {ending.name}: {_told(error)}",
             hint="use a decoder, for example llama, qwen3, mistral",
         ) from error
+
+
+def _attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
+    """Packed, or None (transformers' own) for an architecture whose documents run one by one.
+
+    UserError, by its name, for one that is no decoder of text.
+    """
+    kind = _class_for(config, ending)
+    if kind is None:  # code that comes with the weights, or none at all: loading says which
+        return attention.NAME
+    what = _not_a_decoder(kind, config)
+    if what is not None:
+        raise attention.unsupported(config.model_type, what)
+    return attention.NAME if getattr(kind, "_supports_attention_backend", False) else None
+
+
+def _class_for(config: PreTrainedConfig, ending: Ending) -> Any:
+    """transformers' class for the config; None where it has none."""
+    try:
+        kind = _auto_class(ending)._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return kind[0] if isinstance(kind, (list, tuple)) else kind
+
+
+ASKS_FOR_DECODER = r"(=|if|not) (self\.)?config\.is_decoder"
+
+
+def _not_a_decoder(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
+    """What a class is that has more, or other, than a decoder of text; None for a decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder and a decoder"
+    # some decoders have the field too, and their code does not ask for it
+    if getattr(config, "is_decoder", None) is False and re.search(ASKS_FOR_DECODER, _source(kind)):
+        return "attention to later tokens (it is an encoder)"
+    return None
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(sys.modules[kind.__module__])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
+def _told(error: BaseException) -> str:
+    """A KeyError's text alone is a key."""
+    return f"{type(error).__name__}: {_one_line(error)}"
 
 
 def _auto_class(ending: Ending) -> Any:
@@ -428,6 +483,8 @@ def _auto_class(ending: Ending) -> Any:
 
 
 def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> PreTrainedModel:
+    from transformers import AutoConfig
+
     if model.path is None:
         raise UserError(
             "no model is named", hint="set model.path=FOLDER_OR_HUB_NAME, or model.config.model_type=..."
@@ -436,6 +493,10 @@ def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> P
     if commit is None:
         _check_folder(Path(where))
     options = dict(ending.fields)
+    code = model.trust_remote_code
+    with _loading_errors(model.path, "model.path"):
+        config = AutoConfig.from_pretrained(where, revision=commit, trust_remote_code=code)
+    options["attn_implementation"] = _attention_for(config, ending)
     if model.quantize is Quantize.nf4:
         options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
     with _loading_errors(model.path, "model.path"), _quiet_report():
@@ -443,9 +504,8 @@ def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> P
             where,
             revision=commit,
             dtype=torch_dtype(model.dtype),
-            attn_implementation=attention.NAME,
             use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=code,
             output_loading_info=True,
             **options,
         )
@@ -571,7 +631,7 @@ def _enable_checkpointing(network: PreTrainedModel) -> None:
 
 
 def _compile_layers(network: PreTrainedModel) -> None:
-    layers = getattr(network.get_decoder(), "layers", None)
+    layers = getattr(decoder_of(network), "layers", None)
     if layers is None:
         raise UserError(
             f"model_type={network.config.model_type} has no list of layers to compile",
@@ -650,7 +710,7 @@ def _check_folder(folder: Path) -> None:
 @contextmanager
 def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterator[None]:
     """Say what went wrong while loading in terms of what the user named."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from safetensors import SafetensorError
 
     at = name if revision is None else f"{name} (revision {revision})"
@@ -664,7 +724,9 @@ def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterato
         if Path(name).expanduser().is_dir():
             raise UserError(f"{key}={at} cannot be loaded: {_one_line(error)}") from error
         raise _hub_error(at, key, error) from error
-    except (ValueError, TypeError, RuntimeError, ImportError, KeyError, StrictDataclassError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever an architecture's own code makes of these files
         text = _one_line(error)
         if "trust_remote_code" in text or "custom code" in text:
             raise UserError(
@@ -680,6 +742,8 @@ def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterato
             ) from error
         if "mismatched" in text:
             text = "the shapes of its weights are not those its config.json says"
+        elif not isinstance(error, (ValueError, ImportError)):
+            text = _told(error)
         raise UserError(f"{key}={at} cannot be loaded: {text}") from error
 
 

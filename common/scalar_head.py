@@ -23,13 +23,15 @@ from common.config import ModelConfig
 from common.errors import UserError
 from common.losses import (
     can_share_prefix,
-    check_isolation,
+    evaluating,
+    isolate_documents,
     last_layer_of,
     packed_arguments,
     positions_within,
     unwrapped,
 )
 from common.models import Ending, disable_dropout, load_network
+from common.one_by_one import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -132,12 +134,8 @@ def _check_head(network: PreTrainedModel, path: str) -> None:
 
 def _check(network: PreTrainedModel) -> None:
     disable_dropout(network)
-    training = network.training
-    network.eval()
-    try:
-        check_isolation(network)
-    finally:
-        network.train(training)
+    with evaluating(network):
+        isolate_documents(network)
 
 
 class ScalarHead(nn.Linear):
@@ -181,7 +179,7 @@ class PackedScalarModel(nn.Module):
         """fp32 [S], the scores read at score_positions (int64 [S], indices into N). Shapes as in `Batch`."""
         arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
         with self.last_layer.only(score_positions):
-            hidden = self.base().get_decoder()(**arguments).last_hidden_state
+            hidden = decoder_of(self.base())(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, score_positions)
         return cast(torch.Tensor, getattr(self.base(), HEAD)(selected))[:, 0]
 

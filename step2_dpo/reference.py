@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from common import attention, last_layer, losses, models
+from common import attention, last_layer, losses, models, one_by_one
 from common.artifacts import Artifact, content_sha256, disk_errors
 from common.config import ModelConfig, Quantize
 from common.data import batches as batches_module
@@ -139,7 +139,7 @@ def _code_version() -> str:
     A miss costs one pass over the pairs, and a number that is no longer right is not seen by anyone.
     """
     total = hashlib.sha256()
-    for module in (attention, last_layer, losses, models, batches_module, packing, loss):
+    for module in (attention, last_layer, losses, models, one_by_one, batches_module, packing, loss):
         total.update(Path(str(module.__file__)).read_bytes())
     total.update(Path(__file__).read_bytes())
     return total.hexdigest()

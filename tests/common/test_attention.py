@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -200,8 +206,7 @@ def test_registering_twice_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        ({"softcap": 50.0}, "soft-capped"),
-        ({"s_aux": torch.zeros(2)}, "sinks"),
+        ({"position_bias": torch.zeros(2)}, "position bias"),
         ({"is_causal": False}, "later"),
     ],
 )
@@ -215,20 +220,45 @@ def test_what_no_backend_computes_is_refused_by_name(asked: dict, named: str) ->
         )
 
 
-def test_supported_models_pass_and_soft_capped_attention_is_named() -> None:
+def test_a_soft_cap_and_a_sink_on_two_tokens_worked_by_hand() -> None:
+    # one head of width 1, both queries 1: the second sees scores 0 and 2, capped at 1 to 0 and tanh 2
+    q, k = torch.ones(1, 1, 2, 1), torch.tensor([0.0, 2.0]).view(1, 1, 2, 1)
+    v = torch.tensor([10.0, 30.0]).view(1, 1, 2, 1)
+    one = torch.tensor([0, 2], dtype=torch.int32)
+    run = lambda **asked: attention.packed_attention(  # noqa: E731
+        torch.nn.Identity(), q, k, v, None, scaling=1.0, cu_seq_lens_q=one, **asked
+    )[0][0, :, 0, 0]
+    high = math.exp(math.tanh(2.0))
+    torch.testing.assert_close(run(softcap=1.0), torch.tensor([10.0, (10 + 30 * high) / (1 + high)]))
+    # a sink of score 0 takes as much as a key of score 0, and has no value
+    total = 2 + math.exp(2.0)
+    torch.testing.assert_close(
+        run(s_aux=torch.zeros(1)), torch.tensor([5.0, (10 + 30 * math.exp(2.0)) / total])
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_and_caps_that_change_nothing_give_what_plain_attention_gives(window: int | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (heads(n, 9) for n in (4, 2, 2))
+    cu_seqlens = boundaries([5, 4])
+    shared = attention.SharedPrefix((0, 3), cu_seqlens)
+    run = lambda **asked: attention.packed_attention(  # noqa: E731
+        torch.nn.Identity(), q, k, v, None, cu_seq_lens_q=cu_seqlens, sliding_window=window,
+        shared_prefix=shared, **asked,
+    )[0]  # fmt: skip
+    nothing = {"softcap": 1e6, "s_aux": torch.full((4,), -1e4)}
+    torch.testing.assert_close(run(**nothing), run(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_packing_does_not_reach_is_named_by_class_and_config() -> None:
     for config in CONFIGS.values():
-        attention.check_supported(tiny(config))
+        assert attention.why_not_packed(type(tiny(config)), config) is None
     capped = Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=50.0)
-    with pytest.raises(UserError, match=r"model_type=gemma2 uses soft-capped"):
-        attention.check_supported(tiny(capped))
-
-
-def test_convolution_layers_are_refused_because_they_cross_documents() -> None:
-    from transformers import Lfm2Config
-
-    config = Lfm2Config(**SHAPE, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-    with pytest.raises(UserError, match="model_type=lfm2 uses layers of type conv"):
-        attention.check_supported(tiny(config))
+    assert attention.why_not_packed(type(tiny(capped)), capped) is None
+    convolutions = Lfm2Config(**SHAPE, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    assert attention.why_not_packed(Lfm2ForCausalLM, convolutions) == "layers of type conv"
+    assert attention.why_not_packed(GPTJForCausalLM, GPTJConfig()) == "an attention of its own"
 
 
 @pytest.mark.gpu

@@ -322,18 +322,29 @@ def test_a_model_that_changes_its_logits_unannounced_is_refused() -> None:
 
     model.forward = doubled
     assert not changes_logits(model)
-    with pytest.raises(UserError, match="model_type=granite uses logits changed"):
+    with pytest.raises(UserError, match="model_type=granite has logits changed"):
         check_packed(model)
 
 
-def test_a_layer_that_mixes_neighbouring_tokens_is_refused() -> None:
+def test_a_layer_that_looks_at_later_tokens_is_refused() -> None:
     model = tiny(LLAMA)
 
     def shift(_: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output + output.roll(1, 1)  # what a causal convolution does at a document's first token
+        return output + output.roll(-1, 1)
 
     model.model.layers[0].mlp.register_forward_hook(shift)
-    with pytest.raises(UserError, match="state that crosses documents"):
+    with pytest.raises(UserError, match="model_type=llama has attention to later tokens"):
+        check_packed(model)
+
+
+def test_a_forward_pass_that_fails_names_the_family() -> None:
+    model = tiny(LLAMA)
+
+    def fail(*_: object) -> None:
+        raise KeyError("alibi")
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(UserError, match="model_type=llama has a forward pass that fails .KeyError: 'alibi'"):
         check_packed(model)
 
 

@@ -445,10 +445,24 @@ def test_gradient_checkpointing_is_the_non_reentrant_one() -> None:
     assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
 
 
-def test_an_architecture_that_cannot_be_packed_is_refused() -> None:
-    fields = {"model_type": "gemma2", **SHAPE, "head_dim": 8, "attn_logit_softcapping": 50.0}
-    with pytest.raises(UserError, match="model_type=gemma2 uses soft-capped"):
-        load_model(config(config=fields), tiny_tokenizer(CHATML), seed=0, device=CPU)
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("bert", "attention to later tokens"),
+        ("bart", "an encoder and a decoder"),
+        ("whisper", "an encoder and a decoder"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_by_its_name_before_it_is_made(kind: str, what: str) -> None:
+    with pytest.raises(UserError, match=f"model_type={kind} has {what}.*\n.*Llama"):
+        load_model(config(config={"model_type": kind}), tiny_tokenizer(CHATML), seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "nemotron"])
+def test_a_config_that_its_own_code_chokes_on_names_the_family(kind: str) -> None:
+    small = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+    with pytest.raises(UserError, match=kind):
+        load_model(config(config={"model_type": kind, **small}), tiny_tokenizer(CHATML), seed=0, device=CPU)
 
 
 def test_naming_no_model_is_an_error_with_both_ways_out() -> None:
