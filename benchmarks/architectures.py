@@ -273,7 +273,7 @@ def table(outcomes: list[Outcome]) -> str:
         "# Architectures",
         "",
         f"`python -m benchmarks.architectures`, {datetime.date.today()}: transformers "
-        f"{transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}, in fp32.",
+        f"{transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}, fp32.",
         "",
         "Tiny models with random weights; three documents in one packed row beside plain transformers one "
         f"document after the other. Allowed: {LOGITS_TOLERANCE:g} of the largest logit, "
