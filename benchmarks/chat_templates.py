@@ -42,7 +42,7 @@ UNTRAINED, REFUSED, OVER, SILENT = "n", "r", "R", "!"
 LEGEND = {
     EXACT: "trained: the bytes that the template renders for the turn behind its own prompt",
     SPLIT: "trained so, the row split into a document for each turn",
-    OPENED: "trained behind a prompt that already opens the turn, which the template does not render so",
+    OPENED: "trained behind its own prompt, though the template does not render the two together",
     UNTRAINED: "a turn is not trained, and counted with a reason",
     REFUSED: "the row is refused with a reason; the template has no form of it, or not every part",
     OVER: "the row is refused with a reason though the template writes all of it",
@@ -315,15 +315,18 @@ def _text(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
 def _is_opened(
     row: Mapping[str, Any], index: int, prompt: str, turn: str, tokenizer: PreTrainedTokenizerFast
 ) -> bool:
-    """Whether a turn stands behind its own prompt, which opens what it begins with, and nothing is lost."""
-    prompts = []
+    """Whether a turn stands behind its own prompt, though the template does not write the two together: the
+    prompt opens what the turn begins with, or holds more of earlier turns; and nothing is lost."""
+    prompts, texts = [], []
     for turns in variants(row):
         try:
             prompts.append(_rendered(turns[:index], row, tokenizer, add_generation_prompt=True))
+            texts.append(_rendered(turns[: index + 1], row, tokenizer))
         except Exception:
             continue
     opens = prompt.rstrip().endswith(("<think>", "</think>"))
-    return prompt in prompts and opens and not missing(row, index, prompt + turn)
+    written = any(text.endswith(turn) for text in texts)  # behind other earlier turns than the prompt has
+    return prompt in prompts and (opens or written) and not missing(row, index, prompt + turn)
 
 
 def tokenizer_of(template: str) -> PreTrainedTokenizerFast:

@@ -82,6 +82,8 @@ class Answer:
     rendered: str = ""
     """prompt and turn as the template writes them, which may go on; empty where it does not"""
     tags: tuple[Span, ...] = ()
+    header: int = 0
+    """where the header begins with which the prompt ends: behind the content of the turn before"""
 
     @property
     def span(self) -> Span:
@@ -272,11 +274,11 @@ def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] 
         return Drop(untrained[0] if untrained else NOTHING_TRAINED, place)
     if all(whole.startswith(a.prompt) and whole.startswith(a.text, len(a.prompt)) for a in answers):
         document = Document(whole, tuple(answer.span for answer in answers))
-        _check_tags(document, tags, template, place)
+        _check_tags(whole, answers, tags, template, place)
         return Made((document,), "", tuple(untrained))
     for answer in answers:
         if answer.rendered:
-            _check_tags(Document(answer.rendered, (answer.span,)), answer.tags, template, place)
+            _check_tags(answer.rendered, [answer], answer.tags, template, place)
     return _split(answers, HISTORY_DIFFERS, tuple(untrained))
 
 
@@ -309,9 +311,11 @@ def _answer(
     except RenderError as error:
         raise _NotTrained(f"turn without a prompt: {error}") from error
     if text.startswith(prompt):
-        answer = Answer(prompt, template.through_terminator(text[len(prompt) :]), text, tuple(tags))
+        turn = template.through_terminator(text[len(prompt) :])
+        answer = Answer(prompt, turn, text, tuple(tags), _header(messages, prompt))
     else:
-        answer = Answer(prompt, _behind_opened(messages, context, template, prompt))
+        written = _behind_opened(messages, context, template, prompt)
+        answer = Answer(prompt, written or _behind_header(messages, context, template, prompt, text))
     if not answer.text:
         raise _NotTrained("turn for which the chat template writes nothing")
     _refuse_loss(parts.lost_by_template(messages, context, template, opened=not answer.rendered))
@@ -319,12 +323,19 @@ def _answer(
     return answer
 
 
+def _header(messages: Sequence[Message], prompt: str) -> int:
+    """Where the header begins with which a prompt ends."""
+    before = messages[-2].content.strip() if len(messages) > 1 else ""
+    return prompt.rfind(before) + len(before) if before and before in prompt else 0
+
+
 def _behind_opened(
     messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str
 ) -> str:
     """The last turn behind a prompt which already holds what the turn begins with, such as `<think>`.
 
-    The template does not write it there by itself; its content (or its reasoning, in a field) does.
+    The template does not write it there by itself; its content (or its reasoning, in a field) does. Empty
+    where that is not how prompt and turn differ. Raises _NotTrained.
     """
     turn = messages[-1]
     reasoning = parts.reasoning_of(turn)
@@ -335,7 +346,7 @@ def _behind_opened(
         text = ""
     head, found, tail = text.rpartition(PROBE)
     if not found or not prompt.startswith(head):
-        raise _NotTrained("turn that the chat template does not write behind its own prompt")
+        return ""
     held = prompt[len(head) :]
     content = parts.joined(reasoning, turn.content) if reasoning else turn.content
     if not held.strip() or content.startswith(held):
@@ -343,8 +354,36 @@ def _behind_opened(
     elif content.lstrip().startswith(held.strip()):
         rest = content.lstrip()[len(held.strip()) :].lstrip("\n")
     else:
-        raise _NotTrained(f"turn that does not begin with {held!r}, in which its prompt ends")
+        reason = f"turn that does not begin with {held!r}, in which its prompt ends"
+        raise _NotTrained(reason + _without_thinking(template, context))
     return template.through_terminator(rest + tail)
+
+
+def _behind_header(
+    messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str, text: str
+) -> str:
+    """The last turn where the template writes the same header before it, but other turns before that.
+
+    Some keep the reasoning of a call until its answer is written. Raises _NotTrained.
+    """
+    way_out = _without_thinking(template, context)
+    reason = f"turn that the chat template does not write behind its own prompt{way_out}"
+    before, _ = render(messages[:-1], template, context)
+    header = prompt.removeprefix(before)
+    count = parts.headers_of_turn(messages, context, template, header) if header.strip() else 0
+    if not prompt.startswith(before) or not count:
+        raise _NotTrained(reason)
+    turn = header.join(text.split(header)[-count:])
+    if parts.lost_in_turn(messages[-1], turn):
+        raise _NotTrained(reason)
+    return template.through_terminator(turn)
+
+
+def _without_thinking(template: ChatTemplate, context: TemplateContext) -> str:
+    """The way out for answers without reasoning, where the template has one."""
+    if "enable_thinking" not in template.text or "enable_thinking" in context.variables:
+        return ""
+    return "; answers without reasoning: data.chat_template_kwargs={enable_thinking: false}"
 
 
 def _refuse_loss(part: str | None) -> None:
@@ -353,21 +392,24 @@ def _refuse_loss(part: str | None) -> None:
         raise RenderError(f"the chat template leaves out {part}{parts.WAY_OUT}")
 
 
-def _check_tags(document: Document, tags: Sequence[Span], template: ChatTemplate, place: Place) -> None:
+def _check_tags(
+    text: str, answers: Sequence[Answer], tags: Sequence[Span], template: ChatTemplate, place: Place
+) -> None:
     """UserError when the tags mark something else than what is trained.
 
-    White space at the beginning is left to the turns: it belongs to the header or to the answer according to
-    the generation prompt, not to the tags. White space behind the end is never trained.
+    They may begin in the header, of which the generation prompt decides how much the model has to write.
+    White space behind the end is never trained.
     """
     if not template.tagged:
         return
-    text, floor = document.text, 0
-    for number, (start, end) in enumerate(document.spans, start=1):
+    floor = 0
+    for number, answer in enumerate(answers, start=1):
+        start, end = answer.span
         marked = [(max(first, floor), last) for first, last in tags if first < end and last > start]
         first, last = (marked[0][0], marked[-1][1]) if marked else (start, start)
         gaps = any(left[1] != right[0] for left, right in zip(marked, marked[1:], strict=False))
-        before, behind = text[min(first, start) : max(first, start)], text[min(last, end) : max(last, end)]
-        if gaps or before.strip() or behind.strip() or last < end:
+        begins = answer.header <= first and (first <= start or not text[start:first].strip())
+        if gaps or not begins or last < end or text[end:last].strip():
             raise UserError(
                 f"{place}: the chat template's {{% generation %}} tags and its rendered turns differ in"
                 f" trained turn {number}: the tags train {text[first:last]!r}, the turn is"

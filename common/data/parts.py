@@ -57,6 +57,21 @@ def lost_by_template(
     return _lost_of_shape(key, tuple(parts), template, prompt)
 
 
+def headers_of_turn(
+    messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, header: str
+) -> int:
+    """How often the template writes a header for the last turn; 0 when it does not begin with one."""
+    parts: list[_Part] = []
+    shape = [_marked(message, number, parts) for number, message in enumerate(messages)]
+    try:
+        text, _ = render(shape, template, context)
+    except RenderError:
+        return 0
+    marks = [at for part in parts if part.turn == len(messages) - 1 and (at := text.find(part.mark)) >= 0]
+    begin = text.rfind(header, 0, min(marks, default=0))
+    return text.count(header, begin) if begin >= 0 else 0
+
+
 @functools.lru_cache(maxsize=4096)
 def _lost_of_shape(key: str, parts: tuple[_Part, ...], template: ChatTemplate, prompt: bool) -> str | None:
     turns, tools, variables = json.loads(key)

@@ -338,13 +338,27 @@ def test_a_line_break_inside_the_tags_is_not_trained() -> None:
     assert trained(TWO_TURNS, template) == ["hello<|im_end|>", "ok<|im_end|>"]
 
 
-def test_turns_whose_prompts_the_template_rewrites_are_not_trained() -> None:
-    # the text begins with a number that changes with every turn
-    count = "{{ messages | map(attribute='content') | join | length }}\n"
-    for template in (count + CHATML_WITHOUT_TAGS, count + CHATML):
-        assert tokenize([TWO_TURNS], tiny_tokenizer(template)) == [
-            Drop("turn that the chat template does not write behind its own prompt", HERE)
+COUNT = "{{ messages | map(attribute='content') | join | length }}\n"
+"""The text begins with a number that changes with every turn."""
+
+
+def test_turns_of_a_template_that_rewrites_everything_stand_behind_their_own_prompts() -> None:
+    for template in (COUNT + CHATML_WITHOUT_TAGS, COUNT + CHATML):
+        first, second = made(TWO_TURNS, template).records
+        assert stretches(first) == (
+            "2\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            "hello<|im_end|>",
+        )
+        assert stretches(second)[0].startswith("12\n<|im_start|>user\nhi") and runs(second) == [
+            "ok<|im_end|>"
         ]
+
+
+def test_turns_that_cannot_be_told_from_their_prompt_are_not_trained() -> None:
+    template = COUNT + "{% for m in messages %}{{ m.content ~ '<|im_end|>' }}{% endfor %}"
+    assert tokenize([TWO_TURNS], tiny_tokenizer(template)) == [
+        Drop("turn that the chat template does not write behind its own prompt", HERE)
+    ]
 
 
 def test_what_the_template_writes_twice_is_trained_twice() -> None:
@@ -456,6 +470,44 @@ def test_headers_that_the_generation_prompt_leaves_to_the_model_are_trained() ->
             "[analysis]hm<|im_end|><|im_start|>assistant[final]ok</s>",
         ),
     ]
+
+
+def test_a_turn_is_found_behind_its_header_where_its_prompt_keeps_more_of_earlier_turns() -> None:
+    # reasoning of a call stays in the text until an answer is written
+    keeps = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ ':' }}"
+        "{% if m.thinking and (loop.last or m.tool_calls and messages[-1].role != 'assistant') %}"
+        "{{ m.thinking ~ '<|im_end|><|im_start|>assistant:' }}{% endif %}"
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name ~ c.function.arguments.zone }}"
+        "{% endfor %}"
+        "{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    )
+    call, answer = (
+        Message("assistant", "", CALL | {"thinking": "look"}),
+        Message("assistant", "noon", {"thinking": "so"}),
+    )
+    turns = (Message("user", "a"), call, Message("tool", "12"), answer)
+    row = made(Conversation(turns, None, "s", HERE), keeps)
+    asked = "<|im_start|>user:a<|im_end|><|im_start|>assistant:"
+    called = "look<|im_end|><|im_start|>assistant:clockhere<|im_end|>"
+    assert [stretches(document) for document in row.records] == [
+        (asked, called),
+        (
+            f"{asked}{called}<|im_start|>tool:12<|im_end|><|im_start|>assistant:",
+            "so<|im_end|><|im_start|>assistant:noon<|im_end|>",
+        ),
+    ]
+
+
+def test_tags_may_begin_in_the_header_that_the_prompt_already_has() -> None:
+    template = (
+        CHATML.replace("{{ '<|im_start|>' + message['role'] + '\n' }}", "")
+        .replace("{% generation %}{{ ", "{% generation %}{{ '<|im_start|>assistant\n' + ")
+        .replace("{% else %}{{ ", "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + ")
+    )
+    assert template.count("<|im_start|>") == 3
+    assert trained(TWO_TURNS, template) == ["hello<|im_end|>", "ok<|im_end|>"]
 
 
 def test_a_variable_of_the_template_reaches_prompt_and_turn() -> None:
