@@ -135,6 +135,27 @@ def test_steps_on_pairs_have_the_specifications_defaults(step: str) -> None:
     assert part.policy is None
 
 
+def test_the_template_for_pretrained_models_takes_rows_and_models_of_the_users() -> None:
+    template = composed("experiment=smollm2")
+    assert template.model.path == str(PROJECT / "models" / "smollm2") and not template.model.config
+    assert [step.value for step in template.steps] == ["sft"]
+    named = [f"{step}.data.path=mine.jsonl" for step in ("sft", "reward", "dpo", "ppo")]
+    own = composed(
+        "experiment=smollm2", "model=lora", "model.path=mine", *named, "steps=[sft,reward,dpo,ppo]"
+    )
+    assert (own.model.path, own.model.lora.enabled) == ("mine", True)
+    for part in (own.sft, own.reward, own.dpo, own.ppo):
+        assert [source.path for source in part.data.all_sources()] == ["mine.jsonl"]
+        assert part.optim.lr is None  # the step's own: it depends on adapters
+
+
+def test_the_template_needs_nothing_but_the_project_and_the_model() -> None:
+    template = composed("experiment=smollm2")
+    for part in (template.sft, template.reward, template.dpo, template.ppo):
+        (source,) = part.data.all_sources()
+        assert Path(source.path).is_relative_to(PROJECT / "demo" / "data") and Path(source.path).is_file()
+
+
 def test_gsm8k_is_a_four_million_parameter_model_from_scratch_on_the_rows_beside_the_project() -> None:
     config = composed("experiment=gsm8k")
     llama = config.model.config

@@ -1,8 +1,8 @@
 """A real pretrained model through every step, from the command line as a user has it.
 
 Four runs of `experiment=smollm2` on a handful of rows: all weights and adapters, in fp32 and bf16, with each
-way on from SFT. What they must show is small and sure: the manner of the rows is learned and shows in answers to
-other questions, artifacts load in plain transformers, and a run that was killed ends with the same weights.
+way on from SFT. What they must show is small and sure: the manner of the rows is learned and shows in other
+answers, artifacts load in plain transformers, and a run that was killed ends with the same weights.
 """
 
 from __future__ import annotations
