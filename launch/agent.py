@@ -70,13 +70,17 @@ def main() -> int:
 
 
 def meeting_options(nnodes: int, node_rank: int, endpoint: str | None) -> dict[str, Any]:
-    """What torchrun's agent is told about where the machines meet.
+    """What torchrun's agent is told about where the ranks meet.
 
-    Machines are numbered by the user (`static`): the rendezvous named `c10d` would number them by the order
-    of their names, and rank 0, which has the terminal, could be on any.
+    Those of one machine on its loopback interface. Several machines are numbered by the user (`static`): the
+    rendezvous named `c10d` would number them by the order of their names, and rank 0, which has the terminal,
+    could be on any.
     """
     if nnodes == 1:
-        return {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+        from launch import rendezvous
+
+        rendezvous.register()
+        return {"rdzv_backend": rendezvous.BACKEND, "rdzv_endpoint": rendezvous.LOOPBACK}
     options = {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": {"rank": node_rank}}
     return {**options, "min_nodes": nnodes, "max_nodes": nnodes}
 

@@ -139,13 +139,24 @@ def environment(job: Job) -> dict[str, str]:
     values |= {name: value for name, value in KERNELS.items() if name not in os.environ}
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         values |= _how_threads_wait()
-    if job.meeting is not None and job.meeting.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo would take the address that this machine's name stands for, on Debian one of the loopback
-        values["GLOO_SOCKET_IFNAME"] = job.meeting.interface
+    values |= {name: value for name, value in _interfaces(job.meeting).items() if name not in os.environ}
     if job.is_one_process:
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return values
+
+
+def _interfaces(meeting: Meeting | None) -> dict[str, str]:
+    """The network interfaces that ranks listen on: of one machine on its loopback, closed to all others.
+
+    gloo would take the address that this machine's name stands for: of several machines on Debian one of the
+    loopback, and of one machine perhaps one that others reach.
+    """
+    if meeting is not None:
+        return {"GLOO_SOCKET_IFNAME": meeting.interface} if meeting.interface else {}
+    present = {name for _, name in socket.if_nameindex()}
+    loopback = next((name for name in ("lo", "lo0") if name in present), None)  # Linux, BSD
+    return {} if loopback is None else {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
 
 
 def _how_threads_wait() -> dict[str, str]:

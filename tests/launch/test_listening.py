@@ -1,0 +1,107 @@
+"""Ports that a run opens: those of one machine are closed to every other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import local
+from launch.local import Job, Meeting, environment
+from tests import tiny_run
+
+LISTENS = "0A"
+
+
+def family_of(parent: int) -> Iterator[int]:
+    """A process and everything below it."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                ancestor = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(ancestor, []).append(int(folder.name))
+    found = [parent]
+    for process in found:
+        found += children.get(process, [])
+    return iter(found)
+
+
+def sockets_of(process: int) -> set[str]:
+    """Inodes of the sockets that a process holds."""
+    found = set()
+    try:
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            kind, _, inode = os.readlink(descriptor).partition(":")
+            found |= {inode.strip("[]")} if kind == "socket" else set()
+    except OSError:
+        pass
+    return found
+
+
+def addresses_listened_on(parent: int) -> dict[int, list[str]]:
+    """Addresses of the listening TCP sockets of a process and everything below it, by process."""
+    rows = []
+    for name in ("tcp", "tcp6"):
+        lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        rows += [line.split() for line in lines]
+    listening = {row[9]: row[1].partition(":")[0] for row in rows if row[3] == LISTENS}
+    found = {}
+    for process in family_of(parent):
+        found[process] = [listening[inode] for inode in sockets_of(process) & listening.keys()]
+    return {process: addresses for process, addresses in found.items() if addresses}
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address of /proc/net, words in the machine's own order of bytes, is the loopback's."""
+    raw = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8))
+    text = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+    return text.startswith("127.") or text in ("::1", "::ffff:127.0.0.1")
+
+
+def test_addresses_of_proc_are_read_as_they_are_meant() -> None:
+    assert is_loopback("0100007F") and is_loopback("00000000000000000000000001000000")
+    assert not is_loopback("00000000") and not is_loopback("0" * 32) and not is_loopback("0100000A")
+    with socket.create_server(("", 0)):
+        (addresses,) = addresses_listened_on(os.getpid()).values()
+        assert "00000000" in addresses
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(ranks: int, tmp_path: Path) -> None:
+    typed = [*tiny_run.sft(tmp_path, steps=100_000), "run_name=a", f"launch.nproc_per_node={ranks}"]
+    started = tiny_run.start([*typed, "tracking.wandb=offline"])
+    try:
+        tiny_run.wait_until(
+            lambda: tiny_run.steps_done(tmp_path / "runs" / "a") >= 2 or started.poll() is not None,
+            lambda: "no step was taken",
+        )
+        found = addresses_listened_on(started.pid)
+        started.terminate()
+        printed = started.communicate(timeout=tiny_run.PATIENCE_SECONDS)[0]
+    finally:
+        started.kill()
+    assert started.returncode == 143, printed[-3000:]
+    listened = [address for addresses in found.values() for address in addresses]
+    assert [address for address in listened if not is_loopback(address)] == []
+    assert ranks == 1 or len(found) >= 3  # the agent's store, and gloo in each rank
+
+
+def test_only_ranks_of_one_machine_are_kept_to_the_loopback_interface(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(local.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    alone = environment(Job("m", (), ranks=2))
+    assert (alone["GLOO_SOCKET_IFNAME"], alone["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    meeting = Meeting(2, 0, "node-a", 29501, "x", "eth0")
+    together = environment(Job("m", (), ranks=2, meeting=meeting))
+    assert together["GLOO_SOCKET_IFNAME"] == "eth0" and "NCCL_SOCKET_IFNAME" not in together
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    assert "NCCL_SOCKET_IFNAME" not in environment(Job("m", (), ranks=2))
