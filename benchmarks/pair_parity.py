@@ -79,7 +79,7 @@ def run_trl(
     steps: int | None = None,
 ) -> Steps:
     """What TRL's trainer logged on these tokens; the schedule is that of the whole trial."""
-    from common.optim import warmup_steps
+    from common.rates import warmup_steps
 
     folder, total = trial.folder / name, steps or trial.steps
     folder.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def trl_settings(made: workload.Workload, folder: Path, steps: int) -> dict[str,
 
 
 def _warmup_steps(steps: int) -> int:
-    from common.optim import warmup_steps
+    from common.rates import warmup_steps
 
     return warmup_steps(workload.WARMUP_RATIO, steps)
 

@@ -24,11 +24,15 @@ from common.distributed import STOPPED_EXIT_CODE, World
 from common.ds_config import build_ds_config
 from common.engine import Engine, StepOutcome
 from common.errors import UserError
+from common.evidence import chance_of_so_few
 from common.progress import Progress
 from common.stage import Step
 from common.tracking import METRICS_FILE, Tracker, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 5
+SURPRISE = 0.01
+"""How improbable it must be that so many pairs are in the wrong order by chance, before their columns are
+suspected: that takes seven of them."""
 log = logging.getLogger("rlhf.loop")
 
 
@@ -224,21 +228,20 @@ def report_skipped(
 def swapped_warning(
     metrics: Mapping[str, float], accuracy: str, margin: str, *, step: Step, pairs: int
 ) -> str | None:
-    """What to say when answers that people rejected ended above those they chose, by more than chance.
+    """What to say when answers that people rejected ended above those they chose, and hardly by chance.
 
     Held-out pairs show it when their columns, or the others', are swapped. Where all rows are swapped alike,
     the model learns that order and nothing can show it. accuracy, margin: names of the metrics that hold the
     share of the pairs in the right order and the mean difference of rewards; pairs: how many those are of.
     """
     share, mean = metrics.get(accuracy, 1.0), metrics.get(margin, 0.0)
-    by_chance = 1 / math.sqrt(max(pairs, 1))  # two standard errors of a coin's share
-    if mean >= 0 or share > max(0.0, 0.5 - by_chance):
+    if mean >= 0 or chance_of_so_few(share, pairs) >= SURPRISE:
         return None
     key = f"{step.value}.data"
     return (
         f"warning: at the end the rejected answers have higher rewards than the chosen ones ({margin} "
-        f"{mean:.3g}; {share:.1%} of the pairs are in the right order): are the columns chosen and rejected "
-        f"swapped, in {key}.eval_path or in one of {key}.sources?"
+        f"{mean:.3g}; {share:.1%} of {pairs:,} pairs are in the right order): are the columns chosen and "
+        f"rejected swapped, in {key}.eval_path or in one of {key}.sources?"
     )
 
 

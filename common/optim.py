@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
+from common.rates import warmup_steps
 
 if TYPE_CHECKING:
     import torch
@@ -146,12 +147,6 @@ def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], floa
         extra = {"num_decay_steps": max(1, (total_steps - warmup) // 5), "min_lr_ratio": optim.min_lr_ratio}
     carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     return get_scheduler(name, carrier, warmup, total_steps, scheduler_specific_kwargs=extra).lr_lambdas[0]
-
-
-def warmup_steps(ratio: float, total_steps: int) -> int:
-    """Optimizer steps with rising learning rate, never all of them: the first one has rate 0."""
-    warmup = math.ceil(ratio * total_steps - 1e-9)  # 0.07 * 100 is a little over 7 in binary
-    return min(warmup, total_steps - 1)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -33,6 +33,7 @@ from common.artifacts import (
 )
 from common.config import TokenizerConfig, to_plain
 from common.errors import UserError
+from common.evidence import share_in_words
 from common.handoff import check_same_tokens, load_named
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Stage, Step
@@ -325,7 +326,7 @@ def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:
     if accuracy is None:
         return [f"warning: {named} says nothing of its accuracy"]
     which = "held-out" if "eval/accuracy" in (details.get("metrics") or {}) else "training"
-    lines = [f"{named} orders {accuracy:.1%} of {pairs} {which} pairs as people did"]
+    lines = [f"{named} orders {share_in_words(accuracy, pairs, f'{which} pairs')} as people did"]
     if accuracy < least:
         lines.append(
             f"warning: that is less than reward.warn_below_accuracy={least}: a policy trained on it follows "

@@ -18,6 +18,10 @@ class SFTConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """completions sampled at each evaluation"""
 
+    def peak_lr(self, *, lora: bool) -> float:
+        """The learning rate after warm-up."""
+        return self.optim.lr or (2e-4 if lora else 2e-5)
+
 
 @dataclass
 class SFTJob(JobConfig):

@@ -37,6 +37,7 @@ from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
+from common.rates import Rates
 from common.sampling import sample_completions, stop_rate
 from common.stage import Step
 from common.step_data import batch_plan, load_data, places_of
@@ -74,8 +75,9 @@ def train(job: SFTJob, run_dir: Path) -> int:
 
     # Engine ------------------------------------------------------------------------------------
     module = PackedCausalLM(model)
-    peak_lr = job.sft.optim.lr or (2e-4 if job.model.lora.enabled else 2e-5)
+    peak_lr = job.sft.peak_lr(lora=job.model.lora.enabled)
     schedule = build_schedule(job.sft.optim, total_steps)
+    say(f"learning rate: {Rates.of(job.sft.optim, peak_lr, total_steps).in_words()}")
     optimizer = build_optimizer(module, job.sft.optim, peak_lr)
     flops_per_token = training_flops_per_token(model)
     engine = loop.build_engine(module, optimizer, job, config, job.sft.optim, world)
@@ -151,7 +153,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
                     held_out["eval/stop_rate"] = stop_rate(samples)
                     tracker.log_samples([asdict(sample) for sample in samples], counters.step)
                 tracker.log(held_out, counters.step)
-                progress.log(held_out_line(counters.step, held_out))
+                progress.log(held_out_line(counters.step, held_out, len(data.held_out), len(prompts)))
                 counters = loop.with_best(counters, held_out["eval/loss"])
             is_best = counters.best_step == counters.step
             if loop.is_due(counters.step, config.save_every) or saving or is_best or is_last:
@@ -195,8 +197,11 @@ def train(job: SFTJob, run_dir: Path) -> int:
     return 0
 
 
-def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
-    """An evaluation in one line."""
-    stopped = f", {metrics['eval/stop_rate']:.0%} of samples stop" if "eval/stop_rate" in metrics else ""
-    accuracy = metrics["eval/mean_token_accuracy"]
-    return f"held out, step {step}: loss {metrics['eval/loss']:.4f}, token accuracy {accuracy:.1%}{stopped}"
+def held_out_line(step: int, metrics: Mapping[str, float], documents: int, samples: int) -> str:
+    """An evaluation in one line; documents, samples: how many it is of."""
+    stop_rate = metrics.get("eval/stop_rate")
+    stopped = "" if stop_rate is None else f", {stop_rate:.0%} of {samples} samples stop"
+    return (
+        f"held out, step {step}: loss {metrics['eval/loss']:.4f} on {documents:,} documents, "
+        f"token accuracy {metrics['eval/mean_token_accuracy']:.1%}{stopped}"
+    )

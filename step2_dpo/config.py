@@ -50,6 +50,10 @@ class DPOConfig:
                 hint="dpo.loss_type=sigmoid, or dpo.label_smoothing=0",
             )
 
+    def peak_lr(self, *, lora: bool) -> float:
+        """The learning rate after warm-up."""
+        return self.optim.lr or (5e-6 if lora else 5e-7)
+
 
 @dataclass
 class DPOJob(JobConfig):

@@ -32,6 +32,7 @@ from common.distributed import (
     sum_over_ranks,
     wait_for_main,
 )
+from common.evidence import share_in_words
 from common.export import export_policy, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.losses import PackedCausalLM
@@ -40,6 +41,7 @@ from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
+from common.rates import Rates
 from common.sampling import sample_completions, stop_rate
 from common.stage import Role, Step
 from common.step_data import batch_plan, cache_dir, load_data, places_of
@@ -85,8 +87,9 @@ def train(job: DPOJob, run_dir: Path) -> int:
 
     # Engine ------------------------------------------------------------------------------------
     objective = Objective.of(job.dpo)
-    peak_lr = job.dpo.optim.lr or (5e-6 if job.model.lora.enabled else 5e-7)
+    peak_lr = job.dpo.peak_lr(lora=job.model.lora.enabled)
     schedule = build_schedule(job.dpo.optim, total_steps)
+    say(f"learning rate: {Rates.of(job.dpo.optim, peak_lr, total_steps).in_words()}")
     optimizer = build_optimizer(module, job.dpo.optim, peak_lr)
     flops_per_token = training_flops_per_token(model)
     engine = loop.build_engine(module, optimizer, job, config, job.dpo.optim, world)
@@ -172,7 +175,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
                     held_out["eval/stop_rate"] = stop_rate(samples)
                     tracker.log_samples([asdict(sample) for sample in samples], counters.step)
                 tracker.log(held_out, counters.step)
-                progress.log(held_out_line(counters.step, held_out))
+                progress.log(held_out_line(counters.step, held_out, len(data.held_out), len(prompts)))
                 counters = loop.with_best(counters, held_out["eval/loss"])
             is_best = counters.best_step == counters.step
             if loop.is_due(counters.step, config.save_every) or saving or is_best or is_last:
@@ -221,11 +224,12 @@ def train(job: DPOJob, run_dir: Path) -> int:
     return 0
 
 
-def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
-    """An evaluation in one line."""
-    stopped = f", {metrics['eval/stop_rate']:.0%} of samples stop" if "eval/stop_rate" in metrics else ""
+def held_out_line(step: int, metrics: Mapping[str, float], pairs: int, samples: int) -> str:
+    """An evaluation in one line; pairs, samples: how many it is of."""
+    stop_rate = metrics.get("eval/stop_rate")
+    stopped = "" if stop_rate is None else f", {stop_rate:.0%} of {samples} samples stop"
     return (
         f"held out, step {step}: loss {metrics['eval/loss']:.4f}, "
-        f"{metrics['eval/rewards/accuracies']:.1%} of pairs in order, "
+        f"{share_in_words(metrics['eval/rewards/accuracies'], pairs, 'pairs')} in order, "
         f"margin {metrics['eval/rewards/margins']:.4g}{stopped}"
     )

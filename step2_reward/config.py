@@ -33,6 +33,10 @@ class RewardConfig:
             "0 to 1",
         )
 
+    def peak_lr(self, *, lora: bool) -> float:
+        """The learning rate after warm-up."""
+        return self.optim.lr or (1e-4 if lora else 1e-5)
+
 
 @dataclass
 class RewardJob(JobConfig):

@@ -7,11 +7,13 @@ the evaluation batch size or the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from common.data.types import PairBatch
 from common.engine import Engine
+from common.evidence import share_interval
 from step2_reward.loss import ScoredPairs, in_order, measure, score
 
 CALIBRATION_BINS = 10
@@ -79,15 +81,17 @@ def by_source(source_ids: torch.Tensor, sources: Sequence[str]) -> dict[str, tor
     return {f"{name}/accuracy": source_ids == index for index, name in enumerate(sources)}
 
 
-def calibration(metrics: Mapping[str, float], pairs: int) -> dict[str, float]:
+def calibration(metrics: Mapping[str, float], pairs: int) -> dict[str, Any]:
     """What a manifest says of a reward model's scores, from the metrics of an evaluation on `pairs` pairs.
 
     mean and std are over all rewards, of both answers: by these PPO makes a reward a number of usual size.
+    accuracy_interval: between what the accuracy lies with 95 % confidence.
     """
     return {
         "mean": metrics["eval/mean_reward"],
         "std": metrics["eval/std_reward"],
         "accuracy": metrics["eval/accuracy"],
         "expected_calibration_error": metrics["eval/expected_calibration_error"],
+        "accuracy_interval": list(share_interval(metrics["eval/accuracy"], pairs)),
         "pairs": pairs,
     }

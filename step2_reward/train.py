@@ -31,6 +31,7 @@ from common.distributed import (
     sum_over_ranks,
     wait_for_main,
 )
+from common.evidence import share_in_words
 from common.export import export_reward_model, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.models import load_tokenizer
@@ -38,6 +39,7 @@ from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
+from common.rates import Rates
 from common.scalar_head import PackedScalarModel, load_scalar_model
 from common.stage import Role, Step
 from common.step_data import batch_plan, load_data, places_of
@@ -82,8 +84,9 @@ def train(job: RewardJob, run_dir: Path) -> int:
     total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
 
     # Engine ------------------------------------------------------------------------------------
-    peak_lr = job.reward.optim.lr or (1e-4 if job.model.lora.enabled else 1e-5)
+    peak_lr = job.reward.peak_lr(lora=job.model.lora.enabled)
     schedule = build_schedule(job.reward.optim, total_steps)
+    say(f"learning rate: {Rates.of(job.reward.optim, peak_lr, total_steps).in_words()}")
     optimizer = build_optimizer(module, job.reward.optim, peak_lr)
     flops_per_token = training_flops_per_token(model)
     engine = loop.build_engine(module, optimizer, job, config, job.reward.optim, world)
@@ -148,7 +151,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 scores_now = score_pairs(engine, evaluation_pair_batches(data.held_out, plan), world.device)
                 held_out = held_out_metrics(scores_now, data.held_out.sources, centering)
                 tracker.log(held_out, counters.step)
-                progress.log(held_out_line(counters.step, held_out))
+                progress.log(held_out_line(counters.step, held_out, len(data.held_out)))
                 counters = loop.with_best(counters, held_out["eval/loss"])
             is_best = counters.best_step == counters.step
             if loop.is_due(counters.step, config.save_every) or saving or is_best or is_last:
@@ -201,11 +204,12 @@ def train(job: RewardJob, run_dir: Path) -> int:
     return 0
 
 
-def held_out_line(step: int, metrics: Mapping[str, float]) -> str:
-    """An evaluation in one line."""
+def held_out_line(step: int, metrics: Mapping[str, float], pairs: int) -> str:
+    """An evaluation in one line; pairs: how many it is of."""
     return (
         f"held out, step {step}: loss {metrics['eval/loss']:.4f}, "
-        f"{metrics['eval/accuracy']:.1%} of pairs in order, margin {metrics['eval/margin']:.4g}"
+        f"{share_in_words(metrics['eval/accuracy'], pairs, 'pairs')} in order, "
+        f"margin {metrics['eval/margin']:.4g}"
     )
 
 
@@ -225,7 +229,8 @@ def closing_lines(
         lines.append(swapped)
     elif accuracy < least:
         lines.append(
-            f"warning: the reward model orders {accuracy:.1%} of the {which} pairs as people did, less than "
-            f"reward.warn_below_accuracy={least}: a policy trained on it would follow its mistakes"
+            f"warning: the reward model orders {share_in_words(accuracy, pairs, f'{which} pairs')} as people "
+            f"did, less than reward.warn_below_accuracy={least}: a policy trained on it would follow its "
+            "mistakes"
         )
     return lines

@@ -172,6 +172,10 @@ class CriticConfig:
         require(warmup >= 0, "ppo.critic.warmup_iterations", warmup, "0 or more")
         require(0 <= self.clip < math.inf, "ppo.critic.clip", self.clip, "0 (off) or more")
 
+    def peak_lr(self, *, lora: bool) -> float:
+        """Its learning rate after warm-up."""
+        return self.optim.lr or (9e-5 if lora else 9e-6)
+
 
 @dataclass
 class EvaluationConfig:
@@ -352,6 +356,10 @@ class PPOConfig:
     def names_code(self) -> bool:
         """Whether something scores that only the step can look at: a function, or a server with its token."""
         return any(not source.model for source in self.rewards) or bool(self.evaluation.functions)
+
+    def peak_lr(self, *, lora: bool) -> float:
+        """The actor's learning rate after warm-up."""
+        return self.optim.lr or (1e-5 if lora else 1e-6)
 
     @property
     def has_critic(self) -> bool:

@@ -25,6 +25,7 @@ from common.frozen import Frozen
 from common.losses import PackedCausalLM, TokenLoss, batch_arguments
 from common.models import adapters_off
 from common.optim import build_optimizer, build_schedule, set_learning_rate
+from common.rates import Rates
 from step3_ppo.config import PPOJob
 from step3_ppo.experience import Experience
 from step3_ppo.minibatches import last_positions, per_token
@@ -41,6 +42,7 @@ class Trained:
     engine: Engine
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of the next update, by the number of applied ones
+    rates: Rates  # over the run
 
     def step(self, applied: int) -> StepOutcome:
         """Reduce, clip and update with the learning rate that is due after `applied` updates."""
@@ -144,11 +146,13 @@ def build_networks(
     """All four, ready. actor_updates, critic_updates: in the whole run; their schedules end there."""
     ppo, lora = job.ppo, job.model.lora.enabled
     model = load_actor(job, policy, tokenizer, world.device)
-    actor = _trained(PackedCausalLM(model), ppo.optim, 1e-5 if lora else 1e-6, actor_updates, job, world)
+    actor_lr = ppo.peak_lr(lora=lora)
+    actor = _trained(PackedCausalLM(model), ppo.optim, actor_lr, actor_updates, job, world)
     critic = None
     if ppo.has_critic:
         module = load_critic(job, policy, reward_model, tokenizer, world.device)
-        critic = _trained(module, ppo.critic.optim, 9e-5 if lora else 9e-6, critic_updates, job, world)
+        critic_lr = ppo.critic.peak_lr(lora=lora)
+        critic = _trained(module, ppo.critic.optim, critic_lr, critic_updates, job, world)
     has_reference = ppo.kl.coef > 0
     scores_with_model = any(source.model for source in ppo.rewards)
     return Networks(
@@ -166,13 +170,15 @@ def build_networks(
 
 
 def _trained(
-    module: torch.nn.Module, optim: OptimConfig, default_lr: float, updates: int, job: PPOJob, world: World
+    module: torch.nn.Module, optim: OptimConfig, peak: float, updates: int, job: PPOJob, world: World
 ) -> Trained:
-    peak = optim.lr or default_lr
-    schedule = build_schedule(optim, max(updates, 1))
+    updates = max(updates, 1)
+    schedule = build_schedule(optim, updates)
     optimizer = build_optimizer(module, optim, peak)
     engine = loop.build_engine(module, optimizer, job, job.ppo.train, optim, world)
-    return Trained(engine, optimizer, lambda applied: peak * schedule(applied))
+    return Trained(
+        engine, optimizer, lambda applied: peak * schedule(applied), Rates.of(optim, peak, updates)
+    )
 
 
 def _packed(batch: Batch) -> dict[str, Any]:

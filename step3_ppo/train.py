@@ -116,6 +116,9 @@ def train(job: PPOJob, run_dir: Path) -> int:
         actor_updates=updates * (total_steps - ppo.critic.warmup_iterations),
         critic_updates=updates * total_steps,
     )  # fmt: skip
+    for name, trained in (("actor", networks.actor), ("critic", networks.critic)):
+        if trained is not None:
+            say(f"{name}: learning rate {trained.rates.in_words()}")
     plan = replace(plan, share_prefix=networks.share_prefix)
     evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation.num_prompts, job.seed)
     actor = networks.actor.engine

@@ -16,6 +16,7 @@ from pathlib import Path
 from common.artifacts import MANIFEST, file_sha256
 from common.config import Launcher
 from common.counts import Counts
+from common.rates import Rates
 from common.stage import Step
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
@@ -167,9 +168,27 @@ def schedule_lines(
                 f"{steps // max(found.total_steps, 1)} updates in each"
             )
             notes += [line for line in [part.filling(found.rows)] if line]
+        for label, rates in learning_rates(config, name, found.total_steps).items():
+            notes.append(f"{label}: learning rate {rates.in_words()}")
     if any(not row[5].startswith("= ") for row in rows):
         notes.append("<=: rows of pairs and responses are packed within a step, or the last pass is short")
     return [*table(rows), *notes]
+
+
+def learning_rates(config: PipelineConfig, step: Step, total_steps: int) -> dict[str, Rates]:
+    """Of each network that a step trains. total_steps: optimizer steps, of PPO iterations."""
+    part, lora = getattr(config, step.value), config.model.lora.enabled
+    if step is not Step.ppo:
+        return {step.value: Rates.of(part.optim, part.peak_lr(lora=lora), total_steps)}
+    alone = part.critic.warmup_iterations if part.has_critic else 0
+    updates = {"ppo actor": _updates(config, total_steps - alone)}
+    if part.has_critic:
+        updates["ppo critic"] = _updates(config, total_steps)
+    learning = {"ppo actor": part, "ppo critic": part.critic}
+    return {
+        label: Rates.of(learning[label].optim, learning[label].peak_lr(lora=lora), max(count, 1))
+        for label, count in updates.items()
+    }
 
 
 def memory_lines(

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-Z = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
+from common.evidence import Z, share_interval
 
 _SMALL_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -36,11 +35,7 @@ def of_share(share: float, count: int) -> Estimate:
     """A share of `count` independent trials, with Wilson's interval."""
     if count < 1 or not 0 <= share <= 1:
         return Estimate(share)
-    shrink = 1 + Z * Z / count
-    middle = (share + Z * Z / (2 * count)) / shrink
-    half = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / shrink
-    # at 0 and 1 the exact bound is the share itself; rounding would put it a hair inside
-    return Estimate(share, min(middle - half, share), max(middle + half, share), count)
+    return Estimate(share, *share_interval(share, count), count)
 
 
 def of_mean(

@@ -61,11 +61,12 @@ def test_swapped_columns_are_suspected_when_margins_and_order_are_both_wrong() -
 
 
 def test_what_chance_may_do_is_not_taken_for_swapped_columns() -> None:
-    # of 25 pairs a coin has 30 to 70 % in order, with two standard errors of a tenth each
-    assert swapped(0.31, -0.1, 25) is None and swapped(0.29, -0.1, 25) is not None
+    # of 25 pairs a coin has 7 or fewer in order in 2.2 % of all cases, 6 or fewer in 0.7 %
+    assert swapped(7 / 25, -0.1, 25) is None and swapped(6 / 25, -0.1, 25) is not None
     assert swapped(0.44, -0.1, 400) is not None
-    # all of a handful in the wrong order
-    assert swapped(0.0, -0.1, 3) is not None and swapped(0.4, -0.1, 1) is None
+    # all of a handful in the wrong order: once in 64, once in 128
+    assert swapped(0.0, -0.1, 6) is None and swapped(0.0, -0.1, 7) is not None
+    assert swapped(0.0, -0.1, 1) is None and swapped(0.0, -0.1, 0) is None
 
 
 def test_skipped_steps_are_said_at_the_end_but_for_fp16() -> None:

@@ -10,8 +10,8 @@ from common.optim import (
     build_schedule,
     parameter_groups,
     set_learning_rate,
-    warmup_steps,
 )
+from common.rates import Rates, warmup_steps
 
 
 class Model(torch.nn.Module):
@@ -55,6 +55,23 @@ def test_each_schedule_has_its_shape(scheduler: SchedulerName, at_half: float, a
     share = build_schedule(OptimConfig(scheduler=scheduler, warmup_ratio=0.1), 100)
     assert share(50) == pytest.approx(at_half)
     assert share(100) == pytest.approx(at_end)
+
+
+@pytest.mark.parametrize("scheduler", list(SchedulerName))
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_what_is_said_of_a_schedule_is_what_it_does(scheduler: SchedulerName, ratio: float) -> None:
+    optim = OptimConfig(scheduler=scheduler, warmup_ratio=ratio, min_lr_ratio=0.2)
+    share, said = build_schedule(optim, 100), Rates.of(optim, 3e-5, 100)
+    assert said.warmup == (0 if scheduler is SchedulerName.constant else 100 * ratio)
+    assert [3e-5 * share(step) for step in (said.warmup, 100)] == pytest.approx([said.peak, said.floor])
+    assert max(share(step) for step in range(100)) == pytest.approx(1.0)
+
+
+def test_a_schedule_is_said_in_one_line() -> None:
+    said = Rates.of(OptimConfig(), 2e-5, 1_000).in_words()
+    assert said == "up to 2e-05 over 30 warm-up step(s), then cosine down to 2e-06 at step 1,000"
+    plain = OptimConfig(scheduler=SchedulerName.constant)
+    assert Rates.of(plain, 1e-6, 10).in_words() == "1e-06, constant"
 
 
 def test_warmup_is_rounded_up_and_free_of_float_noise() -> None:

@@ -302,7 +302,8 @@ def test_ppo_says_how_good_its_reward_model_is_before_it_starts(
     lines = go(config(SFT, REWARD, PPO))
     start = next(index for index, line in enumerate(lines) if line.startswith("ppo: starting"))
     assert lines[start + 1].startswith("ppo: reward model runs/a/reward/export (")
-    assert lines[start + 1].endswith(f") orders {float(accuracy):.1%} of 20 held-out pairs as people did")
+    assert f") orders {float(accuracy):.1%} of 20 held-out pairs (95% interval " in lines[start + 1]
+    assert lines[start + 1].endswith("%) as people did")
     assert any("less than reward.warn_below_accuracy=0.6" in line for line in lines) is warned
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from common.artifacts import Artifact, file_sha256, read_manifest, verify
 from common.config import SourceConfig
+from common.evidence import share_interval
 from common.stage import Role
 from step2_reward.config import RewardJob
 from tests.runs import Base, finish
@@ -104,6 +105,7 @@ def test_the_artifact_verifies_names_its_parent_and_carries_its_calibration(
         "std": last["eval/std_reward"],
         "accuracy": last["eval/accuracy"],
         "expected_calibration_error": last["eval/expected_calibration_error"],
+        "accuracy_interval": list(share_interval(last["eval/accuracy"], 6)),
         "pairs": 6,
     }
     assert details["calibration"]["std"] > 0 and details["metrics"]["eval/loss"] == last["eval/loss"]

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from common import attention
+from common.config import OptimConfig
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.distributed import World, close_world, init_world
 from common.losses import PackedCausalLM
+from common.rates import Rates
 from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
 from step3_ppo.experience import Experience, Response
 from step3_ppo.loss import UpdateSums
@@ -136,7 +138,8 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     trained = {}
     for part, module in modules.items():
         engine = engine_of(module, point.stage, world, LEARNING_RATE)  # type: ignore[arg-type]
-        trained[part] = Trained(engine, engine._engine.optimizer, lambda applied: LEARNING_RATE)
+        rates = Rates.of(OptimConfig(), LEARNING_RATE, 1)
+        trained[part] = Trained(engine, engine._engine.optimizer, lambda applied: LEARNING_RATE, rates)
     networks = Networks(
         trained["actor"],
         trained["critic"],

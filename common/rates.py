@@ -1,0 +1,56 @@
+"""How a learning rate goes over a run, in numbers and in words. Pure, and without torch.
+
+Takes OptimConfig, the peak and the run's optimizer steps. What the peak is multiplied by at each step is said
+by `common/optim.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from common.config import OptimConfig, SchedulerName
+
+INVERSE_SQRT_STEPS = 10_000
+"""Of transformers' inverse_sqrt without a warm-up: the step by which the rate has fallen to 1/√2."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A learning rate over a run: from 0 to `peak` in the first `warmup` optimizer steps, and then, by the
+    named shape, to `floor` after the last of `steps`."""
+
+    peak: float
+    warmup: int
+    floor: float
+    steps: int
+    shape: SchedulerName
+
+    @classmethod
+    def of(cls, optim: OptimConfig, peak: float, steps: int) -> Rates:
+        """The rates of a run."""
+        shape = optim.scheduler
+        warmup = 0 if shape is SchedulerName.constant else warmup_steps(optim.warmup_ratio, steps)
+        floor = {
+            SchedulerName.linear: 0.0,
+            SchedulerName.cosine: optim.min_lr_ratio,
+            SchedulerName.wsd: optim.min_lr_ratio,
+            SchedulerName.inverse_sqrt: 1 / math.sqrt(1 + (steps - warmup) / (warmup or INVERSE_SQRT_STEPS)),
+        }.get(shape, 1.0)
+        return cls(peak, warmup, peak * floor, steps, shape)
+
+    def in_words(self) -> str:
+        """One line of text."""
+        rise = f"{self.peak:.3g}"
+        if self.warmup:
+            rise = f"up to {rise} over {self.warmup} warm-up step(s)"
+        if self.floor == self.peak:
+            return f"{rise}, constant"
+        shape = "constant and in the last fifth" if self.shape is SchedulerName.wsd else self.shape.value
+        return f"{rise}, then {shape} down to {self.floor:.3g} at step {self.steps:,}"
+
+
+def warmup_steps(ratio: float, total_steps: int) -> int:
+    """Optimizer steps with rising learning rate, never all of them: the first one has rate 0."""
+    warmup = math.ceil(ratio * total_steps - 1e-9)  # 0.07 * 100 is a little over 7 in binary
+    return min(warmup, total_steps - 1)
