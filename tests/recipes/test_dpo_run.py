@@ -208,7 +208,7 @@ def test_held_out_pairs_the_other_way_round_give_a_warning(folder: Path) -> None
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs()]
     job = job_of(folder, max_steps=8)
     job.dpo.data.eval_fraction = None
-    job.dpo.data.eval_path = str(write_rows(folder / "swapped.jsonl", swapped[:6]))
+    job.dpo.data.eval_path = str(write_rows(folder / "swapped.jsonl", swapped[:12]))
     job.dpo.optim.lr = 1e-2
     printed = run_job(job, folder / "runs" / "swapped")
     assert "are the columns chosen and rejected swapped" in printed

@@ -149,7 +149,7 @@ def test_without_held_out_pairs_training_pairs_calibrate_and_that_is_said(folder
 def test_held_out_pairs_the_other_way_round_give_a_warning(folder: Path) -> None:
     job = job_of(folder, max_steps=8)
     job.reward.data.eval_fraction = None
-    job.reward.data.eval_path = swapped_rows(folder / "swapped.jsonl", 6)
+    job.reward.data.eval_path = swapped_rows(folder / "swapped.jsonl", 12)
     printed = " ".join(run_job(job, folder / "runs" / "swapped").split())
     assert "are the columns chosen and rejected swapped" in printed and "eval/margin -" in printed
     assert "warn_below_accuracy" not in printed  # one warning says it

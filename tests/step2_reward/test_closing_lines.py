@@ -49,7 +49,7 @@ def test_swapped_columns_are_suspected_where_most_pairs_and_their_mean_are_the_w
 def test_few_pairs_in_the_wrong_order_are_no_evidence_of_swapped_columns(
     accuracy: float, pairs: int, suspected: bool
 ) -> None:
-    """By chance 6 of 6 are wrong in 1.6 % of all cases, 7 of 7 in 0.8 %, 9 of 12 in 7.3 %, 11 of 12 in 0.3 %."""
+    """By chance 6 of 6 are wrong in 1.6 % of cases, 7 of 7 in 0.8 %, 9 of 12 in 7.3 %, 11 of 12 in 0.3 %."""
     (line,) = lines(accuracy, -1.5, pairs=pairs)
     assert ("swapped" in line) is suspected
 
