@@ -99,6 +99,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "system, several turns": {
         "messages": [SYSTEM, ASKED, ANSWERED, _user("Another?"), _answer("The Oder.")],
     },
+    "thinking off, several turns": {
+        "messages": [ASKED, ANSWERED, _user("Another?"), _answer("The Oder.")],
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
     "empty prompt": {"messages": [_user(""), ANSWERED]},
     "tools": {"messages": [ASKED, ANSWERED], "tools": [TOOL]},
     "system, tools": {"messages": [SYSTEM, ASKED, ANSWERED], "tools": [TOOL]},
@@ -232,6 +236,7 @@ def expected(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerF
 def _rendered(
     turns: list[dict[str, Any]], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, **options: Any
 ) -> str:
+    options |= row.get("chat_template_kwargs", {})
     text = tokenizer.apply_chat_template(turns, tools=row.get("tools"), tokenize=False, **options)
     return str(text)
 
@@ -315,18 +320,30 @@ def _text(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
 def _is_opened(
     row: Mapping[str, Any], index: int, prompt: str, turn: str, tokenizer: PreTrainedTokenizerFast
 ) -> bool:
-    """Whether a turn stands behind its own prompt, though the template does not write the two together: the
-    prompt opens what the turn begins with, or holds more of earlier turns; and nothing is lost."""
+    """Whether a turn stands behind its own prompt, though the template does not write the two together.
+
+    Its reasoning is opened by the prompt, and it is its own parts alone; or earlier turns lose some later.
+    """
     prompts, texts = [], []
     for turns in variants(row):
         try:
             prompts.append(_rendered(turns[:index], row, tokenizer, add_generation_prompt=True))
             texts.append(_rendered(turns[: index + 1], row, tokenizer))
-        except Exception:
+        except Exception:  # as in `expected`
             continue
-    opens = prompt.rstrip().endswith(("<think>", "</think>"))
-    written = any(text.endswith(turn) for text in texts)  # behind other earlier turns than the prompt has
-    return prompt in prompts and (opens or written) and not missing(row, index, prompt + turn)
+    if prompt not in prompts or missing(row, index, prompt + turn):
+        return False
+    if prompt.rstrip().endswith(("<think>", "</think>")):
+        return _is_its_parts(row["messages"][index], prompt[prompt.rindex("<think>") :], turn)
+    return any(text.endswith(turn) for text in texts)
+
+
+def _is_its_parts(said: Mapping[str, Any], opened: str, turn: str) -> bool:
+    """Whether reasoning and words follow each other through what the prompt opened and the turn, once."""
+    *inside, words = said["content"].split("</think>")
+    thought = said.get("reasoning_content", "".join(inside)).replace("<think>", "")
+    written = re.sub(r"\s+", "", _MARKERS.sub("", opened + turn).replace(EOS, ""))
+    return written == re.sub(r"\s+", "", f"<think>{thought}</think>{words}")
 
 
 def tokenizer_of(template: str) -> PreTrainedTokenizerFast:

@@ -348,6 +348,8 @@ def _behind_opened(
     if not found or not prompt.startswith(head):
         return ""
     held = prompt[len(head) :]
+    if not held.strip() and (reasoning or parts.split_reasoning(turn.content)[0].strip()):
+        raise _NotTrained("turn with reasoning, for which its prompt leaves no place")
     content = parts.joined(reasoning, turn.content) if reasoning else turn.content
     if not held.strip() or content.startswith(held):
         rest = content.removeprefix(held)

@@ -17,6 +17,7 @@ from common.data.chat import Drop, Made, check_template, find_terminators, fit, 
 from common.data.render import read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
+from tests.field_templates import DROPS_EARLIER_REASONING
 from tests.tiny import CHATML, tiny_tokenizer, wordpiece_tokenizer
 
 HERE = Place("rows.jsonl", 7)
@@ -715,3 +716,14 @@ def test_a_cut_that_leaves_no_trained_token_drops_the_row() -> None:
     assert fit(LONG, HERE, 2, Truncation.right) == Drop("no trained token left after truncation", HERE)
     ends_with_question = short([10, 11, 12, 13], [11, IGNORE, IGNORE, IGNORE])
     assert isinstance(fit(ends_with_question, HERE, 2, Truncation.left), Drop)
+
+
+def test_reasoning_is_not_trained_behind_a_prompt_that_closes_it() -> None:
+    turns = (Message("user", "a"), Message("assistant", "ok", {"reasoning_content": "hm"}))
+    inline = (turns[0], Message("assistant", "<think>\nhm\n</think>\n\nok"))
+    off = TemplateContext(variables={"enable_thinking": False})
+    for said in (turns, inline):
+        row = Conversation(said, None, "s", Place("rows", 1), context=off)
+        (drop,) = tokenize([row], tiny_tokenizer(DROPS_EARLIER_REASONING))
+        assert isinstance(drop, Drop)
+        assert drop.reason == "turn with reasoning, for which its prompt leaves no place"
