@@ -14,7 +14,8 @@ class Counts:
 
     ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:
     prompts). total_steps: of the run (PPO: iterations). longest: tokens of its longest document. fill: share
-    of the rows' room that is filled.
+    of the rows' room that is filled. seen: documents of an epoch, by the weights of their sources; 0: not
+    known.
     """
 
     ledger: list[str]
@@ -28,6 +29,7 @@ class Counts:
     fill: float
     vocabulary: int
     scale: float = 1.0
+    seen: int = 0
 
     @property
     def trained_share(self) -> float:

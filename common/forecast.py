@@ -15,10 +15,12 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from common.config import DataConfig, JobConfig, SourceConfig, TrainConfig
@@ -66,13 +68,30 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def to_read(job: JobConfig, data: DataConfig) -> tuple[DataConfig, float]:
-    """The settings to count with, and by how much the counts are then to be multiplied.
+@dataclass(frozen=True)
+class Reading:
+    """The settings to count with: of all rows, or of a sample. factors: rows of each source for one of its
+    sample; scale: the same over all sources, by which counts are multiplied."""
 
-    All rows where the sources are small; else a sample, kept in a folder of its own.
-    """
+    data: DataConfig
+    factors: tuple[float, ...]
+    scale: float = 1.0
+
+    def weights(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """By source: how often a row of the sample is seen, so that times `scale` it stands for all rows."""
+        pairs = zip(weights.items(), self.factors, strict=True)
+        return {name: weight * factor / self.scale for (name, weight), factor in pairs}
+
+    def total(self, built: StepData[Any], values: np.ndarray | None = None) -> int:
+        """Over all rows to train on: a sum of what those that were read have; without values their number."""
+        each = np.array(self.factors)[built.train.source_ids]
+        return round(float((each if values is None else each * values).sum()))
+
+
+def to_read(job: JobConfig, data: DataConfig) -> Reading:
+    """All rows where the sources are small; else a sample, kept in a folder of its own."""
     if size_of(data.all_sources()) <= LARGE_BYTES:
-        return data, 1.0
+        return Reading(data, (1.0,) * len(data.all_sources()))
     every = [_rows_of(source) for source in data.all_sources()]
     taken = [min(count, SAMPLED_ROWS, source.max_rows or count) for count, source in every]
     wanted = [min(count, source.max_rows or count) for count, source in every]
@@ -81,7 +100,8 @@ def to_read(job: JobConfig, data: DataConfig) -> tuple[DataConfig, float]:
     ]
     folder = Path(job.output_dir) / ".cache" / "plan"
     reading = dataclasses.replace(data, path=None, sources=sampled, cache_dir=str(folder))
-    return reading, sum(wanted) / max(sum(taken), 1)
+    factors = tuple(rows / max(read, 1) for rows, read in zip(wanted, taken, strict=True))
+    return Reading(reading, factors, sum(wanted) / max(sum(taken), 1))
 
 
 def size_of(every: Sequence[SourceConfig]) -> int:
@@ -98,20 +118,21 @@ def size_of(every: Sequence[SourceConfig]) -> int:
 
 def of_documents(
     job: JobConfig,
-    data: DataConfig,
+    reading: Reading,
     train: TrainConfig,
     built: StepData[TokenizedDataset],
     tokenizer: PreTrainedTokenizerFast,
-    scale: float,
 ) -> Counts:
     """Of a step that trains on documents, each row packed over the whole epoch."""
-    batches = Batches(built.train, batch_plan(job, data, train, ALONE), built.weights)
+    data = reading.data
+    batches = Batches(built.train, batch_plan(job, data, train, ALONE), reading.weights(built.weights))
     documents = batches.documents(0)
     lengths = built.train.lengths[documents]
     rows = len(pack(lengths, data.max_length, seed=0)) if data.packing else len(documents)
     steps = batches.steps_in_epochs(train.epochs)
     fill = float(lengths.sum()) / (rows * data.max_length)
-    return _counts(built, tokenizer, rows=rows, steps=steps, train=train, fill=fill, scale=scale)
+    found = _counts(built, tokenizer, reading, seen=len(documents), steps=steps, train=train)
+    return dataclasses.replace(found, rows=round(rows * reading.scale), fill=fill)
 
 
 def of_pairs(job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, policy: str | None) -> Counts:
@@ -119,54 +140,57 @@ def of_pairs(job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, p
 
     policy: that the step starts from. Before there is one, the base model's tokenizer counts.
     """
-    reading, scale = to_read(job, data)
+    reading = to_read(job, data)
     tokenizer = load_tokenizer(model_to_preview(job.model, policy, f"{step.value}.policy"))
     say = logging.getLogger(f"rlhf.{step.value}").info
-    built = build_data(job, step, reading, PREFERENCES, tokenizer, say)
-    batches = PairBatches(built.train, batch_plan(job, reading, train, ALONE), built.weights)
+    built = build_data(job, step, reading.data, PREFERENCES, tokenizer, say)
+    plan = batch_plan(job, reading.data, train, ALONE)
+    batches = PairBatches(built.train, plan, reading.weights(built.weights))
     pairs = batches.documents(0)
     steps = batches.steps_in_epochs(train.epochs)
     longest = max(built.train.chosen_lengths.max(), (built.train.lengths - built.train.chosen_lengths).max())
-    found = _counts(built, tokenizer, rows=len(pairs), steps=steps, train=train, fill=1.0, scale=scale)
+    found = _counts(built, tokenizer, reading, seen=len(pairs), steps=steps, train=train)
     return dataclasses.replace(found, longest=int(longest))
 
 
 def of_prompts(
     built: StepData[PromptDataset],
     tokenizer: PreTrainedTokenizerFast,
+    reading: Reading,
     train: TrainConfig,
     prompts: int,
     iterations: int,
-    scale: float,
 ) -> Counts:
     """Of PPO: its rows are the prompts of a pass, its steps iterations (over all, if a sample is read)."""
-    found = _counts(built, tokenizer, rows=prompts, steps=0, train=train, fill=1.0, scale=scale)
+    found = _counts(built, tokenizer, reading, seen=prompts, steps=0, train=train)
     return dataclasses.replace(found, total_steps=iterations)
 
 
 def _counts(
     built: StepData[Any],
     tokenizer: PreTrainedTokenizerFast,
+    reading: Reading,
     *,
-    rows: int,
+    seen: int,
     steps: int,
     train: TrainConfig,
-    fill: float,
-    scale: float,
 ) -> Counts:
-    data = built.train
+    """seen, steps: of the rows that were read."""
+    data, scale = built.train, reading.scale
+    held_out = 0 if built.held_out is None else len(built.held_out)
     return Counts(
         ledger=built.ledger.lines(),
-        documents=round(len(data) * scale),
-        held_out=round((0 if built.held_out is None else len(built.held_out)) * scale),
-        tokens=round(int(data.lengths.sum()) * scale),
-        trained_tokens=round(int(data.trained.sum()) * scale),
-        rows=round(rows * scale),
+        documents=reading.total(built),
+        held_out=held_out if reading.data.eval_path else round(held_out * scale),
+        tokens=reading.total(built, data.lengths),
+        trained_tokens=reading.total(built, data.trained),
+        rows=round(seen * scale),
         total_steps=train.max_steps or math.ceil(steps * scale),
         longest=int(data.lengths.max()),
-        fill=fill,
+        fill=1.0,
         vocabulary=max(tokenizer.get_vocab().values()) + 1,
         scale=scale,
+        seen=round(seen * scale),
     )
 
 

@@ -21,8 +21,8 @@ log = logging.getLogger("rlhf.sft")
 def forecast(resolved: Path) -> Counts:
     """Of the job in `resolved`; a tokenizer that is trained for it is left in `sft/` beside that file."""
     job = load_resolved(resolved, SFTJob)
-    data, scale = to_read(job, job.sft.data)
-    counted = replace(job, sft=replace(job.sft, data=data))
+    reading = to_read(job, job.sft.data)
+    counted = replace(job, sft=replace(job.sft, data=reading.data))
     tokenizer = load_sft_tokenizer(counted, resolved.parent / "sft", local_rank=0, say=log.info)
-    built = build_data(counted, Step.sft, data, DEMONSTRATIONS, tokenizer, log.info)
-    return of_documents(job, data, job.sft.train, built, tokenizer, scale)
+    built = build_data(counted, Step.sft, reading.data, DEMONSTRATIONS, tokenizer, log.info)
+    return of_documents(job, reading, job.sft.train, built, tokenizer)

@@ -22,9 +22,9 @@ def forecast(resolved: Path) -> Counts:
     """Of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
     job = load_resolved(resolved, PPOJob)
     ppo = job.ppo
-    data, scale = to_read(job, ppo.data)
+    reading = to_read(job, ppo.data)
     tokenizer = load_tokenizer(model_to_preview(job.model, ppo.policy, "ppo.policy"))
-    built = build_data(job, Step.ppo, data, kind_of(job), tokenizer, log.info)
-    order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, built.weights)
-    iterations = ppo.iterations_over(round(order.prompts_per_epoch * scale))
-    return of_prompts(built, tokenizer, ppo.train, order.prompts_per_epoch, iterations, scale)
+    built = build_data(job, Step.ppo, reading.data, kind_of(job), tokenizer, log.info)
+    order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, reading.weights(built.weights))
+    iterations = ppo.iterations_over(round(order.prompts_per_epoch * reading.scale))
+    return of_prompts(built, tokenizer, reading, ppo.train, order.prompts_per_epoch, iterations)

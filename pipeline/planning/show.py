@@ -128,6 +128,8 @@ def data_lines(counts: dict[Step, Counts]) -> list[str]:
             f"{step.value}: {found.documents:,} to train on, {found.held_out:,} held out, "
             f"{found.tokens:,} tokens{share}{about}"
         )
+        if found.seen and found.seen != found.documents:
+            lines.append(f"  by the weights of their sources {found.seen:,} an epoch")
         lines += [f"  {line}" for line in found.ledger]
     return lines
 
