@@ -32,7 +32,8 @@ from torch import nn
 from common import attention
 from common.distributed import sum_over_ranks
 from common.errors import UserError
-from common.losses import packed_arguments, positions_within, unwrapped
+from common.losses import differ, difference, packed_arguments, positions_within, some_tokens, unwrapped
+from common.miniature import miniature_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,7 +141,14 @@ class Decoder:
             raise ValueError(f"slots={slots}")
         self.model, self.slots, self.prompt_tokens = model, slots, prompt_tokens
         self.counts = DecodingCounts(0, 0, 0)
-        self.has_cache = self._cache_is_right()
+        fault = fault_of_cache(unwrapped(model))
+        self.has_cache = fault is None
+        if fault is not None:
+            log.warning(
+                "model_type=%s cannot decode from a cache (%s): responses are sampled without one, slowly",
+                unwrapped(model).config.model_type,
+                fault,
+            )
 
     def decode(
         self,
@@ -163,38 +171,6 @@ class Decoder:
             finished = _until_done(run, passes, should_stop, lockstep)
         self.counts = DecodingCounts(run.steps, int(run.made.sum()), run.computed_rows)
         return run.completions() if finished else None
-
-    def _cache_is_right(self) -> bool:
-        """Whether a few tokens, decoded from a cache, get the logits that they get at once."""
-        base = unwrapped(self.model)
-        try:
-            with _sampling_from(self.model, True):
-                decoded = _decode_known(base)
-            with _sampling_from(self.model, False), attention.plain_attention(base):
-                whole = cast(Any, base)(input_ids=_known_ids(base), use_cache=False).logits[0].float()
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            RuntimeError,
-            UserError,
-        ) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        else:
-            scale = float(whole.abs().max().clamp_min(1e-6))
-            # the median row: with experts, rounding can reroute a token or two
-            off = float((whole[-len(decoded) :] - decoded).abs().amax(1).median()) / scale
-            if off < (1e-4 if base.dtype is torch.float32 else 3e-2):
-                return True
-            reason = f"its logits would be off by {off:.2g} of the largest"
-        log.warning(
-            "model_type=%s cannot decode from a cache (%s): responses are sampled without one, slowly",
-            base.config.model_type,
-            reason,
-        )
-        return False
 
 
 def _until_done(run: _Run, passes: _Passes, should_stop: Callable[[], bool] | None, lockstep: bool) -> bool:
@@ -577,23 +553,46 @@ def _sampling_from(model: nn.Module, has_cache: bool) -> Iterator[PreTrainedMode
                 module.training = True
 
 
-def _known_ids(model: PreTrainedModel) -> torch.Tensor:
-    """int64 [1, 12], different ids where the vocabulary is large enough."""
-    table = cast(nn.Embedding, model.get_input_embeddings())
-    return torch.arange(3, 15, device=_device(model))[None] % table.num_embeddings
+def fault_of_cache(model: PreTrainedModel) -> str | None:
+    """Why an architecture cannot be decoded from a cache of slots; None where it can.
+
+    Two texts, decoded side by side in a miniature, must get the logits that they get at once.
+    """
+    small = miniature_of(model)
+    ids = some_tokens(small, 12)
+    try:
+        with _sampling_from(small, True):
+            decoded = _decode_known(small, ids[0].cpu().numpy())
+        with _sampling_from(small, False), attention.plain_attention(small):
+            whole = cast(Any, small)(input_ids=torch.cat([ids, ids.flip(1)]), use_cache=False).logits
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError, UserError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    expected = torch.cat([whole[0, 4:], whole[1, 7:]]).float()
+    if not differ(expected, decoded, small.dtype):
+        return None
+    off = difference(expected, decoded, small.dtype)
+    return f"its logits would be off by {off:.2g} of the largest"
 
 
-def _decode_known(model: PreTrainedModel) -> torch.Tensor:
-    """fp32 [5, V]: logits of the last five of `_known_ids`, the last four decoded one by one in slot 1."""
-    ids = _known_ids(model)[0].cpu().numpy()
+def _decode_known(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
+    """fp32 [8 + 5, V]: logits of the last 8 of ids [12], in slot 1, and of the last 5 of these in reverse, in
+    slot 3; the texts as they were 5 and 8 tokens long, then a token after the other."""
     passes = _SlotPasses(model, FEWEST_ROWS, LENGTH_STEP)
     chunks, nothing = [(0, FEWEST_ROWS, LENGTH_STEP)], np.zeros(0, np.int64)
-    rows = [passes.forward(nothing, nothing, [], nothing, [(0, ids[:5]), (1, ids[:8])])[1]]
-    for length in range(8, 12):
+    texts, lengths = {1: ids, 3: ids[::-1]}, {1: 5, 3: 8}
+    prompts = [(slot, text[: lengths[slot]]) for slot, text in texts.items()]
+    logits = passes.forward(nothing, nothing, [], nothing, prompts)
+    rows = {slot: [row] for slot, row in zip(texts, logits, strict=True)}
+    for _ in range(7):
+        going_on = [slot for slot in texts if lengths[slot] < len(ids)]
         tokens, positions = np.zeros(FEWEST_ROWS, np.int64), np.zeros(FEWEST_ROWS, np.int64)
-        tokens[1], positions[1] = ids[length], length
-        rows.append(passes.forward(tokens, positions, chunks, np.array([1]), [])[0])
-    return torch.stack(rows).float()
+        for slot in going_on:
+            tokens[slot], positions[slot] = texts[slot][lengths[slot]], lengths[slot]
+            lengths[slot] += 1
+        logits = passes.forward(tokens, positions, chunks, np.array(going_on), [])
+        for slot, row in zip(going_on, logits, strict=True):
+            rows[slot].append(row)
+    return torch.stack([*rows[1], *rows[3]]).float()
 
 
 def _device(model: PreTrainedModel) -> torch.device:

@@ -36,6 +36,11 @@ class LastLayer:
                 network.register_forward_hook(self._put_back),
             ]
 
+    @property
+    def works(self) -> bool:
+        """Whether anything is left out."""
+        return self._works
+
     @contextmanager
     def only(self, rows: torch.Tensor) -> Iterator[None]:
         """While the block runs, hidden states are right at `rows` (int64 [M], indices into N) and nowhere

@@ -11,6 +11,7 @@ the trained tokens.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from common import attention
 from common.errors import UserError
 from common.last_layer import LastLayer
+from common.miniature import HALF_TOLERANCE, TOLERANCE, is_exact, miniature_of
 from common.one_by_one import decoder_of, reason_of, run_one_by_one
 
 if TYPE_CHECKING:
@@ -399,11 +401,9 @@ class PackedCausalLM(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        head = self.base().get_output_embeddings()
-        # a subclass (an adapter, a quantized layer) does more than multiply by its weight
-        self.scores_in_head = type(head) in (nn.Linear, ScoringHead) and not changes_logits(self.base())
+        self.scores_in_head = scores_in_head(self.base())
         if self.scores_in_head:
-            cast(nn.Module, head).__class__ = ScoringHead
+            cast(nn.Module, self.base().get_output_embeddings()).__class__ = ScoringHead
         self.last_layer = last_layer_of(self.base())
         self.shares_prefix = can_share_prefix(self.base())
 
@@ -448,13 +448,7 @@ class PackedCausalLM(nn.Module):
 
     def logits(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [N, V] of the flat sequence input_ids [1, N]; one document unless cu_seqlens says more."""
-        length = input_ids.shape[1]
-        whole = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
-        boundaries = whole if cu_seqlens is None else cu_seqlens
-        positions = positions_within(boundaries, length)
-        longest = int(boundaries.diff().max())
-        arguments = packed_arguments(input_ids, positions, boundaries, longest)
-        return cast(torch.Tensor, self.base()(**arguments).logits[0])
+        return _logits(self.base(), input_ids, cu_seqlens)
 
 
 def batch_arguments(batch: Batch) -> dict[str, Any]:
@@ -474,6 +468,23 @@ def positions_within(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     """int64 [1, N]: the position of each token in its own document, from 0."""
     starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
     return (torch.arange(length, device=cu_seqlens.device) - starts)[None]
+
+
+def _logits(
+    model: PreTrainedModel, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
+    length = input_ids.shape[1]
+    whole = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
+    boundaries = whole if cu_seqlens is None else cu_seqlens
+    positions = positions_within(boundaries, length)
+    arguments = packed_arguments(input_ids, positions, boundaries, int(boundaries.diff().max()))
+    return cast(torch.Tensor, cast(Any, model)(**arguments).logits[0])
+
+
+def scores_in_head(model: PreTrainedModel) -> bool:
+    """Whether the loss can be computed where the output projection is: a plain product, then nothing more."""
+    # a subclass (an adapter, a quantized layer) does more than multiply by its weight
+    return type(model.get_output_embeddings()) in (nn.Linear, ScoringHead) and not changes_logits(model)
 
 
 def changes_logits(model: PreTrainedModel) -> bool:
@@ -532,15 +543,11 @@ def check_packed(model: nn.Module) -> None:
     """Run a few tokens and settle how the model's documents are kept apart; see `isolate_documents`.
 
     Refuses logits changed after the projection by what no config says. Raises UserError. Costs some forward
-    passes of a few tokens; leaves mode, weights and random state as they were.
+    passes of a miniature; leaves mode, weights and random state as they were.
     """
     with evaluating(unwrapped(model)):
         isolate_documents(unwrapped(model))
-        packed = PackedCausalLM(model)
-        try:
-            _check_head(packed)
-        finally:
-            packed.last_layer.give_up()
+        _check_head(miniature_of(unwrapped(model)))
 
 
 @contextmanager
@@ -563,45 +570,47 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def can_share_prefix(model: PreTrainedModel) -> bool:
     """Whether a document may begin in one before it (`attention.SharedPrefix`): a model must hand its
-    attention what it is called with. Asked by running a few tokens; leaves mode and random state alone.
+    attention what it is called with. Asked of a miniature by running a few tokens.
 
     model: a transformers model with packed attention, without peft's wrapper.
     """
     if reason_of(model):
         return False
-    training = model.training
-    model.eval()
-    try:
-        ids = _some_tokens(model, 12)
+    small = miniature_of(model)
+    with evaluating(small):
+        ids = some_tokens(small, 12)
         ids[:, 6:9] = ids[:, :3]  # the second document is 3 tokens of the first and 3 of its own
-        apart = _run_decoder(model, ids, [0, 6, 12], ())
-        together = _run_decoder(model, torch.cat([ids[:, :6], ids[:, 9:]], 1), [0, 6, 9], (0, 3))
-        return not _differ(apart[9:], together[6:], model.dtype)
-    finally:
-        model.train(training)
+        apart = _run_decoder(small, ids, [0, 6, 12], ())
+        together = _run_decoder(small, torch.cat([ids[:, :6], ids[:, 9:]], 1), [0, 6, 9], (0, 3))
+        return not differ(apart[9:], together[6:], small.dtype)
 
 
-@torch.no_grad()
 def last_layer_of(model: PreTrainedModel) -> LastLayer:
     """The model's last layer, told to compute everything where a few tokens show that it must.
 
     model: a transformers model with packed attention, without peft's wrapper; its mode is left as it was.
     """
     last = LastLayer(model)
-    training = model.training
-    model.eval()
-    try:
-        ids, rows = _some_tokens(model, 12), [2, 3, 5, 11]
-        whole = _run_decoder(model, ids, [0, 6, 12], ())
-        with last.only(torch.tensor(rows, device=ids.device)):
-            part = _run_decoder(model, ids, [0, 6, 12], ())
-        if _differ(whole[rows], part[rows], model.dtype):
-            last.give_up()
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
-        last.give_up()  # its feed-forward network is not called with hidden states, or returns more than them
-    finally:
-        model.train(training)
+    if last.works and not _last_layer_can_be_partial(miniature_of(model)):
+        last.give_up()
     return last
+
+
+@torch.no_grad()
+def _last_layer_can_be_partial(small: PreTrainedModel) -> bool:
+    last, training = LastLayer(small), small.training
+    small.eval()
+    try:
+        ids, rows = some_tokens(small, 12), [2, 3, 5, 11]
+        whole = _run_decoder(small, ids, [0, 6, 12], ())
+        with last.only(torch.tensor(rows, device=ids.device)):
+            part = _run_decoder(small, ids, [0, 6, 12], ())
+        return not differ(whole[rows], part[rows], small.dtype)
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return False  # called with something else than hidden states, or returns more
+    finally:
+        last.give_up()
+        small.train(training)
 
 
 def _run_decoder(
@@ -616,10 +625,6 @@ def _run_decoder(
     return decoder_of(model)(**arguments).last_hidden_state[0].float()
 
 
-def _hidden(packed: PackedCausalLM, ids: torch.Tensor, cu_seqlens: list[int]) -> torch.Tensor:
-    return _run_decoder(packed.base(), ids, cu_seqlens, ())
-
-
 @torch.no_grad()
 def isolate_documents(base: PreTrainedModel) -> None:
     """Settle how documents are kept apart: packed where that is exact, else one by one, else UserError.
@@ -630,7 +635,7 @@ def isolate_documents(base: PreTrainedModel) -> None:
     reason = attention.why_not_packed(type(base), base.config)
     if reason is None:
         try:
-            reason = _crossing(base)
+            reason = _crossing(miniature_of(base))
         except (
             AttributeError,
             TypeError,
@@ -646,7 +651,7 @@ def isolate_documents(base: PreTrainedModel) -> None:
     if base.config._attn_implementation == attention.NAME:
         base.set_attn_implementation(attention.plain_name(base))
     run_one_by_one(base, reason)
-    fault = _crossing(base)
+    fault = _crossing(miniature_of(base))
     if fault is not None:
         raise attention.unsupported(kind, fault)
     log.warning(
@@ -661,39 +666,45 @@ def _crossing(base: PreTrainedModel) -> str | None:
 
     Document B after A, after another A, and alone under transformers' own attention: always the same.
     """
-    ids, bounds = _some_tokens(base, 11), [0, 6, 11]
+    ids, bounds = some_tokens(base, 11), [0, 6, 11]
     other = ids.clone()
     other[:, :6] = ids[:, :6].flip(1)
     later = ids.clone()
     later[:, 7:] = ids[:, :4]
     b = _run_decoder(base, ids, bounds, ())[6:]
-    if _differ(b, _run_decoder(base, other, bounds, ())[6:], base.dtype):
+    if differ(b, _run_decoder(base, other, bounds, ())[6:], base.dtype):
         return "state that crosses documents"
-    if _differ(b[:1], _run_decoder(base, later, bounds, ())[6:7], base.dtype):
+    if differ(b[:1], _run_decoder(base, later, bounds, ())[6:7], base.dtype):
         return "attention to later tokens"
     with attention.plain_attention(base):
         alone = decoder_of(base)(input_ids=ids[:, 6:], use_cache=False).last_hidden_state[0].float()
-    return "an attention with arguments of its own" if _differ(b, alone, base.dtype) else None
+    return "an attention with arguments of its own" if differ(b, alone, base.dtype) else None
 
 
-def _check_head(packed: PackedCausalLM) -> None:
-    base = packed.base()
-    if not packed.scores_in_head:
+def _check_head(base: PreTrainedModel) -> None:
+    if not scores_in_head(base):
         return
-    ids = _some_tokens(base, 4)
-    projected = base.get_output_embeddings()(_hidden(packed, ids, [0, 4]).to(base.dtype))
-    if _differ(projected.float(), packed.logits(ids).float(), base.dtype):
+    ids = some_tokens(base, 4)
+    hidden = _run_decoder(base, ids, [0, 4], ())
+    projected = base.get_output_embeddings()(hidden.to(base.dtype))
+    if differ(projected.float(), _logits(base, ids).float(), base.dtype):
         raise attention.unsupported(base.config.model_type, "logits changed after the output projection")
 
 
-def _some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:
+def some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:
     """int64 [1, count], different ids where the vocabulary is large enough."""
     table = cast(nn.Embedding, base.get_input_embeddings()).weight
     return torch.arange(3, 3 + count, device=table.device)[None] % table.shape[0]
 
 
-def _differ(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Beyond rounding. The median row: with experts, rounding can reroute a token or two."""
-    scale = a.abs().max().clamp_min(1e-6)
-    relative = float(((a - b).abs().amax(1) / scale).median())
-    return not relative < (1e-4 if dtype is torch.float32 else 3e-2)
+def difference(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> float:
+    """Of the largest value in a, over the rows of a and b [N, ...]: in fp32 the largest difference; in half
+    precision that of the median row, since rounding reroutes a token or two of a mixture of experts."""
+    rows = (a - b).abs().amax(1) / a.abs().max().clamp_min(1e-6)
+    found = float(rows.max() if is_exact(dtype) else rows.median())
+    return found if math.isfinite(found) else math.inf
+
+
+def differ(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways through a model, or its miniature, differ by more than rounding."""
+    return difference(a, b, dtype) > (TOLERANCE if is_exact(dtype) else HALF_TOLERANCE)

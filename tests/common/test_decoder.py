@@ -11,11 +11,13 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import CohereConfig, PreTrainedModel
+from transformers import CohereConfig, Gemma3TextConfig, PreTrainedModel
 
 from common import attention, decoder
 from common.decoder import Completion, Decoder, Request, SamplingRule, choose, uniforms
 from common.errors import UserError
+from common.losses import PackedCausalLM, difference
+from common.miniature import TOLERANCE
 from tests.common.test_attention import CONFIGS, SHAPE, tiny
 
 MODELS = {**CONFIGS, "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}
@@ -178,15 +180,61 @@ def test_weights_may_change_between_calls(llama: PreTrainedModel) -> None:
     assert tokens_of(after) == [plain_loop(model, request, RULE).tokens.tolist() for request in requests]
 
 
+WRONG = {
+    "no mask": (attention.DecodingStep, "bias", lambda right: lambda *asked: torch.zeros_like(right(*asked))),
+    "a window ignored": (
+        attention.DecodingStep, "bias", lambda right: lambda self, window, dtype: right(self, None, dtype),
+    ),
+    "positions off by one": (
+        decoder._SlotPasses, "forward",
+        lambda right: lambda self, tokens, positions, *rest: right(self, tokens, positions + 1, *rest),
+    ),
+    "a neighbour's slot": (
+        attention.DecodingStep, "write",
+        lambda right: lambda self, keys, values, key, value: right(self, keys.roll(1, 0), values, key, value),
+    ),
+}  # fmt: skip
+"""What is patched in a decoder so that its cache is wrong."""
+
+
+def large_in_bf16() -> PreTrainedModel:
+    """Larger than its miniature; a window that no short text fills; logits as spread as trained ones."""
+    sizes = {**SHAPE, "vocab_size": 300, "num_hidden_layers": 12, "intermediate_size": 256}
+    config = Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=8, sliding_window=512)
+    model = tiny(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(15)
+    return model
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_cache_is_found_in_half_precision(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = large_in_bf16()
+    owner, name, wrong = WRONG[fault]
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    assert not Decoder(model, slots=4).has_cache
+
+
+def test_rounding_does_not_cost_a_model_its_cache() -> None:
+    """Two right ways through it differ by a hundred times what two ways through its miniature may."""
+    model, ids = large_in_bf16(), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        packed = PackedCausalLM(model).logits(ids).float()
+        with attention.plain_attention(model):
+            plain = model(input_ids=ids, use_cache=False).logits[0].float()
+    assert difference(plain, packed, torch.bfloat16) > 100 * TOLERANCE
+    assert Decoder(model, slots=4).has_cache
+
+
 def test_a_model_whose_cache_would_be_wrong_is_decoded_without_and_says_so(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     requests = requests_of(6)
     expected = decode(llama, requests)
-    right = attention.DecodingStep.bias
-    monkeypatch.setattr(
-        attention.DecodingStep, "bias", lambda *arguments: torch.zeros_like(right(*arguments))
-    )
+    owner, name, wrong = WRONG["no mask"]
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     with caplog.at_level(logging.WARNING):
         engine = Decoder(llama, slots=4)
     assert not engine.has_cache and "cannot decode from a cache" in caplog.text
