@@ -26,6 +26,7 @@ from common.stage import Role
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+VARIABLES = "chat_template_kwargs"
 UNVERIFIED = "unverified"
 """Kind of an artifact that failed its check when it was exported; its details say why, under this name."""
 
@@ -87,6 +88,11 @@ class Artifact:
                 hint=f"name the export/ folder of a step that produces a {role.value}",
             )
         return cls(folder, manifest)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template that all of its training rows were rendered with."""
+        return dict((self.manifest.details.get("data") or {}).get(VARIABLES) or {})
 
     @property
     def sha256(self) -> str:

@@ -7,11 +7,11 @@ trained token is decided in `common/data/chat.py`; which rows make a step in `co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from common.artifacts import Artifact, write_json
+from common.artifacts import VARIABLES, Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
 from common.data import dataset
 from common.data.batches import Batches, BatchPlan
@@ -36,13 +36,16 @@ class StepData(Generic[Rows]):
     ledger: dataset.Ledger
     weights: dict[str, float]  # by source name
     stage_split: dict[str, Any] | None = None  # seed and shares, when steps share out the rows
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprints(self) -> dict[str, Any]:
-        """Hashes of everything that decided the rows, and how they are shared out if they are, for the
-        manifest."""
+        """Hashes of everything that decided the rows, for the manifest; how they are shared out and variables
+        of the chat template, if there are any."""
         held_out = None if self.held_out is None else self.held_out.fingerprint
         split = {} if self.stage_split is None else {"stage_split": self.stage_split}
-        return {"train": self.train.fingerprint, "held_out": held_out, **split}
+        given = dict(self.chat_template_kwargs)
+        variables = {VARIABLES: given} if given else {}
+        return {"train": self.train.fingerprint, "held_out": held_out, **split, **variables}
 
 
 def cache_dir(job: JobConfig, data: DataConfig) -> Path:
@@ -66,7 +69,8 @@ def build_data(
         report=say, wait=wait,
     )  # fmt: skip
     split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
-    return StepData(train, held_out, ledger, dataset.source_weights(data), split)
+    weights = dataset.source_weights(data)
+    return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
 
 
 def load_data(
@@ -83,16 +87,33 @@ def load_data(
 ) -> StepData[Rows]:
     """`build_data` on every rank; says what became of the rows, and writes `folder/ledger.json`.
 
-    policy: what the step starts from; a line says so when that shared out its rows in another way.
+    policy: what the step starts from; a line says so when that shared out its rows in another way, or gave
+    its chat template other variables.
     """
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "ledger.json", built.ledger.to_json())
     say(with_step("\n".join(built.ledger.lines()), step.value))
-    if policy is not None and (line := other_split(step, built.stage_split, policy)):
-        say(line)
+    if policy is not None:
+        lines = (
+            other_split(step, built.stage_split, policy),
+            other_variables(step, data.chat_template_kwargs, policy),
+        )
+        for line in filter(None, lines):
+            say(line)
     return built
+
+
+def other_variables(step: Step, ours: Mapping[str, Any], policy: Artifact) -> str | None:
+    """A warning when the step's prompts are rendered with other variables than those the policy learned."""
+    theirs = policy.template_variables
+    if dict(ours) == theirs or "data" not in policy.manifest.details:
+        return None
+    return (
+        f"warning: {step.value} renders its prompts in another way than its policy {policy.path} was trained:"
+        f" data.chat_template_kwargs is {dict(ours)}, and was {theirs} there"
+    )
 
 
 def other_split(step: Step, ours: Mapping[str, Any] | None, policy: Artifact) -> str | None:

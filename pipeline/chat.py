@@ -93,6 +93,8 @@ def chat(arguments: Sequence[str]) -> int:
         note(f"warning: it failed its check when it was exported: {fault}")
     policy = Policy(artifact, options.device)
     note(f"policy {artifact.path}, verified ({artifact.sha256[:12]}), on {policy.device}")
+    if policy.variables:
+        note(f"variables of its chat template, as it was trained: {policy.variables}")
     if not policy.has_template:
         note("it has no chat template: it goes on with what you type, each line by itself")
     for stream in (sys.stdin, sys.stdout):
@@ -311,6 +313,7 @@ class Policy:
                 hint="--device cpu runs anywhere",
             ) from error
         ends = self.model.generation_config.eos_token_id
+        self.variables = artifact.template_variables
         self.terminators = tuple(ends) if isinstance(ends, list) else (ends,)
         text_config = self.model.config.get_text_config()
         self.context = int(getattr(text_config, "max_position_embeddings", None) or 2**31)
@@ -327,7 +330,7 @@ class Policy:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages), tokenize=False, add_generation_prompt=True, **self.variables
             )
         except TemplateError as error:
             raise UserError(

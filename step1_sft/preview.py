@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data.dataset import DEMONSTRATIONS
+from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
 from common.progress import show_preview
 from common.stage import Step
@@ -29,12 +29,20 @@ def preview(job: SFTJob, folder: Path) -> None:
     train = data.train
     chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
     show_preview(
-        [runs(train[int(index)], tokenizer) for index in np.sort(chosen)],
+        [[*which(train, int(index)), *runs(train[int(index)], tokenizer)] for index in np.sort(chosen)],
         train.lengths.tolist(),
         data.ledger.lines(),
         float(train.trained.sum() / train.lengths.sum()),
         job.sft.data.max_length,
     )
+
+
+def which(rows: TokenizedDataset, index: int) -> list[tuple[str, bool]]:
+    """Of a row that was split, which of its documents this is."""
+    number, count = rows.part_of_row(index)
+    if count == 1:
+        return []
+    return [(f"document {number} of {count} of {rows.place(index)}, behind a prompt of its own:\n", False)]
 
 
 def runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:

@@ -22,6 +22,7 @@ from common.data.columns import Columns
 from common.data.stored import PairDataset, PromptDataset, StoredRecords, TokenizedDataset
 from common.data.types import (
     IGNORE,
+    NO_CONTEXT,
     Conversation,
     Message,
     Place,
@@ -245,7 +246,8 @@ class Prompts(Kind[Prompt, TokenizedPrompt, PromptDataset]):
         return _asked_first(row.messages)
 
     def kept_once(self, row: Prompt) -> Sequence[Message]:
-        return row.messages
+        given = {"tools": row.context.tools, "variables": row.context.variables}
+        return (*row.messages, Message("", "", given)) if row.context != NO_CONTEXT else row.messages
 
 
 def _one_each(results: Sequence[Record | Drop]) -> list[Made[Record] | Drop]:

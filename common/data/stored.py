@@ -43,6 +43,7 @@ class StoredRecords:
         self.source_ids = index["source_ids"][rows]
         self.fingerprint = f"{folder.name}-{part}"
         self._numbers = index["numbers"]
+        self._sources_of_file = index["source_ids"]
         self._rows = rows
         self._file = folder / ROWS_FILE
         self._opened: _Columns | None = None
@@ -53,6 +54,13 @@ class StoredRecords:
     def place(self, index: int) -> str:
         """Where the record came from: source and row (line of a JSONL file), for messages."""
         return f"{self.sources[int(self.source_ids[index])]}:{self._numbers[self._rows[index]]}"
+
+    def part_of_row(self, index: int) -> tuple[int, int]:
+        """Which of the records of its row it is, from 1, and how many there are."""
+        row = self._row(index)
+        of_row = np.flatnonzero(self._numbers == self._numbers[row])
+        of_row = of_row[self._sources_of_file[of_row] == self._sources_of_file[row]]
+        return int(np.searchsorted(of_row, row)) + 1, len(of_row)
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Tokens, labels and source of a record."""

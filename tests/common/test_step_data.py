@@ -20,13 +20,19 @@ SHARES = {"sft": 1.0, "reward": 1.0}
 
 
 def loaded(
-    tmp_path: Path, *, split: dict[str, float], seed: int = 0, parent: Any = None
+    tmp_path: Path,
+    *,
+    split: dict[str, float],
+    seed: int = 0,
+    parent: Any = None,
+    variables: dict[str, Any] | None = None,
 ) -> tuple[Any, list[str]]:
     """What the manifest of a step would say of its data, and the warnings. parent: what its policy's says."""
     rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = SFTJob(output_dir=str(tmp_path), seed=seed)
     job.sft.data.path, job.sft.data.stage_split = str(tmp_path / "rows.jsonl"), split
+    job.sft.data.chat_template_kwargs = variables or {}
     details = {} if parent is None else {"data": parent}
     policy = Artifact(Path("first/export"), Manifest("artifact", Role.policy, {}, details))
     said: list[str] = []
@@ -75,3 +81,13 @@ def test_a_policy_that_shared_out_nothing_with_the_step_says_nothing(tmp_path: P
     assert loaded(tmp_path, split={}, parent=parent)[1] == []
     if parent is None or "stage_split" not in parent:
         assert loaded(tmp_path, split=SHARES, parent=parent)[1] == []
+
+
+def test_variables_of_the_template_are_recorded_and_compared_with_the_policys(tmp_path: Path) -> None:
+    quiet = {"quiet": True}
+    record, said = loaded(tmp_path, split={}, variables=quiet, parent={"chat_template_kwargs": quiet})
+    assert record["chat_template_kwargs"] == quiet and said == []
+    plain, (line,) = loaded(tmp_path, split={}, parent=record)
+    assert "chat_template_kwargs" not in plain
+    assert line.startswith("warning: sft renders its prompts in another way than its policy first/export")
+    assert loaded(tmp_path, split={}, variables=quiet)[1] == []  # a model that was not trained here

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
+from common.config import DataConfig, OnBadRow, SourceConfig, TrainOn, Truncation
 from common.data import cache, chat
 from common.data.cache import wait_for
 from common.data.dataset import (
@@ -112,6 +112,103 @@ def test_another_tokenizer_is_a_miss_that_says_so(tmp_path: Path) -> None:
     other = tiny_tokenizer(CHATML)
     other.add_tokens(["question"])
     assert changed(tmp_path, tokenizer=other) == "tokenizing; changed since the last time: tokenizer"
+
+
+FORGETS = (
+    "{% for m in messages %}{{ m.role ~ ':' }}{% if m.role != 'assistant' %}{{ m.content }}"
+    "{% else %}{{ ('quiet ' if quiet) ~ (m.content if loop.last else m.content[:9]) }}{% endif %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+"""Earlier turns are cut short: each answer needs a document of its own."""
+
+
+def two_turns(count: int) -> list[dict[str, Any]]:
+    said = (
+        ("user", "question {}"),
+        ("assistant", "answer no. {}"),
+        ("user", "more"),
+        ("assistant", "another {}"),
+    )
+    return [
+        {"messages": [{"role": role, "content": content.format(n)} for role, content in said]}
+        for n in range(10, 10 + count)
+    ]
+
+
+def test_a_row_that_is_split_counts_once_and_stays_on_one_side(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", two_turns(40))
+    said = Said()
+    train, evaluation, ledger = made(tmp_path, tiny_tokenizer(FORGETS), said, eval_fraction=0.1)
+    assert evaluation is not None and (len(train), len(evaluation)) == (72, 8)
+    for rows in (train, evaluation):
+        places = [rows.place(index) for index in range(len(rows))]
+        assert places[0::2] == places[1::2] and len(set(places)) == len(rows) / 2
+        assert [rows.part_of_row(index) for index in (0, 1)] == [(1, 2), (2, 2)]
+    (entry,) = ledger.sources
+    assert (entry.rows_read, entry.rows_kept, entry.further_documents) == (40, 80, 40)
+    assert Ledger.from_json(ledger.to_json()) == ledger
+    lines = ledger.lines()
+    assert "rows: a row can give several documents; read counts rows, the others documents" in lines
+    assert any(
+        line.startswith("split in rows: 40 × the chat template writes earlier turns") for line in lines
+    )
+    assert texts(train)[:2] == [
+        "user:question 10<|im_end|>assistant:answer no. 10<|im_end|>",
+        "user:question 10<|im_end|>assistant:answer no<|im_end|>"
+        "user:more<|im_end|>assistant:another 10<|im_end|>",
+    ]
+
+
+def test_a_part_of_a_split_row_that_is_too_long_is_dropped_alone(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", two_turns(4))
+    longest = 60
+    train, _, ledger = made(tmp_path, tiny_tokenizer(FORGETS), max_length=longest, eval_fraction=0.0)
+    assert len(train) == 4 and train.lengths.max() <= longest
+    (entry,) = ledger.sources
+    assert (entry.rows_read, entry.rows_kept, sum(drop.count for drop in entry.dropped.values())) == (4, 4, 4)
+
+
+def test_only_the_last_turn_is_trained_when_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", two_turns(3))
+    train, _, ledger = made(tmp_path, train_on=TrainOn.last_turn, eval_fraction=0.0)
+    decode = tiny_tokenizer().decode
+    labels = [document.labels for document in (train[0], train[1], train[2])]
+    assert [decode(label[label != IGNORE]) for label in labels] == [
+        f"another {n}<|im_end|>" for n in (10, 11, 12)
+    ]
+    assert not ledger.sources[0].split and not ledger.sources[0].untrained
+    line = changed(tmp_path, train_on=TrainOn.last_turn)
+    assert line == "tokenizing; changed since the last time: options.train_on all_turns -> last_turn"
+
+
+def test_variables_of_the_template_are_the_runs_unless_the_row_has_its_own(tmp_path: Path) -> None:
+    rows = pairs(2)
+    rows[1]["chat_template_kwargs"] = {"quiet": False}
+    write(tmp_path / "rows.jsonl", rows)
+    tokenizer = tiny_tokenizer(FORGETS.replace("'assistant:'", "'assistant:' ~ ('quiet ' if quiet)"))
+    train, _, _ = made(tmp_path, tokenizer, chat_template_kwargs={"quiet": True}, eval_fraction=0.0)
+    assert texts(train) == [
+        "user:question 0<|im_end|>assistant:quiet answer 0<|im_end|>",
+        "user:question 1<|im_end|>assistant:answer 1<|im_end|>",
+    ]
+
+
+def test_turns_that_are_not_trained_are_counted_with_their_place(tmp_path: Path) -> None:
+    opens = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
+    rows = two_turns(2)
+    for row in rows:
+        row["messages"][3]["content"] = "<think>so</think>" + row["messages"][3]["content"]
+    path = write(tmp_path / "rows.jsonl", rows)
+    train, _, ledger = made(tmp_path, tiny_tokenizer(opens), eval_fraction=0.0)
+    assert len(train) == 2
+    reason = "turn that does not begin with '<think>', in which its prompt ends"
+    assert f"not trained in rows: 2 × {reason} ({path}:1, {path}:2)" in ledger.lines()
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_what_a_template_is_given_anyway_is_no_variable(name: str) -> None:
+    with pytest.raises(UserError, match=f"data.chat_template_kwargs=.*{name}"):
+        DataConfig(chat_template_kwargs={name: 1})
 
 
 def test_another_template_is_a_miss_that_says_so(tmp_path: Path) -> None:
