@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rlhf.models")
 
-VOCABULARY, WINDOW, LAYERS, WIDTH = 512, 4, 2, 64
+VOCABULARY, WINDOW, LAYERS, WIDTH = 128, 4, 2, 64
 """Tokens, tokens of an attention window, layers, and units of a feed-forward network, at most."""
+
+SMALL = 2_000_000
+"""Parameters of a model that is run as it is."""
 
 TOLERANCE = 1e-4
 """How far two right ways through a miniature may differ, of the largest value: fp32 in other orders."""
@@ -45,18 +48,25 @@ FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 def miniature_of(model: PreTrainedModel) -> PreTrainedModel:
     """The miniature, in evaluation mode on the model's device; its documents run as the model's do.
 
-    The model itself, in its own mode, where it is in fp32 and no larger, and where its class takes no smaller
+    The model itself, in its own mode, where it is in fp32 and small, and where its class takes no smaller
     sizes.
     """
+    if _is_small(model):
+        return model
     for narrow in (True, False):
         try:
-            config = reduced(model.config, narrow=narrow)
-            if is_exact(model.dtype) and config.to_dict() == model.config.to_dict():
-                return model
-            return _built(model, config)
+            return _built(model, reduced(model.config, narrow=narrow))
         except Exception as error:  # whatever the class's own code makes of these sizes
             log.info("no miniature of model_type=%s: %r", model.config.model_type, error)
     return model
+
+
+def _is_small(model: PreTrainedModel) -> bool:
+    """Whether rounding and size leave nothing to gain, and no window is too long to be seen at work."""
+    text = model.config.get_text_config(decoder=True)
+    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    filled = all((getattr(text, name, None) or 0) <= WINDOW for name in WINDOWS)
+    return is_exact(model.dtype) and parameters <= SMALL and filled
 
 
 def reduced(config: PreTrainedConfig, *, narrow: bool = True) -> PreTrainedConfig:

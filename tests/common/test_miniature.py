@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, Gemma4TextConfig, LlamaConfig, MistralConfig
+from transformers import Gemma3TextConfig, Gemma4TextConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from common.errors import UserError
 from common.losses import check_packed
@@ -20,7 +20,7 @@ def test_heads_keep_their_width_and_share_keys_as_before() -> None:
     )  # fmt: skip
     small = reduced(large)
     assert (small.num_attention_heads, small.num_key_value_heads, small.hidden_size) == (4, 2, 256)
-    assert (small.num_hidden_layers, small.intermediate_size, small.vocab_size) == (2, 64, 512)
+    assert (small.num_hidden_layers, small.intermediate_size, small.vocab_size) == (2, 64, 128)
     assert (large.num_hidden_layers, small.pad_token_id) == (30, 2)
 
 
@@ -39,15 +39,22 @@ def test_layers_that_read_the_keys_of_earlier_ones_still_do() -> None:
     assert [layer.head_dim for layer in small.per_layer_config] == [256, 512, 256, 512]
 
 
-def test_a_model_in_fp32_that_is_small_already_stands_for_itself() -> None:
+def test_a_small_model_in_fp32_stands_for_itself_unless_its_window_is_long() -> None:
     model = tiny(CONFIGS["llama"])
     assert miniature_of(model) is model
     rounded = miniature_of(tiny(CONFIGS["llama"]).to(torch.bfloat16))
     assert rounded.dtype is torch.float32 and type(rounded) is type(model)
+    assert miniature_of(tiny(CONFIGS["gemma3_text"])).config.sliding_window == 4
+    long = tiny(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=32))
+    assert miniature_of(long).config.sliding_window == 4 and long.config.sliding_window == 32
+
+
+def deep() -> PreTrainedModel:
+    return tiny(LlamaConfig(**{**SHAPE, "num_hidden_layers": 5})).to(torch.bfloat16)
 
 
 def test_making_one_leaves_the_model_and_all_generators_alone() -> None:
-    model = tiny(LlamaConfig(**{**SHAPE, "num_hidden_layers": 5})).train()
+    model = deep().train()
     state, weights = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
     first, second = miniature_of(model), miniature_of(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -59,7 +66,7 @@ def test_making_one_leaves_the_model_and_all_generators_alone() -> None:
 
 
 def test_a_class_without_a_smaller_model_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(LlamaConfig(**{**SHAPE, "num_hidden_layers": 5}))
+    model = deep()
 
     def refuse(*arguments: object, **more: object) -> None:
         raise ValueError("five layers, or none")
@@ -71,7 +78,7 @@ def test_a_class_without_a_smaller_model_stands_for_itself(monkeypatch: pytest.M
 def test_in_half_precision_a_layer_that_mixes_neighbours_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = tiny(LlamaConfig(**{**SHAPE, "num_hidden_layers": 5})).to(torch.bfloat16)
+    model = deep()
     check_packed(model)
     network = type(model.model.layers[0].mlp)
     forward = network.forward
