@@ -9,6 +9,7 @@ them in `reference.py`, what is minimised in `loss.py`, what is measured in `eva
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -110,7 +111,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
     with (
         Progress(total_steps, label="dpo", done=counters.step, enabled=world.is_main) as progress,
         Tracker(
-            "dpo", job.run_name, folder, job.tracking, to_plain(job), counters.step,
+            "dpo", job.run_name, folder, job.tracking, to_plain(job), counters.step or None,
             enabled=world.is_main, say=progress.log,
         ) as tracker,
     ):  # fmt: skip
@@ -118,6 +119,28 @@ def train(job: DPOJob, run_dir: Path) -> int:
         engine.train()
         stop.deferred = True
         clock = loop.SaveClock(config.save_minutes, world)
+
+        def evaluate_now() -> float:
+            """Measure on held-out pairs what would be exported now; their loss, inf where there are none."""
+            if data.held_out is None:
+                return math.inf
+            at("evaluate")
+            held_out = evaluate(
+                engine, evaluation_pair_batches(data.held_out, plan), reference, objective, world.device
+            )
+            if prompts:
+                samples = sample_completions(
+                    module.base(), tokenizer, prompts, terminators, job.dpo.sampling, world,
+                    seed=job.seed, is_partitioned=engine.zero_stage == 3,
+                )  # fmt: skip
+                held_out["eval/stop_rate"] = stop_rate(samples)
+                tracker.log_samples([asdict(sample) for sample in samples], counters.step)
+            tracker.log(held_out, counters.step)
+            progress.log(held_out_line(counters.step, held_out, len(data.held_out), len(prompts)))
+            return held_out["eval/loss"]
+
+        if counters.step == 0:
+            evaluate_now()  # what training starts from; no checkpoint, so never the best
         while counters.step < total_steps:
             at("step", counters.step + 1)
             began = time.perf_counter()
@@ -162,21 +185,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
             )  # fmt: skip
 
             is_last = counters.step == total_steps
-            if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
-                at("evaluate")
-                held_out = evaluate(
-                    engine, evaluation_pair_batches(data.held_out, plan), reference, objective, world.device
-                )
-                if prompts:
-                    samples = sample_completions(
-                        module.base(), tokenizer, prompts, terminators, job.dpo.sampling, world,
-                        seed=job.seed, is_partitioned=engine.zero_stage == 3,
-                    )  # fmt: skip
-                    held_out["eval/stop_rate"] = stop_rate(samples)
-                    tracker.log_samples([asdict(sample) for sample in samples], counters.step)
-                tracker.log(held_out, counters.step)
-                progress.log(held_out_line(counters.step, held_out, len(data.held_out), len(prompts)))
-                counters = loop.with_best(counters, held_out["eval/loss"])
+            if loop.is_due(counters.step, config.eval_every) or is_last:
+                counters = loop.with_best(counters, evaluate_now())
             is_best = counters.best_step == counters.step
             if loop.is_due(counters.step, config.save_every) or saving or is_best or is_last:
                 loop.save(checkpoints, engine, counters)

@@ -8,6 +8,7 @@ finished, the reward model under `export/`. How rows become tokens is in `data.p
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -96,7 +97,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
     with (
         Progress(total_steps, label="reward", done=counters.step, enabled=world.is_main) as progress,
         Tracker(
-            "reward", job.run_name, folder, job.tracking, to_plain(job), counters.step,
+            "reward", job.run_name, folder, job.tracking, to_plain(job), counters.step or None,
             enabled=world.is_main, say=progress.log,
         ) as tracker,
     ):  # fmt: skip
@@ -104,6 +105,20 @@ def train(job: RewardJob, run_dir: Path) -> int:
         engine.train()
         stop.deferred = True
         clock = loop.SaveClock(config.save_minutes, world)
+
+        def evaluate_now() -> float:
+            """Measure on held-out pairs what would be exported now; their loss, inf where there are none."""
+            if data.held_out is None:
+                return math.inf
+            at("evaluate")
+            scores_now = score_pairs(engine, evaluation_pair_batches(data.held_out, plan), world.device)
+            held_out = held_out_metrics(scores_now, data.held_out.sources, centering)
+            tracker.log(held_out, counters.step)
+            progress.log(held_out_line(counters.step, held_out, len(data.held_out)))
+            return held_out["eval/loss"]
+
+        if counters.step == 0:
+            evaluate_now()  # what training starts from; no checkpoint, so never the best
         while counters.step < total_steps:
             at("step", counters.step + 1)
             began = time.perf_counter()
@@ -146,13 +161,8 @@ def train(job: RewardJob, run_dir: Path) -> int:
             )  # fmt: skip
 
             is_last = counters.step == total_steps
-            if data.held_out is not None and (loop.is_due(counters.step, config.eval_every) or is_last):
-                at("evaluate")
-                scores_now = score_pairs(engine, evaluation_pair_batches(data.held_out, plan), world.device)
-                held_out = held_out_metrics(scores_now, data.held_out.sources, centering)
-                tracker.log(held_out, counters.step)
-                progress.log(held_out_line(counters.step, held_out, len(data.held_out)))
-                counters = loop.with_best(counters, held_out["eval/loss"])
+            if loop.is_due(counters.step, config.eval_every) or is_last:
+                counters = loop.with_best(counters, evaluate_now())
             is_best = counters.best_step == counters.step
             if loop.is_due(counters.step, config.save_every) or saving or is_best or is_last:
                 loop.save(checkpoints, engine, counters)

@@ -28,6 +28,11 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _die_once_trained(_: Any, rows: Any, step: int) -> None:
+    if step:
+        die()
+
+
 def _prepare(moment: str) -> None:
     import torch
 
@@ -36,7 +41,8 @@ def _prepare(moment: str) -> None:
     if moment == EXPORTING:
         export.write_manifest = die  # type: ignore[assignment]
     elif moment == AFTER_EVALUATION:
-        tracking.Tracker.log_samples = _after(tracking.Tracker.log_samples, die)  # type: ignore[method-assign]
+        log_samples = tracking.Tracker.log_samples
+        tracking.Tracker.log_samples = _after(log_samples, _die_once_trained)  # type: ignore[method-assign]
     elif moment == "writing":
         _at_second_save(lambda: setattr(torch, "save", _after(torch.save, _tear_and_die)))
     elif moment == "hashing":

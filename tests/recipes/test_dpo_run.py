@@ -77,13 +77,17 @@ def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
     for line in lines_of(run_dir):
         assert set(line) == training and all(math.isfinite(value) for value in line.values())
     evaluation = {"step", "eval/stop_rate", *(f"eval/{name}" for name in PREFERENCE)}
-    assert [line["step"] for line in lines_of(run_dir, "eval/loss")] == [2, 4, 5]
+    assert [line["step"] for line in lines_of(run_dir, "eval/loss")] == [0, 2, 4, 5]
     assert all(set(line) == evaluation for line in lines_of(run_dir, "eval/loss"))
 
 
 def test_a_run_begins_at_log_2_and_learns_the_pairs(run_dir: Path) -> None:
     losses, margins = series(run_dir, "loss"), series(run_dir, "rewards/margins")
     assert losses[0] == math.log(2) and margins[0] == 0.0
+    held_out = lines_of(run_dir, "eval/loss")[0]
+    assert (
+        held_out["eval/loss"] == pytest.approx(math.log(2)) and abs(held_out["eval/rewards/margins"]) < 1e-6
+    )
     # the first step's learning rate is 0
     assert losses[-1] < math.log(2) and margins[-1] > 0 and losses[1] == math.log(2)
     for line in lines_of(run_dir):
@@ -92,7 +96,7 @@ def test_a_run_begins_at_log_2_and_learns_the_pairs(run_dir: Path) -> None:
 
 def test_samples_answer_held_out_prompts(run_dir: Path) -> None:
     samples = [json.loads(line) for line in (run_dir / "dpo" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [2, 2, 2, 4, 4, 4, 5, 5, 5]
+    assert [sample["step"] for sample in samples] == [0, 0, 0, 2, 2, 2, 4, 4, 4, 5, 5, 5]
     assert all(sample["prompt"].endswith("<|im_start|>assistant\n") for sample in samples)
     assert len({sample["prompt"] for sample in samples}) == 3
 

@@ -74,7 +74,7 @@ def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
         "step", "eval/loss", "eval/accuracy", "eval/margin", "eval/mean_reward", "eval/std_reward",
         "eval/expected_calibration_error", "eval/reward_length_correlation", "eval/accuracy_chosen_shorter",
     }  # fmt: skip
-    assert [line["step"] for line in lines_of(run_dir, "eval/loss")] == [2, 4, 5]
+    assert [line["step"] for line in lines_of(run_dir, "eval/loss")] == [0, 2, 4, 5]
     assert all(set(line) == evaluation for line in lines_of(run_dir, "eval/loss"))
 
 
@@ -82,6 +82,7 @@ def test_a_run_learns_to_order_the_pairs(run_dir: Path) -> None:
     losses = series(run_dir, "loss")
     # the first step's learning rate is 0, and a new head knows nothing
     assert losses[0] == pytest.approx(math.log(2), abs=0.1) and losses[-1] < 0.3
+    assert series(run_dir, "eval/loss")[0] == pytest.approx(math.log(2), abs=0.1)
     assert series(run_dir, "eval/accuracy")[-1] == 1.0
     for line in lines_of(run_dir):
         assert line["margin"] == pytest.approx(line["chosen_reward"] - line["rejected_reward"])
@@ -128,7 +129,8 @@ def test_sources_are_measured_one_by_one(folder: Path) -> None:
     paths = [job.reward.data.sources[0].path, swapped_rows(folder / "backwards.jsonl", 20)]
     job.reward.data.sources = [SourceConfig(path=path) for path in paths]
     run_job(job, folder / "runs" / "two sources")
-    (last,) = lines_of(folder / "runs" / "two sources", "eval/loss")
+    first, last = lines_of(folder / "runs" / "two sources", "eval/loss")
+    assert first["step"] == 0 and set(first) == set(last)
     assert 0 <= last["eval/pairs/accuracy"] <= 1 and 0 <= last["eval/backwards/accuracy"] <= 1
     assert {"eval/accuracy_chosen_longer", "eval/accuracy_chosen_shorter"} <= set(last)
 

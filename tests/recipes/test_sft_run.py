@@ -64,7 +64,7 @@ def test_every_training_line_has_the_metrics_that_users_know(run_dir: Path) -> N
 
 def test_every_evaluation_line_has_the_metrics_of_the_whole_and_of_each_source(run_dir: Path) -> None:
     lines = evaluation_lines(run_dir)
-    assert [line["step"] for line in lines] == [3, 6, 8]
+    assert [line["step"] for line in lines] == [0, 3, 6, 8]
     names = {
         "step", "eval/loss", "eval/perplexity", "eval/mean_token_accuracy", "eval/stop_rate",
         "eval/sums/loss", "eval/words/loss",
@@ -81,7 +81,8 @@ def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(run_dir: Path, job
     config = json.loads((run_dir / "sft" / "export" / "config.json").read_text())
     assert training_lines(run_dir)[0]["loss"] == pytest.approx(math.log(config["vocab_size"]), rel=0.05)
     losses = [line["eval/loss"] for line in evaluation_lines(run_dir)]
-    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 3
+    assert losses[0] == pytest.approx(math.log(config["vocab_size"]), rel=0.05)
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
 
 
 def test_the_first_losses_and_gradient_norms_are_those_on_record(run_dir: Path) -> None:
@@ -120,13 +121,13 @@ def test_counted_tokens_are_those_of_the_rows(run_dir: Path) -> None:
 
 def test_samples_say_what_was_asked_and_whether_the_answer_stopped(run_dir: Path) -> None:
     samples = [json.loads(line) for line in (run_dir / "sft" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [3, 3, 3, 6, 6, 6, 8, 8, 8]
+    assert [sample["step"] for sample in samples] == [0, 0, 0, 3, 3, 3, 6, 6, 6, 8, 8, 8]
     assert samples[0]["prompt"] == samples[3]["prompt"]
     for sample in samples:
         assert sample["prompt"].endswith("<|im_start|>assistant\n")
         assert not sample["stopped"] or "<|im_end|>" not in sample["completion"]
     rates = [line["eval/stop_rate"] for line in evaluation_lines(run_dir)]
-    assert rates == [sum(x["stopped"] for x in samples[i : i + 3]) / 3 for i in (0, 3, 6)]
+    assert rates == [sum(x["stopped"] for x in samples[i : i + 3]) / 3 for i in (0, 3, 6, 9)]
 
 
 def test_the_artifact_verifies_and_tells_how_it_was_made(run_dir: Path) -> None:
