@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+ROWS_LOOKED_AT = 100
+"""Of each source, to know its columns."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """B responses as reward functions see them: prompts as the rows had them, completions without their
@@ -73,11 +77,11 @@ class Scoring:
     def check(self, rows: PromptDataset, *, held_out: bool = False) -> None:
         """UserError when a function wants a column that no source of the rows has.
 
-        held_out: said of the rows in the message. Of each source its first row is looked at. What they have
-        is offered from now on, with every batch.
+        held_out: said of the rows in the message. Of each source its first rows are looked at, as a row may
+        lack what others have. What they have is offered from now on, with every batch.
         """
-        _, first = np.unique(rows.source_ids, return_index=True)
-        columns = sorted({name for index in first for name in rows[int(index)].columns})
+        firsts = [np.flatnonzero(rows.source_ids == i)[:ROWS_LOOKED_AT] for i in np.unique(rows.source_ids)]
+        columns = sorted({name for index in np.concatenate(firsts) for name in rows[int(index)].columns})
         try:
             self._sources.check(columns)
             for function in self._functions.values():

@@ -53,6 +53,10 @@ def nothing(completions: list[str]) -> None:
     return None
 
 
+def none_for_some(completions: list[str]) -> list[float | None]:
+    return [1.0 if completion else None for completion in completions]
+
+
 def texts(completions: list[str]) -> list[str]:
     return ["1.0"] * len(completions)
 

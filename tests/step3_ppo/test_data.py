@@ -120,3 +120,19 @@ def test_held_out_prompts_are_a_seeded_choice_in_their_order(tmp_path: Path) -> 
     assert chosen == held_out_sample(held_out, 6, seed=0) != held_out_sample(held_out, 6, seed=1)
     assert held_out_sample(held_out, 500, seed=0) == list(range(20))
     assert held_out_sample(held_out, 0, seed=0) == held_out_sample(None, 6, seed=0) == []
+
+
+def test_columns_of_mixed_types_reach_reward_functions_as_the_rows_had_them(tmp_path: Path) -> None:
+    others: list[dict[str, Any]] = [
+        {"answer": "Elbe", "tags": ["a", "b"], "meta": {"level": 1}},
+        {"answer": "Oslo", "tags": []},
+        {"answer": 7, "tags": None, "meta": "x"},
+        {"answer": ["oak", "elm"], "tags": [1, [2]], "meta": 3.5},
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}", **row}) + "\n" for n, row in enumerate(others)))
+    job = PPOJob(output_dir=str(tmp_path), ppo=PPOConfig())
+    job.ppo.data.path, job.ppo.data.eval_fraction = str(path), 0.0
+    alone = World(0, 1, 0, None)  # type: ignore[arg-type]
+    prompts = load_prompts(job, tiny_tokenizer(CHATML), tmp_path, alone, lambda line: None).train
+    assert [prompts[i].columns for i in range(4)] == others

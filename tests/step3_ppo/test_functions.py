@@ -123,6 +123,7 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: 
         ("nan_for_empty", ["a", ""], ["returned nan as score 1, for the completion ''"]),
         ("too_few", ["a", "b"], ["returned 1 scores for 2 completions"]),
         ("nothing", ["a", "b"], ["returned None where a list"]),
+        ("none_for_some", ["a", ""], ["returned None as score 1, for the completion ''"]),
         ("texts", ["a", "b"], ["returned '1.0' as score 0, for the completion 'a'"]),
     ],
 )
@@ -139,8 +140,14 @@ def test_what_goes_wrong_in_a_function_is_said_with_its_name(
 
 @pytest.mark.parametrize(
     "values",
-    [np.array([1, 2]), torch.tensor([1.0, 2.0]), (1, 2), iter([1, np.float32(2)])],
-    ids=["numpy", "torch", "tuple", "iterator"],
+    [
+        np.array([1, 2]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([[1.0], [2.0]]),
+        (1, 2),
+        iter([1, np.float32(2)]),
+    ],
+    ids=["numpy", "torch", "torch, a column", "tuple", "iterator"],
 )
 def test_numbers_of_any_library_count(values: object) -> None:
     assert finite_scores(values, COMPLETIONS, "it").tolist() == [1.0, 2.0]

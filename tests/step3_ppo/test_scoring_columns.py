@@ -73,3 +73,10 @@ def test_a_column_that_only_the_held_out_rows_lack_is_said_to_be_missed_there() 
     asked.check(Rows([ANSWERED]))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="takes answer.* nor a column of the rows that are held out"):
         asked.check(held_out, held_out=True)
+
+
+def test_a_column_that_the_first_row_lacks_is_still_one_of_its_sources() -> None:
+    rows: Any = Rows([PLAIN, ANSWERED, PLAIN])
+    asked = scoring(NAMES)
+    asked.check(rows)
+    assert asked.texts(responses_to(0, 1), rows).columns == {"answer": [None, "4"], "level": [1, None]}
