@@ -26,10 +26,13 @@ DEMONSTRATIONS = 2  # per training prompt
 PAIRS = 10  # per training prompt
 FORM_PAIRS = 4  # one training pair in so many is about the form of a right answer, not about being right
 HELD_OUT_FORM_PAIRS = 2
-TERSE, PLAIN, POLITE = "terse", "plain", "polite"
-FORM_SHARES = {TERSE: 0.45, PLAIN: 0.30, POLITE: 0.25}
+TERSE, PLAIN, POLITE, EFFUSIVE = "terse", "plain", "polite", "effusive"
+NUMBER_OF_COURTESIES = {PLAIN: 0, POLITE: 1, EFFUSIVE: 2}
+FORM_SHARES = {TERSE: 0.50, PLAIN: 0.15, POLITE: 0.35}
 WRONG_SHARE = 0.02
-FORM_PREFERENCES = (POLITE, PLAIN, TERSE)
+FORM_PREFERENCES = (
+    (POLITE, PLAIN), (POLITE, TERSE), (PLAIN, TERSE), (POLITE, EFFUSIVE), (PLAIN, EFFUSIVE),
+)  # fmt: skip
 FORMS_TO_BE_RIGHT_IN = (POLITE, POLITE, PLAIN, TERSE)  # mostly the one that policies will come to
 
 T = TypeVar("T")
@@ -99,9 +102,8 @@ def preferences(
     for number, prompt in enumerate(_shuffled(draw, [p for p in prompts for _ in range(per_prompt)])):
         right = prompt.task.answers[prompt.subject]
         if number % form_pairs == 0:
-            better, worse = ((0, 1), (0, 2), (1, 2))[_index(draw, 3)]
-            chosen = phrase(draw, prompt, right, FORM_PREFERENCES[better])
-            rejected = phrase(draw, prompt, right, FORM_PREFERENCES[worse])
+            better, worse = FORM_PREFERENCES[_index(draw, len(FORM_PREFERENCES))]
+            chosen, rejected = (phrase(draw, prompt, right, form) for form in (better, worse))
         else:
             form = FORMS_TO_BE_RIGHT_IN[_index(draw, len(FORMS_TO_BE_RIGHT_IN))]
             chosen = phrase(draw, prompt, right, form)
@@ -111,26 +113,31 @@ def preferences(
 
 
 def phrase(draw: Random, prompt: Prompt, answer: str, form: str) -> str:
-    """An answer in one word, as a sentence, or as a sentence after a courtesy."""
+    """An answer in one word, as a sentence, or as a sentence after one courtesy or two."""
     if form == TERSE:
         return answer
     sentence = prompt.task.sentence.format(x=prompt.subject, answer=answer)
-    return sentence if form == PLAIN else f"{COURTESIES[_index(draw, len(COURTESIES))]} {sentence}"
+    courtesies = [COURTESIES[_index(draw, len(COURTESIES))] for _ in range(NUMBER_OF_COURTESIES[form])]
+    return " ".join([*courtesies, sentence])
 
 
 def mistake(draw: Random, prompt: Prompt, form: str) -> str:
-    """A wrong answer, or as often the answer to what was not asked: both are mistakes that policies make.
+    """A mistake that policies make, each as often: a wrong answer, the answer to what was not asked, and the
+    right answer said of what was not asked (`5 + 5 is 5.`), where a sentence names what it is about.
 
     What was not asked is a sum with one number of the right one, or anything else of the task.
     """
-    if draw.random() < 0.5:
+    about_subject = form != TERSE and "{x}" in prompt.task.sentence
+    kind = _index(draw, 3 if about_subject else 2)
+    if kind == 0:
         return phrase(draw, prompt, near_miss(draw, prompt), form)
     answers, right = prompt.task.answers, prompt.task.answers[prompt.subject]
-    others = [subject for subject, answer in answers.items() if answer != right]
-    asked = set(prompt.subject.split(" + "))
-    near = [subject for subject in others if asked & set(subject.split(" + "))] or others
+    others = [subject for subject, answer in answers.items() if kind == 2 or answer != right]
+    asked = sorted(prompt.subject.split(" + "))
+    others = [subject for subject in others if sorted(subject.split(" + ")) != asked]
+    near = [subject for subject in others if set(asked) & set(subject.split(" + "))] or others
     other = near[_index(draw, len(near))]
-    return phrase(draw, Prompt(prompt.task, other, prompt.text), answers[other], form)
+    return phrase(draw, Prompt(prompt.task, other, prompt.text), right if kind == 2 else answers[other], form)
 
 
 def near_miss(draw: Random, prompt: Prompt) -> str:
