@@ -38,6 +38,12 @@ class TrainOn(Enum):
     last_turn = "last_turn"
 
 
+class SpecialTokens(Enum):
+    keep = "keep"
+    text = "text"
+    refuse = "refuse"
+
+
 class OnBadRow(Enum):
     error = "error"
     skip = "skip"
@@ -218,6 +224,8 @@ class DataConfig:
     """which assistant turns of a row are trained"""
     chat_template_kwargs: Dict[str, Any] = field(default_factory=dict)
     """variables of the chat template, e.g. {enable_thinking: false}; a row's own stand above them"""
+    special_tokens_in_content: SpecialTokens = SpecialTokens.keep
+    """control tokens that a row's words hold: real tokens (counted), ordinary text, or a bad row"""
     eval_fraction: Optional[float] = None
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None

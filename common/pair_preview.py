@@ -46,7 +46,7 @@ def show_pairs(
     shown = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:PAIRS_SHOWN])
     lengths = np.concatenate([pairs.chosen_lengths, pairs.lengths - pairs.chosen_lengths])
     show_preview(
-        [pair_runs(pairs[int(index)], tokenizer) for index in shown],
+        [[(pairs.head(index), False), *pair_runs(pairs[index], tokenizer)] for index in shown.tolist()],
         lengths.tolist(),
         ledger.lines(),
         float(pairs.trained.sum() / lengths.sum()),

@@ -29,7 +29,10 @@ def preview(job: SFTJob, folder: Path) -> None:
     train = data.train
     chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
     show_preview(
-        [[*which(train, int(index)), *runs(train[int(index)], tokenizer)] for index in np.sort(chosen)],
+        [
+            [(train.head(index), False), *which(train, index), *runs(train[index], tokenizer)]
+            for index in np.sort(chosen).tolist()
+        ],
         train.lengths.tolist(),
         data.ledger.lines(),
         float(train.trained.sum() / train.lengths.sum()),

@@ -35,7 +35,7 @@ def preview(job: PPOJob, folder: Path) -> None:
     prompts = built.train
     shown = np.sort(np.random.default_rng(job.seed).permutation(len(prompts))[:PROMPTS_SHOWN])
     show_preview(
-        [prompt_runs(prompts[int(index)], tokenizer) for index in shown],
+        [[(prompts.head(index), False), *prompt_runs(prompts[index], tokenizer)] for index in shown.tolist()],
         prompts.lengths.tolist(),
         built.ledger.lines(),
         None,

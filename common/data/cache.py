@@ -104,6 +104,7 @@ def cache_key(
         "truncation": data.truncation.value,
         "train_on": data.train_on.value,
         "chat_template_kwargs": dict(data.chat_template_kwargs),
+        "special_tokens_in_content": data.special_tokens_in_content.value,
         "eval_fraction": data.held_out_fraction(),
         "eval_path": data.eval_path is not None,
         "stage_split": dict(data.stage_split),

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from common.config import Truncation
-from common.data import parts
+from common.data import control, parts
 from common.data.render import (
     PROBE,
     TEMPLATE_HINT,
@@ -436,8 +436,12 @@ class _Encoder:
         self.bos, self.tokenizer = tokenizer.bos_token_id, tokenizer
 
     def batch(self, texts: list[str]) -> list[Any]:
-        """One encoding per text."""
-        return self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+        """One encoding per text. What is guarded in it (`control.py`) is encoded as text."""
+        if not any(map(control.is_guarded, texts)):
+            return self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+        real = control.control_tokens(self.tokenizer).real
+        as_text = control.text_backend(self.tokenizer)
+        return list(as_text.encode_batch([real(text) for text in texts], add_special_tokens=False))
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text."""

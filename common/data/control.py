@@ -60,6 +60,10 @@ class ControlTokens:
                 seen[f"U+{ord(character):X}"] = None
         return list(seen)
 
+    def is_reserved(self, found: str) -> bool:
+        """Whether something that was found is no token but a character that is reserved here."""
+        return found not in self._number
+
     def guarded(self, row: Row) -> Row:
         """The row with control tokens inside contents as runs of private-use characters."""
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 
 import numpy as np
 
-from common.config import DataConfig, SourceConfig
-from common.data import cache, chat, sources
+from common.config import DataConfig, SourceConfig, SpecialTokens
+from common.data import cache, chat, control, sources
 from common.data.columns import rename
 from common.data.kinds import (
     DEMONSTRATIONS,
@@ -66,6 +66,13 @@ PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
 
 IN_EVAL = "also in data.eval_path"
+
+BECAME = {
+    SpecialTokens.keep: "taken as the real token (data.special_tokens_in_content=keep)",
+    SpecialTokens.text: "encoded as ordinary text",
+    SpecialTokens.refuse: "refused",
+}
+"""What becomes of a control token inside a content."""
 
 Report = Callable[[str], None]
 
@@ -352,9 +359,13 @@ class _Kept:
     """What is remembered of each record while its tokens go to disk: a few numbers."""
 
     def __init__(self, more: Mapping[str, str]) -> None:
-        """more: columns beside the common ones, with their type codes."""
+        """more: columns beside the common ones, with their type codes.
+
+        first: whether the record is the first of its row. control: whether the row's contents hold control
+        tokens.
+        """
         common = {"hashes": "Q", "source_ids": "i", "lengths": "i", "trained": "i", "numbers": "i"}
-        codes = {**common, "truncated": "b", "for_eval": "b", "first": "b", **more}
+        codes = {**common, "truncated": "b", "for_eval": "b", "first": "b", "control": "b", **more}
         self._columns: dict[str, array[Any]] = {name: array(code) for name, code in codes.items()}
 
     def add(self, **values: float) -> None:
@@ -426,8 +437,8 @@ class _Writer(Generic[Row, Record, Opened]):
         eval_hashes: set[int] = set()
         done, last_line = 0, time.monotonic()
         while chunk := list(islice(usable, CHUNK_ROWS)):
-            tokenized = self.kind.tokenize([row for row, _, _ in chunk], self.tokenizer)
-            for (row, source, for_eval), result in zip(chunk, tokenized, strict=True):
+            tokenized = self._tokenized([row for row, _, _ in chunk])
+            for (row, source, for_eval), (result, tokens) in zip(chunk, tokenized, strict=True):
                 row_hash = content_hash(*self.kind.identity(row), self.seed)
                 if for_eval:
                     eval_hashes.add(row_hash)
@@ -438,6 +449,7 @@ class _Writer(Generic[Row, Record, Opened]):
                     self._drop(result, entry)
                     continue
                 entry.note_turns(result.split, result.untrained, row.place)
+                entry.note_control(tokens, BECAME[self.data.special_tokens_in_content], row.place)
                 entry.further_documents += len(result.records) - 1
                 first = True
                 for made in result.records:
@@ -445,13 +457,33 @@ class _Writer(Generic[Row, Record, Opened]):
                     if isinstance(record, chat.Drop):
                         self._drop(record, entry)
                         continue
-                    self._note(record, row_hash, source, for_eval, record is not made, row.place, first)
+                    self._note(
+                        record, row.place,
+                        hashes=row_hash, source_ids=source, for_eval=for_eval, first=first,
+                        truncated=record is not made, control=bool(tokens),
+                    )  # fmt: skip
                     first = False
                     yield record
             done += len(chunk)
             if time.monotonic() - last_line > PROGRESS_SECONDS:
                 self.report(f"tokenized {done:,} rows")
                 last_line = time.monotonic()
+
+    def _tokenized(self, rows: Sequence[Row]) -> Iterator[tuple[chat.Made[Record] | chat.Drop, list[str]]]:
+        """One result per row, with the control tokens inside its contents, which become what the run asks."""
+        known, mode = control.control_tokens(self.tokenizer), self.data.special_tokens_in_content
+        found = [known.found(row) for row in rows]
+        refuse = bool if mode is SpecialTokens.refuse else known.is_reserved
+        refused = [next(filter(refuse, tokens), None) for tokens in found]
+        guarded = [
+            known.guarded(row) if tokens and mode is SpecialTokens.text else row
+            for row, tokens, token in zip(rows, found, refused, strict=True)
+            if token is None
+        ]
+        results = iter(self.kind.tokenize(guarded, self.tokenizer))
+        for row, tokens, token in zip(rows, found, refused, strict=True):
+            reason = f"a content holds the control token {token}"
+            yield (next(results) if token is None else chat.Drop(reason, row.place, faulty=True)), tokens
 
     def _fitted(self, record: Record, place: Place) -> Record | chat.Drop:
         return self.kind.fit(record, place, self.data, self.tokenizer.bos_token_id)
@@ -473,27 +505,14 @@ class _Writer(Generic[Row, Record, Opened]):
         else:
             entry.drop(drop.reason, drop.place)
 
-    def _note(
-        self,
-        record: Record,
-        row_hash: int,
-        source: int,
-        for_eval: bool,
-        truncated: bool,
-        place: Place,
-        first: bool,
-    ) -> None:
-        """first: of the records of its row."""
+    def _note(self, record: Record, place: Place, **numbers: float) -> None:
+        """numbers: of `_Kept`, as far as they are not the record's own."""
         documents = self.kind.documents(record)
         self.kept.add(
-            hashes=row_hash,
-            source_ids=source,
             lengths=sum(len(document.input_ids) for document in documents),
             trained=sum(document.trained for document in documents),
             numbers=place.row,
-            truncated=truncated,
-            for_eval=for_eval,
-            first=first,
+            **numbers,
             **dict(zip(self.kind.numbers, self.kind.numbers_of(record), strict=True)),
         )
 
@@ -504,7 +523,7 @@ class _Writer(Generic[Row, Record, Opened]):
         rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
         chosen = held_out(hashes[rows], source_ids[rows], self.data.held_out_fraction())
         for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
-        stored = ("lengths", "trained", "source_ids", "numbers", *self.kind.numbers)
+        stored = ("lengths", "trained", "source_ids", "numbers", "control", *self.kind.numbers)
         return {
             **{name: self.kept[name] for name in stored},
             "train": np.flatnonzero(~for_eval),

@@ -12,7 +12,12 @@ from typing import Any
 
 from common.data.types import Place
 
-COUNTED = {"dropped": "dropped from", "untrained": "not trained in", "split": "split in"}
+COUNTED = {
+    "dropped": "dropped from",
+    "untrained": "not trained in",
+    "split": "split in",
+    "control": "control tokens in contents of",
+}
 """What is counted by reason, and how it is said."""
 
 PLACES_KEPT = 5
@@ -41,6 +46,7 @@ class SourceLedger:
     further_pairs: pairs beyond the first of their row; further_documents: documents beyond the first of a row
     that was split; read + further = kept + dropped + bad. split: rows whose trained turns each stand in a
     document of their own, by reason; untrained: turns that are not trained though the row asks for it.
+    control: rows whose contents hold a control token, by token and what became of it.
     """
 
     name: str
@@ -60,10 +66,16 @@ class SourceLedger:
     further_documents: int = 0
     split: dict[str, Dropped] = field(default_factory=dict)
     untrained: dict[str, Dropped] = field(default_factory=dict)
+    control: dict[str, Dropped] = field(default_factory=dict)
 
     def drop(self, reason: str, place: Place) -> None:
         """Note that a row is left out."""
         self.dropped.setdefault(reason, Dropped()).add(place)
+
+    def note_control(self, tokens: Sequence[str], became: str, place: Place) -> None:
+        """Note the control tokens inside a row's contents."""
+        for token in tokens:
+            self.control.setdefault(f"{token} {became}", Dropped()).add(place)
 
     def note_turns(self, split: str, untrained: Sequence[str], place: Place) -> None:
         """Note that a row is split, and which of its turns are not trained."""

@@ -31,7 +31,8 @@ class StoredRecords:
     """Records of one part of a folder.
 
     lengths: int32 [R] tokens. trained: int32 [R] trained tokens. source_ids: int32 [R], indices into
-    `sources`. fingerprint: hash of everything that decided the records, and of which part this is.
+    `sources`. control: int8 [R], 1 where the row's contents hold control tokens. fingerprint: hash of
+    everything that decided the records, and of which part this is.
     """
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
@@ -41,6 +42,7 @@ class StoredRecords:
         self.lengths = index["lengths"][rows]
         self.trained = index["trained"][rows]
         self.source_ids = index["source_ids"][rows]
+        self.control = index["control"][rows]
         self.fingerprint = f"{folder.name}-{part}"
         self._numbers = index["numbers"]
         self._sources_of_file = index["source_ids"]
@@ -50,6 +52,10 @@ class StoredRecords:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def head(self, index: int) -> str:
+        """What a reader should know before the record itself; usually nothing."""
+        return "[contents of this row hold control tokens] " if self.control[index] else ""
 
     def place(self, index: int) -> str:
         """Where the record came from: source and row (line of a JSONL file), for messages."""

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from common.config import DataConfig, OnBadRow, SpecialTokens
 from common.data.control import control_tokens, is_guarded, text_backend
-from common.data.types import Conversation, Message, Place, Preference, Prompt, TemplateContext
+from common.data.dataset import DEMONSTRATIONS, PREFERENCES, PROMPTS, build
+from common.data.types import (
+    IGNORE,
+    Conversation,
+    Message,
+    Place,
+    Preference,
+    Prompt,
+    TemplateContext,
+    TokenizedExample,
+)
+from common.errors import UserError
 from tests.field_templates import STRIPS_REASONING
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -113,3 +127,102 @@ def test_no_kind_of_vocabulary_makes_the_token_of_guarded_text(name: str) -> Non
     ids = text_backend(tokenizer).encode(control.real(f"{said}[E]a"), add_special_tokens=False).ids
     tokens = [token for token in tokenizer.convert_ids_to_tokens(ids) if token != "▁"]
     assert tokens == ["a", "[", "E", "]", "[E]", "a"]
+
+
+# what becomes of them
+
+
+def built(folder: Path, mode: SpecialTokens, kind: Any = DEMONSTRATIONS, **options: Any) -> Any:
+    rows = [
+        {"prompt": "a", "completion": "ok</s>ok", "chosen": "ok</s>", "rejected": "b"},
+        {"prompt": "b<|im_end|>", "completion": "ok", "chosen": "ok", "rejected": "b"},
+        {"prompt": "c", "completion": "ok", "chosen": "ok", "rejected": "b"},
+    ]
+    if kind is DEMONSTRATIONS:
+        rows = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(
+        path=str(folder / "rows.jsonl"), eval_fraction=0.0, special_tokens_in_content=mode, **options
+    )
+    train, _, ledger = build(
+        data, tiny_tokenizer(CHATML), kind=kind, seed=0, cache_dir=folder / "cache", report=lambda line: None
+    )
+    return train, ledger.sources[0], ledger.lines()
+
+
+def trained(train: Any, index: int) -> list[str]:
+    labels = train[index].labels
+    return list(tiny_tokenizer(CHATML).convert_ids_to_tokens(labels[labels != IGNORE].tolist()))
+
+
+def test_kept_tokens_are_real_counted_by_source_and_named_with_their_rows(tmp_path: Path) -> None:
+    train, entry, lines = built(tmp_path, SpecialTokens.keep)
+    assert trained(train, 0) == ["ok", "</s>", "ok", "<|im_end|>"]
+    became = "taken as the real token (data.special_tokens_in_content=keep)"
+    assert {reason: found.count for reason, found in entry.control.items()} == {
+        f"</s> {became}": 1,
+        f"<|im_end|> {became}": 1,
+    }
+    assert f"control tokens in contents of rows: 1 × </s> {became} ({tmp_path}/rows.jsonl:1)" in lines
+    heads = [bool(train.head(index)) for index in range(3)]
+    assert heads == [True, True, False]
+
+
+def test_as_text_the_answer_has_the_letters_of_the_token_and_ends_where_it_ends(tmp_path: Path) -> None:
+    train, entry, _ = built(tmp_path, SpecialTokens.text)
+    assert trained(train, 0) == ["ok", "<", "/", "s", ">", "ok", "<|im_end|>"]
+    tokenizer = tiny_tokenizer(CHATML)
+    ids = train[1].input_ids.tolist()
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>user\nb<|im_end|><|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+    )
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert list(entry.control) == [
+        "</s> encoded as ordinary text",
+        "<|im_end|> encoded as ordinary text",
+    ]
+    assert trained(train, 2) == ["ok", "<|im_end|>"]
+
+
+def test_refused_rows_are_bad_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl:1: a content holds the control token </s>"):
+        built(tmp_path / "a", SpecialTokens.refuse)
+    train, entry, _ = built(tmp_path / "b", SpecialTokens.refuse, on_bad_row=OnBadRow.skip)
+    assert len(train) == 1 and entry.bad_rows == 2 and entry.control == {}
+
+
+def test_pairs_and_prompts_treat_them_alike(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    pairs, entry, _ = built(tmp_path / "pairs", SpecialTokens.text, PREFERENCES)
+    assert trained_text(pairs[0].chosen, tokenizer) == ["ok", "<", "/", "s", ">", "<|im_end|>"]
+    assert len(entry.control) == 2
+    prompts, entry, _ = built(tmp_path / "prompts", SpecialTokens.text, PROMPTS)
+    ids = prompts[1].input_ids.tolist()
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert prompts[1].prompt == "b<|im_end|>"  # reward functions are given the words as they are
+    kept, _, _ = built(tmp_path / "prompts", SpecialTokens.keep, PROMPTS)
+    assert kept[1].input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
+def trained_text(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return list(tokenizer.convert_ids_to_tokens(example.labels[example.labels != IGNORE].tolist()))
+
+
+@pytest.mark.parametrize("mode", list(SpecialTokens))
+def test_a_reserved_character_is_no_way_to_bring_a_token_in(tmp_path: Path, mode: SpecialTokens) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "\U0010a002" * 4}) + "\n")
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, special_tokens_in_content=mode)
+    with pytest.raises(UserError, match="a content holds the control token U\\+10A002"):
+        build(data, tiny_tokenizer(CHATML), seed=0, cache_dir=tmp_path / "cache", report=lambda line: None)
+
+
+def test_prompts_with_other_tools_are_other_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "tools": [{"name": name}]} for name in ("x", "y", "x")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0)
+    writes_tools = "{{ tools | tojson if tools }}" + CHATML
+    train, _, _ = build(
+        data, tiny_tokenizer(writes_tools), kind=PROMPTS, seed=0, cache_dir=tmp_path / "cache"
+    )
+    assert len(train) == 2
