@@ -118,7 +118,7 @@ def packed_attention(
     """
     _refuse_unsupported(module, attention_mask, is_causal, kwargs)
     if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(
+        raise NoBoundaries(
             "packed attention needs one flat sequence, cu_seq_lens_q and no cache; "
             "generate inside `with plain_attention(model)`"
         )
@@ -188,15 +188,22 @@ def _refuse_unsupported(
     if is_causal is False or getattr(module, "is_causal", True) is False:
         asked.append("attention to later tokens")
     if asked:
-        raise unsupported(getattr(getattr(module, "config", None), "model_type", "?"), asked[0])
+        raise Unsupported(getattr(getattr(module, "config", None), "model_type", "?"), asked[0])
 
 
-def unsupported(model_type: str, what: str) -> UserError:
-    """The error for an architecture that cannot be trained."""
-    return UserError(
-        f"model_type={model_type} has {what}, which cannot be trained here",
-        hint="choose a decoder whose tokens see only those before them, e.g. Llama, Qwen 3, Gemma 3",
-    )
+class Unsupported(UserError):
+    """An architecture that cannot be trained; what: the reason, to come behind "has"."""
+
+    def __init__(self, model_type: str, what: str) -> None:
+        super().__init__(
+            f"model_type={model_type} has {what}, which cannot be trained here",
+            hint="choose a decoder whose tokens see only those before them, e.g. Llama, Qwen 3, Gemma 3",
+        )
+        self.what = what
+
+
+class NoBoundaries(ValueError):
+    """Packed attention was called without knowing where documents begin."""
 
 
 def _by_document(

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -488,7 +489,9 @@ def scores_in_head(model: PreTrainedModel) -> bool:
 
 
 def changes_logits(model: PreTrainedModel) -> bool:
-    """Whether the model scales or caps what its output projection gives, by its config."""
+    """Whether the model scales or caps what its output projection gives, by its config or `check_packed`."""
+    if getattr(model, "_makes_own_logits", False):
+        return True
     config = model.config.get_text_config(decoder=True)
     return any(getattr(config, name, None) not in (None, same) for name, same in LOGIT_CHANGES.items())
 
@@ -542,12 +545,12 @@ def _plain_cross_entropy(
 def check_packed(model: nn.Module) -> None:
     """Run a few tokens and settle how the model's documents are kept apart; see `isolate_documents`.
 
-    Refuses logits changed after the projection by what no config says. Raises UserError. Costs some forward
-    passes of a miniature; leaves mode, weights and random state as they were.
+    Also finds logits that are changed after the projection by what no config says. Raises UserError. Costs
+    some forward passes of a miniature; leaves mode, weights and random state as they were.
     """
     with evaluating(unwrapped(model)):
         isolate_documents(unwrapped(model))
-        _check_head(miniature_of(unwrapped(model)))
+        _check_head(unwrapped(model))
 
 
 @contextmanager
@@ -560,7 +563,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise attention.unsupported(
+        raise attention.Unsupported(
             model.config.model_type, f"a forward pass that fails ({type(error).__name__}: {error})"
         ) from error
     finally:
@@ -636,15 +639,11 @@ def isolate_documents(base: PreTrainedModel) -> None:
     if reason is None:
         try:
             reason = _crossing(miniature_of(base))
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            RuntimeError,
-            UserError,
-        ) as error:
+        except attention.Unsupported as error:
+            reason = error.what
+        except attention.NoBoundaries:
+            reason = "layers that are not told where documents begin"
+        except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
             reason = f"a pass over packed documents that fails ({type(error).__name__}: {error})"
     if reason is None:
         return
@@ -653,7 +652,13 @@ def isolate_documents(base: PreTrainedModel) -> None:
     run_one_by_one(base, reason)
     fault = _crossing(miniature_of(base))
     if fault is not None:
-        raise attention.unsupported(kind, fault)
+        raise attention.Unsupported(kind, fault)
+    _say_one_by_one(kind, reason)
+
+
+@cache
+def _say_one_by_one(kind: str, reason: str) -> None:
+    """Once, however many networks of a kind a step has."""
     log.warning(
         "model_type=%s has %s: its documents run one by one, not packed. That is exact, and slower",
         kind,
@@ -681,14 +686,18 @@ def _crossing(base: PreTrainedModel) -> str | None:
     return "an attention with arguments of its own" if differ(b, alone, base.dtype) else None
 
 
-def _check_head(base: PreTrainedModel) -> None:
-    if not scores_in_head(base):
+def _check_head(model: PreTrainedModel) -> None:
+    """Where the head's product is not the model's logits, the model makes its logits itself from now on."""
+    if not scores_in_head(model):
         return
-    ids = some_tokens(base, 4)
-    hidden = _run_decoder(base, ids, [0, 4], ())
-    projected = base.get_output_embeddings()(hidden.to(base.dtype))
-    if differ(projected.float(), _logits(base, ids).float(), base.dtype):
-        raise attention.unsupported(base.config.model_type, "logits changed after the output projection")
+    small = miniature_of(model)
+    ids = some_tokens(small, 4)
+    hidden = _run_decoder(small, ids, [0, 4], ())
+    projected = small.get_output_embeddings()(hidden.to(small.dtype)).float()
+    own = _logits(small, ids).float()
+    if own.shape != projected.shape or differ(projected, own, small.dtype):
+        model._makes_own_logits = True  # type: ignore[assignment]
+        log.info("model_type=%s changes its logits after the projection", model.config.model_type)
 
 
 def some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -325,6 +326,7 @@ def load_network(
         if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
             cast(Any, network).to(device)
         prepare(network)
+        _say_router_loss(network.config)
         if model.gradient_checkpointing:
             _enable_checkpointing(network)
         if model.compile:
@@ -361,6 +363,38 @@ def adapters_off(module: torch.nn.Module) -> AbstractContextManager[None]:
     return cast(Any, wrapped[0]).disable_adapter() if wrapped else nullcontext()
 
 
+ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "router_z_loss_coef")
+"""Fields by which configs weigh a loss of their routers."""
+
+
+def router_loss_of(config: PreTrainedConfig) -> str | None:
+    """`field=value` of the loss that a mixture's routers were trained with; None for other models.
+
+    It is a product of means over tokens (a share of the tokens times a mean probability, expert by expert):
+    not a sum over tokens, so a mean of micro-batches depends on how a batch is cut, and the exact one needs
+    every token routed once before the first backward pass. It is therefore not computed, by default as in
+    transformers, and that is said.
+    """
+    text = config.get_text_config(decoder=True)
+    weighed = [(name, getattr(text, name, None)) for name in ROUTER_LOSSES]
+    found = [f"{name}={weight:g}" for name, weight in weighed if isinstance(weight, float) and weight]
+    return found[0] if found else None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _say_router_loss(config: PreTrainedConfig) -> None:
+    loss = router_loss_of(config)
+    if loss:
+        _warn_once(
+            f"model_type={config.model_type} has experts: the loss of their routers ({loss}) is not "
+            "computed, only the loss of this step"
+        )
+
+
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """torch's name for it."""
     import torch
@@ -386,6 +420,11 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
                 f"model.config.{name} is not a field of {kind}",
                 hint=_nearest(name, sorted(known), "see the documentation of its config in transformers"),
             )
+    if given.get("output_router_logits"):
+        raise UserError(
+            "model.config.output_router_logits=true asks for the loss of the routers, which is not computed",
+            hint="leave it out; experts are then balanced by nothing but the loss of the step",
+        )
     try:
         return AutoConfig.for_model(kind, **given)
     except Exception as error:  # whatever the type's own code makes of these fields
@@ -416,7 +455,7 @@ def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, ending:
 
 def make_network(config: PreTrainedConfig, model: ModelConfig, ending: Ending) -> PreTrainedModel:
     """Random weights for a config, in `model.dtype`. UserError for what is no decoder of text."""
-    implementation = _attention_for(config, ending)
+    implementation = attention_for(config, ending)
     try:
         return _auto_class(ending).from_config(
             config, dtype=torch_dtype(model.dtype), attn_implementation=implementation
@@ -428,7 +467,7 @@ def make_network(config: PreTrainedConfig, model: ModelConfig, ending: Ending) -
         ) from error
 
 
-def _attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
+def attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
     """Packed, or None (transformers' own) for an architecture whose documents run one by one.
 
     UserError, by its name, for one that is no decoder of text.
@@ -438,7 +477,7 @@ def _attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
         return attention.NAME
     what = _not_a_decoder(kind, config)
     if what is not None:
-        raise attention.unsupported(config.model_type, what)
+        raise attention.Unsupported(config.model_type, what)
     return attention.NAME if getattr(kind, "_supports_attention_backend", False) else None
 
 
@@ -496,7 +535,7 @@ def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> P
     code = model.trust_remote_code
     with _loading_errors(model.path, "model.path"):
         config = AutoConfig.from_pretrained(where, revision=commit, trust_remote_code=code)
-    options["attn_implementation"] = _attention_for(config, ending)
+    options["attn_implementation"] = attention_for(config, ending)
     if model.quantize is Quantize.nf4:
         options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
     with _loading_errors(model.path, "model.path"), _quiet_report():

@@ -465,6 +465,23 @@ def test_a_config_that_its_own_code_chokes_on_names_the_family(kind: str) -> Non
         load_model(config(config={"model_type": kind, **small}), tiny_tokenizer(CHATML), seed=0, device=CPU)
 
 
+def test_a_mixture_says_that_its_router_loss_is_not_computed(caplog: pytest.LogCaptureFixture) -> None:
+    mixture = {"model_type": "mixtral", **SHAPE, "num_local_experts": 2, "router_aux_loss_coef": 0.02}
+    with caplog.at_level("WARNING", "rlhf.models"):
+        for _ in range(2):
+            load_model(config(config=mixture), tiny_tokenizer(CHATML), seed=0, device=CPU)
+        load_model(config(), tiny_tokenizer(CHATML), seed=0, device=CPU)
+    said = [record.message for record in caplog.records if "routers" in record.message]
+    assert len(said) == 1 and "model_type=mixtral" in said[0] and "router_aux_loss_coef=0.02" in said[0]
+
+
+def test_a_config_that_asks_for_the_router_loss_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="model.config.output_router_logits=true.*not computed\n.*leave it out"
+    ):
+        build_config({"model_type": "mixtral", "output_router_logits": True})
+
+
 def test_naming_no_model_is_an_error_with_both_ways_out() -> None:
     with pytest.raises(UserError, match="no model is named\n.*model.path.*model.config.model_type"):
         load_model(ModelConfig(), tiny_tokenizer(CHATML), seed=0, device=CPU)
