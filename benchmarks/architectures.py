@@ -258,6 +258,7 @@ def load_as_a_step_does(config: Any, plain: Any) -> Any:
     from common.losses import check_packed
     from common.models import CAUSAL_LM, disable_dropout, make_network
 
+    attention.register()
     network = make_network(copy.deepcopy(config), ModelConfig(dtype=Dtype.fp32), CAUSAL_LM)
     network.load_state_dict(plain.state_dict())
     network.tie_weights()
@@ -364,7 +365,6 @@ def main() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    attention.register()
     outcomes = []
     for family in wanted or families():
         outcomes.append(try_family(family))
