@@ -83,6 +83,7 @@ SMALL: dict[str, Any] = {
     "ssm_state_size": 8, "state_size": 8, "n_groups": 1, "mamba_dt_rank": 4, "time_step_rank": 4,
     "n_mamba_heads": 2,
     # tables and positions
+    "encoder_hash_byte_group_vocab": 64,
     "max_position_embeddings": 128, "n_positions": 128, "max_seq_len": 128, "n_ctx": 128,
     "type_vocab_size": 2,
     "sliding_window": 4, "attention_window": 4, "attention_window_size": 4, "attention_chunk_size": 8,
@@ -154,6 +155,8 @@ def tiny_config(family: str) -> Any:
 
 
 def _tiny(config_class: Any, extra: dict[str, Any]) -> Any:
+    from transformers import PreTrainedConfig
+
     default = config_class()
     known = set(default.to_dict()) | set(config_class.attribute_map)
     fields = {name: value for name, value in SMALL.items() if name in known and _has(default, name)}
@@ -165,13 +168,10 @@ def _tiny(config_class: Any, extra: dict[str, Any]) -> Any:
         stored = config_class.attribute_map.get(name, name)
         if kinds and not isinstance(getattr(config_class, stored, None), property):
             fields[name] = (list(dict.fromkeys(kinds)) * 4)[:4]
-    for name, sub_class in config_class.sub_configs.items():
-        if (
-            name not in extra
-            and getattr(default, name, None) is not None
-            and hasattr(sub_class, "sub_configs")
-        ):
-            fields[name] = _tiny(type(getattr(default, name)), {}).to_dict()
+    for name in config_class.sub_configs:
+        part = getattr(default, name, None)
+        if isinstance(part, PreTrainedConfig):
+            fields[name] = _tiny(type(part), {}).to_dict()
     fields |= extra
     return config_class(**{name: value for name, value in fields.items() if value is not None})
 
@@ -212,7 +212,11 @@ def refuse_by_name(family: str) -> None:
 
     from common.models import CAUSAL_LM, attention_for
 
-    attention_for(CONFIG_MAPPING[family](), CAUSAL_LM)
+    try:
+        config = CONFIG_MAPPING[family]()
+    except Exception:  # its own defaults are not valid
+        return
+    attention_for(config, CAUSAL_LM)
 
 
 def _reason(error: UserError) -> str:
