@@ -31,6 +31,7 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("demo_chain",),
     ("weak_scaling",),
     ("memory_plan",),
+    ("chat_templates",),
     ("data_scale",),
     ("kill_resume",),
     ("kill_resume", "--step", "reward", "--kills", "10"),
