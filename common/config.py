@@ -197,7 +197,7 @@ class SourceConfig:
     """our name: theirs, e.g. {prompt: query, completion: reply}"""
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, "data.sources.weight", self.weight, "a number above 0")
+        require(0 < self.weight <= 1_000, "data.sources.weight", self.weight, "above 0, up to 1000")
         rows = self.max_rows
         require(rows is None or rows >= 1, "data.sources.max_rows", rows, "1 or more")
 

@@ -246,6 +246,7 @@ def explain(error: BaseException) -> UserError:
         return _unknown_item(cause, error)
     if isinstance(cause, OmegaConfBaseException):
         key = str(getattr(cause, "full_key", "") or "")
+        first_line = first_line.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
         place = f"{key}: " if key else ""
         what = first_line.partition(", expected one of")[0]
         return UserError(place + what[:1].lower() + what[1:], hint=_way_out(key.split("[")[0]))

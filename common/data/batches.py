@@ -22,6 +22,7 @@ import torch
 
 from common.data.packing import Packing, one_per_row, pack, spread
 from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair, leaders_of
+from common.errors import UserError
 
 PAIR = 2
 """Answers in a pair: a row of packed pairs has room for so many documents of the greatest length."""
@@ -87,7 +88,14 @@ class Batches:
             extra = round((weight - copies) * len(members))
             generator = np.random.default_rng([self.plan.seed, epoch, source, 1])
             chosen += [members] * copies + [generator.permutation(members)[:extra]]
-        return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+        documents = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+        rows = len(self.dataset.source_ids)
+        if rows and not len(documents):
+            raise UserError(
+                f"data.sources: an epoch has none of {rows:,} rows by the weights of their sources",
+                hint="larger weights, e.g. 1: each row is seen once an epoch",
+            )
+        return documents
 
     def steps_in_epochs(self, epochs: float) -> int:
         """Optimizer steps in this many passes; the last one may be short of rows."""

@@ -585,3 +585,8 @@ def test_what_only_sounds_like_a_credential_passes_unharmed(
 ) -> None:
     made = composed(override)
     assert (value or override.partition("=")[2]) in str(operator.attrgetter(key)(made))
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert error_of("run_name=${oc.env:NOT_SET}", *JOB) == "environment variable 'NOT_SET' not found"

@@ -9,6 +9,7 @@ import pytest
 
 from common import forecast
 from common.config import SourceConfig
+from common.errors import UserError
 from step1_sft.config import SFTJob
 from step1_sft.forecast import forecast as forecast_sft
 from tests.runs import Base, training_lines
@@ -59,3 +60,12 @@ def test_a_sample_of_sources_of_different_sizes_stands_for_all_their_rows(
     assert some.seen == pytest.approx(480, rel=0.05) and some.rows == some.seen
     assert some.total_steps == pytest.approx(every.total_steps, rel=0.05)
     assert some.tokens == pytest.approx(every.tokens, rel=0.02)
+
+
+def test_weights_that_leave_nothing_of_an_epoch_are_refused(base: Base) -> None:
+    job = weighted(base, (0.001, 0.001))
+    with pytest.raises(UserError, match="an epoch has none of 51 rows by the weights of their sources"):
+        forecast_sft(base.write("weightless", job) / "resolved.yaml")
+    for weight in (0.0, float("inf"), float("nan"), 1e9):
+        with pytest.raises(UserError, match="above 0, up to 1000"):
+            SourceConfig(path="a", weight=weight)
