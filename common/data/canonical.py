@@ -125,7 +125,9 @@ def reasoning(extra: Mapping[str, object], where: str) -> dict[str, object]:
     if len(set(said.values())) > 1:
         raise RowError(f"{where}: {' and '.join(said)} say different things")
     others = {key: value for key, value in extra.items() if key not in said}
-    return {**others, **({REASONING_KEYS[0]: next(iter(said.values()))} if said else {})}
+    text = next(iter(said.values()), "")
+    # templates ask whether the key is there, so an empty text is none
+    return {**others, REASONING_KEYS[0]: text} if text else others
 
 
 def parsed(value: object, where: str) -> Any:

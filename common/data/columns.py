@@ -155,8 +155,9 @@ def _turn(turn: object, where: str, role_key: str, content_key: str, roles: Mapp
         content, extra["tool_calls"] = None, content
     if legacy := extra.pop("function_call", None):
         extra["tool_calls"] = legacy
-    if extra.get("tool_calls"):
-        extra["tool_calls"] = canonical.calls(extra["tool_calls"], f"{where}: tool_calls")
+    # templates ask whether the key is there, so an empty list is none
+    if calls := canonical.calls(extra.pop("tool_calls", None) or [], f"{where}: tool_calls"):
+        extra["tool_calls"] = calls
         content = "" if content is None else content
     elif content_key not in turn:
         raise RowError(f"{where} has no {content_key} (keys: {', '.join(turn) or 'none'})")

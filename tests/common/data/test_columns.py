@@ -292,6 +292,15 @@ def test_reasoning_has_one_name(key: str) -> None:
         demonstration({"messages": [ASKED, {**ANSWERED, "reasoning_content": "x", "thinking": "y"}]})
 
 
+@pytest.mark.parametrize(
+    "nothing", [{"tool_calls": []}, {"tool_calls": "[]"}, {"thinking": ""}, {"tool_calls": None}]
+)
+def test_no_calls_and_no_reasoning_leave_no_key_that_a_template_could_see(nothing: dict[str, Any]) -> None:
+    assert demonstration({"messages": [ASKED, {**ANSWERED, **nothing}]}).messages[1] == Message(
+        "assistant", "a"
+    )
+
+
 def test_a_list_of_turns_may_be_json_text() -> None:
     for written in (json.dumps([ASKED, ANSWERED]), [json.dumps(ASKED), json.dumps(ANSWERED)]):
         assert said(demonstration({"messages": written}).messages)[1] == ("assistant", "a")
