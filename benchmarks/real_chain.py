@@ -1,12 +1,12 @@
 """The real chain on a small pretrained model, on the CPU: `python -m benchmarks.real_chain`.
 
-`--gsm8k FILE --pairs FILE` name the rows. SmolLM2-135M-Instruct (`make pretrained`) goes through four runs of
-`experiment=smollm2` in fp32: SFT on some hundred GSM8K solutions, a reward model and DPO on people's choices
-between two answers (HH, each with its own share of the pairs), and GRPO on sums whose answers are checked.
-Each goes on from the policy of SFT. Reads what the runs logged on held-out rows before and after, and the
-seconds from outside. Writes `results/real_chain_smollm2.json`, and the tables with the machine as `.txt`.
-Exit status 1 when a bar is missed. Sized for half an hour on two idle cores. Settings at the end of the
-command go to every run: `'reward.optim.lr=1e-5'`.
+SmolLM2-135M-Instruct (`make pretrained`) goes through four runs of `experiment=smollm2` in fp32: SFT on some
+hundred GSM8K solutions, a reward model and DPO on people's choices between two answers (HH, each with its
+own share of the pairs), and GRPO on sums whose answers are checked. Each goes on from the policy of SFT.
+Reads what the runs logged on held-out rows before and after, and the seconds from outside. Writes
+`results/real_chain_smollm2.json`, and the tables with the machine as `.txt`. Exit status 1 when a bar is
+missed. Sized for half an hour on two idle cores. Settings at the end of the command go to every run:
+`'reward.optim.lr=1e-5'`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import PROJECT, RESULTS, run_measured, table, write_results
+from benchmarks.pairs_workload import DATA
+from benchmarks.workload import GSM8K
 from common.tracking import read_metrics
 
 STEPS = ("sft", "reward", "dpo", "ppo")
+MODEL = PROJECT / "models" / "smollm2"
+PAIRS = DATA / "hh_rlhf" / "harmless_a.jsonl.gz"
 SUMS, LARGEST = 400, 50
 NAME = "real_chain_smollm2"
 
@@ -96,6 +100,9 @@ class Given:
 def main() -> int:
     """Run the steps one after the other, print tables and bars, write the record."""
     arguments = parse(sys.argv[1:])
+    for needed in (arguments.model, arguments.gsm8k, arguments.pairs):
+        if not needed.exists():
+            raise SystemExit(f"{needed} is not there: see --help")
     with tempfile.TemporaryDirectory(prefix="real_chain_") as temporary:
         folder = (arguments.output_dir or Path(temporary)).resolve()
         given = Given(
@@ -113,9 +120,9 @@ def main() -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_chain")
-    parser.add_argument("--model", type=Path, default=PROJECT / "models" / "smollm2")
-    parser.add_argument("--gsm8k", type=Path, required=True, help="JSONL of question and answer")
-    parser.add_argument("--pairs", type=Path, required=True, help="JSONL of chosen and rejected transcripts")
+    parser.add_argument("--model", type=Path, default=MODEL, help="`make pretrained` makes it")
+    parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="JSONL of question and answer")
+    parser.add_argument("--pairs", type=Path, default=PAIRS, help="JSONL of chosen and rejected transcripts")
     parser.add_argument("--rows", type=int, default=320, help="of GSM8K, some of which are held out")
     parser.add_argument("--most-pairs", type=int, default=1300, help="for the reward model and DPO together")
     parser.add_argument(

@@ -29,6 +29,7 @@ PROGRAMS: tuple[tuple[str, ...], ...] = (
     ("rollout_cpu", "--out", "benchmarks/results"),
     ("ppo_cpu",),
     ("demo_chain",),
+    ("real_chain",),
     ("weak_scaling",),
     ("memory_plan",),
     ("chat_templates",),
