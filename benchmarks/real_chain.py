@@ -36,26 +36,26 @@ NAME = "real_chain_smollm2"
 SETTINGS: Mapping[str, Sequence[str]] = {
     "sft": (
         "sft.data.max_length=512", "sft.data.eval_fraction=0.15", "sft.train.epochs=1",
-        "sft.train.global_batch_size=4", "sft.train.eval_every=0", "sft.optim.lr=5e-5",
+        "sft.train.global_batch_size=4", "sft.train.eval_every=0", "sft.optim.lr=1e-4",
         "sft.sampling.num_prompts=4", "sft.sampling.max_new_tokens=64",
     ),
     "reward": (
         "reward.data.max_length=128", "reward.data.on_bad_row=skip", "reward.data.eval_fraction=0.14",
-        "reward.data.stage_split={reward: 7, dpo: 3}", "reward.train.global_batch_size=16",
-        "reward.train.micro_batch_size=4", "reward.train.eval_every=0", "reward.optim.lr=2e-5",
+        "reward.data.stage_split={reward: 3, dpo: 1}", "reward.train.global_batch_size=16",
+        "reward.train.micro_batch_size=4", "reward.train.eval_every=0", "reward.optim.lr=5e-5",
     ),
     "dpo": (
-        "dpo.data.max_length=128", "dpo.data.on_bad_row=skip", "dpo.data.eval_fraction=0.3",
-        "dpo.data.stage_split={reward: 7, dpo: 3}", "dpo.train.global_batch_size=16",
-        "dpo.train.micro_batch_size=4", "dpo.train.eval_every=0", "dpo.optim.lr=1e-5",
+        "dpo.data.max_length=128", "dpo.data.on_bad_row=skip", "dpo.data.eval_fraction=0.32",
+        "dpo.data.stage_split={reward: 3, dpo: 1}", "dpo.train.global_batch_size=16",
+        "dpo.train.micro_batch_size=4", "dpo.train.eval_every=0", "dpo.optim.lr=2e-5",
         "dpo.sampling.num_prompts=0",
     ),
     "ppo": (
         "ppo.estimator=grpo", "ppo.rewards=[{function: 'step3_ppo.answers:gsm8k'}]",
         "ppo.missing_eos_penalty=0.2", "ppo.data.max_length=128", "ppo.data.eval_fraction=0.16",
         "ppo.rollout.prompts=8", "ppo.rollout.samples_per_prompt=8", "ppo.rollout.max_new_tokens=32",
-        "ppo.train.max_steps=14", "ppo.train.global_batch_size=32", "ppo.train.micro_batch_size=8",
-        "ppo.train.eval_every=0", "ppo.train.save_every=0", "ppo.optim.lr=5e-6",
+        "ppo.train.max_steps=12", "ppo.train.global_batch_size=32", "ppo.train.micro_batch_size=8",
+        "ppo.train.eval_every=0", "ppo.train.save_every=0", "ppo.optim.lr=1e-5",
         "ppo.kl.controller=fixed", "ppo.kl.placement=loss", "ppo.kl.coef=0.02",
         "ppo.evaluation.num_prompts=64",
     ),
@@ -123,8 +123,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=MODEL, help="`make pretrained` makes it")
     parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="JSONL of question and answer")
     parser.add_argument("--pairs", type=Path, default=PAIRS, help="JSONL of chosen and rejected transcripts")
-    parser.add_argument("--rows", type=int, default=320, help="of GSM8K, some of which are held out")
-    parser.add_argument("--most-pairs", type=int, default=1300, help="for the reward model and DPO together")
+    parser.add_argument("--rows", type=int, default=260, help="of GSM8K, some of which are held out")
+    parser.add_argument("--most-pairs", type=int, default=1500, help="for the reward model and DPO together")
     parser.add_argument(
         "--steps", nargs="+", choices=STEPS, default=STEPS, help="others than sft need --output-dir"
     )
