@@ -28,7 +28,7 @@ from tests.tiny_run import ROOT, weights
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.skipif(find() is None, reason=HOW_TO_GET_IT)]
 
-SECONDS = 900.0
+SECONDS = 1800.0
 """After which a run is taken to hang."""
 
 OF_EACH_STEP = (
