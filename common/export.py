@@ -18,7 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +48,7 @@ from common.data.chat import template_hash, tokenizer_hash
 from common.errors import UserError
 from common.losses import PackedCausalLM, unwrapped
 from common.models import terminators_of
+from common.one_by_one import reason_of, run_one_by_one
 from common.scalar_head import PackedScalarModel
 from common.stage import Role
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rlhf.export")
 
 ADAPTER_FOLDER = "adapter"
+TRIAL_TOKENS = 12
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "deepspeed", "peft", "datasets")
 
 EXACT_TOLERANCE = 1e-6
@@ -109,12 +111,14 @@ class _Probe:
         return torch.cat(answers)
 
     @torch.no_grad()
-    def ask_packed(self, model: nn.Module) -> torch.Tensor:
-        """What a model answers the way the live one was asked; peft's wrapper may be around it."""
+    def ask_as_live(self, model: nn.Module, live: PreTrainedModel) -> torch.Tensor:
+        """What a model answers with the attention of `live`; peft's wrapper may be around `model`."""
         device = _move(model, self.answer.device)
         model.eval()
         documents = [document.to(device) for document in self.documents]
-        unwrapped(model).set_attn_implementation(attention.NAME)
+        unwrapped(model).set_attn_implementation(live.config._attn_implementation)
+        if (reason := reason_of(live)) is not None:
+            run_one_by_one(unwrapped(model), reason)
         if self.role is Role.policy:
             return PackedCausalLM(model).logits(documents[0][None])
         return PackedScalarModel(model).scores(documents)
@@ -252,6 +256,23 @@ def _export(
                 hint=f"look at it with: python -m pipeline chat {target}; the checkpoints are unharmed",
             )
     return target
+
+
+def try_export(module: PreTrainedModel, folder: Path) -> str | None:
+    """What is wrong with what is read back of `module` from the empty `folder`, in words; None if nothing is.
+
+    module: a causal LM, or a sequence classifier with one label. Without tokenizer and manifest: for trying
+    out on a small model, in fp32, whether a trained one could be exported.
+    """
+    role = Role.policy if unwrapped(module).get_output_embeddings() is not None else Role.reward_model
+    probe = _Probe(
+        role, [torch.arange(3, 3 + TRIAL_TOKENS)], torch.empty(0), unit=float(role is Role.reward_model)
+    )
+    with attention.plain_attention(unwrapped(module)):
+        probe = replace(probe, answer=probe.ask(module))
+    rebuilt = _rebuild(module, None, folder)
+    _save_weights(rebuilt.saved, folder)
+    return _check(folder, rebuilt, module, probe).fault
 
 
 def _commit(partial: Path, folder: Path, manifest: Manifest) -> None:
@@ -395,15 +416,19 @@ def _set_tied(config: PreTrainedConfig, tied: bool) -> None:
 def _save(
     saved: PreTrainedModel, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
     if saved.can_generate():
         saved.generation_config = _generation_config(module, tokenizer)
-    saved.save_pretrained(folder)
+    _save_weights(saved, folder)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # else batched generation is damaged
     tokenizer.save_pretrained(folder)
     tokenizer.padding_side = side
+
+
+def _save_weights(saved: PreTrainedModel, folder: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    saved.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # written for the owner alone, whatever the umask
         path.chmod((folder / "config.json").stat().st_mode)
 
@@ -464,7 +489,11 @@ def _check(folder: Path, rebuilt: _Rebuilt, module: PreTrainedModel, probe: _Pro
     figures[f"typical_{what}_noise"] = probe.noise
     if probe.role is Role.policy and largest < math.inf:
         figures["mean_kl"] = probe.kl(answer)
-    beside = typical if rebuilt.adapted is None else probe.difference(probe.ask_packed(rebuilt.adapted))
+    beside = (
+        typical
+        if rebuilt.adapted is None
+        else probe.difference(probe.ask_as_live(rebuilt.adapted, unwrapped(module)))
+    )
     faults += _answer_faults(beside, probe.allowed, what, "typically")
     del reloaded
     in_fp32 = _difference_in_fp32(folder, saved, unwrapped(module), probe)
@@ -521,7 +550,7 @@ def _difference_in_fp32(
     config.dtype = torch.float32
     _set_tied(config, bool(saved.config.get_text_config(decoder=True).tie_word_embeddings))
     twin = _with_weights(type(live), config, reloaded.state_dict(), runs=True)
-    return largest_difference(probe.ask_packed(twin), probe.ask(reloaded), probe.unit)
+    return largest_difference(probe.ask_as_live(twin, live), probe.ask(reloaded), probe.unit)
 
 
 def _free_memory() -> int:

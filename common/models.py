@@ -521,7 +521,13 @@ def _auto_class(ending: Ending) -> Any:
     return getattr(transformers, ending.auto_class)
 
 
-def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> PreTrainedModel:
+def read_config(model: ModelConfig) -> PreTrainedConfig:
+    """The config of the network that `model` names, without its weights."""
+    return build_config(model.config) if model.config else _located_config(model)[0]
+
+
+def _located_config(model: ModelConfig) -> tuple[PreTrainedConfig, str, str | None]:
+    """The config in a folder, the folder and None; or that of a hub name, the name and its commit."""
     from transformers import AutoConfig
 
     if model.path is None:
@@ -531,27 +537,31 @@ def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> P
     where, commit = _locate(model.path, model.revision, "model.path")
     if commit is None:
         _check_folder(Path(where))
-    options = dict(ending.fields)
-    code = model.trust_remote_code
     with _loading_errors(model.path, "model.path"):
-        config = AutoConfig.from_pretrained(where, revision=commit, trust_remote_code=code)
+        config = AutoConfig.from_pretrained(where, revision=commit, trust_remote_code=model.trust_remote_code)
+    return config, where, commit
+
+
+def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> PreTrainedModel:
+    config, where, commit = _located_config(model)
+    path, options = str(model.path), dict(ending.fields)
     options["attn_implementation"] = attention_for(config, ending)
     if model.quantize is Quantize.nf4:
         options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
-    with _loading_errors(model.path, "model.path"), _quiet_report():
+    with _loading_errors(path, "model.path"), _quiet_report():
         loaded: Any = _auto_class(ending).from_pretrained(
             where,
             revision=commit,
             dtype=torch_dtype(model.dtype),
             use_safetensors=True,
-            trust_remote_code=code,
+            trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
             **options,
         )
     network, report = loaded
-    _check_report(report, model.path, ending)
+    _check_report(report, path, ending)
     if commit is not None:
-        log.info("model.path=%s is commit %s", model.path, commit)
+        log.info("model.path=%s is commit %s", path, commit)
     return network
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import loop
+from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import to_plain
@@ -26,6 +27,7 @@ from common.data.dataset import DEMONSTRATIONS
 from common.distributed import (
     StopSignal,
     close_world,
+    from_main,
     init_world,
     seed_everything,
     sum_over_ranks,
@@ -33,12 +35,13 @@ from common.distributed import (
 )
 from common.export import export_policy, noise_of
 from common.losses import PackedCausalLM
-from common.models import load_model, terminators_of
+from common.models import CAUSAL_LM, load_model, terminators_of
 from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.rates import Rates
+from common.rehearsal import rehearse_export
 from common.sampling import sample_completions, stop_rate
 from common.stage import Step
 from common.step_data import batch_plan, load_data, places_of
@@ -64,9 +67,12 @@ def train(job: SFTJob, run_dir: Path) -> int:
     tokenizer = load_sft_tokenizer(job, folder, world.local_rank, say)
     terminators = terminators_of(tokenizer)
     data = load_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, folder, world, say)
+    from_main(world, lambda: rehearse_export(job.model, CAUSAL_LM, say))
     model = load_model(
         job.model, tokenizer, seed=job.seed, device=world.device, max_length=job.sft.data.max_length
     )
+    if reached := reach(model):
+        say(reached)
 
     # Data --------------------------------------------------------------------------------------
     plan = batch_plan(job, job.sft.data, config, world)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from common import loop
+from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import to_plain
@@ -37,12 +38,13 @@ from common.evidence import share_in_words
 from common.export import export_policy, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.losses import PackedCausalLM
-from common.models import disable_dropout, load_model, load_tokenizer, terminators_of
+from common.models import CAUSAL_LM, disable_dropout, load_model, load_tokenizer, terminators_of
 from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.rates import Rates
+from common.rehearsal import rehearse_export
 from common.sampling import sample_completions, stop_rate
 from common.stage import Role, Step
 from common.step_data import batch_plan, cache_dir, load_data, places_of
@@ -74,9 +76,12 @@ def train(job: DPOJob, run_dir: Path) -> int:
     data = load_data(job, Step.dpo, job.dpo.data, PREFERENCES, tokenizer, folder, world, say, policy=policy)
     if data.train.margins.any():
         say("note: the pairs have margins, which the reward model uses and DPO does not")
+    from_main(world, lambda: rehearse_export(model_config, CAUSAL_LM, say))
     model = load_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.dpo.data.max_length
     )
+    if reached := reach(model):
+        say(reached)
     disable_dropout(model)  # the policy's answers are compared with the reference's, number by number
 
     # Data --------------------------------------------------------------------------------------

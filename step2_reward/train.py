@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import loop
+from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
 from common.checkpoint import Checkpoints
 from common.config import to_plain
@@ -41,7 +42,8 @@ from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
 from common.progress import Progress
 from common.rates import Rates
-from common.scalar_head import PackedScalarModel, load_scalar_model
+from common.rehearsal import rehearse_export
+from common.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, load_scalar_model
 from common.stage import Role, Step
 from common.step_data import batch_plan, load_data, places_of
 from common.tracking import METRICS_FILE, Tracker
@@ -74,9 +76,12 @@ def train(job: RewardJob, run_dir: Path) -> int:
     data = load_data(
         job, Step.reward, job.reward.data, PREFERENCES, tokenizer, folder, world, say, policy=policy
     )
+    from_main(world, lambda: rehearse_export(model_config, NEW_REWARD_MODEL, say))
     model = load_scalar_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.reward.data.max_length
     )
+    if reached := reach(model):
+        say(reached)
 
     # Data --------------------------------------------------------------------------------------
     module = PackedScalarModel(model)

@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch
 
 from common import loop
+from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
 from common.average import ExponentialAverage, swapped_in
 from common.checkpoint import Checkpoints, State, States
@@ -42,10 +43,11 @@ from common.distributed import (
 from common.errors import UserError
 from common.export import export_policy, noise_of
 from common.handoff import check_same_tokens, load_named, model_of, parent_record
-from common.models import load_tokenizer, terminators_of
+from common.models import CAUSAL_LM, load_tokenizer, terminators_of
 from common.moments import at
 from common.performance import training_flops_per_token
 from common.progress import Progress
+from common.rehearsal import rehearse_export
 from common.stage import Role, Step
 from common.step_data import batch_plan, load_data
 from common.tracking import METRICS_FILE, Tracker
@@ -111,6 +113,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         fingerprints["ptx"] = ptx.train.fingerprint
 
     # Networks ----------------------------------------------------------------------------------
+    from_main(world, lambda: rehearse_export(model_of(job.model, policy.path), CAUSAL_LM, say))
     networks = build_networks(
         job, policy, reward_model, tokenizer, world,
         actor_updates=updates * (total_steps - ppo.critic.warmup_iterations),
@@ -119,6 +122,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
     for name, trained in (("actor", networks.actor), ("critic", networks.critic)):
         if trained is not None:
             say(f"{name}: learning rate {trained.rates.in_words()}")
+    if reached := reach(networks.model):
+        say(reached)
     plan = replace(plan, share_prefix=networks.share_prefix)
     evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation.num_prompts, job.seed)
     actor = networks.actor.engine
