@@ -287,7 +287,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "1 or more")
         require(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "1 or more")
-        require(0.0 < self.epochs < math.inf, "train.epochs", self.epochs, "a number above 0")
+        require(0.0 < self.epochs <= 10_000, "train.epochs", self.epochs, "above 0, up to 10000")
         require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 or more")
         require(self.save_every >= 0, "train.save_every", self.save_every, "0 or more")

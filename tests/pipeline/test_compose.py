@@ -527,6 +527,7 @@ def test_a_free_form_key_may_be_given_as_one_value() -> None:
         ("dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5"),
         ("dpo.optim.lr=0", "dpo.optim.lr=0.0"),
         ("sft.train.epochs=inf", "sft.train.epochs=inf"),
+        ("sft.train.epochs=1e12", "sft.train.epochs=1000000000000.0"),
         ("sft.optim.lr=inf", "sft.optim.lr=inf"),
         ("sft.sampling.max_new_tokens=0", "sft.sampling.max_new_tokens=0"),
         ("sft.sampling.num_prompts=-1", "sft.sampling.num_prompts=-1"),
