@@ -20,12 +20,13 @@ from common.data.types import Message, RawExample, TemplateContext
 
 ROLES = ("system", "user", "assistant", "tool")
 
-OPENAI_ROLES = {role: role for role in ROLES} | {"developer": "system", "function": "tool", "ipython": "tool"}
-
 CALL_ROLE = "function_call"
 """ShareGPT's turn that holds a tool call and nothing else."""
 
-SHAREGPT_ROLES = OPENAI_ROLES | {
+ROLE_NAMES = {role: role for role in ROLES} | {
+    "developer": "system",
+    "function": "tool",
+    "ipython": "tool",
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -115,41 +116,34 @@ def number(columns: Columns, name: str) -> float:
     return found
 
 
-def turns(
-    columns: Columns, column: str, role_key: str, content_key: str, roles: Mapping[str, str]
-) -> tuple[Message, ...]:
-    """The list of turns in a column, or its JSON text. `roles`: what the roles found there are called."""
+def messages(columns: Columns, column: str) -> tuple[Message, ...]:
+    """The list of turns in a column, or its JSON text: `role` and `content`, or `from` and `value` each."""
     value = columns[column]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = canonical.parsed(value, column)
     if not isinstance(value, list):
         raise RowError(f"{column} is not an array ({kind(value)})")
-    return tuple(
-        _turn(turn, f"{column}, turn {number}", role_key, content_key, roles)
-        for number, turn in enumerate(value, start=1)
-    )
+    return tuple(_turn(turn, f"{column}, turn {number}") for number, turn in enumerate(value, start=1))
 
 
-def messages(columns: Columns, column: str) -> tuple[Message, ...]:
-    """The list of turns in a column, written as OpenAI's `role` and `content`."""
-    return turns(columns, column, "role", "content", OPENAI_ROLES)
-
-
-def _turn(turn: object, where: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> Message:
+def _turn(turn: object, where: str) -> Message:
     if isinstance(turn, str) and turn.lstrip().startswith("{"):  # so Parquet holds objects of any form
         turn = canonical.parsed(turn, where)
     if not isinstance(turn, dict):
         raise RowError(f"{where} is not an object ({kind(turn)})")
+    role_key, content_key = (
+        ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    )
     if role_key not in turn:
-        raise RowError(f"{where} has no {role_key} (keys: {', '.join(turn) or 'none'})")
+        raise RowError(f"{where} has no role (keys: {', '.join(turn) or 'none'})")
     role = turn[role_key]
-    if not isinstance(role, str) or role not in roles:
-        raise RowError(f"{where}: unknown role {role!r} (known: {', '.join(roles)})")
+    if not isinstance(role, str) or role not in ROLE_NAMES:
+        raise RowError(f"{where}: unknown role {role!r} (known: {', '.join(ROLE_NAMES)})")
     # what a turn does not have is often written as null, in files of columns always
     extra: dict[str, Any] = {
         key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None
     }
-    trained = _is_trained(extra, roles[role], where)
+    trained = _is_trained(extra, ROLE_NAMES[role], where)
     content = turn.get(content_key)
     if role == CALL_ROLE:
         content, extra["tool_calls"] = None, content
@@ -162,7 +156,7 @@ def _turn(turn: object, where: str, role_key: str, content_key: str, roles: Mapp
     elif content_key not in turn:
         raise RowError(f"{where} has no {content_key} (keys: {', '.join(turn) or 'none'})")
     said = canonical.words(content, f"{where}: {content_key}")
-    return Message(roles[role], said, canonical.reasoning(extra, where), trained)
+    return Message(ROLE_NAMES[role], said, canonical.reasoning(extra, where), trained)
 
 
 def _is_trained(extra: dict[str, Any], role: str, where: str) -> bool:

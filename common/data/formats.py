@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from common.data import columns as cells
 from common.data import preferences
-from common.data.columns import SHAREGPT_ROLES, Columns
+from common.data.columns import Columns
 from common.data.sources import RowError
 from common.data.types import Conversation, Message, RawExample
 from common.errors import UserError
@@ -111,8 +111,7 @@ def messages(columns: Columns) -> tuple[Message, ...]:
 
 def sharegpt(columns: Columns) -> tuple[Message, ...]:
     """The turns of ShareGPT's `conversations`."""
-    turns = cells.turns(columns, "conversations", "from", "value", SHAREGPT_ROLES)
-    return cells.behind_system(columns, turns)
+    return cells.behind_system(columns, cells.messages(columns, "conversations"))
 
 
 def instruction(columns: Columns) -> tuple[Message, ...]:

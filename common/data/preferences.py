@@ -164,6 +164,8 @@ def _written(columns: Columns, name: str, *, in_transcript: bool) -> Turns:
 
     in_transcript: the prompt is a transcript, so a plain string goes on where that ends.
     """
+    if isinstance(columns[name], dict):
+        columns = {name: [columns[name]]}
     if isinstance(columns[name], list):
         return cells.messages(columns, name)
     text = cells.text(columns, name)
@@ -202,7 +204,10 @@ def _whole(columns: Columns, name: str) -> Turns:
     """One side with its prompt: messages, or a transcript."""
     value = columns[name]
     if isinstance(value, str) and not cells.is_transcript(value):
-        raise RowError(f"{name} is a plain string, so a column prompt is needed to say what it answers")
+        raise RowError(
+            f"{name} is a plain string, so a column prompt is needed to say what it answers; another column"
+            " is read as the prompt with data.sources.columns={prompt: its name}"
+        )
     return _written(columns, name, in_transcript=False)
 
 

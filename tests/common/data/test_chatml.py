@@ -64,14 +64,11 @@ def test_words_reasoning_and_every_call_are_the_assistants() -> None:
     ]
 
 
-def test_what_a_tool_said_is_marked() -> None:
-    text, _ = rendered(
-        [USER, {**ANSWER, "tool_calls": [CALL]}, {"role": "tool", "content": "3 degrees"}, ANSWER]
-    )
-    assert (
-        "<|im_start|>tool\n<tool_response>\n3 degrees\n</tool_response><|im_end|>\n<|im_start|>assistant"
-        in text
-    )
+def test_what_a_tool_said_is_marked_once() -> None:
+    result = "<|im_start|>tool\n<tool_response>\n3 degrees\n</tool_response><|im_end|>\n"
+    for content in ("3 degrees", "<tool_response>\n3 degrees\n</tool_response>"):
+        turns = [USER, {**ANSWER, "tool_calls": [CALL]}, {"role": "tool", "content": content}, ANSWER]
+        assert f"{result}<|im_start|>assistant" in rendered(turns)[0]
 
 
 def test_arguments_that_are_text_are_not_quoted_again() -> None:

@@ -301,6 +301,16 @@ def test_no_calls_and_no_reasoning_leave_no_key_that_a_template_could_see(nothin
     )
 
 
+def test_turns_may_have_either_pair_of_keys_in_either_column() -> None:
+    turns = [("user", "q"), ("assistant", "a")]
+    shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert said(demonstration({"conversations": [ASKED, ANSWERED]}).messages) == turns
+    assert said(demonstration({"messages": shared}).messages) == turns
+    sides = {"chosen": shared[1], "rejected": {**OTHER}}
+    pair = preference({"prompt": shared[:1], **sides})
+    assert said(pair.prompt + pair.chosen) == turns and said(pair.rejected) == [("assistant", "b")]
+
+
 def test_a_list_of_turns_may_be_json_text() -> None:
     for written in (json.dumps([ASKED, ANSWERED]), [json.dumps(ASKED), json.dumps(ANSWERED)]):
         assert said(demonstration({"messages": written}).messages)[1] == ("assistant", "a")
