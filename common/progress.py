@@ -98,6 +98,10 @@ class Progress:
             if line.startswith(WARNING) and root.handlers:  # without a log it would be printed again
                 root.getChild("rlhf").warning("%s", line.removeprefix(WARNING))
 
+    def restart(self) -> None:
+        """The work begins now: what came before it says nothing about the time left."""
+        self._start = self._last_time = self._clock()
+
     def close(self) -> None:
         """Leave the bar as it stands; safe to call twice."""
         if self._bar is not None:

@@ -124,6 +124,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
 
         if counters.step == 0:
             evaluate_now()  # what training starts from; no checkpoint, so never the best
+            progress.restart()
         while counters.step < total_steps:
             at("step", counters.step + 1)
             began = time.perf_counter()

@@ -182,6 +182,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
 
         if counters.is_fresh:
             evaluate()
+            progress.restart()
         while counters.step < total_steps:
             at("step", counters.step + 1)
             clock = Stopwatch(is_whole=unfinished.experience is None)

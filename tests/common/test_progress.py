@@ -63,6 +63,16 @@ def test_in_a_pipe_a_slow_run_speaks_every_ten_seconds(pipe: io.StringIO) -> Non
     assert [line.split()[1] for line in pipe.getvalue().splitlines()] == ["10/1000", "20/1000", "30/1000"]
 
 
+def test_what_was_done_before_the_work_began_says_nothing_about_the_time_left(pipe: io.StringIO) -> None:
+    clock = Clock()
+    bar = Progress(100, label="sft", clock=clock)
+    clock.now = 600.0  # an evaluation before the first step
+    bar.restart()
+    clock.now = 605.0
+    bar.update(5)
+    assert pipe.getvalue() == "sft   5/100   5%  1:35 left\n"
+
+
 def test_the_time_left_counts_only_steps_of_this_process(pipe: io.StringIO) -> None:
     clock = Clock()
     bar = Progress(100, label="sft", done=90, clock=clock)
