@@ -73,7 +73,9 @@ class LedgerRow:
     counts: Mapping[
         str, int
     ]  # rows_read, rows_kept, rows_held_out, tokens, trained_tokens, truncated, bad_rows
-    dropped: list[tuple[str, int, list[str]]]  # reason, rows, first places; bad rows among them
+    dropped: list[
+        tuple[str, int, list[str]]
+    ]  # reason, rows (or turns), first places; of bad and split rows too
     lost: int  # rows dropped, without bad ones
 
 
@@ -280,13 +282,23 @@ def sample_of(record: Mapping[str, Any]) -> Sample:
     )
 
 
+def counted(entry: Mapping[str, Any], name: str, says: str = "") -> list[tuple[str, int, list[str]]]:
+    """What the ledger counts by reason, with the first places."""
+    return [
+        (
+            says + clean(reason),
+            whole(mapping(found).get("count")),
+            [clean(place) for place in listing(mapping(found).get("places"))],
+        )
+        for reason, found in mapping(entry.get(name)).items()
+    ]
+
+
 def ledger_row(entry: Mapping[str, Any]) -> LedgerRow:
     """One source's counts."""
-    dropped = []
-    for reason, drop in mapping(entry.get("dropped")).items():
-        places = [clean(place) for place in listing(mapping(drop).get("places"))]
-        dropped.append((clean(reason), whole(mapping(drop).get("count")), places))
+    dropped = counted(entry, "dropped")
     lost = sum(count for _, count, _ in dropped)
+    dropped += counted(entry, "untrained", "not trained: ") + counted(entry, "split", "split: ")
     if examples := [clean(place) for place in listing(entry.get("bad_examples"))]:
         dropped.append(("bad rows", whole(entry.get("bad_rows")), examples))
     counts = {clean(key): whole(value) for key, value in entry.items() if is_step(value)}

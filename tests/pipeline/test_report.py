@@ -19,7 +19,7 @@ from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
 from pipeline.report import report
 from pipeline.report.comparison import compare
-from pipeline.report.files import Sample, SampleFile, read_run
+from pipeline.report.files import Sample, SampleFile, ledger_row, read_run
 from pipeline.report.glance import at_a_glance
 from pipeline.report.reproduce import command_for, decisive
 from pipeline.run import write_resolved
@@ -368,3 +368,15 @@ def test_a_long_text_is_folded_away_and_whole(tmp_path: Path) -> None:
     report(run)
     html = (run / "report.html").read_text()
     assert '<details class="long prompt">' in html and f'dir="auto">{text}</div>' in html
+
+
+def test_rows_that_were_split_and_turns_that_are_not_trained_are_listed() -> None:
+    found = {"count": 2, "places": ["rows.jsonl:1"]}
+    row = ledger_row(
+        {"name": "rows", "dropped": {}, "untrained": {"no place": found}, "split": {"history": found}}
+    )
+    assert row.dropped == [
+        ("not trained: no place", 2, ["rows.jsonl:1"]),
+        ("split: history", 2, ["rows.jsonl:1"]),
+    ]
+    assert row.lost == 0
