@@ -68,9 +68,9 @@ def test_what_was_done_before_the_work_began_says_nothing_about_the_time_left(pi
     bar = Progress(100, label="sft", clock=clock)
     clock.now = 600.0  # an evaluation before the first step
     bar.restart()
-    clock.now = 605.0
-    bar.update(5)
-    assert pipe.getvalue() == "sft   5/100   5%  1:35 left\n"
+    clock.now = 650.0
+    bar.update(20)
+    assert pipe.getvalue() == "sft  20/100  20%  3:20 left\n"
 
 
 def test_the_time_left_counts_only_steps_of_this_process(pipe: io.StringIO) -> None:
