@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -327,6 +328,16 @@ def test_without_a_chat_template_a_line_is_gone_on_with_by_itself(policy: Path) 
     model.tokenizer.chat_template = None
     messages = [{"role": "user", "content": text} for text in ("forgotten", "hello")]
     assert not model.has_template and model.decode(model.render(messages)) == "hello"
+
+
+def test_a_policy_is_asked_with_the_variables_that_its_rows_were_rendered_with(policy: Path) -> None:
+    artifact = load_named(str(policy), Role.policy, "PATH")
+    recorded = {**artifact.manifest.details, "data": {"chat_template_kwargs": {"quiet": True}}}
+    trained = replace(artifact, manifest=replace(artifact.manifest, details=recorded))
+    for made, answer in ((trained, "ok"), (artifact, "hello")):
+        model = chat.Policy(made, "cpu")
+        model.tokenizer.chat_template = "{{ 'ok' if quiet else 'hello' }}"
+        assert model.decode(model.render([{"role": "user", "content": "u"}])) == answer
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(policy: Path) -> None:
