@@ -15,7 +15,7 @@ class Counts:
     ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:
     prompts). total_steps: of the run (PPO: iterations). longest: tokens of its longest document. fill: share
     of the rows' room that is filled. seen: documents of an epoch, by the weights of their sources; 0: not
-    known.
+    known. notices: what the step will do in another way than one would expect, as far as its tokenizer tells.
     """
 
     ledger: list[str]
@@ -30,6 +30,7 @@ class Counts:
     vocabulary: int
     scale: float = 1.0
     seen: int = 0
+    notices: tuple[str, ...] = ()
 
     @property
     def trained_share(self) -> float:

@@ -17,7 +17,6 @@ tokens may come out as the other one.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,11 +33,10 @@ from common.distributed import sum_over_ranks
 from common.errors import UserError
 from common.losses import differ, difference, packed_arguments, positions_within, some_tokens, unwrapped
 from common.miniature import miniature_of
+from common.notices import notice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 FEWEST_ROWS = 8
 """Rows of a forward pass, at least: with fewer, matrix kernels add up in another order."""
@@ -133,7 +131,7 @@ class Decoder:
 
     model: a causal LM with packed attention. slots: responses decoded side by side. An architecture that
     cannot decode from a cache of slots (found out here, with a few tokens) is decoded without a cache, which
-    is slow and said in one log line. Under ZeRO-3 with partitioned parameters all ranks make it together.
+    is slow and said in a notice. Under ZeRO-3 with partitioned parameters all ranks make it together.
     """
 
     def __init__(self, model: nn.Module, *, slots: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
@@ -144,10 +142,10 @@ class Decoder:
         fault = fault_of_cache(unwrapped(model))
         self.has_cache = fault is None
         if fault is not None:
-            log.warning(
-                "model_type=%s cannot decode from a cache (%s): responses are sampled without one, slowly",
-                unwrapped(model).config.model_type,
-                fault,
+            notice(
+                "responses are sampled without a key/value cache",
+                f"model_type={unwrapped(model).config.model_type} cannot decode from one: {fault}",
+                "several times as slow, more so for longer ones",
             )
 
     def decode(

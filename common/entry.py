@@ -8,17 +8,29 @@ the controller, which imports nothing of the user's, cannot look at.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from common.config import JobConfig, load_resolved
+from common.config import Dtype, JobConfig, dtype_on, load_resolved
 from common.errors import UserError
 from common.jit import refuse_to_wait_for_ever
 from common.logs import open_rank_log, run_and_report
+from common.notices import listen
 
 Job = TypeVar("Job", bound=JobConfig)
+
+
+def on_this_device(job: Job) -> Job:
+    """The job with a dtype for `auto`, where no controller has settled it for all ranks."""
+    if job.model.dtype is not Dtype.auto:
+        return job
+    import torch
+
+    dtype = dtype_on(job.model.dtype, gpu=torch.cuda.is_available())
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, dtype=dtype))
 
 
 def step_main(
@@ -46,10 +58,13 @@ def step_main(
     arguments = parser.parse_args()
     run_dir = arguments.run_dir or arguments.config.parent
     logs = run_dir / name / "logs"
-    open_rank_log(logs, int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    open_rank_log(logs, rank)
+    if rank == 0:
+        listen(lambda line: print(f"notice: {line}", flush=True))
 
     def work() -> int:
-        job = load_resolved(arguments.config, schema)
+        job = on_this_device(load_resolved(arguments.config, schema))
         try:
             if check is not None and arguments.check:
                 check(job)

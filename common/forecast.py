@@ -33,6 +33,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.handoff import model_to_preview
 from common.models import load_tokenizer
+from common.notices import listen
 from common.stage import Step
 from common.step_data import StepData, batch_plan, build_data
 
@@ -59,7 +60,10 @@ def main(arguments: Sequence[str]) -> int:
         for step, module, resolved in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             program = importlib.import_module(f"{module}.forecast")
             try:
-                found[step] = dataclasses.asdict(program.forecast(Path(resolved)))
+                lines: list[str] = []
+                listen(lines.append)
+                counts = program.forecast(Path(resolved))
+                found[step] = {**dataclasses.asdict(counts), "notices": lines}
             except UserError as error:
                 raise error.in_step(step) from error
     except UserError as error:

@@ -10,11 +10,9 @@ the trained tokens.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -26,14 +24,13 @@ from common import attention
 from common.errors import UserError
 from common.last_layer import LastLayer
 from common.miniature import HALF_TOLERANCE, TOLERANCE, is_exact, miniature_of
+from common.notices import notice
 from common.one_by_one import decoder_of, reason_of, run_one_by_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from common.data.types import Batch
-
-log = logging.getLogger("rlhf.models")
 
 CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
@@ -585,7 +582,13 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
         ids[:, 6:9] = ids[:, :3]  # the second document is 3 tokens of the first and 3 of its own
         apart = _run_decoder(small, ids, [0, 6, 12], ())
         together = _run_decoder(small, torch.cat([ids[:, :6], ids[:, 9:]], 1), [0, 6, 9], (0, 3))
-        return not differ(apart[9:], together[6:], small.dtype)
+        shares = not differ(apart[9:], together[6:], small.dtype)
+    if not shares:
+        notice(
+            "a prompt is computed again for each of its responses",
+            f"model_type={model.config.model_type} does not tell its attention which tokens they share",
+        )
+    return shares
 
 
 def last_layer_of(model: PreTrainedModel) -> LastLayer:
@@ -595,6 +598,11 @@ def last_layer_of(model: PreTrainedModel) -> LastLayer:
     """
     last = LastLayer(model)
     if last.works and not _last_layer_can_be_partial(miniature_of(model)):
+        notice(
+            "the last layer is computed at all positions",
+            f"the feed-forward networks of model_type={model.config.model_type} cannot be run at some",
+            "up to two thirds of a layer more",
+        )
         last.give_up()
     return last
 
@@ -653,17 +661,7 @@ def isolate_documents(base: PreTrainedModel) -> None:
     fault = _crossing(miniature_of(base))
     if fault is not None:
         raise attention.Unsupported(kind, fault)
-    _say_one_by_one(kind, reason)
-
-
-@cache
-def _say_one_by_one(kind: str, reason: str) -> None:
-    """Once, however many networks of a kind a step has."""
-    log.warning(
-        "model_type=%s has %s: its documents run one by one, not packed. That is exact, and slower",
-        kind,
-        reason,
-    )
+    notice("documents run one by one, not packed", f"model_type={kind} has {reason}", "exact, and slower")
 
 
 def _crossing(base: PreTrainedModel) -> str | None:

@@ -26,16 +26,17 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common import attention
 from common.artifacts import disk_errors
-from common.config import Dtype, ModelConfig, Quantize
+from common.config import Dtype, ModelConfig, Quantize, dtype_on
 from common.data.chat import find_terminators
 from common.errors import UserError
+from common.notices import notice
 from common.one_by_one import decoder_of
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _set_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Non
         tokenizer.add_special_tokens(
             {"additional_special_tokens": missing}, replace_extra_special_tokens=False
         )
-        log.info("added the chat template's tokens %s to the vocabulary", ", ".join(missing))
+        notice(f"{', '.join(missing)} are added to the vocabulary", "the chat template writes them")
 
 
 def _settle_eos(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -232,7 +233,7 @@ def _settle_pad(tokenizer: PreTrainedTokenizerFast) -> None:
     spare = _spare_token(tokenizer, taken)
     if spare is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-        log.info("added <pad> to the vocabulary: the tokenizer had no pad distinct from its terminators")
+        notice("<pad> is added to the vocabulary", "the tokenizer has no pad distinct from its terminators")
     else:
         tokenizer.pad_token = spare
         log.info("pad is %s: the tokenizer had none distinct from its terminators", spare)
@@ -313,6 +314,7 @@ def load_network(
 
     from common.adapters import add_adapters
 
+    model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
@@ -396,7 +398,7 @@ def _say_router_loss(config: PreTrainedConfig) -> None:
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """torch's name for it."""
+    """torch's name for it. KeyError for `auto`, which is settled before a step begins."""
     import torch
 
     return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
@@ -604,8 +606,9 @@ def _check_report(report: Mapping[str, Any], path: str, ending: Ending) -> None:
             hint="the weights do not belong to this config.json: get the model again",
         )
     if unexpected:
-        log.warning(
-            "model.path=%s has tensors that this model has no place for: %s", path, _first(unexpected)
+        notice(
+            f"{len(unexpected)} tensors of model.path={path} are not used",
+            f"this model has no place for {_first(unexpected)}",
         )
 
 
@@ -641,7 +644,7 @@ def _cover_vocabulary(
             hint="set model.chat_template=plain or alpaca, which need no new tokens, or train all weights",
         )
     network.resize_token_embeddings(needed, mean_resizing=True)
-    log.info("embeddings grown from %d to %d rows to cover the tokenizer", rows, needed)
+    notice(f"embeddings grow from {rows} to {needed} rows", "the tokenizer has more tokens than the model")
 
 
 def _set_config_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:

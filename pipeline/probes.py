@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import jit
+from common.config import Dtype, dtype_on
 from common.credentials import has_wandb_key
 from common.redact import redact, redact_text
 from launch.local import PROJECT, count_cores, count_gpus
@@ -39,6 +40,8 @@ LEAST_DISK, LITTLE_DISK = GIB // 10, 10 * GIB
 LEAST_SHARED = 128 * 2**20
 """/dev/shm through which GPUs of one machine talk; containers offer 64 MiB unless told otherwise."""
 LEAST_FILES, FEW_FILES = 256, 1024
+FASTER = 1.2
+"""By which factor another dtype has to be faster to be worth a word."""
 
 
 class Level(Enum):
@@ -200,7 +203,8 @@ def torch(machine: Machine) -> list[Finding]:
     if answer.returncode != 0:
         said = (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[-1]
         return [warning("torch", f"cannot be imported: {said}", "install it again: see constraints.txt")]
-    return judge_torch(json.loads(answer.stdout.strip().splitlines()[-1]), count_gpus(machine.environment))
+    found = json.loads(answer.stdout.strip().splitlines()[-1])
+    return [*judge_torch(found, count_gpus(machine.environment)), *judge_products(found)]
 
 
 def judge_torch(found: Mapping[str, Any], offered: int) -> list[Finding]:
@@ -221,7 +225,7 @@ def judge_torch(found: Mapping[str, Any], offered: int) -> list[Finding]:
         ]
     if not devices:
         built = "for the CPU" if cuda is None else f"CUDA {cuda}, unused"
-        return [ok("torch", f"{found['torch']} ({built}), gloo; bf16 works on the CPU, slowly")]
+        return [ok("torch", f"{found['torch']} ({built}), gloo")]
     if found["nccl"] is None:
         return [
             warning("torch", f"{found['torch']} has no NCCL, over which GPUs talk", "install another build")
@@ -238,6 +242,22 @@ def judge_torch(found: Mapping[str, Any], offered: int) -> list[Finding]:
             note("torch", f"GPUs that do not reach each other's memory: {pairs}: slower collectives")
         )
     return findings
+
+
+def judge_products(found: Mapping[str, Any]) -> list[Finding]:
+    """Which dtype would be faster here, beside the one that `model.dtype=auto` stands for."""
+    speed = found["gflops"]
+    if not speed:
+        return []
+    chosen = dtype_on(Dtype.auto, gpu=bool(found["devices"])).value
+    other = next(name for name in speed if name != chosen)
+    measured = ", ".join(f"{name} {gflops:,.0f}" for name, gflops in speed.items())
+    text = f"model.dtype=auto is {chosen} here; matrix products in GFLOP/s: {measured}"
+    ratio = speed[other] / speed[chosen]
+    if ratio < FASTER:
+        return [ok("dtype", text)]
+    rounding = ", with more rounding" if other == Dtype.bf16.value else ""
+    return [note("dtype", text, f"model.dtype={other} is {ratio:.1f} times as fast in these{rounding}")]
 
 
 def shared_memory(machine: Machine) -> list[Finding]:

@@ -37,7 +37,7 @@ from common.evidence import share_in_words
 from common.handoff import check_same_tokens, load_named
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Stage, Step
-from launch.local import Job, ranks_of
+from launch.local import Job, count_gpus, ranks_of
 from launch.nodes import Hello, Machines, follow, gather
 from launch.supervise import leaving_when_told, supervise
 from pipeline import checks, state
@@ -70,13 +70,17 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
     folder = Path(config.output_dir) / name
     if config.launch.node_rank:
         return follow(config.launch, hello(config, own), folder, jobs_of(wired, folder, own), say)
+    greeting = hello(config, own)  # as the command was given, on all machines
+    config, line = state.settle_dtype(config, folder, gpu=count_gpus() > 0)
     check_named_sources(wired)
     checks.check(config, own)
+    if line is not None:
+        say(line)
     if config.launch.nnodes == 1:
         return run_checked(replace(config, run_name=name), wired, folder, own, None, say)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with gather(config.launch, hello(config, own), folder, say) as machines:
+    with gather(config.launch, greeting, folder, say) as machines:
         checks.check(config, sum(machines.ranks), machines.ranks)
         status = run_checked(replace(config, run_name=name), wired, folder, own, machines, say)
         machines.leave_with(status)
@@ -179,6 +183,9 @@ def preview(config: PipelineConfig) -> int:
     """
     wired = wire_run(config, can_lack=[Role.reward_model])
     check_named_sources(wired)
+    config, _ = state.settle_dtype(
+        config, Path(config.output_dir) / state.run_name(config), gpu=count_gpus() > 0
+    )
     checks.check(config, 1, can_lack=[Role.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
         for step in wired:

@@ -14,12 +14,13 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from common.artifacts import Artifact, FileRecord, content_sha256, disk_errors, file_sha256, write_json
-from common.config import DataConfig, to_plain
+from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
@@ -131,6 +132,41 @@ def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
         for key in BASE_MODEL_KEYS:
             part["model"].pop(key)
     return part
+
+
+def settle_dtype(config: PipelineConfig, run_dir: Path, *, gpu: bool) -> tuple[PipelineConfig, str | None]:
+    """The configuration with a dtype in place of `model.dtype=auto`, and a line that says which and why.
+
+    That which a step of the run has begun with, wherever it goes on; else by the kind of device. The run's
+    name goes with it, since the name of a run is the same on every device.
+    """
+    if config.model.dtype is not Dtype.auto:
+        return config, None
+    here = dtype_on(Dtype.auto, gpu=gpu)
+    recorded = dtype_of_run(run_dir)
+    chosen = recorded or here
+    why = "ranks run on GPUs" if gpu else "ranks run on the CPU"
+    line = f"model.dtype=auto: {chosen.value}, since {why}"
+    if recorded not in (None, here):
+        line = (
+            f"model.dtype=auto: {chosen.value}, which this run began with; {why}, where a new run "
+            f"would take {here.value}"
+        )
+    settled = replace(config, run_name=run_name(config), model=replace(config.model, dtype=chosen))
+    return settled, line
+
+
+def dtype_of_run(run_dir: Path) -> Dtype | None:
+    """What the run's steps began with; None before any did."""
+    for step in Step:
+        try:
+            before = read_state(run_dir / step.value)
+            dtype = Dtype(before["config"]["model"]["dtype"]) if before is not None else None
+        except (UserError, KeyError, TypeError, ValueError):  # said where the step is run
+            continue
+        if dtype not in (None, Dtype.auto):
+            return dtype
+    return None
 
 
 def run_name(config: PipelineConfig) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any
 
 
@@ -28,12 +29,15 @@ def look() -> dict[str, Any]:
         "devices": [],
         "apart": [],
         "error": None,
+        "gflops": {},
     }
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         found["error"] = str(error).strip().splitlines()[0]
+        found["gflops"] = products("cpu")
         return found
+    found["gflops"] = products("cuda" if torch.cuda.device_count() else "cpu")
     if dist.is_nccl_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     for number in range(torch.cuda.device_count()):
@@ -46,6 +50,27 @@ def look() -> dict[str, Any]:
         if not torch.cuda.can_device_access_peer(one, other)
     ]
     return found
+
+
+def products(device: str, seconds: float = 0.15) -> dict[str, float]:
+    """GFLOP/s of matrix products as a small model has them, [512, 1024] by [1024, 1024], by dtype."""
+    import torch
+
+    speed = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.ones(rows, 1024, dtype=dtype, device=device) for rows in (512, 1024))
+        for _ in range(2):  # kernels are made at the first
+            _value_of(a @ b)
+        count, began = 0, time.perf_counter()
+        while (spent := time.perf_counter() - began) < seconds:
+            _value_of(a @ b)
+            count += 1
+        speed[name] = count * 2 * 512 * 1024 * 1024 / spent / 1e9
+    return speed
+
+
+def _value_of(product: Any) -> float:
+    return float(product[0, 0])  # a GPU has then computed it
 
 
 if __name__ == "__main__":

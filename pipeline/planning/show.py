@@ -60,10 +60,12 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
     else:
         where = where_of(config)
         check_named_sources(wired)
+        config, line = state.settle_dtype(config, counting.run_folder(config), gpu=where.gpu)
+        in_doubt = [f"{line}; `doctor` measures which dtype is faster here"] if line is not None else []
         checks.check(config, where.ranks, [*where.hosts.values()] or [where.here])
         counts = counting.count(config, wired)
         sections = {
-            "run": run_lines(config, where),
+            "run": [*run_lines(config, where), *in_doubt],
             "steps": step_lines(config, wired),
             "data": data_lines(counts),
             "schedule": schedule_lines(config, wired, where, counts),
@@ -130,7 +132,7 @@ def data_lines(counts: dict[Step, Counts]) -> list[str]:
         )
         if found.seen and found.seen != found.documents:
             lines.append(f"  by the weights of their sources {found.seen:,} an epoch")
-        lines += [f"  {line}" for line in found.ledger]
+        lines += [f"  {line}" for line in (*found.ledger, *(f"notice: {line}" for line in found.notices))]
     return lines
 
 

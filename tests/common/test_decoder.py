@@ -237,7 +237,7 @@ def test_a_model_whose_cache_would_be_wrong_is_decoded_without_and_says_so(
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     with caplog.at_level(logging.WARNING):
         engine = Decoder(llama, slots=4)
-    assert not engine.has_cache and "cannot decode from a cache" in caplog.text
+    assert not engine.has_cache and "without a key/value cache" in caplog.text
     found = engine.decode(requests, RULE)
     assert found is not None and tokens_of(found) == tokens_of(expected)
     for ours, theirs in zip(found, expected, strict=True):

@@ -137,7 +137,7 @@ def test_a_pad_that_would_hide_a_terminator_is_replaced_by_a_spare_token(
     tokenizer = tiny_tokenizer(CHATML)
     tokenizer.pad_token = pad
     path = saved_tokenizer(tmp_path / "t", tokenizer)
-    with caplog.at_level(logging.INFO, "rlhf.models"):
+    with caplog.at_level(logging.INFO, "rlhf"):
         loaded = load_tokenizer(config(tokenizer=TokenizerConfig(path=str(path))))
     assert (loaded.pad_token, loaded.pad_token_id, len(loaded)) == ("<pad>", 0, len(tokenizer))
     assert "pad is <pad>" in caplog.text
@@ -149,10 +149,10 @@ def test_without_a_spare_token_pad_is_added(tmp_path: Path, caplog: pytest.LogCa
     plain = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[END]": 2}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="[END]", pad_token="[END]")
     path = saved_tokenizer(tmp_path / "t", tokenizer)
-    with caplog.at_level(logging.INFO, "rlhf.models"):
+    with caplog.at_level(logging.INFO, "rlhf"):
         loaded = load_tokenizer(config(tokenizer=TokenizerConfig(path=str(path))))
     assert (loaded.pad_token_id, loaded.eos_token_id, len(loaded)) == (3, 2, 4)
-    assert "added <pad>" in caplog.text
+    assert "<pad> is added" in caplog.text
 
 
 def test_a_good_pad_is_left_alone(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_embeddings_grow_to_cover_new_tokens_and_never_shrink(
     tokenizer = tiny_tokenizer(CHATML)
     known = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
-    with caplog.at_level(logging.INFO, "rlhf.models"):
+    with caplog.at_level(logging.INFO, "rlhf"):
         model = load_model(ModelConfig(path=str(base), dtype=Dtype.fp32), tokenizer, seed=0, device=CPU)
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == known + 1
     assert model.config.vocab_size == known + 1

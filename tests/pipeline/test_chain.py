@@ -21,7 +21,7 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
-from common.config import DataConfig, ModelConfig, TokenizerConfig
+from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Step
 from pipeline import plan, run, state
@@ -49,7 +49,9 @@ def fake_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(*steps: Step, **changes: Any) -> PipelineConfig:
-    llama = ModelConfig(config={"model_type": "llama"}, tokenizer=TokenizerConfig(None, 512))
+    llama = ModelConfig(
+        config={"model_type": "llama"}, tokenizer=TokenizerConfig(None, 512), dtype=Dtype.fp32
+    )
     made = PipelineConfig(run_name="a", model=llama, steps=list(steps))
     made.sft.data = DataConfig(path="rows.jsonl")
     made.reward.data = DataConfig(path="pairs.jsonl")

@@ -101,7 +101,8 @@ def test_a_key_of_an_entry_of_a_list_is_answered_with_the_list(text: str, way_ou
 
 def test_a_wrong_enum_value_lists_what_is_allowed() -> None:
     assert (
-        error_of(*JOB, "model.dtype=fp8") == "model.dtype: invalid value 'fp8'\n  allowed: bf16, fp16, fp32"
+        error_of(*JOB, "model.dtype=fp8")
+        == "model.dtype: invalid value 'fp8'\n  allowed: auto, bf16, fp16, fp32"
     )
     assert "steps[0]: invalid value 'sftt'" in error_of(*JOB, "steps=[sftt]")
 

@@ -18,6 +18,7 @@ from common.errors import UserError
 from pipeline import probes
 from pipeline.doctor import doctor, examine, report
 from pipeline.probes import GIB, Finding, Level, Machine, Probe
+from pipeline.torch_probe import products
 from tests.mounts import read_only
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -166,6 +167,23 @@ def test_gpus_without_bf16_or_apart_from_each_other_are_noted() -> None:
     findings = probes.judge_torch(torch_says(devices=older, apart=[[0, 1]]), 2)
     assert levels(findings) == [Level.ok, Level.note, Level.note]
     assert "model.dtype=fp16" in findings[1].way_out and "0-1" in findings[2].text
+
+
+def test_the_faster_dtype_is_named_beside_the_one_that_auto_takes() -> None:
+    def judged(fp32: float, bf16: float, devices: list[Any]) -> probes.Finding:
+        return only(probes.judge_products({"gflops": {"fp32": fp32, "bf16": bf16}, "devices": devices}))
+
+    slower = judged(165.0, 86.0, [])
+    assert slower.level is Level.ok and "auto is fp32 here" in slower.text and "bf16 86" in slower.text
+    faster = judged(100.0, 250.0, [])
+    assert faster.level is Level.note and faster.way_out.startswith("model.dtype=bf16 is 2.5 times as fast")
+    assert judged(50.0, 700.0, [{}]).level is Level.ok  # on a GPU bf16 is what auto takes
+    assert probes.judge_products({"gflops": {}, "devices": []}) == []
+
+
+def test_products_are_measured_in_both_dtypes() -> None:
+    speed = products("cpu", seconds=0.001)
+    assert speed.keys() == {"fp32", "bf16"} and min(speed.values()) > 0
 
 
 def test_little_shared_memory_matters_to_several_gpus_only() -> None:

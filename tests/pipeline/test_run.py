@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import DataConfig, ModelConfig, TokenizerConfig
+from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Stage, Step
 from pipeline import plan, run, state
@@ -42,7 +42,9 @@ def fake_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**changes: object) -> PipelineConfig:
-    llama = ModelConfig(config={"model_type": "llama"}, tokenizer=TokenizerConfig(None, 512))
+    llama = ModelConfig(
+        config={"model_type": "llama"}, tokenizer=TokenizerConfig(None, 512), dtype=Dtype.fp32
+    )
     made = PipelineConfig(run_name="a", model=llama)
     made.sft.data = DataConfig(path="rows.jsonl")
     for name, value in changes.items():

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pipeline.state import config_differences
+from pathlib import Path
+
+import pytest
+
+from common.config import Dtype, ModelConfig
+from common.stage import Step
+from pipeline.config import PipelineConfig
+from pipeline.plan import STAGES
+from pipeline.state import config_differences, run_name, settle_dtype, step_config, write_state
 
 
 def test_how_deepspeed_divides_a_run_may_change_and_nothing_else() -> None:
@@ -10,3 +18,29 @@ def test_how_deepspeed_divides_a_run_may_change_and_nothing_else() -> None:
     assert config_differences(before, {**before, "deepspeed": {"stage": 3}}) == []
     changed = {**before, "seed": 2, "sft": {"train": {"epochs": 2}}, "deepspeed": {"stage": 3}}
     assert config_differences(before, changed) == ["seed: 1 -> 2", "sft.train.epochs: 1 -> 2"]
+
+
+@pytest.mark.parametrize(("gpu", "chosen", "why"), [(False, "fp32", "CPU"), (True, "bf16", "GPUs")])
+def test_auto_is_settled_by_the_kind_of_device_alone(
+    tmp_path: Path, gpu: bool, chosen: str, why: str
+) -> None:
+    settled, line = settle_dtype(PipelineConfig(), tmp_path, gpu=gpu)
+    assert settled.model.dtype is Dtype(chosen)
+    assert line is not None and f"auto: {chosen}" in line and why in line
+    # one command names one run, on whatever device
+    assert settled.run_name == run_name(PipelineConfig())
+
+
+def test_a_dtype_that_was_named_is_left_alone(tmp_path: Path) -> None:
+    named = PipelineConfig(model=ModelConfig(dtype=Dtype.fp16))
+    assert settle_dtype(named, tmp_path, gpu=True) == (named, None)
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_with_on_another_kind_of_device(tmp_path: Path) -> None:
+    began, _ = settle_dtype(PipelineConfig(), tmp_path, gpu=True)
+    part = step_config(began, STAGES[Step.sft])
+    write_state(tmp_path / "sft", {"status": "stopped", "config": part, "inputs": {}})
+    settled, line = settle_dtype(PipelineConfig(), tmp_path, gpu=False)
+    assert settled.model.dtype is Dtype.bf16
+    assert line is not None and "bf16, which this run began with" in line and "would take fp32" in line
+    assert config_differences(part, step_config(settled, STAGES[Step.sft])) == []
