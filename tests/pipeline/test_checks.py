@@ -35,7 +35,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "count_gpus", lambda: 0)
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    config = PipelineConfig(model=ModelConfig(config=dict(LLAMA), tokenizer=TokenizerConfig(None, 512)))
+    config = PipelineConfig(
+        model=ModelConfig(config=dict(LLAMA), tokenizer=TokenizerConfig(None, 512), dtype=Dtype.bf16)
+    )
     config.sft.data = DataConfig(path="rows.jsonl", max_length=256)
     checks.check(config, ranks=2)
     return config
