@@ -10,6 +10,7 @@ the trained tokens.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from common.data.types import Batch
+
+log = logging.getLogger("rlhf.models")
 
 CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
