@@ -150,8 +150,10 @@ def tiny_config(family: str) -> Any:
     """A config of the class that the family's causal LM is made from, with some thousand weights."""
     import transformers
 
-    kind = getattr(transformers, families()[family])
-    return _tiny(kind.config_class, EXTRA.get(family, {}))
+    kind = getattr(transformers, families()[family]).config_class
+    if kind not in transformers.AutoModelForCausalLM._model_mapping:  # only found through the family's own
+        kind = transformers.CONFIG_MAPPING[family]
+    return _tiny(kind, EXTRA.get(family, {}))
 
 
 def _tiny(config_class: Any, extra: dict[str, Any]) -> Any:

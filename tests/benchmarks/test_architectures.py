@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.architectures import Outcome, families, table, try_family
+from benchmarks.architectures import RESULTS, Outcome, families, table, try_family
 from common.one_by_one import decoder_of
 
 PACKED = ("llama", "gemma2", "gpt_oss", "deepseek_v3")  # soft caps, sinks, compressed keys and values
@@ -60,3 +60,13 @@ def test_the_decoder_is_what_turns_ids_into_hidden_states(family: str) -> None:
 
     model = AutoModelForCausalLM.from_config(tiny_config(family))
     assert decoder_of(model) is model.model
+
+
+def test_the_recorded_table_has_every_family_and_no_wrong_one() -> None:
+    import transformers
+
+    text = RESULTS.read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert {row[2] for row in rows} <= {"packed", "one by one", "refused", "not made"}
+    if f"transformers {transformers.__version__}," in text:
+        assert [row[0].removeprefix("| ") for row in rows] == list(families())
