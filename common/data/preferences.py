@@ -195,7 +195,10 @@ def _without_prompt(columns: Columns) -> Sides:
     while shared and chosen[shared - 1].role == "assistant":
         shared -= 1
     if not shared:
-        raise RowError("chosen and rejected share nothing: they do not begin with the same turn")
+        raise RowError(
+            "chosen and rejected share nothing: they do not begin with the same turn; a prompt in another"
+            " column is read with data.sources.columns={prompt: its name}"
+        )
     prompt = cells.behind_system(columns, chosen[:shared])
     return Sides(prompt, chosen[shared:], rejected[shared:])
 
