@@ -18,23 +18,12 @@ STOPPED_EXIT_CODE = 143
 """Exit status of ranks that were told to stop."""
 _ERROR_FILE = "error.txt"
 _STOPPED_FILE = "stopped.txt"
-OF_MODELS = "rlhf.models"
 ending = threading.Lock()
 """Held by whoever ends this process, so that it ends for one reason and says one."""
 
 
-class _Notes(logging.Handler):
-    """Prints a record's words."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"note: {record.getMessage()}", flush=True)
-
-
 def open_rank_log(folder: Path, rank: int) -> None:
-    """Send every log record of this process to `folder/rank_<rank>.log`, and nothing to the terminal.
-
-    But for what loading a model has to warn of: the first rank prints that, since it changes what a run does.
-    """
+    """Send every log record of this process to `folder/rank_<rank>.log`, and nothing to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank_{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -43,7 +32,6 @@ def open_rank_log(folder: Path, rank: int) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it has a handler of its own, for every retry
-    logging.getLogger(OF_MODELS).handlers[:] = [_Notes(logging.WARNING)] if rank == 0 else []
     if rank == 0:
         for name in (_ERROR_FILE, _STOPPED_FILE):
             (folder / name).unlink(missing_ok=True)

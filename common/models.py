@@ -27,7 +27,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -383,17 +382,12 @@ def router_loss_of(config: PreTrainedConfig) -> str | None:
     return found[0] if found else None
 
 
-@cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
-
-
 def _say_router_loss(config: PreTrainedConfig) -> None:
     loss = router_loss_of(config)
     if loss:
-        _warn_once(
-            f"model_type={config.model_type} has experts: the loss of their routers ({loss}) is not "
-            "computed, only the loss of this step"
+        notice(
+            f"the loss of the routers ({loss}) is not computed",
+            f"model_type={config.model_type} has experts, and no sum over tokens is what it is",
         )
 
 
