@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.data.types import Conversation, Message, Preference, Prompt
+from common.data.types import Conversation, Message, Preference, Prompt, TemplateContext
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -155,14 +155,15 @@ def _said(row: Conversation | Preference | Prompt) -> Iterator[tuple[str, bool]]
         yield turn.content, own
         if turn.extra:
             yield from ((text, own) for text in _inside(turn.extra))
-    yield from ((text, False) for text in _inside(row.context.tools))
+    context = row.context
+    yield from ((text, False) for text in (*_inside(context.tools), *_inside(context.variables)))
 
 
 def _inside(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from (text for inner in value.values() for text in _inside(inner))
+        yield from (text for key, inner in value.items() for text in (key, *_inside(inner)))
     elif isinstance(value, list | tuple):
         yield from (text for inner in value for text in _inside(inner))
 
@@ -181,7 +182,8 @@ def _changed(row: Row, change: Change) -> Row:
     else:
         parts = {"messages": _turns(row.messages, change)}
     tools = tuple(_texts(tool, change, False) for tool in row.context.tools)
-    return dataclasses.replace(row, **parts, context=dataclasses.replace(row.context, tools=tools))
+    context = TemplateContext(tools, _texts(row.context.variables, change, False))
+    return dataclasses.replace(row, **parts, context=context)
 
 
 def _turns(turns: tuple[Message, ...], change: Change) -> tuple[Message, ...]:
@@ -199,7 +201,7 @@ def _texts(value: Any, change: Change, own: bool) -> Any:
     if isinstance(value, str):
         return change(value, own)
     if isinstance(value, Mapping):
-        return {key: _texts(inner, change, own) for key, inner in value.items()}
+        return {change(key, own): _texts(inner, change, own) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_texts(inner, change, own) for inner in value]
     return value

@@ -43,7 +43,11 @@ def conversation(*turns: Message, tools: tuple[dict[str, Any], ...] = ()) -> Con
         conversation(
             Message("assistant", "", {"tool_calls": [{"function": {"arguments": {"x": ["</s>"]}}}]})
         ),
+        conversation(Message("assistant", "", {"tool_calls": [{"function": {"arguments": {"</s>": "x"}}}]})),
         conversation(Message("assistant", "b", {"reasoning_content": "</s>"})),
+        Conversation(
+            (Message("user", "a"),), None, "s", HERE, context=TemplateContext((), {"documents": ["</s>"]})
+        ),
         conversation(Message("user", "a"), tools=({"function": {"description": "</s>"}},)),
         Conversation((), "a</s>b", "s", HERE),
         Preference(
