@@ -92,9 +92,9 @@ def tools(value: object) -> tuple[Mapping[str, object], ...]:
     value: an array of definitions or one, each with or without the wrapper, as objects or JSON text; null and
     nothing mean none.
     """
-    if value in (None, "", []):
+    found = parsed(value, "tools") if value != "" else None
+    if found in (None, []):
         return ()
-    found = parsed(value, "tools")
     listed = found if isinstance(found, list) else [found]
     return tuple(_tool(tool, f"tools, number {number}") for number, tool in enumerate(listed, start=1))
 

@@ -305,15 +305,14 @@ def _parse_json_row(line: bytes) -> Mapping[str, object]:
         at_end = error.pos >= len(text.rstrip())
         what = "truncated JSON" if at_end or "Unterminated" in error.msg else "not valid JSON"
         raise RowError(f"{what}: {error.msg.removesuffix(' at')} at column {error.colno}") from error
-    if "\\u" in text:  # only an escape can bring a lone surrogate into valid UTF-8
-        _refuse_surrogates(row)
     return _check_row(row)
 
 
 def strict_json(text: str) -> Any:
-    """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice), JSONDecodeError."""
+    """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice) and for lone
+    surrogates, JSONDecodeError."""
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
         )
     except json.JSONDecodeError:
@@ -322,6 +321,9 @@ def strict_json(text: str) -> Any:
         raise
     except (RecursionError, ValueError) as error:
         raise RowError(f"not valid JSON: {error}") from error
+    if "\\u" in text:  # only an escape can bring a lone surrogate into text
+        _refuse_surrogates(value)
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

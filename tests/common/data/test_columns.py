@@ -77,7 +77,7 @@ def test_tools_are_read_as_objects_or_as_json_with_or_without_a_wrapper(written:
         assert preference({**row, "tools": written}).context.tools == (TOOL,)
 
 
-@pytest.mark.parametrize("none", [None, "", [], "[]"])
+@pytest.mark.parametrize("none", [None, "", [], "[]", "null"])
 def test_a_row_without_tools_gives_the_template_none(none: Any) -> None:
     assert demonstration({"prompt": "q", "completion": "a", "tools": none}).context.tools == ()
 
@@ -239,6 +239,7 @@ def test_a_call_keeps_its_id_and_may_lack_content_and_arguments() -> None:
     ("call", "reason"),
     [
         ({"name": "f", "arguments": "x = 1"}, "call 1: arguments: not valid JSON"),
+        ({"name": "f", "arguments": '{"x": "\\ud800"}'}, "call 1: arguments: lone surrogate \\ud800"),
         ({"name": "f", "arguments": [1]}, "call 1: arguments is not an object (an array)"),
         ({"arguments": {}}, "call 1 has no name (keys: arguments)"),
         ({"name": "f", "parameters": {}}, "call 1 has no arguments (keys: name, parameters)"),
