@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from common.data.parts import lost_by_template
+from common.data.render import read_template
+from common.data.types import Message, TemplateContext
+from tests.tiny import tiny_tokenizer
+
 CHATML = (Path(__file__).parents[3] / "conf" / "chat_template" / "chatml.jinja").read_text()
 SYSTEM, USER = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": " a\n"}
@@ -76,3 +81,17 @@ def test_arguments_that_are_text_are_not_quoted_again() -> None:
     assert rendered([USER, {**ANSWER, "content": "", "tool_calls": [call]}])[1] == [
         f"{WRITTEN_CALL}<|im_end|>"
     ]
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("words", ["", "a", "<think>\nhm\n</think>\n\na"])
+@pytest.mark.parametrize("more", [{}, {"reasoning_content": "hm"}])
+@pytest.mark.parametrize("calls", [[], [CALL], [CALL, CALL]])
+def test_no_part_of_a_row_is_left_out_so_that_a_hint_may_name_it(
+    prompt: bool, words: str, more: dict[str, Any], calls: list[dict[str, Any]]
+) -> None:
+    said = Message("assistant", words, {**more, **({"tool_calls": calls} if calls else {})})
+    turns = [Message("system", "s"), Message("user", "q"), said, Message("tool", "r")]
+    template = read_template(tiny_tokenizer(CHATML))
+    context = TemplateContext((TOOL,))
+    assert lost_by_template(turns[: 4 if prompt else 3], context, template, prompt=prompt) is None
