@@ -89,6 +89,14 @@ PYTHON_ARGUMENTS = (
 )
 """Calls without their wrapper, whose arguments are printed: objects would come out as Python writes them."""
 
+CALLS_END_APART = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{{ '<|eot_id|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""A turn with a call ends with another token than an answer."""
+
 EVERY = {
     "strips reasoning": STRIPS_REASONING,
     "drops earlier reasoning": DROPS_EARLIER_REASONING,
@@ -98,4 +106,5 @@ EVERY = {
     "parts": PARTS,
     "alternating": ALTERNATING,
     "python arguments": PYTHON_ARGUMENTS,
+    "calls end apart": CALLS_END_APART,
 }

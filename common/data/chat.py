@@ -190,11 +190,13 @@ def fit(
 
 
 def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of the tokens with which the chat template really ends an assistant turn.
+    """Ids of the tokens with which the chat template really ends an assistant turn: first that of an answer,
+    then that of a call, where it is another one.
 
     Raises UserError when there is no template or its turns have no one-token terminator.
     """
-    terminator = read_template(tokenizer).terminator
+    template = read_template(tokenizer)
+    terminator = template.terminator
     ids = tokenizer.backend_tokenizer.encode(terminator, add_special_tokens=False).ids
     special = [token for token in ids if token in tokenizer.added_tokens_decoder]
     if not special and len(ids) != 1:
@@ -203,7 +205,10 @@ def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
             " a model trained on it would never stop",
             hint="use a template that ends turns with a special token, e.g. model.chat_template=chatml",
         )
-    return ((special or ids)[-1],)
+    call_ends = [
+        token for token, added in tokenizer.added_tokens_decoder.items() if str(added) == template.call_end
+    ]
+    return tuple(dict.fromkeys([(special or ids)[-1], *call_ends]))
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -28,19 +28,23 @@ class Forms:
     """What a template takes; the fields' values are the canonical form.
 
     parts: contents as `[{"type": "text", "text": ...}]`. bare_calls: calls without the wrapper `function`.
-    text_arguments: arguments of calls as JSON text.
+    text_arguments: arguments of calls as JSON text. no_words: null as the content of a turn that calls and
+    says nothing.
     """
 
     parts: bool = False
     bare_calls: bool = False
     text_arguments: bool = False
+    no_words: bool = False
 
     def turn(self, message: Message) -> Turn:
         """The turn as the template is given it."""
         extra = dict(message.extra)
+        content: Any = [{"type": "text", "text": message.content}] if self.parts else message.content
         if isinstance(calls := extra.get("tool_calls"), list | tuple):
             extra["tool_calls"] = [self._call(call) for call in calls]
-        content = [{"type": "text", "text": message.content}] if self.parts else message.content
+            if self.no_words and not message.content:
+                content = None
         return {**extra, "role": message.role, "content": content}
 
     def _call(self, call: Any) -> Any:
@@ -56,8 +60,20 @@ def find(render: Render) -> Forms:
     """The forms that a template takes; the canonical one of a field that it does not write in any."""
     contents = [Forms(parts) for parts in (False, True)]
     found = _first(contents, _shows_content, render)
-    calls = [replace(found, bare_calls=bare, text_arguments=text) for bare in _EITHER for text in _EITHER]
+    calls = [
+        replace(found, bare_calls=bare, text_arguments=text, no_words=null)
+        for null in _EITHER
+        for bare in _EITHER
+        for text in _EITHER
+    ]
     return _first(calls, _shows_call, render)
+
+
+def a_call(forms: Forms) -> list[Turn]:
+    """A question and a turn that says nothing and calls, as the template is given them."""
+    function = {"name": NAME, "arguments": {KEY: MARK}}
+    call = {"id": "zqcallqz1", "type": "function", "function": function}
+    return [forms.turn(Message("user", "b")), forms.turn(Message("assistant", "", {"tool_calls": [call]}))]
 
 
 _EITHER = (False, True)
@@ -74,10 +90,6 @@ def _shows_content(forms: Forms, render: Render) -> bool:
 def _shows_call(forms: Forms, render: Render) -> bool:
     """Neither as Python would print the arguments, nor encoded twice."""
     arguments = {KEY: MARK}
-    function = {"name": NAME, "arguments": arguments}
-    call = {"id": "zqcallqz1", "type": "function", "function": function}
-    text = render(
-        [forms.turn(Message("user", "b")), forms.turn(Message("assistant", "", {"tool_calls": [call]}))]
-    )
+    text = render(a_call(forms))
     twice = json.dumps(json.dumps(arguments))[1:-1]
     return NAME in text and MARK in text and str(arguments) not in text and twice not in text

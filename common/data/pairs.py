@@ -35,13 +35,13 @@ def tokenize_pairs(
 
     Raises UserError when the chat template has no one-token terminator, or as `chat.tokenize` does.
     """
-    (terminator,) = chat.find_terminators(tokenizer)
+    terminators = chat.find_terminators(tokenizer)
     results: list[TokenizedPair | Drop | None] = [_drop_empty(preference) for preference in preferences]
     usable = [index for index, result in enumerate(results) if result is None]
     sides = [side for index in usable for side in _sides(preferences[index])]
     tokenized = chat.tokenize(sides, tokenizer)
     for index, chosen, rejected in zip(usable, tokenized[0::2], tokenized[1::2], strict=True):
-        results[index] = _pair(preferences[index], chosen, rejected, terminator)
+        results[index] = _pair(preferences[index], chosen, rejected, terminators)
     return [result for result in results if result is not None]
 
 
@@ -94,7 +94,7 @@ def _pair(
     preference: Preference,
     chosen: Made[TokenizedExample] | Drop,
     rejected: Made[TokenizedExample] | Drop,
-    terminator: int,
+    terminators: Sequence[int],
 ) -> TokenizedPair | Drop:
     sides = []
     for name, made in (("chosen", chosen), ("rejected", rejected)):
@@ -102,7 +102,7 @@ def _pair(
         if isinstance(side, Drop):
             return Drop(f"{name}: {side.reason}", side.place, side.faulty)
         sides.append(side)
-    ends = [_through_terminator(side, terminator) for side in sides]
+    ends = [_through_terminator(side, terminators) for side in sides]
     if ends[0] is None or ends[1] is None:
         return Drop(NO_TERMINATOR, preference.place)
     if np.array_equal(ends[0].input_ids, ends[1].input_ids):
@@ -117,10 +117,10 @@ def _comparable(side: Made[TokenizedExample], place: Place) -> TokenizedExample 
     return Drop(SPLIT + side.split, place) if side.split else side.records[0]
 
 
-def _through_terminator(side: TokenizedExample, terminator: int) -> TokenizedExample | None:
-    """The side through the last token it trains; None when that is not the terminator."""
+def _through_terminator(side: TokenizedExample, terminators: Sequence[int]) -> TokenizedExample | None:
+    """The side through the last token it trains; None when that is no terminator."""
     end = int(np.flatnonzero(side.labels != IGNORE)[-1]) + 2  # behind the token that label stands for
-    if side.input_ids[end - 1] != terminator:
+    if side.input_ids[end - 1] not in terminators:
         return None
     return TokenizedExample(side.input_ids[:end], side.labels[:end], side.source)
 

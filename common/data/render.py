@@ -36,8 +36,9 @@ class ChatTemplate:
     tags, and how it ends an assistant turn.
 
     added: the tokenizer's added tokens, as text. terminator: what ends a turn, through its special tokens;
-    empty when there is nothing. behind: what follows the terminator where the conversation ends. forms: how
-    it wants contents and calls.
+    empty when there is nothing. behind: what follows the terminator where the conversation ends. call_end:
+    the added token with which a turn ends that calls; empty when it is none, or such a turn is not trained.
+    forms: how it wants contents and calls.
     """
 
     text: str
@@ -46,6 +47,7 @@ class ChatTemplate:
     added: tuple[str, ...]
     terminator: str
     behind: str
+    call_end: str = ""
     forms: Forms = field(default_factory=Forms)
 
     def through_terminator(self, turn: str) -> str:
@@ -99,13 +101,24 @@ def _read(text: str, special: tuple[tuple[str, str], ...], added: tuple[str, ...
         inner = None
     terminator = _terminator(tail, inner, added)
     behind = tail[tail.find(terminator) + len(terminator) :]
-    return replace(template, terminator=terminator, behind=behind)
+    template = replace(template, terminator=terminator, behind=behind)
+    return replace(template, call_end=_call_end(template))
 
 
-def _attempt(turns: list[Turn], template: ChatTemplate) -> str:
+def _call_end(template: ChatTemplate) -> str:
+    """The added token that ends a turn with a call; some templates end it with another one than an answer."""
+    turns = forms.a_call(template.forms)
+    prompt, text = _attempt(turns[:1], template, prompt=True), _attempt(turns, template)
+    if forms.NAME not in text or not text.startswith(prompt):
+        return ""
+    turn = template.through_terminator(text[len(prompt) :])
+    return max((token for token in template.added if turn.endswith(token)), key=len, default="")
+
+
+def _attempt(turns: list[Turn], template: ChatTemplate, *, prompt: bool = False) -> str:
     """The turns as they are; the empty string when the template refuses them."""
     try:
-        return _render(turns, template, NO_CONTEXT, prompt=False)[0]
+        return _render(turns, template, NO_CONTEXT, prompt=prompt)[0]
     except RenderError:
         return ""
 

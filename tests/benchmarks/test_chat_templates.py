@@ -46,6 +46,7 @@ def test_every_kind_of_template_trains_what_it_renders_or_says_why_not() -> None
         "parts": "= = = = = = r r r r r r r r r r r =",
         "alternating": "= = r r = = r r r r r r r r r r r =",
         "python arguments": "= = = = = = r r r r r = r r r r r =",
+        "calls end apart": "= = = = = = r r r r r = r r r r r =",
         "chatml": "= = = = = = = = = = = = = = = = = =",
         "alpaca": "= = = = = = r r r r r r r r r r r =",
         "plain": "= = = = = = r r r r r r r r r r r =",

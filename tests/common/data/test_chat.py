@@ -17,7 +17,7 @@ from common.data.chat import Drop, Made, check_template, find_terminators, fit, 
 from common.data.render import read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
-from tests.field_templates import DROPS_EARLIER_REASONING
+from tests.field_templates import CALLS_END_APART, DROPS_EARLIER_REASONING
 from tests.tiny import CHATML, tiny_tokenizer, wordpiece_tokenizer
 
 HERE = Place("rows.jsonl", 7)
@@ -653,6 +653,12 @@ def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place() -> None:
 def test_the_terminator_is_the_token_that_really_ends_a_turn(template: str, terminator: str) -> None:
     tokenizer = tiny_tokenizer(template)
     assert tokenizer.convert_ids_to_tokens(list(find_terminators(tokenizer))) == [terminator]
+    check_template(tokenizer)
+
+
+def test_the_token_that_ends_a_call_is_a_terminator_too() -> None:
+    tokenizer = tiny_tokenizer(CALLS_END_APART)
+    assert tokenizer.convert_ids_to_tokens(list(find_terminators(tokenizer))) == ["<|im_end|>", "<|eot_id|>"]
     check_template(tokenizer)
 
 

@@ -13,6 +13,7 @@ from common.data.chat import Drop
 from common.data.pairs import fit_pair, prompt_length, tokenize_pairs
 from common.data.types import IGNORE, Message, Place, Preference, TokenizedExample, TokenizedPair
 from common.errors import UserError
+from tests.field_templates import CALLS_END_APART
 from tests.tiny import CHATML, tiny_tokenizer
 
 HERE = Place("rows.jsonl", 7)
@@ -121,6 +122,15 @@ def test_a_side_that_the_template_does_not_end_has_no_terminator() -> None:
     rows = [preference(turns("a"), "cut", "ok"), preference(turns("a"), "hello", "ok")]
     results = tokenize_pairs(rows, tiny_tokenizer(unended))
     assert results[0] == Drop("no terminator", HERE) and isinstance(results[1], TokenizedPair)
+
+
+def test_a_call_is_compared_with_an_answer_though_they_end_with_other_tokens() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    row = preference(turns("a"), "ok", "ok")
+    row = replace(row, chosen=(Message("assistant", "", {"tool_calls": [call]}),))
+    made = pair(row, CALLS_END_APART)
+    ends = [int(side.input_ids[-1]) for side in (made.chosen, made.rejected)]
+    assert tiny_tokenizer().convert_ids_to_tokens(ends) == ["<|eot_id|>", "<|im_end|>"]
 
 
 def test_a_template_that_refuses_a_side_makes_the_row_bad_and_names_the_side() -> None:
