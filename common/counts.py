@@ -15,7 +15,8 @@ class Counts:
     ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:
     prompts). total_steps: of the run (PPO: iterations). longest: tokens of its longest document. fill: share
     of the rows' room that is filled. seen: documents of an epoch, by the weights of their sources; 0: not
-    known. notices: what the step will do in another way than one would expect, as far as its tokenizer tells.
+    known. notices: what the step will do in another way than one would expect, as far as its
+    tokenizer and its architecture tell.
     """
 
     ledger: list[str]

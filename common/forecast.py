@@ -4,7 +4,8 @@
 
 Takes each step's configuration; writes the `Counts` of each as JSON, or the UserError that stopped it.
 Tokenizes into the cache, where the run finds it again; of large sources it tokenizes a seeded sample and
-scales the counts. Loads no model. Every step's `forecast.py` says how its rows are read.
+scales the counts. Loads no weights: what the architecture falls back to is asked of a small copy. Every
+step's `forecast.py` says how its rows are read.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from common.config import DataConfig, JobConfig, SourceConfig, TrainConfig
+from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig, TrainConfig
 from common.counts import Counts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
@@ -31,7 +32,6 @@ from common.data.dataset import PREFERENCES, PromptDataset, TokenizedDataset
 from common.data.packing import pack
 from common.distributed import World
 from common.errors import UserError
-from common.handoff import model_to_preview
 from common.models import load_tokenizer
 from common.notices import listen
 from common.stage import Step
@@ -139,13 +139,13 @@ def of_documents(
     return dataclasses.replace(found, rows=round(rows * reading.scale), fill=fill)
 
 
-def of_pairs(job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, policy: str | None) -> Counts:
+def of_pairs(job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, model: ModelConfig) -> Counts:
     """Of a step that trains on pairs, which are packed within a step; its rows are pairs.
 
-    policy: that the step starts from. Before there is one, the base model's tokenizer counts.
+    model: that the step starts from. Before there is one, the base model's tokenizer counts.
     """
     reading = to_read(job, data)
-    tokenizer = load_tokenizer(model_to_preview(job.model, policy, f"{step.value}.policy"))
+    tokenizer = load_tokenizer(model)
     say = logging.getLogger(f"rlhf.{step.value}").info
     built = build_data(job, step, reading.data, PREFERENCES, tokenizer, say)
     plan = batch_plan(job, reading.data, train, ALONE)

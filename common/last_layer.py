@@ -20,6 +20,9 @@ from common.one_by_one import decoder_of, reason_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WHOLE_LAYER = "up to two thirds of a layer more"
+"""What it costs to compute everything."""
+
 
 class LastLayer:
     """A model's last layer. With `only(rows)` its feed-forward network is computed at those positions."""
@@ -28,6 +31,7 @@ class LastLayer:
         self._rows: torch.Tensor | None = None
         self._length = 0
         network = _feed_forward(model)
+        self.found = network is not None
         self._works = network is not None and not _runs_layers_its_own_way(model)
         self._hooks = []
         if self._works and network is not None:

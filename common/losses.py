@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from common import attention
 from common.errors import UserError
-from common.last_layer import LastLayer
+from common.last_layer import WHOLE_LAYER, LastLayer
 from common.miniature import HALF_TOLERANCE, TOLERANCE, is_exact, miniature_of
 from common.notices import notice
 from common.one_by_one import decoder_of, reason_of, run_one_by_one
@@ -405,6 +405,12 @@ class PackedCausalLM(nn.Module):
         self.scores_in_head = scores_in_head(self.base())
         if self.scores_in_head:
             cast(nn.Module, self.base().get_output_embeddings()).__class__ = ScoringHead
+        elif changes_logits(self.base()):
+            notice(
+                "logits of all trained tokens are held at once, not chunk by chunk",
+                f"model_type={self.base().config.model_type} changes them after the projection",
+                "4 bytes x tokens x vocabulary, several times",
+            )
         self.last_layer = last_layer_of(self.base())
         self.shares_prefix = can_share_prefix(self.base())
 
@@ -604,9 +610,15 @@ def last_layer_of(model: PreTrainedModel) -> LastLayer:
         notice(
             "the last layer is computed at all positions",
             f"the feed-forward networks of model_type={model.config.model_type} cannot be run at some",
-            "up to two thirds of a layer more",
+            WHOLE_LAYER,
         )
         last.give_up()
+    elif not last.found and reason_of(model) is None:
+        notice(
+            "the last layer is computed at all positions",
+            f"the feed-forward network of model_type={model.config.model_type} is not found",
+            WHOLE_LAYER,
+        )
     return last
 
 

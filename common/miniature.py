@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -53,12 +53,27 @@ def miniature_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     if _is_small(model):
         return model
+    small = small_network(model.config, lambda config: _like(model, config))
+    if small is None:
+        return model
+    if (reason := reason_of(model)) is not None:
+        run_one_by_one(small, reason)
+    return small
+
+
+def small_network(
+    config: PreTrainedConfig, make: Callable[[PreTrainedConfig], PreTrainedModel]
+) -> PreTrainedModel | None:
+    """What `make` makes of the config with fewer of everything, in evaluation mode with weights that count;
+    None where the class takes no smaller sizes. Random states are left as they were."""
     for narrow in (True, False):
         try:
-            return _built(model, reduced(model.config, narrow=narrow))
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)
+                return _begun(make(reduced(config, narrow=narrow)))
         except Exception as error:  # whatever the class's own code makes of these sizes
-            log.info("no miniature of model_type=%s: %r", model.config.model_type, error)
-    return model
+            log.info("no miniature of model_type=%s: %r", config.model_type, error)
+    return None
 
 
 def _is_small(model: PreTrainedModel) -> bool:
@@ -155,19 +170,19 @@ def _at_most(config: PreTrainedConfig, name: str, most: int) -> None:
         setattr(config, name, most)
 
 
-def _built(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        built = cast(Any, type(model))._from_config(
-            config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
-        )
-        for module in built.modules():
-            _begin(module)
-    small: PreTrainedModel = built.to(_device(model)).eval()
+def _like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    built = cast(Any, type(model))._from_config(
+        config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
+    )
+    return cast("PreTrainedModel", built.to(_device(model)))
+
+
+def _begun(small: PreTrainedModel) -> PreTrainedModel:
+    """With weights that count, and run once."""
+    for module in small.eval().modules():
+        _begin(module)
     with torch.no_grad(), attention.plain_attention(small):
-        decoder_of(small)(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(model)))
-    if (reason := reason_of(model)) is not None:
-        run_one_by_one(small, reason)
+        decoder_of(small)(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(small)))
     return small
 
 

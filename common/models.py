@@ -25,7 +25,7 @@ import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +35,7 @@ from common.artifacts import disk_errors
 from common.config import Dtype, ModelConfig, Quantize, dtype_on
 from common.data.chat import find_terminators
 from common.errors import UserError
+from common.last_layer import WHOLE_LAYER
 from common.notices import notice
 from common.one_by_one import decoder_of
 
@@ -172,7 +173,10 @@ def _trained_tokenizer(
         raise ValueError("training a tokenizer needs texts")
     tokenizer = train_tokenizer(texts(), size)
     if len(tokenizer) < size:
-        log.info("the texts give %d tokens, fewer than the %d asked for", len(tokenizer), size)
+        notice(
+            f"the tokenizer has {len(tokenizer)} tokens, not the {size} of model.tokenizer.train_vocab_size",
+            "the texts give no more",
+        )
     if save_to is None:
         return tokenizer
     _keep(tokenizer, save_to)
@@ -199,7 +203,7 @@ def _set_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Non
     if name is None:
         return
     if tokenizer.chat_template:
-        log.info("model.chat_template=%s takes the place of the tokenizer's own template", name)
+        notice("the tokenizer's own chat template is not used", f"model.chat_template={name} is set")
     text = read_template(name)
     tokenizer.chat_template = text
     known = tokenizer.get_vocab()
@@ -327,7 +331,7 @@ def load_network(
         if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
             cast(Any, network).to(device)
         prepare(network)
-        _say_router_loss(network.config)
+        say_what_differs(network.config, model)
         if model.gradient_checkpointing:
             _enable_checkpointing(network)
         if model.compile:
@@ -382,7 +386,11 @@ def router_loss_of(config: PreTrainedConfig) -> str | None:
     return found[0] if found else None
 
 
-def _say_router_loss(config: PreTrainedConfig) -> None:
+def say_what_differs(config: PreTrainedConfig, model: ModelConfig) -> None:
+    """Notices of what follows from a config and the settings alone."""
+    own_way = [key for key in ("gradient_checkpointing", "compile") if getattr(model, key)]
+    if own_way:
+        notice("the last layer is computed at all positions", f"model.{own_way[0]}=true", WHOLE_LAYER)
     loss = router_loss_of(config)
     if loss:
         notice(
@@ -428,13 +436,16 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
-    names = set(config_class().to_dict()) | set(config_class.attribute_map)
+    names = set(config_class.attribute_map)
+    with suppress(Exception):  # some types' own defaults are not valid
+        names |= set(config_class().to_dict())
     for parent in config_class.__mro__:
         names |= set(vars(parent).get("__annotations__", ()))
     return {name for name in names if not name.startswith("_")}
 
 
 def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, ending: Ending) -> PreTrainedModel:
+    attention_for(read_config(model), ending)  # before fields are added, which not every type has
     fields = {"vocab_size": len(tokenizer), **model.config}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))  # the type's own ids lie in another vocabulary
@@ -458,7 +469,7 @@ def make_network(config: PreTrainedConfig, model: ModelConfig, ending: Ending) -
         )
     except Exception as error:  # whatever the type's own code makes of these fields
         raise UserError(
-            f"model.config.model_type={config.model_type} does not make a {ending.name}: {_told(error)}",
+            f"model_type={config.model_type} does not make a {ending.name}: {_told(error)}",
             hint="use a decoder, for example llama, qwen3, mistral",
         ) from error
 
@@ -469,8 +480,14 @@ def attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
     UserError, by its name, for one that is no decoder of text.
     """
     kind = _class_for(config, ending)
-    if kind is None:  # code that comes with the weights, or none at all: loading says which
-        return attention.NAME
+    if kind is None and not type(config).__module__.startswith("transformers."):
+        return attention.NAME  # code that comes with the weights
+    if kind is None:
+        raise UserError(
+            f"model_type={config.model_type} does not make a {ending.name}: transformers has no "
+            f"{ending.auto_class.removeprefix('AutoModelFor')} of it",
+            hint="choose a decoder for which it has one, for example Llama, Qwen 3, Mistral",
+        )
     what = _not_a_decoder(kind, config)
     if what is not None:
         raise attention.Unsupported(config.model_type, what)
@@ -496,6 +513,8 @@ def _not_a_decoder(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str
     # some decoders have the field too, and their code does not ask for it
     if getattr(config, "is_decoder", None) is False and re.search(ASKS_FOR_DECODER, _source(kind)):
         return "attention to later tokens (it is an encoder)"
+    if "shared_kv_states" in inspect.signature(kind.forward).parameters:
+        return "the keys and values of another model as its input (it drafts for that model)"
     return None
 
 
@@ -778,13 +797,6 @@ def _loading_errors(name: str, key: str, revision: str | None = None) -> Iterato
             raise UserError(
                 f"{key}={at} comes with Python code of its own",
                 hint="read that code; to run it set model.trust_remote_code=true",
-            ) from error
-        if "Unrecognized configuration class" in text:
-            asked, wanted = re.search(r"(\w+)Config'>", text), re.search(r"AutoModel: (\w+)", text)
-            raise UserError(
-                f"{key}={at} is a {asked[1] if asked else 'model'}, for which transformers has no "
-                f"{wanted[1].removeprefix('AutoModelFor') if wanted else 'class'}",
-                hint="choose a decoder for which it has one, for example Llama, Qwen 3, Mistral",
             ) from error
         if "mismatched" in text:
             text = "the shapes of its weights are not those its config.json says"

@@ -61,8 +61,7 @@ def load_scalar_model(
     """
 
     def prepare(network: PreTrainedModel) -> None:
-        begin_head(_head_of(network), seed)
-        _check(network)
+        begin(network, seed)
 
     return load_network(
         model, tokenizer, NEW_REWARD_MODEL, prepare, seed=seed, device=device, max_length=max_length
@@ -90,6 +89,12 @@ def load_reward_model(
     return load_network(
         model, tokenizer, REWARD_MODEL, prepare, seed=seed, device=device, max_length=max_length
     )
+
+
+def begin(network: PreTrainedModel, seed: int) -> None:
+    """Give it a new head, turn off its dropout, and settle how its documents are kept apart."""
+    begin_head(_head_of(network), seed)
+    _check(network)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from common.config import load_resolved
 from common.counts import Counts
 from common.data.dataset import DEMONSTRATIONS
 from common.forecast import of_documents, to_read
+from common.foresight import foresee_policy
 from common.stage import Step
 from common.step_data import build_data
 from step1_sft.config import SFTJob
@@ -25,4 +26,5 @@ def forecast(resolved: Path) -> Counts:
     counted = replace(job, sft=replace(job.sft, data=reading.data))
     tokenizer = load_sft_tokenizer(counted, resolved.parent / "sft", local_rank=0, say=log.info)
     built = build_data(counted, Step.sft, reading.data, DEMONSTRATIONS, tokenizer, log.info)
+    foresee_policy(job.model, samples=job.sft.sampling.num_prompts > 0)
     return of_documents(job, reading, job.sft.train, built, tokenizer)

@@ -259,7 +259,7 @@ def test_a_wrong_config_names_the_field(fields: dict, named: str) -> None:
 
 def test_a_config_that_is_no_decoder_is_refused() -> None:
     model = config(config={"model_type": "vit"})
-    with pytest.raises(UserError, match=r"model.config.\w+.* (is not a field|does not make a causal LM)"):
+    with pytest.raises(UserError, match=r"model.config.\w+ is not a field|does not make a causal LM"):
         load_model(model, tiny_tokenizer(CHATML), seed=0, device=CPU)
 
 
@@ -452,11 +452,19 @@ def test_gradient_checkpointing_is_the_non_reentrant_one() -> None:
         ("bert", "attention to later tokens"),
         ("bart", "an encoder and a decoder"),
         ("whisper", "an encoder and a decoder"),
+        ("gemma4_unified_assistant", "the keys and values of another model"),
     ],
 )
 def test_what_is_no_decoder_is_refused_by_its_name_before_it_is_made(kind: str, what: str) -> None:
     with pytest.raises(UserError, match=f"model_type={kind} has {what}.*\n.*Llama"):
         load_model(config(config={"model_type": kind}), tiny_tokenizer(CHATML), seed=0, device=CPU)
+
+
+def test_a_type_whose_own_defaults_are_not_valid_is_an_error_that_names_it() -> None:
+    with pytest.raises(UserError, match="model.config of gemma4_assistant is not valid: .*per_layer_input"):
+        build_config({"model_type": "gemma4_assistant"})
+    with pytest.raises(UserError, match="model.config.hidden_sise is not a field.*\n.*hidden_size"):
+        build_config({"model_type": "gemma4_assistant", "hidden_sise": 8})
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "nemotron"])
