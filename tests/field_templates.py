@@ -43,6 +43,14 @@ SYSTEM_IN_LAST_QUESTION = (
 )
 """The system text stands in the last question only, and the prompt is the question's end."""
 
+SYSTEM_UNTIL_ANSWERED = (
+    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (system + '\\n\\n' if system and loop.last else '') + m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+"""The system text stands in a question that is not answered yet, so in prompts alone."""
+
 CHANNELS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% if m.thinking and loop.last and not add_generation_prompt %}"
@@ -101,6 +109,7 @@ EVERY = {
     "strips reasoning": STRIPS_REASONING,
     "drops earlier reasoning": DROPS_EARLIER_REASONING,
     "system in the last question": SYSTEM_IN_LAST_QUESTION,
+    "system until answered": SYSTEM_UNTIL_ANSWERED,
     "channels": CHANNELS,
     "text arguments": TEXT_ARGUMENTS,
     "parts": PARTS,

@@ -323,15 +323,18 @@ def _answer(
         answer = Answer(prompt, written or _behind_header(messages, context, template, prompt, text))
     if not answer.text:
         raise _NotTrained("turn for which the chat template writes nothing")
-    _refuse_loss(parts.lost_by_template(messages, context, template, opened=not answer.rendered))
+    if not answer.rendered:
+        _refuse_loss(parts.lost_by_template(messages[:-1], context, template, prompt=True))
+    _refuse_loss(parts.lost_by_template(messages, context, template, apart=not answer.rendered))
     _refuse_loss(parts.lost_in_turn(messages[-1], answer.text))
     return answer
 
 
 def _header(messages: Sequence[Message], prompt: str) -> int:
     """Where the header begins with which a prompt ends."""
-    before = messages[-2].content.strip() if len(messages) > 1 else ""
-    return prompt.rfind(before) + len(before) if before and before in prompt else 0
+    said = messages[-2].content if len(messages) > 1 else ""
+    before = said if said in prompt else said.strip()
+    return prompt.rfind(before) + len(before) if before.strip() and before in prompt else 0
 
 
 def _behind_opened(
@@ -371,12 +374,14 @@ def _behind_header(
 ) -> str:
     """The last turn where the template writes the same header before it, but other turns before that.
 
-    Some keep the reasoning of a call until its answer is written. Raises _NotTrained.
+    Some keep the reasoning of a call until its answer is written, some write the system text into a question
+    only until it is answered. Where the prompt has no header of its own, the end of the last question is one.
+    Raises _NotTrained.
     """
     way_out = _without_thinking(template, context)
     reason = f"turn that the chat template does not write behind its own prompt{way_out}"
     before, _ = render(messages[:-1], template, context)
-    header = prompt.removeprefix(before)
+    header = prompt.removeprefix(before) or prompt[_header(messages, prompt) :]
     count = parts.headers_of_turn(messages, context, template, header) if header.strip() else 0
     if not prompt.startswith(before) or not count:
         raise _NotTrained(reason)

@@ -40,18 +40,21 @@ def lost_by_template(
     template: ChatTemplate,
     *,
     prompt: bool = False,
-    opened: bool = False,
+    apart: bool = False,
 ) -> str | None:
     """What the template does not write of these turns, or of the tools; None when it writes everything.
 
-    prompt: render through the generation prompt; else the last turn is one that is trained. opened: the
-    reasoning of that turn is put behind the prompt without the template.
+    prompt: render through the generation prompt; else the last turn is one that is trained. apart: of that
+    turn alone, which is put behind its prompt without the template, its reasoning by hand.
     """
     parts: list[_Part] = []
     shape = [_marked(message, number, parts) for number, message in enumerate(messages)]
-    trained = None if prompt or opened else len(messages) - 1
+    last = len(messages) - 1
+    trained = None if prompt or apart else last
     parts = [part for part in parts if part.must_stay or part.turn == trained]
     tools = [_marked_tool(tool, number, parts) for number, tool in enumerate(context.tools)]
+    if apart:
+        parts = [part for part in parts if part.turn == last]
     turns = [[message.role, message.content, message.extra] for message in shape]
     key = json.dumps([turns, tools, context.variables], default=str)
     return _lost_of_shape(key, tuple(parts), template, prompt)

@@ -41,6 +41,7 @@ def test_every_kind_of_template_trains_what_it_renders_or_says_why_not() -> None
         "strips reasoning": "r r r r r r r r r r r r r r o o r o",
         "drops earlier reasoning": "= s = s s = = = = = = = = = = s = s",
         "system in the last question": "= = = s = = r r r r r r r r r r r =",
+        "system until answered": "= = o o = = r r r r r r r r r r r =",
         "channels": "= s = s s = r r r r r r r r = s r s",
         "text arguments": "= = = = = = r r r r r = r r r r r =",
         "parts": "= = = = = = r r r r r r r r r r r =",

@@ -17,7 +17,7 @@ from common.data.chat import Drop, Made, check_template, find_terminators, fit, 
 from common.data.render import read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
-from tests.field_templates import CALLS_END_APART, DROPS_EARLIER_REASONING
+from tests.field_templates import CALLS_END_APART, DROPS_EARLIER_REASONING, SYSTEM_UNTIL_ANSWERED
 from tests.tiny import CHATML, tiny_tokenizer, wordpiece_tokenizer
 
 HERE = Place("rows.jsonl", 7)
@@ -355,8 +355,17 @@ def test_turns_of_a_template_that_rewrites_everything_stand_behind_their_own_pro
         ]
 
 
+def test_the_end_of_a_question_is_the_header_where_a_prompt_has_none() -> None:
+    row = made(TWO_TURNS, COUNT + "{% for m in messages %}{{ m.content ~ '<|im_end|>' }}{% endfor %}")
+    assert [stretches(document) for document in row.records] == [
+        ("2\nhi<|im_end|>", "hello<|im_end|>"),
+        ("12\nhi<|im_end|>hello<|im_end|>more?<|im_end|>", "ok<|im_end|>"),
+    ]
+
+
 def test_turns_that_cannot_be_told_from_their_prompt_are_not_trained() -> None:
-    template = COUNT + "{% for m in messages %}{{ m.content ~ '<|im_end|>' }}{% endfor %}"
+    # what ends a question that is not answered yet stands nowhere else
+    template = "{% for m in messages %}{{ m.content ~ ('<|im_end|>' if loop.last else ',') }}{% endfor %}"
     assert tokenize([TWO_TURNS], tiny_tokenizer(template)) == [
         Drop("turn that the chat template does not write behind its own prompt", HERE)
     ]
@@ -440,6 +449,25 @@ def test_a_system_text_that_moves_to_the_last_question_stands_in_every_prompt() 
         ("<s>[INST] S\n\nhi [/INST]", " hello</s>"),
         ("<s>[INST] hi [/INST] hello</s>[INST] S\n\nmore? [/INST]", " ok</s>"),
     ]
+
+
+@pytest.mark.parametrize("end", ["", " "])
+def test_a_system_text_that_stands_in_prompts_alone_stands_in_every_prompt(end: str) -> None:
+    row = conversation(
+        ("system", "S"), ("user", "hi" + end), ("assistant", "hello"), ("user", "ok"), ("assistant", "ok")
+    )
+    result = made(row, SYSTEM_UNTIL_ANSWERED)
+    assert [stretches(document) for document in result.records] == [
+        (f"<s>[INST] S\n\nhi{end}[/INST]", " hello</s>"),
+        (f"<s>[INST] hi{end}[/INST] hello</s>[INST] S\n\nok[/INST]", " ok</s>"),
+    ]
+    assert not result.untrained
+
+
+def test_words_that_no_prompt_has_are_lost_though_a_turn_is_found_behind_its_header() -> None:
+    row = conversation(("system", "S"), ("user", "hi"), ("assistant", "hello"), ("assistant", "ok"))
+    (result,) = tokenize([row], tiny_tokenizer(SYSTEM_UNTIL_ANSWERED))
+    assert isinstance(result, Drop) and "leaves out the words of a system turn" in result.reason
 
 
 def test_a_terminator_that_only_the_last_turn_gets_ends_every_trained_turn() -> None:
