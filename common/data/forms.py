@@ -28,23 +28,19 @@ class Forms:
     """What a template takes; the fields' values are the canonical form.
 
     parts: contents as `[{"type": "text", "text": ...}]`. bare_calls: calls without the wrapper `function`.
-    text_arguments: arguments of calls as JSON text. no_words: null as the content of a turn that calls and
-    says nothing.
+    text_arguments: arguments of calls as JSON text.
     """
 
     parts: bool = False
     bare_calls: bool = False
     text_arguments: bool = False
-    no_words: bool = False
 
     def turn(self, message: Message) -> Turn:
         """The turn as the template is given it."""
         extra = dict(message.extra)
-        content: Any = [{"type": "text", "text": message.content}] if self.parts else message.content
+        content = [{"type": "text", "text": message.content}] if self.parts else message.content
         if isinstance(calls := extra.get("tool_calls"), list | tuple):
             extra["tool_calls"] = [self._call(call) for call in calls]
-            if self.no_words and not message.content:
-                content = None
         return {**extra, "role": message.role, "content": content}
 
     def _call(self, call: Any) -> Any:
@@ -60,12 +56,7 @@ def find(render: Render) -> Forms:
     """The forms that a template takes; the canonical one of a field that it does not write in any."""
     contents = [Forms(parts) for parts in (False, True)]
     found = _first(contents, _shows_content, render)
-    calls = [
-        replace(found, bare_calls=bare, text_arguments=text, no_words=null)
-        for null in _EITHER
-        for bare in _EITHER
-        for text in _EITHER
-    ]
+    calls = [replace(found, bare_calls=bare, text_arguments=text) for bare in _EITHER for text in _EITHER]
     return _first(calls, _shows_call, render)
 
 

@@ -30,13 +30,6 @@ def rendering(template: str) -> forms.Render:
     return render
 
 
-NULL_CALLS = (
-    "{% for m in messages %}{% if m.content is none %}{% for call in m.tool_calls %}"
-    "{{ '<|call|>' + call.function.name + ' ' + call.function.arguments }}{% endfor %}"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-)
-"""Calls are written of turns whose content is null, and of no other."""
-
 TO_JSON = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
 
 
@@ -48,7 +41,6 @@ TO_JSON = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.t
         (field_templates.TEXT_ARGUMENTS, Forms(text_arguments=True)),
         (field_templates.PYTHON_ARGUMENTS, Forms(bare_calls=True, text_arguments=True)),
         (field_templates.PARTS, Forms(parts=True)),
-        (NULL_CALLS, Forms(text_arguments=True, no_words=True)),
         (field_templates.CHANNELS, Forms()),
         (field_templates.DROPS_EARLIER_REASONING, Forms()),
     ],
@@ -79,10 +71,3 @@ def test_a_turn_is_written_in_the_form_taken() -> None:
     }
     (bare,) = Forms(bare_calls=True).turn(message)["tool_calls"]
     assert bare["name"] == "weather" and bare["arguments"] == {"city": "Århus"} and bare["id"] == "c"
-
-
-def test_only_a_turn_that_calls_and_says_nothing_has_no_content() -> None:
-    taken = Forms(no_words=True)
-    assert taken.turn(Message("assistant", "", {"tool_calls": [CALL]}))["content"] is None
-    assert taken.turn(Message("assistant", "a", {"tool_calls": [CALL]}))["content"] == "a"
-    assert taken.turn(Message("tool", ""))["content"] == ""
