@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
 from common.artifacts import MANIFEST, file_sha256
 from common.config import Launcher
@@ -31,6 +32,8 @@ from pipeline.run import check_named_sources
 
 Say = Callable[[str], None]
 STAGES = (1, 2, 3)
+WIDTH = 98
+"""Of a section's lines, which are moved in by two more."""
 COLUMNS = {
     "weights": "weights", "optimizer": "states", "gradients": "grads", "buffers": "buffers",
     "activations": "kept", "logits": "logits", "KV cache": "KV",
@@ -132,7 +135,9 @@ def data_lines(counts: dict[Step, Counts]) -> list[str]:
         )
         if found.seen and found.seen != found.documents:
             lines.append(f"  by the weights of their sources {found.seen:,} an epoch")
-        lines += [f"  {line}" for line in (*found.ledger, *(f"notice: {line}" for line in found.notices))]
+        lines += [f"  {line}" for line in found.ledger]
+        for notice in found.notices:
+            lines += wrap(f"  notice: {notice}", WIDTH, subsequent_indent="    ")
     return lines
 
 
