@@ -121,7 +121,7 @@ def variables(value: object) -> Mapping[str, object]:
 
 def reasoning(extra: Mapping[str, object], where: str) -> dict[str, object]:
     """What a turn holds beside role and content, with its reasoning under one name."""
-    said = {key: extra[key] for key in REASONING_KEYS if isinstance(extra.get(key), str)}
+    said = {key: words(extra[key], f"{where}: {key}") for key in REASONING_KEYS if extra.get(key) is not None}
     if len(set(said.values())) > 1:
         raise RowError(f"{where}: {' and '.join(said)} say different things")
     others = {key: value for key, value in extra.items() if key not in said}

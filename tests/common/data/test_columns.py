@@ -293,6 +293,15 @@ def test_reasoning_has_one_name(key: str) -> None:
         demonstration({"messages": [ASKED, {**ANSWERED, "reasoning_content": "x", "thinking": "y"}]})
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_text_or_parts_of_type_text(key: str) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}]
+    (_, turn) = demonstration({"messages": [ASKED, {**ANSWERED, key: parts}]}).messages
+    assert turn.extra == {"reasoning_content": "hm"}
+    with pytest.raises(RowError, match=f"messages, turn 2: {key} is not a string .an object."):
+        demonstration({"messages": [ASKED, {**ANSWERED, key: {"steps": 2}}]})
+
+
 @pytest.mark.parametrize(
     "nothing", [{"tool_calls": []}, {"tool_calls": "[]"}, {"thinking": ""}, {"tool_calls": None}]
 )
