@@ -308,9 +308,13 @@ def _parse_json_row(line: bytes) -> Mapping[str, object]:
     return _check_row(row)
 
 
+MAX_DEPTH = 100
+"""Of objects and arrays inside each other: what reads and renders rows descends as deep."""
+
+
 def strict_json(text: str) -> Any:
-    """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice) and for lone
-    surrogates, JSONDecodeError."""
+    """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice), for lone surrogates
+    and for values nested too deep, JSONDecodeError."""
     try:
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
@@ -323,6 +327,8 @@ def strict_json(text: str) -> Any:
         raise RowError(f"not valid JSON: {error}") from error
     if "\\u" in text:  # only an escape can bring a lone surrogate into text
         _refuse_surrogates(value)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _refuse_depth(value)
     return value
 
 
@@ -344,6 +350,19 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise RowError(f"number {text} is out of range")
     return number
+
+
+def _refuse_depth(value: object) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if _is_nested(each)]
+        level = [each for values in inside for each in values]  # type: ignore[attr-defined]
+    if any(map(_is_nested, level)):
+        raise RowError(f"values are nested deeper than {MAX_DEPTH}")
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _refuse_surrogates(value: object) -> None:

@@ -98,6 +98,7 @@ def test_a_folder_is_read_file_by_file_in_order_of_names(tmp_path: Path) -> None
         (b'{"text": {"\\udc00": 1}}', "lone surrogate \\udc00"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": ' + b"[" * 100 + b"]" * 100 + b"}", "values are nested deeper than 100"),
     ],
 )
 def test_a_bad_line_is_named_by_file_line_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -110,6 +111,15 @@ def test_a_bad_line_is_named_by_file_line_and_reason(tmp_path: Path, line: bytes
     said: list[str] = []
     assert read(path, on_bad_row=OnBadRow.skip, report=said.append) == [ROWS[0], ROWS[2]]
     assert len(said) == 1 and said[0].startswith(f"skipped {path}:2: {reason}")
+
+
+def test_values_may_be_nested_and_many(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    nested: Any = "a"
+    for _ in range(99):
+        nested = [nested]
+    path.write_bytes(jsonl({"text": nested, "more": [[]] * 200}))
+    assert read(path) == [{"text": nested, "more": [[]] * 200}]
 
 
 def test_a_whole_pair_of_surrogates_is_a_character(tmp_path: Path) -> None:
