@@ -5,7 +5,8 @@
 Of each family in transformers' mapping a model of some thousand random weights is made in fp32, loaded as a
 step loads it (`common.models`), and asked three documents of one packed row: logits and gradient have to be
 those of plain transformers, one document after the other. What comes of it is one of: packed; one by one
-(exact, slower); refused, with the reason; not made, where no tiny config was found. Writes
+(exact, slower); refused, with the reason, also where plain transformers cannot make it (for lack of a
+package); not made, where no tiny config was found. Writes
 results/architectures.md. Nothing is downloaded.
 """
 
@@ -52,7 +53,8 @@ VOCABULARY = 96
 
 SMALL: dict[str, Any] = {
     # widths
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "embed_dim": 32, "dim_model": 32, "embedding_size": 32,
+    "hidden_size": 32, "hidden_size_global": 64,
+    "n_embd": 32, "d_model": 32, "embed_dim": 32, "dim_model": 32, "embedding_size": 32,
     "word_embed_proj_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "decoder_ffn_dim": 48,
     "encoder_ffn_dim": 48, "n_inner": 48, "dim_ff": 48, "ffn_hidden_size": 48, "intermediate_size_mlp": 48,
     "dff": 48, "lru_width": 32, "attention_hidden_size": 32, "hidden_size_per_layer_input": 8,
@@ -99,6 +101,16 @@ QSA = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+LATENT = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
@@ -108,7 +120,10 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "blt_global_transformer": {"hidden_size": 64, "head_dim": 16},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots3_note": LATENT | {f"swa_{name}": size for name, size in LATENT.items()},
+    "dots3_note_text": LATENT | {f"swa_{name}": size for name, size in LATENT.items()},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 4},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -173,7 +188,7 @@ def _tiny(config_class: Any, extra: dict[str, Any]) -> Any:
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
-            fields[name] = _tiny(type(part), {}).to_dict()
+            fields[name] = _tiny(type(part), EXTRA.get(type(part).model_type, {})).to_dict()
     fields |= extra
     return config_class(**{name: value for name, value in fields.items() if value is not None})
 
@@ -199,6 +214,8 @@ def try_family(family: str) -> Outcome:
                 config = tiny_config(family)
                 plain = _plain(config)
             except Exception as error:
+                if (reason := _refused_anyway(family)) is not None:
+                    return outcome("refused", reason)
                 return outcome("not made", f"{type(error).__name__}: {' '.join(str(error).split())}"[:160])
             try:
                 return _compare(family, name, config, plain)
@@ -221,10 +238,26 @@ def refuse_by_name(family: str) -> None:
     attention_for(config, CAUSAL_LM)
 
 
+def _refused_anyway(family: str) -> str | None:
+    """What a user is told who names the family and nothing else; None where nothing speaks against it."""
+    from common.models import CAUSAL_LM, build_config, make_network
+
+    try:
+        with torch.device("meta"):
+            make_network(build_config({"model_type": family}), ModelConfig(dtype=Dtype.fp32), CAUSAL_LM)
+    except UserError as error:
+        return _reason(error)[:200]
+    return None
+
+
 def _reason(error: UserError) -> str:
     """Without the family's name and what can be done: both are the same in every row."""
     text = " ".join(str(error).splitlines()[0].split())
-    return text.partition(" has ")[2].removesuffix(", which cannot be trained here") or text
+    for parts in (" has ", " does not make a "):
+        if text.startswith("model_type=") and parts in text:
+            kept = text.partition(parts)[2].removesuffix(", which cannot be trained here")
+            return kept if parts == " has " else f"no {kept}"
+    return text
 
 
 @contextmanager
@@ -367,7 +400,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="only these; the table is then printed, not written")
     wanted = parser.parse_args().families
     warnings.filterwarnings("ignore")
-    logging.getLogger("rlhf.models").setLevel(logging.ERROR)
+    logging.getLogger("rlhf").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -15,8 +15,15 @@ ONE_BY_ONE = {
     "lfm2": "layers of type conv",
     "falcon_h1": "an attention of its own",
     "granitemoehybrid": "layers of type linear_attention",
+    "blt": "an attention of its own",
+    "dots3_note_text": "layers of type indexed_attention",
 }
-REFUSED = {"bert": "attention to later tokens (it is an encoder)", "bart": "an encoder and a decoder"}
+DRAFTS = "the keys and values of another model as its input (it drafts for that model)"
+REFUSED = {
+    "bert": "attention to later tokens (it is an encoder)",
+    "bart": "an encoder and a decoder",
+    "gemma4_unified_assistant": DRAFTS,
+}
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -35,6 +42,20 @@ def test_what_cannot_be_packed_is_exact_one_by_one(family: str) -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_is_no_decoder_is_refused_by_its_name(family: str) -> None:
     assert try_family(family) == Outcome(family, families()[family], "refused", REFUSED[family])
+
+
+def test_a_family_that_cannot_be_made_for_lack_of_a_package_is_refused_as_a_user_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def from_config(*_: object, **__: object) -> None:
+        raise ImportError("it requires the PIL library")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
+    outcome = try_family("llama")
+    assert (outcome.result, outcome.reason) == (
+        "refused",
+        "no causal LM: ImportError: it requires the PIL library",
+    )
 
 
 def test_a_wrong_row_is_counted_and_shown() -> None:
@@ -62,11 +83,11 @@ def test_the_decoder_is_what_turns_ids_into_hidden_states(family: str) -> None:
     assert decoder_of(model) is model.model
 
 
-def test_the_recorded_table_has_every_family_and_no_wrong_one() -> None:
+def test_the_recorded_table_has_every_family_and_no_wrong_or_unknown_one() -> None:
     import transformers
 
     text = RESULTS.read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
-    assert {row[2] for row in rows} <= {"packed", "one by one", "refused", "not made"}
+    assert {row[2] for row in rows} <= {"packed", "one by one", "refused"}
     if f"transformers {transformers.__version__}," in text:
         assert [row[0].removeprefix("| ") for row in rows] == list(families())
