@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.config import DataConfig, JobConfig
+from common.data import control
 from common.data.dataset import PREFERENCES
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
@@ -46,7 +47,13 @@ def show_pairs(
     shown = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:PAIRS_SHOWN])
     lengths = np.concatenate([pairs.chosen_lengths, pairs.lengths - pairs.chosen_lengths])
     show_preview(
-        [[(pairs.head(index), False), *pair_runs(pairs[index], tokenizer)] for index in shown.tolist()],
+        [
+            [
+                (pairs.head(index), False),
+                *pair_runs(pairs[index], tokenizer, marked=bool(pairs.control[index])),
+            ]
+            for index in shown.tolist()
+        ],
         lengths.tolist(),
         ledger.lines(),
         float(pairs.trained.sum() / lengths.sum()),
@@ -54,23 +61,31 @@ def show_pairs(
     )
 
 
-def pair_runs(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> list[Run]:
-    """The prompt once, then what follows it on the chosen side, then on the rejected one."""
+def pair_runs(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast, *, marked: bool = False) -> list[Run]:
+    """The prompt once, then what follows it on the chosen side, then on the rejected one.
+
+    marked: with control tokens between stars.
+    """
     chosen, rejected = prompt_length(pair.chosen), prompt_length(pair.rejected)
     return [
         (f"prompt ({chosen} tokens):\n", False),
-        *_runs(pair.chosen, tokenizer, 0, chosen),
+        *_runs(pair.chosen, tokenizer, 0, chosen, marked),
         ("\nchosen:\n", False),
-        *_runs(pair.chosen, tokenizer, chosen, len(pair.chosen.input_ids)),
+        *_runs(pair.chosen, tokenizer, chosen, len(pair.chosen.input_ids), marked),
         ("\nrejected:\n", False),
-        *_runs(pair.rejected, tokenizer, rejected, len(pair.rejected.input_ids)),
+        *_runs(pair.rejected, tokenizer, rejected, len(pair.rejected.input_ids), marked),
         *([(f"\nmargin: {pair.margin:g}", False)] if pair.margin else []),
     ]
 
 
-def _runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast, begin: int, end: int) -> list[Run]:
+def _runs(
+    example: TokenizedExample, tokenizer: PreTrainedTokenizerFast, begin: int, end: int, marked: bool
+) -> list[Run]:
     """Positions `begin` to `end` as decoded stretches of equally treated tokens."""
     is_trained = [False, *(example.labels[:-1] != IGNORE).tolist()]
     tokens = list(zip(example.input_ids.tolist(), is_trained, strict=True))[begin:end]
     stretches = groupby(tokens, key=lambda token: token[1])
-    return [(str(tokenizer.decode([token for token, _ in group])), trained) for trained, group in stretches]
+    return [
+        (control.spelled([token for token, _ in group], tokenizer, marked=marked), trained)
+        for trained, group in stretches
+    ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.data import control
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
 from common.progress import show_preview
@@ -30,7 +31,11 @@ def preview(job: SFTJob, folder: Path) -> None:
     chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
     show_preview(
         [
-            [(train.head(index), False), *which(train, index), *runs(train[index], tokenizer)]
+            [
+                (train.head(index), False),
+                *which(train, index),
+                *runs(train[index], tokenizer, marked=bool(train.control[index])),
+            ]
             for index in np.sort(chosen).tolist()
         ],
         train.lengths.tolist(),
@@ -48,9 +53,17 @@ def which(rows: TokenizedDataset, index: int) -> list[tuple[str, bool]]:
     return [(f"document {number} of {count} of {rows.place(index)}, behind a prompt of its own:\n", False)]
 
 
-def runs(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
-    """The document as decoded stretches of equally treated tokens: (text, whether it is trained)."""
+def runs(
+    example: TokenizedExample, tokenizer: PreTrainedTokenizerFast, *, marked: bool = False
+) -> list[tuple[str, bool]]:
+    """The document as decoded stretches of equally treated tokens: (text, whether it is trained).
+
+    marked: with control tokens between stars.
+    """
     # labels are shifted: the token at t + 1 is trained where position t has a label
     is_trained = [False, *(example.labels[:-1] != IGNORE).tolist()]
     stretches = groupby(zip(example.input_ids.tolist(), is_trained, strict=True), key=lambda pair: pair[1])
-    return [(str(tokenizer.decode([token for token, _ in tokens])), trained) for trained, tokens in stretches]
+    return [
+        (control.spelled([token for token, _ in tokens], tokenizer, marked=marked), trained)
+        for trained, tokens in stretches
+    ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.data import control
 from common.data.types import TokenizedPrompt
 from common.handoff import model_to_preview
 from common.models import load_tokenizer
@@ -35,7 +36,13 @@ def preview(job: PPOJob, folder: Path) -> None:
     prompts = built.train
     shown = np.sort(np.random.default_rng(job.seed).permutation(len(prompts))[:PROMPTS_SHOWN])
     show_preview(
-        [[(prompts.head(index), False), *prompt_runs(prompts[index], tokenizer)] for index in shown.tolist()],
+        [
+            [
+                (prompts.head(index), False),
+                *prompt_runs(prompts[index], tokenizer, marked=bool(prompts.control[index])),
+            ]
+            for index in shown.tolist()
+        ],
         prompts.lengths.tolist(),
         built.ledger.lines(),
         None,
@@ -43,12 +50,17 @@ def preview(job: PPOJob, folder: Path) -> None:
     )
 
 
-def prompt_runs(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
-    """The prompt, where the policy goes on, and what reward functions are told beside it."""
+def prompt_runs(
+    prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerFast, *, marked: bool = False
+) -> list[tuple[str, bool]]:
+    """The prompt, where the policy goes on, and what reward functions are told beside it.
+
+    marked: with control tokens between stars.
+    """
     others = "".join(f"\n{name}: {_shown(value)}" for name, value in prompt.columns.items())
     return [
         (f"prompt ({len(prompt.input_ids)} tokens):\n", False),
-        (str(tokenizer.decode(prompt.input_ids.tolist())), False),
+        (control.spelled(prompt.input_ids.tolist(), tokenizer, marked=marked), False),
         (f"\nother columns:{others}" if others else "\nother columns: none", False),
     ]
 

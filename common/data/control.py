@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,6 +93,21 @@ class ControlTokens:
 def is_guarded(text: str) -> bool:
     """Whether something in the text is to be encoded as text."""
     return _GUARDED.search(text) is not None
+
+
+def spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, *, marked: bool) -> str:
+    """Tokens as text for a reader; marked: each control token between stars, so that it can be told from text
+    that reads the same."""
+    if not marked:
+        return str(tokenizer.decode(list(ids)))
+    real = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer).tokens}
+    written: list[str] = []
+    for is_control, group in itertools.groupby(ids, key=real.__contains__):
+        run = list(group)
+        alone = [[token] for token in run] if is_control else [run]
+        star = "*" if is_control else ""
+        written += [f"{star}{tokenizer.decode(tokens)}{star}" for tokens in alone]
+    return "".join(written)
 
 
 @functools.lru_cache(maxsize=4)

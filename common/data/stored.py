@@ -27,6 +27,9 @@ TOKEN_COLUMNS = 2
 """input_ids and labels, the first columns of the file; those behind them are text."""
 
 
+CONTROL_HEAD = "[contents of this row hold control tokens; every real one is shown as *token*] "
+
+
 class StoredRecords:
     """Records of one part of a folder.
 
@@ -55,7 +58,7 @@ class StoredRecords:
 
     def head(self, index: int) -> str:
         """What a reader should know before the record itself; usually nothing."""
-        return "[contents of this row hold control tokens] " if self.control[index] else ""
+        return CONTROL_HEAD if self.control[index] else ""
 
     def place(self, index: int) -> str:
         """Where the record came from: source and row (line of a JSONL file), for messages."""
