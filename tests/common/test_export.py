@@ -32,6 +32,7 @@ from common.losses import PackedCausalLM
 from common.models import load_model
 from common.scalar_head import PackedScalarModel, load_scalar_model
 from common.stage import Role
+from tests.field_templates import CALLS_END_APART
 from tests.tiny import CHATML, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -340,6 +341,19 @@ def test_the_manifest_says_what_the_next_step_must_know(tmp_path: Path) -> None:
     assert details["parameters"] == sum(p.numel() for p in packed.model.parameters())
     assert details["largest_logit_difference"] <= 1e-6
     assert details["packages"]["transformers"]
+
+
+def test_generation_stops_at_the_end_of_a_call_too_where_that_is_another_token(tmp_path: Path) -> None:
+    packed = trained(KINDS["tied"])
+    with torch.no_grad():
+        folder = export_policy(
+            packed.model, packed.state_dict(), tiny_tokenizer(CALLS_END_APART), tmp_path / "export",
+            details={}, probe=PROBE, live_logits=packed.logits(PROBE),
+        )  # fmt: skip
+    # eos, and the ends of an answer and of a call
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert tiny_tokenizer().convert_ids_to_tokens(ends) == ["</s>", "<|im_end|>", "<|eot_id|>"]
+    assert read_manifest(folder).details["terminators"] == [4, 7]
 
 
 def test_generation_of_the_artifact_goes_on_as_the_live_model_would(tmp_path: Path) -> None:
