@@ -382,7 +382,7 @@ def _behind_header(
     reason = f"turn that the chat template does not write behind its own prompt{way_out}"
     before, _ = render(messages[:-1], template, context)
     header = prompt.removeprefix(before) or prompt[_header(messages, prompt) :]
-    count = parts.headers_of_turn(messages, context, template, header) if header.strip() else 0
+    count = parts.headers_of_turn(messages, context, template, header, text) if header.strip() else 0
     if not prompt.startswith(before) or not count:
         raise _NotTrained(reason)
     turn = header.join(text.split(header)[-count:])

@@ -61,14 +61,20 @@ def lost_by_template(
 
 
 def headers_of_turn(
-    messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, header: str
+    messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, header: str, written: str
 ) -> int:
-    """How often the template writes a header for the last turn; 0 when it does not begin with one."""
+    """How often the template writes a header for the last turn; 0 when it does not begin with one.
+
+    written: all of the turns as rendered; 0 too when it does not have each header that marked turns have, or
+    more: then it cannot be said which of them are the turn's.
+    """
     parts: list[_Part] = []
     shape = [_marked(message, number, parts) for number, message in enumerate(messages)]
     try:
         text, _ = render(shape, template, context)
     except RenderError:
+        return 0
+    if text.count(header) != written.count(header):
         return 0
     marks = [at for part in parts if part.turn == len(messages) - 1 and (at := text.find(part.mark)) >= 0]
     begin = text.rfind(header, 0, min(marks, default=0))

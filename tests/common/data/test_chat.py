@@ -464,6 +464,23 @@ def test_a_system_text_that_stands_in_prompts_alone_stands_in_every_prompt(end: 
     assert not result.untrained
 
 
+@pytest.mark.parametrize("before", [(), (("user", "hi"), ("assistant", "<think>\nhm\n</think>\n\nok"))])
+def test_a_turn_without_its_prompts_header_is_not_taken_for_what_stands_behind_another(
+    before: tuple[tuple[str, str], ...],
+) -> None:
+    # the prompt opens reasoning; contents bring their tags along, or get an empty pair
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{{ '<think></think>' if m.role == 'assistant' and '</think>' not in m.content }}"
+        "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    row = conversation(*before, ("user", "hi"), ("assistant", "hm</think>ok"))
+    row = replace(row, first_trained=len(before))
+    (result,) = tokenize([row], tiny_tokenizer(template))
+    assert isinstance(result, Drop) and result.reason.startswith("turn that"), result
+
+
 def test_words_that_no_prompt_has_are_lost_though_a_turn_is_found_behind_its_header() -> None:
     row = conversation(("system", "S"), ("user", "hi"), ("assistant", "hello"), ("assistant", "ok"))
     (result,) = tokenize([row], tiny_tokenizer(SYSTEM_UNTIL_ANSWERED))
