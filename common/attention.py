@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from common.data.types import leaders_of
 from common.errors import UserError
+from common.notices import notice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ DECODING = "decoding"
 CPU_FP32_LENGTH = 256
 """On the CPU, half-precision documents up to this length are computed in fp32: the kernel for bf16 converts
 block by block, and took 1.4 to 2.3 times as long on short documents."""
+
+HALF = (torch.bfloat16, torch.float16)
+"""What flash attention takes."""
 
 FLASH_MAX_HEAD_DIM = 256
 """Widest head that the flash kernels of torch accept."""
@@ -268,10 +272,22 @@ def _varlen_applies(query: torch.Tensor, value: torch.Tensor, dropout: float) ->
     """Flash attention takes half precision, equal head widths in steps of 8, and no dropout."""
     width = query.shape[-1]
     fits = width == value.shape[-1] and width % 8 == 0 and width <= FLASH_MAX_HEAD_DIM
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    # `window_size` and `scale` came with torch 2.11; without them causality is spelled differently
-    known = {"window_size", "scale"} <= _varlen_keywords()
-    return query.is_cuda and half and fits and dropout == 0.0 and known
+    return query.is_cuda and query.dtype in HALF and fits and dropout == 0.0 and _has_varlen()
+
+
+def _has_varlen() -> bool:
+    """`window_size` and `scale` came with torch 2.11; without them causality is spelled differently."""
+    return {"window_size", "scale"} <= _varlen_keywords()
+
+
+def say_without_flash(device: torch.device, dtype: torch.dtype) -> None:
+    """A notice where packed rows would go through flash attention with another torch."""
+    if device.type == "cuda" and dtype in HALF and not _has_varlen():
+        notice(
+            "attention goes document by document, not over a whole row at once",
+            f"torch {torch.__version__} has no varlen_attn with windows",
+            "slower the shorter documents are; torch 2.11 has it",
+        )
 
 
 def _varlen(

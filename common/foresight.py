@@ -14,7 +14,7 @@ from common import attention
 from common.config import Dtype, ModelConfig
 from common.decoder import Decoder
 from common.losses import PackedCausalLM, check_packed
-from common.miniature import small_network
+from common.miniature import reduced, small_network
 from common.models import CAUSAL_LM, Ending, attention_for, make_network, read_config, say_what_differs
 from common.notices import notice
 from common.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, begin
@@ -50,8 +50,9 @@ def _small(model: ModelConfig, ending: Ending) -> PreTrainedModel | None:
     in_fp32 = dataclasses.replace(model, dtype=Dtype.fp32)
     network = small_network(config, lambda small: make_network(small, in_fp32, ending))
     if network is None:
+        make_network(reduced(config), in_fp32, ending)  # refused, as it is when a step rehearses its export
         notice(
             "what the architecture falls back to is not known before the run",
-            f"no small network of model_type={config.model_type} can be made",
+            f"a small network of model_type={config.model_type} does not run",
         )
     return network

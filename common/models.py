@@ -319,6 +319,7 @@ def load_network(
 
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
+    attention.say_without_flash(device, torch_dtype(model.dtype))
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import queue
@@ -32,6 +33,8 @@ from common.redact import redact, redact_text
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 RUN_ID_FILE = "wandb_run_id"
+
+log = logging.getLogger("rlhf.tracking")
 
 PROBE_SECONDS = 5.0
 INIT_SECONDS = 10.0
@@ -313,6 +316,7 @@ def _open_mirror(
         return None
     server = os.environ.get("WANDB_BASE_URL", _DEFAULT_SERVER).rstrip("/")
     mode, why = choose_mode(tracking.wandb, os.environ, has_wandb_key(server, os.environ))
+    wanted = mode
     if mode is WandbMode.online and not server_answers(server):
         mode, why = WandbMode.offline, f"{redact_text(server)} does not answer"
     if mode is WandbMode.off:
@@ -322,10 +326,14 @@ def _open_mirror(
     identity: dict[str, Any] = {"id": _run_id(folder), "name": f"{run_name}/{step_name}", "group": run_name}
     identity |= {"job_type": step_name, "project": tracking.project, "entity": tracking.entity}
     run, mode, why = _start(mode, why, identity, folder, config)
+    line = f"wandb: off ({why})"
+    if run is not None:
+        line = f"wandb: {run.url}" if mode is WandbMode.online else _offline_line(why, run)
+    say(line)
+    if wanted is WandbMode.online and mode is not WandbMode.online:
+        log.warning(line)  # for the report, which shows warnings
     if run is None:
-        say(f"wandb: off ({why})")
         return None
-    say(f"wandb: {run.url}" if mode is WandbMode.online else _offline_line(why, run))
     return _Mirror(run, step_name, say)
 
 

@@ -71,7 +71,16 @@ def test_what_the_step_would_refuse_is_refused() -> None:
         foresee_scalar(model_of("lfm2"))
 
 
+def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_config(*_: object, **__: object) -> None:
+        raise ImportError("it requires the PIL library")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
+    with pytest.raises(UserError, match="model_type=llama does not make a causal LM: ImportError: .*PIL"):
+        foresee_policy(model_of("llama", **SHAPE), samples=False)
+
+
 def test_where_nothing_can_be_asked_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.foresight.small_network", lambda *_: None)
     (line,) = foreseen(model_of("llama", **SHAPE))
-    assert line.startswith("what the architecture falls back to is not known before the run, since no small")
+    assert line.startswith("what the architecture falls back to is not known before the run, since a small")

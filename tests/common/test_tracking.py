@@ -216,12 +216,15 @@ def test_off_never_imports_wandb(tmp_path: Path) -> None:
 # --- W&B, against a server on this machine --------------------------------------------------------
 
 PRELUDE = """
+import logging
 import sys
 from pathlib import Path
 from common import tracking
 from common.config import TrackingConfig, WandbMode
 from common.credentials import has_wandb_key
 from common.tracking import Tracker
+
+logging.getLogger("rlhf").addHandler(logging.NullHandler())  # a step has one: its log
 """
 TRAIN = """
     first, last = int(sys.argv[2]), int(sys.argv[3])
@@ -332,6 +335,19 @@ def test_without_a_key_the_run_is_kept_offline_and_one_line_says_so(tmp_path: Pa
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
     assert [line["sft/step"] for line in offline_history(log) if "sft/loss" in line] == [1, 2, 3]
+
+
+def test_a_mirror_that_is_not_online_though_it_should_be_is_a_warning_for_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "has_wandb_key", lambda *_: True)
+    monkeypatch.setattr(tracking, "server_answers", lambda *_: False)
+    monkeypatch.setattr(tracking, "_start", lambda mode, why, *_: (None, WandbMode.off, why))
+    said: list[str] = []
+    for asked in (WandbMode.offline, WandbMode.online):
+        tracking._open_mirror("sft", "a", tmp_path, TrackingConfig(wandb=asked), {}, said.append)
+    assert [record.getMessage() for record in caplog.records] == said[1:]
+    assert "does not answer" in said[1]
 
 
 def test_a_server_that_is_not_there_costs_no_step(tmp_path: Path) -> None:
