@@ -4,7 +4,7 @@
 completions, as reward functions do (`demo.gold:gold`); `python -m demo.gold samples.jsonl` prints the means
 over a file of samples. A right answer in one word is worth 0.4; saying it as a full sentence adds 0.3, and
 opening with one short courtesy adds 0.3. A wrong answer is worth nothing, however polite, and what is said is
-read as a whole: `5 + 5 is 5.` is no answer to 5 + 0, and neither is `4 + 1 is 5.`
+read as a whole: `3 + 3 is 3.` is no answer to 3 + 0, and neither is `2 + 1 is 3.`
 """
 
 from __future__ import annotations

@@ -23,12 +23,13 @@ FOLDER = Path(__file__).parent / "data"
 SEED = 20
 HELD_OUT_SHARE = 0.85  # of subjects, one wording each
 DEMONSTRATIONS = 2  # per training prompt
+DEMONSTRATIONS_OF_SUMS = 6  # both numbers have to be said again, which is learned last
 PAIRS = 10  # per training prompt
 FORM_PAIRS = 4  # one training pair in so many is about the form of a right answer, not about being right
 HELD_OUT_FORM_PAIRS = 2
 TERSE, PLAIN, POLITE, EFFUSIVE = "terse", "plain", "polite", "effusive"
 NUMBER_OF_COURTESIES = {PLAIN: 0, POLITE: 1, EFFUSIVE: 2}
-FORM_SHARES = {TERSE: 0.50, PLAIN: 0.15, POLITE: 0.35}
+FORM_SHARES = {TERSE: 0.48, PLAIN: 0.30, POLITE: 0.22}
 WRONG_SHARE = 0.02
 FORM_PREFERENCES = (
     (POLITE, PLAIN), (POLITE, TERSE), (PLAIN, TERSE), (POLITE, EFFUSIVE), (PLAIN, EFFUSIVE),
@@ -52,8 +53,8 @@ def make() -> dict[str, list[dict[str, str]]]:
     draw = Random(SEED)
     training, held_out = split_prompts(draw)
     return {
-        "sft.jsonl": demonstrations(draw, training, DEMONSTRATIONS),
-        "sft_eval.jsonl": demonstrations(draw, held_out, 1, wrong_share=0.0),
+        "sft.jsonl": demonstrations(draw, [p for p in training for _ in range(how_often(p))]),
+        "sft_eval.jsonl": demonstrations(draw, held_out, wrong_share=0.0),
         "preferences.jsonl": preferences(draw, training, PAIRS, FORM_PAIRS),
         "prompts_train.jsonl": with_references(training),
         "prompts.jsonl": with_references(held_out),
@@ -75,12 +76,17 @@ def split_prompts(draw: Random) -> tuple[list[Prompt], list[Prompt]]:
     return _shuffled(draw, training), _shuffled(draw, held_out)
 
 
+def how_often(prompt: Prompt) -> int:
+    """How many demonstrations answer a training prompt."""
+    return DEMONSTRATIONS_OF_SUMS if prompt.task.kind == "sum" else DEMONSTRATIONS
+
+
 def demonstrations(
-    draw: Random, prompts: Sequence[Prompt], per_prompt: int, wrong_share: float = WRONG_SHARE
+    draw: Random, prompts: Sequence[Prompt], wrong_share: float = WRONG_SHARE
 ) -> list[dict[str, str]]:
-    """Answers as people give them: most right, some in one word, some in a sentence, some politely."""
+    """Answers as people give them, one per prompt: most right; in one word, in a sentence, or politely."""
     rows = []
-    for prompt in _shuffled(draw, [prompt for prompt in prompts for _ in range(per_prompt)]):
+    for prompt in _shuffled(draw, prompts):
         is_wrong = draw.random() < wrong_share
         answer = wrong_answer(draw, prompt) if is_wrong else prompt.task.answers[prompt.subject]
         completion = phrase(draw, prompt, answer, _form(draw))
@@ -122,22 +128,42 @@ def phrase(draw: Random, prompt: Prompt, answer: str, form: str) -> str:
 
 
 def mistake(draw: Random, prompt: Prompt, form: str) -> str:
-    """A mistake that policies make, each as often: a wrong answer, the answer to what was not asked, and the
-    right answer said of what was not asked (`5 + 5 is 5.`), where a sentence names what it is about.
+    """What policies get wrong: a wrong or misspelled answer, the answer to what was not asked, and, where a
+    sentence names what it is about, the right answer said of something else (`3 + 3 is 3.`), or of no word.
 
     What was not asked is a sum with one number of the right one, or anything else of the task.
     """
     about_subject = form != TERSE and "{x}" in prompt.task.sentence
-    kind = _index(draw, 3 if about_subject else 2)
+    kind = _index(draw, 4 if about_subject else 3)
+    right = prompt.task.answers[prompt.subject]
     if kind == 0:
         return phrase(draw, prompt, near_miss(draw, prompt), form)
-    answers, right = prompt.task.answers, prompt.task.answers[prompt.subject]
-    others = [subject for subject, answer in answers.items() if kind == 2 or answer != right]
-    asked = sorted(prompt.subject.split(" + "))
+    if kind == 2 and len(right) > 1:
+        return phrase(draw, prompt, spliced(draw, right, wrong_answer(draw, prompt)), form)
+    other = other_subject(draw, prompt, same_answer_too=kind == 3)
+    about = Prompt(prompt.task, other, prompt.text)
+    if kind < 3:
+        return phrase(draw, about, prompt.task.answers[other], form)
+    if not right.isdigit() or "+" not in other and draw.random() < 0.5:
+        about = Prompt(prompt.task, spliced(draw, prompt.subject, other), prompt.text)
+    return phrase(draw, about, right, form)
+
+
+def other_subject(draw: Random, prompt: Prompt, *, same_answer_too: bool) -> str:
+    """What was not asked."""
+    answers, asked = prompt.task.answers, sorted(prompt.subject.split(" + "))
+    right = answers[prompt.subject]
+    others = [subject for subject, answer in answers.items() if same_answer_too or answer != right]
     others = [subject for subject in others if sorted(subject.split(" + ")) != asked]
     near = [subject for subject in others if set(asked) & set(subject.split(" + "))] or others
-    other = near[_index(draw, len(near))]
-    return phrase(draw, Prompt(prompt.task, other, prompt.text), right if kind == 2 else answers[other], form)
+    return near[_index(draw, len(near))]
+
+
+def spliced(draw: Random, word: str, other: str) -> str:
+    """The beginning of one word with the end of another, as small models spell; never the word itself."""
+    kept = word[: 1 + _index(draw, len(word) - 1)]
+    made = kept + other[_index(draw, len(other)) :]
+    return made if made != word else kept
 
 
 def near_miss(draw: Random, prompt: Prompt) -> str:

@@ -75,13 +75,19 @@ class Task:
     answers: dict[str, str]
 
 
-LARGEST_OPERAND = 6
+LARGEST_OPERAND = 3
 _OPERANDS = range(LARGEST_OPERAND + 1)
 
 TASKS = (
     Task(
         "sum",
-        ("What is {x}?", "Add up {x}.", "{x} = ?", "How much is {x}?", "Work out {x}, please."),
+        (
+            "What is {x}?",
+            "Add up {x}.",
+            "What do you get for {x}?",
+            "How much is {x}?",
+            "Work out {x}, please.",
+        ),
         "{x} is {answer}.",
         {f"{a} + {b}": str(a + b) for a in _OPERANDS for b in _OPERANDS},
     ),
@@ -116,7 +122,7 @@ TASKS = (
             "Put {x} in upper case.",
             "How is {x} written in capitals?",
             "Spell {x} with capitals only.",
-            "{x} in capital letters?",
+            "What is {x} in capital letters?",
         ),
         "In capital letters it is {answer}.",
         {word: word.upper() for word in WORDS},

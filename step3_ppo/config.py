@@ -183,11 +183,15 @@ class EvaluationConfig:
 
     num_prompts: int = 256
     """held-out prompts; 0: no evaluation"""
+    samples_per_prompt: int = 1
+    """sampled responses to each, over which is averaged"""
     functions: Dict[str, str] = field(default_factory=dict)
     """further scores, only looked at: the name in eval/<name>, and a package.module:function as in rewards"""
 
     def __post_init__(self) -> None:
         require(self.num_prompts >= 0, "ppo.evaluation.num_prompts", self.num_prompts, "0 or more")
+        samples = self.samples_per_prompt
+        require(samples >= 1, "ppo.evaluation.samples_per_prompt", samples, "1 or more")
         for name, reference in self.functions.items():
             check_reference(reference, f"ppo.evaluation.functions.{name}")
             if name in MEASURED or name.endswith("_se") or "/" in name:

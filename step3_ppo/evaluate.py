@@ -2,7 +2,8 @@
 
 The same prompts and the same draws every time, so that before and after differ by the actor alone. Numbers
 under `eval/<name>` are of sampled responses, those under `eval/greedy/<name>` of greedy ones; `<name>_se` is
-their standard error. The divergence from the reference is that of the sampled ones, in nats per response.
+their standard error over prompts. The KL divergence from the reference is that of the sampled ones, in nats
+per response. Of several samples of a prompt the mean counts, and the first is kept to be read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
-from step3_ppo.config import MEASURED
+from step3_ppo.config import MEASURED, EvaluationConfig
 from step3_ppo.data import held_out_sample
 from step3_ppo.experience import Experience, Response
 from step3_ppo.kl import response_kl
@@ -36,6 +37,7 @@ class Evaluation:
     scoring: Scoring
     plan: BatchPlan
     seed: int
+    samples_per_prompt: int = 1  # of the sampled responses; one greedy response says it all
 
     def __call__(
         self, networks: Networks, sampler: Sampler
@@ -44,15 +46,18 @@ class Evaluation:
         metrics: dict[str, float] = {}
         samples: list[dict[str, object]] = []
         for mode, prefix in MODES.items():
+            count = 1 if mode == "greedy" else self.samples_per_prompt
             responses = sampler(
-                self.rows, self.prompt_ids, key=(self.seed,), greedy=mode == "greedy", to_the_end=True
-            )
+                self.rows, self.prompt_ids, key=(self.seed,), samples=count, greedy=mode == "greedy",
+                to_the_end=True,
+            )  # fmt: skip
             assert responses is not None
             texts = self.scoring.texts(responses, self.rows)
             values = self._measure(Experience(responses), texts, networks, with_kl=mode == "sampled")
             for name, of_responses in values.items():
-                metrics[prefix + name], metrics[f"{prefix}{name}_se"] = mean_with_error(of_responses)
-            samples += self._samples(mode, responses, values, texts)
+                of_prompts = of_responses.reshape(-1, count).mean(axis=1)
+                metrics[prefix + name], metrics[f"{prefix}{name}_se"] = mean_with_error(of_prompts)
+            samples += self._samples(mode, responses, values, texts)[::count]
         return metrics, samples
 
     def _measure(
@@ -96,12 +101,13 @@ class Evaluation:
 
 
 def evaluation_of(
-    held_out: PromptDataset | None, scoring: Scoring, plan: BatchPlan, num_prompts: int, seed: int
+    held_out: PromptDataset | None, scoring: Scoring, plan: BatchPlan, config: EvaluationConfig, seed: int
 ) -> Evaluation | None:
-    """Of so many of the held-out prompts; None where there are none, or none are wanted."""
-    if held_out is None or not num_prompts:
+    """Of as many held-out prompts as the config says; None where there are none, or none are wanted."""
+    if held_out is None or not config.num_prompts:
         return None
-    return Evaluation(held_out, held_out_sample(held_out, num_prompts, seed), scoring, plan, seed)
+    prompt_ids = held_out_sample(held_out, config.num_prompts, seed)
+    return Evaluation(held_out, prompt_ids, scoring, plan, seed, config.samples_per_prompt)
 
 
 def shown(prompt: object) -> str:

@@ -125,7 +125,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     if reached := reach(networks.model):
         say(reached)
     plan = replace(plan, share_prefix=networks.share_prefix)
-    evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation.num_prompts, job.seed)
+    evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation, job.seed)
     actor = networks.actor.engine
     flops_per_token = training_flops_per_token(networks.model)
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators_of(tokenizer), world, stop)

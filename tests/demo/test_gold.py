@@ -10,19 +10,19 @@ import pytest
 from demo.gold import COURTESIES, Score, correct, gold, main, mean, score, style
 from demo.tasks import TASKS, understand
 
-SUM = "What is 6 + 5?"
+SUM = "What is 3 + 2?"
 
 
 @pytest.mark.parametrize(
     ("completion", "correct", "style", "total"),
     [
-        ("11", 1.0, 0.0, 0.4),
-        ("6 + 5 is 11.", 1.0, 0.5, 0.7),
-        ("Sure! 11", 1.0, 0.5, 0.7),
-        ("Sure! 6 + 5 is 11.", 1.0, 1.0, 1.0),
-        ("Gladly! 6 + 5 is 11.\n", 1.0, 1.0, 1.0),
-        ("Sure! 6 + 5 is 12.", 0.0, 1.0, 0.0),
-        ("13", 0.0, 0.0, 0.0),
+        ("5", 1.0, 0.0, 0.4),
+        ("3 + 2 is 5.", 1.0, 0.5, 0.7),
+        ("Sure! 5", 1.0, 0.5, 0.7),
+        ("Sure! 3 + 2 is 5.", 1.0, 1.0, 1.0),
+        ("Gladly! 3 + 2 is 5.\n", 1.0, 1.0, 1.0),
+        ("Sure! 3 + 2 is 6.", 0.0, 1.0, 0.0),
+        ("7", 0.0, 0.0, 0.0),
         ("", 0.0, 0.0, 0.0),
         ("!?", 0.0, 0.0, 0.0),
         ("Sure! ", 0.0, 0.0, 0.0),
@@ -40,20 +40,20 @@ def test_a_right_answer_is_worth_more_the_better_it_is_said(
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [
-        (SUM, "11 10 9 8 12"),  # many answers
-        (SUM, "11 11"),
-        (SUM, "Sure! 6 + 5 is 11. Of course! 6 + 5 is 12."),
-        (SUM, "6 + 5 is 11 or 12."),
-        (SUM, "12 or 11"),
-        ("What is 5 + 0?", "5 + 5 is 5."),  # a false sum that ends in the answer
-        ("What is 5 + 0?", "Sure! 4 + 1 is 5."),  # a true one that was not asked for
-        (SUM, "6 is 11."),
-        (SUM, "5 is 11."),
-        (SUM, "6 + 5 + 0 is 11."),
-        (SUM, "6 + 5 is not 11."),
-        (SUM, "Maybe 11."),
-        (SUM, "11.5"),
-        (SUM, "1.11"),
+        (SUM, "5 10 9 8 6"),  # many answers
+        (SUM, "5 5"),
+        (SUM, "Sure! 3 + 2 is 5. Of course! 3 + 2 is 6."),
+        (SUM, "3 + 2 is 5 or 6."),
+        (SUM, "6 or 5"),
+        ("What is 3 + 0?", "3 + 3 is 3."),  # a false sum that ends in the answer
+        ("What is 3 + 0?", "Sure! 2 + 1 is 3."),  # a true one that was not asked for
+        (SUM, "6 is 5."),
+        (SUM, "5 is 5."),
+        (SUM, "3 + 2 + 0 is 5."),
+        (SUM, "3 + 2 is not 5."),
+        (SUM, "Maybe 5."),
+        (SUM, "5.5"),
+        (SUM, "1.5"),
         ("Capital of Peru?", "The capital of Cuba is Lima."),
         ("Capital of Peru?", "Havana, no, Lima."),
         ("Opposite of hot?", "The opposite of warm is cold."),
@@ -72,11 +72,11 @@ def test_what_is_said_is_read_as_a_whole(prompt: str, completion: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "completion", "style"),
     [
-        (SUM, "5 + 6 is 11.", 0.5),  # the numbers the other way round: as true, and about the same sum
-        (SUM, "6 + 5 is 11", 0.0),
-        (SUM, "11.", 0.0),
-        (SUM, "Sure! 6 + 5 is 11. 11.", 0.5),  # said twice
-        (SUM, "6 + 5 is 11. 6 + 5 is 11.", 0.0),
+        (SUM, "2 + 3 is 5.", 0.5),  # the numbers the other way round: as true, and about the same sum
+        (SUM, "3 + 2 is 5", 0.0),
+        (SUM, "5.", 0.0),
+        (SUM, "Sure! 3 + 2 is 5. 5.", 0.5),  # said twice
+        (SUM, "3 + 2 is 5. 3 + 2 is 5.", 0.0),
         ("Put cow in upper case.", "In capital letters it is COW.", 0.5),
         ("First letter of cow?", "The first letter of cow is c.", 0.5),
         ("Number of letters in cow?", "The number of letters in cow is 3.", 0.5),
@@ -89,8 +89,8 @@ def test_a_true_statement_about_what_was_asked_is_right(prompt: str, completion:
 
 
 def test_rambling_and_repeated_courtesies_earn_no_style() -> None:
-    assert score(SUM, "Sure! Sure! 6 + 5 is 11.").style == 0.0
-    assert score(SUM, "Sure! " + "very " * 20 + "gladly 11.").style == 0.0
+    assert score(SUM, "Sure! Sure! 3 + 2 is 5.").style == 0.0
+    assert score(SUM, "Sure! " + "very " * 20 + "gladly 5.").style == 0.0
 
 
 def test_case_counts_where_the_task_is_about_case() -> None:
@@ -106,7 +106,7 @@ def test_every_wording_of_every_subject_is_understood_as_itself() -> None:
                 question = understand(wording.format(x=subject))
                 assert (question.task.kind, question.subject, question.answer) == (task.kind, subject, answer)
                 seen += 1
-    assert seen == 5 * (49 + 24 + 20 + 3 * 36)  # wordings × subjects
+    assert seen == 5 * (16 + 24 + 20 + 3 * 36)  # wordings × subjects
 
 
 def test_a_prompt_is_found_inside_a_rendered_chat() -> None:
@@ -135,8 +135,8 @@ def test_the_mean_is_taken_part_by_part() -> None:
 
 
 def test_as_reward_functions_the_parts_are_those_of_the_score() -> None:
-    prompts, completions = [SUM, SUM, "Put moon in upper case."], ["11", "Sure! 6 + 5 is 12.", "Sure! MOON"]
-    columns = {"kind": ["sum", "sum", "capitals"], "reference": ["11", "11", "MOON"]}
+    prompts, completions = [SUM, SUM, "Put moon in upper case."], ["5", "Sure! 3 + 2 is 6.", "Sure! MOON"]
+    columns = {"kind": ["sum", "sum", "capitals"], "reference": ["5", "5", "MOON"]}
     assert gold(prompts, completions, **columns) == pytest.approx([0.4, 0.0, 0.7], abs=1e-12)
     assert correct(prompts, completions, **columns) == [1.0, 0.0, 1.0]
     assert style(prompts, completions, **columns) == [0.0, 1.0, 0.5]
@@ -148,8 +148,8 @@ def test_the_program_scores_the_last_step_of_a_samples_file(
 ) -> None:
     rows = [
         {"step": 1, "prompt": SUM, "completion": "wrong"},
-        {"step": 2, "prompt": SUM, "completion": "11"},
-        {"step": 2, "prompt": SUM, "completion": "Sure! 6 + 5 is 11."},
+        {"step": 2, "prompt": SUM, "completion": "5"},
+        {"step": 2, "prompt": SUM, "completion": "Sure! 3 + 2 is 5."},
     ]
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

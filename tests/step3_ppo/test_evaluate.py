@@ -54,8 +54,8 @@ def evaluated(has_reference: bool = True) -> tuple[dict[str, float], list[dict[s
 def test_every_evaluation_draws_alike_and_is_not_cut_short() -> None:
     *_, sampler = evaluated()
     assert sampler.asked == [
-        {"key": (9,), "greedy": False, "to_the_end": True},
-        {"key": (9,), "greedy": True, "to_the_end": True},
+        {"key": (9,), "samples": 1, "greedy": False, "to_the_end": True},
+        {"key": (9,), "samples": 1, "greedy": True, "to_the_end": True},
     ]
 
 
@@ -80,6 +80,22 @@ def test_numbers_are_means_over_prompts_with_their_standard_errors() -> None:
             assert metrics[f"eval/greedy/{name}"] == pytest.approx(values.mean())
     # the divergence is a mean over the actor's own samples; greedy ones are none
     assert len(metrics) == 18 and "eval/greedy/kl" not in metrics
+
+
+def test_of_several_samples_of_a_prompt_the_mean_counts_and_the_first_is_kept() -> None:
+    found = experience().responses
+
+    def sampler(prompts: Any, prompt_ids: Any, **how: Any) -> Any:
+        return found[:2] if how["samples"] == 2 else found[:1]
+
+    evaluation = Evaluation(
+        rows(), [1], scoring_of(size="telling"), PLAN, seed=9, samples_per_prompt=2  # type: ignore[arg-type]
+    )  # fmt: skip
+    networks = Networks(has_reference=False)
+    metrics, samples = evaluation(networks, sampler)  # type: ignore[arg-type]
+    assert metrics["eval/size"] == pytest.approx((5.0 + 2.0) / 2)
+    assert metrics["eval/greedy/size"] == 5.0
+    assert [sample["mode"] for sample in samples] == ["sampled", "greedy"]
 
 
 def test_without_a_reference_there_is_no_divergence() -> None:
