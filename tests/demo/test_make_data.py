@@ -81,7 +81,7 @@ def test_references_are_the_answers_that_the_scorer_wants(shipped: dict[str, lis
 def test_demonstrations_leave_room_above_them(shipped: dict[str, list[dict[str, Any]]]) -> None:
     gold = mean(score(row["prompt"], row["completion"]) for row in shipped["sft.jsonl"])
     assert 0.3 < gold.total < 0.7
-    assert 0.95 < gold.correct < 1.0
+    assert 0.9 < gold.correct < 0.97
     assert 0.3 < gold.style < 0.5
 
 
