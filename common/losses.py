@@ -716,7 +716,8 @@ def _check_head(model: PreTrainedModel) -> None:
 def some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:
     """int64 [1, count], different ids where the vocabulary is large enough."""
     table = cast(nn.Embedding, base.get_input_embeddings()).weight
-    return torch.arange(3, 3 + count, device=table.device)[None] % table.shape[0]
+    rows = getattr(table, "ds_shape", table.shape)[0]  # ZeRO-3 may hold the table in parts
+    return torch.arange(3, 3 + count, device=table.device)[None] % rows
 
 
 def difference(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> float:
