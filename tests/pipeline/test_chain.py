@@ -185,7 +185,8 @@ def test_where_the_policy_lies_and_what_the_base_model_was_do_not_matter_but_wha
     make_policy("here")
     go(from_policy(REWARD, "here"))
     shutil.copytree("here", "there")
-    made = from_policy(REWARD, "there", model=ModelConfig(path="some/base", chat_template="plain"))
+    other = ModelConfig(path="some/base", chat_template="plain", dtype=Dtype.fp32)
+    made = from_policy(REWARD, "there", model=other)
     assert "done already" in go(made)[0]
     before, after = file_sha256(f"here/{MANIFEST}")[:12], make_policy("here", '{"other": 1}')[:12]
     error = refused(from_policy(REWARD, "here"))
