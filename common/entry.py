@@ -64,11 +64,12 @@ def step_main(
         listen(lambda line: print(f"notice: {line}", flush=True))
 
     def work() -> int:
-        job = on_this_device(load_resolved(arguments.config, schema))
+        job = load_resolved(arguments.config, schema)
         try:
             if check is not None and arguments.check:
                 check(job)
                 return 0
+            job = on_this_device(job)
             if not arguments.preview:
                 refuse_to_wait_for_ever()
                 return train(job, run_dir)
