@@ -19,10 +19,9 @@ from common.data.types import Message, TemplateContext
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Fields that hold a turn's reasoning; transformers hands it to templates under the first two names."""
 
-END_OF_REASONING = "</think>"
+START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
 
 WAY_OUT = "; model.chat_template=chatml writes every part"
-START_OF_REASONING = "<think>"
 
 
 def lost_in_turn(turn: Message, text: str) -> str | None:
