@@ -347,7 +347,7 @@ def _behind_opened(
     """
     turn = messages[-1]
     reasoning = parts.reasoning_of(turn)
-    bare = {name: value for name, value in turn.extra.items() if name not in parts.REASONING}
+    bare = {name: value for name, value in turn.extra.items() if name not in parts.REASONING_KEYS}
     try:
         text, _ = render([*messages[:-1], Message(turn.role, PROBE, bare)], template, context)
     except RenderError:

@@ -13,11 +13,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from common.data.canonical import REASONING_KEYS
 from common.data.render import ChatTemplate, RenderError, render
 from common.data.types import Message, TemplateContext
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Fields that hold a turn's reasoning; transformers hands it to templates under the first two names."""
 
 START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
 
@@ -103,7 +101,7 @@ def split_reasoning(content: str) -> tuple[str, str]:
 
 def reasoning_of(turn: Message) -> str:
     """A turn's reasoning in a field of its own; empty when there is none."""
-    found = (turn.extra.get(name) for name in REASONING)
+    found = (turn.extra.get(name) for name in REASONING_KEYS)
     return next((value for value in found if isinstance(value, str) and value.strip()), "")
 
 
@@ -156,7 +154,7 @@ def _marked(message: Message, turn: int, parts: list[_Part]) -> Message:
         content = joined(inner, content)
     if reasoning_of(message):
         made = _mark(parts, "an assistant turn's reasoning", turn, False)
-        extra |= {name: made for name in REASONING if extra.get(name)}
+        extra |= {name: made for name in REASONING_KEYS if extra.get(name)}
     if isinstance(calls, list | tuple):
         extra["tool_calls"] = [_marked_call(call, turn, parts) for call in calls]
     return Message("assistant", content, extra)
