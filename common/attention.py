@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common.data.types import leaders_of
+from common.data.types import prefix_owners_of
 from common.errors import UserError
 from common.notices import notice
 
@@ -59,20 +59,20 @@ PACKED_LAYERS = {"full_attention", "sliding_attention", "attention", "mlp", "moe
 
 
 class SharedPrefix:
-    """Documents that begin with tokens which stand in a document before them, and only there.
+    """Prefix sharing: documents whose prefix is stored once, in an earlier document of the row.
 
-    tokens: of each document, how many (0: none). cu_seqlens: int32 [D + 1], boundaries of what stands.
-    leaders: of each document, the one in which they stand: the nearest before it that stands whole.
+    tokens: for each document, the length of its shared prefix (0: none). cu_seqlens: int32 [D + 1], bounds
+    of the stored tokens. owners: for each document, the one that stores its prefix.
     """
 
     def __init__(self, tokens: Sequence[int], cu_seqlens: torch.Tensor) -> None:
         self.tokens = tuple(tokens)
-        self.leaders = leaders_of(self.tokens)
+        self.owners = prefix_owners_of(self.tokens)
         self._cu_seqlens = cu_seqlens
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """What the documents attend to, end to end: positions int64 [K], boundaries int32 [D + 1], longest.
+        """The keys of all documents, end to end: positions int64 [K], boundaries int32 [D + 1], longest.
 
         Flash attention aligns the last query with the last key, so every query sees the keys in front. Made
         once per batch, for all layers.
@@ -80,7 +80,7 @@ class SharedPrefix:
         starts, device = self._cu_seqlens.tolist(), self._cu_seqlens.device
         parts, ends = [], [0]
         for index, shared in enumerate(self.tokens):
-            before = starts[self.leaders[index]]
+            before = starts[self.owners[index]]
             parts += [torch.arange(before, before + shared), torch.arange(starts[index], starts[index + 1])]
             ends.append(ends[-1] + shared + starts[index + 1] - starts[index])
         longest = max(end - start for start, end in pairwise(ends))
@@ -114,8 +114,8 @@ def packed_attention(
     """Causal attention within each document of one flat sequence.
 
     cu_seq_lens_q: int32 [D + 1], document boundaries (0 first, N last); max_length_q: longest document;
-    sliding_window: each token sees itself and the `sliding_window - 1` before it. shared_prefix: what
-    documents see of one before them (None: nothing). softcap: scores become softcap · tanh(score / softcap).
+    sliding_window: each token sees itself and the `sliding_window - 1` before it. shared_prefix: the
+    prefixes that documents share (None: none). softcap: scores become softcap · tanh(score / softcap).
     s_aux: [H], a sink of each head: a score that takes part in the softmax and has no value. Returns
     ([1, N, H, d], None). Raises UserError for what no backend computes, ValueError when called without
     boundaries.
@@ -227,9 +227,9 @@ def _by_document(
             continue
         shared = 0 if shared_prefix is None else shared_prefix.tokens[index]
         if shared_prefix is not None and shared:
-            leader = shared_prefix.leaders[index]
-            k = torch.cat([keys[leader][:, :, :shared], k], 2)
-            v = torch.cat([values[leader][:, :, :shared], v], 2)
+            owner = shared_prefix.owners[index]
+            k = torch.cat([keys[owner][:, :, :shared], k], 2)
+            v = torch.cat([values[owner][:, :, :shared], v], 2)
         seen = k.shape[2]
         if q.device.type == "cpu" and seen <= CPU_FP32_LENGTH:
             q, k, v = q.float(), k.float(), v.float()

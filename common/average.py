@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
 
-from common.elastic import WEIGHTS, Layout, divided_anew
 from common.engine import Engine
+from common.reshard import WEIGHTS, Layout, reshard
 
 
 class ExponentialAverage:
@@ -64,7 +64,7 @@ class ExponentialAverage:
             self._take(_held_by(folder, dist.get_rank()))
             return None
         shards = own.ranks[dist.get_rank()]
-        self._take(divided_anew(stored, shards, lambda rank: _held_by(folder, rank)))
+        self._take(reshard(stored, shards, lambda rank: _held_by(folder, rank)))
         return f"{stored} -> {own}"
 
     def _take(self, held: list[dict[str, torch.Tensor]]) -> None:

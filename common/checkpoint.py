@@ -35,9 +35,9 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
-from common.distributed import World, from_main, gather_objects, of_all_ranks
+from common.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
 from common.errors import UserError
-from common.moments import at
+from common.phases import enter
 
 log = logging.getLogger("rlhf.checkpoint")
 
@@ -98,7 +98,7 @@ class Resumed:
     path: Path
     counters: dict[str, Any]
     set_aside: tuple[str, ...]  # newer checkpoints that could not be verified, and why
-    divided_anew: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
+    reshard: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
 
 
 class Checkpoints:
@@ -114,17 +114,17 @@ class Checkpoints:
 
         UserError on a full or read-only disk, with what was saved before left as it was.
         """
-        at("save")
+        enter("save")
         final = self.folder / f"step_{step:08d}"
         partial = final.with_name(f"{final.name}.tmp")
         if self._exists_everywhere(final):
             return final
-        from_main(self._world, lambda: self._start(partial))
+        broadcast_from_rank0(self._world, lambda: self._start(partial))
         self._on_every_rank(partial, lambda: self._write_own(partial, state, counters))
         records = self._hash_own_share(partial)
-        from_main(self._world, lambda: self._commit(partial, final, step, records))
-        from_main(self._world, lambda: self._forget_old(best_step))
-        at("commit.end")
+        broadcast_from_rank0(self._world, lambda: self._commit(partial, final, step, records))
+        broadcast_from_rank0(self._world, lambda: self._forget_old(best_step))
+        enter("commit.end")
         return final
 
     def resume(self, state: State) -> Resumed | None:
@@ -133,8 +133,8 @@ class Checkpoints:
         UserError when there were some and none can be verified, the newest may not be read or has another
         format, or the state cannot be divided anew.
         """
-        at("load")
-        from_main(self._world, self._remove_unfinished)
+        enter("load")
+        broadcast_from_rank0(self._world, self._remove_unfinished)
         set_aside: list[str] = []
         for step in sorted(self.steps(), reverse=True):
             path = self.folder / f"step_{step:08d}"
@@ -145,7 +145,7 @@ class Checkpoints:
                 counters = json.loads((path / COUNTERS).read_text())
                 return Resumed(path, counters, tuple(set_aside), changed)
             set_aside.append(f"{path.name}: {'; '.join(faults)}")
-            from_main(self._world, partial_function(self._quarantine, path))
+            broadcast_from_rank0(self._world, partial_function(self._quarantine, path))
         if set_aside:
             raise UserError(
                 f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(set_aside),
@@ -157,7 +157,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint; the same list on every rank."""
         own = [int(m.group(1)) for p in self.folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]
-        return gather_objects(own)[0]
+        return all_gather_objects(own)[0]
 
     def _start(self, partial: Path) -> None:
         self._remove_unfinished()
@@ -183,17 +183,17 @@ class Checkpoints:
 
     def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
         state.save(partial)
-        at("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
-        if self._world.is_main:
+        enter("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
+        if self._world.is_rank0:
             (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
 
     def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
         """Hash every world_size-th file; return all ranks' records."""
-        at("commit.hash")
+        enter("commit.hash")
         listed = [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
-        names = sorted(set().union(*gather_objects(listed)))  # a client's listing may be behind
+        names = sorted(set().union(*all_gather_objects(listed)))  # a client's listing may be behind
         own = names[self._world.rank :: self._world.size]
-        shares = of_all_ranks(lambda: {name: self._record(partial / name) for name in own})
+        shares = all_gather_or_raise(lambda: {name: self._record(partial / name) for name in own})
         return {name: record for share in shares for name, record in share.items()}
 
     def _record(self, path: Path) -> FileRecord:
@@ -208,13 +208,13 @@ class Checkpoints:
     def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
         details = {"step": step, **self._details}
         with disk_errors(partial):
-            at("commit.manifest")
+            enter("commit.manifest")
             write_manifest(partial, Manifest("checkpoint", None, records, details))
-        at("commit.rename")
+        enter("commit.rename")
         commit_folder(partial, final)
 
     def _forget_old(self, best_step: int | None) -> None:
-        at("commit.forget")
+        enter("commit.forget")
         present = sorted(int(m.group(1)) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
         for step in present[: -self._keep]:
             if step != best_step:
@@ -226,7 +226,9 @@ class Checkpoints:
 
     def _vote(self, path: Path) -> list[str]:
         """Faults that any rank found; UserError on all for what is no damage, such as another format."""
-        return [fault for faults in of_all_ranks(lambda: self._faults_in_share(path)) for fault in faults]
+        return [
+            fault for faults in all_gather_or_raise(lambda: self._faults_in_share(path)) for fault in faults
+        ]
 
     def _faults_in_share(self, path: Path) -> list[str]:
         try:
@@ -256,7 +258,7 @@ class Checkpoints:
             os.rename(path, target)
 
     def _exists_everywhere(self, final: Path) -> bool:
-        return all(gather_objects((final / MANIFEST).exists()))
+        return all(all_gather_objects((final / MANIFEST).exists()))
 
     def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
         """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
@@ -270,9 +272,9 @@ class Checkpoints:
             if (refused := _refused_write(partial, error)) is None:
                 raise
         # all ranks learn of it before anything is removed under those that still write
-        errors = [error for error in gather_objects(refused) if error is not None]
+        errors = [error for error in all_gather_objects(refused) if error is not None]
         if errors:
-            if self._world.is_main:
+            if self._world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise errors[0]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Counts:
+class DataCounts:
     """Counts of a step. scale: 1, or by how much those of a sample were multiplied.
 
     ledger: what became of the rows, as lines of text. rows: of an epoch, packed where the step packs (PPO:

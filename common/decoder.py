@@ -4,7 +4,7 @@ Takes a transformers model (also one wrapped by peft), prompts as token ids and 
 ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
 together; one that ends makes room for the next, and when none is left to start the batch shrinks. A prompt
 that several requests share is computed once. It does not know text, rewards or training; any other engine
-that offers `decode` (`Engine`) can stand in for it.
+that offers `decode` (`GenerationBackend`) can stand in for it.
 
 What is drawn for a request is a function of the weights, its prompt and its key. Each step's token is where
 a uniform number of the request's own stream falls in the cumulative distribution; and on the CPU in fp32
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import attention
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.errors import UserError
 from common.losses import differ, difference, packed_arguments, positions_within, some_tokens, unwrapped
 from common.miniature import miniature_of
@@ -111,7 +111,7 @@ class DecodingCounts:
         return self.tokens / self.rows if self.rows else 0.0
 
 
-class Engine(Protocol):
+class GenerationBackend(Protocol):
     """Whatever turns requests into completions."""
 
     counts: DecodingCounts
@@ -181,7 +181,7 @@ def _until_done(run: _Run, passes: _Passes, should_stop: Callable[[], bool] | No
         stop = should_stop is not None and run.steps % STEPS_BETWEEN_QUESTIONS == 0 and should_stop()
         busy = run.busy
         if lockstep:
-            told, working = sum_over_ranks([stop or failed is not None, busy])
+            told, working = all_reduce_sum([stop or failed is not None, busy])
             stop, busy = told > 0, working > 0
         if failed is not None:
             raise failed

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import moments
+from common import phases
 from common.errors import UserError
+from common.heartbeat import HeartbeatThreads, start_heartbeat
 from common.limits import collective_seconds
 from common.logs import STOPPED_EXIT_CODE
-from common.watch import Watch, start_watch
 
-WATCH_FIRST = 60.0
-"""Seconds by which a collective's own timeout comes after the watch, which says more."""
+HEARTBEAT_FIRST = 60.0
+"""A collective's own timeout comes so many seconds after the heartbeat's, whose message says more."""
 T = TypeVar("T")
-_watch: Watch | None = None
+_heartbeat: HeartbeatThreads | None = None
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,18 @@ class World:
     device: torch.device
 
     @property
-    def is_main(self) -> bool:
-        """Whether this rank writes what all ranks share."""
+    def is_rank0(self) -> bool:
+        """Rank 0 writes the files that all ranks share."""
         return self.rank == 0
 
 
 def init_world() -> World:
     """Join the process group named by the environment; a lone process is a world of one.
 
-    Several are watched from here on (`watch.py`). UserError when RLHF_FAULT, or a limit, is not understood.
+    Several ranks exchange heartbeats from here on (`heartbeat.py`). UserError when RLHF_FAULT or a limit
+    cannot be parsed.
     """
-    global _watch
+    global _heartbeat
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -59,15 +60,15 @@ def init_world() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    moments.arm(rank)
+    phases.arm_faults(rank)
     if not dist.is_initialized():
-        timeout = timedelta(seconds=collective_seconds() + WATCH_FIRST)
+        timeout = timedelta(seconds=collective_seconds() + HEARTBEAT_FIRST)
         _limit_every_group(timeout)
         store = dist.HashStore() if size == 1 else None  # a lone process needs no address to meet at
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         if size > 1:
-            _watch = start_watch(rank, size, timeout, barrier)
-    moments.at("start")
+            _heartbeat = start_heartbeat(rank, size, timeout, barrier)
+    phases.enter("start")
     return World(rank, size, local_rank, device)
 
 
@@ -81,10 +82,10 @@ def _limit_every_group(timeout: timedelta) -> None:
 
 def close_world() -> None:
     """Leave the process group."""
-    global _watch
-    if _watch is not None:
-        _watch.stop()
-        _watch = None
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -101,16 +102,16 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))
 
 
-def sum_over_ranks(values: Sequence[float] | torch.Tensor) -> list[float]:
-    """Element-wise sum over all ranks, in float64 on the host."""
+def all_reduce_sum(values: Sequence[float] | torch.Tensor) -> list[float]:
+    """All-reduce: the element-wise sum over all ranks, in float64 on the host."""
     total = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.tolist()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+def all_gather_objects(value: Any) -> list[Any]:
+    """All-gather: the values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -118,28 +119,28 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def from_main(world: World, make: Callable[[], T]) -> T:
-    """What `make()` returns on rank 0, on every rank; a UserError raised there is raised on all."""
+def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 and broadcast its result; a UserError raised there is raised on every rank."""
     made: Any = None
-    if world.is_main:
+    if world.is_rank0:
         try:
             made = make()
         except UserError as error:
             made = error
-    made = gather_objects(made)[0]
+    made = all_gather_objects(made)[0]
     if isinstance(made, UserError):
         raise made
     return made
 
 
-def of_all_ranks(make: Callable[[], T]) -> list[T]:
-    """What `make()` returns on every rank, in rank order; a UserError of any is raised on all."""
+def all_gather_or_raise(make: Callable[[], T]) -> list[T]:
+    """Run `make` on every rank and all-gather the results; a UserError of one rank is raised on all."""
     made: Any = None
     try:
         made = make()
     except UserError as error:
         made = error
-    gathered = gather_objects(made)
+    gathered = all_gather_objects(made)
     for value in gathered:
         if isinstance(value, UserError):
             raise value
@@ -148,10 +149,10 @@ def of_all_ranks(make: Callable[[], T]) -> list[T]:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    sum_over_ranks([0.0])
+    all_reduce_sum([0.0])
 
 
-def wait_for_main(world: World, name: str) -> None:
+def wait_for_rank0(world: World, name: str) -> None:
     """Wait for all ranks; for rank 0, which works alone, however long it takes. name: used once in a run.
 
     In a collective the others would give it up after `collective_seconds()`; here the watch does, when it is
@@ -160,7 +161,7 @@ def wait_for_main(world: World, name: str) -> None:
     if world.size == 1:
         return
     store = dist.distributed_c10d._get_default_store()
-    if world.is_main:
+    if world.is_rank0:
         store.set(name, "")
     while not store.check([name]):
         time.sleep(0.2)

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.distributed import gather_objects
-from common.elastic import WEIGHTS, Layout, Piece, Shard, divided_anew
+from common.distributed import all_gather_objects
 from common.errors import UserError
-from common.moments import at
+from common.phases import enter
+from common.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 
 STATE_TAG = "zero"
 """Name of the folder DeepSpeed writes below a checkpoint."""
@@ -55,7 +55,7 @@ class Engine:
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
-        self.layout = Layout(self.zero_stage, tuple(gather_objects(self._shards())))
+        self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
         """How the trained weights and the optimizer's state are divided over the ranks."""
 
     @property
@@ -80,13 +80,13 @@ class Engine:
         `denominator` is the step's global count of trained tokens, known before the first
         micro-batch. DeepSpeed averages gradients over ranks; the factor world size undoes it.
         """
-        if at("backward"):
+        if enter("backward"):
             loss_sum = loss_sum * math.nan
         self._engine.backward(loss_sum * (self._world_size / denominator), scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
         """Reduce, clip, update. A gradient that is not finite on any rank skips it on all."""
-        at("update")
+        enter("update")
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm()
@@ -222,10 +222,10 @@ class Engine:
         """Restore a state that other ranks, or another stage, wrote into `folder`."""
         own, refused = self.layout.ranks[dist.get_rank()], None
         try:
-            held = divided_anew(stored, own, lambda rank: _held_by(folder, rank))
+            held = reshard(stored, own, lambda rank: _held_by(folder, rank))
         except UserError as error:
             refused = error
-        for refusal in gather_objects(refused):  # the ranks that succeeded would wait for the others
+        for refusal in all_gather_objects(refused):  # the ranks that succeeded would wait for the others
             if refusal is not None:
                 raise refusal
         weights = [values.pop(WEIGHTS) for values in held]

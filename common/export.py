@@ -138,7 +138,7 @@ class _Probe:
         return float(((live - other).norm(dim=-1) / live.norm(dim=-1).clamp_min(1e-30)).median())
 
     def kl(self, answer: torch.Tensor) -> float:
-        """Mean over positions of the KL divergence of another answer from the live policy's, in nats."""
+        """Mean over positions of the KL of another answer from the live policy's, in nats."""
         live, other = (_in_fp32(logits).log_softmax(-1) for logits in (self.answer, answer))
         return float((live.exp() * (live - other)).sum(-1).mean())
 

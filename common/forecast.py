@@ -2,7 +2,7 @@
 
     python -m common.forecast ANSWER.json STEP MODULE RESOLVED.yaml [STEP MODULE RESOLVED.yaml ...]
 
-Takes each step's configuration; writes the `Counts` of each as JSON, or the UserError that stopped it.
+Takes each step's configuration; writes the `DataCounts` of each as JSON, or the UserError that stopped it.
 Tokenizes into the cache, where the run finds it again; of large sources it tokenizes a seeded sample and
 scales the counts. Loads no weights: what the architecture falls back to is asked of a small copy. Every
 step's `forecast.py` says how its rows are read.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig, TrainConfig
-from common.counts import Counts
+from common.counts import DataCounts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
 from common.data.dataset import PREFERENCES, PromptDataset, TokenizedDataset
@@ -126,7 +126,7 @@ def of_documents(
     train: TrainConfig,
     built: StepData[TokenizedDataset],
     tokenizer: PreTrainedTokenizerFast,
-) -> Counts:
+) -> DataCounts:
     """Of a step that trains on documents, each row packed over the whole epoch."""
     data = reading.data
     batches = Batches(built.train, batch_plan(job, data, train, ALONE), reading.weights(built.weights))
@@ -139,7 +139,9 @@ def of_documents(
     return dataclasses.replace(found, rows=round(rows * reading.scale), fill=fill)
 
 
-def of_pairs(job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, model: ModelConfig) -> Counts:
+def of_pairs(
+    job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, model: ModelConfig
+) -> DataCounts:
     """Of a step that trains on pairs, which are packed within a step; its rows are pairs.
 
     model: that the step starts from. Before there is one, the base model's tokenizer counts.
@@ -164,7 +166,7 @@ def of_prompts(
     train: TrainConfig,
     prompts: int,
     iterations: int,
-) -> Counts:
+) -> DataCounts:
     """Of PPO: its rows are the prompts of a pass, its steps iterations (over all, if a sample is read)."""
     found = _counts(built, tokenizer, reading, seen=prompts, steps=0, train=train)
     return dataclasses.replace(found, total_steps=iterations)
@@ -178,11 +180,11 @@ def _counts(
     seen: int,
     steps: int,
     train: TrainConfig,
-) -> Counts:
+) -> DataCounts:
     """seen, steps: of the rows that were read."""
     data, scale = built.train, reading.scale
     held_out = 0 if built.held_out is None else len(built.held_out)
-    return Counts(
+    return DataCounts(
         ledger=built.ledger.lines(),
         documents=reading.total(built),
         held_out=held_out if reading.data.eval_path else round(held_out * scale),

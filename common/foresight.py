@@ -15,7 +15,7 @@ from common.config import Dtype, ModelConfig
 from common.decoder import Decoder
 from common.losses import PackedCausalLM, check_packed
 from common.miniature import reduced, small_network
-from common.models import CAUSAL_LM, Ending, attention_for, make_network, read_config, say_what_differs
+from common.models import CAUSAL_LM, HeadSpec, attention_for, make_network, read_config, say_what_differs
 from common.notices import notice
 from common.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, begin
 
@@ -41,16 +41,16 @@ def foresee_scalar(model: ModelConfig) -> None:
         PackedScalarModel(network)
 
 
-def _small(model: ModelConfig, ending: Ending) -> PreTrainedModel | None:
+def _small(model: ModelConfig, head: HeadSpec) -> PreTrainedModel | None:
     config = read_config(model)
     attention.register()
-    attention_for(config, ending)
+    attention_for(config, head)
     say_what_differs(config, model)
-    config.update(dict(ending.fields))
+    config.update(dict(head.fields))
     in_fp32 = dataclasses.replace(model, dtype=Dtype.fp32)
-    network = small_network(config, lambda small: make_network(small, in_fp32, ending))
+    network = small_network(config, lambda small: make_network(small, in_fp32, head))
     if network is None:
-        make_network(reduced(config), in_fp32, ending)  # refused, as it is when a step rehearses its export
+        make_network(reduced(config), in_fp32, head)  # refused, as it is when a step rehearses its export
         notice(
             "what the architecture falls back to is not known before the run",
             f"a small network of model_type={config.model_type} does not run",

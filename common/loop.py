@@ -94,8 +94,8 @@ def restore(
         say(f"set aside, not verified: {line}")
     where = "" if place is None else f", {place(resumed.counters)}"
     say(f"resuming from {resumed.path}{where}")
-    if resumed.divided_anew is not None:
-        say(f"its state was divided anew: {resumed.divided_anew}")
+    if resumed.reshard is not None:
+        say(f"its state was divided anew: {resumed.reshard}")
     return resumed.counters
 
 
@@ -147,7 +147,7 @@ class SaveClock:
     def __init__(self, minutes: float, world: World, now: Callable[[], float] = time.monotonic) -> None:
         """now: seconds on a clock that never goes back."""
         self._seconds, self._now = minutes * 60, now
-        self._decides = world.is_main and minutes > 0
+        self._decides = world.is_rank0 and minutes > 0
         self._last = now()
 
     @property

@@ -264,7 +264,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerFast, taken: set[Any]) -> str | N
 
 
 @dataclass(frozen=True)
-class Ending:
+class HeadSpec:
     """What a network has above its decoder, and what follows from that when it is loaded."""
 
     name: str  # for error messages
@@ -275,7 +275,7 @@ class Ending:
     left_out: tuple[str, ...] | None = None  # the only ones they may have besides; None: any, with a warning
 
 
-CAUSAL_LM = Ending("causal LM", "AutoModelForCausalLM", "CAUSAL_LM")
+CAUSAL_LM = HeadSpec("causal LM", "AutoModelForCausalLM", "CAUSAL_LM")
 
 
 def load_model(
@@ -302,14 +302,14 @@ def load_model(
 def load_network(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
-    ending: Ending,
+    head: HeadSpec,
     prepare: Callable[[PreTrainedModel], None],
     *,
     seed: int,
     device: torch.device,
     max_length: int | None = None,
 ) -> PreTrainedModel:
-    """`load_model` for any ending. `prepare` is called with the network on `device`, before adapters are
+    """`load_model` for any head. `prepare` is called with the network on `device`, before adapters are
     added; it completes it, and raises UserError when packing would train it wrongly.
     """
     import torch
@@ -323,9 +323,7 @@ def load_network(
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-        network = (
-            _from_config(model, tokenizer, ending) if model.config else _from_weights(model, device, ending)
-        )
+        network = _from_config(model, tokenizer, head) if model.config else _from_weights(model, device, head)
         _check_context(network.config, max_length)
         _cover_vocabulary(network, tokenizer, model)
         _set_token_ids(network, tokenizer)
@@ -338,7 +336,7 @@ def load_network(
         if model.compile:
             _compile_layers(network)
         if model.lora.enabled:
-            network = add_adapters(network, model.lora, ending.task_type)
+            network = add_adapters(network, model.lora, head.task_type)
     return network.train()
 
 
@@ -445,8 +443,8 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, ending: Ending) -> PreTrainedModel:
-    attention_for(read_config(model), ending)  # before fields are added, which not every type has
+def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, head: HeadSpec) -> PreTrainedModel:
+    attention_for(read_config(model), head)  # before fields are added, which not every type has
     fields = {"vocab_size": len(tokenizer), **model.config}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))  # the type's own ids lie in another vocabulary
@@ -456,37 +454,37 @@ def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, ending:
             hint="leave vocab_size out: it is then the tokenizer's",
         )
     config = build_config(fields)
-    config.update(dict(ending.fields))
+    config.update(dict(head.fields))
     _set_config_ids(config, tokenizer)
-    return make_network(config, model, ending)
+    return make_network(config, model, head)
 
 
-def make_network(config: PreTrainedConfig, model: ModelConfig, ending: Ending) -> PreTrainedModel:
+def make_network(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreTrainedModel:
     """Random weights for a config, in `model.dtype`. UserError for what is no decoder of text."""
-    implementation = attention_for(config, ending)
+    implementation = attention_for(config, head)
     try:
-        return _auto_class(ending).from_config(
+        return _auto_class(head).from_config(
             config, dtype=torch_dtype(model.dtype), attn_implementation=implementation
         )
     except Exception as error:  # whatever the type's own code makes of these fields
         raise UserError(
-            f"model_type={config.model_type} does not make a {ending.name}: {_told(error)}",
+            f"model_type={config.model_type} does not make a {head.name}: {_told(error)}",
             hint="use a decoder, for example llama, qwen3, mistral",
         ) from error
 
 
-def attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
+def attention_for(config: PreTrainedConfig, head: HeadSpec) -> str | None:
     """Packed, or None (transformers' own) for an architecture whose documents run one by one.
 
     UserError, by its name, for one that is no decoder of text.
     """
-    kind = _class_for(config, ending)
+    kind = _class_for(config, head)
     if kind is None and not type(config).__module__.startswith("transformers."):
         return attention.NAME  # code that comes with the weights
     if kind is None:
         raise UserError(
-            f"model_type={config.model_type} does not make a {ending.name}: transformers has no "
-            f"{ending.auto_class.removeprefix('AutoModelFor')} of it",
+            f"model_type={config.model_type} does not make a {head.name}: transformers has no "
+            f"{head.auto_class.removeprefix('AutoModelFor')} of it",
             hint="choose a decoder for which it has one, for example Llama, Qwen 3, Mistral",
         )
     what = _not_a_decoder(kind, config)
@@ -495,10 +493,10 @@ def attention_for(config: PreTrainedConfig, ending: Ending) -> str | None:
     return attention.NAME if getattr(kind, "_supports_attention_backend", False) else None
 
 
-def _class_for(config: PreTrainedConfig, ending: Ending) -> Any:
+def _class_for(config: PreTrainedConfig, head: HeadSpec) -> Any:
     """transformers' class for the config; None where it has none."""
     try:
-        kind = _auto_class(ending)._model_mapping[type(config)]
+        kind = _auto_class(head)._model_mapping[type(config)]
     except KeyError:
         return None
     return kind[0] if isinstance(kind, (list, tuple)) else kind
@@ -531,10 +529,10 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {_one_line(error)}"
 
 
-def _auto_class(ending: Ending) -> Any:
+def _auto_class(head: HeadSpec) -> Any:
     import transformers
 
-    return getattr(transformers, ending.auto_class)
+    return getattr(transformers, head.auto_class)
 
 
 def read_config(model: ModelConfig) -> PreTrainedConfig:
@@ -558,14 +556,14 @@ def _located_config(model: ModelConfig) -> tuple[PreTrainedConfig, str, str | No
     return config, where, commit
 
 
-def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> PreTrainedModel:
+def _from_weights(model: ModelConfig, device: torch.device, head: HeadSpec) -> PreTrainedModel:
     config, where, commit = _located_config(model)
-    path, options = str(model.path), dict(ending.fields)
-    options["attn_implementation"] = attention_for(config, ending)
+    path, options = str(model.path), dict(head.fields)
+    options["attn_implementation"] = attention_for(config, head)
     if model.quantize is Quantize.nf4:
         options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
     with _loading_errors(path, "model.path"), _quiet_report():
-        loaded: Any = _auto_class(ending).from_pretrained(
+        loaded: Any = _auto_class(head).from_pretrained(
             where,
             revision=commit,
             dtype=torch_dtype(model.dtype),
@@ -575,7 +573,7 @@ def _from_weights(model: ModelConfig, device: torch.device, ending: Ending) -> P
             **options,
         )
     network, report = loaded
-    _check_report(report, path, ending)
+    _check_report(report, path, head)
     if commit is not None:
         log.info("model.path=%s is commit %s", path, commit)
     return network
@@ -605,18 +603,18 @@ def _nf4(device: torch.device) -> Any:
     )
 
 
-def _check_report(report: Mapping[str, Any], path: str, ending: Ending) -> None:
+def _check_report(report: Mapping[str, Any], path: str, head: HeadSpec) -> None:
     """A model with parts made up at random is not the model that was named."""
-    missing = sorted(set(report["missing_keys"]) - set(ending.made_new))
+    missing = sorted(set(report["missing_keys"]) - set(head.made_new))
     if missing:
         raise UserError(
             f"model.path={path} lacks {len(missing)} of the model's tensors: {_first(missing)}",
             hint="the weights do not belong to this config.json, or are incomplete: get the model again",
         )
-    unexpected = sorted(set(report["unexpected_keys"]) - set(ending.left_out or ()))
-    if unexpected and ending.left_out is not None:
+    unexpected = sorted(set(report["unexpected_keys"]) - set(head.left_out or ()))
+    if unexpected and head.left_out is not None:
         raise UserError(
-            f"model.path={path} has tensors that a {ending.name} has no place for: {_first(unexpected)}",
+            f"model.path={path} has tensors that a {head.name} has no place for: {_first(unexpected)}",
             hint="the weights do not belong to this config.json: get the model again",
         )
     if unexpected:

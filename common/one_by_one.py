@@ -49,7 +49,7 @@ def run_one_by_one(model: PreTrainedModel, reason: str) -> None:
     Its attention has to be transformers' own. Calls without boundaries are left alone.
     """
     decoder = decoder_of(model)
-    documents = _Documents(decoder)
+    documents = _DocumentBounds(decoder)
     model._one_by_one = reason  # type: ignore[assignment]
     _replace_forward(decoder, documents.hidden_states)
     _replace_forward(model, documents.called_by(model.forward))
@@ -65,7 +65,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = run
 
 
-class _Documents:
+class _DocumentBounds:
     """A decoder's own forward pass, made for each group of documents of about the same length."""
 
     def __init__(self, decoder: PreTrainedModel) -> None:

@@ -22,13 +22,13 @@ from common.config import Dtype, ModelConfig
 from common.errors import UserError
 from common.export import try_export
 from common.miniature import reduced
-from common.models import Ending, make_network, read_config
+from common.models import HeadSpec, make_network, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def rehearse_export(model: ModelConfig, ending: Ending, say: Callable[[str], None]) -> None:
+def rehearse_export(model: ModelConfig, head: HeadSpec, say: Callable[[str], None]) -> None:
     """Export a small copy of `model`, untrained. UserError when it does not come back as it was.
 
     Leaves random states as they were. Costs a second or so, whatever the model's size.
@@ -37,7 +37,7 @@ def rehearse_export(model: ModelConfig, ending: Ending, say: Callable[[str], Non
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
-            network = _small(config, model, ending)
+            network = _small(config, model, head)
         except UserError:
             raise
         except Exception as error:  # whatever a config that was made for other sizes leads to
@@ -45,7 +45,7 @@ def rehearse_export(model: ModelConfig, ending: Ending, say: Callable[[str], Non
             say(f"note: the export of {kind} was not tried beforehand: {_brief(error)}")
             return
         if model.lora.enabled:
-            network = add_adapters(network, model.lora, ending.task_type)
+            network = add_adapters(network, model.lora, head.task_type)
         _move_weights(network)
         with tempfile.TemporaryDirectory(prefix="rehearsal_") as folder:
             fault = _fault(network, Path(folder))
@@ -65,12 +65,12 @@ def _fault(network: PreTrainedModel, folder: Path) -> str | None:
         return _brief(error)
 
 
-def _small(config: PreTrainedConfig, model: ModelConfig, ending: Ending) -> PreTrainedModel:
+def _small(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreTrainedModel:
     """A network of the config's type that computes something, in fp32, with weights of its own."""
     attention.register()
     small = reduced(config)
-    small.update({**ending.fields, "pad_token_id": 0})
-    network = make_network(small, dataclasses.replace(model, dtype=Dtype.fp32), ending)
+    small.update({**head.fields, "pad_token_id": 0})
+    network = make_network(small, dataclasses.replace(model, dtype=Dtype.fp32), head)
     with torch.no_grad(), attention.plain_attention(network):
         network.eval()(torch.arange(3, 9)[None], use_cache=False)
     return network

@@ -16,7 +16,7 @@ import numpy as np
 from common.config import SamplingConfig
 from common.data.types import IGNORE, TokenizedExample
 from common.decoder import Completion, Decoder, Request, SamplingRule
-from common.distributed import World, gather_objects
+from common.distributed import World, all_gather_objects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class Sample:
     stopped: bool
 
 
-class Documents(Protocol):
+class HeldOutDocuments(Protocol):
     """What prompts are taken from: documents of which some tokens are trained."""
 
     def __len__(self) -> int: ...
@@ -45,7 +45,7 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> TokenizedExample: ...
 
 
-def held_out_prompts(documents: Documents, count: int, longest: float, seed: int) -> list[np.ndarray]:
+def held_out_prompts(documents: HeldOutDocuments, count: int, longest: float, seed: int) -> list[np.ndarray]:
     """A seeded choice of prompts (int32 [T]): documents cut where their first trained token would come.
 
     Each prompt once. Left out are documents trained from their start (plain text), which have no prompt,
@@ -94,7 +94,7 @@ def sample_completions(
         lockstep=is_partitioned and world.size > 1,
     )
     assert completions is not None  # nobody told it to stop
-    shares = gather_objects(
+    shares = all_gather_objects(
         [_sample(tokenizer, prompts[i], completion) for i, completion in zip(own, completions, strict=True)]
     )
     return [shares[i % world.size][i // world.size] for i in range(len(prompts))]

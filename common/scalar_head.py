@@ -30,7 +30,7 @@ from common.losses import (
     positions_within,
     unwrapped,
 )
-from common.models import Ending, disable_dropout, load_network
+from common.models import HeadSpec, disable_dropout, load_network
 from common.one_by_one import decoder_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ HEAD = "score"
 HEAD_WEIGHT = f"{HEAD}.weight"
 LM_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
 
-REWARD_MODEL = Ending("reward model", "AutoModelForSequenceClassification", "SEQ_CLS", left_out=())
+REWARD_MODEL = HeadSpec("reward model", "AutoModelForSequenceClassification", "SEQ_CLS", left_out=())
 NEW_REWARD_MODEL = replace(REWARD_MODEL, fields={"num_labels": 1}, made_new=(HEAD_WEIGHT,), left_out=LM_HEADS)
 
 

@@ -91,7 +91,7 @@ def load_data(
     its chat template other variables.
     """
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
-    if world.is_main:
+    if world.is_rank0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "ledger.json", built.ledger.to_json())
     say(with_step("\n".join(built.ledger.lines()), step.value))

@@ -154,23 +154,23 @@ def gather(launch: LaunchConfig, own: Hello, folder: Path, say: Say) -> Machines
         stack.callback(token.unlink, missing_ok=True)
         requests = stack.enter_context(StopRequests())
         say(f"machine 0 waits at {address}:{port} for {launch.nnodes - 1} other(s)")
-        door = _Door(listener, own, token, secret, launch.nnodes)
+        rendezvous = _Rendezvous(listener, own, token, secret, launch.nnodes)
         try:
             end = time.monotonic() + launch.join_seconds
-            while len(door.joined) < launch.nnodes - 1 and not requests.received:
+            while len(rendezvous.joined) < launch.nnodes - 1 and not requests.received:
                 if time.monotonic() > end:
-                    raise _nobody_came(launch, door)
-                door.answer(say)
+                    raise _nobody_came(launch, rendezvous)
+                rendezvous.answer(say)
             if requests.received:
                 raise SystemExit(STOPPED)
         except (UserError, SystemExit) as error:
-            is_users = isinstance(error, UserError)
-            door.send_home(UserError.EXIT_CODE if is_users else STOPPED, error.message if is_users else None)  # type: ignore[union-attr]
+            message = error.message if isinstance(error, UserError) else None
+            rendezvous.dismiss(STOPPED if message is None else UserError.EXIT_CODE, message)
             raise
-    return Machines(list(door.joined.values()), own, (address, port))
+    return Machines(list(rendezvous.joined.values()), own, (address, port))
 
 
-class _Door:
+class _Rendezvous:
     """Where the other machines come in: each says who it is, and shows that it sees the run's folder."""
 
     def __init__(self, listener: socket.socket, own: Hello, token: Path, secret: str, nnodes: int) -> None:
@@ -255,7 +255,7 @@ class _Door:
         elif self.joined.pop(other.hello.node_rank, None) is not None:
             say(f"{other.name} has left again")
 
-    def send_home(self, status: int, message: str | None) -> None:
+    def dismiss(self, status: int, message: str | None) -> None:
         """Let all that are here end with this status."""
         for other in [*self._known, *self.joined.values()]:
             other.channel.send("end", status=status, message=message)
@@ -482,12 +482,12 @@ def _connect(endpoint: tuple[str, int], seconds: float, requests: StopRequests) 
     return None
 
 
-def _nobody_came(launch: LaunchConfig, door: _Door) -> UserError:
-    missing = [str(rank) for rank in range(1, launch.nnodes) if rank not in door.joined]
+def _nobody_came(launch: LaunchConfig, rendezvous: _Rendezvous) -> UserError:
+    missing = [str(rank) for rank in range(1, launch.nnodes) if rank not in rendezvous.joined]
     _, port = endpoint_of(launch)
     missed = f"machine {', '.join(missing)} of {launch.nnodes} did not come within {launch.join_seconds} s"
     return UserError(
-        missed if door.refusal is None else f"{missed}; {door.refusal.message}",
+        missed if rendezvous.refusal is None else f"{missed}; {rendezvous.refusal.message}",
         hint="start the same command there with its own launch.node_rank, let nothing block ports "
         f"{port} and {port + 1}, or wait longer: launch.join_seconds",
     )

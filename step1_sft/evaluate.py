@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from common.data.types import Batch
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.engine import Engine
 from step1_sft.loss import score
 
@@ -30,7 +30,7 @@ def evaluate(
         tokens += torch.bincount(batch.source_of_target, minlength=len(sources))
         correct += float(result.correct)
     engine.train()
-    *sums, total_correct = sum_over_ranks(
+    *sums, total_correct = all_reduce_sum(
         torch.cat([loss, tokens, torch.tensor([correct], dtype=torch.float64)])
     )
     losses, counts = sums[: len(sources)], sums[len(sources) :]

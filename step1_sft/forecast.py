@@ -1,4 +1,4 @@
-"""Counts of SFT's rows and its schedule, before anything is started (`common/forecast.py`)."""
+"""DataCounts of SFT's rows and its schedule, before anything is started (`common/forecast.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config import load_resolved
-from common.counts import Counts
+from common.counts import DataCounts
 from common.data.dataset import DEMONSTRATIONS
 from common.forecast import of_documents, to_read
 from common.foresight import foresee_policy
@@ -19,7 +19,7 @@ from step1_sft.data import load_sft_tokenizer
 log = logging.getLogger("rlhf.sft")
 
 
-def forecast(resolved: Path) -> Counts:
+def forecast(resolved: Path) -> DataCounts:
     """Of the job in `resolved`; a tokenizer that is trained for it is left in `sft/` beside that file."""
     job = load_resolved(resolved, SFTJob)
     reading = to_read(job, job.sft.data)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data.types import Batch
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.engine import Engine
 from common.losses import TokenLoss, batch_arguments
 
@@ -38,7 +38,7 @@ class TokenSums:
 
     def means(self, tokens: float) -> dict[str, float]:
         """Token means over all ranks; `tokens` is the global number of trained tokens."""
-        loss, correct, entropy = sum_over_ranks([float(self.loss), float(self.correct), float(self.entropy)])
+        loss, correct, entropy = all_reduce_sum([float(self.loss), float(self.correct), float(self.entropy)])
         return {
             "loss": loss / tokens,
             "mean_token_accuracy": correct / tokens,

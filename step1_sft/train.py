@@ -26,19 +26,19 @@ from common.data.batches import Batches, evaluation_batches
 from common.data.dataset import DEMONSTRATIONS
 from common.distributed import (
     StopSignal,
+    all_reduce_sum,
+    broadcast_from_rank0,
     close_world,
-    from_main,
     init_world,
     seed_everything,
-    sum_over_ranks,
-    wait_for_main,
+    wait_for_rank0,
 )
 from common.export import export_policy, noise_of
 from common.losses import PackedCausalLM
 from common.models import CAUSAL_LM, load_model, terminators_of
-from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
+from common.phases import enter
 from common.progress import Progress
 from common.rates import Rates
 from common.rehearsal import rehearse_export
@@ -61,13 +61,13 @@ def train(job: SFTJob, run_dir: Path) -> int:
     world = init_world()
     stop = StopSignal()
     seed_everything(job.seed)
-    say = print if world.is_main else log.info
+    say = print if world.is_rank0 else log.info
 
     # Load --------------------------------------------------------------------------------------
     tokenizer = load_sft_tokenizer(job, folder, world.local_rank, say)
     terminators = terminators_of(tokenizer)
     data = load_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, folder, world, say)
-    from_main(world, lambda: rehearse_export(job.model, CAUSAL_LM, say))
+    broadcast_from_rank0(world, lambda: rehearse_export(job.model, CAUSAL_LM, say))
     model = load_model(
         job.model, tokenizer, seed=job.seed, device=world.device, max_length=job.sft.data.max_length
     )
@@ -97,10 +97,10 @@ def train(job: SFTJob, run_dir: Path) -> int:
     counters = loop.resume(checkpoints, engine, say)
 
     with (
-        Progress(total_steps, label="sft", done=counters.step, enabled=world.is_main) as progress,
+        Progress(total_steps, label="sft", done=counters.step, enabled=world.is_rank0) as progress,
         Tracker(
             "sft", job.run_name, folder, job.tracking, to_plain(job), counters.step or None,
-            enabled=world.is_main, say=progress.log,
+            enabled=world.is_rank0, say=progress.log,
         ) as tracker,
     ):  # fmt: skip
         # Loop ----------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
             """Measure on held-out rows what would be exported now; their loss, inf where there are none."""
             if data.held_out is None:
                 return math.inf
-            at("evaluate")
+            enter("evaluate")
             held_out = evaluate(
                 engine, evaluation_batches(data.held_out, plan), data.held_out.sources, world.device
             )
@@ -131,11 +131,11 @@ def train(job: SFTJob, run_dir: Path) -> int:
             evaluate_now()  # what training starts from; no checkpoint, so never the best
             progress.restart()
         while counters.step < total_steps:
-            at("step", counters.step + 1)
+            enter("step", counters.step + 1)
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: the step's tokens, and whether to stop or save
-            tokens, trained, padding, stopping, saving = sum_over_ranks(
+            tokens, trained, padding, stopping, saving = all_reduce_sum(
                 [*count_tokens(micro_batches), count_padding(micro_batches), stop.received, clock.asks]
             )
             if stopping:
@@ -178,7 +178,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
                 clock.restart()
 
         # Save ----------------------------------------------------------------------------------
-        at("export")
+        enter("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         engine.eval()
         probe = loop.probe_of(data.train[0], world.device)
@@ -209,7 +209,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
             )
             tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)
-        wait_for_main(world, "export")
+        wait_for_rank0(world, "export")
     close_world()
     return 0
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from common.data.types import PairBatch
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.engine import Engine
-from step2_dpo.loss import Counts, Objective, PairSums, score
+from step2_dpo.loss import Objective, PairSums, StepCounts, score
 from step2_dpo.reference import Reference
 
 
@@ -31,7 +31,7 @@ def evaluate(
     for batch in batches:
         known = reference.of_held_out(batch)
         sums.add(score(engine, batch, known, objective, device, with_entropy=True), objective)
-        counted += Counts.of([batch])
+        counted += StepCounts.of([batch])
     engine.train()
-    metrics = sums.metrics(objective, Counts(*sum_over_ranks(counted.tolist())))
+    metrics = sums.metrics(objective, StepCounts(*all_reduce_sum(counted.tolist())))
     return {f"eval/{name}": value for name, value in metrics.items()}

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data.types import PairBatch
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.engine import Engine
 from common.losses import TokenLoss, batch_arguments
 from step2_dpo.config import DPOConfig, LossType
@@ -140,7 +140,7 @@ def pair_losses(tokens: TokenLoss, batch: PairBatch, reference: Answers, objecti
 
 
 @dataclass(frozen=True)
-class Counts:
+class StepCounts:
     """What a step, or an evaluation, has over all its micro-batches and ranks."""
 
     pairs: float
@@ -158,7 +158,7 @@ class Counts:
         )
 
 
-def step_loss(result: PairLosses, objective: Objective, counts: Counts) -> torch.Tensor:
+def step_loss(result: PairLosses, objective: Objective, counts: StepCounts) -> torch.Tensor:
     """This micro-batch's share of the step's loss; carries the gradient."""
     loss = result.losses.sum() / counts.pairs
     if objective.sft_weight:
@@ -194,13 +194,13 @@ class PairSums:
         self.correct_tokens += result.tokens.correct.double()
         self.entropy += result.tokens.entropy_sum.detach().double()
 
-    def metrics(self, objective: Objective, counts: Counts) -> dict[str, float]:
+    def metrics(self, objective: Objective, counts: StepCounts) -> dict[str, float]:
         """Means over all ranks. Ties count half in `rewards/accuracies`, so it is 1/2 at the reference.
 
         Rewards are implicit, β (log π − log π_ref), never divided by lengths. `entropy` and
         `mean_token_accuracy` are over the tokens of both answers.
         """
-        total = PairSums(*sum_over_ranks([float(value) for value in vars(self).values()]))
+        total = PairSums(*all_reduce_sum([float(value) for value in vars(self).values()]))
         preference = objective.at_reference() + total.above_reference / counts.pairs
         nll = total.chosen_nll / counts.chosen_tokens
         chosen, rejected = (

@@ -35,7 +35,7 @@ from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.data.types import PairBatch
-from common.distributed import World, from_main, gather_objects
+from common.distributed import World, all_gather_objects, broadcast_from_rank0
 from common.engine import Engine
 from common.losses import batch_arguments
 from common.models import adapters_off
@@ -168,10 +168,10 @@ def load_or_compute(
             say("reference log-probabilities: from the cache")
         return found
 
-    found = from_main(world, look)
+    found = broadcast_from_rank0(world, look)
     if found is None:
         computed = found = _compute(engine, batches, held_out, steps, say)
-        from_main(world, lambda: _write(folder, key, computed))
+        broadcast_from_rank0(world, lambda: _write(folder, key, computed))
     return found
 
 
@@ -242,7 +242,7 @@ def _table(own: list[_Scored], pairs: int) -> np.ndarray:
     was unknown is left out: training has met those pairs before, in other company.
     """
     table, known = np.full((pairs, 2), np.nan), np.zeros(pairs, bool)
-    everything = [scored for share in gather_objects(own) for scored in share]
+    everything = [scored for share in all_gather_objects(own) for scored in share]
     for scored in sorted(everything, key=lambda scored: scored.step):
         for pair, logps in zip(scored.pair_ids, scored.logps, strict=True):
             if not known[pair]:

@@ -27,21 +27,21 @@ from common.data.batches import PairBatches, count_pairs, evaluation_pair_batche
 from common.data.dataset import PREFERENCES
 from common.distributed import (
     StopSignal,
+    all_reduce_sum,
+    broadcast_from_rank0,
     close_world,
-    from_main,
     init_world,
     seed_everything,
-    sum_over_ranks,
-    wait_for_main,
+    wait_for_rank0,
 )
 from common.evidence import share_in_words
 from common.export import export_policy, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.losses import PackedCausalLM
 from common.models import CAUSAL_LM, disable_dropout, load_model, load_tokenizer, terminators_of
-from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
+from common.phases import enter
 from common.progress import Progress
 from common.rates import Rates
 from common.rehearsal import rehearse_export
@@ -52,7 +52,7 @@ from common.tracking import METRICS_FILE, Tracker
 from step2_dpo.config import DPOJob
 from step2_dpo.data import prompts_to_sample
 from step2_dpo.evaluate import evaluate
-from step2_dpo.loss import Counts, Objective, PairSums, score, step_loss
+from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
 from step2_dpo.reference import load_or_compute, reference_key
 
 log = logging.getLogger("rlhf.dpo")
@@ -65,18 +65,18 @@ def train(job: DPOJob, run_dir: Path) -> int:
     world = init_world()
     stop = StopSignal()
     seed_everything(job.seed)
-    say = print if world.is_main else log.info
+    say = print if world.is_rank0 else log.info
 
     # Load --------------------------------------------------------------------------------------
     named = job.dpo.policy or ""  # the controller has written down where an earlier step leaves it
-    policy = from_main(world, lambda: load_named(named, Role.policy, "dpo.policy"))
+    policy = broadcast_from_rank0(world, lambda: load_named(named, Role.policy, "dpo.policy"))
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     terminators = terminators_of(tokenizer)
     data = load_data(job, Step.dpo, job.dpo.data, PREFERENCES, tokenizer, folder, world, say, policy=policy)
     if data.train.margins.any():
         say("note: the pairs have margins, which the reward model uses and DPO does not")
-    from_main(world, lambda: rehearse_export(model_config, CAUSAL_LM, say))
+    broadcast_from_rank0(world, lambda: rehearse_export(model_config, CAUSAL_LM, say))
     model = load_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.dpo.data.max_length
     )
@@ -114,10 +114,10 @@ def train(job: DPOJob, run_dir: Path) -> int:
     counters = loop.resume(checkpoints, engine, say)
 
     with (
-        Progress(total_steps, label="dpo", done=counters.step, enabled=world.is_main) as progress,
+        Progress(total_steps, label="dpo", done=counters.step, enabled=world.is_rank0) as progress,
         Tracker(
             "dpo", job.run_name, folder, job.tracking, to_plain(job), counters.step or None,
-            enabled=world.is_main, say=progress.log,
+            enabled=world.is_rank0, say=progress.log,
         ) as tracker,
     ):  # fmt: skip
         # Loop ----------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
             """Measure on held-out pairs what would be exported now; their loss, inf where there are none."""
             if data.held_out is None:
                 return math.inf
-            at("evaluate")
+            enter("evaluate")
             held_out = evaluate(
                 engine, evaluation_pair_batches(data.held_out, plan), reference, objective, world.device
             )
@@ -148,17 +148,17 @@ def train(job: DPOJob, run_dir: Path) -> int:
             evaluate_now()  # what training starts from; no checkpoint, so never the best
             progress.restart()
         while counters.step < total_steps:
-            at("step", counters.step + 1)
+            enter("step", counters.step + 1)
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: what the step holds, and whether to stop or save
-            _, tokens, computed, padding, stopping, saving, *counted = sum_over_ranks(
-                [*count_pairs(micro_batches), stop.received, clock.asks, *Counts.of(micro_batches)]
+            _, tokens, computed, padding, stopping, saving, *counted = all_reduce_sum(
+                [*count_pairs(micro_batches), stop.received, clock.asks, *StepCounts.of(micro_batches)]
             )
             if stopping:
                 loop.save_and_leave(checkpoints, engine, counters, progress)
 
-            counts = Counts(*counted)
+            counts = StepCounts(*counted)
             learning_rate = peak_lr * schedule(counters.applied)
             set_learning_rate(optimizer, learning_rate)
             seed_everything(job.seed, counters.step, world.rank)
@@ -199,7 +199,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
                 clock.restart()
 
         # Save ----------------------------------------------------------------------------------
-        at("export")
+        enter("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         engine.eval()
         probe = loop.probe_of(data.train[0].chosen, world.device)
@@ -235,7 +235,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
             )
             tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)
-        wait_for_main(world, "export")
+        wait_for_rank0(world, "export")
     close_world()
     return 0
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.data.batches import Pairs
+from common.data.batches import PairSource
 from common.data.types import TokenizedPair
 
 PROBE_PAIRS, PROBE_LENGTH = 4, 256
 
 
-class Sample:
+class PairSubset:
     """A seeded choice of at most `count` pairs of a data set, in their order."""
 
-    def __init__(self, pairs: Pairs, count: int, seed: int) -> None:
+    def __init__(self, pairs: PairSource, count: int, seed: int) -> None:
         self._pairs = pairs
         self._chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:count])
         self.lengths = pairs.lengths[self._chosen]
@@ -31,7 +31,7 @@ class Sample:
         return self._pairs[int(self._chosen[index])]
 
 
-def probe_documents(pairs: Pairs, device: torch.device) -> list[torch.Tensor]:
+def probe_documents(pairs: PairSource, device: torch.device) -> list[torch.Tensor]:
     """The ends, with their terminators, of a few answers: int64 [T] each, for comparing an exported model."""
     sides = [side for index in range(min(PROBE_PAIRS, len(pairs))) for side in _sides(pairs[index])]
     return [torch.from_numpy(ids[-PROBE_LENGTH:].astype(np.int64)).to(device) for ids in sides]

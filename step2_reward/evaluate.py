@@ -25,7 +25,7 @@ def score_pairs(engine: Engine, batches: Iterable[PairBatch], device: torch.devi
     engine.eval()
     parts = [ScoredPairs.of(batch, score(engine, batch, device)) for batch in batches]
     engine.train()
-    return ScoredPairs.of_all_ranks(parts)
+    return ScoredPairs.all_gathered(parts)
 
 
 def held_out_metrics(pairs: ScoredPairs, sources: Sequence[str], centering: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data.types import PairBatch
-from common.distributed import gather_objects
+from common.distributed import all_gather_objects
 from common.engine import Engine
 
 
@@ -77,9 +77,9 @@ class ScoredPairs:
         )
 
     @classmethod
-    def of_all_ranks(cls, parts: Sequence[ScoredPairs]) -> ScoredPairs:
+    def all_gathered(cls, parts: Sequence[ScoredPairs]) -> ScoredPairs:
         """What all ranks have scored, on every rank; all ranks call it."""
-        return cls.joined(gather_objects(cls.joined(parts)))
+        return cls.joined(all_gather_objects(cls.joined(parts)))
 
 
 def measure(pairs: ScoredPairs, centering: float) -> dict[str, float]:

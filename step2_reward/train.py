@@ -26,20 +26,20 @@ from common.data.batches import PairBatches, count_pairs, evaluation_pair_batche
 from common.data.dataset import PREFERENCES
 from common.distributed import (
     StopSignal,
+    all_reduce_sum,
+    broadcast_from_rank0,
     close_world,
-    from_main,
     init_world,
     seed_everything,
-    sum_over_ranks,
-    wait_for_main,
+    wait_for_rank0,
 )
 from common.evidence import share_in_words
 from common.export import export_reward_model, noise_of
 from common.handoff import load_named, model_of, parent_record
 from common.models import load_tokenizer
-from common.moments import at
 from common.optim import build_optimizer, build_schedule, set_learning_rate
 from common.performance import performance, training_flops_per_token
+from common.phases import enter
 from common.progress import Progress
 from common.rates import Rates
 from common.rehearsal import rehearse_export
@@ -48,7 +48,7 @@ from common.stage import Role, Step
 from common.step_data import batch_plan, load_data, places_of
 from common.tracking import METRICS_FILE, Tracker
 from step2_reward.config import RewardConfig, RewardJob
-from step2_reward.data import Sample, probe_documents
+from step2_reward.data import PairSubset, probe_documents
 from step2_reward.evaluate import calibration, held_out_metrics, score_pairs
 from step2_reward.loss import ScoredPairs, measure, pair_losses, score
 
@@ -66,17 +66,17 @@ def train(job: RewardJob, run_dir: Path) -> int:
     world = init_world()
     stop = StopSignal()
     seed_everything(job.seed)
-    say = print if world.is_main else log.info
+    say = print if world.is_rank0 else log.info
 
     # Load --------------------------------------------------------------------------------------
     named = job.reward.policy or ""  # the controller has written down where an earlier step leaves it
-    policy = from_main(world, lambda: load_named(named, Role.policy, "reward.policy"))
+    policy = broadcast_from_rank0(world, lambda: load_named(named, Role.policy, "reward.policy"))
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     data = load_data(
         job, Step.reward, job.reward.data, PREFERENCES, tokenizer, folder, world, say, policy=policy
     )
-    from_main(world, lambda: rehearse_export(model_config, NEW_REWARD_MODEL, say))
+    broadcast_from_rank0(world, lambda: rehearse_export(model_config, NEW_REWARD_MODEL, say))
     model = load_scalar_model(
         model_config, tokenizer, seed=job.seed, device=world.device, max_length=job.reward.data.max_length
     )
@@ -100,10 +100,10 @@ def train(job: RewardJob, run_dir: Path) -> int:
     counters = loop.resume(checkpoints, engine, say)
 
     with (
-        Progress(total_steps, label="reward", done=counters.step, enabled=world.is_main) as progress,
+        Progress(total_steps, label="reward", done=counters.step, enabled=world.is_rank0) as progress,
         Tracker(
             "reward", job.run_name, folder, job.tracking, to_plain(job), counters.step or None,
-            enabled=world.is_main, say=progress.log,
+            enabled=world.is_rank0, say=progress.log,
         ) as tracker,
     ):  # fmt: skip
         # Loop ----------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             """Measure on held-out pairs what would be exported now; their loss, inf where there are none."""
             if data.held_out is None:
                 return math.inf
-            at("evaluate")
+            enter("evaluate")
             scores_now = score_pairs(engine, evaluation_pair_batches(data.held_out, plan), world.device)
             held_out = held_out_metrics(scores_now, data.held_out.sources, centering)
             tracker.log(held_out, counters.step)
@@ -126,11 +126,11 @@ def train(job: RewardJob, run_dir: Path) -> int:
             evaluate_now()  # what training starts from; no checkpoint, so never the best
             progress.restart()
         while counters.step < total_steps:
-            at("step", counters.step + 1)
+            enter("step", counters.step + 1)
             began = time.perf_counter()
             micro_batches = batches.micro_batches(counters.step)
             # the one collective before the first backward: what the step holds, and whether to stop or save
-            pairs, tokens, computed, padding, stopping, saving = sum_over_ranks(
+            pairs, tokens, computed, padding, stopping, saving = all_reduce_sum(
                 [*count_pairs(micro_batches), stop.received, clock.asks]
             )
             if stopping:
@@ -150,7 +150,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             counters = loop.advance(counters, outcome, tokens, trained=tokens)
             seconds = time.perf_counter() - began
             metrics = {
-                **measure(ScoredPairs.of_all_ranks(scored), centering),
+                **measure(ScoredPairs.all_gathered(scored), centering),
                 "grad_norm": outcome.grad_norm,
                 "learning_rate": learning_rate,
                 "num_tokens": counters.num_tokens,
@@ -175,9 +175,9 @@ def train(job: RewardJob, run_dir: Path) -> int:
                 clock.restart()
 
         # Save ----------------------------------------------------------------------------------
-        at("export")
+        enter("export")
         stop.deferred = False  # everything is saved: what is left can be done again
-        measured, measured_pairs = {}, data.held_out or Sample(data.train, CALIBRATION_PAIRS, job.seed)
+        measured, measured_pairs = {}, data.held_out or PairSubset(data.train, CALIBRATION_PAIRS, job.seed)
         if data.held_out is None:
             scores_now = score_pairs(engine, evaluation_pair_batches(measured_pairs, plan), world.device)
             measured = held_out_metrics(scores_now, data.train.sources, centering)
@@ -215,7 +215,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             )
             tracker.log_artifact(export, "reward_model", file_sha256(export / MANIFEST))
             tracker.finish(summary=final)
-        wait_for_main(world, "export")
+        wait_for_rank0(world, "export")
     close_world()
     return 0
 

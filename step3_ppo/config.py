@@ -54,7 +54,7 @@ class RolloutConfig:
     """of the distribution that is sampled and trained"""
     top_p: float = 1.0
     """sample from the most likely tokens that together have this probability; 1: all. What is trained (the
-    ratio, the divergence) stays the distribution over all tokens"""
+    ratio, the KL) stays the distribution over all tokens"""
     top_k: int = 0
     """sample from so many of the most likely tokens; 0: all. Trained as with top_p"""
     slots: int = 64
@@ -83,7 +83,7 @@ class RolloutConfig:
             return []
         return [
             f"sampled from a part of the tokens (top_p={self.top_p}, top_k={self.top_k}): the ratio and the "
-            "divergence are of the distribution over all of them"
+            "KL are of the distribution over all of them"
         ]
 
 
@@ -135,9 +135,9 @@ class KLConfig:
     """reward: each token's reward loses coef times k1; loss: the loss gains coef times k3; auto: loss with
     ppo.estimator=grpo, else reward"""
     coef: float = 0.05
-    """how much a nat of divergence costs; 0: no reference is loaded"""
+    """how much a nat of KL costs; 0: no reference is loaded"""
     controller: KLController = KLController.fixed
-    """adaptive moves coef so that the divergence of a response comes to target"""
+    """adaptive moves coef so that the KL of a response comes to target"""
     target: float = 6.0
     """nats per response (adaptive)"""
     horizon: float = 10_000.0

@@ -1,4 +1,4 @@
-"""Counts of PPO's prompts and its schedule, before anything is started (`common/forecast.py`)."""
+"""DataCounts of PPO's prompts and its schedule, before anything is started (`common/forecast.py`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from common.config import load_resolved
-from common.counts import Counts
+from common.counts import DataCounts
 from common.forecast import of_prompts, to_read
 from common.foresight import foresee_policy, foresee_scalar
 from common.handoff import model_of, model_to_preview
@@ -19,7 +19,7 @@ from step3_ppo.data import PromptOrder, kind_of
 log = logging.getLogger("rlhf.ppo")
 
 
-def forecast(resolved: Path) -> Counts:
+def forecast(resolved: Path) -> DataCounts:
     """Of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
     job = load_resolved(resolved, PPOJob)
     ppo = job.ppo

@@ -1,6 +1,6 @@
 """How far the actor is from the reference, and how much a nat of it costs.
 
-The divergence is estimated from the tokens that the actor sampled: with d = log π − log π_ref of a token,
+The KL is estimated from the tokens that the actor sampled: with d = log π − log π_ref of a token,
 averages over such tokens of
 
     k1 = d                 without bias; of a single response it may be below 0
@@ -21,7 +21,7 @@ from step3_ppo.config import KLController
 from step3_ppo.experience import Experience
 
 LARGEST_STEP = 0.2
-"""An adaptive coefficient moves as if the divergence missed its target by so much at the most."""
+"""An adaptive coefficient moves as if the KL missed its target by so much at the most."""
 
 
 def k1(logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
@@ -57,13 +57,13 @@ def next_coef(
 ) -> float:
     """The coefficient after an iteration of so many responses, over all ranks.
 
-    kl: their mean divergence, in nats per response (the sum of k1 over its tokens). adaptive multiplies by
+    kl: their mean KL, in nats per response (the sum of k1 over its tokens). adaptive multiplies by
     1 + clip(kl / target − 1, −0.2, 0.2) · responses / horizon (arXiv 1909.08593, 2.2); an iteration longer
     than the horizon counts as one. Raises ValueError for a kl that is not finite.
     """
     if controller is KLController.fixed:
         return coef
     if not math.isfinite(kl):
-        raise ValueError(f"the divergence of an iteration is {kl}")
+        raise ValueError(f"the KL of an iteration is {kl}")
     missed = min(max(kl / target - 1, -LARGEST_STEP), LARGEST_STEP)
     return coef * (1 + missed * min(responses / horizon, 1.0))

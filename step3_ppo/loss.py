@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.losses import TokenLoss
 
 LARGEST_LOG_RATIO = 20.0
@@ -30,16 +30,16 @@ LARGEST_LOG_RATIO = 20.0
 class PolicySums(NamedTuple):
     """Sums over the M tokens of a micro-batch; `loss` carries the gradient, the others are float64 scalars.
 
-    surrogate: the part of the loss that PPO clips. ratio: ρ. off: |ρ − 1|. clipped: tokens whose clipped term
-    is what counts, which is then constant: they pull nothing. approxkl: of the old policy from this one, by
-    (ρ − 1) − log ρ, never below 0 (k3 of tokens that the old policy sampled). entropy: of the predicted
-    distributions, 0 when not given. kl: k3 against the reference, 0 when not given. tokens: M.
+    surrogate: the part of the loss that PPO clips. ratio: ρ. ratio_abs_error: |ρ − 1|. clipped: tokens
+    whose clipped term is the larger one; it is constant, so they have no gradient. approxkl: KL of the old
+    policy to this one, by (ρ − 1) − log ρ, never below 0 (k3 on tokens of the old policy). entropy: of the
+    predicted distributions, 0 when not given. kl: k3 to the reference, 0 when not given. tokens: M.
     """
 
     loss: torch.Tensor
     surrogate: torch.Tensor
     ratio: torch.Tensor
-    off: torch.Tensor
+    ratio_abs_error: torch.Tensor
     clipped: torch.Tensor
     approxkl: torch.Tensor
     entropy: torch.Tensor
@@ -50,7 +50,7 @@ class PolicySums(NamedTuple):
 class ValueSums(NamedTuple):
     """Sums over the M tokens of a micro-batch; `loss` carries the gradient, `clipped` is a float64 scalar.
 
-    clipped: tokens whose clipped term is what counts, which is then constant: they pull nothing.
+    clipped: tokens whose clipped term is the larger one; it is constant, so they have no gradient.
     """
 
     loss: torch.Tensor
@@ -77,12 +77,12 @@ def policy_loss(
     """
     if (entropy_coef and entropies is None) or (kl_coef and ref is None):
         raise ValueError("a coefficient with nothing to multiply")
-    log_ratio = _held(logprobs - old)
+    log_ratio = _clamped(logprobs - old)
     ratio = log_ratio.exp()
-    free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = surrogate = torch.maximum(free, bound).sum()
+    unclipped, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = surrogate = torch.maximum(unclipped, clipped_loss).sum()
     entropy = loss.new_zeros(()) if entropies is None else entropies.sum()
-    kl = loss.new_zeros(()) if ref is None else _k3(_held(logprobs - ref)).sum()
+    kl = loss.new_zeros(()) if ref is None else _k3(_clamped(logprobs - ref)).sum()
     if entropy_coef:
         loss = loss - entropy_coef * entropy
     if kl_coef:
@@ -92,8 +92,8 @@ def policy_loss(
             loss=loss,
             surrogate=_detached(surrogate),
             ratio=ratio.double().sum(),
-            off=(ratio - 1).abs().double().sum(),
-            clipped=(bound > free).double().sum(),
+            ratio_abs_error=(ratio - 1).abs().double().sum(),
+            clipped=(clipped_loss > unclipped).double().sum(),
             approxkl=_k3(-log_ratio.double()).sum(),
             entropy=_detached(entropy),
             kl=_detached(kl),
@@ -110,11 +110,15 @@ def value_loss(
     clip: how far a value may move from the old one; 0: any way.
     """
     values = values.float()
-    free = (values - returns) ** 2
+    unclipped = (values - returns) ** 2
     if not clip:
-        return ValueSums(free.sum() / 2, free.new_zeros((), dtype=torch.float64), len(values))
-    bound = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
-    return ValueSums(torch.maximum(free, bound).sum() / 2, (bound > free).double().sum(), len(values))
+        return ValueSums(unclipped.sum() / 2, unclipped.new_zeros((), dtype=torch.float64), len(values))
+    clipped_loss = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+    return ValueSums(
+        torch.maximum(unclipped, clipped_loss).sum() / 2,
+        (clipped_loss > unclipped).double().sum(),
+        len(values),
+    )
 
 
 @dataclass
@@ -127,7 +131,7 @@ class UpdateSums:
     policy_tokens: torch.Tensor | float = 0.0
     surrogate: torch.Tensor | float = 0.0
     ratio: torch.Tensor | float = 0.0
-    off: torch.Tensor | float = 0.0
+    ratio_abs_error: torch.Tensor | float = 0.0
     clipped: torch.Tensor | float = 0.0
     approxkl: torch.Tensor | float = 0.0
     entropy: torch.Tensor | float = 0.0
@@ -143,7 +147,7 @@ class UpdateSums:
         self.policy_tokens += sums.tokens
         self.surrogate += sums.surrogate
         self.ratio += sums.ratio
-        self.off += sums.off
+        self.ratio_abs_error += sums.ratio_abs_error
         self.clipped += sums.clipped
         self.approxkl += sums.approxkl
         self.entropy += sums.entropy
@@ -161,7 +165,7 @@ class UpdateSums:
         self.demonstration_loss += _detached(result.loss_sum)
 
     def add(self, other: UpdateSums) -> None:
-        """Add what another one saw: an update to its iteration."""
+        """Add other sums: those of an update to those of its iteration."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -169,13 +173,13 @@ class UpdateSums:
         """What `UpdateSums(**state)` continues from, exactly; JSON keeps float64 as it is."""
         return {name: float(value) for name, value in vars(self).items()}
 
-    def of_all_ranks(self) -> UpdateSums:
+    def all_reduced(self) -> UpdateSums:
         """The sums over all ranks, which all call it."""
-        return UpdateSums(*sum_over_ranks(list(self.state().values())))
+        return UpdateSums(*all_reduce_sum(list(self.state().values())))
 
     def metrics(self) -> dict[str, float]:
         """`means` over the tokens of all ranks, which all call it."""
-        return self.of_all_ranks().means()
+        return self.all_reduced().means()
 
     def means(self) -> dict[str, float]:
         """Means over the tokens of these sums; what had none (no critic, no demonstrations) is left out.
@@ -191,7 +195,7 @@ class UpdateSums:
             "policy/entropy_avg": self.entropy,
             "policy/ref_kl_avg": self.kl,
             "val/ratio": self.ratio,
-            "val/ratio_off": self.off,
+            "val/ratio_off": self.ratio_abs_error,
         }
         of_critic = {"loss/value_avg": self.value_loss, "val/clipfrac_avg": self.value_clipped}
         return {
@@ -212,7 +216,7 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     return float(1 - (returns - values).var() / returns.var())
 
 
-def _held(log_ratio: torch.Tensor) -> torch.Tensor:
+def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.float().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 

@@ -15,11 +15,11 @@ from step3_ppo.config import MEASURED, PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.kl import response_kl, response_sums
 from step3_ppo.loss import UpdateSums, explained_variance
-from step3_ppo.state import Counters
+from step3_ppo.state import PPOCounters
 
 
 def of_iteration(
-    experience: Experience, ppo: PPOConfig, counters: Counters, learned: UpdateSums
+    experience: Experience, ppo: PPOConfig, counters: PPOCounters, learned: UpdateSums
 ) -> dict[str, float]:
     """What an iteration's responses were like, and what was learned from them.
 
@@ -39,7 +39,7 @@ def of_iteration(
 def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
     """What an iteration's responses are like, before anything is learned from them.
 
-    kl_coef: of the divergence in the rewards; 0 when it is in the loss. `objective/kl` is the mean over
+    kl_coef: of the KL in the rewards; 0 when it is in the loss. `objective/kl` is the mean over
     responses of k1 summed over their tokens, in nats, and absent without a reference; `objective/entropy` the
     mean of minus their log-probability.
     """

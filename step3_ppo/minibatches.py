@@ -19,7 +19,7 @@ import torch
 
 from common.data.batches import BatchPlan, batches_of
 from common.data.types import Batch, TokenizedExample
-from common.distributed import gather_objects
+from common.distributed import all_gather_objects
 from step3_ppo.experience import Experience
 
 
@@ -111,14 +111,16 @@ def _of_all_ranks(
         values = compute(batch).float().cpu().numpy()
         ends = np.cumsum([sizes[response] for response in batch.row_ids])
         own += zip(batch.row_ids, np.split(values, ends)[:-1] if len(ends) else [], strict=True)
-    return [item for share in gather_objects(own) for item in share]
+    return [item for share in all_gather_objects(own) for item in share]
 
 
 def _batches(experience: Experience, chosen: np.ndarray, plan: BatchPlan) -> list[Batch]:
-    return batches_of(_Documents(experience), chosen, plan, seed=plan.seed, families=experience.groups)
+    return batches_of(
+        _ResponseDocuments(experience), chosen, plan, seed=plan.seed, prefix_groups=experience.groups
+    )
 
 
-class _Documents:
+class _ResponseDocuments:
     """The responses with their prompts, as `common.data.batches` wants them."""
 
     def __init__(self, experience: Experience) -> None:

@@ -21,8 +21,7 @@ from common.frozen import Frozen
 from common.handoff import model_of
 from common.losses import PackedCausalLM
 from common.models import disable_dropout, load_model
-from common.scalar_head import PackedScalarModel, head_weights, load_scalar_model
-from common.scalar_head import load_reward_model as load_scored
+from common.scalar_head import PackedScalarModel, head_weights, load_reward_model, load_scalar_model
 from common.stage import Role
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.rewards import Calibration
@@ -76,7 +75,7 @@ def load_critic(
     if from_reward_model and reward_model is None:
         raise ValueError("a critic that begins as the reward model needs one")
     start = reward_model if from_reward_model and reward_model is not None else policy
-    load = load_scored if from_reward_model else load_scalar_model
+    load = load_reward_model if from_reward_model else load_scalar_model
     network = load(
         model_of(job.model, start.path),
         tokenizer,
@@ -99,12 +98,12 @@ def load_reference(job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizer
     return _hold(PackedCausalLM(network), job, world)
 
 
-def load_reward_model(
+def load_frozen_reward_model(
     job: PPOJob, reward_model: Artifact, tokenizer: PreTrainedTokenizerFast, world: World
 ) -> Frozen:
     """The reward model: a frozen `PackedScalarModel`, whose scores are not calibrated."""
     settings = _frozen(model_of(job.model, reward_model.path))
-    network = load_scored(settings, tokenizer, seed=job.seed, device=world.device)
+    network = load_reward_model(settings, tokenizer, seed=job.seed, device=world.device)
     return _hold(PackedScalarModel(network), job, world)
 
 

@@ -29,7 +29,7 @@ from common.rates import Rates
 from step3_ppo.config import PPOJob
 from step3_ppo.experience import Experience
 from step3_ppo.minibatches import last_positions, per_token
-from step3_ppo.models import load_actor, load_critic, load_reference, load_reward_model
+from step3_ppo.models import load_actor, load_critic, load_frozen_reward_model, load_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -159,7 +159,7 @@ def build_networks(
         actor=actor,
         critic=critic,
         reference=load_reference(job, policy, tokenizer, world) if has_reference and not lora else None,
-        reward_model=load_reward_model(job, reward_model, tokenizer, world)
+        reward_model=load_frozen_reward_model(job, reward_model, tokenizer, world)
         if reward_model is not None and scores_with_model
         else None,
         model=model,

@@ -3,7 +3,7 @@
 Takes `ppo.rewards` and makes sure of every source before anything is trained: functions are imported, URLs
 and names checked. `score` gives the raw scores of each source, logged apart; `total` the reward of each
 response. The reward model's raw scores come from outside (a packed forward pass of all ranks). Nothing here
-knows of ranks: one asks for the scores and hands them to the others, `from_main(world, lambda:
+knows of ranks: one asks for the scores and hands them to the others, `broadcast_from_rank0(world, lambda:
 sources.score(...))`, so that a function with state or a server sees every response once; what goes wrong is a
 UserError on all of them.
 """

@@ -15,8 +15,8 @@ from typing import Protocol
 from torch import nn
 
 from common.data.types import TokenizedPrompt
-from common.decoder import Completion, Decoder, DecodingCounts, Engine, Request, SamplingRule
-from common.distributed import StopSignal, World, of_all_ranks, sum_over_ranks
+from common.decoder import Completion, Decoder, DecodingCounts, GenerationBackend, Request, SamplingRule
+from common.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
 from step3_ppo.experience import Response
@@ -25,7 +25,7 @@ STREAM = 0x70706F
 """Tells the draws of roll-outs from whatever else is derived from a run's seed."""
 
 
-class Prompts(Protocol):
+class PromptSource(Protocol):
     """What prompts are taken from."""
 
     def __getitem__(self, index: int) -> TokenizedPrompt: ...
@@ -41,8 +41,8 @@ def rule_of(config: RolloutConfig, terminators: Sequence[int], *, greedy: bool =
 
 
 def roll_out(
-    decoder: Engine,
-    prompts: Prompts,
+    decoder: GenerationBackend,
+    prompts: PromptSource,
     prompt_ids: Sequence[int],
     rule: SamplingRule,
     *,
@@ -64,7 +64,9 @@ def roll_out(
         for group in range(world.rank, len(prompt_ids), world.size)
         for sample in range(samples)
     ]
-    shares = of_all_ranks(lambda: decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep))
+    shares = all_gather_or_raise(
+        lambda: decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep)
+    )
     made = [share for share in shares if share is not None]
     if len(made) < len(shares):
         return None
@@ -77,7 +79,7 @@ def roll_out(
 
 def over_ranks(own: DecodingCounts) -> DecodingCounts:
     """The counts of all ranks, summed; all of them call it."""
-    return DecodingCounts(*map(int, sum_over_ranks([own.steps, own.tokens, own.rows])))
+    return DecodingCounts(*map(int, all_reduce_sum([own.steps, own.tokens, own.rows])))
 
 
 def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:
@@ -86,7 +88,7 @@ def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> l
     return share[place * samples : (place + 1) * samples]
 
 
-def _response(prompts: Prompts, prompt_id: int, group: int, completion: Completion) -> Response:
+def _response(prompts: PromptSource, prompt_id: int, group: int, completion: Completion) -> Response:
     return Response(
         prompt_id,
         group,
@@ -121,7 +123,7 @@ class Sampler:
 
     def __call__(
         self,
-        prompts: Prompts,
+        prompts: PromptSource,
         prompt_ids: Sequence[int],
         *,
         key: tuple[int, ...],

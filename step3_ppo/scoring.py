@@ -16,7 +16,7 @@ import numpy as np
 from common.artifacts import Artifact
 from common.data.stored import PromptDataset
 from common.data.types import Batch
-from common.distributed import World, from_main
+from common.distributed import World, broadcast_from_rank0
 from common.errors import UserError
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Response
@@ -101,7 +101,7 @@ class Scoring:
             with networks.reward_model.present():
                 scored = per_response(experience, batches, networks.document_scores)
                 by_model = same_of_the_same(experience.responses, scored)
-        scores = from_main(
+        scores = broadcast_from_rank0(
             self._world,
             lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, by_model),
         )
@@ -116,7 +116,7 @@ class Scoring:
 
     def look(self, texts: Texts) -> dict[str, np.ndarray]:
         """What the functions of `ppo.evaluation` say, float64 [B] each."""
-        return from_main(
+        return broadcast_from_rank0(
             self._world,
             lambda: {
                 name: function(texts.prompts, texts.completions, texts.columns)

@@ -24,7 +24,7 @@ TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns
 
 
 @dataclass(frozen=True)
-class Counters:
+class PPOCounters:
     """Where the run is; part of every checkpoint."""
 
     step: int = 0  # iterations whose updates are all done
@@ -56,7 +56,7 @@ class Counters:
             return f"in iteration {self.step + 1} after {self.update} of its updates"
         return f"after iteration {self.step}" if self.step else "before iteration 1"
 
-    def after_update(self, actor: StepOutcome | None, critic: StepOutcome | None) -> Counters:
+    def after_update(self, actor: StepOutcome | None, critic: StepOutcome | None) -> PPOCounters:
         """One update further; None for a network that was not to learn."""
         counters = replace(self, update=self.update + 1, updates=self.updates + 1)
         if actor is not None:
@@ -92,7 +92,7 @@ class Counters:
             "num_responses": self.num_responses,
         }
 
-    def after_iteration(self, experience: Experience, kl_coef: float) -> Counters:
+    def after_iteration(self, experience: Experience, kl_coef: float) -> PPOCounters:
         """One iteration further."""
         prompts = sum(len(response.prompt) for response in experience.responses)
         return replace(

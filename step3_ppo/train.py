@@ -33,19 +33,19 @@ from common.data.dataset import DEMONSTRATIONS
 from common.distributed import (
     STOPPED_EXIT_CODE,
     StopSignal,
+    all_reduce_sum,
+    broadcast_from_rank0,
     close_world,
-    from_main,
     init_world,
     seed_everything,
-    sum_over_ranks,
-    wait_for_main,
+    wait_for_rank0,
 )
 from common.errors import UserError
 from common.export import export_policy, noise_of
 from common.handoff import check_same_tokens, load_named, model_of, parent_record
 from common.models import CAUSAL_LM, load_tokenizer, terminators_of
-from common.moments import at
 from common.performance import training_flops_per_token
+from common.phases import enter
 from common.progress import Progress
 from common.rehearsal import rehearse_export
 from common.stage import Role, Step
@@ -64,7 +64,7 @@ from step3_ppo.minibatches import all_minibatches, first_pass, updates_in
 from step3_ppo.networks import build_networks
 from step3_ppo.rollout import Sampler
 from step3_ppo.scoring import Scoring
-from step3_ppo.state import Counters, Unfinished
+from step3_ppo.state import PPOCounters, Unfinished
 from step3_ppo.update import report_skipped, skipped_warnings, update
 from step3_ppo.watchdogs import Watchdogs
 
@@ -78,16 +78,18 @@ def train(job: PPOJob, run_dir: Path) -> int:
     world = init_world()
     stop = StopSignal()
     seed_everything(job.seed)
-    say = print if world.is_main else log.info
+    say = print if world.is_rank0 else log.info
     for line in ppo.notes():
         say(f"note: {line}")
 
     # Load --------------------------------------------------------------------------------------
-    policy = from_main(world, lambda: load_named(ppo.policy or "", Role.policy, "ppo.policy"))
+    policy = broadcast_from_rank0(world, lambda: load_named(ppo.policy or "", Role.policy, "ppo.policy"))
     parents, reward_model = [policy], None
     if ppo.needs(Role.reward_model):
         named = ppo.reward_model or ""
-        reward_model = from_main(world, lambda: load_named(named, Role.reward_model, "ppo.reward_model"))
+        reward_model = broadcast_from_rank0(
+            world, lambda: load_named(named, Role.reward_model, "ppo.reward_model")
+        )
         check_same_tokens(policy, reward_model)  # it is given the policy's token ids
         parents.append(reward_model)
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
@@ -113,7 +115,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         fingerprints["ptx"] = ptx.train.fingerprint
 
     # Networks ----------------------------------------------------------------------------------
-    from_main(world, lambda: rehearse_export(model_of(job.model, policy.path), CAUSAL_LM, say))
+    broadcast_from_rank0(world, lambda: rehearse_export(model_of(job.model, policy.path), CAUSAL_LM, say))
     networks = build_networks(
         job, policy, reward_model, tokenizer, world,
         actor_updates=updates * (total_steps - ppo.critic.warmup_iterations),
@@ -130,21 +132,21 @@ def train(job: PPOJob, run_dir: Path) -> int:
     flops_per_token = training_flops_per_token(networks.model)
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators_of(tokenizer), world, stop)
     average = None if ppo.ema_decay is None else ExponentialAverage(actor, ppo.ema_decay)
-    unfinished = Unfinished(writes=world.is_main)
+    unfinished = Unfinished(writes=world.is_rank0)
     critic = None if networks.critic is None else networks.critic.engine
     parts: dict[str, State | None] = {
         "actor": actor, "experience": unfinished, "critic": critic, "average": average,
     }  # fmt: skip
     state = States(**{name: part for name, part in parts.items() if part is not None})
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, world=world)
-    restored = loop.restore(checkpoints, state, say, lambda stored: Counters(**stored).place)
-    counters = Counters(**restored or {"kl_coef": ppo.kl.coef})
+    restored = loop.restore(checkpoints, state, say, lambda stored: PPOCounters(**stored).place)
+    counters = PPOCounters(**restored or {"kl_coef": ppo.kl.coef})
 
     with (
-        Progress(total_steps, label="ppo", done=counters.step, enabled=world.is_main) as progress,
+        Progress(total_steps, label="ppo", done=counters.step, enabled=world.is_rank0) as progress,
         Tracker(
             "ppo", job.run_name, folder, job.tracking, to_plain(job),
-            None if counters.is_fresh else counters.step, enabled=world.is_main, say=progress.log,
+            None if counters.is_fresh else counters.step, enabled=world.is_rank0, say=progress.log,
         ) as tracker,
     ):  # fmt: skip
         # Loop ----------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
             """Measure on held-out prompts what would be exported now."""
             if evaluation is None:
                 return
-            at("evaluate")
+            enter("evaluate")
             networks.eval()
             with swapped_in(average):
                 held_out, samples = evaluation(networks, sampler)
@@ -184,12 +186,12 @@ def train(job: PPOJob, run_dir: Path) -> int:
             evaluate()
             progress.restart()
         while counters.step < total_steps:
-            at("step", counters.step + 1)
+            enter("step", counters.step + 1)
             clock = Stopwatch(is_whole=unfinished.experience is None)
             networks.eval()
             if unfinished.experience is None:
                 # 1. Sample responses from the actor.
-                at("rollout")
+                enter("rollout")
                 prompt_ids = order.prompts_of(counters.step)
                 samples_each = ppo.rollout.samples_per_prompt
                 responses = sampler(
@@ -200,7 +202,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 experience = Experience(responses)
                 clock.lap("rollout")
                 # 2. Score them, in the micro-batches in which part 6 sees them first.
-                at("score")
+                enter("score")
                 batches = first_pass(experience, plan, iteration=counters.step)
                 texts = scoring.texts(responses, data.train)
                 experience = scoring.score(experience, texts, batches, networks)
@@ -216,7 +218,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
             minibatches = all_minibatches(experience, plan, iteration=counters.step, epochs=ppo.ppo_epochs)
             of_last: dict[str, float] = {}
             for minibatch in minibatches[counters.update :]:
-                stopping, saving = sum_over_ranks([stop.received, save_clock.asks])
+                stopping, saving = all_reduce_sum([stop.received, save_clock.asks])
                 if stopping:
                     leave()
                 if saving:
@@ -226,7 +228,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 outcome = update(networks, minibatch, experience, ppo, counters, seen, demonstrations)
                 if average is not None and outcome.actor is not None and outcome.actor.applied:
                     average.update()
-                total = seen.of_all_ranks()
+                total = seen.all_reduced()
                 learned.add(total)
                 of_last, of_update = outcome.metrics(), total.means()
                 if counters.update == 0:
@@ -271,7 +273,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 save()
 
         # Save ----------------------------------------------------------------------------------
-        at("export")
+        enter("export")
         stop.deferred = False  # everything is saved: what is left can be done again
         networks.eval()
         probe = loop.probe_of(data.train[0], world.device)
@@ -303,7 +305,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 )
                 tracker.log_artifact(export, "policy", file_sha256(export / MANIFEST))
                 tracker.finish(summary=final)
-            wait_for_main(world, "export")
+            wait_for_rank0(world, "export")
     close_world()
     return 0
 

@@ -16,7 +16,7 @@ import torch
 from common import loop
 from common.config import Dtype
 from common.data.batches import Batches
-from common.distributed import sum_over_ranks
+from common.distributed import all_reduce_sum
 from common.engine import StepOutcome
 from common.losses import TokenLoss, batch_arguments
 from common.progress import Progress
@@ -26,7 +26,7 @@ from step3_ppo.experience import Experience
 from step3_ppo.loss import UpdateSums, policy_loss, value_loss
 from step3_ppo.minibatches import Minibatch
 from step3_ppo.networks import Networks
-from step3_ppo.state import Counters
+from step3_ppo.state import PPOCounters
 
 ACTOR, CRITIC, CRITIC_KEY = "actor update", "critic update", "critic.optim.lr"
 
@@ -56,7 +56,7 @@ def update(
     minibatch: Minibatch,
     experience: Experience,
     ppo: PPOConfig,
-    counters: Counters,
+    counters: PPOCounters,
     sums: UpdateSums,
     demonstrations: Batches | None,
 ) -> Outcome:
@@ -78,7 +78,7 @@ def update(
 
 def report_skipped(
     outcome: Outcome,
-    counters: Counters,
+    counters: PPOCounters,
     networks: Networks,
     means: Mapping[str, float],
     places: Sequence[str],
@@ -100,7 +100,7 @@ def report_skipped(
         )
 
 
-def skipped_warnings(counters: Counters, dtype: Dtype) -> list[str]:
+def skipped_warnings(counters: PPOCounters, dtype: Dtype) -> list[str]:
     """What to say at the end of updates that were skipped."""
     of_actor = loop.skipped_warning(counters.of_actor(), dtype, Step.ppo, unit=ACTOR)
     of_critic = loop.skipped_warning(counters.of_critic(), dtype, Step.ppo, unit=CRITIC, key=CRITIC_KEY)
@@ -157,7 +157,7 @@ def _add_demonstrations(
     step: updates that the actor was to learn from, also those that it skipped: each has demonstrations anew.
     """
     micro_batches = batches.micro_batches(step)
-    (tokens,) = sum_over_ranks([sum(len(batch.targets) for batch in micro_batches)])
+    (tokens,) = all_reduce_sum([sum(len(batch.targets) for batch in micro_batches)])
     for batch in micro_batches:
         result: TokenLoss = networks.actor.engine(**batch_arguments(batch.to(networks.device)))
         networks.actor.engine.backward(weight * result.loss_sum, tokens)

@@ -5,8 +5,8 @@ batch or the accumulation. An epoch's documents are drawn by the sources' weight
 shuffled; ranks take turns through the rows of a step. Nothing is remembered between calls but a
 cache of the last epochs, so resuming needs no more than the step's number. Does not tokenize.
 
-Documents that begin alike (the two sides of a pair, the responses to a prompt) lie next to each other, and
-what they have in common is there once.
+Documents with a common prefix (both sides of a pair, the samples of a prompt) are neighbours in a row, and
+the prefix is stored once (prefix sharing).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from common.data.packing import Packing, one_per_row, pack, spread
-from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair, leaders_of
+from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair, prefix_owners_of
 from common.errors import UserError
 
 PAIR = 2
 """Answers in a pair: a row of packed pairs has room for so many documents of the greatest length."""
 
 
-class Documents(Protocol):
+class DocumentSource(Protocol):
     """What batches need to know of a data set (see `dataset.TokenizedDataset`)."""
 
     lengths: np.ndarray
@@ -40,7 +40,7 @@ class Documents(Protocol):
     def __getitem__(self, index: int) -> TokenizedExample: ...
 
 
-class Pairs(Protocol):
+class PairSource(Protocol):
     """The same of a data set of pairs (see `dataset.PairDataset`). lengths: tokens of both sides together."""
 
     lengths: np.ndarray
@@ -71,7 +71,10 @@ class Batches:
     """The batches of every step. `weights`: how often a source's rows are seen per epoch (default 1)."""
 
     def __init__(
-        self, dataset: Documents | Pairs, plan: BatchPlan, weights: Mapping[str, float] | None = None
+        self,
+        dataset: DocumentSource | PairSource,
+        plan: BatchPlan,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -180,29 +183,29 @@ class PairBatches(Batches):
 
 
 def batches_of(
-    dataset: Documents,
+    dataset: DocumentSource,
     indices: np.ndarray,
     plan: BatchPlan,
     *,
     seed: int,
-    families: np.ndarray | None = None,
+    prefix_groups: np.ndarray | None = None,
 ) -> list[Batch]:
     """These documents (int64 [D], indices), each once over all ranks, as this rank's `Batch`es.
 
-    families: int64, of each document of the data set. Neighbours among `indices` that are of one family share
-    a row, as many as fit, and what they begin with alike is computed once there, if the plan shares prefixes.
+    prefix_groups: int64, one per document of the data set. Neighbours of one group among `indices` share a
+    row, as many as fit; the plan may compute their prefix once.
     Equally many batches on every rank, the missing ones without targets. `plan.global_batch_size` plays no
     part.
     """
-    shared_by = families if plan.share_prefix else None
+    shared_by = prefix_groups if plan.share_prefix else None
     units = _units(dataset, indices, plan, shared_by)
     lengths = np.array([length for _, length in units], np.int64)
     rows = _rows_within(plan.max_length, lengths, np.arange(len(units)), plan, seed=seed)
     of_rows = [np.concatenate([units[unit][0] for unit in row]) for row in rows]
-    return _share(of_rows, plan, functools.partial(_documents, dataset, families=shared_by))
+    return _share(of_rows, plan, functools.partial(_documents, dataset, prefix_groups=shared_by))
 
 
-def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
+def evaluation_batches(dataset: DocumentSource, plan: BatchPlan) -> Iterator[Batch]:
     """Every document exactly once over all ranks; equally many batches on every rank."""
     if plan.packing:
         packing = pack(dataset.lengths, plan.max_length, seed=0)
@@ -212,7 +215,7 @@ def evaluation_batches(dataset: Documents, plan: BatchPlan) -> Iterator[Batch]:
     yield from _passes(rows, plan, functools.partial(_documents, dataset))
 
 
-def evaluation_pair_batches(dataset: Pairs, plan: BatchPlan) -> Iterator[PairBatch]:
+def evaluation_pair_batches(dataset: PairSource, plan: BatchPlan) -> Iterator[PairBatch]:
     """Every pair exactly once over all ranks; equally many batches on every rank."""
     rows = _rows_within(PAIR * plan.max_length, dataset.lengths, np.arange(len(dataset)), plan, seed=0)
     yield from _passes(rows, plan, lambda indices: _pairs(dataset, indices, plan))
@@ -222,38 +225,36 @@ def collate(
     examples: Sequence[TokenizedExample],
     row_ids: Sequence[int],
     source_ids: Sequence[int],
-    families: Sequence[int] | None = None,
+    prefix_groups: Sequence[int] | None = None,
 ) -> Batch:
     """Documents laid end to end; none at all gives one token without targets.
 
-    row_ids, source_ids: of each document. families: of each document, too; what neighbours of one family
-    begin with alike stands only once (None: every document stands whole). Shapes are those of `Batch`.
+    row_ids, source_ids, prefix_groups: one per document. Neighbours of one prefix group share the tokens that
+    they have in common at their start (None: nothing is shared). Shapes are those of `Batch`.
     """
     if not examples:
         nothing = TokenizedExample(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32), "")
-        examples, source_ids, families = [nothing], [0], None
+        examples, source_ids, prefix_groups = [nothing], [0], None
     lengths = np.array([len(example.input_ids) for example in examples])
-    shared = _shared_tokens(examples, families)
-    standing = lengths - shared
-    starts = np.cumsum(standing) - standing
+    shared = _shared_tokens(examples, prefix_groups)
+    own_lengths = lengths - shared
+    starts = np.cumsum(own_lengths) - own_lengths
     labels = np.concatenate([example.labels for example in examples])
     trained = np.flatnonzero(labels != IGNORE)
     document = np.repeat(np.arange(len(examples)), lengths)[trained]
     within = trained - (np.cumsum(lengths) - lengths)[document]
-    leader = np.array(leaders_of(shared.tolist()))[document]
-    stands_in_leader = within < shared[document]
+    owner = np.array(prefix_owners_of(shared.tolist()))[document]
+    is_in_owner = within < shared[document]
     return Batch(
         input_ids=_tensor(
             np.concatenate([e.input_ids[count:] for e, count in zip(examples, shared, strict=True)])
         )[None],
-        position_ids=_tensor(np.arange(standing.sum()) - np.repeat(starts - shared, standing))[None],
-        cu_seqlens=_tensor(np.append(starts, standing.sum())).to(torch.int32),
-        trained_positions=_tensor(
-            within + np.where(stands_in_leader, starts[leader], (starts - shared)[document])
-        ),
+        position_ids=_tensor(np.arange(own_lengths.sum()) - np.repeat(starts - shared, own_lengths))[None],
+        cu_seqlens=_tensor(np.append(starts, own_lengths.sum())).to(torch.int32),
+        trained_positions=_tensor(within + np.where(is_in_owner, starts[owner], (starts - shared)[document])),
         targets=_tensor(labels[trained]),
         source_of_target=_tensor(np.asarray(source_ids)[document]),
-        max_seqlen=int(standing.max()),
+        max_seqlen=int(own_lengths.max()),
         row_ids=tuple(int(index) for index in row_ids),
         shared_prefix=tuple(shared.tolist()) if shared.any() else (),
     )
@@ -268,12 +269,12 @@ def collate_pairs(
 ) -> PairBatch:
     """Both sides of each pair end to end; none at all gives one token without targets or scores.
 
-    share_prefix: what both sides begin with stands only once, in front of the chosen one. Shapes are those
+    share_prefix: both sides share their common prefix, stored in front of the chosen side. Shapes are those
     of `PairBatch`.
     """
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    sources, families = (np.repeat(x, PAIR).tolist() for x in (source_ids, range(len(pairs))))
-    documents = collate(sides, pair_ids, sources, families if share_prefix else None)
+    sources, prefix_groups = (np.repeat(x, PAIR).tolist() for x in (source_ids, range(len(pairs))))
+    documents = collate(sides, pair_ids, sources, prefix_groups if share_prefix else None)
     return PairBatch(
         documents=documents,
         score_positions=documents.cu_seqlens[1 : 1 + len(sides)].long() - 1 if sides else _tensor([]),
@@ -288,8 +289,7 @@ def collate_pairs(
 def count_pairs(micro_batches: Sequence[PairBatch]) -> tuple[int, int, int, int]:
     """Of this rank's part of a step: pairs, tokens of both sides, positions computed for them, padding.
 
-    A prompt that both sides share is two times its tokens and computed once. Padding is nobody's token:
-    only filler batches have any.
+    A shared prompt counts twice as tokens and once as computed positions. Only filler batches have padding.
     """
     pairs = sum(len(batch.pair_ids) for batch in micro_batches)
     tokens = sum(batch.num_tokens for batch in micro_batches)
@@ -297,28 +297,28 @@ def count_pairs(micro_batches: Sequence[PairBatch]) -> tuple[int, int, int, int]
     return pairs, tokens, sum(n for n, real in sizes if real), sum(n for n, real in sizes if not real)
 
 
-def _shared_tokens(examples: Sequence[TokenizedExample], families: Sequence[int] | None) -> np.ndarray:
-    """int64 [D]: how many tokens each document has in common with the one that leads its family."""
+def _shared_tokens(examples: Sequence[TokenizedExample], prefix_groups: Sequence[int] | None) -> np.ndarray:
+    """int64 [D]: tokens that each document shares with the owner of its prefix group, the first of it."""
     shared = np.zeros(len(examples), np.int64)
-    leader = 0
-    for index in range(1, len(examples) if families is not None else 0):
-        if families is not None and families[index] == families[leader]:
-            shared[index] = _common_tokens(examples[leader], examples[index])
+    owner = 0
+    for index in range(1, len(examples) if prefix_groups is not None else 0):
+        if prefix_groups is not None and prefix_groups[index] == prefix_groups[owner]:
+            shared[index] = _common_tokens(examples[owner], examples[index])
         if not shared[index]:
-            leader = index
+            owner = index
     return shared
 
 
-def _common_tokens(leader: TokenizedExample, follower: TokenizedExample) -> int:
+def _common_tokens(owner: TokenizedExample, other: TokenizedExample) -> int:
     """How many tokens both begin with; each keeps at least its last one."""
-    a, b = leader.input_ids, follower.input_ids
+    a, b = owner.input_ids, other.input_ids
     shorter = min(len(a), len(b)) - 1
     different = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(different[0]) if len(different) else shorter
 
 
 def _units(
-    dataset: Documents, indices: np.ndarray, plan: BatchPlan, families: np.ndarray | None
+    dataset: DocumentSource, indices: np.ndarray, plan: BatchPlan, prefix_groups: np.ndarray | None
 ) -> list[tuple[np.ndarray, int]]:
     """The documents in units that stay together in a row, with the number of tokens that stand in each.
 
@@ -326,19 +326,19 @@ def _units(
     without a row.
     """
     alone = [(indices[at : at + 1], int(dataset.lengths[index])) for at, index in enumerate(indices)]
-    if families is None or not plan.packing:
+    if prefix_groups is None or not plan.packing:
         return alone
     units: list[tuple[np.ndarray, int]] = []
-    leader = dataset[indices[0]] if len(indices) else None
+    owner = dataset[indices[0]] if len(indices) else None
     for document, length in alone:
         example = dataset[int(document[0])]
-        if units and leader is not None and families[units[-1][0][0]] == families[document[0]]:
-            together = units[-1][1] + length - _common_tokens(leader, example)
+        if units and owner is not None and prefix_groups[units[-1][0][0]] == prefix_groups[document[0]]:
+            together = units[-1][1] + length - _common_tokens(owner, example)
             if together <= plan.max_length:
                 units[-1] = (np.append(units[-1][0], document), together)
                 continue
         units.append((document, length))
-        leader = example
+        owner = example
     return units if len(units) >= plan.world_size else alone
 
 
@@ -369,9 +369,9 @@ def _share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int
     return [make([int(index) for row in part for index in row]) for part in parts]
 
 
-def _documents(dataset: Any, indices: list[int], families: np.ndarray | None = None) -> Batch:
+def _documents(dataset: Any, indices: list[int], prefix_groups: np.ndarray | None = None) -> Batch:
     source_ids = [int(dataset.source_ids[index]) for index in indices]
-    of_documents = None if families is None else families[indices].tolist()
+    of_documents = None if prefix_groups is None else prefix_groups[indices].tolist()
     return collate([dataset[index] for index in indices], indices, source_ids, of_documents)
 
 

@@ -165,8 +165,8 @@ class Batch:
     trained_positions: int64 [M], indices into N. targets: int64 [M], the token each must predict.
     source_of_target: int64 [M], index of the source each target belongs to (for evaluation).
     max_seqlen: longest document. row_ids: dataset indices of its documents, for logs.
-    shared_prefix: of each document, how many tokens it begins with that stand in the nearest document before
-    it which stands whole (0), and are not repeated (empty: all stand whole).
+    shared_prefix: for each document, the length of its prefix that is stored only in its owner: the nearest
+    document before it that shares nothing (0). Empty: no document shares a prefix.
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -233,6 +233,6 @@ class PairBatch:
         )
 
 
-def leaders_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:
-    """Of each document the one in which its shared prefix stands; itself, where it stands whole."""
+def prefix_owners_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:
+    """For each document, the index of the one that stores its prefix; its own index where it shares none."""
     return tuple(accumulate((0 if shared else at for at, shared in enumerate(shared_prefix)), max))

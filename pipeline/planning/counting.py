@@ -1,6 +1,6 @@
 """The counts of every step's data, asked of one child process that tokenizes.
 
-Takes a wired run; returns `Counts` by step, or raises what kept them from being counted. The controller
+Takes a wired run; returns `DataCounts` by step, or raises what kept them from being counted. The controller
 itself imports neither torch nor a tokenizer. What a step will read its rows with is decided as for a preview.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from common.artifacts import MANIFEST
 from common.config import TokenizerConfig
-from common.counts import Counts
+from common.counts import DataCounts
 from common.errors import UserError
 from common.stage import Role, Step
 from launch.local import PROJECT
@@ -29,7 +29,7 @@ from pipeline.plan import Wired, start_of
 from pipeline.run import write_resolved
 
 
-def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, Counts]:
+def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, DataCounts]:
     """Tokenize, or find the rows in the cache. UserError for data that a run would refuse as well."""
     with tempfile.TemporaryDirectory(prefix="rlhf_plan_") as name:
         folder = Path(name)
@@ -46,7 +46,7 @@ def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, Counts]:
         found = _ask(folder / "answer.json", arguments)
     if (error := found.pop("error", None)) is not None:
         raise UserError(error["message"], hint=error["hint"])
-    return {Step(step): Counts(**values) for step, values in found.items()}
+    return {Step(step): DataCounts(**values) for step, values in found.items()}
 
 
 def run_folder(config: PipelineConfig) -> Path:

@@ -1,8 +1,8 @@
 """What a device holds at the worst moment of training, term by term. Pure: numbers in, numbers out.
 
-Takes a `Workload` (networks, a batch, the settings that matter), returns an `Estimate`. Weights, gradients
-and optimizer states are those of ZeRO (arXiv 1910.02054, section 3), with the buffers that DeepSpeed adds;
-activations are what our own packed forward pass keeps for its backward pass. Reads no file, knows no config.
+Takes a `Workload` (networks, a micro-batch, the settings that matter), returns a `MemoryEstimate`. Weights,
+gradients and optimizer states are those of ZeRO (arXiv 1910.02054, section 3), with DeepSpeed's buffers;
+activations are what our packed forward pass keeps for its backward pass. Reads no file, knows no config.
 
 Symbols: P weights, T trained ones, R ranks, b bytes of a weight (4, or 2 in half precision), N tokens and M
 trained tokens of a micro-batch, h hidden and i intermediate size, q width of all query heads, k of all keys,
@@ -45,7 +45,7 @@ class Head(Enum):
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatchShape:
     """The largest micro-batch of a rank. short: its documents have at most 256 tokens."""
 
     tokens: int
@@ -89,7 +89,7 @@ class Workload:
     """Everything that an estimate depends on."""
 
     networks: tuple[Trained, ...]  # each learns in its turn
-    batch: Batch
+    batch: MicroBatchShape
     sharding: Sharding
     half: bool  # bf16 or fp16
     gpu: bool
@@ -115,7 +115,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """All terms. On the CPU, host and device are one memory."""
 
     terms: tuple[Term, ...]
@@ -136,7 +136,7 @@ class Estimate:
         return sum(term.device + term.host for term in self.terms if term.name == name)
 
 
-def estimate(work: Workload) -> Estimate:
+def estimate(work: Workload) -> MemoryEstimate:
     """The peak of one rank.
 
     Two moments compete: training (gradients, buffers, activations, logits) and sampling (the KV cache). On a
@@ -156,7 +156,7 @@ def estimate(work: Workload) -> Estimate:
         training = [term for term in training if term.name == "gradients" and work.sharding.stage == 3]
     base = Term("libraries", GPU_BASE if work.gpu else CPU_BASE)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
-    return Estimate((base, kernels, *states(work), *training, *sampling), work.gpu)
+    return MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
 
 
 def states(work: Workload) -> list[Term]:

@@ -16,7 +16,7 @@ from textwrap import wrap
 
 from common.artifacts import MANIFEST, file_sha256
 from common.config import Launcher
-from common.counts import Counts
+from common.counts import DataCounts
 from common.rates import Rates
 from common.stage import Step
 from launch import k8s, slurm, ssh
@@ -123,7 +123,7 @@ def step_lines(config: PipelineConfig, wired: Sequence[Wired]) -> list[str]:
     return table(rows)
 
 
-def data_lines(counts: dict[Step, Counts]) -> list[str]:
+def data_lines(counts: dict[Step, DataCounts]) -> list[str]:
     """Each step's ledger and its share of trained tokens."""
     lines = []
     for step, found in counts.items():
@@ -142,7 +142,7 @@ def data_lines(counts: dict[Step, Counts]) -> list[str]:
 
 
 def schedule_lines(
-    config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, Counts]
+    config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, DataCounts]
 ) -> list[str]:
     """Rows of an epoch, optimizer steps, and how the global batch comes about."""
     head = (
@@ -201,7 +201,7 @@ def learning_rates(config: PipelineConfig, step: Step, total_steps: int) -> dict
 
 
 def memory_lines(
-    config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, Counts]
+    config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, DataCounts]
 ) -> list[str]:
     """Per step a table: one line for each ZeRO stage, the chosen one marked."""
     available = devices.memory_per_rank(where.gpu, where.here)
@@ -250,7 +250,7 @@ def memory_lines(
     return lines
 
 
-def share_read(step: Step, counts: Counts) -> float:
+def share_read(step: Step, counts: DataCounts) -> float:
     """Share of the tokens at which something is read: those trained, or of pairs each answer's last one."""
     if step is Step.reward:
         return min(1.0, 2 * counts.documents / max(counts.tokens, 1))

@@ -14,7 +14,7 @@ from common.handoff import model_of
 from common.stage import Role, Step
 from pipeline.config import PipelineConfig
 from pipeline.plan import start_of, wire_run
-from pipeline.planning.memory import Batch, Decoding, Head, Sharding, Trained, Workload
+from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import Network, network_of
 
 PAIR = 2
@@ -56,7 +56,7 @@ def workload_of(
     tokens = rows_per_pass(part.train, ranks) * row_length(part.data, step)
     return Workload(
         networks=trained_networks(config, step, network, vocabulary),
-        batch=Batch(
+        batch=MicroBatchShape(
             tokens,
             max(1, math.ceil(tokens * trained_share)),
             short=(longest or part.data.max_length) <= SHORT_DOCUMENT,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.files import Sample, SampleFile
+from pipeline.report.files import SampleFile, SampleRow
 
 SHOWN = 6
 FURTHER = 18
@@ -29,8 +29,8 @@ class Pair:
     """One prompt and its responses."""
 
     prompt: str
-    before: Sample | None
-    after: Sample
+    before: SampleRow | None
+    after: SampleRow
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def compare(samples: SampleFile | None, functions: Sequence[str] = ()) -> Compar
     )
 
 
-def by_prompt(samples: Sequence[Sample], mode: str) -> dict[str, Sample]:
+def by_prompt(samples: Sequence[SampleRow], mode: str) -> dict[str, SampleRow]:
     """The first sample of each prompt, in the order of the file."""
-    found: dict[str, Sample] = {}
+    found: dict[str, SampleRow] = {}
     for sample in samples:
         if sample.mode == mode:
             found.setdefault(sample.prompt, sample)

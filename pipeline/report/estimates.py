@@ -45,7 +45,7 @@ def of_mean(
 
     value: the mean that was logged, over all samples that were measured; the interval is laid around it when
     only some of them were kept. may_be_share: values that are all 0 or 1, once per prompt, are trials;
-    without it a divergence that is 0 everywhere would be taken for a share.
+    without it a KL that is 0 everywhere would be taken for a share.
     """
     usable = {name: [v for v in values if math.isfinite(v)] for name, values in groups.items()}
     means = [fmean(values) for values in usable.values() if values]

@@ -41,7 +41,7 @@ Series = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleRow:
     """One line of samples.jsonl; None for what was not recorded."""
 
     prompt: str
@@ -58,9 +58,9 @@ class SampleFile:
     """The samples of the first and of the last step in the file; the same when there is one step only."""
 
     first_step: int
-    first: list[Sample]
+    first: list[SampleRow]
     last_step: int
-    last: list[Sample]
+    last: list[SampleRow]
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Reader:
 
     def samples(self, name: str) -> SampleFile | None:
         """The first and the last step's samples; those between are not kept in memory."""
-        by_step: dict[int, list[Sample]] = {}
+        by_step: dict[int, list[SampleRow]] = {}
         for record in self.lines(name):
             if "prompt" in record and "completion" in record:
                 by_step.setdefault(record["step"], []).append(sample_of(record))
@@ -267,11 +267,11 @@ class Reader:
         return [(at.partition(",")[0], redact_text(said)) for at, said in found]
 
 
-def sample_of(record: Mapping[str, Any]) -> Sample:
+def sample_of(record: Mapping[str, Any]) -> SampleRow:
     """A sample, with what is not of its kind left out."""
     scores = {clean(name): number(value) for name, value in mapping(record.get("scores")).items()}
     stopped = record.get("stopped")
-    return Sample(
+    return SampleRow(
         as_text(record["prompt"]),
         as_text(record["completion"]),
         clean(record.get("mode") or ""),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from common.stage import Step
 from pipeline.report import estimates, shown
 from pipeline.report.estimates import Estimate
-from pipeline.report.files import RunFiles, Sample, StepFiles, mapping, whole
+from pipeline.report.files import RunFiles, SampleRow, StepFiles, mapping, whole
 from step3_ppo.config import MEASURED
 
 EVAL, GREEDY = "eval/", "eval/greedy/"
@@ -304,7 +304,7 @@ def _values(step: StepFiles, at: int, name: str, mode: str) -> dict[str, list[fl
     return values
 
 
-_READERS: dict[str, Callable[[Sample], float | None]] = {
+_READERS: dict[str, Callable[[SampleRow], float | None]] = {
     "reward": lambda sample: sample.reward,
     "kl": lambda sample: sample.kl,
     "stop_rate": lambda sample: None if sample.stopped is None else float(sample.stopped),

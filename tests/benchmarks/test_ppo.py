@@ -86,7 +86,7 @@ def test_padding_changes_nothing(made: ppo_workload.PPOWorkload) -> None:
     with torch.no_grad():
         scores = judge.scores(documents_of(sequences))
     rewards = (scores - trainer.reward_mean) / trainer.reward_std - (~sequences.stopped).float()
-    # without divergence the returns of the last token are its reward, whatever the values
+    # without KL the returns of the last token are its reward, whatever the values
     last = sequences.response_mask.sum(1) - 1
     returns = known.returns[torch.arange(len(last)), last]
     torch.testing.assert_close(returns, rewards, atol=1e-4, rtol=0)

@@ -45,7 +45,7 @@ def test_a_lone_process_is_a_world_of_one_without_any_environment(monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     try:
         world = distributed.init_world()
-        assert (world.rank, world.size, world.local_rank, world.is_main) == (0, 1, 0, True)
+        assert (world.rank, world.size, world.local_rank, world.is_rank0) == (0, 1, 0, True)
         assert torch.distributed.get_world_size() == 1
         assert distributed.init_world() == world
         distributed.barrier()
@@ -62,26 +62,26 @@ def test_the_others_wait_for_rank_0_outside_of_a_collective(monkeypatch: pytest.
     def nap(seconds: float) -> None:
         passed.append("nap")
         if len(passed) == 3:
-            distributed.wait_for_main(rank_0, "export")
+            distributed.wait_for_rank0(rank_0, "export")
 
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(distributed, "barrier", lambda: passed.append("collective"))
     monkeypatch.setattr(time, "sleep", nap)
-    distributed.wait_for_main(rank_1, "export")
+    distributed.wait_for_rank0(rank_1, "export")
     assert passed == [*["nap"] * 3, *["collective"] * 2]
-    distributed.wait_for_main(distributed.World(0, 1, 0, torch.device("cpu")), "export")
+    distributed.wait_for_rank0(distributed.World(0, 1, 0, torch.device("cpu")), "export")
     assert len(passed) == 5
 
 
 def test_sums_are_made_in_double_precision_and_leave_their_input_alone() -> None:
     values = torch.tensor([2.0**24, 1.0])
-    (large, one) = distributed.sum_over_ranks(values)
+    (large, one) = distributed.all_reduce_sum(values)
     assert large + one == 2.0**24 + 1 and torch.equal(values, torch.tensor([2.0**24, 1.0]))
-    assert distributed.sum_over_ranks([True, 3]) == [1.0, 3.0]
+    assert distributed.all_reduce_sum([True, 3]) == [1.0, 3.0]
 
 
 def test_a_lone_process_gathers_its_own_value() -> None:
-    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.all_gather_objects({"a": 1}) == [{"a": 1}]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -18,19 +18,19 @@ from common.scalar_head import NEW_REWARD_MODEL
 LARGE = {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "tie_word_embeddings": True}
 
 
-def said(model: ModelConfig, ending: Any = CAUSAL_LM) -> list[str]:
+def said(model: ModelConfig, head: Any = CAUSAL_LM) -> list[str]:
     lines: list[str] = []
-    rehearse_export(model, ending, lines.append)
+    rehearse_export(model, head, lines.append)
     return lines
 
 
-@pytest.mark.parametrize("ending", [CAUSAL_LM, NEW_REWARD_MODEL], ids=["policy", "reward"])
+@pytest.mark.parametrize("head", [CAUSAL_LM, NEW_REWARD_MODEL], ids=["policy", "reward"])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_what_comes_back_is_let_through_without_a_word_and_moves_no_random_state(
-    enabled: bool, ending: Any
+    enabled: bool, head: Any
 ) -> None:
     before = torch.get_rng_state()
-    assert said(ModelConfig(config=LARGE, lora=LoraConfig(enabled=enabled)), ending) == []
+    assert said(ModelConfig(config=LARGE, lora=LoraConfig(enabled=enabled)), head) == []
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -91,17 +91,17 @@ def test_a_shared_prompt_gives_the_same_losses_scores_and_gradients(window: int 
 def test_many_answers_to_a_prompt_give_the_same_losses_and_gradients(window: int | None) -> None:
     draw = np.random.default_rng(1)
     prompts = [draw.integers(3, VOCABULARY, length).astype(np.int32) for length in (9, 6)]
-    families, documents = [0, 0, 0, 0, 1, 1, 1], []
-    for family, length in zip(families, (4, 1, 7, 5, 3, 8, 2), strict=True):
+    prefix_groups, documents = [0, 0, 0, 0, 1, 1, 1], []
+    for group, length in zip(prefix_groups, (4, 1, 7, 5, 3, 8, 2), strict=True):
         answer = draw.integers(3, VOCABULARY, length).astype(np.int32)
         if len(documents) == 3:
             answer[:2] = documents[0].input_ids[9:11]  # the fourth goes on like the first
-        documents.append(example(np.concatenate([prompts[family], answer]), len(prompts[family])))
+        documents.append(example(np.concatenate([prompts[group], answer]), len(prompts[group])))
     ids, sources = list(range(7)), [0] * 7
     found = {}
     for shared, batch in (
         (False, collate(documents, ids, sources)),
-        (True, collate(documents, ids, sources, families)),
+        (True, collate(documents, ids, sources, prefix_groups)),
     ):
         assert batch.shared_prefix == ((0, 9, 9, 11, 0, 6, 6) if shared else ())
         model = tiny_model(window)

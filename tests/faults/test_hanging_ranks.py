@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.watch import STALLED_EXIT_CODE
+from common.heartbeat import STALLED_EXIT_CODE
 from tests.programs.faulted import ppo_faulted, sft_faulted
 from tests.runs import Base, start, wait_while
 from tests.step2_dpo.runs import write_job
@@ -71,8 +71,8 @@ def test_a_rank_in_an_endless_loop_is_told_from_one_that_waits_for_it(base: Base
     )
     assert printed.count("error: ") == 1 and "Traceback" not in printed
     assert f"error: rank {victim} on {HOST} has kept the others waiting for " in printed
-    assert "it is in step 2, saving a checkpoint (common/faults.py:" in printed
-    assert "in _happen" in stacks(run_dir, victim) and "gather_objects" in stacks(run_dir, 1 - victim)
+    assert "it is in step 2, saving a checkpoint (common/phases.py:" in printed
+    assert "in _happen" in stacks(run_dir, victim) and "all_gather_objects" in stacks(run_dir, 1 - victim)
 
 
 def test_a_rank_that_keeps_the_interpreters_lock_still_leaves_its_stacks(base: Base) -> None:

@@ -217,14 +217,14 @@ def test_of_many_that_do_not_prove_to_be_ours_the_oldest_are_sent_away(
 ) -> None:
     monkeypatch.setattr(nodes, "MOST_UNPROVED", 3)
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
-        door = nodes._Door(listener, own(), folder / "token", "secret", 2)
+        rendezvous = nodes._Rendezvous(listener, own(), folder / "token", "secret", 2)
         connections = []
         for _ in range(5):
             connections.append(stack.enter_context(connect(listener.getsockname())))
             connections[-1].sendall(first)
-            door.answer(print)
-            door.answer(print)
-        stack.callback(door.send_home, 0, None)
+            rendezvous.answer(print)
+            rendezvous.answer(print)
+        stack.callback(rendezvous.dismiss, 0, None)
         for connection in connections:
             connection.settimeout(0.1)
         assert [is_closed(connection) for connection in connections] == [True, True, False, False, False]

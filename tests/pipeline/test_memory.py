@@ -19,7 +19,7 @@ from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
 from pipeline.planning.fitting import ways_out, ways_out_of
-from pipeline.planning.memory import Batch, Decoding, Head, Sharding, Trained, Workload
+from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import from_fields, network_of
 from pipeline.planning.workload import workload_of
 
@@ -34,7 +34,7 @@ def work_of(fields: dict[str, Any] = LLAMA, **changes: Any) -> Workload:
     assert network is not None
     plain = Workload(
         (Trained(network, network.parameters, Head.tokens),),
-        Batch(600, 400),
+        MicroBatchShape(600, 400),
         Sharding(1, 1),
         half=False,
         gpu=False,
@@ -94,7 +94,7 @@ def test_recomputation_leaves_the_input_of_each_layer_and_one_whole_layer() -> N
     assert memory.activations(work, work.networks[0]) == 600 * (inputs + layer + 12 * 48) + 2 * 400 * 48 * 4
 
 
-def bytes_kept(half: bool, length: int) -> tuple[int, Batch]:
+def bytes_kept(half: bool, length: int) -> tuple[int, MicroBatchShape]:
     """What a forward pass over documents of this length saves, weights left out."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -126,7 +126,7 @@ def bytes_kept(half: bool, length: int) -> tuple[int, Batch]:
         packed(**batch_arguments(batch))
     size = sum(size for address, (size, _) in kept.items() if address not in weights)
     size += 2 * len(batch.targets) * LLAMA["hidden_size"] * dtype.itemsize  # selected, and its gradient
-    return size, Batch(batch.input_ids.shape[1], len(batch.targets), short=length <= 256)
+    return size, MicroBatchShape(batch.input_ids.shape[1], len(batch.targets), short=length <= 256)
 
 
 def test_states_are_those_of_zero_and_are_shared_by_the_ranks_as_its_stages_say() -> None:
@@ -191,7 +191,7 @@ def test_a_way_out_names_overrides_that_fit_and_leaves_out_what_does_not_help() 
     config = compose(prepare(["experiment=demo", "steps=[sft]"]).overrides)
     work = workload_of(config, Step.sft, 1, gpu=False)
     assert work is not None
-    work = replace(work, batch=Batch(8 * 100_000, 8 * 50_000))
+    work = replace(work, batch=MicroBatchShape(8 * 100_000, 8 * 50_000))
     needed = memory.estimate(work).device
     ways = ways_out_of(work, Step.sft, config, needed / 3)
     assert any(way.startswith("sft.train.micro_batch_size=1: about ") for way in ways)

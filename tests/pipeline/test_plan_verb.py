@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.counts import Counts
+from common.counts import DataCounts
 from common.errors import UserError
 from common.stage import Step
 from pipeline.compose import compose, prepare
@@ -30,7 +30,7 @@ from pipeline.planning.show import (
 from pipeline.planning.show import plan as show_plan
 
 GPUS = "launch.slurm.gpus_per_node=4"
-COUNTS = Counts([], 90, 10, 9_000, 3_000, 25, 12, 120, 0.9, 512)
+COUNTS = DataCounts([], 90, 10, 9_000, 3_000, 25, 12, 120, 0.9, 512)
 TINY = (
     "model.config={model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
     "num_attention_heads: 4, max_position_embeddings: 128, tie_word_embeddings: true}"
@@ -107,7 +107,7 @@ def test_the_batch_arithmetic_is_ranks_times_micro_times_accumulation() -> None:
 
 def test_counts_of_a_sample_are_marked_as_estimates() -> None:
     config = compose(prepare(["experiment=gsm8k"]).overrides)
-    sampled = Counts([], 90, 10, 9_000, 3_000, 25, 12, 120, 0.9, 512, scale=4.0)
+    sampled = DataCounts([], 90, 10, 9_000, 3_000, 25, 12, 120, 0.9, 512, scale=4.0)
     lines = schedule_lines(config, wire_run(config), Where(1, 1, gpu=False), {Step.sft: sampled})
     assert "~25 packed rows" in lines[1] and "~12" in lines[1]
 

@@ -19,7 +19,7 @@ from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
 from pipeline.report import report
 from pipeline.report.comparison import compare
-from pipeline.report.files import Sample, SampleFile, ledger_row, read_run
+from pipeline.report.files import SampleFile, SampleRow, ledger_row, read_run
 from pipeline.report.glance import at_a_glance
 from pipeline.report.reproduce import command_for, decisive
 from pipeline.run import write_resolved
@@ -282,9 +282,9 @@ def test_the_accuracy_of_a_reward_model_has_its_interval_from_the_pairs(tmp_path
 
 
 def test_samples_are_shown_in_the_order_of_the_file_beside_each_other() -> None:
-    def rows(*scores: float) -> list[Sample]:
-        made = [Sample(f"p{i}", f"r{s}", "sampled", reward=s) for i, s in enumerate(scores)]
-        return [*made, Sample("p0", "greedy one", "greedy", reward=9.0)]
+    def rows(*scores: float) -> list[SampleRow]:
+        made = [SampleRow(f"p{i}", f"r{s}", "sampled", reward=s) for i, s in enumerate(scores)]
+        return [*made, SampleRow("p0", "greedy one", "greedy", reward=9.0)]
 
     found = compare(SampleFile(0, rows(1.0, 2.0, 3.0), 40, rows(5.0, 1.0, 0.0)))
     assert found is not None and (found.before_step, found.after_step, found.total) == (0, 40, 3)

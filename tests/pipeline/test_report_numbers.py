@@ -45,7 +45,7 @@ def test_responses_to_one_prompt_are_counted_once() -> None:
     assert apart == repeated
 
 
-def test_a_divergence_of_zero_everywhere_is_no_share() -> None:
+def test_a_kl_of_zero_everywhere_is_no_share() -> None:
     zeros = {str(index): [0.0] for index in range(20)}
     assert of_mean(zeros) == Estimate(0.0, count=20)
     share = of_mean(zeros, may_be_share=True)

@@ -16,10 +16,10 @@ import torch
 from common.average import ExponentialAverage
 from common.config import Dtype, Offload, OptimConfig, OptimizerName
 from common.distributed import World, barrier, init_world
-from common.elastic import LAYOUT
 from common.engine import Engine
 from common.errors import UserError
 from common.optim import build_optimizer
+from common.reshard import LAYOUT
 from tests.programs import engines
 
 BEFORE, AFTER, SHARES = 3, 2, 2
@@ -113,7 +113,7 @@ def write(folder: str, cases: list[Case]) -> int:
         then, averaged = state_of(engine, case.optimizer), averaged_weights(engine, average, world)
         learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
         later = (engines.weights_of(engine, world), averaged_weights(engine, average, world))
-        if world.is_main:
+        if world.is_rank0:
             torch.save((then, averaged), where / "then.pt")
             torch.save(later, where / "later.pt")
     return 0
@@ -145,11 +145,11 @@ def read(folder: str, pairs: list[tuple[Case, Case]]) -> int:
         ends = (engines.weights_of(engine, world), averaged_weights(engine, average, world))
         pairs_of_ends = zip(ends, later, strict=True)
         errors = [distance(end, other) / distance(end, averaged) for end, other in pairs_of_ends]
-        if world.is_main:
+        if world.is_rank0:
             print(f"{mark}: {max(errors):.2g}")
         assert max(errors) < tolerance(case), (mark, errors)
     without = Path(folder) / "without a layout"
-    if world.is_main:
+    if world.is_rank0:
         shutil.copytree(where / "state", without)
         (without / LAYOUT).unlink()
     barrier()

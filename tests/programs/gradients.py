@@ -15,7 +15,7 @@ from common import attention
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
-from common.distributed import World, close_world, init_world, sum_over_ranks
+from common.distributed import World, all_reduce_sum, close_world, init_world
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.losses import PackedCausalLM, batch_arguments
@@ -90,7 +90,7 @@ def pipeline_gradient(
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=LEARNING_RATE), config)
     plan = BatchPlan(MAX_LENGTH, packing, 8, micro_batch_size, 0, world.rank, world.size)
     micro_batches = Batches(Documents(), plan).micro_batches(0)
-    (trained,) = sum_over_ranks([sum(len(batch.targets) for batch in micro_batches)])
+    (trained,) = all_reduce_sum([sum(len(batch.targets) for batch in micro_batches)])
     engine.train()
     for batch in micro_batches:
         engine.backward(engine(**batch_arguments(batch)).loss_sum, trained)
@@ -110,7 +110,7 @@ def main() -> None:
         gradients[key] = pipeline_gradient(world, micro, packing, stage)
     for stage in ZERO_STAGES:
         gradients[2, True, stage, True] = pipeline_gradient(world, 2, True, stage, checkpointing=True)
-    if world.is_main:
+    if world.is_rank0:
         torch.save(gradients, sys.argv[1])
     close_world()
 

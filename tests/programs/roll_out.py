@@ -15,7 +15,7 @@ import numpy as np
 
 from common.data.types import TokenizedPrompt
 from common.decoder import Decoder, SamplingRule
-from common.distributed import close_world, init_world, sum_over_ranks
+from common.distributed import all_reduce_sum, close_world, init_world
 from common.errors import UserError
 from step3_ppo.rollout import over_ranks, roll_out
 from tests.common.test_attention import CONFIGS, tiny
@@ -37,7 +37,7 @@ def main(folder: Path, case: str) -> None:
     def count(*_: object) -> None:
         passes[0] += 1
         if "lockstep" in case:  # as under ZeRO-3, a pass that a rank makes alone would never end
-            assert sum_over_ranks([1.0]) == [world.size]
+            assert all_reduce_sum([1.0]) == [world.size]
 
     model.register_forward_pre_hook(count)
     decoder = Decoder(model, slots=2)

@@ -90,7 +90,7 @@ def test_gsm8k_rlvr_rewards_what_is_verified(tmp_path: Path, artifacts: Artifact
     learned = lines(tmp_path, "objective/scores")
     assert all(0 <= line["reward/gsm8k"] <= 1 for line in learned)
     assert all("loss/value_avg" not in line for line in learned)  # GRPO has no critic
-    assert all("policy/ref_kl_avg" in line for line in learned)  # the divergence is in the loss
+    assert all("policy/ref_kl_avg" in line for line in learned)  # the KL is in the loss
     assert "eval/correct" in lines(tmp_path, "eval/reward")[0]
     samples = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
     assert samples and all(sample["scores"]["correct"] in (0.0, 1.0) for sample in samples)

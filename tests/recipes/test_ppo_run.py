@@ -234,7 +234,7 @@ def test_advantages_and_returns_are_those_of_loops_over_padded_rows(experiences:
         assert returns is not None
         assert experience.advantages == pytest.approx(reference.flatten(advantages, mask), abs=TOLERANCE)
         assert experience.returns == pytest.approx(reference.flatten(returns, mask), abs=TOLERANCE)
-    moved = experiences[-1]  # where the divergence has a part in it
+    moved = experiences[-1]  # where the KL has a part in it
     kl = moved.old_logprobs.astype(np.float64) - moved.ref_logprobs
     charged = token_rewards(moved.rewards, moved.offsets, kl=kl, coef=0.05)
     assert np.abs(charged - token_rewards(moved.rewards, moved.offsets)).max() > 100 * TOLERANCE

@@ -172,7 +172,7 @@ def test_an_estimator_without_a_critic_needs_no_reward_model_either(run: Any, es
         (Estimator.rloo, KLPlacement.reward, 0.05, 0.05),
     ],
 )
-def test_when_every_response_earns_the_same_nothing_but_the_divergence_is_learned_from(
+def test_when_every_response_earns_the_same_nothing_but_the_kl_is_learned_from(
     run: Any, estimator: Estimator, placement: KLPlacement, coef: float, largest: float
 ) -> None:
     def change(job: PPOJob) -> None:
@@ -220,7 +220,7 @@ def test_a_weighted_sum_of_the_model_and_a_function_with_each_logged_apart(
             assert line[f"reward/{name}"] == pytest.approx(experience.scores[name].mean())
 
 
-def test_a_divergence_in_the_loss_is_not_taken_from_the_reward(run: Any) -> None:
+def test_a_kl_in_the_loss_is_not_taken_from_the_reward(run: Any) -> None:
     kept, free = (
         run(settings(kl__placement=KLPlacement.loss, kl__coef=coef), f"coef {coef}", max_steps=6)
         for coef in (1e-9, 1e3)
@@ -236,7 +236,7 @@ def test_a_divergence_in_the_loss_is_not_taken_from_the_reward(run: Any) -> None
     assert series(free, "loss/policy_avg")[0] == pytest.approx(series(kept, "loss/policy_avg")[0], abs=1e-2)
 
 
-def test_an_adaptive_coefficient_moves_with_the_measured_divergence(run: Any) -> None:
+def test_an_adaptive_coefficient_moves_with_the_measured_kl(run: Any) -> None:
     fields = {"kl__controller": KLController.adaptive, "kl__target": 0.05, "kl__horizon": 40.0}
     run_dir = run(settings(**fields), max_steps=4)
     coefs, measured = series(run_dir, "kl_coef"), series(run_dir, "objective/kl")

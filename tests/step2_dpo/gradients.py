@@ -16,13 +16,13 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
-from common.distributed import World, close_world, init_world, sum_over_ranks
+from common.distributed import World, all_reduce_sum, close_world, init_world
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.losses import PackedCausalLM
 from step2_dpo.config import LossType
 from step2_dpo.evaluate import evaluate
-from step2_dpo.loss import Counts, Objective, PairSums, score, step_loss
+from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
 from step2_dpo.reference import Reference, load_or_compute
 from tests.step2_dpo.pairs import MAX_LENGTH, SomePairs, plain_logps, tiny_llama
 
@@ -97,7 +97,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step over all pairs, as in train.py; its metrics."""
     micro_batches = PairBatches(SomePairs(), plan).micro_batches(0)
-    counts = Counts(*sum_over_ranks(Counts.of(micro_batches)))
+    counts = StepCounts(*all_reduce_sum(StepCounts.of(micro_batches)))
     sums = PairSums()
     engine.train()
     for batch in micro_batches:
@@ -148,7 +148,7 @@ def main() -> None:
         gradients[point], metrics[point] = gradient(world, point)
     with tempfile.TemporaryDirectory() as folder:
         starts = {start: beginning(world, start, Path(folder)) for start in STARTS}
-    if world.is_main:
+    if world.is_rank0:
         torch.save({"gradients": gradients, "metrics": metrics, "starts": starts}, sys.argv[1])
     close_world()
 

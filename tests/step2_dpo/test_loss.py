@@ -14,9 +14,9 @@ from common.losses import TokenLoss
 from step2_dpo.config import LossType
 from step2_dpo.loss import (
     Answers,
-    Counts,
     Objective,
     PairSums,
+    StepCounts,
     answer_sums,
     count_answers,
     pair_losses,
@@ -133,7 +133,7 @@ def test_a_batch_without_pairs_has_a_loss_of_zero_that_still_has_a_gradient() ->
     tokens = token_loss([])
     empty = torch.zeros(0, dtype=torch.float64)
     result = pair_losses(tokens, pair_batch([]), Answers(empty, empty), HALF)
-    loss = step_loss(result, replace(HALF, sft_weight=1.0), Counts(1, 1, 1))
+    loss = step_loss(result, replace(HALF, sft_weight=1.0), StepCounts(1, 1, 1))
     loss.backward()
     assert loss.item() == 0.0 and tokens.token_losses.grad is not None
 
@@ -146,7 +146,7 @@ def test_every_token_of_the_chosen_answer_is_pushed_up_and_of_the_rejected_one_d
     tokens = token_loss([1.0, 2.0, 4.0])
     result = pair_losses(tokens, pair_batch([2, 1]), reference([-3.0], [-4.0]), HALF)
     assert result.logps.chosen.tolist() == [-3.0] and result.logps.rejected.tolist() == [-4.0]
-    step_loss(result, HALF, Counts(1, 3, 2)).backward()
+    step_loss(result, HALF, StepCounts(1, 3, 2)).backward()
     # Δ = 0: the derivative by Δ is −β/2, and a log-probability is minus its tokens' losses
     assert tokens.token_losses.grad is not None and tokens.token_losses.grad.tolist() == [0.25, 0.25, -0.25]
 
@@ -155,7 +155,7 @@ def test_the_sft_term_is_a_mean_over_chosen_tokens_and_the_rest_a_mean_over_pair
     objective = replace(HALF, sft_weight=0.5)
     one = pair_losses(token_loss([1.0, 2.0, 4.0]), pair_batch([2, 1]), reference([-3.0], [-4.0]), objective)
     two = pair_losses(token_loss([9.0, 5.0]), pair_batch([1, 1]), reference([-9.0], [-5.0]), objective)
-    counts = Counts(pairs=2, response_tokens=5, chosen_tokens=3)
+    counts = StepCounts(pairs=2, response_tokens=5, chosen_tokens=3)
     loss = sum(step_loss(result, objective, counts).item() for result in (one, two))
     # a mean of the pairs' own means would be (1.5 + 9) / 2 instead of 12 / 3
     assert loss == pytest.approx(math.log(2) + 0.5 * 4.0)
@@ -171,7 +171,7 @@ def test_metrics_by_hand() -> None:
     result = pair_losses(tokens, pair_batch([2, 1, 1, 1]), reference([-5.0, -8.0], [-4.0, -4.0]), HALF)
     sums = PairSums()
     sums.add(result, HALF)
-    metrics = sums.metrics(HALF, Counts(2, 5, 3))
+    metrics = sums.metrics(HALF, StepCounts(2, 5, 3))
     assert metrics == pytest.approx(
         {
             "loss": (-math.log(1 / (1 + math.exp(-1))) + math.log(2)) / 2,
@@ -200,7 +200,7 @@ def test_a_policy_that_is_its_reference_has_a_loss_of_exactly_log_2(
     )
     sums = PairSums()
     sums.add(result, objective)
-    metrics = sums.metrics(objective, Counts(pairs, 2 * pairs, pairs))
+    metrics = sums.metrics(objective, StepCounts(pairs, 2 * pairs, pairs))
     # (1 − ε) log 2 + ε log 2 may be rounded; without smoothing nothing is
     rounding = 1e-15 if label_smoothing else 0.0
     assert abs(metrics["loss"] - math.log(2)) <= rounding

@@ -18,7 +18,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.stage import Role
 from step2_dpo import reference as reference_module
-from step2_dpo.loss import Counts, Objective, PairSums, score
+from step2_dpo.loss import Objective, PairSums, StepCounts, score
 from step2_dpo.reference import Reference, load_or_compute, reference_key
 from tests.step2_dpo.pairs import MAX_LENGTH, PlainEngine, SomePairs, plain_logps, tiny_llama
 
@@ -149,7 +149,7 @@ def test_the_earliest_step_decides_whichever_rank_has_it(monkeypatch: pytest.Mon
         [found(0, (0, 1), -1.0), found(1, (2, 3), -2.0)],
         [found(0, (2,), -3.0), found(1, (3, 1), -4.0)],
     ]
-    monkeypatch.setattr(reference_module, "gather_objects", lambda own: ranks)
+    monkeypatch.setattr(reference_module, "all_gather_objects", lambda own: ranks)
     table = reference_module._table(ranks[0], 5)
     np.testing.assert_array_equal(table, [[-1, -1], [-1, -1], [-3, -3], [-2, -2], [np.nan, np.nan]])
 
@@ -170,7 +170,7 @@ def test_adapters_are_off_for_the_reference_and_on_again_after_it(cached: Cached
     for batch in PairBatches(SomePairs(), layout).micro_batches(0):
         known = adapted.of_train(batch)
         sums.add(score(engine, batch, known, Objective(), ALONE.device, with_entropy=False), Objective())  # type: ignore[arg-type]
-    assert abs(sums.metrics(Objective(), Counts(3, 1, 1))["rewards/margins"]) > 1e-3
+    assert abs(sums.metrics(Objective(), StepCounts(3, 1, 1))["rewards/margins"]) > 1e-3
 
 
 def cached_elsewhere(cached: Cached, model: torch.nn.Module) -> Reference:

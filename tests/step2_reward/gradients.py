@@ -13,7 +13,7 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, count_pairs, evaluation_pair_batches
-from common.distributed import World, close_world, init_world, sum_over_ranks
+from common.distributed import World, all_reduce_sum, close_world, init_world
 from common.ds_config import build_ds_config
 from common.engine import Engine
 from common.scalar_head import PackedScalarModel
@@ -62,7 +62,7 @@ def one_step(world: World, point: Point) -> Found:
     )  # fmt: skip
     evaluated = score_pairs(engine, evaluation_pair_batches(SomePairs(), plan), world.device)
     micro_batches = PairBatches(SomePairs(), plan).micro_batches(0)
-    pairs, *_ = sum_over_ranks(count_pairs(micro_batches))
+    pairs, *_ = all_reduce_sum(count_pairs(micro_batches))
     engine.train()
     scored = []
     for batch in micro_batches:
@@ -70,7 +70,7 @@ def one_step(world: World, point: Point) -> Found:
         engine.backward(pair_losses(scores, batch.margins, CENTERING).sum(), pairs)
         scored.append(ScoredPairs.of(batch, scores))
     assert engine.step().applied
-    metrics = measure(ScoredPairs.of_all_ranks(scored), CENTERING)
+    metrics = measure(ScoredPairs.all_gathered(scored), CENTERING)
     after = engine.full_state_dict()
     gradient = {name: (before[name] - after[f"model.{name}"]) / LEARNING_RATE for name in before if after}
     return Found(gradient, metrics, held_out_metrics(evaluated, SomePairs.sources, CENTERING))
@@ -79,7 +79,7 @@ def one_step(world: World, point: Point) -> Found:
 def main() -> None:
     world = init_world()
     found = {tuple(point): tuple(one_step(world, point)) for point in GRID}
-    if world.is_main:
+    if world.is_rank0:
         torch.save(found, sys.argv[1])
     close_world()
 

@@ -7,22 +7,22 @@ import torch
 from common.data.batches import collate_pairs, count_pairs
 from common.data.types import TokenizedPair
 from step2_reward import data
-from step2_reward.data import Sample, probe_documents
+from step2_reward.data import PairSubset, probe_documents
 from tests.step2_reward.pairs import SomePairs
 
 
 def test_a_sample_is_a_seeded_choice_of_pairs_in_their_order() -> None:
-    pairs, sample = SomePairs(), Sample(SomePairs(), 3, seed=0)
+    pairs, sample = SomePairs(), PairSubset(SomePairs(), 3, seed=0)
     chosen = [next(i for i in range(7) if same(pairs[i], sample[k])) for k in range(3)]
     assert len(sample) == 3 and chosen == sorted(chosen)
     assert sample.lengths.tolist() == [pairs.lengths[index] for index in chosen]
-    assert same(Sample(pairs, 3, seed=0)[0], sample[0]) and sample.sources == pairs.sources
-    others = {tuple(Sample(pairs, 3, seed=seed).lengths.tolist()) for seed in range(9)}
+    assert same(PairSubset(pairs, 3, seed=0)[0], sample[0]) and sample.sources == pairs.sources
+    others = {tuple(PairSubset(pairs, 3, seed=seed).lengths.tolist()) for seed in range(9)}
     assert len(others) > 3
 
 
 def test_a_sample_of_more_than_there_are_is_all_of_them() -> None:
-    assert Sample(SomePairs(), 100, seed=5).lengths.tolist() == SomePairs.lengths.tolist()
+    assert PairSubset(SomePairs(), 100, seed=5).lengths.tolist() == SomePairs.lengths.tolist()
 
 
 def test_a_shared_prompt_counts_twice_as_tokens_and_once_as_positions() -> None:

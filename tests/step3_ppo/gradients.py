@@ -24,7 +24,7 @@ from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of
 from step3_ppo.models import Critic
 from step3_ppo.networks import Networks, Trained
-from step3_ppo.state import Counters
+from step3_ppo.state import PPOCounters
 from step3_ppo.update import update
 from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
 from tests.step2_dpo.pairs import VOCABULARY, tiny_llama
@@ -152,7 +152,7 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     )
     (minibatch,) = minibatches_of(experience, plan_of(point, world, 7), iteration=0, epoch=0)
     sums, demonstrated = UpdateSums(), Batches(SomeDemonstrations(), plan_of(point, world, 5))
-    outcome = update(networks, minibatch, experience, ppo, Counters(kl_coef=KL_COEF), sums, demonstrated)
+    outcome = update(networks, minibatch, experience, ppo, PPOCounters(kl_coef=KL_COEF), sums, demonstrated)
     assert outcome.actor is not None and outcome.actor.applied
     assert outcome.critic is not None and outcome.critic.applied
     metrics = {**sums.metrics(), **outcome.metrics()}
@@ -168,7 +168,7 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
 def main() -> None:
     world = init_world()
     found = {point: one_update(world, point) for point in GRID}
-    if world.is_main:
+    if world.is_rank0:
         torch.save(found, sys.argv[1])
     close_world()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.distributed import close_world, gather_objects, init_world
+from common.distributed import all_gather_objects, close_world, init_world
 from step3_ppo.advantages import (
     Advantages,
     estimate,
@@ -46,7 +46,7 @@ def random_case(seed: int) -> dict:
     }
 
 
-def test_the_reward_is_paid_at_the_last_token_and_the_divergence_at_every_token() -> None:
+def test_the_reward_is_paid_at_the_last_token_and_the_kl_at_every_token() -> None:
     kl = np.array([1.0, -2.0, 3.0, 4.0])
     found = token_rewards(np.array([10.0, 20.0]), TWO, kl=kl, coef=0.5)
     assert found.tolist() == [-0.5, 1.0, 10 - 1.5, 20 - 2.0]
@@ -142,7 +142,7 @@ def test_a_group_of_one_has_nothing_to_be_compared_with(compare: object) -> None
 
 
 def test_reinforce_pp_worked_by_hand() -> None:
-    # γ 1/2, no divergence: to go 1, 2, 4 and 9. Mean 4; squares 9, 4, 0, 25; variance 38/4
+    # γ 1/2, no KL: to go 1, 2, 4 and 9. Mean 4; squares 9, 4, 0, 25; variance 38/4
     found = estimate(
         Estimator.reinforce_pp, rewards=np.array([4.0, 9.0]), offsets=TWO, gamma=0.5, whiten=False
     )
@@ -150,8 +150,8 @@ def test_reinforce_pp_worked_by_hand() -> None:
     assert found.returns is None and found.non_score_reward.tolist() == [0, 0]
 
 
-def test_the_divergence_is_taken_from_a_responses_reward_before_it_is_compared() -> None:
-    # rewards 1 and 1, divergences 1 + 2 + 3 and 2 at 1/2 a nat: 1 − 3 = −2 and 1 − 1 = 0
+def test_the_kl_is_taken_from_a_responses_reward_before_it_is_compared() -> None:
+    # rewards 1 and 1, KLs 1 + 2 + 3 and 2 at 1/2 a nat: 1 − 3 = −2 and 1 − 1 = 0
     found = estimate(
         Estimator.rloo,
         rewards=np.array([1.0, 1.0]),
@@ -164,12 +164,12 @@ def test_the_divergence_is_taken_from_a_responses_reward_before_it_is_compared()
     assert found.non_score_reward.tolist() == [-3, -1]
 
 
-def test_grpo_takes_the_divergence_in_nats_not_in_units_of_the_rewards_spread() -> None:
+def test_grpo_takes_the_kl_in_nats_not_in_units_of_the_rewards_spread() -> None:
     # rewards 1 and 3: ∓√½. Divergences 6 and 2 at 1/2 a nat: −3 and −1, which is −1 and 1 against their mean
     given = {"rewards": np.array([1.0, 3.0]), "offsets": TWO, "groups": np.array([0, 0])}
     found = estimate(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
     assert found.advantages == pytest.approx([-(0.5**0.5) - 1] * 3 + [0.5**0.5 + 1], rel=1e-5)
-    # a hundredth of the spread of the rewards leaves the divergence what it is
+    # a hundredth of the spread of the rewards leaves the KL what it is
     given["rewards"] = np.array([0.01, 0.03])
     found = estimate(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
     assert found.advantages == pytest.approx([-(0.5**0.5) - 1] * 3 + [0.5**0.5 + 1], rel=1e-4)
@@ -179,7 +179,7 @@ def test_grpo_takes_the_divergence_in_nats_not_in_units_of_the_rewards_spread() 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("equal", [1.0, 0.1, -10.0])
 @pytest.mark.parametrize("responses", [2, 4, 49])  # the mean of 49 numbers of 0.1 is not 0.1
-def test_equal_rewards_have_no_advantage_whatever_the_divergence_costs(
+def test_equal_rewards_have_no_advantage_whatever_the_kl_costs(
     estimator: Estimator, gamma: float, equal: float, responses: int
 ) -> None:
     offsets = np.arange(responses + 1) * 5
@@ -203,7 +203,7 @@ def test_a_group_with_equal_rewards_takes_nothing_from_the_others() -> None:
     assert found.advantages == pytest.approx([0, 0, -(0.5**0.5) - 0.5, 0.5**0.5 + 0.5], rel=1e-5)
 
 
-def test_with_rloo_equal_rewards_leave_the_divergence_at_its_price() -> None:
+def test_with_rloo_equal_rewards_leave_the_kl_at_its_price() -> None:
     # 4 and 2 thousandths of a nat at 1/2: −0.002 and −0.001, against each other
     found = estimate(
         Estimator.rloo, rewards=np.ones(2), offsets=np.arange(3), groups=np.zeros(2, int),
@@ -213,7 +213,7 @@ def test_with_rloo_equal_rewards_leave_the_divergence_at_its_price() -> None:
 
 
 @pytest.mark.parametrize("estimator", list(Estimator))
-def test_with_the_divergence_in_the_loss_the_reward_keeps_it_out(estimator: Estimator) -> None:
+def test_with_the_kl_in_the_loss_the_reward_keeps_it_out(estimator: Estimator) -> None:
     case = random_case(3) | {"kl_coef": 0.0}
     without = case | {"kl": None}
     a, b = estimate(estimator, **case), estimate(estimator, **without)
@@ -240,7 +240,7 @@ def test_what_an_estimator_needs_and_does_not_get_is_an_error() -> None:
     ):
         with pytest.raises(ValueError, match=f"without {missing}"):
             estimate(estimator, **given)
-    with pytest.raises(ValueError, match="no divergence"):
+    with pytest.raises(ValueError, match="no KL"):
         estimate(Estimator.reinforce_pp, **given, kl_coef=0.1)
     with pytest.raises(ValueError, match="tokens"):
         estimate(Estimator.gae, **given, values=np.zeros(5))
@@ -289,7 +289,7 @@ def of_some_ranks(folder: str) -> int:
     share = {name: case[name][mine] for name in ("rewards", "groups")}
     share |= {name: case[name][tokens] for name in ("kl", "values")}
     share["lengths"] = np.diff(case["offsets"])[mine]
-    gathered = gather_objects(share)
+    gathered = all_gather_objects(share)
     whole = {name: np.concatenate([part[name] for part in gathered]) for name in share}
     whole["offsets"] = np.cumsum([0, *whole.pop("lengths")])
     found = estimate(Estimator.gae, **case | whole)

@@ -72,7 +72,7 @@ def test_sampling_from_a_part_of_the_tokens_is_worth_a_line() -> None:
 
 
 @pytest.mark.parametrize("estimator", list(Estimator))
-def test_the_divergence_is_in_grpos_loss_and_in_the_others_reward(estimator: Estimator) -> None:
+def test_the_kl_is_in_grpos_loss_and_in_the_others_reward(estimator: Estimator) -> None:
     where = KLPlacement.loss if estimator is Estimator.grpo else KLPlacement.reward
     rollout = RolloutConfig(samples_per_prompt=2)
     assert PPOConfig(estimator=estimator, rollout=rollout).kl.placement is where

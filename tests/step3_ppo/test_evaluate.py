@@ -78,7 +78,7 @@ def test_numbers_are_means_over_prompts_with_their_standard_errors() -> None:
         assert metrics[f"eval/{name}_se"] == pytest.approx(values.std(ddof=1) / 3**0.5)
         if name != "kl":
             assert metrics[f"eval/greedy/{name}"] == pytest.approx(values.mean())
-    # the divergence is a mean over the actor's own samples; greedy ones are none
+    # the KL is a mean over the actor's own samples; greedy ones are none
     assert len(metrics) == 18 and "eval/greedy/kl" not in metrics
 
 
@@ -98,7 +98,7 @@ def test_of_several_samples_of_a_prompt_the_mean_counts_and_the_first_is_kept() 
     assert [sample["mode"] for sample in samples] == ["sampled", "greedy"]
 
 
-def test_without_a_reference_there_is_no_divergence() -> None:
+def test_without_a_reference_there_is_no_kl() -> None:
     metrics, samples, _ = evaluated(has_reference=False)
     assert not any("kl" in name for name in metrics)
     assert all(sample["kl"] is None for sample in samples)

@@ -1,4 +1,4 @@
-"""Estimators of the divergence, and the coefficient that follows it."""
+"""Estimators of the KL, and the coefficient that follows it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_the_estimator_of_three_tokens_by_hand() -> None:
     assert k1(logprobs, ref) == pytest.approx([log2, 0, -2 * log2])
 
 
-def test_k1_has_the_divergence_as_its_mean() -> None:
+def test_k1_has_the_kl_as_its_mean() -> None:
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.45, 0.3, 0.25])
-    divergence = float((p * np.log(p / q)).sum())
-    assert float((p * k1(np.log(p), np.log(q))).sum()) == pytest.approx(divergence, rel=1e-12)
+    kl = float((p * np.log(p / q)).sum())
+    assert float((p * k1(np.log(p), np.log(q))).sum()) == pytest.approx(kl, rel=1e-12)
     # the other way around it is another number
-    assert float((q * np.log(q / p)).sum()) != pytest.approx(divergence, rel=1e-3)
+    assert float((q * np.log(q / p)).sum()) != pytest.approx(kl, rel=1e-3)
 
 
 def test_k1_is_exact_where_fp32_would_cancel() -> None:
@@ -52,7 +52,7 @@ def test_an_adaptive_coefficient_by_hand() -> None:
     assert adaptive(6.6) == pytest.approx(0.5 * 1.01)
     assert adaptive(5.4) == pytest.approx(0.5 * 0.99)
     assert adaptive(6.0) == 0.5
-    # far off counts as a fifth; a divergence below 0 (k1 of few tokens) too
+    # far off counts as a fifth; a KL below 0 (k1 of few tokens) too
     assert adaptive(60.0) == pytest.approx(0.5 * 1.02)
     assert adaptive(0.0) == adaptive(-3.0) == pytest.approx(0.5 * 0.98)
 
@@ -66,6 +66,6 @@ def test_a_fixed_coefficient_stays() -> None:
     assert next_coef(KLController.fixed, 0.3, 99.0, target=6.0, horizon=1.0, responses=10) == 0.3
 
 
-def test_a_divergence_that_is_not_finite_moves_nothing() -> None:
+def test_a_kl_that_is_not_finite_moves_nothing() -> None:
     with pytest.raises(ValueError, match="nan"):
         adaptive(math.nan)

@@ -48,7 +48,7 @@ def test_a_token_of_each_region_by_hand(
     assert sums.clipped.item() == clipped and sums.tokens == 1
     assert sums.surrogate.item() == pytest.approx(loss, rel=1e-5)
     assert sums.ratio.item() == pytest.approx(ratio, rel=1e-5)
-    assert sums.off.item() == pytest.approx(abs(ratio - 1), rel=1e-5)
+    assert sums.ratio_abs_error.item() == pytest.approx(abs(ratio - 1), rel=1e-5)
     assert sums.approxkl.item() == pytest.approx(ratio - 1 - LOG(ratio), rel=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_values_that_may_go_anywhere() -> None:
     assert sums.loss.item() == 0.25 and values.grad.tolist() == [-0.5, 0.5] and sums.clipped.item() == 0
 
 
-def test_the_entropy_bonus_and_the_divergence_from_the_reference_by_hand() -> None:
+def test_the_entropy_bonus_and_the_kl_from_the_reference_by_hand() -> None:
     # π/π_ref = 2: k3 = 1/2 − 1 + log 2, and its slope 1 − 1/2
     logprobs, entropies = grown([LOG(0.5)]), grown([0.7])
     old, advantages = torch.tensor([LOG(0.5)]), torch.tensor([3.0])
@@ -104,7 +104,7 @@ def test_the_entropy_bonus_and_the_divergence_from_the_reference_by_hand() -> No
     assert sums.entropy.item() == pytest.approx(0.7)
 
 
-def test_k3_in_the_loss_has_the_divergence_as_its_mean() -> None:
+def test_k3_in_the_loss_has_the_kl_as_its_mean() -> None:
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.45, 0.3, 0.25])
     one, mean = torch.ones(1), 0.0
     for sampled, of_reference in zip(p.log(), q.log(), strict=True):
@@ -286,7 +286,7 @@ def of_some_ranks(folder: str) -> int:
     world = init_world()
     sums = UpdateSums()
     add_tokens(sums, *[(0, 1), (1, 5)][world.rank])
-    assert sums.of_all_ranks().means() == sums.metrics() != sums.means()
+    assert sums.all_reduced().means() == sums.metrics() != sums.means()
     (Path(folder) / f"{world.size}_{world.rank}.json").write_text(json.dumps(sums.metrics()))
     close_world()
     return 0

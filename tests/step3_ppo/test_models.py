@@ -16,7 +16,7 @@ from common.models import adapters_off, load_tokenizer
 from common.scalar_head import PackedScalarModel
 from common.stage import Role
 from step3_ppo.config import CriticStart, PPOJob, RewardSourceConfig
-from step3_ppo.models import load_actor, load_critic, load_reference, load_reward_model
+from step3_ppo.models import load_actor, load_critic, load_frozen_reward_model, load_reference
 from tests.runs import Base
 from tests.step3_ppo.runs import Artifacts, make_artifacts, make_job
 
@@ -77,7 +77,7 @@ def log_likelihoods(run: Any) -> torch.Tensor:
 def test_the_critic_begins_as_the_calibrated_reward_model(job: PPOJob) -> None:
     artifact = reward_model_of(job)
     calibration = artifact.manifest.details["calibration"]
-    raw = scores(load_reward_model(job, artifact, tokenizer_of(job), WORLD))
+    raw = scores(load_frozen_reward_model(job, artifact, tokenizer_of(job), WORLD))
     assert calibration["mean"] != 0 and calibration["std"] != 1 and raw.std() > 0
     expected = (raw.double() - calibration["mean"]) / calibration["std"]
     torch.testing.assert_close(scores(critic_of(job)).double(), expected, rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_frozen_networks_have_neither_adapters_nor_recomputed_activations(job: P
     tokenizer = tokenizer_of(job)
     for frozen in (
         load_reference(job, policy_of(job), tokenizer, WORLD),
-        load_reward_model(job, reward_model_of(job), tokenizer, WORLD),
+        load_frozen_reward_model(job, reward_model_of(job), tokenizer, WORLD),
     ):
         parameters = dict(frozen.module.named_parameters())
         assert parameters and not any("lora" in name for name in parameters)

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.engine import StepOutcome
 from step3_ppo.experience import Experience, Response
-from step3_ppo.state import Counters, Unfinished
+from step3_ppo.state import PPOCounters, Unfinished
 
 
 def some_experience() -> Experience:
@@ -71,21 +71,21 @@ def test_only_one_rank_writes_and_a_finished_iteration_leaves_nothing(tmp_path: 
 
 
 def test_counters_survive_json_exactly() -> None:
-    counters = Counters(
+    counters = PPOCounters(
         step=3, update=1, kl_coef=0.1 + 0.2, sums={"loss": 1 / 3}, watchdogs={"a": [1.5, None]}
     )
-    assert Counters(**json.loads(json.dumps(asdict(counters)))) == counters
+    assert PPOCounters(**json.loads(json.dumps(asdict(counters)))) == counters
 
 
 def test_the_place_of_a_checkpoint_is_told_by_its_iteration() -> None:
-    assert Counters(step=5, update=2, updates=42).place == "in iteration 6 after 2 of its updates"
-    assert Counters(step=5, updates=40).place == "after iteration 5"
-    assert Counters().place == "before iteration 1"
+    assert PPOCounters(step=5, update=2, updates=42).place == "in iteration 6 after 2 of its updates"
+    assert PPOCounters(step=5, updates=40).place == "after iteration 5"
+    assert PPOCounters().place == "before iteration 1"
 
 
 def test_an_update_that_changed_only_the_critic_counts_as_skipped_for_nobody_in_warm_up() -> None:
     done, lost = StepOutcome(True, 1.0), StepOutcome(False, math.nan)
-    warm = Counters().after_update(None, done)
+    warm = PPOCounters().after_update(None, done)
     assert (warm.update, warm.applied, warm.critic_applied, warm.skipped) == (1, 0, 1, 0)
     bad = warm.after_update(lost, done).after_update(done, lost)
     assert (bad.applied, bad.critic_applied, bad.skipped, bad.critic_skipped) == (1, 2, 1, 1)
@@ -95,7 +95,7 @@ def test_an_update_that_changed_only_the_critic_counts_as_skipped_for_nobody_in_
 
 def test_an_update_that_only_one_network_skipped_has_its_own_number() -> None:
     done, lost = StepOutcome(True, 1.0), StepOutcome(False, math.nan)
-    counters, seen = Counters(), []
+    counters, seen = PPOCounters(), []
     for actor, critic in [(lost, done), (done, done), (done, lost), (lost, lost)]:
         counters = counters.after_update(actor, critic)
         both = counters.of_actor(), counters.of_critic()

@@ -17,7 +17,7 @@ from common.losses import TokenLoss
 from step3_ppo.config import CriticConfig, PPOConfig
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of
-from step3_ppo.state import Counters
+from step3_ppo.state import PPOCounters
 from step3_ppo.update import Outcome, report_skipped, skipped_warnings, update
 from tests.step3_ppo.gradients import MAX_LENGTH, some_experience
 
@@ -70,7 +70,7 @@ def updated(step: int, has_critic: bool = True) -> tuple[Outcome, Networks, Upda
     minibatch = minibatches_of(some_experience(), plan, iteration=step, epoch=0)[0]
     ppo, counters = (
         PPOConfig(critic=CriticConfig(warmup_iterations=2)),
-        Counters(step=step, applied=5, critic_applied=6),
+        PPOCounters(step=step, applied=5, critic_applied=6),
     )
     outcome = update(networks, minibatch, some_experience(), ppo, counters, sums, None)  # type: ignore[arg-type]
     for trained in filter(None, [networks.actor, networks.critic]):
@@ -105,7 +105,7 @@ class Lines:
         self.said.append(line)
 
 
-def told(counters: Counters, *both: StepOutcome, dtype: Dtype = Dtype.bf16) -> list[str]:
+def told(counters: PPOCounters, *both: StepOutcome, dtype: Dtype = Dtype.bf16) -> list[str]:
     """What is said of an update whose policy loss is fine, and whose value loss is not."""
     networks, lines = Networks(has_critic=True), Lines()
     networks.actor.engine.loss_scale, networks.critic.engine.loss_scale = 1024.0, 1.0  # type: ignore
@@ -115,7 +115,7 @@ def told(counters: Counters, *both: StepOutcome, dtype: Dtype = Dtype.bf16) -> l
 
 
 def test_the_network_that_skipped_is_named_with_its_own_loss(caplog: pytest.LogCaptureFixture) -> None:
-    counters = Counters(applied=6, skipped=1, critic_applied=8, critic_skipped=1)
+    counters = PPOCounters(applied=6, skipped=1, critic_applied=8, critic_skipped=1)
     assert told(counters, DONE, DONE) == []
     (line,) = told(counters, LOST, DONE)
     assert line.startswith("actor update 7: loss 0.25, its gradient is not finite")
@@ -128,7 +128,7 @@ def test_the_network_that_skipped_is_named_with_its_own_loss(caplog: pytest.LogC
 
 
 def test_a_network_that_skips_five_times_in_a_row_ends_the_run_with_its_own_learning_rate() -> None:
-    counters = Counters(applied=2, skipped=5, skipped_in_a_row=5, critic_applied=3, critic_skipped=4)
+    counters = PPOCounters(applied=2, skipped=5, skipped_in_a_row=5, critic_applied=3, critic_skipped=4)
     with pytest.raises(UserError, match="5 actor updates in a row .* up to actor update 7") as error:
         told(counters, LOST, DONE)
     assert "none of them changed the weights: lower ppo.optim.lr, use" in str(error.value.in_step("ppo"))
@@ -140,11 +140,11 @@ def test_a_network_that_skips_five_times_in_a_row_ends_the_run_with_its_own_lear
 
 
 def test_at_the_end_each_network_has_a_line_of_its_own() -> None:
-    assert skipped_warnings(Counters(applied=4, critic_applied=4), Dtype.bf16) == []
-    found = skipped_warnings(Counters(applied=4, critic_applied=3, critic_skipped=1), Dtype.bf16)
+    assert skipped_warnings(PPOCounters(applied=4, critic_applied=4), Dtype.bf16) == []
+    found = skipped_warnings(PPOCounters(applied=4, critic_applied=3, critic_skipped=1), Dtype.bf16)
     assert len(found) == 1 and "1 of 4 critic updates were skipped" in found[0]
     assert found[0].endswith("lower ppo.critic.optim.lr")
-    (line,) = skipped_warnings(Counters(applied=4, skipped=2, critic_applied=9), Dtype.bf16)
+    (line,) = skipped_warnings(PPOCounters(applied=4, skipped=2, critic_applied=9), Dtype.bf16)
     assert "2 of 6 actor updates were skipped" in line and line.endswith("lower ppo.optim.lr")
 
 
@@ -162,7 +162,7 @@ class Demonstrations:
 def test_an_update_after_a_skipped_one_has_other_demonstrations() -> None:
     plan, networks, asked = BatchPlan(MAX_LENGTH, False, 4, 1, 0), Networks(False), Demonstrations()
     minibatch = minibatches_of(some_experience(), plan, iteration=0, epoch=0)[0]
-    counters, ppo = Counters(), PPOConfig(critic=CriticConfig(warmup_iterations=0), ptx_weight=1.0)
+    counters, ppo = PPOCounters(), PPOConfig(critic=CriticConfig(warmup_iterations=0), ptx_weight=1.0)
     for outcome in (LOST, LOST, DONE, DONE):
         update(networks, minibatch, some_experience(), ppo, counters, UpdateSums(), asked)  # type: ignore
         counters = counters.after_update(outcome, None)

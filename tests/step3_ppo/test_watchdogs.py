@@ -104,7 +104,7 @@ def test_what_is_just_within_the_limits_is_not_said(name: str, value: float) -> 
     assert begun().look(7, HEALTHY | {name: value}) == []
 
 
-def test_a_divergence_before_anything_was_learned_is_said_once_and_only_then() -> None:
+def test_a_kl_before_anything_was_learned_is_said_once_and_only_then() -> None:
     apart = HEALTHY | {"objective/kl": -0.01}  # 20 tokens: 5e-4 each
     (warning,) = watchdogs().look(0, apart)
     assert "before anything was learned the actor is -0.01 nats" in warning
@@ -192,7 +192,7 @@ def test_a_resumed_run_warns_like_one_that_was_not_interrupted() -> None:
         return said
 
     expected = run(resume_at=-1)
-    assert sum(map(len, expected)) == 5  # twice the length, twice the divergence, hacking once
+    assert sum(map(len, expected)) == 5  # twice the length, twice the KL, hacking once
     for k in range(len(troubled)):
         assert run(resume_at=k) == expected
 

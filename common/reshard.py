@@ -109,7 +109,7 @@ class Layout:
         return cls(stored["zero_stage"], tuple(tuple(map(_shard, shards)) for shards in stored["ranks"]))
 
 
-def divided_anew(
+def reshard(
     stored: Layout, own: Sequence[Shard], read: Callable[[int], Sequence[Held]]
 ) -> list[dict[str, Any]]:
     """What a rank with the shards `own` holds in each of them, by name: flat tensors on the host, numbers.

@@ -1,17 +1,18 @@
-"""Faults on demand, to try what a cluster does to a run: `RLHF_FAULT="point=save,rank=1,step=20,do=kill"`.
+"""Which phase of the run this rank is in, and faults that are injected there.
 
-Takes the variable's text and a rank; makes the fault happen when the rank passes the point (`moments.at`).
-Several are separated by `;`. The keys:
+Recipes and mechanisms call `enter` at named phases, and the heartbeat (`heartbeat.py`) reports the phase.
+Faults are injected to try what a cluster does to a run: `RLHF_FAULT="point=save,rank=1,step=20,do=kill"`.
+Several faults are separated by `;`. Keys:
 
-    point   where: one of `moments.POINTS`
-    do      what: one of ACTIONS
-    rank    which rank; all of them if it is not given
-    step    in which step (PPO: iteration); whichever comes first if it is not given
-    nth     at which passage that matches, from 1; 1 if it is not given
-    once    a file that is made when the fault happens, and while it exists the fault does not happen again,
-            also in a process that was started anew
+    point   the phase: one of PHASES
+    do      the fault: one of ACTIONS
+    rank    the rank; all ranks by default
+    step    the step (PPO: iteration); any step by default
+    nth     which matching entry of the phase, from 1; 1 by default
+    once    a file that is created when the fault happens; while it exists, the fault does not happen again,
+            also after a restart
 
-In one process a fault happens once.
+A fault happens at most once per process. Without RLHF_FAULT nothing is computed here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from common.moments import POINTS, VARIABLE
+
+VARIABLE = "RLHF_FAULT"
+
+PHASES = {
+    "start": "starting",
+    "load": "loading a checkpoint",
+    "step": "training",
+    "backward": "the backward pass",
+    "update": "the update of the weights",
+    "rollout": "sampling responses",
+    "score": "scoring responses",
+    "evaluate": "evaluating",
+    "save": "saving a checkpoint",
+    "commit.write": "writing its part of a checkpoint",
+    "commit.hash": "hashing a checkpoint",
+    "commit.manifest": "writing a checkpoint's manifest",
+    "commit.rename": "committing a checkpoint",
+    "commit.forget": "deleting old checkpoints",
+    "commit.end": "after a checkpoint",
+    "export": "exporting",
+}
+"""Every phase by name, and what a rank in it is doing."""
 
 ACTIONS = {
     "kill": "SIGKILL to itself",
@@ -38,12 +60,50 @@ ACTIONS = {
     "freeze": "waits for ever in a function that keeps the interpreter's lock, so that no thread runs",
     "raise": "raises an error that is nobody's",
     "enospc": "raises what a full disk raises",
-    "nan": "makes the loss not a number; at the point backward",
+    "nan": "makes the loss NaN; at the phase backward only",
 }
-"""What can go wrong."""
+"""Every fault that can be injected."""
 
 _EXAMPLE = f'for example {VARIABLE}="point=save,rank=1,step=20,do=kill"'
 log = logging.getLogger("rlhf.faults")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The phase that was entered last, and its step (None: before the first)."""
+
+    name: str
+    step: int | None
+
+    def __str__(self) -> str:
+        step = "" if self.step is None else f"step {self.step}, "
+        return f"{step}{PHASES[self.name]}"
+
+
+_current = Phase("start", None)
+_faults: Faults | None = None
+
+
+def enter(name: str, step: int | None = None) -> bool:
+    """Record that this rank enters a phase. step: None keeps the step of the phase before.
+
+    Returns True when an injected fault asks for a NaN loss, at `backward` only.
+    """
+    global _current
+    _current = Phase(name, _current.step if step is None else step)
+    return _faults is not None and _faults.inject(name, _current.step)
+
+
+def current() -> Phase:
+    """The phase that this rank entered last."""
+    return _current
+
+
+def arm_faults(rank: int) -> None:
+    """Let the faults of RLHF_FAULT happen on this rank. UserError when the variable cannot be parsed."""
+    global _faults
+    if text := os.environ.get(VARIABLE):
+        _faults = Faults.parse(text, rank)
 
 
 class InjectedError(RuntimeError):
@@ -91,7 +151,7 @@ class Faults:
         found = [_parse(part) for part in text.split(";") if part.strip()]
         return cls([fault for fault in found if fault.rank in (None, rank)])
 
-    def strike(self, point: str, step: int | None) -> bool:
+    def inject(self, point: str, step: int | None) -> bool:
         """Let what is due here happen; True when a loss is to be not a number."""
         due = [fault for fault in self._faults if fault.is_due(point, step)]
         return bool([fault for fault in due if _happen(fault, step)])
@@ -107,7 +167,7 @@ def _parse(text: str) -> Fault:
         if key in given:
             raise _refused(text, f"it names {key} twice; several faults are separated by ;")
         given[key] = value
-    for key, known in (("point", POINTS), ("do", ACTIONS)):
+    for key, known in (("point", PHASES), ("do", ACTIONS)):
         if given.get(key) not in known:
             what = f"there is no {key} {given[key]!r}" if key in given else f"it names no {key}"
             raise _refused(text, f"{what}; known: {', '.join(known)}")

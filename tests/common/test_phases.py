@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from common import moments
+from common import phases
 from common.errors import UserError
-from common.faults import ACTIONS, Faults, InjectedError
-from common.moments import POINTS, at
+from common.phases import ACTIONS, PHASES, Faults, InjectedError, enter
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def unarmed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Puts the moment and the faults of this process back."""
-    monkeypatch.setattr(moments, "_now", moments.now())
-    monkeypatch.setattr(moments, "_strike", None)
+    """Restores the phase and the faults of this process."""
+    monkeypatch.setattr(phases, "_current", phases.current())
+    monkeypatch.setattr(phases, "_faults", None)
     yield
 
 
@@ -55,41 +54,41 @@ def test_what_is_not_understood_is_refused_with_what_is_known(text: str, named: 
 def test_a_fault_happens_once_at_its_point_in_its_step_on_its_rank() -> None:
     faults = Faults.parse("point=backward,rank=1,step=3,do=nan", 1)
     passed = [("backward", 2), ("update", 3), ("backward", 3), ("backward", 3), ("backward", 4)]
-    assert [faults.strike(point, step) for point, step in passed] == [False, False, True, False, False]
+    assert [faults.inject(point, step) for point, step in passed] == [False, False, True, False, False]
     other = Faults.parse("point=backward,rank=1,step=3,do=nan", 0)
-    assert not any(other.strike(point, step) for point, step in passed)
+    assert not any(other.inject(point, step) for point, step in passed)
 
 
 def test_without_rank_and_step_every_rank_has_it_at_the_first_passage_and_nth_counts_them() -> None:
     for rank in (0, 5):
         faults = Faults.parse(" point=backward , do=nan ; point=backward, nth=3, do=nan;", rank)
-        assert [faults.strike("backward", step) for step in (None, 1, 1, 2)] == [True, False, True, False]
+        assert [faults.inject("backward", step) for step in (None, 1, 1, 2)] == [True, False, True, False]
 
 
 def test_a_fault_with_a_file_happens_in_one_process_of_all(tmp_path: Path) -> None:
     text = f"point=backward,do=nan,once={tmp_path / 'happened'}"
     first, second = Faults.parse(text, 0), Faults.parse(text, 0)
-    assert first.strike("backward", 1) and not second.strike("backward", 1)
+    assert first.inject("backward", 1) and not second.inject("backward", 1)
     assert (tmp_path / "happened").exists()
 
 
 def test_what_happens_is_what_was_asked(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InjectedError, match="raise at save, step 4"):
-        Faults.parse("point=save,do=raise", 0).strike("save", 4)
+        Faults.parse("point=save,do=raise", 0).inject("save", 4)
     with pytest.raises(OSError) as full:
-        Faults.parse("point=save,do=enospc", 0).strike("save", 4)
+        Faults.parse("point=save,do=enospc", 0).inject("save", 4)
     assert full.value.errno == errno.ENOSPC
     received: list[int] = []
     kept = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        assert not Faults.parse("point=save,do=term", 0).strike("save", 4)
+        assert not Faults.parse("point=save,do=term", 0).inject("save", 4)
     finally:
         signal.signal(signal.SIGTERM, kept)
     assert received == [signal.SIGTERM]
     for name, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
         child = os.fork()
         if child == 0:
-            Faults.parse(f"point=save,do={name}", 0).strike("save", 4)
+            Faults.parse(f"point=save,do={name}", 0).inject("save", 4)
             os._exit(3)
         _, status = os.waitpid(child, os.WUNTRACED)
         assert (os.WTERMSIG(status) if name == "kill" else os.WSTOPSIG(status)) == number
@@ -99,26 +98,26 @@ def test_what_happens_is_what_was_asked(capfd: pytest.CaptureFixture[str]) -> No
 
 def test_a_step_is_remembered_until_the_next_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_FAULT", "point=backward,step=7,do=nan")
-    moments.arm(0)
-    assert not at("step", 6) and not at("backward") and not at("step", 7)
-    assert str(moments.now()) == "step 7, training"
-    assert at("backward") and not at("backward")
-    assert (moments.now().point, moments.now().step) == ("backward", 7)
+    phases.arm_faults(0)
+    assert not enter("step", 6) and not enter("backward") and not enter("step", 7)
+    assert str(phases.current()) == "step 7, training"
+    assert enter("backward") and not enter("backward")
+    assert (phases.current().name, phases.current().step) == ("backward", 7)
 
 
 def test_without_the_variable_nothing_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RLHF_FAULT", raising=False)
-    moments.arm(0)
-    assert moments._strike is None and not at("backward", 1)
+    phases.arm_faults(0)
+    assert phases._faults is None and not enter("backward", 1)
 
 
 def test_every_point_is_passed_somewhere_and_every_one_that_is_passed_is_known() -> None:
     folders = ("common", "step1_sft", "step2_reward", "step2_dpo", "step3_ppo")
     programs = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
-    passed = {name for path in programs for name in re.findall(r'\bat\("([\w.]+)"', path.read_text())}
-    assert passed == set(POINTS)
+    passed = {name for path in programs for name in re.findall(r'\benter\("([\w.]+)"', path.read_text())}
+    assert passed == set(PHASES)
 
 
 def test_the_documentation_names_every_point_and_action() -> None:
     text = (ROOT / "launch" / "FAULTS.md").read_text()
-    assert not [name for name in [*POINTS, *ACTIONS] if f"`{name}`" not in text]
+    assert not [name for name in [*PHASES, *ACTIONS] if f"`{name}`" not in text]

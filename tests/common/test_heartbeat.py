@@ -21,59 +21,85 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from common import distributed, limits, watch
+from common import distributed, heartbeat, limits
 from common.errors import UserError
-from common.watch import Beat, Heard, Verdict, stalled_among
+from common.heartbeat import Diagnosis, Heartbeat, HeartbeatMonitor, stalled_among
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def beat(rank: int, count: int = 1, *, waiting: float = 0.0, collectives: int = 7) -> Beat:
-    return Beat(rank, f"node{rank}", count, "step 4, training", "train.py:1 in train", waiting, collectives)
+def a_heartbeat(rank: int, count: int = 1, *, waiting: float = 0.0, collectives: int = 7) -> Heartbeat:
+    return Heartbeat(
+        rank, f"node{rank}", count, "step 4, training", "train.py:1 in train", waiting, collectives
+    )
 
 
 def test_a_rank_that_does_not_beat_is_blamed_after_the_limit_and_not_before() -> None:
-    heard = Heard(silent=10.0, stalled=100.0, size=3)
+    monitor = HeartbeatMonitor(silent=10.0, stalled=100.0, size=3)
     for second in range(11):
-        assert heard.hear([beat(0, second), beat(1, 5), beat(2, second)], 50.0 + second) is None
-    verdict = heard.hear([beat(0, 11), beat(1, 5), beat(2, 11)], 61.0)
-    assert verdict is not None and (verdict.rank, verdict.is_silent) == (1, True)
-    assert verdict.message == (
+        assert (
+            monitor.observe(
+                [a_heartbeat(0, second), a_heartbeat(1, 5), a_heartbeat(2, second)], 50.0 + second
+            )
+            is None
+        )
+    diagnosis = monitor.observe([a_heartbeat(0, 11), a_heartbeat(1, 5), a_heartbeat(2, 11)], 61.0)
+    assert diagnosis is not None and (diagnosis.rank, diagnosis.is_silent) == (1, True)
+    assert diagnosis.message == (
         "rank 1 on node1 has not answered for 11 s; it was in step 4, training (train.py:1 in train)"
     )
 
 
 def test_of_several_silent_ranks_the_first_to_fall_silent_is_blamed() -> None:
-    heard = Heard(silent=3.0, stalled=100.0, size=3)
+    monitor = HeartbeatMonitor(silent=3.0, stalled=100.0, size=3)
     for second in range(8):
         counts = (second, min(second, 4), min(second, 2))
-        verdict = heard.hear([beat(rank, count) for rank, count in enumerate(counts)], float(second))
+        diagnosis = monitor.observe(
+            [a_heartbeat(rank, count) for rank, count in enumerate(counts)], float(second)
+        )
         if second < 6:
-            assert verdict is None
+            assert diagnosis is None
             continue
-        assert verdict is not None and verdict.rank == 2
+        assert diagnosis is not None and diagnosis.rank == 2
         break
 
 
 def test_a_process_that_stood_still_itself_blames_nobody_for_the_time() -> None:
-    heard = Heard(silent=10.0, stalled=100.0, size=2)
-    assert heard.hear([beat(0, 1), beat(1, 1)], 0.0) is None
-    assert heard.hear([beat(0, 1), beat(1, 1)], 3600.0) is None  # a suspended job, or a laptop that slept
-    assert heard.hear([beat(0, 2), beat(1, 1)], 3604.0) is None
-    assert heard.hear([beat(0, 3), beat(1, 1)], 3608.0) is None
-    verdict = heard.hear([beat(0, 4), beat(1, 1)], 3612.0)
-    assert verdict is not None and verdict.rank == 1
+    monitor = HeartbeatMonitor(silent=10.0, stalled=100.0, size=2)
+    assert monitor.observe([a_heartbeat(0, 1), a_heartbeat(1, 1)], 0.0) is None
+    assert (
+        monitor.observe([a_heartbeat(0, 1), a_heartbeat(1, 1)], 3600.0) is None
+    )  # a suspended job, or a laptop that slept
+    assert monitor.observe([a_heartbeat(0, 2), a_heartbeat(1, 1)], 3604.0) is None
+    assert monitor.observe([a_heartbeat(0, 3), a_heartbeat(1, 1)], 3608.0) is None
+    diagnosis = monitor.observe([a_heartbeat(0, 4), a_heartbeat(1, 1)], 3612.0)
+    assert diagnosis is not None and diagnosis.rank == 1
 
 
 def test_a_rank_that_left_may_be_silent_and_the_others_go_on_to_watch_each_other() -> None:
-    heard = Heard(silent=10.0, stalled=100.0, size=3)
+    monitor = HeartbeatMonitor(silent=10.0, stalled=100.0, size=3)
     for second in range(30):
-        assert heard.hear([beat(0, second), beat(1, watch.LEFT), beat(2, second)], float(second)) is None
-    verdict = heard.hear([beat(0, 30, waiting=101.0), beat(1, watch.LEFT, waiting=101.0), beat(2, 30)], 30.0)
-    assert verdict is not None and verdict.rank == 2
+        assert (
+            monitor.observe(
+                [a_heartbeat(0, second), a_heartbeat(1, heartbeat.LEFT), a_heartbeat(2, second)],
+                float(second),
+            )
+            is None
+        )
+    diagnosis = monitor.observe(
+        [
+            a_heartbeat(0, 30, waiting=101.0),
+            a_heartbeat(1, heartbeat.LEFT, waiting=101.0),
+            a_heartbeat(2, 30),
+        ],
+        30.0,
+    )
+    assert diagnosis is not None and diagnosis.rank == 2
 
 
-def test_a_rank_that_ends_says_so_after_the_beat_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_ends_says_so_after_the_heartbeat_that_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     events: list[str] = []
 
     class UnderWay:
@@ -81,16 +107,18 @@ def test_a_rank_that_ends_says_so_after_the_beat_that_is_under_way(monkeypatch: 
             return not events
 
         def join(self, timeout: float) -> None:
-            rank_1._beat()
+            rank_1._send_heartbeat()
             events.append("ended")
 
     store = dist.HashStore()
-    rank_1 = watch.Watch(1, 2, store, "the store")
+    rank_1 = heartbeat.HeartbeatThreads(1, 2, store, "the store")
     rank_1._threads = [UnderWay()]  # type: ignore[list-item]
-    monkeypatch.setattr(watch.faulthandler, "cancel_dump_traceback_later", lambda: events.append("disarmed"))
+    monkeypatch.setattr(
+        heartbeat.faulthandler, "cancel_dump_traceback_later", lambda: events.append("disarmed")
+    )
     rank_1.stop()
     assert events == ["ended", "disarmed"]
-    assert json.loads(store.get("beat/1"))["count"] == watch.LEFT
+    assert json.loads(store.get("rank/1"))["count"] == heartbeat.LEFT
 
 
 def test_collectives_of_all_backends_of_a_group_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +144,7 @@ def test_collectives_of_all_backends_of_a_group_are_counted_once(monkeypatch: py
         Group(cpu=Backend(None)): 2,
     }
     monkeypatch.setattr(distributed_c10d, "_world", SimpleNamespace(pg_map=groups))
-    assert watch._collectives_begun() == 5 + 30 + 2
+    assert heartbeat._collectives_begun() == 5 + 30 + 2
 
 
 @pytest.mark.parametrize("home", ["checkout", "lib/python3.11/site-packages"])
@@ -132,46 +160,53 @@ def test_the_line_of_this_project_is_found_wherever_it_is_installed(
 
     library = frame_in("torch/nn.py", "forward", "sys._getframe()")
     ours = frame_in("common/engine.py", "step", "inner()")
-    monkeypatch.setattr(watch, "PROJECT", project)
-    assert watch._place_of(ours(library)) == "common/engine.py:2 in step"
-    assert watch._place_of(None) == "outside of this program"
+    monkeypatch.setattr(heartbeat, "PROJECT", project)
+    assert heartbeat._place_of(ours(library)) == "common/engine.py:2 in step"
+    assert heartbeat._place_of(None) == "outside of this program"
 
 
 def test_every_package_of_this_project_is_known() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(watch._PACKAGES) == set(pyproject["tool"]["importlinter"]["root_packages"])
+    assert set(heartbeat._PACKAGES) == set(pyproject["tool"]["importlinter"]["root_packages"])
 
 
 def test_who_does_not_wait_keeps_the_others_waiting() -> None:
-    waiting = [beat(0, waiting=31.0), beat(1, waiting=0.0, collectives=6), beat(2, waiting=30.0)]
+    waiting = [
+        a_heartbeat(0, waiting=31.0),
+        a_heartbeat(1, waiting=0.0, collectives=6),
+        a_heartbeat(2, waiting=30.0),
+    ]
     assert stalled_among(waiting, 31.0) is None
-    verdict = stalled_among(waiting, 30.5)
-    assert verdict is not None and (verdict.rank, verdict.is_silent) == (1, False)
-    assert verdict.message == (
+    diagnosis = stalled_among(waiting, 30.5)
+    assert diagnosis is not None and (diagnosis.rank, diagnosis.is_silent) == (1, False)
+    assert diagnosis.message == (
         "rank 1 on node1 has kept the others waiting for 31 s (RLHF_COLLECTIVE_SECONDS=... allows more); "
         "it is in step 4, training (train.py:1 in train)"
     )
 
 
 def test_of_ranks_that_all_wait_the_one_that_is_behind_is_blamed() -> None:
-    waiting = [beat(0, waiting=31.0, collectives=9), beat(1, waiting=31.0, collectives=8)]
-    verdict = stalled_among(waiting, 30.0)
-    assert verdict is not None and verdict.rank == 1
-    assert verdict.message.startswith(
+    waiting = [a_heartbeat(0, waiting=31.0, collectives=9), a_heartbeat(1, waiting=31.0, collectives=8)]
+    diagnosis = stalled_among(waiting, 30.0)
+    assert diagnosis is not None and diagnosis.rank == 1
+    assert diagnosis.message.startswith(
         "rank 1 on node1 waits in another collective (its number 8, not 9) than the others for 31 s (RLHF_"
     )
 
 
 def test_when_all_wait_for_the_same_nobody_is_blamed() -> None:
-    verdict = stalled_among([beat(0, waiting=31.0), beat(1, waiting=32.0)], 30.0)
-    assert verdict is not None and verdict.rank is None
-    assert verdict.message.startswith("all ranks have waited in one collective for 32 s")
+    diagnosis = stalled_among([a_heartbeat(0, waiting=31.0), a_heartbeat(1, waiting=32.0)], 30.0)
+    assert diagnosis is not None and diagnosis.rank is None
+    assert diagnosis.message.startswith("all ranks have waited in one collective for 32 s")
 
 
 def test_only_who_hears_all_ranks_tells_who_keeps_them_waiting() -> None:
-    late = beat(0, waiting=50.0)
-    assert Heard(10.0, 30.0, size=2).hear([late], 0.0) is None
-    assert Heard(10.0, 30.0, size=2).hear([late, replace(late, rank=1, waiting=0.0)], 0.0) is not None
+    late = a_heartbeat(0, waiting=50.0)
+    assert HeartbeatMonitor(10.0, 30.0, size=2).observe([late], 0.0) is None
+    assert (
+        HeartbeatMonitor(10.0, 30.0, size=2).observe([late, replace(late, rank=1, waiting=0.0)], 0.0)
+        is not None
+    )
 
 
 @pytest.mark.parametrize("text", ["0", "soon", "-5", "nan", "inf", ""])
@@ -202,7 +237,7 @@ def test_a_group_that_others_make_has_the_timeout_of_the_world(monkeypatch: pyte
         distributed.init_world()
         groups = [dist.group.WORLD, dist.new_group([0])]
         timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
-        assert timeouts == [timedelta(seconds=7 + distributed.WATCH_FIRST)] * 2
+        assert timeouts == [timedelta(seconds=7 + distributed.HEARTBEAT_FIRST)] * 2
     finally:
         distributed.close_world()
 
@@ -216,13 +251,13 @@ def leaving(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Lets `_give_up` raise Left; the seconds after which the kernel was asked to end the process."""
 
     def leave(status: int) -> None:
-        assert status == watch.STALLED_EXIT_CODE
+        assert status == heartbeat.STALLED_EXIT_CODE
         raise Left
 
     limits: list[float] = []
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(watch, "_end_within", limits.append)
-    monkeypatch.setattr(watch, "is_first", lambda message: True)
+    monkeypatch.setattr(heartbeat, "_end_within", limits.append)
+    monkeypatch.setattr(heartbeat, "is_first", lambda message: True)
     return limits
 
 
@@ -248,40 +283,40 @@ def test_a_log_that_cannot_be_written_keeps_nobody_from_saying_who_hangs_and_lea
     log: type,
     with_store: bool,
 ) -> None:
-    monkeypatch.setattr(watch, "_LAST_WORDS", 0.5)
-    monkeypatch.setattr(watch, "rank_log", log)
+    monkeypatch.setattr(heartbeat, "_LAST_WORDS", 0.5)
+    monkeypatch.setattr(heartbeat, "rank_log", log)
     store = dist.HashStore()
-    verdict = Verdict(0, "rank 0 is silent", True)
+    diagnosis = Diagnosis(0, "rank 0 is silent", True)
     with pytest.raises(Left):
-        watch.Watch(1, 2, store, "the store")._give_up(verdict, with_store=with_store)
+        heartbeat.HeartbeatThreads(1, 2, store, "the store")._give_up(diagnosis, with_store=with_store)
     assert leaving == [2.0]
     assert capsys.readouterr().err == "error: rank 0 is silent; the stacks of the ranks are in logs\n"
-    assert store.check(["verdict", "dumped/1"]) == with_store
+    assert store.check(["diagnosis", "dumped/1"]) == with_store
 
 
 def test_of_all_ranks_the_first_tells_why_and_each_waits_for_those_that_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verdict = Verdict(1, "rank 1 is silent", True)
+    diagnosis = Diagnosis(1, "rank 1 is silent", True)
     store, naps = dist.HashStore(), []
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
         store.multi_set(["dumped/2", "dumped/3"], ["", ""])
 
-    monkeypatch.setattr(watch.time, "sleep", nap)
+    monkeypatch.setattr(heartbeat.time, "sleep", nap)
     for rank in (0, 3):
-        watch.Watch(rank, 4, store, "the store")._agree(verdict)
+        heartbeat.HeartbeatThreads(rank, 4, store, "the store")._agree(diagnosis)
     assert naps == [0.05, 2.0]  # rank 0 until those two have left their stacks, then while others look
     assert capsys.readouterr().err.count("error: rank 1 is silent") == 1
-    assert Verdict(**json.loads(store.get("verdict"))) == verdict
+    assert Diagnosis(**json.loads(store.get("diagnosis"))) == diagnosis
 
 
 def test_the_kernel_ends_a_process_that_keeps_the_interpreters_lock() -> None:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, lambda number, frame: None)  # as a function of the user's may
-        watch._end_within(0.05)
+        heartbeat._end_within(0.05)
         ctypes.PyDLL(None).sleep(60)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGALRM
@@ -291,31 +326,31 @@ def test_a_rank_beats_on_when_there_is_no_thread_to_be_had_for_its_stacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Scarce:
-        """A store that fails once, and ends the watch at the fourth beat."""
+        """A store that fails once, and ends the watch at the fourth heartbeat."""
 
         def __init__(self) -> None:
-            self.beats = 0
+            self.heartbeats = 0
             self.store = dist.HashStore()
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.store, name)
 
         def set(self, key: str, value: str) -> None:
-            self.beats += 1
-            if self.beats == 2:
+            self.heartbeats += 1
+            if self.heartbeats == 2:
                 raise MemoryError("passing")
             self.store.set(key, value)
-            if self.beats == 4:
+            if self.heartbeats == 4:
                 rank_0._over.set()
 
     def no_thread(*arguments: object, **options: object) -> None:
         raise RuntimeError("unable to start watchdog thread")
 
     store = Scarce()
-    rank_0 = watch.Watch(0, 1, store, "the store")
+    rank_0 = heartbeat.HeartbeatThreads(0, 1, store, "the store")
     rank_0._interval = 0.0
-    monkeypatch.setattr(watch, "rank_log", lambda: sys.stderr)
-    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", no_thread)
-    rank_0._beat_for_ever()
-    assert store.beats == 4
-    assert [record.message for record in caplog.records] == ["a beat failed"]
+    monkeypatch.setattr(heartbeat, "rank_log", lambda: sys.stderr)
+    monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback_later", no_thread)
+    rank_0._send_heartbeats()
+    assert store.heartbeats == 4
+    assert [record.message for record in caplog.records] == ["a heartbeat failed"]

@@ -1,14 +1,13 @@
-"""Notices a rank that hangs, says which one it was and what it did, and ends all of them.
+"""Heartbeats: detect a rank that hangs, name it and its phase, and end all ranks.
 
-Takes this process's place among the ranks and the address where they met; returns nothing. Two threads run
-beside the training: one beats through the ranks' common store (torch's TCPStore), the other makes sure that
-the store itself answers. A rank is taken to hang when it has not beaten for `limits.silent_seconds` (its
-process is stopped, or its machine is cut off), or when another one has waited in one and the same collective
-for `limits.collective_seconds` (it is in an endless loop, or in another collective). Then every rank that
-can writes the stacks of its threads into its log, one of them prints who is to blame, and all end with
-STALLED_EXIT_CODE, so that a restart can follow. What the ranks compute it does not know.
+Takes this rank's place in the world and the rendezvous address; returns nothing. Two threads run beside the
+training. One exchanges heartbeats through the ranks' store (torch's TCPStore); the other checks that the
+store answers. A rank hangs when it has sent no heartbeat for `limits.silent_seconds` (its process is stopped,
+or its machine is cut off), or when another rank has waited in one collective for `limits.collective_seconds`
+(the rank is in an endless loop, or in another collective). Then every rank writes the stacks of its threads
+into its log, one rank prints the diagnosis, and all exit with STALLED_EXIT_CODE: a restart can follow.
 
-Rank 0 watches all ranks, and all watch rank 0: the store's traffic grows with the ranks, not their square.
+Rank 0 monitors all ranks, and all ranks monitor rank 0: the traffic is linear in the number of ranks.
 """
 
 from __future__ import annotations
@@ -32,29 +31,29 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common import moments
+from common import phases
 from common.limits import collective_seconds, silent_seconds
 from common.logs import ending, is_first, rank_log
 
 STALLED_EXIT_CODE = 75
 """Exit status of ranks that gave up because one of them hangs (EX_TEMPFAIL: try again)."""
 LEFT = -1
-"""In place of the number of a beat: the rank's last one, after which it may be silent."""
+"""In place of the number of a heartbeat: the rank's last one, after which it may be silent."""
 PROJECT = Path(__file__).resolve().parent.parent
 _WAITING_IN = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
 _PACKAGES = ("common", "launch", "pipeline", "step1_sft", "step2_reward", "step2_dpo", "step3_ppo", "demo")
-_VERDICT = "verdict"
+_DIAGNOSIS = "diagnosis"
 _LAST_WORDS = 5.0  # seconds that ranks have to write their stacks before the first one leaves
-log = logging.getLogger("rlhf.watch")
+log = logging.getLogger("rlhf.heartbeat")
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank tells the others about itself."""
 
     rank: int
     host: str
-    count: int  # of its beats, or LEFT
+    count: int  # of its heartbeats, or LEFT
     doing: str  # in words
     where: str  # the line of this project that it is in
     waiting: float  # seconds in the collective that it is in now; 0 outside of one
@@ -65,76 +64,80 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who is to blame, and what is said of it."""
+class Diagnosis:
+    """The rank that hangs (None: no single one), and the message about it."""
 
     rank: int | None
     message: str
     is_silent: bool  # the rank cannot be waited for
 
 
-class Heard:
-    """The last beats of other ranks, and when each was new. Times are in monotonic seconds."""
+class HeartbeatMonitor:
+    """The newest heartbeats of other ranks, with their arrival times in monotonic seconds."""
 
     def __init__(self, silent: float, stalled: float, size: int) -> None:
-        """size: of the world; only who hears all of them can tell who keeps the others waiting."""
+        """size: the world size; only a monitor of all ranks can tell which one keeps the others waiting."""
         self._silent, self._stalled, self._size = silent, stalled, size
-        self._last: dict[int, tuple[Beat, float]] = {}
+        self._last: dict[int, tuple[Heartbeat, float]] = {}
         self._looked: float | None = None
 
-    def hear(self, beats: Sequence[Beat], now: float) -> Verdict | None:
-        """Take in the beats of this moment; a verdict when one of the ranks hangs."""
+    def observe(self, heartbeats: Sequence[Heartbeat], now: float) -> Diagnosis | None:
+        """Record the heartbeats that arrived by `now`. Returns a diagnosis when a rank hangs."""
         if self._looked is not None and now - self._looked > self._silent / 2:
             self._last.clear()  # it was this process that stood still, perhaps with all others
         self._looked = now
-        for beat in beats:
-            last = self._last.get(beat.rank)
-            self._last[beat.rank] = (
-                (beat, now) if last is None or last[0].count != beat.count else (beat, last[1])
+        for heartbeat in heartbeats:
+            last = self._last.get(heartbeat.rank)
+            self._last[heartbeat.rank] = (
+                (heartbeat, now) if last is None or last[0].count != heartbeat.count else (heartbeat, last[1])
             )
-        present = [(since, beat) for beat, since in self._last.values() if beat.count != LEFT]
-        quiet = [(since, beat) for since, beat in present if now - since > self._silent]
+        present = [(since, heartbeat) for heartbeat, since in self._last.values() if heartbeat.count != LEFT]
+        quiet = [(since, heartbeat) for since, heartbeat in present if now - since > self._silent]
         if quiet:
-            since, beat = min(quiet, key=lambda item: item[0])
-            return Verdict(beat.rank, silence(beat, now - since), is_silent=True)
+            since, heartbeat = min(quiet, key=lambda item: item[0])
+            return Diagnosis(heartbeat.rank, silence(heartbeat, now - since), is_silent=True)
         if len(self._last) < self._size:
             return None
-        return stalled_among([beat for beat, _ in self._last.values()], self._stalled)
+        return stalled_among([heartbeat for heartbeat, _ in self._last.values()], self._stalled)
 
-    def of(self, rank: int) -> Beat | None:
-        """The last beat of a rank."""
+    def of(self, rank: int) -> Heartbeat | None:
+        """The last heartbeat of a rank."""
         last = self._last.get(rank)
         return None if last is None else last[0]
 
 
-def silence(beat: Beat, seconds: float) -> str:
-    """What is said of a rank that stopped beating."""
-    return f"{beat} has not answered for {seconds:.0f} s; it was in {beat.doing} ({beat.where})"
+def silence(heartbeat: Heartbeat, seconds: float) -> str:
+    """The message about a rank without heartbeats."""
+    return (
+        f"{heartbeat} has not answered for {seconds:.0f} s; it was in {heartbeat.doing} ({heartbeat.where})"
+    )
 
 
-def stalled_among(beats: Sequence[Beat], limit: float) -> Verdict | None:
-    """The rank for which another one has waited too long: one that does not wait, else one that is behind."""
-    waited = max((beat.waiting for beat in beats), default=0.0)
+def stalled_among(heartbeats: Sequence[Heartbeat], limit: float) -> Diagnosis | None:
+    """The rank that another one has waited for too long: one outside any collective, else the one behind."""
+    waited = max((heartbeat.waiting for heartbeat in heartbeats), default=0.0)
     if waited <= limit:
         return None
-    late = min(beats, key=lambda beat: (beat.waiting > 0, beat.collectives, beat.waiting))
+    late = min(
+        heartbeats, key=lambda heartbeat: (heartbeat.waiting > 0, heartbeat.collectives, heartbeat.waiting)
+    )
     seconds = f"{waited:.0f} s (RLHF_COLLECTIVE_SECONDS=... allows more)"
     if late.waiting == 0:
         words = f"{late} has kept the others waiting for {seconds}; it is in {late.doing} ({late.where})"
-        return Verdict(late.rank, words, is_silent=False)
-    most = max(beat.collectives for beat in beats)
+        return Diagnosis(late.rank, words, is_silent=False)
+    most = max(heartbeat.collectives for heartbeat in heartbeats)
     if late.collectives < most:
         words = (
             f"{late} waits in another collective (its number {late.collectives}, not {most}) than the others "
             f"for {seconds}; it is in {late.doing} ({late.where})"
         )
-        return Verdict(late.rank, words, is_silent=False)
+        return Diagnosis(late.rank, words, is_silent=False)
     words = f"all ranks have waited in one collective for {seconds}: what they send does not arrive; "
-    return Verdict(None, f"{words}{late} is in {late.doing} ({late.where})", is_silent=False)
+    return Diagnosis(None, f"{words}{late} is in {late.doing} ({late.where})", is_silent=False)
 
 
-class Watch:
-    """The two threads of a rank."""
+class HeartbeatThreads:
+    """The two threads of a rank: one exchanges heartbeats, the other checks the store."""
 
     def __init__(self, rank: int, size: int, store: Any, store_name: str) -> None:
         """store: of all ranks, used by nobody else in this process. store_name: who holds it, in words."""
@@ -144,23 +147,23 @@ class Watch:
         self._host, self._count = socket.gethostname(), 0
         self._main = threading.main_thread().ident
         self._waiting: tuple[int, float] | None = None  # collectives begun, and since when it waits
-        self._heard = Heard(self._silent, self._stalled, size)
+        self._monitor = HeartbeatMonitor(self._silent, self._stalled, size)
         self._answered = time.monotonic()
         self._over = threading.Event()
         self._threads = [
-            threading.Thread(target=work, name=f"watch {work.__name__.strip('_')}", daemon=True)
-            for work in (self._beat_for_ever, self._guard_the_store)
+            threading.Thread(target=work, name=f"heartbeat {work.__name__.strip('_')}", daemon=True)
+            for work in (self._send_heartbeats, self._guard_the_store)
         ]
 
     def start(self) -> None:
-        """Beat once, then go on in the background. Before anyone looks, all ranks must have called it."""
-        self._beat()
+        """Send the first heartbeat. All ranks must have sent theirs before `go_on`."""
+        self._send_heartbeat()
         file = rank_log()
         if file is not None:
             faulthandler.enable(file)  # what kills the process from within leaves its stacks, too
 
     def go_on(self) -> None:
-        """Start the threads: all ranks have beaten."""
+        """Start the threads: all ranks have sent a heartbeat."""
         self._answered = time.monotonic()
         for thread in self._threads:
             thread.start()
@@ -175,10 +178,10 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
         if not self._threads[0].is_alive():  # else it still waits for the store
             with contextlib.suppress(RuntimeError):  # the store left earlier
-                self._beat(is_last=True)
+                self._send_heartbeat(is_last=True)
         atexit.unregister(self.stop)
 
-    def _beat_for_ever(self) -> None:
+    def _send_heartbeats(self) -> None:
         others = range(self._size) if self._rank == 0 else (0,)
         while not self._over.wait(self._interval):
             try:
@@ -186,20 +189,20 @@ class Watch:
                 if file is not None:  # written by a thread of C, if this one gets no turn any more
                     with contextlib.suppress(RuntimeError, ValueError, OSError):  # no thread to be had
                         faulthandler.dump_traceback_later(self._silent, file=file)
-                self._beat()
-                beats = [Beat(**json.loads(text)) for text in self._store.multi_get(_keys(others))]
-                verdict = self._heard.hear(beats, time.monotonic())
-                if self._store.check([_VERDICT]):
-                    verdict = Verdict(**json.loads(self._store.get(_VERDICT)))
+                self._send_heartbeat()
+                heartbeats = [Heartbeat(**json.loads(text)) for text in self._store.multi_get(_keys(others))]
+                diagnosis = self._monitor.observe(heartbeats, time.monotonic())
+                if self._store.check([_DIAGNOSIS]):
+                    diagnosis = Diagnosis(**json.loads(self._store.get(_DIAGNOSIS)))
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError) as error:  # the store went away: the guard counts the seconds
                 log.debug("no answer of the store: %s", error)
                 continue
-            except Exception:  # without beats the others would take this rank for silent
-                log.warning("a beat failed", exc_info=True)
+            except Exception:  # without heartbeats the others would take this rank for silent
+                log.warning("a heartbeat failed", exc_info=True)
                 continue
-            if verdict is not None and not self._over.is_set():
-                self._give_up(verdict, with_store=True)
+            if diagnosis is not None and not self._over.is_set():
+                self._give_up(diagnosis, with_store=True)
 
     def _guard_the_store(self) -> None:
         looked = time.monotonic()
@@ -211,11 +214,11 @@ class Watch:
             if now - self._answered > self._silent and not self._over.is_set():
                 self._give_up(self._store_is_gone(now - self._answered), with_store=False)
 
-    def _beat(self, *, is_last: bool = False) -> None:
+    def _send_heartbeat(self, *, is_last: bool = False) -> None:
         self._count = LEFT if is_last else self._count + 1
         self._store.set(_keys([self._rank])[0], json.dumps(asdict(self._own())))
 
-    def _own(self) -> Beat:
+    def _own(self) -> Heartbeat:
         frame = sys._current_frames().get(self._main or 0)
         begun = _collectives_begun()
         is_waiting = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING_IN)
@@ -224,69 +227,73 @@ class Watch:
         elif self._waiting is None or self._waiting[0] != begun:
             self._waiting = (begun, time.monotonic())
         waited = 0.0 if self._waiting is None else max(time.monotonic() - self._waiting[1], 1e-3)
-        return Beat(self._rank, self._host, self._count, str(moments.now()), _place_of(frame), waited, begun)
+        return Heartbeat(
+            self._rank, self._host, self._count, str(phases.current()), _place_of(frame), waited, begun
+        )
 
-    def _store_is_gone(self, seconds: float) -> Verdict:
-        first = self._heard.of(0)
+    def _store_is_gone(self, seconds: float) -> Diagnosis:
+        first = self._monitor.of(0)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and first is not None:
-            return Verdict(0, silence(first, seconds), is_silent=True)
+            return Diagnosis(0, silence(first, seconds), is_silent=True)
         words = f"{self._store_name} has not answered for {seconds:.0f} s: its machine is cut off"
-        return Verdict(None, words, is_silent=True)
+        return Diagnosis(None, words, is_silent=True)
 
-    def _give_up(self, verdict: Verdict, *, with_store: bool) -> None:
+    def _give_up(self, diagnosis: Diagnosis, *, with_store: bool) -> None:
         """Leave the stacks and the reason, wait for the others to do so, and end the process."""
         with ending:
             try:
                 _end_within(4 * _LAST_WORDS)
-                _bounded(lambda: self._leave_stacks(verdict), _LAST_WORDS)
+                _bounded(lambda: self._leave_stacks(diagnosis), _LAST_WORDS)
                 if with_store:
-                    _bounded(lambda: self._agree(verdict), 2 * _LAST_WORDS)
+                    _bounded(lambda: self._agree(diagnosis), 2 * _LAST_WORDS)
                 else:
-                    _bounded(lambda: self._tell(verdict, is_only=is_first(verdict.message)), _LAST_WORDS)
+                    _bounded(lambda: self._tell(diagnosis, is_only=is_first(diagnosis.message)), _LAST_WORDS)
             finally:
                 os._exit(STALLED_EXIT_CODE)
 
-    def _leave_stacks(self, verdict: Verdict) -> None:
+    def _leave_stacks(self, diagnosis: Diagnosis) -> None:
         file = rank_log()
         if file is not None:
             with contextlib.suppress(OSError):  # a full disk
-                print(f"giving up: {verdict.message}\nstacks of all threads:", file=file, flush=True)
+                print(f"giving up: {diagnosis.message}\nstacks of all threads:", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
 
-    def _agree(self, verdict: Verdict) -> None:
+    def _agree(self, diagnosis: Diagnosis) -> None:
         """Tell all ranks; the first to do so prints it. Wait until all that can have left their stacks."""
         if self._store.add("told", 1) == 1:
-            self._store.set(_VERDICT, json.dumps(asdict(verdict)))
-            self._tell(verdict, is_only=True)
+            self._store.set(_DIAGNOSIS, json.dumps(asdict(diagnosis)))
+            self._tell(diagnosis, is_only=True)
         self._store.set(f"dumped/{self._rank}", "")
         end = time.monotonic() + _LAST_WORDS
-        silent = verdict.rank if verdict.is_silent else None
+        silent = diagnosis.rank if diagnosis.is_silent else None
         missing = [f"dumped/{rank}" for rank in range(self._size) if rank != silent]
         while not self._store.check(missing) and time.monotonic() < end:
             time.sleep(0.05)
         if self._rank == 0:
             time.sleep(2 * self._interval)  # it may hold the store
 
-    def _tell(self, verdict: Verdict, *, is_only: bool) -> None:
+    def _tell(self, diagnosis: Diagnosis, *, is_only: bool) -> None:
         file = rank_log()
         logs = "" if file is None else f"; the stacks of the ranks are in {Path(file.name).parent}"
         if is_only:
-            print(f"error: {verdict.message}{logs}", file=sys.stderr, flush=True)
-        log.error("%s", verdict.message)  # last: it may be its file system that does not answer
+            print(f"error: {diagnosis.message}{logs}", file=sys.stderr, flush=True)
+        log.error("%s", diagnosis.message)  # last: it may be its file system that does not answer
 
 
-def start_watch(rank: int, size: int, timeout: timedelta, meet: Callable[[], object]) -> Watch:
-    """Watch the ranks that have met under torchrun's environment. meet: waits for all of them."""
+def start_heartbeat(rank: int, size: int, timeout: timedelta, meet: Callable[[], object]) -> HeartbeatThreads:
+    """Exchange heartbeats with the ranks of torchrun's environment. meet: a barrier over all of them."""
     import torch.distributed as dist
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    watch = Watch(rank, size, dist.PrefixStore(f"watch/{attempt}", store), f"the store at {host}:{port}")
-    watch.start()
+    threads = HeartbeatThreads(
+        rank, size, dist.PrefixStore(f"heartbeat/{attempt}", store), f"the store at {host}:{port}"
+    )
+    threads.start()
     meet()
-    watch.go_on()
-    return watch
+    threads.go_on()
+    return threads
 
 
 def _bounded(work: Callable[[], None], seconds: float) -> None:
@@ -313,7 +320,7 @@ def _end_within(seconds: float) -> None:
 
 
 def _keys(ranks: Sequence[int] | range) -> list[str]:
-    return [f"beat/{rank}" for rank in ranks]
+    return [f"rank/{rank}" for rank in ranks]
 
 
 def _collectives_begun() -> int:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common.config import Dtype, OptimizerName
-from common.elastic import WEIGHTS, Layout, Piece, Shard, divided_anew
 from common.errors import UserError
+from common.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 from tests import forked
 from tests.programs import divided
 from tests.programs.divided import Case
@@ -27,7 +27,7 @@ HELD = [
 
 
 def taken(stored: Layout, own: Shard, held: Any = HELD) -> dict[str, Any]:
-    (values,) = divided_anew(stored, [own], lambda rank: held[rank])
+    (values,) = reshard(stored, [own], lambda rank: held[rank])
     return {
         key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in values.items()
     }
@@ -56,13 +56,13 @@ def test_only_files_of_ranks_that_have_something_are_read() -> None:
         read.append(rank)
         return HELD[rank]
 
-    divided_anew(IN_A_ROW, [Shard(2, "b", (Piece("b", 0, 0, 2),))], reading)
+    reshard(IN_A_ROW, [Shard(2, "b", (Piece("b", 0, 0, 2),))], reading)
     assert read == [1]
 
 
 def test_shards_that_one_stored_shard_feeds_count_each_for_itself() -> None:
     own = [Shard(2, "b", (Piece("b", begin, 0, count),)) for begin, count in ((0, 2), (2, 1))]
-    first, second = divided_anew(IN_A_ROW, own, lambda rank: HELD[rank])
+    first, second = reshard(IN_A_ROW, own, lambda rank: HELD[rank])
     first["step"] += 1
     assert (first["step"], second["step"], HELD[1][0]["step"]) == (8.0, 7.0, 7.0)
 
