@@ -322,29 +322,6 @@ def _varlen(
     return out[None]
 
 
-def reference_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """The same result from one N x N mask and a softmax in fp32: slow and plain, for comparison.
-
-    Shapes as for `packed_attention`; returns [1, N, H, d] in the query's dtype.
-    """
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    positions = torch.arange(length, device=query.device)
-    document = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
-    seen = _band(length, sliding_window or length, query.device) & (document[:, None] == document[None, :])
-    k, v = (x.repeat_interleave(groups, 1).float() for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query.float() @ k.transpose(2, 3)) * scale
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ v).transpose(1, 2).to(query.dtype)
-
-
 class SlotCache:
     """Keys and values of sequences decoded side by side, of every layer; sequence s fills slot s from 0 on.
 

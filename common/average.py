@@ -58,7 +58,7 @@ class ExponentialAverage:
 
     def load(self, folder: Path) -> str | None:
         """Restore what `save` wrote, bit for bit, also by other ranks or at another stage; returns from what
-        and to what it was then divided anew."""
+        and to what it was then resharded."""
         stored, own = Layout.read(folder), self._engine.layout
         if stored is None or stored == own:
             self._take(_held_by(folder, dist.get_rank()))

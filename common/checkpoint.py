@@ -58,7 +58,7 @@ class State(Protocol):
     def load(self, folder: Path) -> str | None:
         """Restore what `save` wrote, bit for bit; all ranks call it.
 
-        Other ranks than those that wrote it may call it; where it was divided anew, returns in words what
+        Other ranks than those that wrote it may call it; where it was resharded, returns in words what
         changed. UserError when it cannot be.
         """
 
@@ -131,7 +131,7 @@ class Checkpoints:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
 
         UserError when there were some and none can be verified, the newest may not be read or has another
-        format, or the state cannot be divided anew.
+        format, or the state cannot be resharded.
         """
         enter("load")
         broadcast_from_rank0(self._world, self._remove_unfinished)

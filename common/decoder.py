@@ -1,18 +1,17 @@
-"""Responses sampled from the live weights of a causal LM, many side by side.
+"""Continuous batching: sample responses from the live weights of a causal LM.
 
-Takes a transformers model (also one wrapped by peft), prompts as token ids and how to sample; returns token
+Takes a transformers model (also one wrapped by peft), prompts as token ids and a sampling rule; returns token
 ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
-together; one that ends makes room for the next, and when none is left to start the batch shrinks. A prompt
-that several requests share is computed once. It does not know text, rewards or training; any other engine
-that offers `decode` (`GenerationBackend`) can stand in for it.
+together, each with its slot of the KV cache. A finished response frees its slot for the next request, and the
+batch shrinks when no request is left. Requests with the same prompt share its prefill (prefix sharing). The
+decoder knows nothing of text, rewards or training; any other `GenerationBackend` can replace it.
 
-What is drawn for a request is a function of the weights, its prompt and its key. Each step's token is where
-a uniform number of the request's own stream falls in the cumulative distribution; and on the CPU in fp32
-logits do not depend on what is computed beside them, because matrix products get at least `FEWEST_ROWS` rows
-(below, other kernels with other roundings take over), element-wise kernels find no remainder that they would
-compute one by one (`CPU_ROWS`), and attention adds up every slot's keys from its first. Where kernels round
-differently for other batch sizes all the same, a draw that falls within rounding of the edge between two
-tokens may come out as the other one.
+A response depends only on the weights, the prompt and the request's key. Each token is the inverse of the
+cumulative distribution at a uniform number of the request's own stream. On the CPU in fp32, logits do not
+depend on the other slots: matrix products have at least `FEWEST_ROWS` rows (with fewer, other kernels with
+other roundings are used), element-wise kernels have no scalar remainder (`CPU_ROWS`), and attention sums the
+keys of every slot from its first. On other devices, kernels may round differently for other batch sizes; then
+a draw within rounding of the boundary between two tokens may give the other token.
 """
 
 from __future__ import annotations

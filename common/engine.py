@@ -130,7 +130,7 @@ class Engine:
     def load(self, folder: Path) -> str | None:
         """Restore what `save` wrote, bit for bit.
 
-        By another number of ranks or at another ZeRO stage it is divided anew; returns from what and to what.
+        By another number of ranks or at another ZeRO stage it is resharded; returns from what and to what.
         UserError when the optimizer's state cannot be.
         """
         stored = Layout.read(folder)
@@ -142,7 +142,7 @@ class Engine:
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
         if stored is not None and stored != self.layout:
-            self._load_divided_anew(folder / STATE_TAG, stored)
+            self._load_resharded(folder / STATE_TAG, stored)
             return f"{stored} -> {self.layout}"
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=STATE_TAG, load_module_strict=not self._has_frozen()
@@ -218,7 +218,7 @@ class Engine:
             for number, (master, group, found) in enumerate(shards)
         )
 
-    def _load_divided_anew(self, folder: Path, stored: Layout) -> None:
+    def _load_resharded(self, folder: Path, stored: Layout) -> None:
         """Restore a state that other ranks, or another stage, wrote into `folder`."""
         own, refused = self.layout.ranks[dist.get_rank()], None
         try:

@@ -95,7 +95,7 @@ def restore(
     where = "" if place is None else f", {place(resumed.counters)}"
     say(f"resuming from {resumed.path}{where}")
     if resumed.reshard is not None:
-        say(f"its state was divided anew: {resumed.reshard}")
+        say(f"its state was resharded: {resumed.reshard}")
     return resumed.counters
 
 

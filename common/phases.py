@@ -190,7 +190,7 @@ def _refused(text: str, why: str) -> UserError:
 
 
 def _happen(fault: Fault, step: int | None) -> bool:
-    line = f"fault on demand: {fault.do} at {fault.point}, step {step}, process {os.getpid()}"
+    line = f"injected fault: {fault.do} at {fault.point}, step {step}, process {os.getpid()}"
     log.warning(line)
     print(line, file=sys.stderr, flush=True)
     if fault.do in ("kill", "term", "stop"):

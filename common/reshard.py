@@ -1,10 +1,9 @@
-"""A state that was divided over some ranks, divided anew for others.
+"""Reshard a state that was written by other ranks, or at another ZeRO stage.
 
-Takes the layout with which the state of a checkpoint was written, the layout that is wanted now, and a way to
-read what one of the former ranks wrote; returns what one rank holds from now on. Elements find their place by
-the name of their parameter. Every rank reads only what it needs, and nothing is written: the checkpoint stays
-as it is, and a process that dies in between leaves nothing behind. Knows nothing of who divides: see
-`engine.Engine.layout`.
+Takes the layout of the checkpoint, the shards that a rank has now, and a function that reads what one of the
+former ranks wrote; returns the tensors of this rank. Elements are matched by the name of their parameter.
+Every rank reads only the files that it needs. Nothing is written: the checkpoint stays as it is. Which ranks
+hold which elements is known to `engine.Engine.layout`.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Shard:
         if value.dim() != 1 or value.numel() not in (self.size_of(key), lean):
             raise UserError(
                 f"the optimizer's {key} of a shard of {self.size} weights has the shape {list(value.shape)}: "
-                "a state that is not kept element by element cannot be divided anew",
+                "a state that is not kept element by element cannot be resharded",
                 hint="resume with as many ranks and the same deepspeed settings as before",
             )
         return True

@@ -294,7 +294,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The same for what a step was started with, but for what it may go on without: how DeepSpeed divides
-    it decides nothing but the order of sums, and its checkpoints are divided anew."""
+    it decides nothing but the order of sums, and its checkpoints are resharded."""
     before, after = ({key: value for key, value in side.items() if key != "deepspeed"} for side in (old, new))
     return differences(before, after)
 

@@ -11,7 +11,7 @@ mask to forget. Knows nothing of models, and draws nothing.
     reinforce_pp  REINFORCE++ (arXiv 2501.03262): the reward to go, whitened over all tokens
 
 Where rewards are all equal (of a group with grpo, of the iteration with reinforce_pp) there is nothing to be
-in units of: the KL, the only thing left that differs, would be blown up to signal. Advantages are 0.
+in units of: the KL penalty, the only thing left that differs, would be blown up to signal. Advantages are 0.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Advantages:
     """B responses with R tokens altogether.
 
     advantages: fp32 [R]. returns: fp32 [R], what the critic learns (gae), else None. non_score_reward:
-    float64 [B], what the KL from the reference took from each response's reward.
+    float64 [B], the KL penalty in each response's reward.
     """
 
     advantages: np.ndarray
@@ -53,7 +53,7 @@ def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> E
         offsets=experience.offsets,
         groups=experience.groups,
         kl=token_kl(experience),
-        kl_coef=cost_of_kl(ppo, kl_coef),
+        kl_coef=kl_penalty_coef(ppo, kl_coef),
         values=experience.values,
         gamma=ppo.gamma,
         lam=ppo.lam,
@@ -62,8 +62,8 @@ def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> E
     return replace(experience, advantages=found.advantages, returns=found.returns)
 
 
-def cost_of_kl(ppo: PPOConfig, kl_coef: float) -> float:
-    """What a nat of KL takes from the reward: nothing where it is in the loss."""
+def kl_penalty_coef(ppo: PPOConfig, kl_coef: float) -> float:
+    """The coefficient of the KL penalty in the reward; 0 where the penalty is in the loss."""
     return kl_coef if ppo.kl.placement is KLPlacement.reward else 0.0
 
 
@@ -86,7 +86,7 @@ def estimate(
     (grpo, rloo). kl: k1 of each token [R]; kl_coef: what a nat of it takes from the reward, 0 when it is in
     the loss instead. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
 
-    grpo and rloo know one reward per response, so the KL of all its tokens is taken from that: by
+    grpo and rloo have one reward per response, so the KL penalty of all its tokens is taken from it: by
     rloo before responses are compared; by grpo (whose paper has it in the loss instead) against the group's
     mean of it, and not in units of the rewards' spread. Raises ValueError where something that the estimator
     needs is missing.
@@ -170,7 +170,7 @@ def leave_one_out(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def _with_penalty(
     advantages: np.ndarray, rewards: np.ndarray, penalties: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
-    """Advantages [B] and what the KL adds to rewards [B], against the group's mean of that; 0 in a
+    """Advantages [B] and what the KL penalty adds to rewards [B], against the group's mean of that; 0 in a
     group whose rewards are all equal."""
     relative = _within_groups(penalties, groups)[0]
     deviations, of_response, sizes = _within_groups(rewards, groups)

@@ -129,15 +129,15 @@ class RewardSourceConfig:
 
 @dataclass
 class KLConfig:
-    """How the actor is held to the reference, the policy it starts from."""
+    """The KL penalty, which keeps the actor close to the reference, the policy it starts from."""
 
     placement: KLPlacement = KLPlacement.auto
     """reward: each token's reward loses coef times k1; loss: the loss gains coef times k3; auto: loss with
     ppo.estimator=grpo, else reward"""
     coef: float = 0.05
-    """how much a nat of KL costs; 0: no reference is loaded"""
+    """the KL coefficient, per nat; 0: no KL penalty, and no reference is loaded"""
     controller: KLController = KLController.fixed
-    """adaptive moves coef so that the KL of a response comes to target"""
+    """adaptive: coef follows the KL per response towards target"""
     target: float = 6.0
     """nats per response (adaptive)"""
     horizon: float = 10_000.0
@@ -253,7 +253,7 @@ class PPOConfig:
     target_kl: Optional[float] = None
     """an iteration's updates end when the actor has moved this far from where it began; null: off"""
     kl: KLConfig = field(default_factory=KLConfig)
-    """how the actor is held to the reference"""
+    """the KL penalty to the reference"""
     offload_frozen: bool = False
     """keep reference and reward model in host memory while they have nothing to do (GPU)"""
 

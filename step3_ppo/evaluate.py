@@ -2,7 +2,7 @@
 
 The same prompts and the same draws every time, so that before and after differ by the actor alone. Numbers
 under `eval/<name>` are of sampled responses, those under `eval/greedy/<name>` of greedy ones; `<name>_se` is
-their standard error over prompts. The KL from the reference is that of the sampled ones, in nats
+their standard error over prompts. The KL to the reference is of the sampled responses, in nats
 per response. Of several samples of a prompt the mean counts, and the first is kept to be read.
 """
 

@@ -1,4 +1,4 @@
-"""How far the actor is from the reference, and how much a nat of it costs.
+"""KL to the reference: its estimator k1, and the controller of the KL coefficient.
 
 The KL is estimated from the tokens that the actor sampled: with d = log π − log π_ref of a token,
 averages over such tokens of
@@ -6,9 +6,9 @@ averages over such tokens of
     k1 = d                 without bias; of a single response it may be below 0
     k3 = exp(−d) − 1 + d   without bias, never below 0
 
-both estimate KL(π ‖ π_ref) (Schulman, "Approximating KL divergence", 2020). Here k1 is computed, which
-rewards lose and metrics show; k3, which the loss may gain, is loss.py's. Takes flat arrays over all response
-tokens and `offsets`, as `Experience` has them.
+both estimate KL(π ‖ π_ref) (Schulman, "Approximating KL divergence", 2020). Here k1 is computed, for the KL
+penalty in the reward and for the metrics; `loss.py` computes k3, for the penalty in the loss. Takes flat
+arrays over all response tokens and `offsets`, as `Experience` has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from step3_ppo.config import KLController
 from step3_ppo.experience import Experience
 
 LARGEST_STEP = 0.2
-"""An adaptive coefficient moves as if the KL missed its target by so much at the most."""
+"""The relative error of the KL to its target is clipped to this, before the coefficient is adapted."""
 
 
 def k1(logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:

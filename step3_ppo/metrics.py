@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from step3_ppo.advantages import cost_of_kl
+from step3_ppo.advantages import kl_penalty_coef
 from step3_ppo.config import MEASURED, PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.kl import response_kl, response_sums
@@ -27,7 +27,7 @@ def of_iteration(
     its updates, over all ranks.
     """
     metrics = {
-        **describe(experience, cost_of_kl(ppo, counters.kl_coef)),
+        **describe(experience, kl_penalty_coef(ppo, counters.kl_coef)),
         **learned.means(),
         "kl_coef": counters.kl_coef,
     }
@@ -39,7 +39,7 @@ def of_iteration(
 def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
     """What an iteration's responses are like, before anything is learned from them.
 
-    kl_coef: of the KL in the rewards; 0 when it is in the loss. `objective/kl` is the mean over
+    kl_coef: of the KL penalty in the rewards; 0 when it is in the loss. `objective/kl` is the mean over
     responses of k1 summed over their tokens, in nats, and absent without a reference; `objective/entropy` the
     mean of minus their log-probability.
     """

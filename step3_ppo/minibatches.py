@@ -78,7 +78,7 @@ def per_token(
     batches: this rank's; together the ranks' hold every response once. All ranks get the whole.
     """
     found = np.empty(experience.num_tokens, np.float32)
-    for response, values in _of_all_ranks(experience, batches, compute, np.diff(experience.offsets)):
+    for response, values in _all_gathered(experience, batches, compute, np.diff(experience.offsets)):
         found[experience.offsets[response] : experience.offsets[response + 1]] = values
     return found
 
@@ -89,7 +89,7 @@ def per_response(
     """float64 [B]: what `compute` (one number for each document of a batch) says of each response."""
     found = np.empty(len(experience.responses), np.float64)
     ones = np.ones(len(found), np.int64)
-    for response, values in _of_all_ranks(experience, batches, compute, ones):
+    for response, values in _all_gathered(experience, batches, compute, ones):
         found[response] = values[0]
     return found
 
@@ -100,7 +100,7 @@ def last_positions(batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _of_all_ranks(
+def _all_gathered(
     experience: Experience,
     batches: Iterable[Batch],
     compute: Callable[[Batch], torch.Tensor],

@@ -1,4 +1,4 @@
-"""Conversation -> documents: which tokens there are, and which of them are trained.
+"""Conversation -> documents: their tokens, and the loss mask, which says what is trained.
 
 The prompt rule: an assistant turn is trained only behind its own prompt, that is the turns before it as the
 template renders them with the generation prompt. Chat, sampling and PPO give the model just these tokens.

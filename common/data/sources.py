@@ -87,24 +87,8 @@ class Records:
     columnar: bool = False  # a file of columns, which fills what a row does not have with null
 
 
-def read_source(
-    source: SourceConfig,
-    *,
-    on_bad_row: OnBadRow = OnBadRow.error,
-    max_bad_rows: int = 100,
-    report: Callable[[str], None] = print,
-    seed: int = 0,
-) -> Iterator[RawExample]:
-    """The rows of a source in order; with `max_rows` a sample drawn by `seed`, still in order.
-
-    Raises UserError when the source is missing, empty or unreadable, and for bad rows as
-    `on_bad_row` says.
-    """
-    return rows_of(source, BadRows(on_bad_row, max_bad_rows, report), seed=seed)
-
-
 def rows_of(source: SourceConfig, bad_rows: BadRows, *, seed: int = 0) -> Iterator[RawExample]:
-    """`read_source` with a shared account of bad rows."""
+    """The rows of a source in order; with `max_rows` a seeded sample. bad_rows: counts those that are skipped."""
     name = source_name(source)
     keep = _sampled_rows(source, seed)
     index = -1

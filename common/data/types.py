@@ -113,10 +113,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One document. Owns its labels: aligned here, and nowhere else.
+    """One document with its loss mask. The labels are shifted in `chat.py`, and nowhere else.
 
     input_ids: int32 [T]. labels: int32 [T]; labels[t] is the token that position t must predict,
-    that is input_ids[t + 1], or IGNORE where that token is not trained. labels[T - 1] is IGNORE.
+    input_ids[t + 1], or IGNORE where the loss mask leaves that token out. labels[T - 1] is IGNORE.
     """
 
     input_ids: np.ndarray

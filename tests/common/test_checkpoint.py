@@ -181,7 +181,7 @@ def test_a_second_broken_checkpoint_of_the_same_step_does_not_overwrite_the_firs
     assert (kept / "step_00000020-2" / "zero" / "weights.pt").read_bytes() == b"second"
 
 
-def test_what_a_state_divided_anew_is_said_once(two: Checkpoints) -> None:
+def test_a_resharded_state_is_said_once(two: Checkpoints) -> None:
     class Divided(StateOnly):
         def load(self, folder: Path) -> str:
             super().load(folder)

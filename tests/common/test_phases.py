@@ -1,4 +1,4 @@
-"""Faults on demand: what the variable may say, and when a fault happens."""
+"""Injected faults: what the variable may say, and when a fault happens."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_what_happens_is_what_was_asked(capfd: pytest.CaptureFixture[str]) -> No
         _, status = os.waitpid(child, os.WUNTRACED)
         assert (os.WTERMSIG(status) if name == "kill" else os.WSTOPSIG(status)) == number
         os.kill(child, signal.SIGKILL) if name == "stop" else None
-    assert capfd.readouterr().err.count("fault on demand: ") == 5
+    assert capfd.readouterr().err.count("injected fault: ") == 5
 
 
 def test_a_step_is_remembered_until_the_next_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A state divided anew: small layouts by hand, then what real engines hold, parameter by parameter."""
+"""Resharding: small layouts by hand, then what real engines hold, parameter by parameter."""
 
 from __future__ import annotations
 

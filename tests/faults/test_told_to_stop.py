@@ -44,7 +44,7 @@ def stop_and_go_on(whole: Path, run_dir: Path, step: str, program: Callable[...,
     for where, (fault, number) in cases.items():
         printed = finish(run_dir, 2, program, {"RLHF_FAULT": fault}, code=STOPPED_EXIT_CODE)
         assert printed.count("told to stop: saved") == 1 and "Traceback" not in printed, where
-        assert printed.count("fault on demand: term") == fault.count("do=term") * (
+        assert printed.count("injected fault: term") == fault.count("do=term") * (
             1 if "rank=" in fault else 2
         )
         before, newest = newest, last_checkpoint(run_dir / step)

@@ -176,7 +176,7 @@ def tolerance(case: Case) -> float:
 def sft_recorded(config: str, stop_after: int) -> int:
     """`python -m step1_sft --config CONFIG`, whose ranks record beside it which rows they learn from.
 
-    Rank 0 is told to stop after that step, if it is not 0; at -1 it dies of the first state it divides anew.
+    Rank 0 is told to stop after that step, if it is not 0; at -1 it dies of the first state it reshards.
     """
     import json
     import os

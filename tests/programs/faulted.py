@@ -1,4 +1,4 @@
-"""A step on ranks that have more in their environment than others: faults on demand, short limits."""
+"""A step on ranks that have more in their environment than others: injected faults, short limits."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_sft_goes_from_two_ranks_to_one_to_two_and_from_zero2_to_zero3(base: Bas
         changed = ["", "ZeRO-2 on 2 ranks -> ZeRO-3 on 1 rank", "ZeRO-3 on 1 rank -> ZeRO-1 on 2 ranks"][
             number
         ]
-        assert printed.count("divided anew") == bool(number) and changed in printed
+        assert printed.count("resharded") == bool(number) and changed in printed
     rows = rows_of(whole)
     assert rows_of(run_dir) == rows and len(rows) == 6 and len(set(map(tuple, rows))) > 1
     assert close(training_lines(whole), training_lines(run_dir), ("loss", "grad_norm", "num_trained_tokens"))
@@ -88,7 +88,7 @@ def test_ppo_goes_on_within_an_iteration_with_other_ranks_and_another_stage(
     stopped = ("update", 3, 0, signal.SIGTERM)  # the first of two in the second iteration
     finish(run_dir, 2, ppo_interrupted, *stopped, code=STOPPED_EXIT_CODE)
     printed = finish(write("divided", 3), 1, ppo)
-    assert printed.count("divided anew: ZeRO-2 on 2 ranks -> ZeRO-3 on 1 rank\n") == 1
+    assert printed.count("resharded: ZeRO-2 on 2 ranks -> ZeRO-3 on 1 rank\n") == 1
     assert "in iteration 2 after 1 of its updates" in printed
     names = ("objective/scores", "loss/policy_avg", "loss/value_avg", "objective/kl", "num_tokens")
     assert close(lines_of(whole), lines_of(run_dir), names)
@@ -122,5 +122,5 @@ def test_a_step_on_pairs_goes_on_with_one_rank_and_another_stage(
     shutil.rmtree(run_dir / name / "export")
     shutil.rmtree(run_dir / name / "checkpoints" / "step_00000004")
     printed = finish(run_dir, 1, getattr(runs, name))
-    assert "step_00000002\nits state was divided anew: ZeRO-2 on 2 ranks -> ZeRO-3 on 1 rank\n" in printed
+    assert "step_00000002\nits state was resharded: ZeRO-2 on 2 ranks -> ZeRO-3 on 1 rank\n" in printed
     assert close(runs.lines_of(whole), runs.lines_of(run_dir), ("loss", "grad_norm", "num_tokens"))

@@ -11,8 +11,9 @@ import pytest
 from common.config import DataConfig, SourceConfig
 from common.data import formats, preferences, prompts
 from common.data.dataset import DEMONSTRATIONS, PREFERENCES, PROMPTS, build
-from common.data.sources import RowError, read_source
+from common.data.sources import RowError
 from common.data.types import Conversation, Message, Place, Preference, Prompt, RawExample
+from tests.common.data.reading import read_source
 from tests.tiny import CHATML, tiny_tokenizer
 
 HERE = Place("rows.jsonl", 3)

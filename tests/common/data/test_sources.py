@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from common.config import OnBadRow, SourceConfig
-from common.data.sources import content_hash, is_hub_name, read_source, source_name
+from common.data.sources import content_hash, is_hub_name, source_name
 from common.errors import UserError
+from tests.common.data.reading import read_source
 
 ROWS: list[dict[str, Any]] = [{"text": "a", "n": 1}, {"text": "ü\u2028b", "n": 2}, {"text": "c", "n": 3}]
 
