@@ -30,6 +30,7 @@ usage: python -m pipeline VERB ...
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
   doctor                what this machine can do, and what would stop a run on it
+  explain KEY           type, default and meaning of a key, or of all keys of a group
 
   python -m pipeline run                                              the embedded demo: sft, reward, ppo
   python -m pipeline run model.path=FOLDER sft.data.path=FILE.jsonl   your model, your data
@@ -43,7 +44,7 @@ usage: python -m pipeline VERB ...
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "plan", "preview", "verify", "report", "chat", "doctor")
+VERBS = ("run", "plan", "preview", "verify", "report", "chat", "doctor", "explain")
 INTERRUPTED = 130
 SEARCHPATH = "hydra.searchpath="
 
@@ -86,6 +87,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.doctor import doctor
 
         return doctor(rest, say=say)
+    if verb == "explain":
+        return explain(rest)
     near = difflib.get_close_matches(verb, VERBS, 1)
     way_out = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
     if "=" in verb:
@@ -109,6 +112,16 @@ def report(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("report takes the folder of one run", hint="python -m pipeline report runs/NAME")
     say(f"report    {write_report(Path(arguments[0]))}")
+    return 0
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """`explain KEY`."""
+    from pipeline.reference import explain as explained
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("explain takes one key", hint="python -m pipeline explain sft.optim.lr")
+    say(explained(arguments[0].partition("=")[0]))
     return 0
 
 

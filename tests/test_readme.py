@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.compose import compose, prepare
+from pipeline.reference import explain
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +27,9 @@ def test_every_command_of_the_readme_composes(verb: str, rest: str) -> None:
     arguments = shlex.split(rest, comments=True)
     if verb in ("verify", "report", "chat"):
         assert len(arguments) == 1
+        return
+    if verb == "explain":
+        assert explain(arguments[0])
         return
     if verb == "doctor":
         assert not arguments

@@ -88,7 +88,7 @@ class Records:
 
 
 def rows_of(source: SourceConfig, bad_rows: BadRows, *, seed: int = 0) -> Iterator[RawExample]:
-    """The rows of a source in order; with `max_rows` a seeded sample. bad_rows: counts those that are skipped."""
+    """The rows of a source in order; with `max_rows` a seeded sample. bad_rows: counts skipped ones."""
     name = source_name(source)
     keep = _sampled_rows(source, seed)
     index = -1
