@@ -1,4 +1,4 @@
-"""The README says only what works: its commands compose, its targets and paths exist."""
+"""The README and docs/ say only what works: their commands compose, their targets and paths exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pipeline.reference import explain
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    (?:\$ )?python -m pipeline (\w+)([^\n]*)$", README, re.MULTILINE)
-TARGETS = re.findall(r"^    (?:\$ )?make (\w+)", README, re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+COMMANDS = re.findall(r"^    (?:\$ )?python -m pipeline (\w+)([^\n]*)$", TEXT, re.MULTILINE)
+TARGETS = re.findall(r"^    (?:\$ )?make (\w+)", TEXT, re.MULTILINE)
 
 
 def test_the_commands_were_found() -> None:
@@ -23,7 +25,7 @@ def test_the_commands_were_found() -> None:
 
 
 @pytest.mark.parametrize(("verb", "rest"), COMMANDS, ids=lambda text: text.strip()[:40])
-def test_every_command_of_the_readme_composes(verb: str, rest: str) -> None:
+def test_every_command_composes(verb: str, rest: str) -> None:
     arguments = shlex.split(rest, comments=True)
     if verb in ("verify", "report", "chat"):
         assert len(arguments) == 1
@@ -41,22 +43,25 @@ def test_every_command_of_the_readme_composes(verb: str, rest: str) -> None:
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS)))
-def test_every_make_target_of_the_readme_exists(target: str) -> None:
+def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_every_linked_or_captioned_path_exists() -> None:
-    linked = re.findall(r"\]\(([\w./]+)\)", README)
-    tree = README.split("## The tree")[1].split("## Not tested")[0]
+    linked = [
+        (page.parent / link) for page in PAGES for link in re.findall(r"\]\(([\w./]+)\)", page.read_text())
+    ]
+    assert [str(path) for path in linked if not path.exists()] == []
+    tree = README.split("## The tree")[1]
     named = re.findall(r"(?:^|  )([a-z0-9_]+(?:/|\.py))", tree, re.MULTILINE)
     assert len(linked) >= 2 and len(named) >= 15
     folders = [ROOT, ROOT / "common"]
-    missing = [n for n in [*linked, *named] if not any((folder / n).exists() for folder in folders)]
+    missing = [n for n in named if not any((folder / n).exists() for folder in folders)]
     assert missing == []
 
 
 def test_every_key_of_the_configuration_table_exists() -> None:
-    table = README.split("## Configuration")[1].split("## Resume")[0]
+    table = README.split("## Configuration")[1].split("## Where to go next")[0]
     keys = re.findall(r"`((?:model|sft|ppo|launch|tracking)(?:\.\w+)+)", table)
     assert len(keys) >= 10
     config = compose([])
