@@ -29,7 +29,7 @@ from pipeline.compose import compose, prepare
 from pipeline.config import PipelineConfig
 from pipeline.planning import memory
 from pipeline.planning.workload import workload_of
-from pipeline.run import write_resolved
+from pipeline.state import write_resolved
 
 STEPS = 6
 LARGE = (

@@ -143,7 +143,8 @@ def composed(verb: str, arguments: Sequence[str]) -> int:
 def execute(verb: str, config: object, overrides: Sequence[str]) -> int:
     """Do what the verb says with a finished configuration, which was made from these overrides."""
     from pipeline.config import PipelineConfig
-    from pipeline.run import preview, run
+    from pipeline.preview import preview
+    from pipeline.run import run
     from pipeline.submit import is_for_other_machines, submit
 
     assert isinstance(config, PipelineConfig)

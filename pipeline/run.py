@@ -8,7 +8,6 @@ difference. Trains nothing and imports no torch: a step is a process of its own.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
@@ -26,26 +25,20 @@ from common.artifacts import (
     Artifact,
     content_sha256,
     disk_errors,
-    read_manifest,
     verify,
-    write_json,
-    write_text,
 )
-from common.config import TokenizerConfig, to_plain
 from common.errors import UserError
 from common.evidence import share_in_words
-from common.handoff import check_same_tokens, load_named
 from common.shortage import OUT_OF_MEMORY
-from common.stage import Role, Stage, Step
+from common.stage import Role, Step
 from launch.local import Job, count_gpus, ranks_of
 from launch.nodes import Hello, Machines, follow, gather
 from launch.supervise import leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.plan import EXPORT, Wired, start_of, wire_run, with_sources
+from pipeline.lineage import check_named_sources, check_parents, load_sources, record_lineage
+from pipeline.plan import EXPORT, Wired, wire_run, with_sources
 
-RESOLVED = "resolved.yaml"
-LINEAGE = "lineage.json"
 REPORT = "report.html"
 STOPPED = 143
 """Exit status of a step that was told to stop and saved its state."""
@@ -139,7 +132,7 @@ def version_of(package: str) -> str:
 
 def jobs_of(wired: Sequence[Wired], run_dir: Path, ranks: int) -> dict[str, Job]:
     """What each step runs on this machine, by name."""
-    arguments = ("--config", str(run_dir / RESOLVED), "--run-dir", str(run_dir))
+    arguments = ("--config", str(run_dir / state.RESOLVED), "--run-dir", str(run_dir))
     return {
         step.stage.name.value: Job(
             step.stage.module, arguments, ranks, run_dir / step.stage.name.value / "logs"
@@ -159,7 +152,7 @@ def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Pat
     if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
         return 0
     with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
-        resolved = write_resolved(config, Path(folder))
+        resolved = state.write_resolved(config, Path(folder))
         job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
         status, stopped = supervise(job, ())
     return STOPPED if stopped else status
@@ -174,79 +167,6 @@ def make_report(run_dir: Path, say: Say) -> None:
     except Exception as error:
         words = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         say(f"warning: no report of {run_dir}: {' '.join(words.split())}")
-
-
-def preview(config: PipelineConfig) -> int:
-    """Show the rows of every step as the model will see them, in one process and without a run's folder.
-
-    Rows are read without a reward model, so that none need be there yet.
-    """
-    wired = wire_run(config, can_lack=[Role.reward_model])
-    check_named_sources(wired)
-    config, _ = state.settle_dtype(
-        config, Path(config.output_dir) / state.run_name(config), gpu=count_gpus() > 0
-    )
-    checks.check(config, 1, can_lack=[Role.reward_model])
-    with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
-        for step in wired:
-            resolved = write_resolved(preview_config(config, step, wired, Path(folder)), Path(folder))
-            job = Job(step.stage.module, ("--preview", "--config", str(resolved)))
-            status, _ = supervise(job, ())
-            if status != 0:
-                return status
-    return 0
-
-
-def preview_config(
-    config: PipelineConfig, wired: Wired, steps: Sequence[Wired], folder: Path
-) -> PipelineConfig:
-    """The configuration for one step's preview: with the tokenizer that the step will read its rows with.
-
-    That of the policy it starts from, if there is one already; else the one that the preview of SFT has just
-    trained in `folder`, if it did; else the base model's own.
-    """
-    if Role.policy not in wired.sources:
-        return config
-    name = wired.stage.name.value
-    run_dir = Path(config.output_dir) / state.run_name(config)
-    made = wired.folder_of(Role.policy, run_dir)
-    policy = str(made) if (made / MANIFEST).exists() else start_of(wired.stage.name, steps)
-    part = replace(getattr(config, name), policy=policy)
-    trained = folder / Step.sft.value / "tokenizer"
-    if policy is None and trained.exists():
-        model = replace(config.model, tokenizer=TokenizerConfig(path=str(trained)))
-        return replace(config, model=model, **{name: part})
-    return replace(config, **{name: part})
-
-
-def check_named_sources(wired: Sequence[Wired]) -> None:
-    """Verify every artifact that the user named, before any step spends time.
-
-    Those that meet in a step must read text alike, also where one of them is what another is made from.
-    """
-    loaded: dict[tuple[str, Role], Artifact] = {}
-    for step in wired:
-        for role, source in step.sources.items():
-            if not isinstance(source, Step) and (source, role) not in loaded:
-                key = f"{step.stage.name.value}.{role.value}"
-                loaded[source, role] = load_named(source, role, key)
-    for step in wired:
-        starts = [(start_of(step.stage.name, wired, role), role) for role in step.sources]
-        found = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
-        for left, right in itertools.combinations(filter(None, found), 2):
-            check_same_tokens(left, right)
-
-
-def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:
-    """What the step uses, every file re-hashed, and made with one tokenizer."""
-    name = wired.stage.name.value
-    loaded = {
-        role: load_named(str(wired.folder_of(role, run_dir)), role, f"{name}.{role.value}")
-        for role in wired.sources
-    }
-    for left, right in itertools.combinations(loaded.values(), 2):
-        check_same_tokens(left, right)
-    return loaded
 
 
 def run_step(
@@ -279,7 +199,7 @@ def run_step(
         say(f"{name}: done already, verified: {folder / EXPORT} ({sha256[:12]})")
         return 0
 
-    resolved = write_resolved(config, run_dir)
+    resolved = state.write_resolved(config, run_dir)
     policy = sources.get(Role.policy)
     start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
     begins = "going on" if before is not None else "starting"
@@ -454,51 +374,6 @@ def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:
     return sha256
 
 
-def check_parents(
-    artifact: Artifact, wired: Wired, run_dir: Path, inputs: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """The artifact was made from what the step was given, and reads text as that does."""
-    recorded = {parent["role"]: parent for parent in artifact.manifest.details.get("parents", [])}
-    for role in wired.sources:
-        given = inputs[f"{wired.stage.name.value}.{role.value}"]["sha256"]
-        made_from = str(recorded.get(role.value, {}).get("manifest_sha256", "not recorded"))
-        if made_from != given:
-            raise UserError(
-                f"{artifact.path} was made from another {role.value} ({made_from[:12]}) than the one at "
-                f"{wired.folder_of(role, run_dir)} ({given[:12]})",
-                hint="force=true makes it again from the one that is there",
-            )
-        folder = wired.folder_of(role, run_dir)
-        check_same_tokens(Artifact(folder, read_manifest(folder)), artifact)
-
-
-def record_lineage(run_dir: Path, stage: Stage, artifact: Artifact, ended: Mapping[str, Any]) -> None:
-    """Add the artifact to the run's lineage: what it is, by hash, and what it was made from."""
-    path = run_dir / LINEAGE
-    lineage = read_lineage(path)
-    lineage[stage.name.value] = {
-        "path": f"{stage.name.value}/{EXPORT}",
-        "role": stage.produces,
-        "manifest_sha256": artifact.sha256,
-        "parents": artifact.manifest.details.get("parents", []),
-        "config_hash": ended["config_hash"],
-        "inputs": {key: value["sha256"] for key, value in ended["inputs"].items()},
-    }
-    write_json(path, {"format_version": 1, "artifacts": lineage})
-
-
-def read_lineage(path: Path) -> dict[str, Any]:
-    """The artifacts of a run by step; empty when there are none yet."""
-    import json
-
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["artifacts"])
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}", hint="move it away; it is written anew") from None
-
-
 def set_aside(folder: Path) -> Path:
     """Rename a step's folder to the first free `<step>.old-N`; nothing is deleted."""
     number = 1
@@ -507,13 +382,3 @@ def set_aside(folder: Path) -> Path:
     with disk_errors(target):
         folder.rename(target)
     return target
-
-
-def write_resolved(config: PipelineConfig, folder: Path) -> Path:
-    """Write the whole configuration for the ranks, as it is: composing has refused credentials. Its path."""
-    from omegaconf import OmegaConf
-
-    plain = {**to_plain(config), "run_name": state.run_name(config)}
-    path = folder / RESOLVED
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
-    return path

@@ -19,13 +19,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import Artifact, FileRecord, content_sha256, disk_errors, file_sha256, write_json
+from common.artifacts import (
+    Artifact,
+    FileRecord,
+    content_sha256,
+    disk_errors,
+    file_sha256,
+    write_json,
+    write_text,
+)
 from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
 
 STATE = "state.json"
+RESOLVED = "resolved.yaml"
 LOCK = ".lock"
 CHECKSUM = "checksum"
 NOT_RECORDED = (STATE, "export", "checkpoints", "logs", "wandb", "wandb_run_id")
@@ -312,3 +321,13 @@ def input_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def write_resolved(config: PipelineConfig, folder: Path) -> Path:
+    """Write the whole configuration for the ranks, as it is: composing has refused credentials. Its path."""
+    from omegaconf import OmegaConf
+
+    plain = {**to_plain(config), "run_name": run_name(config)}
+    path = folder / RESOLVED
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
+    return path

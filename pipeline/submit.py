@@ -14,8 +14,8 @@ from common.stage import Step
 from launch import k8s, slurm, ssh
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
+from pipeline.lineage import check_named_sources
 from pipeline.plan import wire_run
-from pipeline.run import check_named_sources
 
 
 def is_for_other_machines(config: PipelineConfig) -> bool:

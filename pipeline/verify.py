@@ -19,9 +19,9 @@ from typing import Any
 from common.artifacts import MANIFEST, content_sha256, file_sha256, read_manifest, verify
 from common.errors import UserError
 from common.stage import Step
+from pipeline.lineage import LINEAGE, read_lineage
 from pipeline.plan import EXPORT
-from pipeline.run import LINEAGE, RESOLVED, read_lineage
-from pipeline.state import CHECKSUM, LOCK, STATE, is_abandoned, read_state
+from pipeline.state import CHECKSUM, LOCK, RESOLVED, STATE, is_abandoned, read_state
 
 METRICS, SAMPLES, LEDGER = "metrics.jsonl", "samples.jsonl", "ledger.json"
 CACHE_KEY = "key.json"

@@ -26,7 +26,7 @@ from launch.local import PROJECT
 from pipeline import state
 from pipeline.config import PipelineConfig
 from pipeline.plan import Wired, start_of
-from pipeline.run import write_resolved
+from pipeline.state import write_resolved
 
 
 def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, DataCounts]:

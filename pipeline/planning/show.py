@@ -24,11 +24,11 @@ from launch.command import machine_arguments
 from launch.local import count_gpus, ranks_of
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
+from pipeline.lineage import check_named_sources
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.fitting import ways_out_of
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
-from pipeline.run import check_named_sources
 
 Say = Callable[[str], None]
 STAGES = (1, 2, 3)

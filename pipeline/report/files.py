@@ -21,9 +21,9 @@ from common.artifacts import MANIFEST
 from common.errors import UserError
 from common.redact import redact_text
 from common.stage import Step
+from pipeline.lineage import LINEAGE
 from pipeline.plan import EXPORT
-from pipeline.run import LINEAGE, RESOLVED
-from pipeline.state import STATE
+from pipeline.state import RESOLVED, STATE
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"

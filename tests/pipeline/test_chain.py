@@ -24,7 +24,7 @@ from common.artifacts import (
 from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Step
-from pipeline import plan, run, state
+from pipeline import lineage, plan, preview, run, state
 from pipeline.config import PROJECT, PipelineConfig
 from pipeline.verify import verify_path
 from step3_ppo.config import EvaluationConfig, RewardSourceConfig
@@ -157,9 +157,9 @@ def test_a_child_records_the_parent_that_it_was_really_made_from() -> None:
     wired = plan.wire_run(from_policy(DPO, "here"))[0]
     artifact = Artifact(Path("runs/a/dpo/export"), read_manifest("runs/a/dpo/export"))
     given = {"dpo.policy": {"sha256": file_sha256(f"here/{MANIFEST}")}}
-    run.check_parents(artifact, wired, Path("runs/a"), given)
+    lineage.check_parents(artifact, wired, Path("runs/a"), given)
     with pytest.raises(UserError, match=r"was made from another policy .* than the one at here \(f{12}\)"):
-        run.check_parents(artifact, wired, Path("runs/a"), {"dpo.policy": {"sha256": "f" * 64}})
+        lineage.check_parents(artifact, wired, Path("runs/a"), {"dpo.policy": {"sha256": "f" * 64}})
 
 
 def test_a_step_added_later_goes_on_from_what_the_run_has() -> None:
@@ -383,7 +383,7 @@ def test_a_damaged_policy_of_an_earlier_step_is_never_used() -> None:
     wired = plan.wire_run(config(SFT, REWARD))[1]
     (Path("runs/a/sft/export") / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"reward\.policy=runs/a/sft/export: does not match its manifest"):
-        run.load_sources(wired, Path("runs/a"))
+        lineage.load_sources(wired, Path("runs/a"))
 
 
 # --- Verify ----------------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def test_verify_finds_a_lineage_that_tells_of_other_parents_than_the_manifest(
 
 def previewed(made: PipelineConfig, capfd: pytest.CaptureFixture[str]) -> str:
     """The line of the last step: which policy and which tokenizer it was told of."""
-    assert run.preview(made) == 0
+    assert preview.preview(made) == 0
     return capfd.readouterr().out.splitlines()[-1]
 
 

@@ -22,7 +22,7 @@ from pipeline.report.comparison import compare
 from pipeline.report.files import SampleFile, SampleRow, ledger_row, read_run
 from pipeline.report.glance import at_a_glance
 from pipeline.report.reproduce import command_for, decisive
-from pipeline.run import write_resolved
+from pipeline.state import write_resolved
 from tests.pipeline.report_runs import make_run, ppo_files, write_json, write_lines, write_state
 
 NASTY = "</script><img src=x onerror=alert(1)>&amp;<svg onload=alert(2)>\"'`{{ 7 * 7 }}{% raw %}"

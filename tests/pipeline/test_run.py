@@ -18,7 +18,7 @@ import yaml
 from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Stage, Step
-from pipeline import plan, run, state
+from pipeline import plan, preview, run, state
 from pipeline.config import PROJECT, PipelineConfig
 from pipeline.verify import verify_path
 
@@ -296,9 +296,9 @@ def test_two_ranks_are_launched_through_the_agent() -> None:
 
 def test_preview_passes_its_exit_status_on_and_makes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     made = config()
-    assert run.preview(made) == 0
+    assert preview.preview(made) == 0
     monkeypatch.setenv("FAKE_STATUS", "2")
-    assert run.preview(made) == 2
+    assert preview.preview(made) == 2
     assert not Path("runs").exists()
 
 

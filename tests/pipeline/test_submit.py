@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UserError
 from launch import ssh
-from pipeline import run
+from pipeline import preview, run
 from pipeline.__main__ import _Task, dispatch, main
 
 LLAMA = ["model.config.model_type=llama", "model.tokenizer.train_vocab_size=512"]
@@ -146,6 +146,6 @@ def test_a_machine_with_a_number_takes_part_instead_of_submitting(monkeypatch: p
 
 def test_a_preview_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[object] = []
-    monkeypatch.setattr(run, "preview", lambda config: shown.append(config) or 0)
+    monkeypatch.setattr(preview, "preview", lambda config: shown.append(config) or 0)
     assert dispatch(["preview", *LLAMA, "sft.data.path=rows.jsonl", *SLURM]) == 0
     assert len(shown) == 1 and not list(Path().glob("runs/*/slurm"))

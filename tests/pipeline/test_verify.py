@@ -52,7 +52,7 @@ def make_step(runs: Path, name: str, begun: int) -> None:
     wired = {step.stage.name.value: step for step in wire_run(config)}[name]
     folder = run_dir / name
     run_dir.mkdir(parents=True, exist_ok=True)
-    resolved = run.write_resolved(config, run_dir)
+    resolved = state.write_resolved(config, run_dir)
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "tokenizer.json").write_text('{"vocabulary": ["a", "b"]}')
     (folder / "metrics.jsonl").write_text(lines(12))

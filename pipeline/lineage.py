@@ -1,0 +1,94 @@
+"""Which artifact was made from which: checked before a step and after it, and recorded in `lineage.json`.
+
+Takes steps as they are wired and a run's folder; UserError where an artifact is damaged, or was made from
+another one than the step was given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.artifacts import Artifact, read_manifest, write_json
+from common.errors import UserError
+from common.handoff import check_same_tokens, load_named
+from common.stage import Role, Stage, Step
+from pipeline.plan import EXPORT, Wired, start_of
+
+LINEAGE = "lineage.json"
+
+
+def check_named_sources(wired: Sequence[Wired]) -> None:
+    """Verify every artifact that the user named, before any step spends time.
+
+    Those that meet in a step must read text alike, also where one of them is what another is made from.
+    """
+    loaded: dict[tuple[str, Role], Artifact] = {}
+    for step in wired:
+        for role, source in step.sources.items():
+            if not isinstance(source, Step) and (source, role) not in loaded:
+                key = f"{step.stage.name.value}.{role.value}"
+                loaded[source, role] = load_named(source, role, key)
+    for step in wired:
+        starts = [(start_of(step.stage.name, wired, role), role) for role in step.sources]
+        found = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
+        for left, right in itertools.combinations(filter(None, found), 2):
+            check_same_tokens(left, right)
+
+
+def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:
+    """What the step uses, every file re-hashed, and made with one tokenizer."""
+    name = wired.stage.name.value
+    loaded = {
+        role: load_named(str(wired.folder_of(role, run_dir)), role, f"{name}.{role.value}")
+        for role in wired.sources
+    }
+    for left, right in itertools.combinations(loaded.values(), 2):
+        check_same_tokens(left, right)
+    return loaded
+
+
+def check_parents(
+    artifact: Artifact, wired: Wired, run_dir: Path, inputs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The artifact was made from what the step was given, and reads text as that does."""
+    recorded = {parent["role"]: parent for parent in artifact.manifest.details.get("parents", [])}
+    for role in wired.sources:
+        given = inputs[f"{wired.stage.name.value}.{role.value}"]["sha256"]
+        made_from = str(recorded.get(role.value, {}).get("manifest_sha256", "not recorded"))
+        if made_from != given:
+            raise UserError(
+                f"{artifact.path} was made from another {role.value} ({made_from[:12]}) than the one at "
+                f"{wired.folder_of(role, run_dir)} ({given[:12]})",
+                hint="force=true makes it again from the one that is there",
+            )
+        folder = wired.folder_of(role, run_dir)
+        check_same_tokens(Artifact(folder, read_manifest(folder)), artifact)
+
+
+def record_lineage(run_dir: Path, stage: Stage, artifact: Artifact, ended: Mapping[str, Any]) -> None:
+    """Add the artifact to the run's lineage: what it is, by hash, and what it was made from."""
+    path = run_dir / LINEAGE
+    lineage = read_lineage(path)
+    lineage[stage.name.value] = {
+        "path": f"{stage.name.value}/{EXPORT}",
+        "role": stage.produces,
+        "manifest_sha256": artifact.sha256,
+        "parents": artifact.manifest.details.get("parents", []),
+        "config_hash": ended["config_hash"],
+        "inputs": {key: value["sha256"] for key, value in ended["inputs"].items()},
+    }
+    write_json(path, {"format_version": 1, "artifacts": lineage})
+
+
+def read_lineage(path: Path) -> dict[str, Any]:
+    """The artifacts of a run by step; empty when there are none yet."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["artifacts"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}", hint="move it away; it is written anew") from None
