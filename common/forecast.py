@@ -5,7 +5,7 @@
 Takes each step's configuration; writes the `DataCounts` of each as JSON, or the UserError that stopped it.
 Tokenizes into the cache, where the run finds it again; of large sources it tokenizes a seeded sample and
 scales the counts. Loads no weights: what the architecture falls back to is asked of a small copy. Every
-step's `forecast.py` says how its rows are read.
+step's `dry_run.py` says how its rows are read.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     found: dict[str, Any] = {}
     try:
         for step, module, resolved in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-            program = importlib.import_module(f"{module}.forecast")
+            program = importlib.import_module(f"{module}.dry_run")
             try:
                 lines: list[str] = []
                 listen(lines.append)

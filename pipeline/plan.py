@@ -13,10 +13,10 @@ from pathlib import Path
 from common.errors import UserError
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
-from step1_sft.stage import STAGE as SFT
-from step2_dpo.stage import STAGE as DPO
-from step2_reward.stage import STAGE as REWARD
-from step3_ppo.stage import STAGE as PPO
+from step1_sft.config import STAGE as SFT
+from step2_dpo.config import STAGE as DPO
+from step2_reward.config import STAGE as REWARD
+from step3_ppo.config import STAGE as PPO
 
 STAGES: Mapping[Step, Stage] = {stage.name: stage for stage in (SFT, REWARD, DPO, PPO)}
 EXPORT = "export"

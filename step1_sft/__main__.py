@@ -21,7 +21,7 @@ def _train(job: SFTJob, run_dir: Path) -> int:
 
 
 def _preview(job: SFTJob, folder: Path) -> None:
-    from step1_sft.preview import preview
+    from step1_sft.dry_run import preview
 
     preview(job, folder)
 

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 
 from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
+from common.stage import Role, Stage, Step
+
+STAGE = Stage(name=Step.sft, consumes=(), produces=Role.policy, module="step1_sft")
+"""SFT consumes nothing but the base model and produces a policy."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ def _train(job: DPOJob, run_dir: Path) -> int:
 
 
 def _preview(job: DPOJob, folder: Path) -> None:
-    from step2_dpo.preview import preview
+    from step2_dpo.dry_run import preview
 
     preview(job, folder)
 

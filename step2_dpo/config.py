@@ -6,6 +6,10 @@ from typing import Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig, require
 from common.errors import UserError
+from common.stage import Role, Stage, Step
+
+STAGE = Stage(name=Step.dpo, consumes=(Role.policy,), produces=Role.policy, module="step2_dpo")
+"""DPO starts from a policy, which is its reference too, and produces a policy."""
 
 
 class LossType(Enum):

@@ -21,7 +21,7 @@ def _train(job: RewardJob, run_dir: Path) -> int:
 
 
 def _preview(job: RewardJob, folder: Path) -> None:
-    from step2_reward.preview import preview
+    from step2_reward.dry_run import preview
 
     preview(job, folder)
 

@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
+from common.stage import Role, Stage, Step
+
+STAGE = Stage(name=Step.reward, consumes=(Role.policy,), produces=Role.reward_model, module="step2_reward")
+"""The reward model starts from a policy and produces a reward model."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ def _train(job: PPOJob, run_dir: Path) -> int:
 
 
 def _preview(job: PPOJob, folder: Path) -> None:
-    from step3_ppo.preview import preview
+    from step3_ppo.dry_run import preview
 
     preview(job, folder)
 

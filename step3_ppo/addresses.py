@@ -1,4 +1,4 @@
-"""How functions and servers that score responses are named, checked without importing or asking them.
+"""Functions and servers that score responses: how they are named, and how long a server may take.
 
 Takes the texts of `ppo.rewards` and `ppo.evaluation.functions`; raises a UserError for one that cannot work.
 Cheap to import: the controller checks them too, before anything is launched or written down.
@@ -16,6 +16,12 @@ FORM = "package.module:function(prompts, completions, **columns) -> list[float]"
 """Of a function that scores."""
 TOKEN = "RLHF_REWARD_TOKEN"
 """Environment variable of the bearer token for a server."""
+FIRST_PAUSE = 1.0
+"""Seconds before the second attempt; each further pause is twice as long."""
+LONGEST_PAUSE = 60.0
+"""Seconds at which pauses stop growing: with twenty retries they would come to days."""
+GROWING = 6
+"""Pauses until then: 1, 2, 4, 8, 16 and 32 seconds."""
 
 
 def check_reference(reference: str, key: str) -> None:
@@ -61,3 +67,14 @@ def is_this_machine(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def longest_wait(timeout: float, retries: int) -> float:
+    """Seconds that a server of `ppo.rewards` may take in all, until its answer or the error.
+
+    Every attempt takes its timeout and every pause its length. A server that asks to be left alone may do so
+    until the attempts' time is over; that, too, may come before the last ones.
+    """
+    growing = min(retries, GROWING)
+    pauses = FIRST_PAUSE * (2.0**growing - 1) + LONGEST_PAUSE * (retries - growing)
+    return timeout * (2 * retries + 1) + pauses

@@ -8,12 +8,17 @@ from typing import Dict, List, Optional
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
 from common.errors import UserError
 from common.limits import collective_seconds
-from common.stage import Role
-from step3_ppo.addresses import check_reference, check_url
-from step3_ppo.patience import longest_wait
+from common.stage import Role, Stage, Step
+from step3_ppo.addresses import check_reference, check_url, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
 """What every evaluation measures of a response, beside the functions of ppo.evaluation."""
+
+
+STAGE = Stage(
+    name=Step.ppo, consumes=(Role.policy, Role.reward_model), produces=Role.policy, module="step3_ppo"
+)
+"""PPO starts from a policy and a reward model, and produces a policy."""
 
 
 class Estimator(Enum):

@@ -35,9 +35,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.redact import redact_text
-from step3_ppo.addresses import TOKEN, check_url, is_this_machine
+from step3_ppo.addresses import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url, is_this_machine
 from step3_ppo.functions import Columns, Prompts, finite_scores
-from step3_ppo.patience import FIRST_PAUSE, LONGEST_PAUSE
 
 log = logging.getLogger("rlhf.ppo")
 

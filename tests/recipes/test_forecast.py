@@ -11,7 +11,7 @@ from common import forecast
 from common.config import SourceConfig
 from common.errors import UserError
 from step1_sft.config import SFTJob
-from step1_sft.forecast import forecast as forecast_sft
+from step1_sft.dry_run import forecast as forecast_sft
 from tests.runs import Base, training_lines
 
 

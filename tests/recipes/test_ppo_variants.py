@@ -24,7 +24,7 @@ from step3_ppo.config import (
     PPOJob,
     RewardSourceConfig,
 )
-from step3_ppo.forecast import forecast
+from step3_ppo.dry_run import forecast
 from tests.runs import Base
 from tests.step2_dpo.runs import write_rows
 from tests.step3_ppo import reference

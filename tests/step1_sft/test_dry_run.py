@@ -8,7 +8,7 @@ import numpy as np
 from common.config import DataConfig
 from common.data.dataset import build
 from common.data.types import IGNORE, TokenizedExample
-from step1_sft.preview import runs, which
+from step1_sft.dry_run import runs, which
 from tests.tiny import CHATML, tiny_tokenizer
 
 

@@ -1,4 +1,7 @@
-"""DataCounts of the pairs and the schedule, before anything is started (`common/forecast.py`)."""
+"""Before a run, without a model: `forecast` counts pairs and steps for `plan`; `preview` shows pairs.
+
+A preview is a seeded handful as the model sees them, their lengths, and what was dropped or cut.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from common.counts import DataCounts
 from common.forecast import of_pairs
 from common.foresight import foresee_scalar
 from common.handoff import model_to_preview
+from common.pair_preview import preview_pairs
 from common.stage import Step
 from step2_reward.config import RewardJob
 
@@ -20,3 +24,8 @@ def forecast(resolved: Path) -> DataCounts:
     counts = of_pairs(job, Step.reward, job.reward.data, job.reward.train, model)
     foresee_scalar(model)
     return counts
+
+
+def preview(job: RewardJob, folder: Path) -> None:
+    """See `common.pair_preview.preview_pairs`."""
+    preview_pairs(job, Step.reward, job.reward.data, job.reward.policy)

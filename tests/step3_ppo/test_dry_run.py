@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from step3_ppo import preview as module
+from step3_ppo import dry_run as module
 from step3_ppo.config import PPOJob
-from step3_ppo.preview import preview
+from step3_ppo.dry_run import preview
 from tests.tiny import CHATML, tiny_tokenizer
 
 

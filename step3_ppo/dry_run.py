@@ -1,29 +1,53 @@
-"""Prompts as the model sees them: a seeded handful with the row's other columns, how long they are, and what
-was dropped or cut."""
+"""Before a run, without a model: `forecast` counts prompts and steps for `plan`; `preview` shows prompts.
+
+A preview is a seeded handful as the model sees them, their lengths, and what was dropped or cut.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.config import load_resolved
+from common.counts import DataCounts
 from common.data import control
 from common.data.types import TokenizedPrompt
-from common.handoff import model_to_preview
+from common.forecast import of_prompts, to_read
+from common.foresight import foresee_policy, foresee_scalar
+from common.handoff import model_of, model_to_preview
 from common.models import load_tokenizer
 from common.progress import show_preview
-from common.stage import Step
+from common.stage import Role, Step
 from common.step_data import build_data
 from step3_ppo.config import PPOJob
-from step3_ppo.data import kind_of
+from step3_ppo.data import PromptOrder, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPTS_SHOWN = 5
 LONGEST_VALUE = 200  # characters of another column
+log = logging.getLogger("rlhf.ppo")
+
+
+def forecast(resolved: Path) -> DataCounts:
+    """Of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
+    job = load_resolved(resolved, PPOJob)
+    ppo = job.ppo
+    reading = to_read(job, ppo.data)
+    model = model_to_preview(job.model, ppo.policy, "ppo.policy")
+    tokenizer = load_tokenizer(model)
+    built = build_data(job, Step.ppo, reading.data, kind_of(job), tokenizer, log.info)
+    order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, reading.weights(built.weights))
+    iterations = ppo.iterations_over(round(order.prompts_per_epoch * reading.scale))
+    foresee_policy(model, samples=True)
+    if ppo.has_critic or ppo.needs(Role.reward_model):
+        foresee_scalar(model if ppo.reward_model is None else model_of(job.model, Path(ppo.reward_model)))
+    return of_prompts(built, tokenizer, reading, ppo.train, order.prompts_per_epoch, iterations)
 
 
 def preview(job: PPOJob, folder: Path) -> None:

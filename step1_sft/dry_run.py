@@ -1,16 +1,25 @@
-"""Rows as the model sees them: a seeded handful, how long they are, and what was dropped or cut."""
+"""Before a run, without a model: `forecast` counts rows and steps for `plan`; `preview` shows rows.
+
+A preview is a seeded handful as the model sees them, their lengths, and what was dropped or cut.
+"""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.config import load_resolved
+from common.counts import DataCounts
 from common.data import control
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
+from common.forecast import of_documents, to_read
+from common.foresight import foresee_policy
 from common.progress import show_preview
 from common.stage import Step
 from common.step_data import build_data
@@ -21,6 +30,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ROWS_SHOWN = 5
+log = logging.getLogger("rlhf.sft")
+
+
+def forecast(resolved: Path) -> DataCounts:
+    """Of the job in `resolved`; a tokenizer that is trained for it is left in `sft/` beside that file."""
+    job = load_resolved(resolved, SFTJob)
+    reading = to_read(job, job.sft.data)
+    counted = replace(job, sft=replace(job.sft, data=reading.data))
+    tokenizer = load_sft_tokenizer(counted, resolved.parent / "sft", local_rank=0, say=log.info)
+    built = build_data(counted, Step.sft, reading.data, DEMONSTRATIONS, tokenizer, log.info)
+    foresee_policy(job.model, samples=job.sft.sampling.num_prompts > 0)
+    return of_documents(job, reading, job.sft.train, built, tokenizer)
 
 
 def preview(job: SFTJob, folder: Path) -> None:
