@@ -223,8 +223,7 @@ def run_side(run: Run) -> None:
     """Train, and write `record.json`."""
     import torch
 
-    from common.performance import training_flops_per_token
-    from common.progress import peak_flops
+    from common.performance import peak_flops, training_flops_per_token
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     train = train_ours if run.side == "ours" else train_trl

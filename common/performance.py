@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.distributed import World
-from common.progress import peak_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Teraflops of dense matrix products with fp32 accumulation, (bf16 and fp16, fp32), from NVIDIA's data sheets.
+# fp32 is without TF32, which torch leaves off. None: not published, or not supported.
+_PEAK_TERAFLOPS: dict[str, tuple[float | None, float | None]] = {
+    "GB200": (2500.0, 80.0),
+    "B200": (2250.0, 75.0),
+    "H200 NVL": (835.0, 60.0),
+    "H200": (989.4, 67.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100 NVL": (835.0, 60.0),
+    "H100": (989.4, 67.0),
+    "H800": (989.4, 67.0),
+    "H20": (148.0, 44.0),
+    "A100": (312.0, 19.5),
+    "A800": (312.0, 19.5),
+    "A40": (149.7, 37.4),
+    "A30": (165.0, 10.3),
+    "L40S": (362.0, 91.6),
+    "L40": (181.0, 90.5),
+    "L4": (121.0, 30.3),
+    "RTX A6000": (154.8, 38.7),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+}
 
 
 def training_flops_per_token(model: PreTrainedModel) -> float:
@@ -48,6 +73,19 @@ def performance(
         if peak is not None:
             metrics["perf/mfu"] = flops_per_token * tokens / seconds / (peak * world.size)
     return metrics
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Peak floating-point operations per second of one device, or None when it is not known.
+
+    device_name: as the driver gives it (`NVIDIA H100 80GB HBM3`). dtype: bf16, fp16 or fp32.
+    """
+    for name in sorted(_PEAK_TERAFLOPS, key=len, reverse=True):
+        if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE):
+            half, single = _PEAK_TERAFLOPS[name]
+            teraflops = {"bf16": half, "fp16": half, "fp32": single}.get(dtype)
+            return None if teraflops is None else teraflops * 1e12
+    return None
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

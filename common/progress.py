@@ -1,4 +1,4 @@
-"""What a person watching sees: a progress bar on a terminal, plain lines elsewhere, and the data preview.
+"""What a person watching sees: a progress bar on a terminal, plain lines elsewhere.
 
 Takes numbers and text that others computed, prints them, returns nothing. It measures nothing itself except
 the time that passes, and decides no cadence but its own. This is the only module that imports rich.
@@ -7,7 +7,6 @@ the time that passes, and decides no cadence but its own. This is the only modul
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 10.0
 PLAIN_SHARE = 0.1
 WARNING = "warning: "
-_BAR_WIDTH = 40
-# control characters but tab and line feed, marks that change the direction of writing, lone surrogates
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @cache
@@ -158,121 +154,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-# --- how fast the device could be ------------------------------------------------------------------
-
-# Teraflops of dense matrix products with fp32 accumulation, (bf16 and fp16, fp32), from NVIDIA's data sheets.
-# fp32 is without TF32, which torch leaves off. None: not published, or not supported.
-_PEAK_TERAFLOPS: dict[str, tuple[float | None, float | None]] = {
-    "GB200": (2500.0, 80.0),
-    "B200": (2250.0, 75.0),
-    "H200 NVL": (835.0, 60.0),
-    "H200": (989.4, 67.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100 NVL": (835.0, 60.0),
-    "H100": (989.4, 67.0),
-    "H800": (989.4, 67.0),
-    "H20": (148.0, 44.0),
-    "A100": (312.0, 19.5),
-    "A800": (312.0, 19.5),
-    "A40": (149.7, 37.4),
-    "A30": (165.0, 10.3),
-    "L40S": (362.0, 91.6),
-    "L40": (181.0, 90.5),
-    "L4": (121.0, 30.3),
-    "RTX A6000": (154.8, 38.7),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71.0, 35.6),
-}
-
-
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Peak floating-point operations per second of one device, or None when it is not known.
-
-    device_name: as the driver gives it (`NVIDIA H100 80GB HBM3`). dtype: bf16, fp16 or fp32.
-    """
-    for name in sorted(_PEAK_TERAFLOPS, key=len, reverse=True):
-        if re.search(rf"\b{re.escape(name)}\b", device_name, re.IGNORECASE):
-            half, single = _PEAK_TERAFLOPS[name]
-            teraflops = {"bf16": half, "fp16": half, "fp32": single}.get(dtype)
-            return None if teraflops is None else teraflops * 1e12
-    return None
-
-
-# --- preview ---------------------------------------------------------------------------------------
-
-
-def show_preview(
-    rows: Sequence[Sequence[tuple[str, bool]]],
-    lengths: Sequence[int],
-    ledger_lines: Sequence[str],
-    trained_share: float | None,
-    max_length: int,
-) -> None:
-    """Print rows as the model sees them, then lengths, the trained share and what became of the data.
-
-    rows: each a sequence of runs, (decoded text, whether it is trained); a run is decoded as a whole, so that
-    characters split over several tokens stay whole. lengths: tokens of every document. trained_share: None
-    for rows of which nothing is trained.
-    Trained text is coloured on a terminal and stands in brackets elsewhere.
-    """
-    out = console()
-    in_colour = out.is_terminal and out.color_system is not None and not out.no_color
-    brackets = ("", "") if in_colour else _brackets(out.encoding)
-    key = "(trained text is coloured)" if in_colour else f"(trained: {brackets[0]}…{brackets[1]})"
-    for number, runs in enumerate(rows, start=1):
-        out.print(f"--- row {number}", "" if trained_share is None else f" {key}", sep="", markup=False)
-        out.print(_marked(runs, brackets))
-    share = [] if trained_share is None else [f"trained share: {trained_share:.1%} of the tokens"]
-    for line in ["", *histogram_lines(lengths, max_length), *share, *ledger_lines]:
-        out.print(line, markup=False)
-
-
-def _marked(runs: Sequence[tuple[str, bool]], brackets: tuple[str, str]) -> Any:
+def styled(parts: Sequence[tuple[str, str]]) -> Any:
+    """Text for `console().print`, from (text, style) pairs."""
     from rich.text import Text
 
-    marked = Text()
-    for text, is_trained in runs:
-        shown = visible(text)
-        marked.append(
-            f"{brackets[0]}{shown}{brackets[1]}" if is_trained else shown,
-            "bold green" if is_trained else "dim",
-        )
-    return marked
-
-
-def visible(text: str) -> str:
-    """Text with control characters spelled out, so that data cannot steer the terminal; line ends stay."""
-    return _STEERING.sub(lambda found: repr(found.group())[1:-1], text)
-
-
-def histogram_lines(lengths: Sequence[int], max_length: int, buckets: int = 10) -> list[str]:
-    """Document lengths as lines of text: a summary, then one bar per bucket of equal width."""
-    if not lengths:
-        return ["no documents"]
-    ordered = sorted(lengths)
-    count, longest = len(ordered), ordered[-1]
-    over = sum(1 for length in ordered if length > max_length)
-    summary = (
-        f"{count:,} documents, {sum(ordered):,} tokens; median {ordered[count // 2]:,}, longest {longest:,}"
-    )
-    summary += f"; max_length {max_length:,}" + (f" ({over:,} longer)" if over else "")
-    width = max(1, -(-(longest + 1) // buckets))
-    counts = [0] * (longest // width + 1)
-    for length in ordered:
-        counts[length // width] += 1
-    digits = len(f"{longest:,}")
-    lines = []
-    for index, number in enumerate(counts):
-        bar = "#" * max(round(_BAR_WIDTH * number / max(counts)), 1 if number else 0)
-        low, high = index * width, min((index + 1) * width - 1, longest)
-        lines.append(f"  {low:>{digits},}-{high:<{digits},} {bar:<{_BAR_WIDTH}} {number:,}")
-    return [summary, *lines]
-
-
-def _brackets(encoding: str) -> tuple[str, str]:
-    """Marks around trained text that the output can show."""
-    try:
-        "⟦⟧".encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return "[[", "]]"
-    return "⟦", "⟧"
+    text = Text()
+    for part, style in parts:
+        text.append(part, style)
+    return text

@@ -7,29 +7,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from common.config import load_resolved
 from common.counts import DataCounts
-from common.data import control
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
-from common.data.types import IGNORE, TokenizedExample
 from common.forecast import of_documents, to_read
 from common.foresight import foresee_policy
-from common.progress import show_preview
+from common.preview import a_few, document_runs, show_preview
 from common.stage import Step
 from common.step_data import build_data
 from step1_sft.config import SFTJob
 from step1_sft.data import load_sft_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-ROWS_SHOWN = 5
 log = logging.getLogger("rlhf.sft")
 
 
@@ -49,15 +39,14 @@ def preview(job: SFTJob, folder: Path) -> None:
     tokenizer = load_sft_tokenizer(job, folder, local_rank=0, say=print)
     data = build_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, print)
     train = data.train
-    chosen = np.random.default_rng(job.seed).permutation(len(train))[:ROWS_SHOWN]
     show_preview(
         [
             [
                 (train.head(index), False),
                 *which(train, index),
-                *runs(train[index], tokenizer, marked=bool(train.control[index])),
+                *document_runs(train[index], tokenizer, marked=bool(train.control[index])),
             ]
-            for index in np.sort(chosen).tolist()
+            for index in a_few(len(train), job.seed)
         ],
         train.lengths.tolist(),
         data.ledger.lines(),
@@ -72,19 +61,3 @@ def which(rows: TokenizedDataset, index: int) -> list[tuple[str, bool]]:
     if count == 1:
         return []
     return [(f"document {number} of {count} of {rows.place(index)}, behind a prompt of its own:\n", False)]
-
-
-def runs(
-    example: TokenizedExample, tokenizer: PreTrainedTokenizerFast, *, marked: bool = False
-) -> list[tuple[str, bool]]:
-    """The document as decoded stretches of equally treated tokens: (text, whether it is trained).
-
-    marked: with control tokens between stars.
-    """
-    # labels are shifted: the token at t + 1 is trained where position t has a label
-    is_trained = [False, *(example.labels[:-1] != IGNORE).tolist()]
-    stretches = groupby(zip(example.input_ids.tolist(), is_trained, strict=True), key=lambda pair: pair[1])
-    return [
-        (control.spelled([token for token, _ in tokens], tokenizer, marked=marked), trained)
-        for trained, tokens in stretches
-    ]

@@ -12,7 +12,7 @@ from common.counts import DataCounts
 from common.forecast import of_pairs
 from common.foresight import foresee_policy
 from common.handoff import model_to_preview
-from common.pair_preview import preview_pairs
+from common.preview import preview_pairs
 from common.stage import Step
 from step2_dpo.config import DPOJob
 
@@ -27,5 +27,5 @@ def forecast(resolved: Path) -> DataCounts:
 
 
 def preview(job: DPOJob, folder: Path) -> None:
-    """See `common.pair_preview.preview_pairs`."""
+    """See `common.preview.preview_pairs`."""
     preview_pairs(job, Step.dpo, job.dpo.data, job.dpo.policy)

@@ -12,7 +12,7 @@ from common.counts import DataCounts
 from common.forecast import of_pairs
 from common.foresight import foresee_scalar
 from common.handoff import model_to_preview
-from common.pair_preview import preview_pairs
+from common.preview import preview_pairs
 from common.stage import Step
 from step2_reward.config import RewardJob
 
@@ -27,5 +27,5 @@ def forecast(resolved: Path) -> DataCounts:
 
 
 def preview(job: RewardJob, folder: Path) -> None:
-    """See `common.pair_preview.preview_pairs`."""
+    """See `common.preview.preview_pairs`."""
     preview_pairs(job, Step.reward, job.reward.data, job.reward.policy)

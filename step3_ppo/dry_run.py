@@ -10,8 +10,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common.config import load_resolved
 from common.counts import DataCounts
 from common.data import control
@@ -20,7 +18,7 @@ from common.forecast import of_prompts, to_read
 from common.foresight import foresee_policy, foresee_scalar
 from common.handoff import model_of, model_to_preview
 from common.models import load_tokenizer
-from common.progress import show_preview
+from common.preview import a_few, show_preview
 from common.stage import Role, Step
 from common.step_data import build_data
 from step3_ppo.config import PPOJob
@@ -29,7 +27,6 @@ from step3_ppo.data import PromptOrder, kind_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROMPTS_SHOWN = 5
 LONGEST_VALUE = 200  # characters of another column
 log = logging.getLogger("rlhf.ppo")
 
@@ -58,14 +55,13 @@ def preview(job: PPOJob, folder: Path) -> None:
     tokenizer = load_tokenizer(model_to_preview(job.model, job.ppo.policy, "ppo.policy"))
     built = build_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, print)
     prompts = built.train
-    shown = np.sort(np.random.default_rng(job.seed).permutation(len(prompts))[:PROMPTS_SHOWN])
     show_preview(
         [
             [
                 (prompts.head(index), False),
                 *prompt_runs(prompts[index], tokenizer, marked=bool(prompts.control[index])),
             ]
-            for index in shown.tolist()
+            for index in a_few(len(prompts), job.seed)
         ],
         prompts.lengths.tolist(),
         built.ledger.lines(),

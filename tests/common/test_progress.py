@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from common import progress
-from common.progress import Progress, duration, histogram_lines, peak_flops, show_preview, visible
+from common import preview, progress
+from common.performance import peak_flops
+from common.preview import histogram_lines, show_preview, visible
+from common.progress import Progress, duration
 
 
 class Clock:
@@ -167,8 +169,8 @@ def test_on_a_terminal_trained_text_is_coloured_without_brackets(terminal: io.St
 
 
 def test_an_output_without_those_brackets_gets_plain_ones() -> None:
-    assert progress._brackets("ascii") == ("[[", "]]")
-    assert progress._brackets("utf-8") == ("⟦", "⟧")
+    assert preview._brackets("ascii") == ("[[", "]]")
+    assert preview._brackets("utf-8") == ("⟦", "⟧")
 
 
 def test_data_cannot_steer_the_terminal() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from common.config import DataConfig
 from common.data.dataset import build
 from common.data.types import IGNORE, TokenizedExample
-from step1_sft.dry_run import runs, which
+from common.preview import document_runs
+from step1_sft.dry_run import which
 from tests.tiny import CHATML, tiny_tokenizer
 
 
@@ -19,7 +20,7 @@ def test_a_document_is_shown_as_stretches_of_trained_and_other_tokens() -> None:
     # labels say what comes next: " hello" and "ok" are trained
     labels = [IGNORE, ids[2], IGNORE, ids[4], IGNORE]
     example = TokenizedExample(np.array(ids, np.int32), np.array(labels, np.int32), "only")
-    assert runs(example, tokenizer) == [("ab", False), (" hello", True), (" ", False), ("ok", True)]
+    assert document_runs(example, tokenizer) == [("ab", False), (" hello", True), (" ", False), ("ok", True)]
 
 
 def test_a_real_control_token_is_told_from_text_that_reads_the_same() -> None:
@@ -28,8 +29,8 @@ def test_a_real_control_token_is_told_from_text_that_reads_the_same() -> None:
     letters = tokenizer.convert_tokens_to_ids(["<", "/", "s", ">"])
     ids = np.array([*letters, real, real], np.int32)
     example = TokenizedExample(ids, np.array([*[IGNORE] * 3, real, real, IGNORE], np.int32), "only")
-    assert runs(example, tokenizer, marked=True) == [("</s>", False), ("*</s>**</s>*", True)]
-    assert runs(example, tokenizer) == [("</s>", False), ("</s></s>", True)]
+    assert document_runs(example, tokenizer, marked=True) == [("</s>", False), ("*</s>**</s>*", True)]
+    assert document_runs(example, tokenizer) == [("</s>", False), ("</s></s>", True)]
 
 
 def test_a_document_of_a_split_row_says_which_it_is(tmp_path: Path) -> None:

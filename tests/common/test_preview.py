@@ -4,7 +4,7 @@ import numpy as np
 
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
-from common.pair_preview import pair_runs
+from common.preview import pair_runs
 from tests.tiny import tiny_tokenizer
 
 
