@@ -1,6 +1,6 @@
 """The preview: rows as the model sees them, their lengths, and what was dropped or cut.
 
-Takes decoded rows, or the settings of a step with pairs; prints to the terminal. Loads no model, makes no batch.
+Takes decoded rows, or the settings of a step with pairs; prints to the terminal. Loads no model.
 """
 
 from __future__ import annotations
