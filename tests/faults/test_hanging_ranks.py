@@ -79,7 +79,7 @@ def test_a_rank_that_keeps_the_interpreters_lock_still_leaves_its_stacks(base: B
     run_dir, printed = hang(base, "frozen", "point=update,rank=1,step=2,do=freeze", 1, leaves=False)
     assert f"error: rank 1 on {HOST} has not answered for " in printed
     log = (run_dir / "sft/logs/rank_1.log").read_text()
-    assert "Timeout (" in log and "faults.py" in log
+    assert "Timeout (" in log and "phases.py" in log
 
 
 @pytest.mark.parametrize(
