@@ -98,7 +98,7 @@ class Resumed:
     path: Path
     counters: dict[str, Any]
     set_aside: tuple[str, ...]  # newer checkpoints that could not be verified, and why
-    reshard: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
+    resharded: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
 
 
 class Checkpoints:

@@ -94,8 +94,8 @@ def restore(
         say(f"set aside, not verified: {line}")
     where = "" if place is None else f", {place(resumed.counters)}"
     say(f"resuming from {resumed.path}{where}")
-    if resumed.reshard is not None:
-        say(f"its state was resharded: {resumed.reshard}")
+    if resumed.resharded is not None:
+        say(f"its state was resharded: {resumed.resharded}")
     return resumed.counters
 
 

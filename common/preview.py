@@ -6,7 +6,7 @@ Takes decoded rows, or the settings of a step with pairs; prints to the terminal
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from common.step_data import build_data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from common.data.dataset import Ledger, PairDataset
+    from common.data.dataset import Ledger, PairDataset, PromptDataset, TokenizedDataset
 
 ROWS_SHOWN = 5
 _BAR_WIDTH = 40
@@ -61,9 +61,15 @@ def show_preview(
         out.print(line, markup=False)
 
 
-def a_few(rows: int, seed: int) -> list[int]:
-    """A seeded handful of so many rows, in their order."""
-    return sorted(np.random.default_rng(seed).permutation(rows)[:ROWS_SHOWN].tolist())
+def a_few(
+    dataset: TokenizedDataset | PairDataset | PromptDataset,
+    seed: int,
+    runs_of: Callable[[int, bool], list[Run]],
+) -> list[list[Run]]:
+    """A seeded handful of rows in their order, each behind its head. runs_of: gets the index, and whether the
+    row holds control tokens, which are then marked."""
+    shown = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:ROWS_SHOWN]).tolist()
+    return [[(dataset.head(index), False), *runs_of(index, bool(dataset.control[index]))] for index in shown]
 
 
 def document_runs(
@@ -102,16 +108,9 @@ def show_pairs(
     pairs: PairDataset, ledger: Ledger, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int
 ) -> None:
     """Print a few pairs, the histogram of the lengths of their sides, and what became of the rows."""
-    shown = a_few(len(pairs), seed)
     lengths = np.concatenate([pairs.chosen_lengths, pairs.lengths - pairs.chosen_lengths])
     show_preview(
-        [
-            [
-                (pairs.head(index), False),
-                *pair_runs(pairs[index], tokenizer, marked=bool(pairs.control[index])),
-            ]
-            for index in shown
-        ],
+        a_few(pairs, seed, lambda index, marked: pair_runs(pairs[index], tokenizer, marked=marked)),
         lengths.tolist(),
         ledger.lines(),
         float(pairs.trained.sum() / lengths.sum()),

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import sys
 import textwrap
 import typing
@@ -39,8 +40,9 @@ class Key:
 
 def explain(name: str) -> str:
     """What a key, or each key of a group, means. UserError for a key that does not exist."""
-    wanted = name.replace("[0]", "[]")
-    keys = [key for key in keys_of(PipelineConfig) if key.name == wanted or _is_below(key.name, wanted)]
+    wanted = re.sub(r"\[\d*\]", "", name)
+    names = {key: key.name.replace("[]", "") for key in keys_of(PipelineConfig)}
+    keys = [key for key, plain in names.items() if plain == wanted or plain.startswith(f"{wanted}.")]
     if not keys:
         near = schema.nearest(name)
         raise UserError(
@@ -48,7 +50,7 @@ def explain(name: str) -> str:
         )
     whole, *below = keys
     lines = [f"{whole.name}: {whole.line}", f"  {whole.type_name}; default: {whole.default}"]
-    shown = [key for key in below if "." not in key.name.removeprefix(wanted).lstrip(".[]")]
+    shown = [key for key in below if names[key].count(".") == wanted.count(".") + 1]
     width = max((len(key.name) for key in shown), default=0)
     lines += [f"  {key.name:<{width}}  {key.line} ({key.type_name}; {key.default})" for key in shown]
     return "\n".join(lines)
@@ -164,10 +166,6 @@ def _type_name(declared: Any) -> str:
 
 
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "anything"}
-
-
-def _is_below(name: str, group: str) -> bool:
-    return name.startswith((f"{group}.", f"{group}[]."))
 
 
 def _table_row(cells: list[str]) -> str:

@@ -40,14 +40,14 @@ def preview(job: SFTJob, folder: Path) -> None:
     data = build_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, print)
     train = data.train
     show_preview(
-        [
-            [
-                (train.head(index), False),
+        a_few(
+            train,
+            job.seed,
+            lambda index, marked: [
                 *which(train, index),
-                *document_runs(train[index], tokenizer, marked=bool(train.control[index])),
-            ]
-            for index in a_few(len(train), job.seed)
-        ],
+                *document_runs(train[index], tokenizer, marked=marked),
+            ],
+        ),
         train.lengths.tolist(),
         data.ledger.lines(),
         float(train.trained.sum() / train.lengths.sum()),

@@ -56,13 +56,7 @@ def preview(job: PPOJob, folder: Path) -> None:
     built = build_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, print)
     prompts = built.train
     show_preview(
-        [
-            [
-                (prompts.head(index), False),
-                *prompt_runs(prompts[index], tokenizer, marked=bool(prompts.control[index])),
-            ]
-            for index in a_few(len(prompts), job.seed)
-        ],
+        a_few(prompts, job.seed, lambda index, marked: prompt_runs(prompts[index], tokenizer, marked=marked)),
         prompts.lengths.tolist(),
         built.ledger.lines(),
         None,

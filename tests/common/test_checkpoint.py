@@ -190,12 +190,12 @@ def test_a_resharded_state_is_said_once(two: Checkpoints) -> None:
     kept = content(two.folder)
     engine: Any = Divided(-1.0)
     resumed = checkpoints_in(two.folder, size=3).resume(engine)
-    assert resumed is not None and resumed.reshard == "2 ranks -> 3 ranks"
+    assert resumed is not None and resumed.resharded == "2 ranks -> 3 ranks"
     assert engine.value == 20.0 and content(two.folder) == kept
-    assert resumed_value(two)[1].reshard is None
+    assert resumed_value(two)[1].resharded is None
     save_states(two, 30)
     both = States(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
-    assert two.resume(both).reshard == "2 ranks -> 3 ranks"
+    assert two.resume(both).resharded == "2 ranks -> 3 ranks"
 
 
 def save_states(checkpoints: Checkpoints, step: int) -> None:

@@ -32,7 +32,8 @@ def test_a_key_is_explained_with_type_default_and_line() -> None:
     estimator = explain("ppo.estimator").splitlines()[1]
     assert estimator == "  one of gae, grpo, rloo, reinforce_pp; default: gae"
     assert "default: [{model: true}]" in explain("ppo.rewards")
-    assert explain("sft.data.sources[0].path") == explain("sft.data.sources[].path")
+    path = explain("sft.data.sources.path")
+    assert path == explain("sft.data.sources[].path") == explain("sft.data.sources[1].path")
 
 
 def test_a_group_lists_its_own_keys_and_not_those_below_them() -> None:
