@@ -3,8 +3,8 @@
     python -m benchmarks.architectures [FAMILY ...]
 
 Of each family in transformers' mapping a model of some thousand random weights is made in fp32, loaded as a
-step loads it (`common.models`), and asked three documents of one packed row: logits and gradient have to be
-those of plain transformers, one document after the other. What comes of it is one of: packed; one by one
+step loads it (`common.model.models`), and asked three documents of one packed row: logits and gradient have
+to be those of plain transformers, document after document. What comes of it is one of: packed; one by one
 (exact, slower); refused, with the reason, also where plain transformers cannot make it (for lack of a
 package); not made, where no tiny config was found. Writes
 results/architectures.md. Nothing is downloaded.
@@ -30,9 +30,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from common import attention
 from common.config import Dtype, ModelConfig
 from common.errors import UserError
+from common.model import attention
 
 RESULTS = Path(__file__).parent / "results" / "architectures.md"
 
@@ -229,7 +229,7 @@ def refuse_by_name(family: str) -> None:
     """UserError where the family's own config, at its full size, says that it is no decoder of text."""
     from transformers import CONFIG_MAPPING
 
-    from common.models import CAUSAL_LM, attention_for
+    from common.model.models import CAUSAL_LM, attention_for
 
     try:
         config = CONFIG_MAPPING[family]()
@@ -240,7 +240,7 @@ def refuse_by_name(family: str) -> None:
 
 def _refused_anyway(family: str) -> str | None:
     """What a user is told who names the family and nothing else; None where nothing speaks against it."""
-    from common.models import CAUSAL_LM, build_config, make_network
+    from common.model.models import CAUSAL_LM, build_config, make_network
 
     try:
         with torch.device("meta"):
@@ -294,8 +294,8 @@ def _plain(config: Any) -> Any:
 
 def load_as_a_step_does(config: Any, plain: Any) -> Any:
     """The network around the same weights, its documents settled by `check_packed`. UserError: refused."""
-    from common.losses import check_packed
-    from common.models import CAUSAL_LM, disable_dropout, make_network
+    from common.model.losses import check_packed
+    from common.model.models import CAUSAL_LM, disable_dropout, make_network
 
     attention.register()
     network = make_network(copy.deepcopy(config), ModelConfig(dtype=Dtype.fp32), CAUSAL_LM)
@@ -307,8 +307,8 @@ def load_as_a_step_does(config: Any, plain: Any) -> Any:
 
 
 def _compare(family: str, name: str, config: Any, plain: Any) -> Outcome:
-    from common.losses import PackedCausalLM
-    from common.one_by_one import reason_of
+    from common.model.losses import PackedCausalLM
+    from common.model.one_by_one import reason_of
 
     network = load_as_a_step_does(config, plain)
     packed = PackedCausalLM(network).eval()
@@ -347,7 +347,7 @@ def _boundaries() -> torch.Tensor:
 
 def _gradient_difference(packed: Any, plain: Any, documents: list[torch.Tensor]) -> float:
     """Norm of the difference of the summed loss's gradients over the norm of the plain one."""
-    from common.losses import positions_within
+    from common.model.losses import positions_within
 
     ids, bounds = torch.cat(documents), _boundaries()
     trained = torch.cat([torch.arange(a, b - 1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Tick, run_measured, table, write_results
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 
 STEPS = ("sft", "reward", "ppo")
 FRESH_SEEDS = (10, 11, 12)

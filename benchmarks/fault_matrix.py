@@ -134,7 +134,7 @@ class Run:
 
     def tell(self) -> None:
         """SIGTERM to one rank or to all, once or twice, at a random moment after the start."""
-        from common.distributed import STOPPED_EXIT_CODE
+        from common.runtime.distributed import STOPPED_EXIT_CODE
 
         attempt = Attempt(self.config, self.point)
         before = last_step(self.folder)

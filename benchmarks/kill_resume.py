@@ -100,7 +100,7 @@ def make_policy(folder: Path, rows: Path) -> None:
     """A policy of random weights, its tokenizer trained on the rows."""
     from benchmarks.pairs_workload import export_as_policy
     from common.config import Dtype, ModelConfig, TokenizerConfig
-    from common.models import load_tokenizer
+    from common.model.models import load_tokenizer
 
     texts = [text for line in rows.read_text().splitlines() for text in json.loads(line).values()]
     own = TokenizerConfig(train_vocab_size=VOCABULARY)
@@ -112,7 +112,7 @@ def make_reward_model(folder: Path, policy: Path) -> None:
     """A reward model of random weights that reads text as the policy does."""
     from benchmarks.ppo_workload import export_as_reward_model
     from common.config import Dtype, ModelConfig
-    from common.models import load_tokenizer
+    from common.model.models import load_tokenizer
 
     model = ModelConfig(path=str(policy), dtype=Dtype.fp32)
     export_as_reward_model(model, load_tokenizer(model), folder, CONTEXT)
@@ -274,7 +274,7 @@ def await_moment(attempt: Attempt, folder: Path, generator: random.Random, windo
 
 def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kills, windows: Windows) -> None:
     """Kill the attempt at a moment drawn from `generator`, or stop it in an update, unless it ends before."""
-    from common.distributed import STOPPED_EXIT_CODE
+    from common.runtime.distributed import STOPPED_EXIT_CODE
 
     kind = await_moment(attempt, folder, generator, windows)
     if not attempt.is_running():

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import PROJECT, machine, run_measured, write_results
+from common.runtime.tracking import read_metrics
 from common.stage import Step
-from common.tracking import read_metrics
 from pipeline.compose import compose, prepare
 from pipeline.config import PipelineConfig
 from pipeline.planning import memory
@@ -49,7 +49,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 BASELINE = """
 import step1_sft.train, deepspeed, deepspeed.ops, datasets, pyarrow.compute
 import transformers.models.llama.modeling_llama, transformers.generation.utils
-from common.distributed import init_world
+from common.runtime.distributed import init_world
 init_world()
 lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(lines["VmHWM"].split()[0]) * 1024)

@@ -97,7 +97,7 @@ def save_base(
     from omegaconf import OmegaConf
 
     from common.config import Dtype, ModelConfig, TokenizerConfig
-    from common.models import load_model, load_tokenizer, terminators_of
+    from common.model.models import load_model, load_tokenizer, terminators_of
 
     fields = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "model" / "llama_4m.yaml"))
     assert isinstance(fields, dict)
@@ -136,7 +136,7 @@ def some_outputs(network: PreTrainedModel, terminators: Sequence[int]) -> tuple[
     """Hidden states [N, h] and logits [N, V] after random tokens without terminators."""
     import torch
 
-    from common.attention import plain_attention
+    from common.model.attention import plain_attention
 
     generator = torch.Generator().manual_seed(0)
     size = network.config.vocab_size
@@ -169,7 +169,7 @@ def entry_for(probability: float, reads: torch.Tensor, logits: torch.Tensor, tok
 def export_artifacts(base: Path, made: PPOWorkload, max_length: int) -> None:
     """The policy, and a reward model of the same backbone with a random head."""
     from common.config import Dtype, ModelConfig
-    from common.models import load_tokenizer
+    from common.model.models import load_tokenizer
 
     config = ModelConfig(path=str(base), dtype=Dtype.fp32)
     tokenizer = load_tokenizer(config)
@@ -183,8 +183,8 @@ def export_as_reward_model(
     """The model as a reward model artifact: a random head, and a calibration on random documents."""
     import torch
 
-    from common.export import export_reward_model
-    from common.scalar_head import PackedScalarModel, load_scalar_model
+    from common.model.scalar_head import PackedScalarModel, load_scalar_model
+    from common.training.export import export_reward_model
 
     live = load_scalar_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.measure import PROJECT, RESULTS, run_measured, table, write_results
 from benchmarks.pairs_workload import DATA
 from benchmarks.workload import GSM8K
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 
 STEPS = ("sft", "reward", "dpo", "ppo")
 MODEL = PROJECT / "models" / "smollm2"

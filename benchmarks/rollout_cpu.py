@@ -9,7 +9,7 @@ length, which takes knowing the lengths before. Lengths: `uniform`, all the same
 to the longest that is allowed, most of them short; `one_prompt`, long-tailed, with 8 samples of each prompt.
 
 CPU-seconds of this process, sides in turn, medians over the repeats. The responses themselves are not
-compared here; tests/common/test_decoder.py does.
+compared here; tests/common/decoding/test_decoder.py does.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def make_model(dtype: str) -> tuple[Any, int]:
     import yaml
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from common import attention
+    from common.model import attention
 
     path = Path(__file__).resolve().parent.parent / "conf" / "model" / "llama_4m.yaml"
     settings = yaml.safe_load(path.read_text())
@@ -154,7 +154,7 @@ def timed(side: Callable[[], dict[str, float]], tokens: int) -> dict[str, float]
 
 def decoded(model: Any, load: Load, slots: int) -> dict[str, float]:
     """With our decoder, its check of the model included."""
-    from common.decoder import Decoder, Request, SamplingRule
+    from common.decoding.decoder import Decoder, Request, SamplingRule
 
     requests = [
         Request(prompt, (SEED, number), length)
@@ -171,7 +171,7 @@ def generated(model: Any, load: Load, slots: int) -> dict[str, float]:
     """With transformers' `generate`, a batch after the other."""
     import torch
 
-    from common.attention import plain_attention
+    from common.model.attention import plain_attention
 
     steps = 0
     with torch.no_grad(), plain_attention(model):

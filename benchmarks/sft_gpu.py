@@ -223,7 +223,7 @@ def run_side(run: Run) -> None:
     """Train, and write `record.json`."""
     import torch
 
-    from common.performance import peak_flops, training_flops_per_token
+    from common.runtime.performance import peak_flops, training_flops_per_token
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     train = train_ours if run.side == "ours" else train_trl
@@ -265,14 +265,16 @@ def _now(device: torch.device) -> float:
 
 def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[float]]:
     """(model, loss of each step, when each step ended), with the pipeline's own classes."""
-    from common import attention
     from common.config import DeepSpeedConfig, Dtype, OptimConfig
-    from common.distributed import close_world, init_world
-    from common.ds_config import build_ds_config
-    from common.engine import Engine
-    from common.losses import PackedCausalLM, check_packed
-    from common.models import _enable_checkpointing  # what load_model does, whose weights come from the CPU
-    from common.optim import build_optimizer
+    from common.model import attention
+    from common.model.losses import PackedCausalLM, check_packed
+    from common.model.models import (
+        _enable_checkpointing,  # what load_model does, whose weights come from the CPU
+    )
+    from common.runtime.distributed import close_world, init_world
+    from common.training.ds_config import build_ds_config
+    from common.training.engine import Engine
+    from common.training.optim import build_optimizer
     from step1_sft.data import count_tokens
     from step1_sft.loss import TokenSums, score
 

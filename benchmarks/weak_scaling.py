@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.measure import PROJECT, table, threads_environment, write_results
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 
 WANTED = 0.85
 SKIPPED = 2

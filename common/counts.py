@@ -1,6 +1,6 @@
 """What is known of a step's rows and schedule before it starts: for the controller, which imports no torch.
 
-Made by `common/forecast.py`, in a process of its own.
+Made by `common/training/forecast.py`, in a process of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a learning rate goes over a run, in numbers and in words. Pure, and without torch.
 
 Takes OptimConfig, the peak and the run's optimizer steps. What the peak is multiplied by at each step is said
-by `common/optim.py`.
+by `common/training/optim.py`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from launch.rank import die_with
 STOPPED = 143
 """Exit status of ranks that were told to stop and saved."""
 STALLED = 75
-"""Exit status of ranks that ended because one of them hangs (`common/heartbeat.py`) and is named."""
+"""Exit status of ranks that ended because one of them hangs (`common/runtime/heartbeat.py`) and is named."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 60
 """How long ranks may take to end after one was told to stop, before they are killed: time to finish a save.

@@ -1,6 +1,6 @@
 """What is SFT's own about its data: a tokenizer trained on the rows, prompts to sample, what a step counts.
 
-How rows come to disk and into batches is in `common/step_data.py`.
+How rows come to disk and into batches is in `common/training/step_data.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from common.data import dataset
 from common.data.chat import check_template
 from common.data.types import Batch
-from common.models import load_tokenizer
-from common.sampling import held_out_prompts, room_for_prompts
+from common.decoding.sampling import held_out_prompts, room_for_prompts
+from common.model.models import load_tokenizer
 from step1_sft.config import SFTJob
 
 if TYPE_CHECKING:

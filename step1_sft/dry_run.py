@@ -12,11 +12,11 @@ from pathlib import Path
 from common.config import load_resolved
 from common.counts import DataCounts
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
-from common.forecast import of_documents, to_read
-from common.foresight import foresee_policy
-from common.preview import a_few, document_runs, show_preview
+from common.decoding.foresight import foresee_policy
 from common.stage import Step
-from common.step_data import build_data
+from common.training.forecast import of_documents, to_read
+from common.training.preview import a_few, document_runs, show_preview
+from common.training.step_data import build_data
 from step1_sft.config import SFTJob
 from step1_sft.data import load_sft_tokenizer
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from common.data.types import Batch
-from common.distributed import all_reduce_sum
-from common.engine import Engine
+from common.runtime.distributed import all_reduce_sum
+from common.training.engine import Engine
 from step1_sft.loss import score
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from common.data.types import Batch
-from common.distributed import all_reduce_sum
-from common.engine import Engine
-from common.losses import TokenLoss, batch_arguments
+from common.model.losses import TokenLoss, batch_arguments
+from common.runtime.distributed import all_reduce_sum
+from common.training.engine import Engine
 
 
 def score(engine: Engine, batch: Batch, device: torch.device, *, with_entropy: bool) -> TokenLoss:

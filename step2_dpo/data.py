@@ -1,6 +1,6 @@
 """What is DPO's own about its data: prompts of pairs, to sample from.
 
-How pairs come to disk and into batches is in `common/step_data.py`.
+How pairs come to disk and into batches is in `common/training/step_data.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from common.data.dataset import PairDataset
 from common.data.types import TokenizedExample
-from common.sampling import held_out_prompts, room_for_prompts
+from common.decoding.sampling import held_out_prompts, room_for_prompts
 from step2_dpo.config import DPOJob
 
 if TYPE_CHECKING:

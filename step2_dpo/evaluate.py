@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from common.data.types import PairBatch
-from common.distributed import all_reduce_sum
-from common.engine import Engine
+from common.runtime.distributed import all_reduce_sum
+from common.training.engine import Engine
 from step2_dpo.loss import Objective, PairSums, StepCounts, score
 from step2_dpo.reference import Reference
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from common.data.types import PairBatch
-from common.distributed import all_reduce_sum
-from common.engine import Engine
-from common.losses import TokenLoss, batch_arguments
+from common.model.losses import TokenLoss, batch_arguments
+from common.runtime.distributed import all_reduce_sum
+from common.training.engine import Engine
 from step2_dpo.config import DPOConfig, LossType
 
 

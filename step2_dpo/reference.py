@@ -28,17 +28,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from common import attention, last_layer, losses, models, one_by_one
 from common.artifacts import Artifact, content_sha256, disk_errors
 from common.config import ModelConfig, Quantize
 from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.data.types import PairBatch
-from common.distributed import World, all_gather_objects, broadcast_from_rank0
-from common.engine import Engine
-from common.losses import batch_arguments
-from common.models import adapters_off
+from common.model import attention, last_layer, losses, models, one_by_one
+from common.model.losses import batch_arguments
+from common.model.models import adapters_off
+from common.runtime.distributed import World, all_gather_objects, broadcast_from_rank0
+from common.training.engine import Engine
 from step2_dpo import loss
 from step2_dpo.loss import Answers, answer_sums
 

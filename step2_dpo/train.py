@@ -18,14 +18,19 @@ from pathlib import Path
 
 import torch
 
-from common import loop
-from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
-from common.checkpoint import Checkpoints
 from common.config import to_plain
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
 from common.data.dataset import PREFERENCES
-from common.distributed import (
+from common.decoding.sampling import sample_completions, stop_rate
+from common.evidence import share_in_words
+from common.handoff import load_named, model_of, parent_record
+from common.model.adapters import reach
+from common.model.losses import PackedCausalLM
+from common.model.models import CAUSAL_LM, disable_dropout, load_model, load_tokenizer, terminators_of
+from common.phases import enter
+from common.rates import Rates
+from common.runtime.distributed import (
     StopSignal,
     all_reduce_sum,
     broadcast_from_rank0,
@@ -34,21 +39,16 @@ from common.distributed import (
     seed_everything,
     wait_for_rank0,
 )
-from common.evidence import share_in_words
-from common.export import export_policy, noise_of
-from common.handoff import load_named, model_of, parent_record
-from common.losses import PackedCausalLM
-from common.models import CAUSAL_LM, disable_dropout, load_model, load_tokenizer, terminators_of
-from common.optim import build_optimizer, build_schedule, set_learning_rate
-from common.performance import performance, training_flops_per_token
-from common.phases import enter
-from common.progress import Progress
-from common.rates import Rates
-from common.rehearsal import rehearse_export
-from common.sampling import sample_completions, stop_rate
+from common.runtime.performance import performance, training_flops_per_token
+from common.runtime.progress import Progress
+from common.runtime.tracking import METRICS_FILE, Tracker
 from common.stage import Role, Step
-from common.step_data import batch_plan, cache_dir, load_data, places_of
-from common.tracking import METRICS_FILE, Tracker
+from common.training import loop
+from common.training.checkpoint import Checkpoints
+from common.training.export import export_policy, noise_of
+from common.training.optim import build_optimizer, build_schedule, set_learning_rate
+from common.training.rehearsal import rehearse_export
+from common.training.step_data import batch_plan, cache_dir, load_data, places_of
 from step2_dpo.config import DPOJob
 from step2_dpo.data import prompts_to_sample
 from step2_dpo.evaluate import evaluate

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common.entry import step_main
+from common.runtime.entry import step_main
 from step2_reward.config import RewardJob
 
 
 def main() -> int:
-    """See `common.entry.step_main`."""
+    """See `common.runtime.entry.step_main`."""
     return step_main("reward", "step2_reward", RewardJob, train=_train, preview=_preview)
 
 

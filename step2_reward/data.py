@@ -1,6 +1,6 @@
 """What is the reward model's own about its data: pairs to calibrate on, answers to compare an export with.
 
-How pairs come to disk and into batches is in `common/step_data.py`.
+How pairs come to disk and into batches is in `common/training/step_data.py`.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from common.config import load_resolved
 from common.counts import DataCounts
-from common.forecast import of_pairs
-from common.foresight import foresee_scalar
+from common.decoding.foresight import foresee_scalar
 from common.handoff import model_to_preview
-from common.preview import preview_pairs
 from common.stage import Step
+from common.training.forecast import of_pairs
+from common.training.preview import preview_pairs
 from step2_reward.config import RewardJob
 
 
@@ -27,5 +27,5 @@ def forecast(resolved: Path) -> DataCounts:
 
 
 def preview(job: RewardJob, folder: Path) -> None:
-    """See `common.preview.preview_pairs`."""
+    """See `common.training.preview.preview_pairs`."""
     preview_pairs(job, Step.reward, job.reward.data, job.reward.policy)

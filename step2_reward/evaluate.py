@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from common.data.types import PairBatch
-from common.engine import Engine
 from common.evidence import share_interval
+from common.training.engine import Engine
 from step2_reward.loss import ScoredPairs, in_order, measure, score
 
 CALIBRATION_BINS = 10

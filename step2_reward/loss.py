@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from common.data.types import PairBatch
-from common.distributed import all_gather_objects
-from common.engine import Engine
+from common.runtime.distributed import all_gather_objects
+from common.training.engine import Engine
 
 
 def score(engine: Engine, batch: PairBatch, device: torch.device) -> torch.Tensor:

@@ -17,14 +17,18 @@ from pathlib import Path
 
 import torch
 
-from common import loop
-from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
-from common.checkpoint import Checkpoints
 from common.config import to_plain
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
 from common.data.dataset import PREFERENCES
-from common.distributed import (
+from common.evidence import share_in_words
+from common.handoff import load_named, model_of, parent_record
+from common.model.adapters import reach
+from common.model.models import load_tokenizer
+from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, load_scalar_model
+from common.phases import enter
+from common.rates import Rates
+from common.runtime.distributed import (
     StopSignal,
     all_reduce_sum,
     broadcast_from_rank0,
@@ -33,20 +37,16 @@ from common.distributed import (
     seed_everything,
     wait_for_rank0,
 )
-from common.evidence import share_in_words
-from common.export import export_reward_model, noise_of
-from common.handoff import load_named, model_of, parent_record
-from common.models import load_tokenizer
-from common.optim import build_optimizer, build_schedule, set_learning_rate
-from common.performance import performance, training_flops_per_token
-from common.phases import enter
-from common.progress import Progress
-from common.rates import Rates
-from common.rehearsal import rehearse_export
-from common.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, load_scalar_model
+from common.runtime.performance import performance, training_flops_per_token
+from common.runtime.progress import Progress
+from common.runtime.tracking import METRICS_FILE, Tracker
 from common.stage import Role, Step
-from common.step_data import batch_plan, load_data, places_of
-from common.tracking import METRICS_FILE, Tracker
+from common.training import loop
+from common.training.checkpoint import Checkpoints
+from common.training.export import export_reward_model, noise_of
+from common.training.optim import build_optimizer, build_schedule, set_learning_rate
+from common.training.rehearsal import rehearse_export
+from common.training.step_data import batch_plan, load_data, places_of
 from step2_reward.config import RewardConfig, RewardJob
 from step2_reward.data import PairSubset, probe_documents
 from step2_reward.evaluate import calibration, held_out_metrics, score_pairs

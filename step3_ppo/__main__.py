@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common.entry import step_main
+from common.runtime.entry import step_main
 from step3_ppo.config import PPOJob
 
 
 def main() -> int:
-    """See `common.entry.step_main`."""
+    """See `common.runtime.entry.step_main`."""
     return step_main("ppo", "step3_ppo", PPOJob, train=_train, preview=_preview, check=_check)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from common.distributed import World
-from common.performance import performance
+from common.runtime.distributed import World
+from common.runtime.performance import performance
 from step3_ppo.experience import Experience
 from step3_ppo.rollout import Sampler
 

@@ -1,6 +1,7 @@
 """What PPO trains on: prompts, and which of them an iteration has.
 
-How rows become prompts on disk is in `common/step_data.py` and `common/data/prompts.py`. Samples nothing.
+How rows become prompts on disk is in `common/training/step_data.py` and `common/data/prompts.py`. Samples
+nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from common.artifacts import Artifact
 from common.data.batches import Batches, BatchPlan
 from common.data.dataset import PromptDataset
 from common.data.kinds import Prompts
-from common.distributed import World
+from common.runtime.distributed import World
 from common.stage import Step
-from common.step_data import Say, StepData, load_data
+from common.training.step_data import Say, StepData, load_data
 from step3_ppo.config import PPOJob
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from common.config import load_resolved
 from common.counts import DataCounts
 from common.data import control
 from common.data.types import TokenizedPrompt
-from common.forecast import of_prompts, to_read
-from common.foresight import foresee_policy, foresee_scalar
+from common.decoding.foresight import foresee_policy, foresee_scalar
 from common.handoff import model_of, model_to_preview
-from common.models import load_tokenizer
-from common.preview import a_few, show_preview
+from common.model.models import load_tokenizer
 from common.stage import Role, Step
-from common.step_data import build_data
+from common.training.forecast import of_prompts, to_read
+from common.training.preview import a_few, show_preview
+from common.training.step_data import build_data
 from step3_ppo.config import PPOJob
 from step3_ppo.data import PromptOrder, kind_of
 

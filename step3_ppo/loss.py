@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.distributed import all_reduce_sum
-from common.losses import TokenLoss
+from common.model.losses import TokenLoss
+from common.runtime.distributed import all_reduce_sum
 
 LARGEST_LOG_RATIO = 20.0
 """Beyond it a ratio says only that something went wrong; e^20 is still finite in fp32, with room for sums."""

@@ -16,13 +16,13 @@ import torch
 
 from common.artifacts import Artifact
 from common.config import LoraConfig, ModelConfig, Quantize
-from common.distributed import World
-from common.frozen import Frozen
 from common.handoff import model_of
-from common.losses import PackedCausalLM
-from common.models import disable_dropout, load_model
-from common.scalar_head import PackedScalarModel, head_weights, load_reward_model, load_scalar_model
+from common.model.losses import PackedCausalLM
+from common.model.models import disable_dropout, load_model
+from common.model.scalar_head import PackedScalarModel, head_weights, load_reward_model, load_scalar_model
+from common.runtime.distributed import World
 from common.stage import Role
+from common.training.frozen import Frozen
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.rewards import Calibration
 

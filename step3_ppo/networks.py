@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from common import loop
 from common.artifacts import Artifact
 from common.config import OptimConfig
 from common.data.types import Batch
-from common.distributed import World
-from common.engine import Engine, StepOutcome
-from common.frozen import Frozen
-from common.losses import PackedCausalLM, TokenLoss, batch_arguments
-from common.models import adapters_off
-from common.optim import build_optimizer, build_schedule, set_learning_rate
+from common.model.losses import PackedCausalLM, TokenLoss, batch_arguments
+from common.model.models import adapters_off
 from common.rates import Rates
+from common.runtime.distributed import World
+from common.training import loop
+from common.training.engine import Engine, StepOutcome
+from common.training.frozen import Frozen
+from common.training.optim import build_optimizer, build_schedule, set_learning_rate
 from step3_ppo.config import PPOJob
 from step3_ppo.experience import Experience
 from step3_ppo.minibatches import last_positions, per_token

@@ -15,9 +15,16 @@ from typing import Protocol
 from torch import nn
 
 from common.data.types import TokenizedPrompt
-from common.decoder import Completion, Decoder, DecodingCounts, GenerationBackend, Request, SamplingRule
-from common.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
-from common.engine import Engine as TrainingEngine
+from common.decoding.decoder import (
+    Completion,
+    Decoder,
+    DecodingCounts,
+    GenerationBackend,
+    Request,
+    SamplingRule,
+)
+from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
+from common.training.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
 from step3_ppo.experience import Response
 

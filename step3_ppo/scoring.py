@@ -16,8 +16,8 @@ import numpy as np
 from common.artifacts import Artifact
 from common.data.stored import PromptDataset
 from common.data.types import Batch
-from common.distributed import World, broadcast_from_rank0
 from common.errors import UserError
+from common.runtime.distributed import World, broadcast_from_rank0
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Response
 from step3_ppo.functions import ScoreFunction, load_functions

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from common import loop
-from common.engine import StepOutcome
+from common.training import loop
+from common.training.engine import StepOutcome
 from step3_ppo.experience import Experience, Response
 
 FILE = "experience.npz"
@@ -108,7 +108,7 @@ class PPOCounters:
 
 
 class Unfinished:
-    """The responses of an iteration that is not finished, on disk and off; `common.checkpoint.State`.
+    """The responses of an iteration that is not finished, on disk and off; a `State` of checkpoints.
 
     All ranks hold the same ones, so rank 0 writes them.
     """

@@ -22,15 +22,16 @@ from typing import NoReturn
 
 import torch
 
-from common import loop
-from common.adapters import reach
 from common.artifacts import MANIFEST, file_sha256
-from common.average import ExponentialAverage, swapped_in
-from common.checkpoint import Checkpoints, State, States
 from common.config import to_plain
 from common.data.batches import Batches
 from common.data.dataset import DEMONSTRATIONS
-from common.distributed import (
+from common.errors import UserError
+from common.handoff import check_same_tokens, load_named, model_of, parent_record
+from common.model.adapters import reach
+from common.model.models import CAUSAL_LM, load_tokenizer, terminators_of
+from common.phases import enter
+from common.runtime.distributed import (
     STOPPED_EXIT_CODE,
     StopSignal,
     all_reduce_sum,
@@ -40,17 +41,16 @@ from common.distributed import (
     seed_everything,
     wait_for_rank0,
 )
-from common.errors import UserError
-from common.export import export_policy, noise_of
-from common.handoff import check_same_tokens, load_named, model_of, parent_record
-from common.models import CAUSAL_LM, load_tokenizer, terminators_of
-from common.performance import training_flops_per_token
-from common.phases import enter
-from common.progress import Progress
-from common.rehearsal import rehearse_export
+from common.runtime.performance import training_flops_per_token
+from common.runtime.progress import Progress
+from common.runtime.tracking import METRICS_FILE, Tracker
 from common.stage import Role, Step
-from common.step_data import batch_plan, load_data
-from common.tracking import METRICS_FILE, Tracker
+from common.training import loop
+from common.training.average import ExponentialAverage, swapped_in
+from common.training.checkpoint import Checkpoints, State, States
+from common.training.export import export_policy, noise_of
+from common.training.rehearsal import rehearse_export
+from common.training.step_data import batch_plan, load_data
 from step3_ppo.advantages import with_advantages
 from step3_ppo.clock import Stopwatch, speed
 from step3_ppo.config import PPOConfig, PPOJob

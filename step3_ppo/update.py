@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common import loop
 from common.config import Dtype
 from common.data.batches import Batches
-from common.distributed import all_reduce_sum
-from common.engine import StepOutcome
-from common.losses import TokenLoss, batch_arguments
-from common.progress import Progress
+from common.model.losses import TokenLoss, batch_arguments
+from common.runtime.distributed import all_reduce_sum
+from common.runtime.progress import Progress
 from common.stage import Step
+from common.training import loop
+from common.training.engine import StepOutcome
 from step3_ppo.config import KLPlacement, PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.loss import UpdateSums, policy_loss, value_loss

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, SourceConfig, WandbMode, to_plain
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 from step1_sft.config import SFTJob
 from tests import forked
 
@@ -34,7 +34,7 @@ class Base:
     @classmethod
     def make(cls, folder: Path) -> Base:
         """Write the rows and train the tokenizer."""
-        from common.models import train_tokenizer
+        from common.model.models import train_tokenizer
 
         sources = (folder / "sums.jsonl", folder / "words.jsonl")
         _write(sources[0], sums(40))

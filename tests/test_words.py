@@ -48,11 +48,11 @@ def test_replaced_words_do_not_come_back() -> None:
 def test_the_glossarys_words_stand_where_their_thing_is() -> None:
     where = {
         "loss mask": "common/data/chat.py",
-        "Continuous batching": "common/decoder.py",
+        "Continuous batching": "common/decoding/decoder.py",
         "prefix sharing": "common/data/batches.py",
         "KL penalty": "step3_ppo/advantages.py",
-        "[Bb]roadcast": "common/distributed.py",
-        "Reshard": "common/reshard.py",
-        "Heartbeats": "common/heartbeat.py",
+        "[Bb]roadcast": "common/runtime/distributed.py",
+        "Reshard": "common/training/reshard.py",
+        "Heartbeats": "common/runtime/heartbeat.py",
     }
     assert [word for word, path in where.items() if not re.search(word, (ROOT / path).read_text())] == []

@@ -76,7 +76,7 @@ def config_to_count(
 def _ask(answer: Path, arguments: Sequence[str]) -> dict[str, Any]:
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "common.forecast", str(answer), *arguments]
+    command = [sys.executable, "-m", "common.training.forecast", str(answer), *arguments]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

@@ -19,9 +19,9 @@ from pipeline.planning.network import Network
 
 FP32 = 4
 CPU_CHUNK_BYTES = 4 << 20
-"""As in `common.losses`: fp32 logits made at once on the CPU."""
+"""As in `common.model.losses`: fp32 logits made at once on the CPU."""
 GPU_CHUNK_ROWS = 4096
-"""As in `common.losses`: rows of logits made at once on a GPU."""
+"""As in `common.model.losses`: rows of logits made at once on a GPU."""
 CPU_BASE = 463_000_000
 """Resident bytes of a rank before it has a model: Python with torch, DeepSpeed and transformers imported.
 Measured by benchmarks/memory_plan.py."""
@@ -222,8 +222,8 @@ def activations(work: Workload, part: Trained) -> float:
     attention q, k, v, its output and that output end to end (3 q + 2 k), the feed-forward network both
     halves, the activated one and their product (4 i); times 4 bytes. In half precision norms compute in fp32
     (16 h bytes), and so does attention of documents up to 256 tokens on the CPU.
-    The last layer's feed-forward network has trained positions only (`common.last_layer`); with recomputation
-    a layer keeps its input, and one layer at a time all of it.
+    The last layer's feed-forward network has trained positions only (`common.model.last_layer`); with
+    recomputation a layer keeps its input, and one layer at a time all of it.
     """
     net, batch = part.network, work.batch
     n, m = batch.tokens, min(batch.trained, batch.tokens)

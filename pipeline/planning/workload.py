@@ -28,11 +28,11 @@ STATE_BYTES = {
     OptimizerName.muon: 4.0,  # one momentum; embeddings, which have two moments, are counted as matrices
 }
 SHORT_DOCUMENT = 256
-"""As in `common.attention`: on the CPU, documents up to this length are attended to in fp32."""
+"""As in `common.model.attention`: on the CPU, documents up to this length are attended to in fp32."""
 SAMPLING_SLOTS = 32
-"""As in `common.sampling`: completions decoded side by side."""
+"""As in `common.decoding.sampling`: completions decoded side by side."""
 SLOT_STEP, LENGTH_STEP = 8, 64
-"""As in `common.decoder`: slots and their capacity are rounded up to these."""
+"""As in `common.decoding.decoder`: slots and their capacity are rounded up to these."""
 
 
 def workload_of(

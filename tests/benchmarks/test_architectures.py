@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.architectures import RESULTS, Outcome, families, table, try_family
-from common.one_by_one import decoder_of
+from common.model.one_by_one import decoder_of
 
 PACKED = ("llama", "gemma2", "gpt_oss", "deepseek_v3")  # soft caps, sinks, compressed keys and values
 ONE_BY_ONE = {
@@ -65,11 +65,11 @@ def test_a_wrong_row_is_counted_and_shown() -> None:
 
 
 def test_packing_that_sees_other_documents_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common import losses
+    from common.model import losses
 
     # as if the check at load had found nothing: convolutions then run over all documents at once
     monkeypatch.setattr(losses, "isolate_documents", lambda base: None)
-    monkeypatch.setattr("common.models.attention.why_not_packed", lambda *_: None)
+    monkeypatch.setattr("common.model.models.attention.why_not_packed", lambda *_: None)
     assert try_family("lfm2").result == "wrong"
 
 

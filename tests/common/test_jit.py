@@ -12,10 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from common import entry, jit
+from common import jit
 from common.config import JobConfig
 from common.errors import UserError
-from common.jit import QUIET_SECONDS, Lock, extensions_folder, file_system_of, locks_in, look_at, wait_for
+from common.jit import (
+    QUIET_SECONDS,
+    Lock,
+    extensions_folder,
+    file_system_of,
+    locks_in,
+    look_at,
+    wait_for,
+)
+from common.runtime import entry
 
 BUILDER = """
 import sys, time

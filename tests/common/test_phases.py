@@ -113,7 +113,7 @@ def test_without_the_variable_nothing_is_armed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_point_is_passed_somewhere_and_every_one_that_is_passed_is_known() -> None:
     folders = ("common", "step1_sft", "step2_reward", "step2_dpo", "step3_ppo")
-    programs = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    programs = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     passed = {name for path in programs for name in re.findall(r'\benter\("([\w.]+)"', path.read_text())}
     assert passed == set(PHASES)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import attention
 from common.data.batches import collate, collate_pairs
 from common.data.types import IGNORE, PairBatch, TokenizedExample, TokenizedPair
-from common.losses import PackedCausalLM, batch_arguments, can_share_prefix, token_cross_entropy
+from common.model import attention
+from common.model.losses import PackedCausalLM, batch_arguments, can_share_prefix, token_cross_entropy
 
 VOCABULARY = 50
 

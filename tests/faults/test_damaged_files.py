@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint import Checkpoints
-from common.distributed import STOPPED_EXIT_CODE, World
+from common.runtime.distributed import STOPPED_EXIT_CODE, World
+from common.training.checkpoint import Checkpoints
 from tests.programs.faulted import ppo_faulted
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import write_job

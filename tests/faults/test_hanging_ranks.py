@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.heartbeat import STALLED_EXIT_CODE
+from common.runtime.heartbeat import STALLED_EXIT_CODE
 from tests.programs.faulted import ppo_faulted, sft_faulted
 from tests.runs import Base, start, wait_while
 from tests.step2_dpo.runs import write_job

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.kill_resume import last_checkpoint, metric_differences, state_differences
 from common.config import Dtype
-from common.distributed import STOPPED_EXIT_CODE
+from common.runtime.distributed import STOPPED_EXIT_CODE
 from pipeline.verify import verify_path
 from tests.programs.faulted import ppo_faulted, sft_faulted
 from tests.runs import Base, finish

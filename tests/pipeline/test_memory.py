@@ -99,10 +99,10 @@ def bytes_kept(half: bool, length: int) -> tuple[int, MicroBatchShape]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from common import attention
     from common.data.batches import collate
     from common.data.types import IGNORE, TokenizedExample
-    from common.losses import PackedCausalLM, batch_arguments
+    from common.model import attention
+    from common.model.losses import PackedCausalLM, batch_arguments
 
     attention.register()
     dtype = torch.bfloat16 if half else torch.float32
@@ -223,7 +223,7 @@ def test_a_device_out_of_memory_ends_with_a_line_and_a_status_of_its_own(
 ) -> None:
     import torch
 
-    from common.logs import run_and_report
+    from common.runtime.logs import run_and_report
     from common.shortage import OUT_OF_MEMORY, shortage
 
     def work() -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 from tests.pretrained import desk
 from tests.pretrained.model import HOW_TO_GET_IT, find
 from tests.tiny_run import ROOT, weights

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from common.average import ExponentialAverage
 from common.config import Dtype, Offload, OptimConfig, OptimizerName
-from common.distributed import World, barrier, init_world
-from common.engine import Engine
 from common.errors import UserError
-from common.optim import build_optimizer
-from common.reshard import LAYOUT
+from common.runtime.distributed import World, barrier, init_world
+from common.training.average import ExponentialAverage
+from common.training.engine import Engine
+from common.training.optim import build_optimizer
+from common.training.reshard import LAYOUT
 from tests.programs import engines
 
 BEFORE, AFTER, SHARES = 3, 2, 2
@@ -182,7 +182,7 @@ def sft_recorded(config: str, stop_after: int) -> int:
     import os
     import signal
 
-    import common.engine
+    import common.training.engine
     from common.data.batches import Batches
     from tests.forked import sft
     from tests.programs.told_to_stop import sft_told_to_stop
@@ -204,6 +204,6 @@ def sft_recorded(config: str, stop_after: int) -> int:
 
     Batches.micro_batches = recorded  # type: ignore[method-assign]
     if stop_after < 0:
-        common.engine.Engine.publish_master_weights = die  # type: ignore[method-assign]
+        common.training.engine.Engine.publish_master_weights = die  # type: ignore[method-assign]
         return sft(config)
     return sft_told_to_stop(config, stop_after, 0, [signal.SIGTERM]) if stop_after else sft(config)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from common import attention
 from common.config import DeepSpeedConfig, Dtype, OptimizerName
-from common.distributed import World
-from common.ds_config import build_ds_config
-from common.engine import Engine
-from common.losses import PackedCausalLM, positions_within
-from common.models import torch_dtype
-from common.scalar_head import PackedScalarModel, begin_head
+from common.model import attention
+from common.model.losses import PackedCausalLM, positions_within
+from common.model.models import torch_dtype
+from common.model.scalar_head import PackedScalarModel, begin_head
+from common.runtime.distributed import World
+from common.training.ds_config import build_ds_config
+from common.training.engine import Engine
 from tests.programs.gradients import VOCABULARY, tiny_llama
 
 STEPS, MICRO_BATCHES = 3, 2

@@ -32,7 +32,7 @@ def ppo(config: str) -> int:
 def _run(module: str, config: str) -> int:
     from importlib import import_module
 
-    from common import loop
+    from common.training import loop
 
     seconds = 0.0
     pace = 60.0 if os.environ["RANK"] == "0" else 3600.0

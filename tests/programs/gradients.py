@@ -11,14 +11,14 @@ import sys
 import numpy as np
 import torch
 
-from common import attention
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
-from common.distributed import World, all_reduce_sum, close_world, init_world
-from common.ds_config import build_ds_config
-from common.engine import Engine
-from common.losses import PackedCausalLM, batch_arguments
+from common.model import attention
+from common.model.losses import PackedCausalLM, batch_arguments
+from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
+from common.training.ds_config import build_ds_config
+from common.training.engine import Engine
 
 LEARNING_RATE = 1e5
 MAX_LENGTH = 24

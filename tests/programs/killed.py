@@ -36,7 +36,8 @@ def _die_once_trained(_: Any, rows: Any, step: int) -> None:
 def _prepare(moment: str) -> None:
     import torch
 
-    from common import checkpoint, export, tracking
+    from common.runtime import tracking
+    from common.training import checkpoint, export
 
     if moment == EXPORTING:
         export.write_manifest = die  # type: ignore[assignment]
@@ -61,7 +62,7 @@ def _prepare(moment: str) -> None:
 
 def _at_second_save(arm: Callable[[], None]) -> None:
     """Call `arm` when the second checkpoint of this process begins."""
-    from common.checkpoint import Checkpoints
+    from common.training.checkpoint import Checkpoints
 
     save, count = Checkpoints.save, 0
 

@@ -11,7 +11,7 @@ def sft_refused(config: str, rank: int, save: int) -> int:
     """`python -m step1_sft --config CONFIG`; the `save`-th save of `rank` finds no room."""
     import torch
 
-    from common.checkpoint import Checkpoints
+    from common.training.checkpoint import Checkpoints
     from tests.forked import sft
 
     begin, count = Checkpoints.save, 0

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from common.average import ExponentialAverage
-from common.checkpoint import Checkpoints, States
 from common.config import Dtype
-from common.distributed import World, barrier, init_world
 from common.errors import UserError
+from common.runtime.distributed import World, barrier, init_world
+from common.training.average import ExponentialAverage
+from common.training.checkpoint import Checkpoints, States
 from tests.programs import engines
 
 

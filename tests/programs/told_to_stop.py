@@ -9,7 +9,7 @@ from typing import Any
 
 def sft_told_to_stop(config: str, after_step: int, rank: int, signals: Sequence[int]) -> int:
     """`python -m step1_sft --config CONFIG`; `rank` receives the signals one after the other."""
-    from common.tracking import Tracker
+    from common.runtime.tracking import Tracker
     from tests.forked import sft
 
     log = Tracker.log

@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks.kill_resume import metric_differences, state_differences
 from common.artifacts import verify
-from common.distributed import STOPPED_EXIT_CODE
 from common.errors import UserError
+from common.runtime.distributed import STOPPED_EXIT_CODE
 from step1_sft.config import SFTJob
 from tests import mounts
 from tests.programs.refused_write import sft_refused

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import demo_chain
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from common.artifacts import verify
-from common.distributed import STOPPED_EXIT_CODE
+from common.runtime.distributed import STOPPED_EXIT_CODE
 from step1_sft.config import SFTJob
 from tests.programs.divided import sft_recorded
 from tests.runs import Base, finish, training_lines

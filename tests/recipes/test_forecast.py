@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from common import forecast
 from common.config import SourceConfig
 from common.errors import UserError
+from common.training import forecast
 from step1_sft.config import SFTJob
 from step1_sft.dry_run import forecast as forecast_sft
 from tests.runs import Base, training_lines

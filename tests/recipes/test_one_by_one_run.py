@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import forecast
+from common.training import forecast
 from pipeline.report import report
 from tests.programs.live_logits import sft_with_live_logits
 from tests.runs import Base, evaluation_lines, finish, training_lines

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.kill_resume import leaves, metric_differences
 from common.config import Dtype, OptimizerName, SchedulerName
-from common.distributed import STOPPED_EXIT_CODE
+from common.runtime.distributed import STOPPED_EXIT_CODE
 from step1_sft.config import SFTJob
 from tests.programs.told_to_stop import sft_told_to_stop
 from tests.runs import Base, finish, training_lines

@@ -15,9 +15,9 @@ import pytest
 from benchmarks.ppo_workload import export_as_reward_model
 from common.artifacts import Artifact
 from common.config import Dtype, ModelConfig
-from common.models import load_tokenizer
+from common.model.models import load_tokenizer
+from common.runtime.tracking import read_metrics
 from common.stage import Role
-from common.tracking import read_metrics
 from pipeline.compose import compose, prepare
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import make_policy, write_job, write_rows

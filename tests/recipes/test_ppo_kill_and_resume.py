@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import kill_resume
 from common.config import Dtype, LoraConfig
-from common.distributed import STOPPED_EXIT_CODE
+from common.runtime.distributed import STOPPED_EXIT_CODE
 from step3_ppo.config import KLController, PPOJob
 from tests.programs import killed
 from tests.runs import Base, finish, start, wait_while

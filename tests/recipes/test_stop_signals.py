@@ -9,7 +9,7 @@ from signal import SIGTERM, SIGUSR1
 import pytest
 
 from benchmarks.kill_resume import metric_differences, state_differences
-from common.distributed import STOPPED_EXIT_CODE
+from common.runtime.distributed import STOPPED_EXIT_CODE
 from step1_sft.config import SFTJob
 from tests.programs.told_to_stop import sft_told_to_stop
 from tests.runs import Base, finish, training_lines

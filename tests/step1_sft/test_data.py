@@ -11,10 +11,10 @@ from common.data import dataset
 from common.data.batches import Batches, BatchPlan
 from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
-from common.distributed import World
-from common.sampling import held_out_prompts
+from common.decoding.sampling import held_out_prompts
+from common.runtime.distributed import World
 from common.stage import Step
-from common.step_data import batch_plan, cache_dir, load_data
+from common.training.step_data import batch_plan, cache_dir, load_data
 from step1_sft.config import SFTJob
 from step1_sft.data import count_padding, count_tokens
 from tests.tiny import CHATML, tiny_tokenizer

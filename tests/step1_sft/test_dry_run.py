@@ -8,7 +8,7 @@ import numpy as np
 from common.config import DataConfig
 from common.data.dataset import build
 from common.data.types import IGNORE, TokenizedExample
-from common.preview import document_runs
+from common.training.preview import document_runs
 from step1_sft.dry_run import which
 from tests.tiny import CHATML, tiny_tokenizer
 

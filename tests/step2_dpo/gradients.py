@@ -16,10 +16,10 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
-from common.distributed import World, all_reduce_sum, close_world, init_world
-from common.ds_config import build_ds_config
-from common.engine import Engine
-from common.losses import PackedCausalLM
+from common.model.losses import PackedCausalLM
+from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
+from common.training.ds_config import build_ds_config
+from common.training.engine import Engine
 from step2_dpo.config import LossType
 from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss

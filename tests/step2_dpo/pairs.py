@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import attention
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
-from common.losses import PackedCausalLM
+from common.model import attention
+from common.model.losses import PackedCausalLM
 
 VOCABULARY, MAX_LENGTH = 61, 24
 

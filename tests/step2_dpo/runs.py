@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode, to_plain
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 from step2_dpo.config import DPOJob
 from tests.runs import LLAMA, finish
 
@@ -20,9 +20,9 @@ def make_policy(folder: Path, tokenizer: Path, seed: int = 0, **config: Any) -> 
 
     import torch
 
-    from common.export import export_policy
-    from common.losses import PackedCausalLM
-    from common.models import load_model, load_tokenizer
+    from common.model.losses import PackedCausalLM
+    from common.model.models import load_model, load_tokenizer
+    from common.training.export import export_policy
 
     settings = ModelConfig(
         config={**LLAMA, **config}, tokenizer=TokenizerConfig(path=str(tokenizer)), dtype=Dtype.fp32

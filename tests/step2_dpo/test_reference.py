@@ -14,8 +14,8 @@ import torch
 from common.artifacts import MANIFEST, Artifact, Manifest, hash_files, write_manifest
 from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
-from common.distributed import World
 from common.errors import UserError
+from common.runtime.distributed import World
 from common.stage import Role
 from step2_dpo import reference as reference_module
 from step2_dpo.loss import Objective, PairSums, StepCounts, score

@@ -13,10 +13,10 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, count_pairs, evaluation_pair_batches
-from common.distributed import World, all_reduce_sum, close_world, init_world
-from common.ds_config import build_ds_config
-from common.engine import Engine
-from common.scalar_head import PackedScalarModel
+from common.model.scalar_head import PackedScalarModel
+from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
+from common.training.ds_config import build_ds_config
+from common.training.engine import Engine
 from step2_reward.evaluate import held_out_metrics, score_pairs
 from step2_reward.loss import ScoredPairs, measure, pair_losses, score
 from tests.step2_reward.pairs import CENTERING, MAX_LENGTH, SomePairs, tiny_scorer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common import attention
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
+from common.model import attention
 
 VOCABULARY, MAX_LENGTH, CENTERING = 61, 24, 0.05
 

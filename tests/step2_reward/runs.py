@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, SourceConfig, WandbMode
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 from step2_reward.config import RewardJob
 from tests.runs import finish
 from tests.step2_dpo.runs import pairs, write_job, write_rows

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import attention
 from common.config import OptimConfig
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
-from common.distributed import World, close_world, init_world
-from common.losses import PackedCausalLM
+from common.model import attention
+from common.model.losses import PackedCausalLM
 from common.rates import Rates
+from common.runtime.distributed import World, close_world, init_world
 from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
 from step3_ppo.experience import Experience, Response
 from step3_ppo.loss import UpdateSums

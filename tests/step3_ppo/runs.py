@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode
-from common.tracking import read_metrics
+from common.runtime.tracking import read_metrics
 from step3_ppo.config import Estimator, KLPlacement, PPOJob, RewardSourceConfig
 from tests.programs import killed
 from tests.runs import LLAMA, finish
@@ -37,7 +37,7 @@ def make_artifacts(folder: Path, tokenizer: Path, *, seed: int = 0, **config: An
     """A random policy and a random reward model, calibrated. config: fields of the model's, beside LLAMA."""
     from benchmarks.pairs_workload import export_as_policy
     from benchmarks.ppo_workload import export_as_reward_model
-    from common.models import load_tokenizer
+    from common.model.models import load_tokenizer
 
     made = Artifacts(folder / "policy", folder / "reward_model")
     for number, export in enumerate((export_as_policy, export_as_reward_model)):
@@ -52,7 +52,7 @@ def _random_model(folder: Path, tokenizer: Path, config: dict[str, Any], seed: i
     import torch
 
     from benchmarks.ppo_workload import let_end
-    from common.models import load_model, load_tokenizer, terminators_of
+    from common.model.models import load_model, load_tokenizer, terminators_of
 
     settings = ModelConfig(config=config, tokenizer=TokenizerConfig(path=str(tokenizer)), dtype=Dtype.fp32)
     loaded = load_tokenizer(settings)

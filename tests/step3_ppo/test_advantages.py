@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.distributed import all_gather_objects, close_world, init_world
+from common.runtime.distributed import all_gather_objects, close_world, init_world
 from step3_ppo.advantages import (
     Advantages,
     estimate,

@@ -12,9 +12,9 @@ import pytest
 
 from common.config import TrainConfig
 from common.data.dataset import PromptDataset
-from common.distributed import World
 from common.errors import UserError
-from common.step_data import StepData
+from common.runtime.distributed import World
+from common.training.step_data import StepData
 from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
 from step3_ppo.data import PromptOrder, held_out_sample, load_prompts
 from tests.tiny import CHATML, tiny_tokenizer

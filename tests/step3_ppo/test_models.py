@@ -10,10 +10,10 @@ import torch
 
 from common.artifacts import Artifact
 from common.config import Dtype
-from common.distributed import World
-from common.losses import PackedCausalLM
-from common.models import adapters_off, load_tokenizer
-from common.scalar_head import PackedScalarModel
+from common.model.losses import PackedCausalLM
+from common.model.models import adapters_off, load_tokenizer
+from common.model.scalar_head import PackedScalarModel
+from common.runtime.distributed import World
 from common.stage import Role
 from step3_ppo.config import CriticStart, PPOJob, RewardSourceConfig
 from step3_ppo.models import load_actor, load_critic, load_frozen_reward_model, load_reference

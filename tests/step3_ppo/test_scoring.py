@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common.data.types import TokenizedPrompt
-from common.distributed import World
 from common.errors import UserError
+from common.runtime.distributed import World
 from step3_ppo.config import EvaluationConfig, PPOConfig, RewardSourceConfig
 from step3_ppo.experience import Experience, Response
 from step3_ppo.scoring import Scoring, same_of_the_same

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common.data.types import TokenizedPrompt
-from common.distributed import World
 from common.errors import UserError
+from common.runtime.distributed import World
 from step3_ppo.config import PPOConfig, RewardSourceConfig
 from step3_ppo.experience import Response
 from step3_ppo.scoring import Scoring

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.engine import StepOutcome
+from common.training.engine import StepOutcome
 from step3_ppo.experience import Experience, Response
 from step3_ppo.state import PPOCounters, Unfinished
 

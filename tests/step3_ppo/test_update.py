@@ -11,9 +11,9 @@ import torch
 
 from common.config import Dtype
 from common.data.batches import BatchPlan
-from common.engine import StepOutcome
 from common.errors import UserError
-from common.losses import TokenLoss
+from common.model.losses import TokenLoss
+from common.training.engine import StepOutcome
 from step3_ppo.config import CriticConfig, PPOConfig
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of

@@ -1,0 +1,115 @@
+"""Completions of held-out prompts, to look at while a policy trains.
+
+Takes the live model and prompts as token ids; returns texts and whether each stopped by itself. How tokens
+are drawn is the decoder's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from common.config import SamplingConfig
+from common.data.types import IGNORE, TokenizedExample
+from common.decoding.decoder import Completion, Decoder, Request, SamplingRule
+from common.runtime.distributed import World, all_gather_objects
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SLOTS = 32
+"""Completions that are sampled side by side on a rank."""
+
+STREAM = 0x73616D70
+"""Tells the draws of samples from whatever else is derived from a run's seed."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. `stopped`: it ended with a terminator before `max_new_tokens`."""
+
+    prompt: str
+    completion: str
+    stopped: bool
+
+
+class HeldOutDocuments(Protocol):
+    """What prompts are taken from: documents of which some tokens are trained."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+
+
+def held_out_prompts(documents: HeldOutDocuments, count: int, longest: float, seed: int) -> list[np.ndarray]:
+    """A seeded choice of prompts (int32 [T]): documents cut where their first trained token would come.
+
+    Each prompt once. Left out are documents trained from their start (plain text), which have no prompt,
+    and prompts of `longest` tokens or more, which leave no room for a completion.
+    """
+    prompts: dict[bytes, np.ndarray] = {}
+    for index in np.random.default_rng(seed).permutation(len(documents)):
+        if len(prompts) == count:
+            break
+        example = documents[int(index)]
+        first = int(np.argmax(example.labels != IGNORE))
+        if 0 < first < longest:
+            prompt = example.input_ids[: first + 1]
+            prompts.setdefault(prompt.tobytes(), prompt)
+    return list(prompts.values())
+
+
+def room_for_prompts(model: PreTrainedModel, sampling: SamplingConfig) -> float:
+    """Tokens that a prompt may have, so that its completion fits into the model's context too."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if context is None else context - min(sampling.max_new_tokens, context // 2)
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    terminators: Sequence[int],
+    sampling: SamplingConfig,
+    world: World,
+    *,
+    seed: int,
+    is_partitioned: bool,
+) -> list[Sample]:
+    """Complete each prompt (int32 [T] token ids); the same list, in order, on every rank.
+
+    Ranks share the prompts; what is drawn for one depends on the seed and its place only. `is_partitioned`
+    (ZeRO-3) keeps ranks in step, since every forward pass is a collective there. The process's random state
+    and the model's mode are left as they were.
+    """
+    own = range(world.rank, len(prompts), world.size)
+    rule = SamplingRule(sampling.temperature, sampling.max_new_tokens, tuple(terminators))
+    completions = Decoder(model, slots=SLOTS).decode(
+        [Request(prompts[i], (seed, STREAM, i)) for i in own],
+        rule,
+        lockstep=is_partitioned and world.size > 1,
+    )
+    assert completions is not None  # nobody told it to stop
+    shares = all_gather_objects(
+        [_sample(tokenizer, prompts[i], completion) for i, completion in zip(own, completions, strict=True)]
+    )
+    return [shares[i % world.size][i // world.size] for i in range(len(prompts))]
+
+
+def stop_rate(samples: Sequence[Sample]) -> float:
+    """Share of the completions that stopped by themselves."""
+    return sum(sample.stopped for sample in samples) / len(samples)
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, completion: Completion) -> Sample:
+    tokens = completion.tokens.tolist()
+    words = tokens[:-1] if completion.stopped else tokens
+    return Sample(_text(tokenizer, prompt.tolist()), _text(tokenizer, words), completion.stopped)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False))

@@ -1,0 +1,1 @@
+"""A rank and its neighbours: entry, distributed, heartbeat, logs, progress, tracking, performance."""

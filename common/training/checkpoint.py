@@ -1,0 +1,326 @@
+"""Resumable state on disk: commit, verify, fall back, keep.
+
+A checkpoint is a folder `step_00000200/` that exists whole or not at all: every rank writes into
+`step_00000200.tmp/`, every file is hashed and fsynced, the manifest is written, the folder is
+renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
+one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
+
+What is in it besides the counters is the business of a `State`, most often the engine; several (actor,
+critic, an average) are combined by `States`. What the counters mean is the recipe's. Generators have no state
+here: a recipe seeds them before each step (`distributed.seed_everything`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial as partial_function
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.artifacts import (
+    MANIFEST,
+    Damaged,
+    FileRecord,
+    Manifest,
+    commit_folder,
+    disk_errors,
+    file_sha256,
+    read_manifest,
+    write_manifest,
+)
+from common.errors import UserError
+from common.phases import enter
+from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
+
+log = logging.getLogger("rlhf.checkpoint")
+
+COUNTERS = "counters.json"
+QUARANTINE = "quarantine"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class State(Protocol):
+    """What a checkpoint holds: anything that writes itself into a folder and reads itself back."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part into `folder`, which exists; all ranks call it.
+
+        A disk that refuses raises OSError or RuntimeError, once this rank has taken part in every collective.
+        """
+
+    def load(self, folder: Path) -> str | None:
+        """Restore what `save` wrote, bit for bit; all ranks call it.
+
+        Other ranks than those that wrote it may call it; where it was resharded, returns in words what
+        changed. UserError when it cannot be.
+        """
+
+
+class States:
+    """Several states as one, each in a folder of its own name."""
+
+    def __init__(self, **parts: State) -> None:
+        self._parts = parts
+
+    def save(self, folder: Path) -> None:
+        """Save all of them, also those after one that was refused: its collectives would leave the other
+        ranks, where the disk took it, waiting in the next one's. Raises what was refused first."""
+        refused: list[Exception] = []
+        for name, part in self._parts.items():
+            try:
+                (folder / name).mkdir(exist_ok=True)  # all ranks may be making it
+            except OSError as error:
+                refused.append(error)  # without the folder what follows is refused as well
+            try:
+                part.save(folder / name)
+            except (OSError, RuntimeError, UserError) as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
+
+    def load(self, folder: Path) -> str | None:
+        """Restore all of them; what changed is said once where it is the same."""
+        changed = [part.load(folder / name) for name, part in self._parts.items()]
+        return "; ".join(dict.fromkeys(line for line in changed if line)) or None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What was restored, beside the state."""
+
+    path: Path
+    counters: dict[str, Any]
+    set_aside: tuple[str, ...]  # newer checkpoints that could not be verified, and why
+    resharded: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
+
+
+class Checkpoints:
+    """The checkpoints of one step of one run."""
+
+    def __init__(self, folder: Path, *, keep: int, world: World, base_revision: str | None = None) -> None:
+        """base_revision: commit of a hub model; one that moved under a run is refused on resume."""
+        self.folder, self._keep, self._world = folder, keep, world
+        self._details = {"world_size": world.size, "base_revision": base_revision}
+
+    def save(self, step: int, state: State, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
+        """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
+
+        UserError on a full or read-only disk, with what was saved before left as it was.
+        """
+        enter("save")
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_name(f"{final.name}.tmp")
+        if self._exists_everywhere(final):
+            return final
+        broadcast_from_rank0(self._world, lambda: self._start(partial))
+        self._on_every_rank(partial, lambda: self._write_own(partial, state, counters))
+        records = self._hash_own_share(partial)
+        broadcast_from_rank0(self._world, lambda: self._commit(partial, final, step, records))
+        broadcast_from_rank0(self._world, lambda: self._forget_old(best_step))
+        enter("commit.end")
+        return final
+
+    def resume(self, state: State) -> Resumed | None:
+        """Restore the newest checkpoint that every rank can verify; None when there never was one.
+
+        UserError when there were some and none can be verified, the newest may not be read or has another
+        format, or the state cannot be resharded.
+        """
+        enter("load")
+        broadcast_from_rank0(self._world, self._remove_unfinished)
+        set_aside: list[str] = []
+        for step in sorted(self.steps(), reverse=True):
+            path = self.folder / f"step_{step:08d}"
+            faults = self._vote(path)
+            if not faults:
+                self._check_base(path)
+                changed = state.load(path)
+                counters = json.loads((path / COUNTERS).read_text())
+                return Resumed(path, counters, tuple(set_aside), changed)
+            set_aside.append(f"{path.name}: {'; '.join(faults)}")
+            broadcast_from_rank0(self._world, partial_function(self._quarantine, path))
+        if set_aside:
+            raise UserError(
+                f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(set_aside),
+                hint=f"they are kept under {self.folder / QUARANTINE}: restore one from a copy, "
+                "or run the same command again to start from the beginning",
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps that have a committed checkpoint; the same list on every rank."""
+        own = [int(m.group(1)) for p in self.folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]
+        return all_gather_objects(own)[0]
+
+    def _start(self, partial: Path) -> None:
+        self._remove_unfinished()
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_room()
+        with disk_errors(partial):
+            partial.mkdir()  # not into what could not be removed
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a process that was killed while writing, or while deleting, left behind."""
+        for path in self.folder.glob("step_*.tmp"):
+            with _left_with_a_warning(path):
+                shutil.rmtree(path)
+
+    def _check_room(self) -> None:
+        """Refuse to begin what cannot end: this checkpoint will be about as large as the one before."""
+        before = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        needed = sum(p.stat().st_size for p in before[-1].rglob("*") if p.is_file()) if before else 0
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
+
+    def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
+        state.save(partial)
+        enter("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
+        if self._world.is_rank0:
+            (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
+
+    def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
+        """Hash every world_size-th file; return all ranks' records."""
+        enter("commit.hash")
+        listed = [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
+        names = sorted(set().union(*all_gather_objects(listed)))  # a client's listing may be behind
+        own = names[self._world.rank :: self._world.size]
+        shares = all_gather_or_raise(lambda: {name: self._record(partial / name) for name in own})
+        return {name: record for share in shares for name, record in share.items()}
+
+    def _record(self, path: Path) -> FileRecord:
+        try:
+            return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+        except OSError as error:
+            raise UserError(
+                f"{path} was written, but rank {self._world.rank} cannot read it: {error.strerror}",
+                hint="all ranks need one disk that works: check it, or use another one with output_dir=DIR",
+            ) from None
+
+    def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
+        details = {"step": step, **self._details}
+        with disk_errors(partial):
+            enter("commit.manifest")
+            write_manifest(partial, Manifest("checkpoint", None, records, details))
+        enter("commit.rename")
+        commit_folder(partial, final)
+
+    def _forget_old(self, best_step: int | None) -> None:
+        enter("commit.forget")
+        present = sorted(int(m.group(1)) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+        for step in present[: -self._keep]:
+            if step != best_step:
+                path = self.folder / f"step_{step:08d}"
+                unfinished = path.with_name(f"{path.name}.tmp")
+                with _left_with_a_warning(path):
+                    path.rename(unfinished)  # one that is half deleted must not look like a damaged one
+                    shutil.rmtree(unfinished)
+
+    def _vote(self, path: Path) -> list[str]:
+        """Faults that any rank found; UserError on all for what is no damage, such as another format."""
+        return [
+            fault for faults in all_gather_or_raise(lambda: self._faults_in_share(path)) for fault in faults
+        ]
+
+    def _faults_in_share(self, path: Path) -> list[str]:
+        try:
+            manifest = read_manifest(path)
+        except Damaged as error:
+            return [error.message]
+        names = sorted(manifest.files)[self._world.rank :: self._world.size]
+        return [fault for name in names if (fault := _fault(path, name, manifest.files[name]))]
+
+    def _check_base(self, path: Path) -> None:
+        revision = read_manifest(path).details.get("base_revision")
+        if revision != self._details["base_revision"]:
+            raise UserError(
+                f"{path} was trained from commit {revision} of the base model, which is now at "
+                f"{self._details['base_revision']}",
+                hint=f"resume with model.revision={revision}, or start a new run_name",
+            )
+
+    def _quarantine(self, path: Path) -> None:
+        target = self.folder / QUARANTINE / path.name
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{path.name}-{number}")
+        with disk_errors(target):
+            target.parent.mkdir(exist_ok=True)
+            os.rename(path, target)
+
+    def _exists_everywhere(self, final: Path) -> bool:
+        return all(all_gather_objects((final / MANIFEST).exists()))
+
+    def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
+        """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
+        refused: UserError | None = None
+        try:
+            with disk_errors(partial):
+                action()
+        except UserError as error:
+            refused = error
+        except RuntimeError as error:
+            if (refused := _refused_write(partial, error)) is None:
+                raise
+        # all ranks learn of it before anything is removed under those that still write
+        errors = [error for error in all_gather_objects(refused) if error is not None]
+        if errors:
+            if self._world.is_rank0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise errors[0]
+
+
+@contextlib.contextmanager
+def _left_with_a_warning(path: Path) -> Iterator[None]:
+    """A folder that cannot be removed costs room and no more: NFS refuses it while a file of it is open."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s cannot be removed: %s; the next save tries again", path, error.strerror)
+
+
+def _refused_write(partial: Path, error: RuntimeError) -> UserError | None:
+    """What the disk says to a small write, as torch does not tell; None where `error` is of another kind."""
+    reason = "not all of a file could be written"
+    try:
+        with disk_errors(partial), open(partial / "probe", "wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except UserError as refused:
+        return refused
+    except OSError as refused:
+        reason = str(refused.strerror)
+    if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:
+        return None
+    return _no_room(partial, shutil.disk_usage(partial).free, reason)
+
+
+def _no_room(place: Path, free: int, reason: str) -> UserError:
+    return UserError(
+        f"cannot write {place}: {reason}, {free / 2**20:.1f} MiB are free",
+        hint="what was saved before is untouched: free space and run the same command again",
+    )
+
+
+def _fault(folder: Path, name: str, record: FileRecord) -> str | None:
+    path = folder / name
+    try:
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != record["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, recorded {record['bytes']}"
+        return None if file_sha256(path) == record["sha256"] else f"{name} differs from its recorded hash"
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"

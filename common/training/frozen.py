@@ -1,0 +1,90 @@
+"""A network that is only asked and never trained: PPO's reference and reward model.
+
+Takes a module with its weights; holds it without gradients, dropout and optimizer, as the ZeRO stage says: on
+stages 1 and 2 whole on every rank, in host memory between its phases if wanted; on stage 3 partitioned over
+the ranks like what is trained, so that a large one fits. Does not load it, and does not decide when it is
+asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from common.config import DeepSpeedConfig, Dtype, Offload
+from common.runtime.distributed import World
+from common.training.ds_config import build_frozen_config
+from common.training.engine import Partitioned
+
+
+class Frozen:
+    """A frozen module. Called, it does what the module does, without gradients.
+
+    On stage 3 every call is a collective: all ranks make the same number of them.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        deepspeed: DeepSpeedConfig,
+        *,
+        dtype: Dtype,
+        world: World,
+        offload: bool = False,
+    ) -> None:
+        """offload: keep the weights in host memory outside of `present()`; on stage 3, where a layer's
+        weights are whole only while it runs, keep this rank's part there for good.
+        """
+        self.module = module.requires_grad_(False).eval()
+        self._partitioned: Partitioned | None = None
+        self._host: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._device, self._users = world.device, 0
+        if deepspeed.stage == 3:
+            where = Offload.cpu if offload else deepspeed.offload_param
+            config = build_frozen_config(
+                dataclasses.replace(deepspeed, offload_param=where),
+                dtype=dtype,
+                world_size=world.size,
+                num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+            )
+            self._partitioned = Partitioned(module, config)
+        elif offload:
+            self._host = [(parameter, _in_host_memory(parameter)) for parameter in module.parameters()]
+            self._put_away()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._host and not self._users:
+            raise ValueError("a model that lies in host memory is asked inside of present()")
+        if self._partitioned is not None:
+            return self._partitioned(*args, **kwargs)
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """The weights are on the device while the block runs; around several calls, they travel once."""
+        if self._host and not self._users:
+            for parameter, host in self._host:
+                # a copy also where host and device are one, so that both behave alike
+                parameter.data = torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._put_away()
+
+    def _put_away(self) -> None:
+        """Nothing travels: the weights are what they were."""
+        for parameter, host in self._host:
+            parameter.data = host
+
+
+def _in_host_memory(parameter: torch.nn.Parameter) -> torch.Tensor:
+    host = parameter.data.to("cpu")
+    return host.pin_memory() if parameter.is_cuda else host

@@ -1,0 +1,160 @@
+"""From a step's settings to rows on disk, and how they become this rank's batches; alike for all steps.
+
+Tokenized once by the first rank of each machine, while the others wait on the file system. What becomes a
+trained token is decided in `common/data/chat.py`; which rows make a step in `common/data/batches.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from common.artifacts import VARIABLES, Artifact, write_json
+from common.config import DataConfig, JobConfig, TrainConfig
+from common.data import dataset
+from common.data.batches import Batches, BatchPlan
+from common.errors import with_step
+from common.runtime.distributed import World
+from common.stage import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Say = Callable[[str], None]
+Rows = TypeVar("Rows", dataset.TokenizedDataset, dataset.PairDataset, dataset.PromptDataset)
+Kind = dataset.Kind[Any, Any, Rows]
+
+
+@dataclass(frozen=True)
+class StepData(Generic[Rows]):
+    """What a step trains and evaluates on."""
+
+    train: Rows
+    held_out: Rows | None
+    ledger: dataset.Ledger
+    weights: dict[str, float]  # by source name
+    stage_split: dict[str, Any] | None = None  # seed and shares, when steps share out the rows
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Hashes of everything that decided the rows, for the manifest; how they are shared out and variables
+        of the chat template, if there are any."""
+        held_out = None if self.held_out is None else self.held_out.fingerprint
+        split = {} if self.stage_split is None else {"stage_split": self.stage_split}
+        given = dict(self.chat_template_kwargs)
+        variables = {VARIABLES: given} if given else {}
+        return {"train": self.train.fingerprint, "held_out": held_out, **split, **variables}
+
+
+def cache_dir(job: JobConfig, data: DataConfig) -> Path:
+    """Where tokenized rows are kept."""
+    return Path(data.cache_dir or Path(job.output_dir) / ".cache" / "data")
+
+
+def build_data(
+    job: JobConfig,
+    step: Step,
+    data: DataConfig,
+    kind: Kind[Rows],
+    tokenizer: PreTrainedTokenizerFast,
+    say: Say,
+    *,
+    wait: bool = False,
+) -> StepData[Rows]:
+    """Tokenize the sources, or find them in the cache. wait: another process on this machine does it."""
+    train, held_out, ledger = dataset.build(
+        data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
+        report=say, wait=wait,
+    )  # fmt: skip
+    split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
+    weights = dataset.source_weights(data)
+    return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
+
+
+def load_data(
+    job: JobConfig,
+    step: Step,
+    data: DataConfig,
+    kind: Kind[Rows],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    world: World,
+    say: Say,
+    *,
+    policy: Artifact | None = None,
+) -> StepData[Rows]:
+    """`build_data` on every rank; says what became of the rows, and writes `folder/ledger.json`.
+
+    policy: what the step starts from; a line says so when that shared out its rows in another way, or gave
+    its chat template other variables.
+    """
+    built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
+    if world.is_rank0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "ledger.json", built.ledger.to_json())
+    say(with_step("\n".join(built.ledger.lines()), step.value))
+    if policy is not None:
+        lines = (
+            other_split(step, built.stage_split, policy),
+            other_variables(step, data.chat_template_kwargs, policy),
+        )
+        for line in filter(None, lines):
+            say(line)
+    return built
+
+
+def other_variables(step: Step, ours: Mapping[str, Any], policy: Artifact) -> str | None:
+    """A warning when the step's prompts are rendered with other variables than those the policy learned."""
+    theirs = policy.template_variables
+    if dict(ours) == theirs or "data" not in policy.manifest.details:
+        return None
+    return (
+        f"warning: {step.value} renders its prompts in another way than its policy {policy.path} was trained:"
+        f" data.chat_template_kwargs is {dict(ours)}, and was {theirs} there"
+    )
+
+
+def other_split(step: Step, ours: Mapping[str, Any] | None, policy: Artifact) -> str | None:
+    """A warning when rows of the step may be among those its policy was trained on.
+
+    That is when the policy's step shared out its rows with this one, or this one has shares too, and the
+    shares or their seeds differ. ours: as in a manifest; None without shares. A policy that shared out
+    nothing was trained on data of its own, as far as anyone can tell.
+    """
+    theirs = (policy.manifest.details.get("data") or {}).get("stage_split")
+    if theirs is None or ours == theirs or (ours is None and step.value not in theirs["shares"]):
+        return None
+    return (
+        f"warning: {step.value} may see rows that its policy {policy.path} was trained on: "
+        f"data.stage_split is {_shown(ours)}, and was {_shown(theirs)} there"
+    )
+
+
+def _shown(split: Mapping[str, Any] | None) -> str:
+    if split is None:
+        return "empty"
+    shares = ", ".join(f"{name}: {share:g}" for name, share in sorted(split["shares"].items()))
+    return f"{{{shares}}} with seed={split['seed']}"
+
+
+def batch_plan(
+    job: JobConfig, data: DataConfig, train: TrainConfig, world: World, *, share_prefix: bool = True
+) -> BatchPlan:
+    """How the rows become this rank's batches. share_prefix: see `losses.can_share_prefix`."""
+    return BatchPlan(
+        max_length=data.max_length,
+        packing=data.packing,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=job.seed,
+        rank=world.rank,
+        world_size=world.size,
+        share_prefix=share_prefix,
+    )
+
+
+def places_of(batches: Batches, rows: dataset.TokenizedDataset | dataset.PairDataset, step: int) -> list[str]:
+    """Where the rows of step `step` (from 0) came from, for messages."""
+    return [rows.place(int(index)) for row in batches.rows(step) for index in row]

@@ -1,0 +1,86 @@
+"""What a step's network falls back to is known from the config alone, in the step's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from common import notices
+from common.config import Dtype, ModelConfig
+from common.decoding.foresight import foresee_policy, foresee_scalar
+from common.errors import UserError
+from common.model.losses import PackedCausalLM
+from common.model.models import load_model
+from tests.tiny import CHATML, tiny_tokenizer
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    before = notices.log.handlers[:]
+    yield
+    notices.log.handlers[:] = before
+
+
+def model_of(kind: str, *, checkpointing: bool = False, **fields: Any) -> ModelConfig:
+    return ModelConfig(
+        config={"model_type": kind, **fields}, dtype=Dtype.fp32, gradient_checkpointing=checkpointing
+    )
+
+
+def foreseen(model: ModelConfig) -> list[str]:
+    said: list[str] = []
+    notices.listen(said.append)
+    foresee_policy(model, samples=False)
+    return said
+
+
+KINDS = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "mixtral": {**SHAPE, "num_local_experts": 2, "router_aux_loss_coef": 0.5},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "cohere": {**SHAPE, "logit_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_foreseen_is_what_the_step_says(kind: str) -> None:
+    model = model_of(kind, checkpointing=kind == "llama", **(KINDS[kind] or SHAPE))
+    said: list[str] = []
+    notices.listen(said.append)
+    PackedCausalLM(load_model(model, tiny_tokenizer(CHATML), seed=0, device=torch.device("cpu")))
+    assert foreseen(model) == said != []
+
+
+def test_a_model_that_does_everything_has_nothing_to_say() -> None:
+    assert foreseen(model_of("llama", **SHAPE)) == []
+
+
+def test_what_the_step_would_refuse_is_refused() -> None:
+    with pytest.raises(UserError, match="model_type=bert has attention to later tokens"):
+        foresee_policy(model_of("bert"), samples=False)
+    with pytest.raises(UserError, match="lfm2 does not make a reward model: transformers has no Sequence"):
+        foresee_scalar(model_of("lfm2"))
+
+
+def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_config(*_: object, **__: object) -> None:
+        raise ImportError("it requires the PIL library")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
+    with pytest.raises(UserError, match="model_type=llama does not make a causal LM: ImportError: .*PIL"):
+        foresee_policy(model_of("llama", **SHAPE), samples=False)
+
+
+def test_where_nothing_can_be_asked_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.decoding.foresight.small_network", lambda *_: None)
+    (line,) = foreseen(model_of("llama", **SHAPE))
+    assert line.startswith("what the architecture falls back to is not known before the run, since a small")

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.runtime.logs import STOPPED_EXIT_CODE, open_rank_log, run_and_report
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """Puts the root logger back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def refuse() -> int:
+    raise UserError("key=1 is not allowed", hint="allowed: 2")
+
+
+def test_a_ranks_records_and_warnings_go_to_its_own_file_and_not_to_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    open_rank_log(tmp_path / "logs", 3)
+    logging.getLogger("any.library").warning("from a library")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("from Python", stacklevel=1)
+    text = (tmp_path / "logs" / "rank_3.log").read_text()
+    assert "WARNING any.library: from a library" in text and "from Python" in text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_status_of_work_that_ends_is_passed_on(tmp_path: Path) -> None:
+    assert run_and_report(lambda: 0, tmp_path) == 0
+    assert run_and_report(lambda: 143, tmp_path) == 143
+
+
+def test_a_user_error_of_several_ranks_is_printed_once_with_its_way_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (0, 1):
+        open_rank_log(tmp_path, rank)
+    assert [run_and_report(refuse, tmp_path) for _ in range(2)] == [2, 2]
+    assert capfd.readouterr().err == "error: key=1 is not allowed\n  allowed: 2\n"
+    assert "key=1 is not allowed" in (tmp_path / "rank_1.log").read_text()
+
+
+def test_the_next_start_prints_its_error_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        open_rank_log(tmp_path, 0)
+        run_and_report(refuse, tmp_path)
+        assert capfd.readouterr().err.startswith("error: key=1")
+
+
+def test_an_error_is_printed_when_the_folder_cannot_be_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_and_report(refuse, tmp_path / "gone") == 2
+    assert capfd.readouterr().err.startswith("error: key=1")
+
+
+def test_what_fails_because_another_rank_was_told_to_stop_is_no_failure(tmp_path: Path) -> None:
+    def leave() -> int:
+        raise SystemExit(STOPPED_EXIT_CODE)
+
+    open_rank_log(tmp_path, 0)
+    with pytest.raises(SystemExit):
+        run_and_report(leave, tmp_path)
+    assert run_and_report(lambda: 1 // 0, tmp_path) == STOPPED_EXIT_CODE
+    assert run_and_report(refuse, tmp_path) == 2
+    assert "ZeroDivisionError" in (tmp_path / "rank_0.log").read_text()
+    open_rank_log(tmp_path, 0)  # the next start
+    with pytest.raises(ZeroDivisionError):
+        run_and_report(lambda: 1 // 0, tmp_path)
+
+
+def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
+    open_rank_log(tmp_path, 0)
+    with pytest.raises(ZeroDivisionError):
+        run_and_report(lambda: 1 // 0, tmp_path)
+    assert "ZeroDivisionError" in (tmp_path / "rank_0.log").read_text()

@@ -1,0 +1,479 @@
+"""Checkpoints of a state that writes a few small files, on one rank; then of real engines, on one and two."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.common.test_engine import runs
+
+from common.artifacts import MANIFEST, Manifest, read_manifest, write_manifest
+from common.errors import UserError
+from common.runtime.distributed import World, init_world
+from common.training import checkpoint
+from common.training.checkpoint import Checkpoints, States
+from tests import mounts
+from tests.programs import saved_engines
+
+FILES = ("zero/weights.pt", "zero/optimizer.pt", "counters.json", "manifest.json")
+
+
+class StateOnly:
+    """As much of an engine as checkpoints use: a number that is saved in two files."""
+
+    def __init__(self, value: float = 0.0, numbers: int = 100) -> None:
+        self.value, self.numbers = value, numbers
+
+    def save(self, folder: Path) -> None:
+        (folder / "zero").mkdir()
+        for name in ("weights", "optimizer"):
+            torch.save(torch.full((self.numbers,), self.value), folder / "zero" / f"{name}.pt")
+
+    def load(self, folder: Path) -> None:
+        values = {float(torch.load(folder / "zero" / f"{n}.pt")[0]) for n in ("weights", "optimizer")}
+        (self.value,) = values
+
+
+def world_of(size: int = 1) -> World:
+    return World(0, size, 0, torch.device("cpu"))
+
+
+def checkpoints_in(folder: Path, keep: int = 2, size: int = 1) -> Checkpoints:
+    return Checkpoints(folder, keep=keep, world=world_of(size))
+
+
+def save(checkpoints: Checkpoints, step: int, best: int | None = None, numbers: int = 100) -> None:
+    engine: Any = StateOnly(step * 1.0, numbers)
+    checkpoints.save(step, engine, {"step": step}, best_step=best)
+
+
+def resumed_value(checkpoints: Checkpoints) -> tuple[float, Any]:
+    engine: Any = StateOnly(-1.0)
+    return engine.value if (found := checkpoints.resume(engine)) is None else engine.value, found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Checkpoints:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints")
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    return checkpoints
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    assert resumed_value(checkpoints_in(tmp_path / "none")) == (-1.0, None)
+
+
+def test_the_newest_checkpoint_is_restored_with_its_counters(two: Checkpoints) -> None:
+    value, resumed = resumed_value(two)
+    assert value == 20.0
+    assert resumed.counters == {"step": 20} and resumed.set_aside == ()
+    assert set(content(two.folder / "step_00000020")) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_in_any_file_sets_the_checkpoint_aside_and_uses_the_one_before(
+    two: Checkpoints, name: str
+) -> None:
+    path = two.folder / "step_00000020" / name
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    value, resumed = resumed_value(two)
+    assert value == 10.0
+    assert len(resumed.set_aside) == 1 and resumed.set_aside[0].startswith("step_00000020: ")
+    assert name in resumed.set_aside[0]
+    # nothing is deleted: it can still be looked at
+    assert content(two.folder / "quarantine" / "step_00000020")[name] == bytes(damaged)
+    assert two.steps() == [10]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_sets_the_checkpoint_aside(two: Checkpoints, name: str) -> None:
+    (two.folder / "step_00000020" / name).unlink()
+    value, resumed = resumed_value(two)
+    assert value == 10.0 and "step_00000020" in resumed.set_aside[0]
+    assert name in resumed.set_aside[0] or "not finished" in resumed.set_aside[0]
+
+
+def test_a_truncated_file_is_named_with_both_sizes(two: Checkpoints) -> None:
+    path = two.folder / "step_00000020" / "zero" / "weights.pt"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    _, resumed = resumed_value(two)
+    assert f"zero/weights.pt has {size - 1} bytes, recorded {size}" in resumed.set_aside[0]
+
+
+def failing(number: int, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of a path, which fails for the files of that name in the newest checkpoint."""
+
+    def fail(path: Path, *rest: Any, **more: Any) -> Any:
+        if path.name == name and "step_00000020" in path.parts:
+            raise OSError(number, os.strerror(number))
+        return method(path, *rest, **more)
+
+    return fail
+
+
+def refuse_reading(patch: pytest.MonkeyPatch, number: int, name: str) -> None:
+    """Reading the newest checkpoint's files of that name fails."""
+    patch.setattr(Path, "read_text", failing(number, name, Path.read_text))
+    patch.setattr(checkpoint, "file_sha256", failing(number, name, checkpoint.file_sha256))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", MANIFEST])
+def test_a_bad_sector_sets_the_checkpoint_aside(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    refuse_reading(monkeypatch, errno.EIO, name)
+    value, resumed = resumed_value(two)
+    assert value == 10.0 and f"{name} cannot be read: Input/output error" in resumed.set_aside[0]
+
+
+@pytest.mark.parametrize("name", ["weights.pt", MANIFEST])
+def test_a_checkpoint_that_may_not_be_read_is_an_error_and_stays_where_it_is(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    refuse_reading(monkeypatch, errno.EACCES, name)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied") as caught:
+        resumed_value(two)
+    assert caught.value.hint == "check its permissions" and sorted(two.steps()) == [10, 20]
+
+
+def test_checkpoints_of_another_format_are_an_error_and_stay_where_they_are(two: Checkpoints) -> None:
+    write_manifest(two.folder / "step_00000020", Manifest("checkpoint", None, {}, format_version=2))
+    with pytest.raises(UserError, match="has format version 2; this program reads version 1"):
+        resumed_value(two)
+    assert sorted(two.steps()) == [10, 20]
+
+
+def test_when_all_are_broken_the_error_names_them_and_nothing_is_deleted(two: Checkpoints) -> None:
+    for step in (10, 20):
+        (two.folder / f"step_000000{step}" / "zero" / "weights.pt").write_bytes(b"nothing")
+    before = content(two.folder)
+    with pytest.raises(UserError, match="no checkpoint .* can be verified") as caught:
+        resumed_value(two)
+    assert "step_00000010" in caught.value.message and "step_00000020" in caught.value.message
+    assert "quarantine" in str(caught.value.hint)
+    assert content(two.folder / "quarantine") == before
+
+
+def test_a_second_broken_checkpoint_of_the_same_step_does_not_overwrite_the_first(two: Checkpoints) -> None:
+    for text in (b"first", b"second"):
+        (two.folder / "step_00000020" / "zero" / "weights.pt").write_bytes(text)
+        resumed_value(two)
+        save(two, 20)
+    kept = two.folder / "quarantine"
+    assert (kept / "step_00000020" / "zero" / "weights.pt").read_bytes() == b"first"
+    assert (kept / "step_00000020-2" / "zero" / "weights.pt").read_bytes() == b"second"
+
+
+def test_a_resharded_state_is_said_once(two: Checkpoints) -> None:
+    class Divided(StateOnly):
+        def load(self, folder: Path) -> str:
+            super().load(folder)
+            return "2 ranks -> 3 ranks"
+
+    kept = content(two.folder)
+    engine: Any = Divided(-1.0)
+    resumed = checkpoints_in(two.folder, size=3).resume(engine)
+    assert resumed is not None and resumed.resharded == "2 ranks -> 3 ranks"
+    assert engine.value == 20.0 and content(two.folder) == kept
+    assert resumed_value(two)[1].resharded is None
+    save_states(two, 30)
+    both = States(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
+    assert two.resume(both).resharded == "2 ranks -> 3 ranks"
+
+
+def save_states(checkpoints: Checkpoints, step: int) -> None:
+    names = ("actor", "critic", "plain")
+    state = States(**{name: StateOnly(step * 1.0) for name in names})
+    checkpoints.save(step, state, {"step": step}, best_step=None)
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [(None, [40, 50]), (10, [10, 40, 50]), (50, [40, 50])], ids=["none", "old", "new"]
+)
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path, best: int | None, kept: list[int]) -> None:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints", keep=2)
+    for step in (10, 20, 30, 40, 50):
+        save(checkpoints, step, best if best is not None and step >= best else None)
+    assert sorted(checkpoints.steps()) == kept
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [f"step_{s:08d}" for s in kept]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(two: Checkpoints) -> None:
+    before = content(two.folder)
+    two.save(20, StateOnly(99.0), {"step": 99}, best_step=None)  # type: ignore[arg-type]
+    assert content(two.folder) == before
+
+
+def test_nothing_is_deleted_before_the_next_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints", keep=1)
+    save(checkpoints, 10)
+    seen: list[list[int]] = []
+
+    def look(self: StateOnly, folder: Path) -> None:
+        seen.append(checkpoints.steps())
+        raise KeyboardInterrupt  # the process ends in the middle of writing
+
+    monkeypatch.setattr(StateOnly, "save", look)
+    with pytest.raises(KeyboardInterrupt):
+        save(checkpoints, 20)
+    monkeypatch.undo()
+    assert seen == [[10]] and resumed_value(checkpoints)[0] == 10.0
+
+
+def test_what_was_left_unfinished_is_removed(two: Checkpoints) -> None:
+    for step in (20, 25):
+        (two.folder / f"step_{step:08d}.tmp" / "zero").mkdir(parents=True)
+    assert resumed_value(two)[0] == 20.0
+    assert [path.name for path in two.folder.glob("*.tmp")] == []
+    (two.folder / "step_00000025.tmp").mkdir()
+    save(two, 30)
+    assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_left_with_a_warning_and_removed_by_a_later_save(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(two, 30)
+    assert "step_00000010 cannot be removed: Device or resource busy" in caplog.text
+    assert resumed_value(two)[0] == 30.0 and list(two.folder.glob("*.tmp"))
+    with pytest.raises(UserError, match=r"cannot write .*step_00000010.tmp: it is there already"):
+        save(two, 10)  # what is left of the old one is not taken into a new one
+    monkeypatch.undo()
+    save(two, 40)
+    assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000030", "step_00000040"]
+
+
+def test_an_unfinished_checkpoint_is_never_loaded(two: Checkpoints) -> None:
+    (two.folder / "step_00000020").rename(two.folder / "step_00000020.tmp")
+    value, resumed = resumed_value(two)
+    assert value == 10.0 and resumed.set_aside == ()
+
+
+def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, size = namedtuple("usage", "total used free"), sum(map(len, content(two.folder).values())) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size - 1))
+    monkeypatch.setattr(StateOnly, "save", lambda self, folder: pytest.fail("it was begun"))
+    with pytest.raises(UserError, match="a checkpoint takes 0.0 MiB") as caught:
+        save(two, 30)
+    assert "what was saved before is untouched" in str(caught.value.hint)
+    assert sorted(two.steps()) == [10, 20]
+
+
+def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(tmp_path: Path) -> None:
+    with mounts.small_disk(tmp_path / "disk", 256 << 10) as disk:
+        checkpoints = checkpoints_in(disk / "checkpoints")
+        save(checkpoints, 10)
+        before = content(disk)
+        with pytest.raises(UserError, match="cannot write .*step_00000020.tmp: .*full"):
+            save(checkpoints, 20, numbers=50_000)
+        assert content(disk) == before
+        assert resumed_value(checkpoints)[0] == 10.0
+        save(checkpoints, 20)  # with room again
+        assert resumed_value(checkpoints)[0] == 20.0
+
+
+def test_a_full_disk_in_plain_files_is_the_same_error(tmp_path: Path) -> None:
+    class PlainFile(StateOnly):
+        def save(self, folder: Path) -> None:
+            (folder / "weights.bin").write_bytes(bytes(self.numbers))
+
+    with mounts.small_disk(tmp_path / "disk", 256 << 10) as disk:
+        checkpoints, engine = checkpoints_in(disk / "checkpoints"), PlainFile(numbers=300 << 10)
+        with pytest.raises(UserError, match="the disk is full"):
+            checkpoints.save(10, engine, {}, best_step=None)  # type: ignore[arg-type]
+        assert content(disk) == {} and not list(disk.rglob("*.tmp"))
+
+
+class TornWrite(StateOnly):
+    """A state whose writing fails in torch."""
+
+    said = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+
+    def save(self, folder: Path) -> None:
+        raise RuntimeError(self.said)
+
+
+def test_a_used_up_quota_is_named_though_the_disk_has_room(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over_quota(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    before = content(two.folder)
+    monkeypatch.setattr(os, "fsync", over_quota)
+    with pytest.raises(UserError, match="cannot write .*step_00000030.tmp: the disk quota is used up"):
+        two.save(30, TornWrite(), {}, best_step=None)
+    assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
+
+
+def test_a_write_that_torch_could_not_end_is_refused_and_another_failure_is_not(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write .*step_00000030.tmp: File too large"):
+            save(two, 30, numbers=2**18)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(UserError, match="not all of a file could be written"):
+        two.save(30, TornWrite(), {}, best_step=None)
+    monkeypatch.setattr(TornWrite, "said", "shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        two.save(30, TornWrite(), {}, best_step=None)
+
+
+def test_a_read_only_disk_is_an_error_that_leaves_earlier_checkpoints_intact(two: Checkpoints) -> None:
+    before = content(two.folder)
+    with mounts.read_only(two.folder):
+        with pytest.raises(UserError, match="read-only"):
+            save(two, 30)
+        assert resumed_value(two)[0] == 20.0
+    assert content(two.folder) == before
+
+
+def test_a_damaged_checkpoint_that_a_read_only_disk_keeps_in_its_place_is_an_error(two: Checkpoints) -> None:
+    (two.folder / "step_00000020" / "counters.json").unlink()
+    with mounts.read_only(two.folder), pytest.raises(UserError, match="quarantine.*: .* is read-only"):
+        resumed_value(two)
+
+
+class OfTwoRanks:
+    """A state of which each rank writes one file."""
+
+    def save(self, folder: Path) -> None:
+        (folder / f"{os.environ['RANK']}.bin").write_bytes(b"x")
+
+    def load(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+def listed_late(folder: str) -> int:
+    """Rank 1's listing lacks the first file, then it cannot read its share."""
+    world = init_world()
+    checkpoints = Checkpoints(Path(folder), keep=2, world=world)
+    listed = Path.rglob
+    if world.rank == 1:
+        Path.rglob = lambda path, pattern: sorted(listed(path, pattern))[1:]  # type: ignore[assignment, method-assign]
+    path = checkpoints.save(1, OfTwoRanks(), {}, best_step=None)
+    assert set(read_manifest(path).files) == {"0.bin", "1.bin", "counters.json"}
+
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    if world.rank == 1:
+        checkpoint.file_sha256 = unreadable  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"1\.bin was written, but rank 1 cannot read it: No such file"):
+        checkpoints.save(2, OfTwoRanks(), {}, best_step=None)
+    assert checkpoints.steps() == [1]
+    return 0
+
+
+def test_every_file_is_recorded_also_where_a_rank_lists_the_folder_late(tmp_path: Path) -> None:
+    runs(listed_late, 2, tmp_path, str(tmp_path / "checkpoints"))
+
+
+def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints) -> None:
+    manifest = json.loads((two.folder / "step_00000020" / MANIFEST).read_text())
+    assert set(manifest["files"]) == set(FILES) - {MANIFEST}
+    assert manifest["details"] == {"step": 20, "world_size": 1, "base_revision": None}
+    assert manifest["kind"] == "checkpoint"
+
+
+class Part(StateOnly):
+    """A state among several, which a disk may refuse."""
+
+    def __init__(self, value: float, refusal: Exception | None = None) -> None:
+        super().__init__(value)
+        self.refusal, self.saved = refusal, 0
+
+    def save(self, folder: Path) -> None:
+        self.saved += 1
+        if self.refusal is not None:
+            raise self.refusal
+        super().save(folder)
+
+
+def test_several_states_are_saved_and_restored_each_under_its_name(tmp_path: Path) -> None:
+    checkpoints = checkpoints_in(tmp_path / "checkpoints")
+    path = checkpoints.save(1, States(actor=Part(1.0), critic=Part(2.0)), {}, best_step=None)
+    found = {name for name in content(path) if name.endswith("weights.pt")}
+    assert found == {"actor/zero/weights.pt", "critic/zero/weights.pt"}
+    actor, critic = Part(-1.0), Part(-1.0)
+    assert checkpoints.resume(States(actor=actor, critic=critic)) is not None
+    assert (actor.value, critic.value) == (1.0, 2.0)
+
+
+def test_when_a_state_is_refused_the_others_are_saved_all_the_same_and_the_first_refusal_is_told(
+    two: Checkpoints,
+) -> None:
+    """The collectives of the later ones would otherwise leave ranks waiting whose disk refused nothing."""
+    before = content(two.folder)
+    full, denied = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "denied")
+    parts = [Part(1.0), Part(2.0, full), Part(3.0, denied), Part(4.0)]
+    with pytest.raises(UserError, match="the disk is full"):
+        two.save(30, States(a=parts[0], b=parts[1], c=parts[2], d=parts[3]), {}, best_step=None)
+    assert [part.saved for part in parts] == [1, 1, 1, 1]
+    assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_engines_and_an_average_that_were_resumed_end_with_the_same_bits(
+    tmp_path: Path, ranks: int
+) -> None:
+    from benchmarks.kill_resume import contents
+
+    runs(saved_engines.every_end, ranks, tmp_path, str(tmp_path / "ends"))
+    ends = sorted((tmp_path / "ends").iterdir())
+    assert len(ends) == 4
+    for end in ends:
+        whole, stopped = (end / name / "step_00000004" for name in ("whole", "stopped"))
+        names = sorted(content(whole))
+        assert names == sorted(content(stopped)) and {"actor", "critic", "average"} <= {
+            name.partition("/")[0] for name in names
+        }
+        tensors = 0
+        for name in names:
+            left, right = contents(whole / name), contents(stopped / name)
+            assert left.keys() == right.keys()
+            for key, value in left.items():
+                if isinstance(value, torch.Tensor):
+                    tensors += 1
+                    assert torch.equal(value, right[key]), (end.name, name, key)
+        assert tensors > 30, "a comparison of nothing would always succeed"
+        # the comparison sees a difference where there is one
+        earlier = end / "stopped" / "step_00000002"
+        name = next(name for name in names if name.endswith(".safetensors"))
+        assert (earlier / name).read_bytes() != (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
+def test_a_disk_that_refuses_the_second_engine_leaves_nothing_half_and_no_rank_waiting(
+    tmp_path: Path, ranks: int, victim: int
+) -> None:
+    runs(saved_engines.refused, ranks, tmp_path, str(tmp_path / "refused"), victim)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import Dtype
+from common.runtime.distributed import World
+from common.stage import Step
+from common.training.checkpoint import Checkpoints
+from common.training.engine import StepOutcome
+from common.training.loop import (
+    Counters,
+    SaveClock,
+    advance,
+    is_due,
+    restore,
+    skipped_warning,
+    swapped_warning,
+    with_best,
+)
+
+
+def test_a_skipped_step_consumes_its_rows_and_moves_no_schedule() -> None:
+    counters = Counters(step=4, applied=4, num_tokens=100, num_trained_tokens=40, best_step=2, best_loss=1.5)
+    skipped = advance(counters, StepOutcome(False, float("nan")), 10, 5)
+    assert skipped == Counters(5, 4, 1, 110, 45, 2, 1.5)
+    again = advance(skipped, StepOutcome(False, float("nan")), 10, 5)
+    assert again.skipped_in_a_row == 2
+    assert advance(again, StepOutcome(True, 1.0), 10, 5) == Counters(7, 5, 0, 130, 55, 2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "due"), [(4, 2, True), (5, 2, False), (5, 0, False), (3, 1, True), (0, 5, True)]
+)
+def test_what_happens_every_few_steps_never_happens_every_zero(step: int, every: int, due: bool) -> None:
+    assert is_due(step, every) is due
+
+
+def test_the_best_step_is_the_one_with_the_smallest_held_out_loss() -> None:
+    first = with_best(Counters(step=2), 1.5)
+    assert (first.best_step, first.best_loss) == (2, 1.5)
+    later = Counters(step=4, best_step=2, best_loss=1.5)
+    assert with_best(later, 1.5) is later and with_best(later, math.nan) is later
+    assert with_best(later, 1.25).best_step == 4
+    assert with_best(Counters(step=2), math.nan).best_step is None
+
+
+def swapped(accuracy: float, margin: float, pairs: int) -> str | None:
+    metrics = {"eval/accuracy": accuracy, "eval/margin": margin}
+    return swapped_warning(metrics, "eval/accuracy", "eval/margin", step=Step.dpo, pairs=pairs)
+
+
+def test_swapped_columns_are_suspected_when_margins_and_order_are_both_wrong() -> None:
+    line = swapped(0.02, -1.5, 50)
+    assert line is not None and "-1.5" in line and "2.0%" in line
+    assert "swapped, in dpo.data.eval_path or in one of dpo.data.sources?" in line
+    assert swapped(0.9, -0.1, 50) is None and swapped(0.1, 0.2, 50) is None
+
+
+def test_what_chance_may_do_is_not_taken_for_swapped_columns() -> None:
+    # of 25 pairs a coin has 7 or fewer in order in 2.2 % of all cases, 6 or fewer in 0.7 %
+    assert swapped(7 / 25, -0.1, 25) is None and swapped(6 / 25, -0.1, 25) is not None
+    assert swapped(0.44, -0.1, 400) is not None
+    # all of a handful in the wrong order: once in 64, once in 128
+    assert swapped(0.0, -0.1, 6) is None and swapped(0.0, -0.1, 7) is not None
+    assert swapped(0.0, -0.1, 1) is None and swapped(0.0, -0.1, 0) is None
+
+
+def test_skipped_steps_are_said_at_the_end_but_for_fp16() -> None:
+    line = skipped_warning(Counters(step=10, applied=8), Dtype.bf16, Step.reward)
+    assert line is not None and "2 of 10 steps" in line and "reward.optim.lr" in line
+    assert skipped_warning(Counters(step=10, applied=10), Dtype.bf16, Step.reward) is None
+    assert skipped_warning(Counters(step=10, applied=8), Dtype.fp16, Step.reward) is None
+
+
+def save_clock(rank: int, minutes: float) -> tuple[SaveClock, list[float]]:
+    """A clock of a rank, and the time it shows, in seconds."""
+    seconds = [1000.0]
+    return SaveClock(minutes, World(rank, 2, rank, torch.device("cpu")), now=lambda: seconds[-1]), seconds
+
+
+def test_a_save_is_due_when_so_many_minutes_went_by_without_one() -> None:
+    clock, seconds = save_clock(0, 1.5)
+    assert not clock.asks
+    seconds.append(1089.9)
+    assert not clock.asks
+    seconds.append(1090.0)
+    assert clock.asks and clock.asks  # until there is one
+    clock.restart()
+    assert not clock.asks
+    seconds.append(1180.0)
+    assert clock.asks
+
+
+def test_only_the_first_rank_s_clock_counts_and_zero_minutes_mean_never() -> None:
+    for rank, minutes in ((1, 1.0), (0, 0.0)):
+        clock, seconds = save_clock(rank, minutes)
+        seconds.append(1e9)
+        assert not clock.asks
+
+
+class Nothing:
+    """A state that is never asked for."""
+
+    save = load = None
+
+
+def test_checkpoints_that_are_gone_are_missed_aloud_and_a_first_start_is_not(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, world=World(0, 1, 0, torch.device("cpu")))
+    said: list[str] = []
+    assert restore(checkpoints, Nothing(), said.append) == {} and said == []  # type: ignore[arg-type]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert restore(checkpoints, Nothing(), said.append) == {}  # type: ignore[arg-type]
+    assert said == [
+        f"there is no checkpoint in {tmp_path / 'checkpoints'}: beginning again with the first step"
+    ]
