@@ -20,12 +20,9 @@ from common.config import OptimConfig
 from common.data.types import Batch
 from common.model.losses import PackedCausalLM, TokenLoss, batch_arguments
 from common.model.models import adapters_off
-from common.rates import Rates
 from common.runtime.distributed import World
-from common.training import loop
-from common.training.engine import Engine, StepOutcome
 from common.training.frozen import Frozen
-from common.training.optim import build_optimizer, build_schedule, set_learning_rate
+from common.training.learner import Learner, build_learner
 from step3_ppo.config import PPOJob
 from step3_ppo.experience import Experience
 from step3_ppo.minibatches import last_positions, per_token
@@ -36,26 +33,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Trained:
-    """A network under ZeRO with its optimizer and the schedule of its learning rate."""
-
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[int], float]  # of the next update, by the number of applied ones
-    rates: Rates  # over the run
-
-    def step(self, applied: int) -> StepOutcome:
-        """Reduce, clip and update with the learning rate that is due after `applied` updates."""
-        set_learning_rate(self.optimizer, self.learning_rate(applied))
-        return self.engine.step()
-
-
-@dataclass
 class Networks:
     """The four networks; those that the settings have no use for are None."""
 
-    actor: Trained
-    critic: Trained | None
+    actor: Learner
+    critic: Learner | None
     reference: Frozen | None
     reward_model: Frozen | None
     model: PreTrainedModel  # the actor's transformers model, perhaps under peft
@@ -147,12 +129,12 @@ def build_networks(
     ppo, lora = job.ppo, job.model.lora.enabled
     model = load_actor(job, policy, tokenizer, world.device)
     actor_lr = ppo.peak_lr(lora=lora)
-    actor = _trained(PackedCausalLM(model), ppo.optim, actor_lr, actor_updates, job, world)
+    actor = _learner(PackedCausalLM(model), ppo.optim, actor_lr, actor_updates, job, world)
     critic = None
     if ppo.has_critic:
         module = load_critic(job, policy, reward_model, tokenizer, world.device)
         critic_lr = ppo.critic.peak_lr(lora=lora)
-        critic = _trained(module, ppo.critic.optim, critic_lr, critic_updates, job, world)
+        critic = _learner(module, ppo.critic.optim, critic_lr, critic_updates, job, world)
     has_reference = ppo.kl.coef > 0
     scores_with_model = any(source.model for source in ppo.rewards)
     return Networks(
@@ -169,16 +151,10 @@ def build_networks(
     )
 
 
-def _trained(
-    module: torch.nn.Module, optim: OptimConfig, peak: float, updates: int, job: PPOJob, world: World
-) -> Trained:
-    updates = max(updates, 1)
-    schedule = build_schedule(optim, updates)
-    optimizer = build_optimizer(module, optim, peak)
-    engine = loop.build_engine(module, optimizer, job, job.ppo.train, optim, world)
-    return Trained(
-        engine, optimizer, lambda applied: peak * schedule(applied), Rates.of(optim, peak, updates)
-    )
+def _learner(
+    module: torch.nn.Module, optim: OptimConfig, peak_lr: float, updates: int, job: PPOJob, world: World
+) -> Learner:
+    return build_learner(module, job, job.ppo.train, optim, world, peak_lr=peak_lr, steps=max(updates, 1))
 
 
 def _packed(batch: Batch) -> dict[str, Any]:

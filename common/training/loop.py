@@ -1,33 +1,28 @@
-"""What the loops of all recipes keep and say alike: counters, cadence, a stop, a step that was skipped.
-
-Takes and returns plain values; which of these happens when is written in each step's train.py. Nothing here
-knows what a step minimises.
-"""
+"""A recipe's loop: counters, cadence, a stop, a step that was skipped. Knows nothing of what is minimised."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic
 
-import numpy as np
-import torch
-
-from common.config import Dtype, JobConfig, OptimConfig, TrainConfig
-from common.data.types import TokenizedExample, TokenizedPrompt
+from common.config import Dtype
+from common.data.batches import Batches
 from common.errors import UserError
 from common.evidence import chance_of_so_few
-from common.runtime.distributed import STOPPED_EXIT_CODE, World
+from common.phases import enter
+from common.runtime.distributed import STOPPED_EXIT_CODE, all_reduce_sum, seed_everything
+from common.runtime.performance import performance, training_flops_per_token
 from common.runtime.progress import Progress
-from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
 from common.stage import Step
-from common.training.checkpoint import Checkpoints, State
-from common.training.ds_config import build_ds_config
-from common.training.engine import Engine, StepOutcome
+from common.training.engine import StepOutcome
+from common.training.learner import Learner
+from common.training.session import Session, restore
+from common.training.step_data import Rows, StepData
 
 MAX_SKIPPED_IN_A_ROW = 5
 SURPRISE = 0.01
@@ -47,70 +42,6 @@ class Counters:
     num_trained_tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-
-
-def build_engine(
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    job: JobConfig,
-    train: TrainConfig,
-    optim: OptimConfig,
-    world: World,
-) -> Engine:
-    """The module under ZeRO, as the job says."""
-    config = build_ds_config(
-        job.deepspeed,
-        dtype=job.model.dtype,
-        max_grad_norm=optim.max_grad_norm,
-        micro_batch_size=train.micro_batch_size,
-        world_size=world.size,
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        optimizer=optim.name,
-    )
-    return Engine(module, optimizer, config)
-
-
-def resume(checkpoints: Checkpoints, engine: Engine, say: Callable[[str], None]) -> Counters:
-    """Counters of the newest checkpoint that verifies, its state restored; new ones when there is none."""
-    return Counters(**restore(checkpoints, engine, say))
-
-
-def restore(
-    checkpoints: Checkpoints,
-    state: State,
-    say: Callable[[str], None],
-    place: Callable[[Mapping[str, Any]], str] | None = None,
-) -> dict[str, Any]:
-    """The same for any state and any counters, which are {} when there is no checkpoint.
-
-    place: where such counters are, in words, if their checkpoint's number does not tell.
-    """
-    resumed = checkpoints.resume(state)
-    if resumed is None:
-        if (checkpoints.folder.parent / METRICS_FILE).exists():
-            say(f"there is no checkpoint in {checkpoints.folder}: beginning again with the first step")
-        return {}
-    for line in resumed.set_aside:
-        say(f"set aside, not verified: {line}")
-    where = "" if place is None else f", {place(resumed.counters)}"
-    say(f"resuming from {resumed.path}{where}")
-    if resumed.resharded is not None:
-        say(f"its state was resharded: {resumed.resharded}")
-    return resumed.counters
-
-
-def save_and_leave(
-    checkpoints: Checkpoints, engine: Engine, counters: Counters, progress: Progress
-) -> NoReturn:
-    """Save and end the process, because all ranks were told to stop."""
-    save(checkpoints, engine, counters)
-    progress.log(f"told to stop: saved at step {counters.step}; the same command goes on from there")
-    raise SystemExit(STOPPED_EXIT_CODE)
-
-
-def save(checkpoints: Checkpoints, engine: Engine, counters: Counters) -> None:
-    """Commit a checkpoint of this moment, unless there is one."""
-    checkpoints.save(counters.step, engine, asdict(counters), best_step=counters.best_step)
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
@@ -137,62 +68,140 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class SaveClock:
-    """When a checkpoint is due because so many minutes went by since the last one (0: never).
+class Loop(Generic[Rows]):
+    """The optimizer steps of a recipe with one network: where the run is, and what surrounds each step.
 
-    The first rank's clock decides. All ranks learn of it in the sum over ranks that opens each step anyway:
-    clocks that differ would have some of them save and the others not.
+    A recipe calls, in each step, `begin`, `agree`, forward and backward passes, `step`, `evaluate_and_save`.
     """
 
-    def __init__(self, minutes: float, world: World, now: Callable[[], float] = time.monotonic) -> None:
-        """now: seconds on a clock that never goes back."""
-        self._seconds, self._now = minutes * 60, now
-        self._decides = world.is_rank0 and minutes > 0
-        self._last = now()
+    def __init__(
+        self,
+        session: Session,
+        learner: Learner,
+        batches: Batches,
+        data: StepData[Rows],
+        total_steps: int,
+        measure: Callable[[Rows, int], tuple[dict[str, float], str]],
+        *,
+        base_revision: str | None = None,
+    ) -> None:
+        """Resumes from the newest checkpoint that verifies.
 
-    @property
-    def asks(self) -> bool:
-        """Whether this rank wants a checkpoint now; never any but the first."""
-        return self._decides and self._now() - self._last >= self._seconds
+        batches: of `data.train`. measure: metrics and a line to show, on held-out rows and of what would be
+        exported after a step. base_revision: see `Session.checkpoints`.
+        """
+        self._session, self._learner, self._batches = session, learner, batches
+        self._data: StepData[Rows] = data
+        self._measure: Callable[[Rows, int], tuple[dict[str, float], str]] = measure
+        self.total_steps = total_steps
+        model: Any = learner.engine.module.model
+        self._flops_per_token = training_flops_per_token(model)
+        self._checkpoints = session.checkpoints(base_revision)
+        self.counters = Counters(**restore(self._checkpoints, learner.engine, session.say))
+        self._began, self._saving = 0.0, False
 
-    def restart(self) -> None:
-        """There is a checkpoint of this moment."""
-        self._last = self._now()
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Progress and metrics are open; before the first step there is an evaluation."""
+        session, done = self._session, self.counters.step
+        with session.tracked(self.total_steps, done, resumed=done > 0):
+            self._learner.engine.train()
+            if done == 0:
+                self.evaluate()  # what training starts from; no checkpoint, so never the best
+                session.progress.restart()
+            yield
 
+    def begin(self) -> int:
+        """Begin a step; its number, from 0."""
+        enter("step", self.counters.step + 1)
+        self._began = time.perf_counter()
+        return self.counters.step
 
-def metrics_of_step(path: Path, step: int) -> dict[str, float]:
-    """What was logged at a step, of training and of evaluation; a resume may have had nothing left to do."""
-    lines = [line for line in read_metrics(path) if line["step"] == step]
-    return {name: value for line in lines for name, value in line.items() if name != "step"}
+    def agree(self, counts: Sequence[float]) -> list[float]:
+        """The sums of `counts` over ranks: the one collective before the first backward pass.
 
+        It also tells whether to save after the step, or to stop: then all ranks save, and leave by
+        SystemExit.
+        """
+        session = self._session
+        *sums, stopping, saving = all_reduce_sum([*counts, session.stop.received, session.save_clock.asks])
+        if stopping:
+            self.save()
+            session.progress.log(
+                f"told to stop: saved at step {self.counters.step}; the same command goes on from there"
+            )
+            raise SystemExit(STOPPED_EXIT_CODE)
+        self._saving = bool(saving)
+        seed_everything(session.job.seed, self.counters.step, session.world.rank)
+        return sums
 
-def probe_of(
-    example: TokenizedExample | TokenizedPrompt, device: torch.device, longest: int = 256
-) -> torch.Tensor:
-    """The start of a document, int64 [1, N]: what an exported model is compared with the live one on."""
-    return torch.from_numpy(example.input_ids[:longest].astype(np.int64))[None].to(device)
+    def step(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        tokens: float,
+        computed: float,
+        padding: float,
+        trained: float | None = None,
+    ) -> None:
+        """Update the weights, log the step, and say so when it was skipped.
 
+        metrics: of the losses. On all ranks: tokens, those of the step's
+        documents; computed, positions that the device computed, fewer where documents share a prompt;
+        padding, those that are nobody's token; trained, tokens that carry the loss (None: all do).
+        """
+        session, world, dtype = self._session, self._session.world, self._session.job.model.dtype
+        learning_rate = self._learner.learning_rate(self.counters.applied)
+        outcome = self._learner.step(self.counters.applied)
+        self.counters = advance(self.counters, outcome, tokens, tokens if trained is None else trained)
+        seconds = time.perf_counter() - self._began
+        seen: dict[str, float] = {
+            **metrics,
+            "grad_norm": outcome.grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": self.counters.num_tokens,
+            **({} if trained is None else {"num_trained_tokens": self.counters.num_trained_tokens}),
+            "epoch": self._batches.epoch_of(self.counters.step),
+            "perf/padding_share": padding / (computed + padding),
+            **performance(self._flops_per_token * computed / tokens, tokens, seconds, dtype.value, world),
+        }
+        session.tracker.log(seen, self.counters.step)
+        session.progress.update(
+            self.counters.step, loss=seen["loss"], tokens_per_second=seen["perf/tokens_per_second"],
+            mfu=seen.get("perf/mfu"),
+        )  # fmt: skip
+        if not outcome.applied:
+            rows = self._batches.rows(self.counters.step - 1)
+            places = [self._data.train.place(int(index)) for row in rows for index in row]
+            scale = self._learner.engine.loss_scale
+            report_skipped(self.counters, places, seen["loss"], scale, dtype, session.progress)
 
-def record(
-    metrics: Mapping[str, float],
-    counters: Counters,
-    outcome: StepOutcome,
-    places: Callable[[], Sequence[str]],
-    engine: Engine,
-    dtype: Dtype,
-    tracker: Tracker,
-    progress: Progress,
-) -> None:
-    """Log and show a step's metrics; say so when it was skipped. places: where its rows came from."""
-    tracker.log(metrics, counters.step)
-    progress.update(
-        counters.step,
-        loss=metrics["loss"],
-        tokens_per_second=metrics["perf/tokens_per_second"],
-        mfu=metrics.get("perf/mfu"),
-    )
-    if not outcome.applied:
-        report_skipped(counters, places(), metrics["loss"], engine.loss_scale, dtype, progress)
+    def evaluate(self) -> float:
+        """Measure on held-out rows what would be exported now; their loss, inf where there are none."""
+        if self._data.held_out is None:
+            return math.inf
+        enter("evaluate")
+        metrics, line = self._measure(self._data.held_out, self.counters.step)
+        self._session.tracker.log(metrics, self.counters.step)
+        self._session.progress.log(line)
+        return metrics["eval/loss"]
+
+    def evaluate_and_save(self) -> None:
+        """After a step, each where it is due; the best step so far and the last one are always saved."""
+        train, step = self._session.train, self.counters.step
+        is_last = step == self.total_steps
+        if is_due(step, train.eval_every) or is_last:
+            self.counters = with_best(self.counters, self.evaluate())
+        if is_due(step, train.save_every) or self._saving or self.counters.best_step == step or is_last:
+            self.save()
+
+    def save(self) -> None:
+        """Commit a checkpoint of this moment, unless there is one."""
+        counters = self.counters
+        self._checkpoints.save(
+            counters.step, self._learner.engine, asdict(counters), best_step=counters.best_step
+        )
+        self._session.save_clock.restart()
 
 
 def report_skipped(

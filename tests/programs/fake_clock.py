@@ -32,7 +32,7 @@ def ppo(config: str) -> int:
 def _run(module: str, config: str) -> int:
     from importlib import import_module
 
-    from common.training import loop
+    from common.training import loop, session
 
     seconds = 0.0
     pace = 60.0 if os.environ["RANK"] == "0" else 3600.0
@@ -45,7 +45,7 @@ def _run(module: str, config: str) -> int:
 
         return moved
 
-    loop.SaveClock = partial(loop.SaveClock, now=lambda: seconds)  # type: ignore[assignment,misc]
+    session.SaveClock = partial(session.SaveClock, now=lambda: seconds)  # type: ignore[assignment,misc]
     loop.advance = moving(loop.advance)
     if module == "step3_ppo":
         train = import_module("step3_ppo.train")

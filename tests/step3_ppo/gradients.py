@@ -18,12 +18,13 @@ from common.model import attention
 from common.model.losses import PackedCausalLM
 from common.rates import Rates
 from common.runtime.distributed import World, close_world, init_world
+from common.training.learner import Learner
 from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
 from step3_ppo.experience import Experience, Response
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of
 from step3_ppo.models import Critic
-from step3_ppo.networks import Networks, Trained
+from step3_ppo.networks import Networks
 from step3_ppo.state import PPOCounters
 from step3_ppo.update import update
 from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
@@ -139,7 +140,7 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     for part, module in modules.items():
         engine = engine_of(module, point.stage, world, LEARNING_RATE)  # type: ignore[arg-type]
         rates = Rates.of(OptimConfig(), LEARNING_RATE, 1)
-        trained[part] = Trained(engine, engine._engine.optimizer, lambda applied: LEARNING_RATE, rates)
+        trained[part] = Learner(engine, engine._engine.optimizer, lambda applied: LEARNING_RATE, rates)
     networks = Networks(
         trained["actor"],
         trained["critic"],

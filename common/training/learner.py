@@ -1,0 +1,57 @@
+"""A network that learns: under ZeRO, with its optimizer and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from common.config import JobConfig, OptimConfig, TrainConfig
+from common.rates import Rates
+from common.runtime.distributed import World
+from common.training.ds_config import build_ds_config
+from common.training.engine import Engine, StepOutcome
+from common.training.optim import build_optimizer, build_schedule, set_learning_rate
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network under ZeRO with its optimizer and the schedule of its learning rate."""
+
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]  # of the next step, by the number of applied ones
+    rates: Rates  # over the run
+
+    def step(self, applied: int) -> StepOutcome:
+        """Reduce, clip and update with the learning rate that is due after `applied` steps."""
+        set_learning_rate(self.optimizer, self.learning_rate(applied))
+        return self.engine.step()
+
+
+def build_learner(
+    module: torch.nn.Module,
+    job: JobConfig,
+    train: TrainConfig,
+    optim: OptimConfig,
+    world: World,
+    *,
+    peak_lr: float,
+    steps: int,
+) -> Learner:
+    """The module under ZeRO, as the job says. steps: of the optimizer, after which the schedule ends."""
+    schedule = build_schedule(optim, steps)
+    optimizer = build_optimizer(module, optim, peak_lr)
+    config = build_ds_config(
+        job.deepspeed,
+        dtype=job.model.dtype,
+        max_grad_norm=optim.max_grad_norm,
+        micro_batch_size=train.micro_batch_size,
+        world_size=world.size,
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        optimizer=optim.name,
+    )
+    engine = Engine(module, optimizer, config)
+    rates = Rates.of(optim, peak_lr, steps)
+    return Learner(engine, optimizer, lambda applied: peak_lr * schedule(applied), rates)

@@ -1,0 +1,295 @@
+"""What a recipe works in: ranks, stop signal, console, metrics, checkpoints, and the export at its end.
+
+What happens when is written in each step's train.py, and what a step minimises is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from common.artifacts import MANIFEST, Artifact, file_sha256
+from common.config import DataConfig, JobConfig, ModelConfig, SamplingConfig, TrainConfig, to_plain
+from common.data.batches import BatchPlan
+from common.data.types import TokenizedExample, TokenizedPrompt
+from common.decoding.sampling import sample_completions, stop_rate
+from common.handoff import load_named, parent_record
+from common.model.adapters import reach
+from common.model.losses import PackedCausalLM
+from common.model.models import HeadSpec, terminators_of
+from common.model.scalar_head import PackedScalarModel
+from common.phases import enter
+from common.runtime.distributed import (
+    StopSignal,
+    World,
+    broadcast_from_rank0,
+    close_world,
+    init_world,
+    seed_everything,
+    wait_for_rank0,
+)
+from common.runtime.progress import Progress
+from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
+from common.stage import Role, Step
+from common.training.checkpoint import Checkpoints, State
+from common.training.engine import Engine
+from common.training.export import export_policy, export_reward_model, noise_of
+from common.training.rehearsal import rehearse_export
+from common.training.step_data import Kind, Rows, StepData, batch_plan, load_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Place = Callable[[Mapping[str, Any]], str]
+Made = TypeVar("Made")
+
+
+class Load(Protocol):
+    """`load_model`, or `load_scalar_model`."""
+
+    def __call__(
+        self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, device: torch.device,
+        max_length: int,
+    ) -> PreTrainedModel: ...  # fmt: skip
+
+
+class SaveClock:
+    """When a checkpoint is due because so many minutes went by since the last one (0: never).
+
+    Rank 0's clock decides. All ranks learn of it in the all-reduce that opens each step anyway: clocks that
+    differ would have some of them save and the others not.
+    """
+
+    def __init__(self, minutes: float, world: World, now: Callable[[], float] = time.monotonic) -> None:
+        """now: seconds on a clock that never goes back."""
+        self._seconds, self._now = minutes * 60, now
+        self._decides = world.is_rank0 and minutes > 0
+        self._last = now()
+
+    @property
+    def asks(self) -> bool:
+        """Whether this rank wants a checkpoint now; never any but rank 0."""
+        return self._decides and self._now() - self._last >= self._seconds
+
+    def restart(self) -> None:
+        """There is a checkpoint of this moment."""
+        self._last = self._now()
+
+
+class Session:
+    """One step of a run, on this rank.
+
+    Joins the process group, listens for the stop signal and seeds. `progress` and `tracker` are there within
+    `tracked()`; until then, and before anything is trained, the stop signal ends the process at once.
+    """
+
+    progress: Progress
+    tracker: Tracker
+    save_clock: SaveClock
+
+    def __init__(self, job: JobConfig, step: Step, train: TrainConfig, run_dir: Path) -> None:
+        """train: the settings of the step's loop. The step's files are under `run_dir/<step>`."""
+        self.job, self.step, self.train, self.run_dir = job, step, train, run_dir
+        self.folder = run_dir / step.value
+        self.world = init_world()
+        self.stop = StopSignal()
+        seed_everything(job.seed)
+        self.say = print if self.world.is_rank0 else logging.getLogger(f"rlhf.{step.value}").info
+
+    def on_rank0(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns on rank 0, on every rank; a UserError raised there is raised on all."""
+        return broadcast_from_rank0(self.world, make)
+
+    def load_artifact(self, named: str | None, role: Role, key: str) -> Artifact:
+        """The verified artifact at `named`, the value of `key`: the controller has written down where an
+        earlier step leaves it."""
+        return self.on_rank0(lambda: load_named(named or "", role, key))
+
+    def load_data(
+        self,
+        data: DataConfig,
+        kind: Kind[Rows],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        policy: Artifact | None = None,
+        folder: Path | None = None,
+    ) -> StepData[Rows]:
+        """The step's rows; see `step_data.load_data`. folder: of the ledger, by default the step's."""
+        return load_data(
+            self.job, self.step, data, kind, tokenizer, folder or self.folder, self.world, self.say,
+            policy=policy,
+        )  # fmt: skip
+
+    def batch_plan(self, data: DataConfig, *, share_prefix: bool = True) -> BatchPlan:
+        """How the rows become this rank's batches."""
+        return batch_plan(self.job, data, self.train, self.world, share_prefix=share_prefix)
+
+    def load_network(
+        self,
+        load: Load,
+        head: HeadSpec,
+        model: ModelConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int,
+    ) -> PreTrainedModel:
+        """What `load` makes of `model` on this rank's device, once a small one with this head was exported.
+
+        max_length: tokens of the longest document.
+        """
+        self.rehearse_export(model, head)
+        network = load(
+            model, tokenizer, seed=self.job.seed, device=self.world.device, max_length=max_length
+        )  # fmt: skip
+        self.say_reach(network)
+        return network
+
+    def rehearse_export(self, model: ModelConfig, head: HeadSpec) -> None:
+        """UserError when a trained model could not be exported; see `rehearsal`."""
+        self.on_rank0(lambda: rehearse_export(model, head, self.say))
+
+    def say_reach(self, network: PreTrainedModel) -> None:
+        """Say which layers have adapters, where there are any."""
+        if reached := reach(network):
+            self.say(reached)
+
+    def checkpoints(self, base_revision: str | None = None) -> Checkpoints:
+        """Of this step. base_revision: the hub commit that adapters are trained on."""
+        return Checkpoints(
+            self.folder / "checkpoints", keep=self.train.keep_checkpoints, world=self.world,
+            base_revision=base_revision,
+        )  # fmt: skip
+
+    @contextmanager
+    def tracked(self, total_steps: int, done: int, *, resumed: bool) -> Iterator[None]:
+        """Progress and metrics are open, and a stop is deferred to the next step; in the end all ranks part.
+
+        done: steps of an earlier process; resumed: whether there was one.
+        """
+        rank0, name = self.world.is_rank0, self.step.value
+        with (
+            Progress(total_steps, label=name, done=done, enabled=rank0) as self.progress,
+            Tracker(
+                name, self.job.run_name, self.folder, self.job.tracking, to_plain(self.job),
+                done if resumed else None, enabled=rank0, say=self.progress.log,
+            ) as self.tracker,
+        ):  # fmt: skip
+            self.stop.deferred = True
+            self.save_clock = SaveClock(self.train.save_minutes, self.world)
+            yield
+        close_world()
+
+    def sample(
+        self,
+        module: PackedCausalLM,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerFast,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        step: int,
+    ) -> dict[str, float]:
+        """Complete held-out prompts (int32 [T] each), keep what is said, and measure how many stop."""
+        if not prompts:
+            return {}
+        samples = sample_completions(
+            module.base(), tokenizer, prompts, terminators_of(tokenizer), sampling, self.world,
+            seed=self.job.seed, is_partitioned=engine.zero_stage == 3,
+        )  # fmt: skip
+        self.tracker.log_samples([asdict(sample) for sample in samples], step)
+        return {"eval/stop_rate": stop_rate(samples)}
+
+    def export(
+        self,
+        module: PackedCausalLM | PackedScalarModel,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerFast,
+        probe: Sequence[torch.Tensor],
+        *,
+        steps: int,
+        parents: Sequence[Artifact],
+        data: Mapping[str, Any],
+        counters: Mapping[str, Any],
+        closing: Callable[[Mapping[str, float]], Iterable[str | None]],
+        more: Callable[[Mapping[str, float]], Mapping[str, Any]] = lambda final: {},
+    ) -> None:
+        """Export what was trained to `<step>/export`, checked against the live model's answer to `probe`.
+
+        probe: int64 [T] each, documents of the run; one for a policy. steps: how many there were. parents:
+        what training started from; data: fingerprints of the rows; counters: where the run ended. closing:
+        what the user should know, and more: what the manifest says besides, from the last step's metrics.
+        A collective. A stop ends the process at once from here on: what is saved can be exported again.
+        """
+        enter("export")
+        self.stop.deferred = False
+        engine.eval()
+        model: Any = module.model
+        with torch.no_grad():
+            live = (
+                module.logits(probe[0][None]) if isinstance(module, PackedCausalLM) else module.scores(probe)
+            )  # fmt: skip
+        noise = noise_of(module, probe, live)
+        weights = engine.full_state_dict()
+        if weights is not None:
+            final = metrics_of_step(self.folder / METRICS_FILE, steps)
+            for line in filter(None, closing(final)):
+                self.progress.log(line)
+            details = {
+                "parents": [parent_record(parent.path, self.run_dir) for parent in parents],
+                "resolved_config_hash": file_sha256(self.run_dir / "resolved.yaml"),
+                "data": data,
+                "progress": counters,
+                "metrics": final,
+                **more(final),
+            }
+            known: Any = {"details": details, "noise": noise, "say": self.progress.log}
+            where = self.folder / "export"
+            if isinstance(module, PackedCausalLM):
+                role, known = Role.policy, {**known, "probe": probe[0][None], "live_logits": live}
+                export = export_policy(model, weights, tokenizer, where, **known)
+            else:
+                role, known = Role.reward_model, {**known, "probe": probe, "live_scores": live}
+                export = export_reward_model(model, weights, tokenizer, where, **known)
+            self.tracker.log_artifact(export, role.value, file_sha256(export / MANIFEST))
+            self.tracker.finish(summary=final)
+        wait_for_rank0(self.world, "export")
+
+
+def restore(
+    checkpoints: Checkpoints, state: State, say: Callable[[str], None], place: Place | None = None
+) -> dict[str, Any]:
+    """Counters of the newest checkpoint that verifies, `state` restored; {} when there is no checkpoint.
+
+    place: where such counters are, in words, if their checkpoint's number does not tell.
+    """
+    resumed = checkpoints.resume(state)
+    if resumed is None:
+        if (checkpoints.folder.parent / METRICS_FILE).exists():
+            say(f"there is no checkpoint in {checkpoints.folder}: beginning again with the first step")
+        return {}
+    for line in resumed.set_aside:
+        say(f"set aside, not verified: {line}")
+    where = "" if place is None else f", {place(resumed.counters)}"
+    say(f"resuming from {resumed.path}{where}")
+    if resumed.resharded is not None:
+        say(f"its state was resharded: {resumed.resharded}")
+    return resumed.counters
+
+
+def metrics_of_step(path: Path, step: int) -> dict[str, float]:
+    """What was logged at a step, of training and of evaluation; a resume may have had nothing left to do."""
+    lines = [line for line in read_metrics(path) if line["step"] == step]
+    return {name: value for line in lines for name, value in line.items() if name != "step"}
+
+
+def probe_of(
+    example: TokenizedExample | TokenizedPrompt, device: torch.device, longest: int = 256
+) -> list[torch.Tensor]:
+    """The start of a document, int64 [T]: what an exported policy is compared with the live one on."""
+    return [torch.from_numpy(example.input_ids[:longest].astype(np.int64)).to(device)]
