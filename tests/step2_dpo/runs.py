@@ -11,6 +11,7 @@ from typing import Any
 from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode, to_plain
 from common.runtime.tracking import read_metrics
 from step2_dpo.config import DPOJob
+from tests.programs.live_logits import keep_live
 from tests.runs import LLAMA, finish
 
 
@@ -111,19 +112,8 @@ def dpo(config: str, *extra: str) -> int:
 
 
 def dpo_with_live_logits(config: str) -> int:
-    """The same; saves {probe, logits} that the live model gave when it was exported."""
-    import torch
-
-    from step2_dpo import train
-
-    export = train.export_policy
-
-    def keeping(*args: Any, **kwargs: Any) -> Path:
-        kept = {"probe": kwargs["probe"], "logits": kwargs["live_logits"]}
-        torch.save(kept, Path(config).parent / "live_logits.pt")
-        return export(*args, **kwargs)
-
-    train.export_policy = keeping
+    """The same; saves live_logits.pt."""
+    keep_live(config, "logits")
     return dpo(config)
 
 

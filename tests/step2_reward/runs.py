@@ -10,6 +10,7 @@ from typing import Any
 from common.config import Dtype, SourceConfig, WandbMode
 from common.runtime.tracking import read_metrics
 from step2_reward.config import RewardJob
+from tests.programs.live_logits import keep_live
 from tests.runs import finish
 from tests.step2_dpo.runs import pairs, write_job, write_rows
 
@@ -57,19 +58,8 @@ def reward(config: str, *extra: str) -> int:
 
 
 def reward_with_live_scores(config: str) -> int:
-    """The same; saves {probe, scores} of the live model when it was exported."""
-    import torch
-
-    from step2_reward import train
-
-    export = train.export_reward_model
-
-    def keeping(*args: Any, **kwargs: Any) -> Path:
-        kept = {"probe": kwargs["probe"], "scores": kwargs["live_scores"]}
-        torch.save(kept, Path(config).parent / "live_scores.pt")
-        return export(*args, **kwargs)
-
-    train.export_reward_model = keeping
+    """The same; saves live_scores.pt."""
+    keep_live(config, "scores")
     return reward(config)
 
 

@@ -15,6 +15,7 @@ from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, Wan
 from common.runtime.tracking import read_metrics
 from step3_ppo.config import Estimator, KLPlacement, PPOJob, RewardSourceConfig
 from tests.programs import killed
+from tests.programs.live_logits import keep_live
 from tests.runs import LLAMA, finish
 from tests.step2_dpo.runs import write_job, write_rows
 
@@ -155,7 +156,7 @@ def ppo(config: str, *extra: str) -> int:
 
 
 def ppo_watched(config: str) -> int:
-    """The same; rank 0 saves watched.pt: {experiences, updates, scored, learned, probe, logits}.
+    """The same; rank 0 saves live_logits.pt: {experiences, updates, scored, learned, probe, logits}.
 
     experiences: of each iteration, filled in. updates: (iteration, update, actor, critic) of each, with
     this rank's fp32 master weights after it. scored, learned: the responses of each micro-batch that this
@@ -164,12 +165,10 @@ def ppo_watched(config: str) -> int:
     """
     import os
 
-    import torch
-
     from step3_ppo import networks as networks_of_ppo
     from step3_ppo import train
 
-    export, fill, update = train.export_policy, train.with_advantages, train.update
+    fill, update = train.with_advantages, train.update
     tell = networks_of_ppo.Networks.with_token_numbers
     seen: dict[str, Any] = {"experiences": [], "updates": [], "scored": [], "learned": []}
 
@@ -190,15 +189,10 @@ def ppo_watched(config: str) -> int:
         seen["updates"].append((counters.step, counters.update, *weights))
         return outcome
 
-    def keeping(*args: Any, **kwargs: Any) -> Path:
-        live = {"probe": kwargs["probe"], "logits": kwargs["live_logits"]}
-        torch.save({**seen, **live}, Path(config).parent / "watched.pt")
-        return export(*args, **kwargs)
-
     train.with_advantages, train.update = filling, updating
     networks_of_ppo.Networks.with_token_numbers = telling
     if int(os.environ["RANK"]) == 0:
-        train.export_policy = keeping
+        keep_live(config, "logits", **seen)
     return ppo(config)
 
 
@@ -258,5 +252,5 @@ def watched(run_dir: Path) -> dict[str, Any]:
     """What `ppo_watched` saved."""
     import torch
 
-    found: dict[str, Any] = torch.load(run_dir / "watched.pt", weights_only=False)
+    found: dict[str, Any] = torch.load(run_dir / "live_logits.pt", weights_only=False)
     return found
