@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.measure import PROJECT
 from common.data import chat, formats
-from common.data.sources import RowError
+from common.data.outcomes import Drop, RowError
 from common.data.types import IGNORE, Conversation, Place, RawExample
 from common.errors import UserError
 
@@ -273,7 +273,7 @@ def judge(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> Cell:
         (made,) = chat.tokenize([conversation], tokenizer)
     except (UserError, RowError) as error:
         return _refused(str(error), alone)
-    if isinstance(made, chat.Drop):
+    if isinstance(made, Drop):
         return _refused(made.reason, alone)
     opened, trained = False, []
     for record in made.records:

@@ -98,7 +98,9 @@ def build_and_pack(folder: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = DataConfig(path=str(folder / "rows.jsonl"), max_length=MAX_LENGTH, eval_fraction=0.01)
     began = time.perf_counter()
-    train, held_out, ledger = dataset.build(data, tokenizer, seed=0, cache_dir=folder / "cache")
+    train, held_out, ledger = dataset.build(
+        data, tokenizer, dataset.DEMONSTRATIONS, seed=0, cache_dir=folder / "cache"
+    )
     built = time.perf_counter()
     packing = pack(train.lengths, MAX_LENGTH, seed=0)
     packed = time.perf_counter()

@@ -15,8 +15,7 @@ import numpy as np
 
 from common.artifacts import Artifact
 from common.data.batches import Batches, BatchPlan
-from common.data.dataset import PromptDataset
-from common.data.kinds import Prompts
+from common.data.dataset import Kind, PromptDataset, prompts_with_room
 from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import Say, StepData, load_data
@@ -39,9 +38,9 @@ def load_prompts(
     return load_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, folder, world, say, policy=policy)
 
 
-def kind_of(job: PPOJob) -> Prompts:
+def kind_of(job: PPOJob) -> Kind[PromptDataset]:
     """Prompts that leave room for the longest response."""
-    return Prompts(room=job.ppo.rollout.max_new_tokens)
+    return prompts_with_room(job.ppo.rollout.max_new_tokens)
 
 
 class PromptOrder:

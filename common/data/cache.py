@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.artifacts import file_sha256
 from common.config import DataConfig, SourceConfig
-from common.data import chat, sources
+from common.data import encoder, sources
 from common.data.stored import ROWS_FILE
 from common.errors import UserError
 
@@ -30,22 +30,8 @@ INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.npz", "ledger.json", "key.json"
 
 Report = Callable[[str], None]
 
-CODE = (
-    *(
-        "cache.py",
-        "canonical.py",
-        "chat.py",
-        "columns.py",
-        "control.py",
-        "dataset.py",
-        "formats.py",
-        "forms.py",
-        "kinds.py",
-    ),
-    *("ledger.py", "pairs.py", "parts.py", "preferences.py", "prompts.py", "render.py", "sources.py"),
-    *("stages.py", "stored.py", "types.py"),
-)
-"""Modules of this folder that decide tokenized rows."""
+NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py"}
+"""Modules of this folder that do not decide tokenized rows."""
 
 
 def wait_for(folder: Path, *, report: Report = print, silence: float = 1800.0, poll: float = 0.2) -> None:
@@ -116,8 +102,8 @@ def cache_key(
         "kind": kind,
         "stage": stage if data.stage_split else None,
         "rows": {name: sources.content_hash(source) for name, source in named},
-        "tokenizer": chat.tokenizer_hash(tokenizer),
-        "chat_template": chat.template_hash(tokenizer),
+        "tokenizer": encoder.tokenizer_hash(tokenizer),
+        "chat_template": encoder.template_hash(tokenizer),
         "code": _code_version(),
         "options": options,
     }
@@ -126,8 +112,9 @@ def cache_key(
 def _code_version() -> str:
     """Hash of the modules that turn rows into tokens: a change of code is a miss, with no number to bump."""
     total = hashlib.blake2b(digest_size=16)
-    for name in CODE:
-        total.update(Path(__file__).with_name(name).read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name not in NOT_OF_ROWS:
+            total.update(path.read_bytes())
     return total.hexdigest()
 
 

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from common.data.sources import RowError, strict_json
+from common.data.outcomes import RowError
+from common.data.strict_json import strict_json
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """What rows and templates call the reasoning before an answer; here it is the first."""

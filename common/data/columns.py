@@ -15,7 +15,7 @@ from typing import Any
 
 from common.data import canonical
 from common.data.canonical import kind
-from common.data.sources import RowError
+from common.data.outcomes import RowError
 from common.data.types import Message, RawExample, TemplateContext
 
 ROLES = ("system", "user", "assistant", "tool")

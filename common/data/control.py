@@ -16,15 +16,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from common.data.types import Conversation, Message, Preference, Prompt, TemplateContext
+from common.data.types import Conversation, Message, Preference, Prompt, Row, TemplateContext
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Row = TypeVar("Row", bound=Conversation | Preference | Prompt)
 
 REASONING_TAGS = ("<think>", "</think>")
 """What an assistant writes itself in its own content."""

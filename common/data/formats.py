@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from common.data import columns as cells
 from common.data import preferences
 from common.data.columns import Columns
-from common.data.sources import RowError
+from common.data.outcomes import RowError
 from common.data.types import Conversation, Message, RawExample
 from common.errors import UserError
 

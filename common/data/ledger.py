@@ -1,16 +1,19 @@
 """What became of each row: counted per source, with the places of the first few.
 
-Filled while rows are tokenized (`dataset.py`), stored beside them, and printed as a table.
+Filled while rows are read and tokenized (`reader.py`, `writer.py`), stored beside them, and printed as a
+table. Also decides about bad rows, as `data.on_bad_row` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.config import OnBadRow
 from common.data.types import Place
+from common.errors import UserError
 
 COUNTED = {
     "dropped": "dropped from",
@@ -21,7 +24,7 @@ COUNTED = {
 """What is counted by reason, and how it is said."""
 
 PLACES_KEPT = 5
-"""Places of dropped rows named in the ledger, per reason."""
+"""Places of dropped rows named in the ledger, per reason; of bad rows, per source."""
 
 
 @dataclass
@@ -152,3 +155,34 @@ def _cells(entry: SourceLedger) -> tuple[str, ...]:
         entry.format,
         *(f"{n:,}" for n in (*numbers, entry.truncated, entry.bad_rows, dropped)),
     )
+
+
+@dataclass
+class BadRows:
+    """What to do about bad rows.
+
+    With `error` the first one ends the program with its place and reason; with `skip` each is reported and
+    counted in the ledger, until there are more than `limit` of them.
+    """
+
+    on_bad_row: OnBadRow = OnBadRow.error
+    limit: int = 100
+    report: Callable[[str], None] = print
+    count: int = 0
+
+    def add(self, entry: SourceLedger, place: Place, reason: str) -> None:
+        """Record one; raises UserError when it is one too many."""
+        if self.on_bad_row is OnBadRow.error:
+            raise UserError(
+                f"{place}: {reason}", hint="correct the row, or skip bad rows with data.on_bad_row=skip"
+            )
+        self.count += 1
+        entry.bad_rows += 1
+        if len(entry.bad_examples) < PLACES_KEPT:
+            entry.bad_examples.append(f"{place}: {reason}")
+        self.report(f"skipped {place}: {reason}")
+        if self.count > self.limit:
+            raise UserError(
+                f"{place}: {reason} (more than data.max_bad_rows={self.limit} bad rows)",
+                hint="correct the data, or raise data.max_bad_rows",
+            )

@@ -15,8 +15,8 @@ import numpy as np
 
 from common.config import Truncation
 from common.data import chat
-from common.data.chat import Drop, Made
 from common.data.columns import says_nothing
+from common.data.outcomes import Drop, Made
 from common.data.types import IGNORE, Conversation, Place, Preference, TokenizedExample, TokenizedPair
 
 if TYPE_CHECKING:

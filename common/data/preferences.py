@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from common.data import columns as cells
 from common.data.columns import Columns
-from common.data.sources import RowError
+from common.data.outcomes import RowError, RowUnused
 from common.data.types import Message, Preference, RawExample
 from common.errors import UserError
 
@@ -24,10 +24,6 @@ Turns = tuple[Message, ...]
 
 MOST_PAIRS = 4
 """Pairs that one row of graded answers gives at the most."""
-
-
-class RowUnused(Exception):
-    """A row that gives no pair, through no fault of its own; the text says why."""
 
 
 class Sides(NamedTuple):

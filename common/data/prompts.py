@@ -20,9 +20,8 @@ import numpy as np
 from common.config import Truncation
 from common.data import chat, formats, preferences
 from common.data import columns as cells
-from common.data.chat import Drop
 from common.data.columns import Columns
-from common.data.sources import RowError
+from common.data.outcomes import Drop, RowError
 from common.data.types import Message, Place, Prompt, RawExample, TokenizedPrompt
 from common.errors import UserError
 

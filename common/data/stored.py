@@ -1,7 +1,8 @@
 """Tokenized rows on disk, as data sets: documents, pairs of them, or prompts.
 
-Reads what `dataset.py` wrote: an Arrow file mapped into memory with the tokens of each record, and an
-index of a few numbers per record. Memory stays flat, and ranks of one machine share the pages.
+Reads what `writer.py` wrote and says how a record is laid out: an Arrow file mapped into memory with the
+tokens of each record, and an index of a few numbers per record. Memory stays flat, and ranks of one machine
+share the pages.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from common.data.types import TokenizedExample, TokenizedPair, TokenizedPrompt
+from common.data.types import IGNORE, TokenizedExample, TokenizedPair, TokenizedPrompt
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,13 +31,32 @@ TOKEN_COLUMNS = 2
 CONTROL_HEAD = "[contents of this row hold control tokens; every real one is shown as *token*] "
 
 
+class Layout(NamedTuple):
+    """A record as it is stored: documents end to end, and values for the columns of its data set."""
+
+    documents: tuple[TokenizedExample, ...]
+    numbers: tuple[float, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
 class StoredRecords:
     """Records of one part of a folder.
+
+    numbers: columns of the index that only this kind has, with their `array` type codes. texts: columns of
+    text beside the tokens.
 
     lengths: int32 [R] tokens. trained: int32 [R] trained tokens. source_ids: int32 [R], indices into
     `sources`. control: int8 [R], 1 where the row's contents hold control tokens. fingerprint: hash of
     everything that decided the records, and of which part this is.
     """
+
+    numbers: ClassVar[Mapping[str, str]] = {}
+    texts: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def layout(record: Any) -> Layout:
+        """How a record of this kind is stored."""
+        raise NotImplementedError
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
         # a record of the file belongs to one part; `rows` says which are this part's
@@ -91,6 +111,10 @@ class StoredRecords:
 class TokenizedDataset(StoredRecords):
     """Documents read from a memory-mapped file."""
 
+    @staticmethod
+    def layout(record: TokenizedExample) -> Layout:
+        return Layout((record,))
+
     def __getitem__(self, index: int) -> TokenizedExample:
         return TokenizedExample(*self._read(index))
 
@@ -100,6 +124,12 @@ class PairDataset(StoredRecords):
 
     chosen_lengths: int32 [P], tokens of the chosen sides. margins: float32 [P].
     """
+
+    numbers: ClassVar[Mapping[str, str]] = {"chosen_lengths": "i", "margins": "f"}
+
+    @staticmethod
+    def layout(record: TokenizedPair) -> Layout:
+        return Layout((record.chosen, record.rejected), (len(record.chosen.input_ids), record.margin))
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
         super().__init__(folder, index, names, part)
@@ -118,6 +148,15 @@ class PairDataset(StoredRecords):
 
 class PromptDataset(StoredRecords):
     """Prompts with the other columns of their rows. Nothing is trained."""
+
+    texts = ("prompts", "columns")
+
+    @staticmethod
+    def layout(record: TokenizedPrompt) -> Layout:
+        labels = np.full(len(record.input_ids), IGNORE, np.int32)
+        prompt, columns = (json.dumps(said, ensure_ascii=False) for said in (record.prompt, record.columns))
+        document = TokenizedExample(record.input_ids, labels, record.source)
+        return Layout((document,), texts=(prompt, columns))
 
     def __getitem__(self, index: int) -> TokenizedPrompt:
         ids, _, source = self._read(index)

@@ -2,9 +2,9 @@
 
 RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch, for pairs of answers
 RawExample -> Preference -> TokenizedPair -> (row of a batch) -> PairBatch, and for prompts alone
-RawExample -> Prompt -> TokenizedPrompt. Each hop is one file; nothing goes back. Who decides what: `chat.py`
-decides which tokens are trained and shifts the labels, once; `packing.py` decides which documents share a
-row; `batches.py` decides which rows make a step. Nothing here reads or writes.
+RawExample -> Prompt -> TokenizedPrompt. Each hop is one file; nothing goes back. Who decides what:
+`prompt_rule.py` decides which tokens are trained; `chat.py` shifts the labels, once; `packing.py` decides which
+documents share a row; `batches.py` decides which rows make a step. Nothing here reads or writes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +109,9 @@ class Prompt:
     source: str
     place: Place
     context: TemplateContext = NO_CONTEXT
+
+
+Row = TypeVar("Row", bound=Conversation | Preference | Prompt)
 
 
 @dataclass(frozen=True, slots=True)

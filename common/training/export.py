@@ -35,7 +35,7 @@ from common.artifacts import (
     verify,
     write_manifest,
 )
-from common.data.chat import template_hash, tokenizer_hash
+from common.data.encoder import template_hash, tokenizer_hash
 from common.errors import UserError
 from common.model import attention
 from common.model.adapters import (

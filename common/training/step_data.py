@@ -1,7 +1,7 @@
 """From a step's settings to rows on disk, and how they become this rank's batches; alike for all steps.
 
 Tokenized once by the first rank of each machine, while the others wait on the file system. What becomes a
-trained token is decided in `common/data/chat.py`; which rows make a step in `common/data/batches.py`.
+trained token is decided in `common/data/prompt_rule.py`; which rows make a step in `common/data/batches.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 Rows = TypeVar("Rows", dataset.TokenizedDataset, dataset.PairDataset, dataset.PromptDataset)
-Kind = dataset.Kind[Any, Any, Rows]
+Kind = dataset.Kind[Rows]
 
 
 @dataclass(frozen=True)

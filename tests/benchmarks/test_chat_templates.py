@@ -23,6 +23,7 @@ from benchmarks.chat_templates import (
     tokenizer_of,
 )
 from common.data import chat
+from common.data.outcomes import Drop, Made
 from common.data.types import IGNORE, TokenizedExample
 from tests import field_templates
 
@@ -82,7 +83,7 @@ def judged_with(monkeypatch: pytest.MonkeyPatch, change: Any, row: str) -> str:
 
 
 def of_records(change: Any) -> Any:
-    return lambda results: [chat.Made(tuple(change(record) for record in made.records)) for made in results]
+    return lambda results: [Made(tuple(change(record) for record in made.records)) for made in results]
 
 
 @of_records
@@ -128,7 +129,7 @@ def test_a_row_that_is_refused_though_the_template_writes_it_is_told_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refused(results: list[Any]) -> list[Any]:
-        return [chat.Drop("because", made.place if isinstance(made, chat.Drop) else None) for made in results]  # type: ignore[arg-type]
+        return [Drop("because", made.place if isinstance(made, Drop) else None) for made in results]  # type: ignore[arg-type]
 
     assert judged_with(monkeypatch, refused, "one turn") == OVER
 

@@ -103,7 +103,7 @@ def test_rows_that_are_shared_out_are_trained_on_by_the_step_they_belong_to(tmp_
     loaded = load_data(job, Step.sft, job.sft.data, dataset.DEMONSTRATIONS, tokenizer, tmp_path, world, print)
     ours = texts(loaded.train)
     other, _, _ = dataset.build(
-        job.sft.data, tokenizer, stage="reward", seed=job.seed, cache_dir=tmp_path, report=print
+        job.sft.data, tokenizer, dataset.DEMONSTRATIONS, stage="reward", seed=job.seed, cache_dir=tmp_path
     )
     assert 10 <= len(ours) <= 30  # half of them, by chance
     assert not ours & texts(other) and len(ours) + len(texts(other)) == 40

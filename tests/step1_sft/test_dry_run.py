@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import DataConfig
-from common.data.dataset import build
+from common.data.dataset import DEMONSTRATIONS, build
 from common.data.types import IGNORE, TokenizedExample
 from common.training.preview import document_runs
 from step1_sft.dry_run import which
@@ -43,7 +43,7 @@ def test_a_document_of_a_split_row_says_which_it_is(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0)
     train, _, _ = build(
-        data, tiny_tokenizer(cut), seed=0, cache_dir=tmp_path / "cache", report=lambda line: None
+        data, tiny_tokenizer(cut), DEMONSTRATIONS, seed=0, cache_dir=tmp_path / "cache", report=print
     )
     first, second, alone = (which(train, index) for index in range(3))
     assert first == [("document 1 of 2 of rows:1, behind a prompt of its own:\n", False)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from common.config import OnBadRow, SourceConfig
-from common.data.sources import BadRows, rows_of
+from common.data.ledger import BadRows, SourceLedger
+from common.data.sources import rows_of
 from common.data.types import RawExample
 
 
@@ -22,4 +24,5 @@ def read_source(
     Raises UserError when the source is missing, empty or unreadable, and for bad rows as
     `on_bad_row` says.
     """
-    return rows_of(source, BadRows(on_bad_row, max_bad_rows, report), seed=seed)
+    bad_rows = BadRows(on_bad_row, max_bad_rows, report)
+    return rows_of(source, partial(bad_rows.add, SourceLedger("s", source.path)), seed=seed)

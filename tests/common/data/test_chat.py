@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from common.config import Truncation
-from common.data.chat import Drop, Made, check_template, find_terminators, fit, tokenize
+from common.data.chat import check_template, find_terminators, fit, tokenize
+from common.data.outcomes import Drop, Made
 from common.data.render import read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError

@@ -218,7 +218,7 @@ def test_a_reserved_character_is_no_way_to_bring_a_token_in(tmp_path: Path, mode
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "\U0010a002" * 4}) + "\n")
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, special_tokens_in_content=mode)
     with pytest.raises(UserError, match="a content holds the control token U\\+10A002"):
-        build(data, tiny_tokenizer(CHATML), seed=0, cache_dir=tmp_path / "cache", report=lambda line: None)
+        build(data, tiny_tokenizer(CHATML), DEMONSTRATIONS, seed=0, cache_dir=tmp_path / "cache")
 
 
 def test_prompts_with_other_tools_are_other_prompts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from common.config import DataConfig, OnBadRow, SourceConfig, TrainOn, Truncatio
 from common.data import cache, chat
 from common.data.cache import wait_for
 from common.data.dataset import (
+    DEMONSTRATIONS,
     PREFERENCES,
+    Kind,
     Ledger,
     PairDataset,
     TokenizedDataset,
     build,
-    held_out,
     source_weights,
     training_texts,
 )
+from common.data.splits import held_out
 from common.data.types import IGNORE
 from common.errors import UserError
 from tests.tiny import CHATML, tiny_tokenizer
@@ -47,13 +50,19 @@ class Said(list[str]):
 
 
 def made(
-    tmp_path: Path, tokenizer: Any = None, said: Said | None = None, seed: int = 0, **options: Any
+    tmp_path: Path,
+    tokenizer: Any = None,
+    said: Said | None = None,
+    seed: int = 0,
+    kind: Kind[TokenizedDataset] = DEMONSTRATIONS,
+    **options: Any,
 ) -> tuple[TokenizedDataset, TokenizedDataset | None, Ledger]:
     if "sources" not in options:
         options.setdefault("path", str(tmp_path / "rows.jsonl"))
     return build(
         DataConfig(**options),
         tiny_tokenizer(CHATML) if tokenizer is None else tokenizer,
+        kind,
         seed=seed,
         cache_dir=tmp_path / "cache",
         report=Said() if said is None else said,
@@ -254,21 +263,19 @@ def test_weights_and_the_pad_token_do_not_cost_a_new_build(tmp_path: Path) -> No
     assert said == [] and first.fingerprint == second.fingerprint
 
 
-def test_an_interrupted_build_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_nothing_half(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(3000))
-    real, calls = chat.tokenize, []
+    calls = []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return chat.tokenize(*arguments)
 
-    monkeypatch.setattr(chat, "tokenize", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path)
+        made(tmp_path, kind=replace(DEMONSTRATIONS, tokenize=interrupted))
     assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(chat, "tokenize", real)
     assert len(made(tmp_path)[0]) == 2850
 
 
@@ -307,7 +314,12 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_others_wait_for_the_builder_without_building(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     data, tokenizer = DataConfig(path=str(tmp_path / "rows.jsonl")), tiny_tokenizer(CHATML)
-    options: dict[str, Any] = {"seed": 0, "cache_dir": tmp_path / "cache", "report": Said()}
+    options: dict[str, Any] = {
+        "kind": DEMONSTRATIONS,
+        "seed": 0,
+        "cache_dir": tmp_path / "cache",
+        "report": Said(),
+    }
     found: list[TokenizedDataset] = []
     waiter = threading.Thread(target=lambda: found.append(build(data, tokenizer, wait=True, **options)[0]))
     waiter.start()
@@ -766,6 +778,7 @@ def test_steps_that_share_a_file_see_other_rows(tmp_path: Path) -> None:
     sft, _, _ = build(
         DataConfig(sources=[source], **options),
         tiny_tokenizer(CHATML),
+        DEMONSTRATIONS,
         stage="sft",
         seed=0,
         cache_dir=tmp_path / "cache",

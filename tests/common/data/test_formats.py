@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.data.formats import FORMATS, recognise, to_conversation
-from common.data.sources import RowError
+from common.data.outcomes import RowError
 from common.data.types import Conversation, Message, Place, RawExample
 from common.errors import UserError
 

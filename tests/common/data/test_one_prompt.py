@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks.chat_templates import _MARKERS, trl_templates
 from common.config import DataConfig
-from common.data.chat import Drop, Made
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, with_options
+from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from common.data.outcomes import Drop, Made
 from common.data.pairs import prompt_length
+from common.data.reader import with_options
 from common.data.types import Place, RawExample
 from common.errors import UserError
 from tests.field_templates import EVERY
@@ -42,9 +43,10 @@ def made_of(kind: Any, columns: dict[str, Any], tokenizer: Any, data: DataConfig
     """The last record of the row, or why there is none."""
     raw = RawExample(columns, "s", Place("rows.jsonl", 1))
     format = kind.recognise(columns, name=None, origin="rows")
-    rows = [with_options(row, data) for row in kind.read(raw, format, {})]
+    found = kind.read(raw, format, {})
+    (row,) = found if isinstance(found, list) else [found]
     try:
-        (result,) = kind.tokenize(rows, tokenizer)
+        (result,) = kind.tokenize([with_options(row, data)], tokenizer)
     except UserError as error:
         return Drop(str(error), raw.place)
     return result.records[-1] if isinstance(result, Made) else result

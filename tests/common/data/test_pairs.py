@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.config import Truncation
-from common.data.chat import Drop
+from common.data.outcomes import Drop
 from common.data.pairs import fit_pair, prompt_length, tokenize_pairs
 from common.data.types import IGNORE, Message, Place, Preference, TokenizedExample, TokenizedPair
 from common.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from common.data.outcomes import RowError
 from common.data.preferences import RowUnused, recognise, to_preferences
-from common.data.sources import RowError
 from common.data.types import Message, Place, Preference, RawExample
 from common.errors import UserError
 

@@ -12,16 +12,22 @@ import pytest
 
 from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
 from common.data import chat
-from common.data.chat import Drop
-from common.data.dataset import PREFERENCES, PROMPTS, Ledger, PromptDataset, build
+from common.data.dataset import (
+    PREFERENCES,
+    PROMPTS,
+    Kind,
+    Ledger,
+    PromptDataset,
+    build,
+    prompts_with_room,
+)
 from common.data.formats import recognise as recognise_demonstrations
 from common.data.formats import to_conversation
-from common.data.kinds import Prompts
+from common.data.outcomes import Drop, Made, RowError
 from common.data.pairs import prompt_length, tokenize_pairs
 from common.data.preferences import recognise as recognise_preferences
 from common.data.preferences import to_preferences
 from common.data.prompts import fit_prompt, recognise, to_prompt, tokenize_prompts
-from common.data.sources import RowError
 from common.data.types import (
     Place,
     Prompt,
@@ -198,7 +204,7 @@ def shipped(template: str) -> Any:
 
 def document_of(row: dict[str, Any], tokenizer: Any) -> TokenizedExample:
     (made,) = chat.tokenize([to_conversation(raw(row), recognise_demonstrations(row))], tokenizer)
-    assert isinstance(made, chat.Made)
+    assert isinstance(made, Made)
     (document,) = made.records
     return document
 
@@ -318,7 +324,7 @@ def questions(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def made(
-    tmp_path: Path, *, kind: Prompts = PROMPTS, stage: str | None = None, **options: Any
+    tmp_path: Path, *, kind: Kind[PromptDataset] = PROMPTS, stage: str | None = None, **options: Any
 ) -> tuple[PromptDataset, PromptDataset | None, Ledger]:
     if "sources" not in options:
         options.setdefault("path", str(tmp_path / "rows.jsonl"))
@@ -395,12 +401,12 @@ def test_the_same_question_behind_other_turns_is_another_prompt_on_the_same_side
 
 def test_prompts_too_long_for_a_response_are_counted_under_their_reason(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "a" * 30}])
-    train, _, ledger = made(tmp_path, kind=Prompts(room=20), max_length=40, eval_fraction=0.0)
+    train, _, ledger = made(tmp_path, kind=prompts_with_room(20), max_length=40, eval_fraction=0.0)
     assert asked(train) == ["a"] and train.lengths[0] == 20
     reason = "longer than data.max_length=40 less the 20 tokens kept for a response (max_new_tokens)"
     assert {name: drop.count for name, drop in ledger.sources[0].dropped.items()} == {reason: 1}
     cut, _, ledger = made(
-        tmp_path, kind=Prompts(room=20), max_length=40, truncation=Truncation.left, eval_fraction=0.0
+        tmp_path, kind=prompts_with_room(20), max_length=40, truncation=Truncation.left, eval_fraction=0.0
     )
     assert cut.lengths.tolist() == [20, 20] and ledger.sources[0].truncated == 1
     assert text_of(cut[1].input_ids).endswith("a<|im_end|>\n<|im_start|>assistant\n")
@@ -409,7 +415,7 @@ def test_prompts_too_long_for_a_response_are_counted_under_their_reason(tmp_path
 def test_what_no_prompt_fits_into_names_the_setting(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", questions(2))
     with pytest.raises(UserError, match="less the 30 tokens kept") as caught:
-        made(tmp_path, kind=Prompts(room=30), max_length=40)
+        made(tmp_path, kind=prompts_with_room(30), max_length=40)
     assert caught.value.hint == "see data.max_length, data.truncation"
 
 
@@ -456,7 +462,7 @@ def test_all_that_decides_prompts_decides_where_they_are_kept(tmp_path: Path) ->
     plain = fingerprint(tmp_path)
     assert fingerprint(tmp_path) == plain
     others = {
-        "room": fingerprint(tmp_path, kind=Prompts(room=3)),
+        "room": fingerprint(tmp_path, kind=prompts_with_room(3)),
         "length": fingerprint(tmp_path, max_length=100),
         "truncation": fingerprint(tmp_path, truncation=Truncation.left),
         "fraction": fingerprint(tmp_path, eval_fraction=0.5),

@@ -49,7 +49,7 @@ def documents(row: dict[str, Any], folder: Path, template: str = CHATML) -> list
     (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     data = DataConfig(path=str(folder / "rows.jsonl"), eval_fraction=0.0)
     tokenizer = tiny_tokenizer(template)
-    train, _, _ = build(data, tokenizer, seed=0, cache_dir=folder / "cache", report=lambda line: None)
+    train, _, _ = build(data, tokenizer, DEMONSTRATIONS, seed=0, cache_dir=folder / "cache")
     return [marked(train[index], tokenizer) for index in range(len(train))]
 
 

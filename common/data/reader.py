@@ -1,0 +1,167 @@
+"""Sources -> usable rows, in order: each understood, with what the run says of it.
+
+Gives rows of one kind (`kinds.py`) and notes in the ledger what became of the others. A source's format is
+recognised once, from its first row. Knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from common.config import DataConfig, SourceConfig, TrainOn
+from common.data import sources
+from common.data.columns import rename
+from common.data.kinds import Kind
+from common.data.ledger import BadRows, Ledger, SourceLedger
+from common.data.outcomes import RowError, RowUnused
+from common.data.splits import question
+from common.data.stages import OTHER_STAGE, StageSplit
+from common.data.types import Conversation, Message, Preference, RawExample, Row
+from common.errors import UserError
+
+Report = Callable[[str], None]
+
+ALIASES = {"functions": "tools", "system_prompt": "system"}
+"""What other programs call columns that are read here."""
+
+
+def named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
+    """The training sources, then eval_path if any, each with a name of its own."""
+    every = data.all_sources()
+    if data.eval_path is not None:
+        every.append(_eval_source(data.eval_path, every))
+    named: list[tuple[str, SourceConfig]] = []
+    for source in every:
+        name = sources.source_name(source)
+        taken = {other for other, _ in named}
+        numbered = (f"{name}-{number}" for number in range(2, len(every) + 2))
+        named.append((name if name not in taken else next(n for n in numbered if n not in taken), source))
+    return named
+
+
+def _eval_source(path: str, training: Sequence[SourceConfig]) -> SourceConfig:
+    """The held-out file, to be read as the training sources are when these are all read alike."""
+    first, *others = training
+    if any((other.format, other.columns) != (first.format, first.columns) for other in others):
+        return SourceConfig(path=path)
+    return SourceConfig(path=path, format=first.format, columns=first.columns)
+
+
+@dataclass
+class Reader:
+    """The rows of all sources; what cannot be used is counted in `ledger`, and bad rows in `bad_rows` too."""
+
+    data: DataConfig
+    kind: Kind[Any]
+    split: StageSplit
+    seed: int
+    report: Report = print
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __post_init__(self) -> None:
+        self.bad_rows = BadRows(self.data.on_bad_row, self.data.max_bad_rows, self.report)
+
+    def rows(self) -> Iterator[tuple[Any, int, bool]]:
+        """All usable rows, as (row, index into the ledger's sources, whether from eval_path).
+
+        Those of `eval_path` come first, then the sources in order, of which `split` leaves out the rows of
+        other steps.
+        """
+        named = named_sources(self.data)
+        self.ledger.sources[:] = [SourceLedger(name, source.path) for name, source in named]
+        count = len(self.data.all_sources())
+        for number in [*range(count, len(named)), *range(count)]:
+            entry, for_eval = self.ledger.sources[number], number >= count
+            source = dataclasses.replace(named[number][1], name=entry.name)
+            for row in self._rows_of(source, entry, for_eval):
+                if for_eval or self.split.has(question(row)):
+                    yield with_options(row, self.data), number, for_eval
+                else:
+                    entry.drop(OTHER_STAGE, row.place)
+
+    def _rows_of(self, source: SourceConfig, entry: SourceLedger, for_eval: bool) -> Iterator[Any]:
+        format: Any = None
+        names: Mapping[str, str] = {}
+        seen: set[str] = set()
+        bad_row = partial(self.bad_rows.add, entry)
+        for raw in sources.rows_of(source, bad_row, seed=self.seed):
+            try:
+                if format is None:
+                    format, names = (self._format_of_eval if for_eval else self._format)(raw, source)
+                    entry.format = format.name
+                    self.report(f"{entry.name}: format {format.name} (columns {', '.join(raw.columns)})")
+                if not seen.issuperset(raw.columns):
+                    self._name_unused(format.unused(rename(raw.columns, names)), entry)
+                    seen.update(raw.columns)
+                found = self.kind.read(raw, format, names)
+            except RowUnused as reason:
+                entry.drop(str(reason), raw.place)
+            except RowError as error:
+                bad_row(raw.place, str(error))
+            else:
+                rows = found if isinstance(found, list) else [found]
+                entry.further_pairs += len(rows) - 1
+                yield from rows
+
+    def _name_unused(self, columns: Sequence[str], entry: SourceLedger) -> None:
+        """Say once of each column that nothing reads it."""
+        new = [name for name in columns if name not in entry.unused_columns]
+        entry.unused_columns += new
+        if new:
+            ours = ", ".join(f"{ALIASES[name]}: {name}" for name in new if name in ALIASES)
+            way_out = f"; to read them: data.sources.columns={{{ours}}}" if ours else ""
+            self.report(f"{entry.name}: columns not used: {', '.join(new)}{way_out}")
+
+    def _format(
+        self, raw: RawExample, source: SourceConfig, origin: str = ""
+    ) -> tuple[Any, Mapping[str, str]]:
+        """The format of a source whose first row is `raw`, and its names of our columns."""
+        for ours, theirs in source.columns.items():
+            if theirs not in raw.columns:
+                raise UserError(
+                    f"data.sources.columns reads {ours} from {theirs}, and {raw.place} has no such column "
+                    f"(columns: {', '.join(raw.columns) or 'none'})",
+                    hint="columns are written {our name: theirs}, e.g. {prompt: query}",
+                )
+        renamed = rename(raw.columns, source.columns)
+        origin = origin or str(raw.place)
+        return self.kind.recognise(renamed, name=source.format, origin=origin), source.columns
+
+    def _format_of_eval(self, raw: RawExample, source: SourceConfig) -> tuple[Any, Mapping[str, str]]:
+        """The same of data.eval_path: as the training sources are read, or else by its own columns."""
+        with contextlib.suppress(RowError, UserError):
+            return self._format(raw, source)
+        try:
+            return self._format(raw, SourceConfig(path=source.path), f"data.eval_path, {raw.place}")
+        except UserError as error:
+            hint = f"{error.hint}; data.eval_path is read by those too when all of data.sources have the same"
+            raise UserError(error.message, hint=hint) from error
+
+
+def with_options(row: Row, data: DataConfig) -> Row:
+    """The row with what the run says of it: variables of the template, below the row's own, and which of its
+    turns are trained."""
+    if not data.chat_template_kwargs and data.train_on is TrainOn.all_turns:
+        return row
+    variables = {**data.chat_template_kwargs, **row.context.variables}
+    changed: dict[str, Any] = {"context": dataclasses.replace(row.context, variables=variables)}
+    if data.train_on is TrainOn.last_turn:
+        if isinstance(row, Conversation):
+            changed["messages"] = _last_alone(row.messages)
+        elif isinstance(row, Preference):
+            changed |= {"chosen": _last_alone(row.chosen), "rejected": _last_alone(row.rejected)}
+    return dataclasses.replace(row, **changed)
+
+
+def _last_alone(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns, of whose assistant turns only the last one is trained."""
+    last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    return tuple(
+        dataclasses.replace(message, trained=message.trained and at == last)
+        for at, message in enumerate(messages)
+    )

@@ -1,0 +1,84 @@
+"""JSON text -> value, strictly: what the usual loaders let pass is an error that says why.
+
+That is a key twice, NaN, numbers out of range, lone surrogates, and values nested too deep. Reads no files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from common.data.outcomes import RowError
+
+MAX_DEPTH = 100
+"""Of objects and arrays inside each other: what reads and renders rows descends as deep."""
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice), for lone surrogates
+    and for values nested too deep, JSONDecodeError."""
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except json.JSONDecodeError:
+        raise
+    except RowError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise RowError(f"not valid JSON: {error}") from error
+    if "\\u" in text:  # only an escape can bring a lone surrogate into text
+        _refuse_surrogates(value)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _refuse_depth(value)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise RowError(f"duplicate key {json.dumps(double)}")
+    return row
+
+
+def _refuse_constant(name: str) -> object:
+    raise RowError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise RowError(f"number {text} is out of range")
+    return number
+
+
+def _refuse_depth(value: object) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if _is_nested(each)]
+        level = [each for values in inside for each in values]  # type: ignore[attr-defined]
+    if any(map(_is_nested, level)):
+        raise RowError(f"values are nested deeper than {MAX_DEPTH}")
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list)
+
+
+def _refuse_surrogates(value: object) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = f"\\u{ord(value[error.start]):04x}"
+            raise RowError(f"lone surrogate {code} (half of a character, no text)") from error
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_surrogates(key)
+            _refuse_surrogates(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_surrogates(inner)
