@@ -1,8 +1,8 @@
-"""Schemas shared by all steps: plain dataclasses with enums, one docstring line per field.
+"""Schemas that training reads, shared by all steps: dataclasses with enums, one docstring line per field.
 
-Each class checks its own values in `__post_init__` (a `UserError` naming key, value and what is
-allowed). Checks that need two groups are made by the step's own config. Nothing here reads a file
-except `load_resolved`, and nothing imports torch.
+A field says which values it may have (`fields.py`); each class checks them in `__post_init__`. Checks that
+need two groups are made by the step's own config. What launching reads is in `launch_config.py`. Nothing here
+reads a file except `load_resolved`, and nothing imports torch.
 """
 
 import math
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, TypeVar
 
 from common.errors import UserError
+from common.fields import at_least, check_ranges, ranged, require
+from common.launch_config import LaunchConfig
 
 T = TypeVar("T")
 
@@ -79,13 +81,6 @@ class Offload(Enum):
     cpu = "cpu"
 
 
-class Launcher(Enum):
-    local = "local"
-    ssh = "ssh"
-    slurm = "slurm"
-    k8s = "k8s"
-
-
 def dtype_on(dtype: Dtype, *, gpu: bool) -> Dtype:
     """What `auto` stands for, by the kind of device alone; any other as it is.
 
@@ -96,23 +91,17 @@ def dtype_on(dtype: Dtype, *, gpu: bool) -> Dtype:
     return Dtype.bf16 if gpu else Dtype.fp32
 
 
-def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Raise the standard error for a value out of range."""
-    if not condition:
-        raise UserError(f"{key}={value} is not allowed", hint=f"allowed: {allowed}")
-
-
 @dataclass
 class LoraConfig:
     """Low-rank adapters (peft)."""
 
     enabled: bool = False
     """train adapters instead of all weights"""
-    r: int = 16
+    r: int = at_least(1, 16)
     """rank"""
-    alpha: int = 32
+    alpha: int = at_least(1, 32)
     """scale: the update is multiplied by alpha / r"""
-    dropout: float = 0.0
+    dropout: float = ranged(0.0, "0 up to (not including) 1", lambda share: 0 <= share < 1)
     """dropout on the adapter's input"""
     targets: List[str] = field(default_factory=lambda: ["all-linear"])
     """module names, or all-linear"""
@@ -120,9 +109,7 @@ class LoraConfig:
     """weight-decomposed LoRA"""
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, "model.lora.r", self.r, "1 or more")
-        require(self.alpha >= 1, "model.lora.alpha", self.alpha, "1 or more")
-        require(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 up to (not including) 1")
+        check_ranges(self, "model.lora")
 
 
 @dataclass
@@ -198,9 +185,9 @@ class SourceConfig:
     """split of a hub or saved data set"""
     revision: Optional[str] = None
     """commit of a hub data set"""
-    weight: float = 1.0
+    weight: float = ranged(1.0, "above 0, up to 1000", lambda weight: 0 < weight <= 1_000)
     """how often its rows are seen per epoch: 0.5 a seeded half, 2 twice"""
-    max_rows: Optional[int] = None
+    max_rows: Optional[int] = at_least(1, None)
     """a seeded sample of at most this many rows"""
     format: Optional[str] = None
     """recognised by columns when not given"""
@@ -208,9 +195,7 @@ class SourceConfig:
     """our name: theirs, e.g. {prompt: query, completion: reply}"""
 
     def __post_init__(self) -> None:
-        require(0 < self.weight <= 1_000, "data.sources.weight", self.weight, "above 0, up to 1000")
-        rows = self.max_rows
-        require(rows is None or rows >= 1, "data.sources.max_rows", rows, "1 or more")
+        check_ranges(self, "data.sources")
 
 
 TEMPLATE_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -225,7 +210,7 @@ class DataConfig:
     """short form for one source"""
     sources: List[SourceConfig] = field(default_factory=list)
     """the sources, mixed by weight"""
-    max_length: int = 2048
+    max_length: int = at_least(2, 2048)
     """tokens per row, prompt and response together"""
     packing: bool = True
     """fill rows with several documents, isolated from each other"""
@@ -237,7 +222,7 @@ class DataConfig:
     """variables of the chat template, e.g. {enable_thinking: false}; a row's own stand above them"""
     special_tokens_in_content: SpecialTokens = SpecialTokens.keep
     """control tokens that a row's words hold: real tokens (counted), ordinary text, or a bad row"""
-    eval_fraction: Optional[float] = None
+    eval_fraction: Optional[float] = ranged(None, "0 up to (not including) 1", lambda share: 0 <= share < 1)
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None
     """held-out rows from a file of their own"""
@@ -245,7 +230,7 @@ class DataConfig:
     """shares of the rows by step, e.g. {sft: 2, reward: 4, ppo: 4}: each step sees its own part only"""
     on_bad_row: OnBadRow = OnBadRow.error
     """stop at the first bad row, or skip and report it"""
-    max_bad_rows: int = 100
+    max_bad_rows: int = at_least(0, 100)
     """with on_bad_row=skip: give up after this many"""
     cache_dir: Optional[str] = None
     """tokenized rows; by default <output_dir>/.cache/data"""
@@ -255,13 +240,9 @@ class DataConfig:
             raise UserError("data.path and data.sources are both set", hint="keep one of them")
         if self.eval_path is not None and self.eval_fraction is not None:
             raise UserError("data.eval_path and data.eval_fraction are both set", hint="keep one of them")
-        fraction = self.eval_fraction
-        in_range = fraction is None or 0 <= fraction < 1
-        require(in_range, "data.eval_fraction", fraction, "0 up to (not including) 1")
+        check_ranges(self, "data")
         taken = TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()
         require(not taken, "data.chat_template_kwargs", sorted(taken), "variables that are not given anyway")
-        require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more")
-        require(self.max_bad_rows >= 0, "data.max_bad_rows", self.max_bad_rows, "0 or more")
 
     def all_sources(self) -> list[SourceConfig]:
         """The sources, whichever form was used; empty when none is named."""
@@ -278,33 +259,25 @@ class DataConfig:
 class TrainConfig:
     """The loop."""
 
-    global_batch_size: int = 128
+    global_batch_size: int = at_least(1, 128)
     """rows per optimizer step, over all ranks (packed rows when packing)"""
-    micro_batch_size: int = 1
+    micro_batch_size: int = at_least(1, 1)
     """rows per rank and forward pass; accumulation follows from the three numbers"""
-    epochs: float = 1.0
+    epochs: float = ranged(1.0, "above 0, up to 10000", lambda epochs: 0.0 < epochs <= 10_000)
     """passes over the data"""
-    max_steps: Optional[int] = None
+    max_steps: Optional[int] = at_least(1, None)
     """optimizer steps; takes the place of epochs"""
-    eval_every: int = 0
+    eval_every: int = at_least(0, 0)
     """steps between evaluations; 0: only at the end"""
-    save_every: int = 0
+    save_every: int = at_least(0, 0)
     """steps between checkpoints; 0: only at the end, when told to stop, and by save_minutes"""
-    save_minutes: float = 30.0
+    save_minutes: float = ranged(30.0, "0 (never) or more", lambda minutes: 0 <= minutes < math.inf)
     """and one after so many minutes without; 0: never"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = at_least(1, 2)
     """newest checkpoints kept, beside the best one"""
 
     def __post_init__(self) -> None:
-        require(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "1 or more")
-        require(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "1 or more")
-        require(0.0 < self.epochs <= 10_000, "train.epochs", self.epochs, "above 0, up to 10000")
-        require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more")
-        require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 or more")
-        require(self.save_every >= 0, "train.save_every", self.save_every, "0 or more")
-        in_range = 0 <= self.save_minutes < math.inf
-        require(in_range, "train.save_minutes", self.save_minutes, "0 (never) or more")
-        require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "1 or more")
+        check_ranges(self, "train")
 
 
 @dataclass
@@ -313,69 +286,61 @@ class OptimConfig:
 
     name: OptimizerName = OptimizerName.adamw
     """adamw is torch's fused one"""
-    lr: Optional[float] = None
+    lr: Optional[float] = ranged(None, "a number above 0", lambda rate: 0 < rate < math.inf)
     """peak learning rate; by default SFT 2e-5, reward model 1e-5, DPO 5e-7, with LoRA ten times that"""
     betas: List[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's decay rates"""
-    eps: float = 1e-8
+    eps: float = ranged(1e-8, "a number above 0", lambda eps: eps > 0)
     """AdamW's epsilon"""
-    weight_decay: float = 0.0
+    weight_decay: float = at_least(0, 0.0)
     """never applied to biases and norms"""
     scheduler: SchedulerName = SchedulerName.cosine
     """shape after warm-up"""
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = ranged(0.03, "0 to 1", lambda share: 0 <= share <= 1)
     """share of the steps with rising learning rate"""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = ranged(0.1, "0 to 1", lambda share: 0 <= share <= 1)
     """floor of cosine and wsd, as a share of the peak"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = at_least(0, 1.0)
     """clip the global gradient norm; 0: off"""
 
     def __post_init__(self) -> None:
-        require(self.lr is None or 0 < self.lr < math.inf, "optim.lr", self.lr, "a number above 0")
+        check_ranges(self, "optim")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optim.betas",
             self.betas,
             "two numbers from 0 up to (not including) 1",
         )
-        require(self.eps > 0, "optim.eps", self.eps, "a number above 0")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "0 to 1")
-        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "0 to 1")
-        require(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "0 or more")
 
 
 @dataclass
 class SamplingConfig:
     """Completions sampled from held-out prompts at each evaluation."""
 
-    num_prompts: int = 8
+    num_prompts: int = at_least(0, 8)
     """held-out prompts; 0: none"""
-    max_new_tokens: int = 128
+    max_new_tokens: int = at_least(1, 128)
     """longest completion"""
-    temperature: float = 0.0
+    temperature: float = ranged(0.0, "0 (greedy) or more", lambda value: 0 <= value < math.inf)
     """0: greedy"""
 
     def __post_init__(self) -> None:
-        require(self.num_prompts >= 0, "sampling.num_prompts", self.num_prompts, "0 or more")
-        require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "1 or more")
-        in_range = 0 <= self.temperature < math.inf
-        require(in_range, "sampling.temperature", self.temperature, "0 (greedy) or more")
+        check_ranges(self, "sampling")
 
 
 @dataclass
 class DeepSpeedConfig:
     """ZeRO, always stage 1 or higher."""
 
-    stage: int = 2
+    stage: int = ranged(2, "1, 2 or 3", lambda stage: stage in (1, 2, 3))
     """1: optimizer state sharded; 2: gradients too; 3: parameters too"""
     offload_optimizer: Offload = Offload.none
     """keep optimizer state in host memory (stage 2, 3)"""
     offload_param: Offload = Offload.none
     """keep parameters in host memory (stage 3)"""
-    hpz_partition_size: int = 1
+    hpz_partition_size: int = at_least(1, 1)
     """ZeRO++ secondary partition: ranks per node (stage 3)"""
-    reduce_bucket_size: int = 200_000_000
+    reduce_bucket_size: int = at_least(1, 200_000_000)
     """elements reduced at once"""
     overlap_comm: bool = True
     """reduce gradients during the backward pass (GPU only)"""
@@ -386,13 +351,7 @@ class DeepSpeedConfig:
                 "deepspeed.stage=0 is not allowed",
                 hint="deepspeed=zero1 (stage 0 takes a wrong first step in bf16, has no NaN guard in fp32)",
             )
-        require(self.stage in (1, 2, 3), "deepspeed.stage", self.stage, "1, 2 or 3")
-        require(
-            self.hpz_partition_size >= 1, "deepspeed.hpz_partition_size", self.hpz_partition_size, "1 or more"
-        )
-        require(
-            self.reduce_bucket_size >= 1, "deepspeed.reduce_bucket_size", self.reduce_bucket_size, "1 or more"
-        )
+        check_ranges(self, "deepspeed")
         if self.offload_optimizer is not Offload.none and self.stage < 2:
             raise UserError(
                 "deepspeed.offload_optimizer=cpu needs stage 2 or 3", hint="deepspeed=zero2_offload"
@@ -401,100 +360,6 @@ class DeepSpeedConfig:
             raise UserError("deepspeed.offload_param=cpu needs stage 3", hint="use deepspeed=zero3_offload")
         if self.hpz_partition_size > 1 and self.stage != 3:
             raise UserError("deepspeed.hpz_partition_size needs stage 3", hint="use deepspeed=zero3_hpz")
-
-
-@dataclass
-class SlurmConfig:
-    """What the rendered sbatch file asks for; what is not set is left to the cluster's defaults."""
-
-    partition: Optional[str] = None
-    """partition to run in"""
-    account: Optional[str] = None
-    """account that pays"""
-    qos: Optional[str] = None
-    """quality of service"""
-    time: Optional[str] = None
-    """limit of one allocation, as sbatch takes it (04:00:00); a requeued job goes on where it was"""
-    gpus_per_node: Optional[int] = None
-    """GPUs of each node"""
-    cpus_per_task: Optional[int] = None
-    """cores of each node's task"""
-    mem: Optional[str] = None
-    """memory of each node, as sbatch takes it (64G)"""
-    signal_seconds: int = 300
-    """how long before the limit the job is told to save and leave"""
-    requeue: bool = True
-    """queue the job again when it was told to leave, until it is done"""
-    options: List[str] = field(default_factory=list)
-    """further #SBATCH options, such as --exclusive"""
-    setup: List[str] = field(default_factory=list)
-    """shell lines that every node runs first, such as module load cuda"""
-
-    def __post_init__(self) -> None:
-        require(self.signal_seconds >= 1, "launch.slurm.signal_seconds", self.signal_seconds, "1 or more")
-
-
-@dataclass
-class KubernetesConfig:
-    """What the rendered TrainJob (Kubeflow Trainer v2) asks for."""
-
-    image: Optional[str] = None
-    """container image with this project and its packages"""
-    namespace: Optional[str] = None
-    """namespace of the job"""
-    runtime: str = "torch-distributed"
-    """ClusterTrainingRuntime"""
-    workdir: str = "/workspace"
-    """folder of the project in the image"""
-    volume_claim: Optional[str] = None
-    """PersistentVolumeClaim for output_dir, shared by all nodes"""
-    volume_path: str = "/runs"
-    """where it is mounted"""
-    gpus_per_node: Optional[int] = None
-    """GPUs of each node"""
-    resources: Dict[str, str] = field(default_factory=dict)
-    """further resources of each node, such as memory: 64Gi"""
-    env: Dict[str, str] = field(default_factory=dict)
-    """environment variables of each node, such as NCCL_DEBUG: INFO; credentials belong into secret"""
-    secret: Optional[str] = None
-    """Secret whose WANDB_API_KEY and HF_TOKEN become environment variables, those of them that it has"""
-
-
-@dataclass
-class LaunchConfig:
-    """Where the ranks run."""
-
-    kind: Launcher = Launcher.local
-    """local: this machine, one of nnodes; ssh: the machines of a hostfile; slurm, k8s: a cluster's job"""
-    nproc_per_node: str = "auto"
-    """ranks on each machine: a number, or auto (one per GPU; one on a machine without)"""
-    nnodes: int = 1
-    """machines; all of them see output_dir"""
-    node_rank: Optional[int] = None
-    """which of them this one is, from 0; ssh, slurm and k8s set it"""
-    rdzv_endpoint: Optional[str] = None
-    """HOST:PORT of machine 0, where all meet; PORT + 1 is used as well"""
-    join_seconds: int = 600
-    """how long machines wait for each other at the start"""
-    max_restarts: int = 0
-    """how often ranks that failed are started again from the last checkpoint, without being asked"""
-    hostfile: Optional[str] = None
-    """ssh: lines of HOST slots=N, machine 0 first"""
-    ssh_options: List[str] = field(default_factory=list)
-    """ssh: options of the ssh command, such as -p 2222"""
-    submit: bool = True
-    """slurm, k8s: hand the rendered file to the cluster; false: only write it"""
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
-    """of launch=slurm"""
-    k8s: KubernetesConfig = field(default_factory=KubernetesConfig)
-    """of launch=k8s"""
-
-    def __post_init__(self) -> None:
-        require(self.nnodes >= 1, "launch.nnodes", self.nnodes, "1 or more")
-        rank = self.node_rank
-        require(rank is None or 0 <= rank < self.nnodes, "launch.node_rank", rank, f"0 to {self.nnodes - 1}")
-        require(self.join_seconds >= 1, "launch.join_seconds", self.join_seconds, "1 or more")
-        require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 or more")
 
 
 @dataclass

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common.config import KubernetesConfig, LaunchConfig
 from common.errors import UserError
+from common.launch_config import KubernetesConfig, LaunchConfig
 from launch.command import log_folder, machine_arguments
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import LaunchConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, so that ranks find them from any working directory."""

@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from common.artifacts import disk_errors, write_text
-from common.config import LaunchConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
 from launch.channel import Channel, interface_of
 from launch.local import Job, Meeting

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import LaunchConfig, SlurmConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig, SlurmConfig
 from launch.command import log_folder, machine_arguments, one_line
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sh.jinja"

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from common.config import LaunchConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 from launch.command import machine_arguments, override
 from launch.local import PROJECT
 from launch.remote import SAVE_SECONDS

@@ -200,7 +200,7 @@ class _Task:
         """The objective of a run of a sweep."""
         from hydra.core.hydra_config import HydraConfig
 
-        from common.config import Launcher
+        from common.launch_config import Launcher
         from pipeline.compose import name_of_sweep_job, to_config
         from pipeline.submit import is_for_other_machines
         from pipeline.sweep import objective_of, run_in_child

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.artifacts import MANIFEST, UNVERIFIED, Artifact
-from common.config import require
 from common.errors import UserError
+from common.fields import require
 from common.handoff import load_named
 from common.stage import Role, Step
 from pipeline.plan import EXPORT, STAGES

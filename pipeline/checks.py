@@ -17,9 +17,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig, Dtype, LaunchConfig, ModelConfig, OptimConfig, OptimizerName, Quantize
+from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
 from common.errors import UserError
 from common.handoff import model_of, similar
+from common.launch_config import LaunchConfig
 from common.stage import Role, Step
 from launch.local import count_gpus
 from launch.nodes import endpoint_of

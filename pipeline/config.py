@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
-from common.config import DeepSpeedConfig, LaunchConfig, ModelConfig, TrackingConfig, require
+from common.config import DeepSpeedConfig, ModelConfig, TrackingConfig
 from common.errors import UserError
+from common.fields import require
+from common.launch_config import LaunchConfig
 from common.stage import Step
 from step1_sft.config import SFTConfig
 from step2_dpo.config import DPOConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import Launcher
+from common.launch_config import Launcher
 from common.stage import Step
 from launch import k8s, slurm, ssh
 from pipeline import checks, state

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
-from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig, require
+from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
 from common.errors import UserError
+from common.fields import require
 from common.stage import Role, Stage, Step
 
 STAGE = Stage(name=Step.dpo, consumes=(Role.policy,), produces=Role.policy, module="step2_dpo")

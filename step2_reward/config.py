@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
+from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
+from common.fields import require
 from common.stage import Role, Stage, Step
 
 STAGE = Stage(name=Step.reward, consumes=(Role.policy,), produces=Role.reward_model, module="step2_reward")

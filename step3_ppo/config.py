@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
-from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig, require
+from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
 from common.errors import UserError
+from common.fields import require
 from common.limits import collective_seconds
 from common.stage import Role, Stage, Step
 from step3_ppo.addresses import check_reference, check_url, longest_wait

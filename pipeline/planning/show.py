@@ -15,8 +15,8 @@ from pathlib import Path
 from textwrap import wrap
 
 from common.artifacts import MANIFEST, file_sha256
-from common.config import Launcher
 from common.counts import DataCounts
+from common.launch_config import Launcher
 from common.rates import Rates
 from common.stage import Step
 from launch import k8s, slurm, ssh

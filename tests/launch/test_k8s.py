@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import KubernetesConfig, LaunchConfig
 from common.errors import UserError
+from common.launch_config import KubernetesConfig, LaunchConfig
 from launch import k8s
 
 TYPED = ["steps=[sft,reward]", 'sft.data.path="/data/it\'s $(HOME) $HOME $$.jsonl"', "launch=k8s"]

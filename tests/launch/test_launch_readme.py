@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import LaunchConfig
+from common.launch_config import LaunchConfig
 from pipeline.compose import compose, prepare
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import LaunchConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 from launch import local
 from launch.local import Job, command, count_gpus, environment, ranks_of
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import LaunchConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 from launch import nodes
 from launch.channel import Channel, interface_of
 from launch.local import Job
@@ -30,7 +30,7 @@ COMMAND = {"launch.nnodes": 2, "run_name": "a", "steps": ["sft"]}
 FOLLOWER = """
 import json, sys
 from pathlib import Path
-from common.config import LaunchConfig
+from common.launch_config import LaunchConfig
 from common.errors import UserError
 from launch import nodes
 from launch.local import Job

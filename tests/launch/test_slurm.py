@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import LaunchConfig, SlurmConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig, SlurmConfig
 from launch import slurm
 from launch.command import machine_arguments, override
 from tests import tiny_run

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import LaunchConfig
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 from launch import ssh
 from tests import tiny_run
 from tests.launch.slurm_cluster import free_ports
@@ -272,7 +272,7 @@ def test_when_the_launcher_breaks_off_this_machine_s_part_still_saves(
 DRIVE = """
 import sys
 from pathlib import Path
-from common.config import LaunchConfig
+from common.launch_config import LaunchConfig
 from launch import ssh
 sys.exit(ssh.launch(LaunchConfig(hostfile="hosts"), [], Path("runs/a"), lambda line: print(line, flush=True)))
 """

@@ -1,0 +1,110 @@
+"""Schemas that launching reads: where the ranks run, and what a cluster is asked for.
+
+Plain dataclasses, one docstring line per field; nothing here starts anything. What the ranks themselves read
+is in `config.py`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Dict, List, Optional
+
+from common.fields import at_least, check_ranges, require
+
+
+class Launcher(Enum):
+    local = "local"
+    ssh = "ssh"
+    slurm = "slurm"
+    k8s = "k8s"
+
+
+@dataclass
+class SlurmConfig:
+    """What the rendered sbatch file asks for; what is not set is left to the cluster's defaults."""
+
+    partition: Optional[str] = None
+    """partition to run in"""
+    account: Optional[str] = None
+    """account that pays"""
+    qos: Optional[str] = None
+    """quality of service"""
+    time: Optional[str] = None
+    """limit of one allocation, as sbatch takes it (04:00:00); a requeued job goes on where it was"""
+    gpus_per_node: Optional[int] = None
+    """GPUs of each node"""
+    cpus_per_task: Optional[int] = None
+    """cores of each node's task"""
+    mem: Optional[str] = None
+    """memory of each node, as sbatch takes it (64G)"""
+    signal_seconds: int = at_least(1, 300)
+    """how long before the limit the job is told to save and leave"""
+    requeue: bool = True
+    """queue the job again when it was told to leave, until it is done"""
+    options: List[str] = field(default_factory=list)
+    """further #SBATCH options, such as --exclusive"""
+    setup: List[str] = field(default_factory=list)
+    """shell lines that every node runs first, such as module load cuda"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "launch.slurm")
+
+
+@dataclass
+class KubernetesConfig:
+    """What the rendered TrainJob (Kubeflow Trainer v2) asks for."""
+
+    image: Optional[str] = None
+    """container image with this project and its packages"""
+    namespace: Optional[str] = None
+    """namespace of the job"""
+    runtime: str = "torch-distributed"
+    """ClusterTrainingRuntime"""
+    workdir: str = "/workspace"
+    """folder of the project in the image"""
+    volume_claim: Optional[str] = None
+    """PersistentVolumeClaim for output_dir, shared by all nodes"""
+    volume_path: str = "/runs"
+    """where it is mounted"""
+    gpus_per_node: Optional[int] = None
+    """GPUs of each node"""
+    resources: Dict[str, str] = field(default_factory=dict)
+    """further resources of each node, such as memory: 64Gi"""
+    env: Dict[str, str] = field(default_factory=dict)
+    """environment variables of each node, such as NCCL_DEBUG: INFO; credentials belong into secret"""
+    secret: Optional[str] = None
+    """Secret whose WANDB_API_KEY and HF_TOKEN become environment variables, those of them that it has"""
+
+
+@dataclass
+class LaunchConfig:
+    """Where the ranks run."""
+
+    kind: Launcher = Launcher.local
+    """local: this machine, one of nnodes; ssh: the machines of a hostfile; slurm, k8s: a cluster's job"""
+    nproc_per_node: str = "auto"
+    """ranks on each machine: a number, or auto (one per GPU; one on a machine without)"""
+    nnodes: int = at_least(1, 1)
+    """machines; all of them see output_dir"""
+    node_rank: Optional[int] = None
+    """which of them this one is, from 0; ssh, slurm and k8s set it"""
+    rdzv_endpoint: Optional[str] = None
+    """HOST:PORT of machine 0, where all meet; PORT + 1 is used as well"""
+    join_seconds: int = at_least(1, 600)
+    """how long machines wait for each other at the start"""
+    max_restarts: int = at_least(0, 0)
+    """how often ranks that failed are started again from the last checkpoint, without being asked"""
+    hostfile: Optional[str] = None
+    """ssh: lines of HOST slots=N, machine 0 first"""
+    ssh_options: List[str] = field(default_factory=list)
+    """ssh: options of the ssh command, such as -p 2222"""
+    submit: bool = True
+    """slurm, k8s: hand the rendered file to the cluster; false: only write it"""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """of launch=slurm"""
+    k8s: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """of launch=k8s"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "launch")
+        rank = self.node_rank
+        require(rank is None or 0 <= rank < self.nnodes, "launch.node_rank", rank, f"0 to {self.nnodes - 1}")
