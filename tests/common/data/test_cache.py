@@ -1,0 +1,281 @@
+"""The cache of tokenized rows: what is a hit, what is a miss that says why, and what is never half there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import DataConfig, SourceConfig, TrainOn, Truncation
+from common.data import cache, chat
+from common.data.cache import wait_for
+from common.data.dataset import (
+    DEMONSTRATIONS,
+    Ledger,
+    TokenizedDataset,
+    build,
+)
+from common.data.types import IGNORE
+from common.errors import UserError
+from tests.common.data.built import Said, made, made_pairs, pairs, preferences, texts, write
+from tests.tiny import CHATML, tiny_tokenizer
+
+
+def test_the_same_again_is_a_hit(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, ledger = made(tmp_path)
+    said = Said()
+    again, _, same = made(tmp_path, said=said)
+    assert said == []
+    assert first.fingerprint == again.fingerprint and ledger == same
+
+
+def changed(tmp_path: Path, *, tokenizer: Any = None, **options: Any) -> str:
+    """Build once plainly and once changed; the line that says why the second was a miss."""
+    write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, _ = made(tmp_path)
+    said = Said()
+    second, _, _ = made(tmp_path, tokenizer, said, **options)
+    assert first.fingerprint != second.fingerprint
+    return said[0]
+
+
+def test_another_tokenizer_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    other = tiny_tokenizer(CHATML)
+    other.add_tokens(["question"])
+    assert changed(tmp_path, tokenizer=other) == "tokenizing; changed since the last time: tokenizer"
+
+
+FORGETS = (
+    "{% for m in messages %}{{ m.role ~ ':' }}{% if m.role != 'assistant' %}{{ m.content }}"
+    "{% else %}{{ ('quiet ' if quiet) ~ (m.content if loop.last else m.content[:9]) }}{% endif %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+"""Earlier turns are cut short: each answer needs a document of its own."""
+
+
+def two_turns(count: int) -> list[dict[str, Any]]:
+    said = (
+        ("user", "question {}"),
+        ("assistant", "answer no. {}"),
+        ("user", "more"),
+        ("assistant", "another {}"),
+    )
+    return [
+        {"messages": [{"role": role, "content": content.format(n)} for role, content in said]}
+        for n in range(10, 10 + count)
+    ]
+
+
+def test_a_row_that_is_split_counts_once_and_stays_on_one_side(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", two_turns(40))
+    said = Said()
+    train, evaluation, ledger = made(tmp_path, tiny_tokenizer(FORGETS), said, eval_fraction=0.1)
+    assert evaluation is not None and (len(train), len(evaluation)) == (72, 8)
+    for rows in (train, evaluation):
+        places = [rows.place(index) for index in range(len(rows))]
+        assert places[0::2] == places[1::2] and len(set(places)) == len(rows) / 2
+        assert [rows.part_of_row(index) for index in (0, 1)] == [(1, 2), (2, 2)]
+    (entry,) = ledger.sources
+    assert (entry.rows_read, entry.rows_kept, entry.further_documents) == (40, 80, 40)
+    assert Ledger.from_json(ledger.to_json()) == ledger
+    lines = ledger.lines()
+    assert "rows: a row can give several documents; read counts rows, the others documents" in lines
+    assert any(
+        line.startswith("split in rows: 40 × the chat template writes earlier turns") for line in lines
+    )
+    assert texts(train)[:2] == [
+        "user:question 10<|im_end|>assistant:answer no. 10<|im_end|>",
+        "user:question 10<|im_end|>assistant:answer no<|im_end|>"
+        "user:more<|im_end|>assistant:another 10<|im_end|>",
+    ]
+
+
+def test_a_part_of_a_split_row_that_is_too_long_is_dropped_alone(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", two_turns(4))
+    longest = 60
+    train, _, ledger = made(tmp_path, tiny_tokenizer(FORGETS), max_length=longest, eval_fraction=0.0)
+    assert len(train) == 4 and train.lengths.max() <= longest
+    (entry,) = ledger.sources
+    assert (entry.rows_read, entry.rows_kept, sum(drop.count for drop in entry.dropped.values())) == (4, 4, 4)
+
+
+def test_only_the_last_turn_is_trained_when_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", two_turns(3))
+    train, _, ledger = made(tmp_path, train_on=TrainOn.last_turn, eval_fraction=0.0)
+    decode = tiny_tokenizer().decode
+    labels = [document.labels for document in (train[0], train[1], train[2])]
+    assert [decode(label[label != IGNORE]) for label in labels] == [
+        f"another {n}<|im_end|>" for n in (10, 11, 12)
+    ]
+    assert not ledger.sources[0].split and not ledger.sources[0].untrained
+    line = changed(tmp_path, train_on=TrainOn.last_turn)
+    assert line == "tokenizing; changed since the last time: options.train_on all_turns -> last_turn"
+
+
+def test_variables_of_the_template_are_the_runs_unless_the_row_has_its_own(tmp_path: Path) -> None:
+    rows = pairs(2)
+    rows[1]["chat_template_kwargs"] = {"quiet": False}
+    write(tmp_path / "rows.jsonl", rows)
+    tokenizer = tiny_tokenizer(FORGETS.replace("'assistant:'", "'assistant:' ~ ('quiet ' if quiet)"))
+    train, _, _ = made(tmp_path, tokenizer, chat_template_kwargs={"quiet": True}, eval_fraction=0.0)
+    assert texts(train) == [
+        "user:question 0<|im_end|>assistant:quiet answer 0<|im_end|>",
+        "user:question 1<|im_end|>assistant:answer 1<|im_end|>",
+    ]
+
+
+def test_turns_that_are_not_trained_are_counted_with_their_place(tmp_path: Path) -> None:
+    opens = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
+    rows = two_turns(2)
+    for row in rows:
+        row["messages"][3]["content"] = "<think>so</think>" + row["messages"][3]["content"]
+    path = write(tmp_path / "rows.jsonl", rows)
+    train, _, ledger = made(tmp_path, tiny_tokenizer(opens), eval_fraction=0.0)
+    assert len(train) == 2
+    reason = "turn that does not begin with '<think>', in which its prompt ends"
+    assert f"not trained in rows: 2 × {reason} ({path}:1, {path}:2)" in ledger.lines()
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
+def test_what_a_template_is_given_anyway_is_no_variable(name: str) -> None:
+    with pytest.raises(UserError, match=f"data.chat_template_kwargs=.*{name}"):
+        DataConfig(chat_template_kwargs={name: 1})
+
+
+def test_another_template_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    other = tiny_tokenizer(CHATML + " ")
+    assert changed(tmp_path, tokenizer=other) == "tokenizing; changed since the last time: chat_template"
+
+
+def test_another_option_is_a_miss_that_says_which_and_how(tmp_path: Path) -> None:
+    line = changed(tmp_path, max_length=512, truncation=Truncation.left)
+    changes = "options.max_length 2048 -> 512; options.truncation drop -> left"
+    assert line == f"tokenizing; changed since the last time: {changes}"
+
+
+def test_another_seed_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    assert changed(tmp_path, seed=1).endswith("options.seed 0 -> 1")
+
+
+def test_other_rows_are_a_miss_that_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    made(tmp_path)
+    write(tmp_path / "rows.jsonl", pairs(41))
+    said = Said()
+    made(tmp_path, said=said)
+    assert said[0] == "tokenizing; changed since the last time: rows.rows"
+
+
+def test_changed_code_is_a_miss_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    made(tmp_path)
+    monkeypatch.setattr(cache, "_code_version", lambda: "newer")
+    said = Said()
+    made(tmp_path, said=said)
+    assert said[0] == "tokenizing; changed since the last time: code"
+
+
+def test_weights_and_the_pad_token_do_not_cost_a_new_build(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, _ = made(tmp_path, sources=[SourceConfig(path=path)])
+    padded = tiny_tokenizer(CHATML)
+    padded.pad_token = "</s>"
+    said = Said()
+    second, _, _ = made(tmp_path, padded, said, sources=[SourceConfig(path=path, weight=3.0)])
+    assert said == [] and first.fingerprint == second.fingerprint
+
+
+def test_an_interrupted_build_leaves_nothing_half(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(3000))
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return chat.tokenize(*arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, kind=replace(DEMONSTRATIONS, tokenize=interrupted))
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(made(tmp_path)[0]) == 2850
+
+
+def test_what_a_killed_builder_left_is_cleared_away_and_never_used(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    train, _, _ = made(tmp_path)
+    folder = next((tmp_path / "cache").iterdir())
+    child = multiprocessing.get_context("spawn").Process(target=int)
+    child.start()
+    child.join()
+    left = folder.with_name(f"{folder.name}.tmp-{os.uname().nodename}-{child.pid}")
+    folder.rename(left)
+    (left / cache.KEY_FILE).unlink()
+    again, _, _ = made(tmp_path)
+    assert again.fingerprint == train.fingerprint
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_a_cache_whose_rows_were_cut_short_is_built_again(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    before = texts(made(tmp_path)[0])
+    rows = next((tmp_path / "cache").iterdir()) / cache.ROWS_FILE
+    rows.write_bytes(rows.read_bytes()[:-100])
+    said = Said()
+    assert texts(made(tmp_path, said=said)[0]) == before
+    assert said[0] == "tokenizing; the cached rows are damaged"
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"data.cache_dir=.*cache: .*\n.*data.cache_dir"):
+        made(tmp_path)
+
+
+def test_others_wait_for_the_builder_without_building(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    data, tokenizer = DataConfig(path=str(tmp_path / "rows.jsonl")), tiny_tokenizer(CHATML)
+    options: dict[str, Any] = {
+        "kind": DEMONSTRATIONS,
+        "seed": 0,
+        "cache_dir": tmp_path / "cache",
+        "report": Said(),
+    }
+    found: list[TokenizedDataset] = []
+    waiter = threading.Thread(target=lambda: found.append(build(data, tokenizer, wait=True, **options)[0]))
+    waiter.start()
+    waiter.join(0.3)
+    assert waiter.is_alive() and not (tmp_path / "cache").exists()
+    train, _, _ = build(data, tiny_tokenizer(CHATML), **options)
+    waiter.join(10)
+    assert not waiter.is_alive() and found[0].fingerprint == train.fingerprint
+
+
+def test_waiting_ends_with_an_error_when_nobody_builds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none did"):
+        wait_for(tmp_path / "never", report=Said(), silence=0.05, poll=0.01)
+
+
+def test_a_miss_is_explained_by_the_last_data_set_of_the_same_kind(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", preferences(40))
+    made_pairs(tmp_path)
+    path = write(tmp_path / "answers.jsonl", pairs(40))
+    said = Said()
+    made(tmp_path, said=said, path=path)
+    assert said[0] == f"tokenizing; nothing of this step is cached yet in {tmp_path / 'cache'}"
+    made_pairs(tmp_path, said, max_length=512)
+    assert "tokenizing; changed since the last time: options.max_length 2048 -> 512" in said
+
+
+def test_other_sources_are_not_listed_key_by_key(tmp_path: Path) -> None:
+    made(tmp_path, path=write(tmp_path / "one.jsonl", pairs(40)))
+    said = Said()
+    made(tmp_path, said=said, path=write(tmp_path / "other.jsonl", pairs(41)))
+    assert said[0] == "tokenizing; changed since the last time: other sources"
