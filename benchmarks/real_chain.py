@@ -51,7 +51,7 @@ SETTINGS: Mapping[str, Sequence[str]] = {
         "dpo.sampling.num_prompts=0",
     ),
     "ppo": (
-        "ppo.estimator=grpo", "ppo.rewards=[{function: 'step3_ppo.answers:gsm8k'}]",
+        "ppo.estimator=grpo", "ppo.rewards=[{function: 'step3_ppo.rewards.verifiable:gsm8k'}]",
         "ppo.missing_eos_penalty=0.2", "ppo.data.max_length=128", "ppo.data.eval_fraction=0.16",
         "ppo.rollout.prompts=8", "ppo.rollout.samples_per_prompt=8", "ppo.rollout.max_new_tokens=32",
         "ppo.train.max_steps=12", "ppo.train.global_batch_size=32", "ppo.train.micro_batch_size=8",

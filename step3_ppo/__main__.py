@@ -27,8 +27,8 @@ def _preview(job: PPOJob, folder: Path) -> None:
 
 
 def _check(job: PPOJob) -> None:
-    from step3_ppo.functions import load_functions
-    from step3_ppo.rewards import RewardSources
+    from step3_ppo.rewards.functions import load_functions
+    from step3_ppo.rewards.sources import RewardSources
 
     RewardSources(job.ppo.rewards)
     load_functions(job.ppo.evaluation.functions, "ppo.evaluation.functions")

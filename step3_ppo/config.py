@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.fields import require
 from common.limits import collective_seconds
 from common.stage import Role, Stage, Step
-from step3_ppo.addresses import check_reference, check_url, longest_wait
+from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
 """What every evaluation measures of a response, beside the functions of ppo.evaluation."""
@@ -91,46 +91,6 @@ class RolloutConfig:
             f"sampled from a part of the tokens (top_p={self.top_p}, top_k={self.top_k}): the ratio and the "
             "KL are of the distribution over all of them"
         ]
-
-
-@dataclass
-class RewardSourceConfig:
-    """One of the rewards that are summed: exactly one of model, function and url."""
-
-    model: bool = False
-    """the reward model, calibrated to mean 0 and standard deviation 1 on its held-out pairs"""
-    function: Optional[str] = None
-    """package.module:function(prompts, completions, **columns) -> list[float]"""
-    url: Optional[str] = None
-    """server that answers {prompts, completions, columns} with {rewards: [...]} (token: RLHF_REWARD_TOKEN)"""
-    weight: float = 1.0
-    """factor in the sum"""
-    name: Optional[str] = None
-    """how it is called in the metrics; by default reward_model, the function's name, or the server's host"""
-    timeout: float = 30.0
-    """seconds until a server's answer is given up"""
-    retries: int = 4
-    """further attempts at a server that does not answer; then the run stops"""
-    allow_http: bool = False
-    """let prompts and completions travel unencrypted to a server that is not this machine"""
-
-    def __post_init__(self) -> None:
-        named = [self.model, self.function is not None, self.url is not None]
-        if sum(named) != 1:
-            raise UserError(
-                "an entry of ppo.rewards names " + ("nothing to score with" if not any(named) else "several"),
-                hint="'ppo.rewards=[{model: true}]', 'ppo.rewards=[{function: package.module:function}]' "
-                """or 'ppo.rewards=[{url: "https://…"}]'""",
-            )
-        if self.function is not None:
-            check_reference(self.function, "ppo.rewards.function")
-        if self.url is not None:
-            check_url(self.url, "ppo.rewards.url", allow_http=self.allow_http)
-        named_well = self.name is None or bool(self.name.strip())
-        require(named_well, "ppo.rewards.name", repr(self.name), "a name that is not empty")
-        require(math.isfinite(self.weight), "ppo.rewards.weight", self.weight, "a finite number")
-        require(0 < self.timeout < math.inf, "ppo.rewards.timeout", self.timeout, "seconds, above 0")
-        require(self.retries >= 0, "ppo.rewards.retries", self.retries, "0 or more")
 
 
 @dataclass

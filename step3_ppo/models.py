@@ -24,7 +24,7 @@ from common.runtime.distributed import World
 from common.stage import Role
 from common.training.frozen import Frozen
 from step3_ppo.config import PPOConfig, PPOJob
-from step3_ppo.rewards import Calibration
+from step3_ppo.rewards.sources import Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -20,10 +20,10 @@ from common.errors import UserError
 from common.runtime.distributed import World, broadcast_from_rank0
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Response
-from step3_ppo.functions import ScoreFunction, load_functions
 from step3_ppo.minibatches import per_response
 from step3_ppo.networks import Networks
-from step3_ppo.rewards import Calibration, RewardSources
+from step3_ppo.rewards.functions import ScoreFunction, load_functions
+from step3_ppo.rewards.sources import Calibration, RewardSources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,7 +4,7 @@ Takes a `PPOJob` and a run's folder; leaves `<run>/ppo/` with metrics, samples, 
 finished, the policy under `export/`. The loop numbers the parts of an iteration as the algorithm does:
 
 1. sample responses from the actor (rollout.py)              5. advantages and returns (advantages.py)
-2. score them (rewards.py)                                   6. update actor and critic (update.py, loss.py)
+2. score them (scoring.py, rewards/)                         6. update actor and critic (update.py, loss.py)
 3. log-probabilities, the reference's, values (networks.py)  7. move the KL coefficient (kl.py)
 4. rewards of tokens (advantages.py)
 

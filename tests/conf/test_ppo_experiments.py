@@ -10,8 +10,8 @@ from pipeline import checks
 from pipeline.compose import compose, prepare
 from pipeline.config import PipelineConfig
 from step3_ppo.config import Estimator, KLController, KLPlacement, RewardSourceConfig
-from step3_ppo.functions import load_function
-from step3_ppo.rewards import RewardSources
+from step3_ppo.rewards.functions import load_function
+from step3_ppo.rewards.sources import RewardSources
 
 EXPERIMENTS = ("gsm8k_rlvr", "hh_ppo", "reward_hacking")
 
@@ -44,7 +44,7 @@ def test_gsm8k_rlvr_compares_eight_verified_solutions_and_needs_no_reward_model(
     assert job.steps == [Step.sft, Step.ppo]
     assert (job.ppo.estimator, job.ppo.rollout.samples_per_prompt) == (Estimator.grpo, 8)
     assert job.ppo.kl.placement is KLPlacement.loss and job.ppo.kl.coef > 0
-    assert [source.function for source in job.ppo.rewards] == ["step3_ppo.answers:gsm8k"]
+    assert [source.function for source in job.ppo.rewards] == ["step3_ppo.rewards.verifiable:gsm8k"]
     assert job.ppo.data.path == sft.sft.data.path
     assert not job.ppo.needs(Role.reward_model)
 

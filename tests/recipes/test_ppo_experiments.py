@@ -131,7 +131,10 @@ def test_a_reward_function_that_fails_ends_the_run_on_every_rank(
         tmp_path / "wrong.jsonl", [{"question": f"What is {n}?", "answer": "?"} for n in range(30)]
     )
     printed = run(tmp_path, artifacts, "experiment=gsm8k_rlvr", f"ppo.data.path={wrong}", ranks=ranks, code=2)
-    assert "step3_ppo.answers:gsm8k failed: ValueError: the row's answer '?' names no number" in printed
+    assert (
+        "step3_ppo.rewards.verifiable:gsm8k failed: ValueError: the row's answer '?' names no number"
+        in printed
+    )
     assert not (tmp_path / "ppo" / "export").exists()
 
 

@@ -7,7 +7,6 @@ import pytest
 from common.config import DataConfig, TrainConfig
 from common.errors import UserError
 from common.limits import COLLECTIVE_SECONDS
-from step3_ppo.addresses import longest_wait
 from step3_ppo.config import (
     MEASURED,
     Estimator,
@@ -18,6 +17,7 @@ from step3_ppo.config import (
     RewardSourceConfig,
     RolloutConfig,
 )
+from step3_ppo.rewards.config import longest_wait
 
 
 @pytest.mark.parametrize("name", [*MEASURED, "gold_se", "greedy/gold"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from step3_ppo.functions import finite_scores, load_function, load_functions
+from step3_ppo.rewards.functions import finite_scores, load_function, load_functions
 
 KEY = "ppo.rewards[0].function"
 PROMPTS, COMPLETIONS = ["a", "b"], ["yes", "no"]
@@ -20,7 +20,7 @@ PROMPTS, COMPLETIONS = ["a", "b"], ["yes", "no"]
 @pytest.fixture(autouse=True)
 def module_of_the_user(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`reward_functions` beside this file, as if it lay in the working directory."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     yield
     for name in ("reward_functions", "fails", "needs_more", "misspelt"):
         sys.modules.pop(name, None)

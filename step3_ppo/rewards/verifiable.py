@@ -1,7 +1,8 @@
-"""Verifiable rewards: 1 for a right answer, 0 for any other.
+"""Verifiable rewards: 1 for a completion with the right answer, 0 for any other.
 
-For `ppo.rewards`, e.g. `{function: 'step3_ppo.answers:gsm8k'}`: takes completions and the rows' own answers,
-returns a float for each. Numbers are compared exactly, as fractions. Nothing is evaluated: `6*7` is no 42.
+For `ppo.rewards`, e.g. `{function: 'step3_ppo.rewards.verifiable:gsm8k'}`. Takes completions and the rows'
+column `answer`; returns a float for each completion. Compares numbers exactly, as fractions, and evaluates
+nothing: `6*7` is not 42.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MARKER = "####"
 """Stands before the final answer in GSM8K's solutions (arXiv 2110.14168)."""
 
 LONGEST_NUMBER = 100
-"""Characters; what is longer is no answer, however it compares."""
+"""Characters; a longer number is never right."""
 
 # A minus is a sign unless it follows something that can be subtracted from. A comma belongs to a number only
 # before three digits; a point only before a digit, so that a sentence may end in a number.
@@ -30,7 +31,7 @@ def gsm8k(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[A
     """1 where the last number of the completion equals the number after #### in the row's answer.
 
     `72`, `$72`, `72.00` and `144/2` are the same number. An answer without #### must be a number itself.
-    ValueError for a row whose answer has none: such a row could never be answered.
+    ValueError for a row whose answer has none: no completion could ever be right.
     """
     pairs = zip(completions, answer, strict=True)
     return [float(last_number(completion) == reference_number(right)) for completion, right in pairs]
@@ -43,7 +44,7 @@ def exact_match(prompts: Sequence[Any], completions: Sequence[str], answer: Sequ
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number that a text names; None when it names none."""
+    """The last number in a text; None without one."""
     found = None
     for found in _NUMBER.finditer(text):  # noqa: B007 - the last one is wanted
         pass
@@ -51,7 +52,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def reference_number(answer: Any) -> Fraction:
-    """The number that a row's answer gives. ValueError when it gives none."""
+    """The number in a row's answer. ValueError without one."""
     text = str(answer)
     _, marker, after = text.rpartition(MARKER)
     found = _NUMBER.search(after) if marker else _NUMBER.fullmatch(text.strip())

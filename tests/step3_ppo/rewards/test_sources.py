@@ -15,7 +15,7 @@ import pytest
 
 from common.errors import UserError
 from step3_ppo.config import RewardSourceConfig
-from step3_ppo.rewards import Calibration, RewardSources
+from step3_ppo.rewards.sources import Calibration, RewardSources
 
 PROMPTS, COMPLETIONS = ["a", "b"], ["yes", "no"]
 COLUMNS = {"answer": ["yes", "yes"]}
@@ -27,7 +27,7 @@ CALIBRATION = Calibration(mean=1.0, std=2.0)
 
 @pytest.fixture(autouse=True)
 def module_of_the_user(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     yield
     sys.modules.pop("reward_functions", None)
 

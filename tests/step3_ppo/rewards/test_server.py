@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from step3_ppo import reward_server
-from step3_ppo.addresses import check_url, is_this_machine
-from step3_ppo.reward_server import RewardServer, token_of
+from step3_ppo.rewards import server as module
+from step3_ppo.rewards.config import check_url, is_this_machine
+from step3_ppo.rewards.server import RewardServer, token_of
 
 KEY = "ppo.rewards[0].url"
 COMPLETIONS = ["yes", "no"]
@@ -225,7 +225,7 @@ def test_a_malformed_answer_is_refused_and_never_a_score(body: str | bytes, said
 
 def test_an_answer_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps({"rewards": [1, 2]})
-    monkeypatch.setattr(reward_server, "LARGEST_ANSWER", len(body))
+    monkeypatch.setattr(module, "LARGEST_ANSWER", len(body))
     with serving(answer(body)) as served:
         assert ask(served.url).tolist() == [1.0, 2.0]  # exactly as large is not too large
     assert "is larger than" in refused(answer(body + " ")).message

@@ -1,11 +1,10 @@
-"""What responses are scored with: the reward model, Python functions and servers, in a weighted sum.
+"""The reward of a response: a weighted sum of the reward model, Python functions and servers.
 
-Takes `ppo.rewards` and makes sure of every source before anything is trained: functions are imported, URLs
-and names checked. `score` gives the raw scores of each source, logged apart; `total` the reward of each
-response. The reward model's raw scores come from outside (a packed forward pass of all ranks). Nothing here
-knows of ranks: one asks for the scores and hands them to the others, `broadcast_from_rank0(world, lambda:
-sources.score(...))`, so that a function with state or a server sees every response once; what goes wrong is a
-UserError on all of them.
+Takes `ppo.rewards` and checks every source before anything is trained: functions are imported, URLs and names
+checked. `score` gives the raw scores of each source, logged apart; `total` the reward of each response. The
+reward model's raw scores come from outside (a packed forward pass of all ranks). Nothing here knows of ranks:
+`broadcast_from_rank0(world, lambda: sources.score(...))` shows every response once to a function with state
+or to a server, and raises its UserError on all ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from common.errors import UserError
-from step3_ppo.config import RewardSourceConfig
-from step3_ppo.functions import Columns, Prompts, ScoreFunction, load_function
-from step3_ppo.reward_server import RewardServer, token_of
+from step3_ppo.rewards.config import RewardSourceConfig
+from step3_ppo.rewards.functions import Columns, Prompts, ScoreFunction, load_function
+from step3_ppo.rewards.server import RewardServer, token_of
 
 REWARD_MODEL = "reward_model"
-"""Name of the reward model's scores where none is given."""
+"""Default name of the reward model's scores."""
 
 Scorer = Callable[[Prompts, Sequence[str], Columns], np.ndarray]
 
@@ -41,8 +40,8 @@ class Calibration:
     def of(cls, details: Mapping[str, Any], path: object) -> Calibration:
         """From the details of a reward model's manifest; `path` is the artifact, for the message.
 
-        UserError when there is none or it cannot be divided by: raw scores have any size, and everything
-        after them (the clipping, the penalty, the KL coefficient) counts in standard deviations.
+        UserError when it is missing, or its standard deviation is 0. Raw scores have any size; clipping,
+        penalty and KL coefficient count in standard deviations.
         """
         found = details.get("calibration")
         try:
@@ -67,9 +66,9 @@ class Calibration:
 
 
 class RewardSources:
-    """The sources of `ppo.rewards`, ready to be asked.
+    """The sources of `ppo.rewards`, ready to score.
 
-    UserError for a function that is not there, a URL that is not allowed, and two sources with one name.
+    UserError for a function that does not exist, a URL that is not allowed, and two sources with one name.
     """
 
     def __init__(self, configs: Sequence[RewardSourceConfig]) -> None:
@@ -82,7 +81,7 @@ class RewardSources:
 
     @property
     def names(self) -> list[str]:
-        """Of the sources, in the order of the configuration; the keys of what `score` returns."""
+        """Names of the sources, in the configuration's order; the keys of `score`."""
         return list(self._names)
 
     @property
@@ -91,7 +90,7 @@ class RewardSources:
         return None in self._scorers.values()
 
     def check(self, columns: Iterable[str]) -> None:
-        """UserError when a function wants a column that the rows do not have."""
+        """UserError when a function needs a column that the rows do not have."""
         names = list(columns)
         for scorer in self._scorers.values():
             if isinstance(scorer, ScoreFunction):
@@ -104,7 +103,7 @@ class RewardSources:
         columns: Columns,
         model_scores: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
-        """Of each source by name its raw scores, float64 [B], all finite.
+        """Raw scores of each source by name, float64 [B], all finite.
 
         prompts: as the rows had them. completions: text without the terminator. columns: the rows' other
         columns, each a list [B]. model_scores: [B], needed when the reward model is a source.
@@ -144,7 +143,7 @@ class RewardSources:
 
 
 def _names_of(configs: Sequence[RewardSourceConfig]) -> list[str]:
-    """How each source is called. UserError when two are called alike."""
+    """The sources' names. UserError when two are the same."""
     names = [_name_of(config) for config in configs]
     for name, count in Counter(names).items():
         if count > 1:
@@ -169,7 +168,7 @@ def _name_of(config: RewardSourceConfig) -> str:
 def _scorer_of(
     config: RewardSourceConfig, key: str, name: str, configs: Sequence[RewardSourceConfig]
 ) -> Scorer | None:
-    """What scores responses for this source; None for the reward model, whose scores come from outside."""
+    """A function or a server; None for the reward model, whose scores come from outside."""
     if config.function is not None:
         return load_function(config.function, f"{key}.function")
     if config.url is None:

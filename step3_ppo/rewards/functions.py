@@ -1,10 +1,10 @@
-"""Python functions that score responses: rewards, verifiable answers, scores that evaluation only looks at.
+"""Python functions that score responses: rewards, verifiable rewards, scores that are only measured.
 
-Takes `package.module:function`, imports it and looks at its signature before anything is trained; calling
-the result gives float64 scores that are finite and as many as there are completions, or a UserError that
-says what the function did. It is called with the keywords prompts and completions and the rows' other
-columns, as lists of the same length; what its signature does not name (and no `**columns` takes) is left out.
-Does not decide on which rank it runs: the caller asks one rank and hands the scores to the others.
+Takes `package.module:function`, imports it and checks its signature before anything is trained. A call gives
+a finite float64 score for each completion, or a UserError with what the function did. The function gets the
+keywords prompts, completions and the rows' other columns, as lists of the same length; keywords that its
+signature does not take are left out. Does not decide on which rank it runs: the caller asks one rank and
+broadcasts the scores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from step3_ppo.addresses import FORM, check_reference
+from step3_ppo.rewards.config import FORM, check_reference
 
 Prompts = Sequence[str | list[dict[str, Any]]]
 Columns = Mapping[str, Sequence[Any]]
@@ -32,18 +32,18 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class ScoreFunction:
-    """A function of the user's, by the name it was asked for with, and the key that asked."""
+    """A user's function, its name `package.module:function`, and the key that names it."""
 
     reference: str
     key: str
     function: Callable[..., Any]
 
     def check(self, columns: Iterable[str]) -> None:
-        """UserError when rows with these columns cannot give the function what it must have."""
+        """UserError when the function needs a column that is not among these."""
         self._arguments(dict.fromkeys(["prompts", "completions", *columns]))
 
     def __call__(self, prompts: Prompts, completions: Sequence[str], columns: Columns) -> np.ndarray:
-        """float64 [B], all finite. UserError for whatever goes wrong inside of the function."""
+        """float64 [B], all finite. UserError for whatever goes wrong inside the function."""
         offered = {**columns, "prompts": prompts, "completions": completions}
         arguments = {name: list(values) for name, values in self._arguments(offered).items()}
         try:
@@ -56,7 +56,7 @@ class ScoreFunction:
         return finite_scores(result, completions, f"{self.key}: {self.reference}", admits_bools=True)
 
     def _arguments(self, offered: Mapping[str, Any]) -> dict[str, Any]:
-        """What of `offered` the signature takes. UserError when it wants more."""
+        """The part of `offered` that the signature takes. UserError when it needs more."""
         try:
             parameters = inspect.signature(self.function).parameters.values()
         except ValueError:  # some functions written in C do not say
@@ -75,7 +75,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def load_functions(references: Mapping[str, str], key: str) -> dict[str, ScoreFunction]:
-    """Several functions by name, as in ppo.evaluation.functions; `key` is the setting that names them."""
+    """Functions by name, as in ppo.evaluation.functions; `key` is their setting."""
     return {name: load_function(reference, f"{key}.{name}") for name, reference in references.items()}
 
 
@@ -101,7 +101,7 @@ def load_function(reference: str, key: str) -> ScoreFunction:
 def finite_scores(
     result: Any, completions: Sequence[str], who: str, *, admits_bools: bool = False
 ) -> np.ndarray:
-    """float64 [B] of a list of B numbers. UserError naming `who` and the completion that has none."""
+    """float64 [B] of a list of B numbers. UserError naming `who` and the completion without one."""
     if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
         raise UserError(
             f"{who} returned {_shown(result)} where a list of numbers is needed", hint=f"expected: {FORM}"
@@ -136,7 +136,7 @@ def failure(error: BaseException) -> str:
 
 
 def _number(value: Any, admits_bools: bool) -> float | None:
-    """A finite float, or None for what is none. Numbers of numpy and torch count."""
+    """A finite float, or None. Numbers of numpy and torch count."""
     if isinstance(value, str | bytes) or (isinstance(value, bool) and not admits_bools):
         return None
     try:
@@ -165,7 +165,7 @@ def _import(name: str, named: str) -> Any:
 
 
 def _similar(name: str) -> str:
-    """The way out for a module that is not there."""
+    """The hint for a module that does not exist."""
     package, _, last = name.rpartition(".")
     places = importlib.import_module(package).__path__ if package else None
     beside = [module.name for module in pkgutil.iter_modules(places)]
@@ -176,12 +176,12 @@ def _similar(name: str) -> str:
 
 
 def _callables(module: Any) -> list[str]:
-    """Public functions that a module has of its own, or has imported."""
+    """Public callables of a module, its own and imported ones."""
     return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
 
 
 def _missing(function: ScoreFunction, name: str, by_position: bool, offered: Iterable[str]) -> UserError:
-    """The error for a parameter that nothing fills."""
+    """The error for a parameter without a value."""
     what = f"{function.key}: {function.reference} takes {name}"
     if by_position:
         return UserError(

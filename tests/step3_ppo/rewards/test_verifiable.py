@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from step3_ppo.answers import exact_match, gsm8k, last_number, reference_number
+from step3_ppo.rewards.verifiable import exact_match, gsm8k, last_number, reference_number
 
 SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
 

@@ -2,13 +2,13 @@
 
 Takes the responses of an iteration, sends one POST of {"prompts", "completions", "columns"} as JSON, returns
 the {"rewards": [...]} of the answer as float64. Trusts nothing: only https, or http to this machine, unless
-allowed by name; redirects are not followed; an answer has a largest size, a time by which it is whole, and a
-finite number for every completion. What may pass (no connection, a timeout, 5xx, 429) is tried again with
-growing pauses; what does not pass, or lasts, ends the run with a UserError: a score is never made up.
+`allow_http` is set; no redirect is followed; an answer has a largest size, a deadline, and a finite number
+for every completion. A failure that may pass (no connection, a timeout, 5xx, 429) is tried again with growing
+pauses; any other, or one that lasts, ends the run with a UserError: no score is ever made up.
 
 A token is read from the environment (`RLHF_REWARD_TOKEN`, or `RLHF_REWARD_TOKEN_<NAME>` for the source of
-that name) and sent as a bearer token; it is in no file and no message. https goes through the proxy that the
-environment names (`https_proxy`, `no_proxy`), this machine and plain http are always reached directly.
+that name) and sent as a bearer token; it is in no file and no message. https goes through the environment's
+proxy (`https_proxy`, `no_proxy`); this machine and plain http are always reached directly.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.redact import redact_text
-from step3_ppo.addresses import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url, is_this_machine
-from step3_ppo.functions import Columns, Prompts, finite_scores
+from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url, is_this_machine
+from step3_ppo.rewards.functions import Columns, Prompts, finite_scores
 
 log = logging.getLogger("rlhf.ppo")
 
@@ -46,7 +46,7 @@ ANSWER = 'expected: {"rewards": [a finite number for every completion, in their 
 
 
 class _Passing(Exception):
-    """A failure that may pass; `pause` is how long the server asks to be left alone, if it said so."""
+    """A failure that may pass; `pause`: seconds that the server asks to wait (Retry-After), else 0."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
         super().__init__(what)
@@ -79,12 +79,12 @@ class RewardServer:
             )
 
     def __call__(self, prompts: Prompts, completions: Sequence[str], columns: Columns) -> np.ndarray:
-        """float64 [B], all finite. UserError when the server does not give them, saying what was tried."""
+        """float64 [B], all finite. UserError with every attempt when the server does not give them."""
         body = self._request(prompts, completions, columns)
         return self._scores(self._answer(body), completions)
 
     def _request(self, prompts: Prompts, completions: Sequence[str], columns: Columns) -> bytes:
-        """The body of a request; ASCII, with what is outside of it escaped."""
+        """The body of a request: JSON in ASCII, other characters escaped."""
         content = {
             "prompts": list(prompts),
             "completions": list(completions),
@@ -99,7 +99,7 @@ class RewardServer:
             ) from None
 
     def _answer(self, body: bytes) -> bytes:
-        """The first answer that is one. UserError when attempts or time are used up."""
+        """The first valid answer. UserError when attempts or time are used up."""
         failures: list[str] = []
         began, pause = time.monotonic(), FIRST_PAUSE
         for attempt in range(self.retries + 1):
@@ -121,11 +121,11 @@ class RewardServer:
         )
 
     def _time_left(self, began: float) -> float:
-        """Seconds that a server may still ask to be left alone, of those that all attempts may take."""
+        """Seconds left of all attempts' time, within which a server may still ask to wait."""
         return began + self.timeout * (self.retries + 1) - time.monotonic()
 
     def _attempt(self, body: bytes) -> bytes:
-        """One POST. Raises _Passing for what may pass, UserError for what does not."""
+        """One POST. Raises _Passing for a failure that may pass, UserError for any other."""
         parts = urlsplit(self.url)
         connection = _connection(parts, self.timeout)
         late, ends = threading.Event(), time.monotonic() + self.timeout
@@ -160,7 +160,7 @@ class RewardServer:
         return headers | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
 
     def _check_status(self, response: http.client.HTTPResponse, content: bytes) -> None:
-        """Raises _Passing or UserError unless the answer is one."""
+        """Raises _Passing or UserError unless the status is 200."""
         status = response.status
         if status == 200:
             return
@@ -179,7 +179,7 @@ class RewardServer:
         raise UserError(f"{self.key}: {self.url} refuses: {said}", hint=way)
 
     def _scores(self, answer: bytes, completions: Sequence[str]) -> np.ndarray:
-        """The rewards of an answer's JSON, read strictly."""
+        """The rewards in an answer's JSON, read strictly."""
         try:
             content = json.loads(
                 answer.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique_keys
@@ -195,9 +195,9 @@ class RewardServer:
 
 
 def token_of(name: str, *, is_only_server: bool) -> str | None:
-    """The token for the source called `name`, from the environment.
+    """The token for the source `name`, from the environment.
 
-    A token without a source's name is for the only server there is; UserError where it would go to several.
+    RLHF_REWARD_TOKEN without a name is for the only server; UserError where it would go to several.
     """
     own = f"{TOKEN}_{re.sub('[^A-Z0-9]', '_', name.upper())}"
     if os.environ.get(own):
@@ -211,7 +211,7 @@ def token_of(name: str, *, is_only_server: bool) -> str | None:
 
 
 def _connection(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    """To the server, through the environment's proxy where https leaves this machine."""
+    """To the server; https to another machine goes through the environment's proxy."""
     host = parts.hostname or ""
     if parts.scheme == "http":
         return http.client.HTTPConnection(host, parts.port, timeout=timeout)
@@ -236,9 +236,9 @@ def _proxy_credentials(proxy: SplitResult) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _cut_off(seconds: float, connection: http.client.HTTPConnection, late: threading.Event) -> Iterator[None]:
-    """Cut the connection after so many seconds and set `late`.
+    """Cut the connection after `seconds` and set `late`.
 
-    A socket's own timeout begins anew with every byte, so that a slow enough server would never end.
+    A socket's own timeout begins anew with every byte, so a slow enough server would never end.
     """
     opened = connection.sock
 
@@ -285,7 +285,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _excerpt(content: bytes) -> str:
-    """The beginning of what a server sent, on one line and without signs that a terminal obeys."""
+    """The beginning of a server's answer, on one line and without control characters."""
     text = redact_text(content[:200].decode("utf-8", errors="replace"))
     return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 

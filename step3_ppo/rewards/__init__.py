@@ -1,0 +1,1 @@
+"""What rewards a response: the reward model, Python functions and servers. Knows no network and no rank."""

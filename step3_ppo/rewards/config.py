@@ -1,0 +1,122 @@
+"""What rewards can be told: the sources of `ppo.rewards`, and what may name a function or a server.
+
+Raises a UserError for what cannot work. Imports neither numpy nor functions and connects to nothing, so that
+the controller checks the same before anything is launched or written.
+"""
+
+import ipaddress
+import math
+from dataclasses import dataclass
+from typing import Optional
+from urllib.parse import SplitResult, urlsplit
+
+from common.config import require
+from common.errors import UserError
+from common.redact import redact_text
+
+FORM = "package.module:function(prompts, completions, **columns) -> list[float]"
+"""Signature of a function that scores responses."""
+TOKEN = "RLHF_REWARD_TOKEN"
+"""Environment variable with the bearer token for a server."""
+FIRST_PAUSE = 1.0
+"""Seconds before the second attempt; each further pause is twice as long."""
+LONGEST_PAUSE = 60.0
+"""Seconds; pauses grow no further: with twenty retries they would come to days."""
+GROWING = 6
+"""Number of growing pauses: 1, 2, 4, 8, 16 and 32 seconds."""
+
+
+@dataclass
+class RewardSourceConfig:
+    """One of the rewards that are summed: exactly one of model, function and url."""
+
+    model: bool = False
+    """the reward model, calibrated to mean 0 and standard deviation 1 on its held-out pairs"""
+    function: Optional[str] = None
+    """package.module:function(prompts, completions, **columns) -> list[float]"""
+    url: Optional[str] = None
+    """server that answers {prompts, completions, columns} with {rewards: [...]} (token: RLHF_REWARD_TOKEN)"""
+    weight: float = 1.0
+    """factor in the sum"""
+    name: Optional[str] = None
+    """how it is called in the metrics; by default reward_model, the function's name, or the server's host"""
+    timeout: float = 30.0
+    """seconds until a server's answer is given up"""
+    retries: int = 4
+    """further attempts at a server that does not answer; then the run stops"""
+    allow_http: bool = False
+    """let prompts and completions travel unencrypted to a server that is not this machine"""
+
+    def __post_init__(self) -> None:
+        named = [self.model, self.function is not None, self.url is not None]
+        if sum(named) != 1:
+            raise UserError(
+                "an entry of ppo.rewards names " + ("nothing to score with" if not any(named) else "several"),
+                hint="'ppo.rewards=[{model: true}]', 'ppo.rewards=[{function: package.module:function}]' "
+                """or 'ppo.rewards=[{url: "https://…"}]'""",
+            )
+        if self.function is not None:
+            check_reference(self.function, "ppo.rewards.function")
+        if self.url is not None:
+            check_url(self.url, "ppo.rewards.url", allow_http=self.allow_http)
+        named_well = self.name is None or bool(self.name.strip())
+        require(named_well, "ppo.rewards.name", repr(self.name), "a name that is not empty")
+        require(math.isfinite(self.weight), "ppo.rewards.weight", self.weight, "a finite number")
+        require(0 < self.timeout < math.inf, "ppo.rewards.timeout", self.timeout, "seconds, above 0")
+        require(self.retries >= 0, "ppo.rewards.retries", self.retries, "0 or more")
+
+
+def check_reference(reference: str, key: str) -> None:
+    """UserError unless the text has the form package.module:function. Imports nothing."""
+    module, colon, function = reference.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
+        dotted = module.rpartition(".")
+        plain = not colon and all(part.isidentifier() for part in (dotted[2], *dotted[0].split(".")))
+        way = f"did you mean {dotted[0]}:{dotted[2]}?" if plain else f"expected: {FORM}"
+        raise UserError(f"{key}={reference} does not name a function", hint=way)
+
+
+def check_url(url: str, key: str, *, allow_http: bool) -> SplitResult:
+    """The parts of an allowed URL. UserError naming `key` for any other. Connects to nothing."""
+    if redact_text(url) != url:
+        raise UserError(
+            f"{key}={redact_text(url)} holds a credential, which would be written down with the settings",
+            hint=f"take it out of the URL and set the environment variable {TOKEN}, sent as a bearer token",
+        )
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises for what is no port
+    except ValueError as error:
+        raise UserError(
+            f"{key}={url} is no URL: {error}", hint="e.g. https://rewards.example/score"
+        ) from None
+    visible = all("!" <= character <= "~" for character in url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not visible:
+        raise UserError(
+            f"{key}={url!r} is not a URL that can be asked", hint="e.g. https://rewards.example/score"
+        )
+    if parts.scheme == "http" and not is_this_machine(parts.hostname) and not allow_http:
+        raise UserError(
+            f"{key}={url} would send prompts and completions unencrypted to {parts.hostname}",
+            hint="use https, a server on this machine, or allow it beside the url: allow_http: true",
+        )
+    return parts
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address is the loopback interface. Asks no name server."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def longest_wait(timeout: float, retries: int) -> float:
+    """The most seconds that a server of `ppo.rewards` may take, until its answer or the error.
+
+    Every attempt takes its timeout and every pause its length. A pause that the server asks for (Retry-After)
+    ends within the time of all attempts; further attempts may follow it.
+    """
+    growing = min(retries, GROWING)
+    pauses = FIRST_PAUSE * (2.0**growing - 1) + LONGEST_PAUSE * (retries - growing)
+    return timeout * (2 * retries + 1) + pauses
