@@ -1,34 +1,46 @@
-"""Rewards of responses -> an advantage for each of their tokens. Plain numpy, in float64.
+"""Parts 4, 5 and 7 of an iteration: rewards of tokens with the KL penalty, advantages, the KL coefficient.
 
-Takes flat arrays over all response tokens of an iteration, of all ranks, and `offsets`, as `Experience` has
-them (`with_advantages` takes them out of it): every rank holds all responses, so every rank computes the
-same, and a mean over tokens is one over those of all ranks by construction. Nothing is padded, so there is no
-mask to forget. Knows nothing of models, and draws nothing.
+Takes flat arrays over all response tokens of an iteration, of all ranks, and `offsets`, as in `Experience`
+(`with_advantages` reads them from it). Every rank holds all responses, so all compute the same, and a mean
+over tokens is over the tokens of all ranks. Nothing is padded, so no mask can be forgotten. Plain numpy, in
+float64; knows no model and draws nothing.
 
     gae           generalised advantage estimation (arXiv 1506.02438), with a critic
     grpo          against the other responses to the prompt, in units of their spread (arXiv 2402.03300)
     rloo          against the mean of the other responses to the prompt (arXiv 2402.14740)
     reinforce_pp  REINFORCE++ (arXiv 2501.03262): the reward to go, whitened over all tokens
 
-Where rewards are all equal (of a group with grpo, of the iteration with reinforce_pp) there is nothing to be
-in units of: the KL penalty, the only thing left that differs, would be blown up to signal. Advantages are 0.
+Where all rewards are equal (of a group with grpo, of the iteration with reinforce_pp) advantages are 0: the
+spread is 0, and only the KL penalty still differs, which would be blown up to signal.
+
+The KL to the reference is estimated from the tokens that the actor sampled. With d = log π − log π_ref of a
+token, averages over such tokens of
+
+    k1 = d                 without bias; of a single response it may be below 0
+    k3 = exp(−d) − 1 + d   without bias, never below 0
+
+both estimate KL(π ‖ π_ref) (Schulman, "Approximating KL divergence", 2020). k1 is computed here, for the KL
+penalty in the reward and for the metrics; `loss.py` computes k3, for the penalty in the loss.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from step3_ppo.config import Estimator, KLPlacement, PPOConfig
-from step3_ppo.experience import Experience
-from step3_ppo.kl import response_sums, token_kl
+from step3_ppo.config import Estimator, KLController, KLPlacement, PPOConfig
+from step3_ppo.rollout import Experience
 
 SMALLEST_VARIANCE = 1e-8
-"""What whitening divides by at the least: below it there is only rounding, which must not become signal."""
+"""Smallest divisor of whitening: below it there is only rounding, which must not become signal."""
 
 SPREAD_FLOOR = 1e-6
 """Added to the standard deviation of a group's rewards (grpo)."""
+
+LARGEST_STEP = 0.2
+"""The relative error of the KL to its target is clipped to this, before the coefficient is adapted."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,54 @@ def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> E
     return replace(experience, advantages=found.advantages, returns=found.returns)
 
 
+def k1(logprobs: np.ndarray, ref_logprobs: np.ndarray) -> np.ndarray:
+    """float64 [R], of the actor's and the reference's log-probabilities [R] of the tokens."""
+    return np.asarray(logprobs, np.float64) - np.asarray(ref_logprobs, np.float64)
+
+
+def response_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """float64 [B]: sums of values [R] over the tokens of each response; offsets int64 [B + 1].
+
+    Raises ValueError where a response has no token.
+    """
+    if not np.all(np.diff(offsets) > 0) or offsets[-1] != len(values):
+        raise ValueError(f"offsets do not divide {len(values)} tokens into responses of one token or more")
+    return np.add.reduceat(np.asarray(values, np.float64), offsets[:-1]) if len(values) else np.zeros(0)
+
+
+def token_kl(experience: Experience) -> np.ndarray | None:
+    """float64 [R], k1 = log π_old − log π_ref of each response token; None without a reference."""
+    if experience.old_logprobs is None or experience.ref_logprobs is None:
+        return None
+    return k1(experience.old_logprobs, experience.ref_logprobs)
+
+
+def response_kl(experience: Experience) -> np.ndarray | None:
+    """float64 [B], the sums of `token_kl` over each response."""
+    kl = token_kl(experience)
+    return None if kl is None else response_sums(kl, experience.offsets)
+
+
 def kl_penalty_coef(ppo: PPOConfig, kl_coef: float) -> float:
     """The coefficient of the KL penalty in the reward; 0 where the penalty is in the loss."""
     return kl_coef if ppo.kl.placement is KLPlacement.reward else 0.0
+
+
+def next_coef(
+    controller: KLController, coef: float, kl: float, *, target: float, horizon: float, responses: int
+) -> float:
+    """The coefficient after an iteration of so many responses, over all ranks.
+
+    kl: their mean KL, in nats per response (the sum of k1 over its tokens). adaptive multiplies by
+    1 + clip(kl / target − 1, −0.2, 0.2) · responses / horizon (arXiv 1909.08593, 2.2); an iteration longer
+    than the horizon counts as one. Raises ValueError for a kl that is not finite.
+    """
+    if controller is KLController.fixed:
+        return coef
+    if not math.isfinite(kl):
+        raise ValueError(f"the KL of an iteration is {kl}")
+    missed = min(max(kl / target - 1, -LARGEST_STEP), LARGEST_STEP)
+    return coef * (1 + missed * min(responses / horizon, 1.0))
 
 
 def estimate(
@@ -83,13 +140,13 @@ def estimate(
     """Advantages by one of the estimators.
 
     rewards [B]: of whole responses. offsets: int64 [B + 1]. groups: int64 [B], which responses share a prompt
-    (grpo, rloo). kl: k1 of each token [R]; kl_coef: what a nat of it takes from the reward, 0 when it is in
-    the loss instead. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
+    (grpo, rloo). kl: k1 of each token [R]; kl_coef: KL penalty per nat in the reward, 0 when it is in the
+    loss. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
 
-    grpo and rloo have one reward per response, so the KL penalty of all its tokens is taken from it: by
-    rloo before responses are compared; by grpo (whose paper has it in the loss instead) against the group's
-    mean of it, and not in units of the rewards' spread. Raises ValueError where something that the estimator
-    needs is missing.
+    grpo and rloo have one reward per response, and subtract the KL penalty of all its tokens from it. rloo
+    does so before it compares responses; grpo (whose paper has the penalty in the loss) subtracts what it
+    differs from the group's mean penalty, not in units of the rewards' spread. Raises ValueError where
+    something that the estimator needs is missing.
     """
     if kl is None and kl_coef:
         raise ValueError(f"a coefficient of {kl_coef} and no KL to multiply")
@@ -170,8 +227,8 @@ def leave_one_out(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def _with_penalty(
     advantages: np.ndarray, rewards: np.ndarray, penalties: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
-    """Advantages [B] and what the KL penalty adds to rewards [B], against the group's mean of that; 0 in a
-    group whose rewards are all equal."""
+    """Advantages [B] plus the (negative) penalties [B] less their group's mean; 0 where all rewards of the
+    group are equal."""
     relative = _within_groups(penalties, groups)[0]
     deviations, of_response, sizes = _within_groups(rewards, groups)
     differs = np.bincount(of_response, deviations != 0, len(sizes)) > 0
@@ -181,7 +238,7 @@ def _with_penalty(
 def _gae(
     rewards: np.ndarray, values: np.ndarray, offsets: np.ndarray, *, gamma: float, lam: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One step for each distance from the end, over all responses that are that long."""
+    """One vector step for each distance from the end, over all responses of that length or more."""
     _check(offsets, rewards, values)
     rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
     lengths = np.diff(offsets)

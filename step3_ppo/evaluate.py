@@ -15,14 +15,13 @@ import numpy as np
 
 from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
+from step3_ppo.advantages import response_kl
 from step3_ppo.config import MEASURED, EvaluationConfig
 from step3_ppo.data import held_out_sample
-from step3_ppo.experience import Experience, Response
-from step3_ppo.kl import response_kl
 from step3_ppo.metrics import mean_with_error
 from step3_ppo.minibatches import batches_in
 from step3_ppo.networks import Networks
-from step3_ppo.rollout import Sampler
+from step3_ppo.rollout import Experience, Response, Sampler
 from step3_ppo.scoring import Scoring, Texts
 
 MODES = {"sampled": "eval/", "greedy": "eval/greedy/"}

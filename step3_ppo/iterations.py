@@ -19,12 +19,11 @@ from common.training.loop import is_due
 from common.training.session import Session, restore
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluate import Evaluation
-from step3_ppo.experience import Experience
 from step3_ppo.loss import UpdateSums
 from step3_ppo.metrics import held_out_line
 from step3_ppo.minibatches import Minibatch
 from step3_ppo.networks import Networks
-from step3_ppo.rollout import Sampler
+from step3_ppo.rollout import Experience, Sampler
 from step3_ppo.state import PPOCounters, Unfinished
 from step3_ppo.update import Outcome, report_skipped
 from step3_ppo.watchdogs import Watchdogs

@@ -1,27 +1,29 @@
-"""An iteration's responses and an evaluation, as numbers by name.
+"""An iteration's responses, its speed, and an evaluation, as numbers by name. Decides nothing.
 
 Takes an `Experience` that is filled in; returns metrics under the names that users know from TRL. Every mean
-is over responses or over response tokens, never over padding: there is none. Pure.
+is over responses or over response tokens, never over padding: there is none.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import numpy as np
 
-from step3_ppo.advantages import kl_penalty_coef
+from common.runtime.distributed import World
+from common.runtime.performance import performance
+from step3_ppo.advantages import kl_penalty_coef, response_kl, response_sums
 from step3_ppo.config import MEASURED, PPOConfig
-from step3_ppo.experience import Experience
-from step3_ppo.kl import response_kl, response_sums
 from step3_ppo.loss import UpdateSums, explained_variance
+from step3_ppo.rollout import Experience, Sampler
 from step3_ppo.state import PPOCounters
 
 
 def of_iteration(
     experience: Experience, ppo: PPOConfig, counters: PPOCounters, learned: UpdateSums
 ) -> dict[str, float]:
-    """What an iteration's responses were like, and what was learned from them.
+    """Metrics of an iteration's responses and of its updates.
 
     counters: as they were when all updates were done, before the coefficient moves. learned: the sums of all
     its updates, over all ranks.
@@ -37,7 +39,7 @@ def of_iteration(
 
 
 def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
-    """What an iteration's responses are like, before anything is learned from them.
+    """Metrics of an iteration's responses, before anything is learned from them.
 
     kl_coef: of the KL penalty in the rewards; 0 when it is in the loss. `objective/kl` is the mean over
     responses of k1 summed over their tokens, in nats, and absent without a reference; `objective/entropy` the
@@ -71,6 +73,57 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
     if experience.values is not None and experience.returns is not None:
         metrics["val/explained_variance"] = explained_variance(experience.values, experience.returns)
     return metrics
+
+
+class Stopwatch:
+    """Seconds of the parts of an iteration; it runs from the start.
+
+    is_whole: whether it sees all parts, not only those after an interruption.
+    """
+
+    def __init__(self, *, is_whole: bool = True) -> None:
+        self._is_whole = is_whole
+        self._laps: dict[str, float] = {}
+        self._last = self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the part `name`, which began with the last lap."""
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def seconds(self, name: str) -> float | None:
+        """Of a part; None when it did not run."""
+        return self._laps.get(name)
+
+    @property
+    def total(self) -> float | None:
+        """Seconds from the start to the last lap; None unless `is_whole`."""
+        return self._last - self._start if self._is_whole else None
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<part>`; a part that ran before an interruption is absent."""
+        return {f"time/{name}": seconds for name, seconds in self._laps.items()}
+
+
+def speed(
+    experience: Experience,
+    sampler: Sampler,
+    clock: Stopwatch,
+    *,
+    flops_per_token: float,
+    dtype: str,
+    world: World,
+) -> dict[str, float]:
+    """`time/` and `perf/` of an iteration, over all ranks, which all call it.
+
+    Sampling has no speed where its responses were sampled before an interruption.
+    """
+    tokens = sum(len(response.prompt) + len(response.tokens) for response in experience.responses)
+    metrics = clock.metrics()
+    if (seconds := clock.seconds("rollout")) is not None:
+        metrics["perf/rollout_tokens_per_second"] = experience.num_tokens / seconds
+        metrics["perf/slot_utilisation"] = sampler.counts().slot_utilisation
+    return metrics | performance(flops_per_token, tokens, clock.total, dtype, world)
 
 
 def mean_with_error(values: np.ndarray) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import torch
 from common.data.batches import BatchPlan, batches_of
 from common.data.types import Batch, TokenizedExample
 from common.runtime.distributed import all_gather_objects
-from step3_ppo.experience import Experience
+from step3_ppo.rollout import Experience
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""The four networks of PPO behind the calls that an iteration makes.
+"""The four networks of PPO: loaded from artifacts, and behind the calls that an iteration makes.
 
-Takes a `PPOJob` and the artifacts that it starts from; holds the actor and the critic under ZeRO, each with
-an optimizer of its own, and the frozen reference and reward model. Every call takes a packed `Batch` of
-prompts with their responses and answers for response tokens, or documents, only. Decides neither what is
-sampled nor what is learned. How weights come from artifacts is in models.py.
+Takes a `PPOJob` and verified artifacts. Holds the actor and the critic under ZeRO, each with its optimizer,
+and the frozen reference and reward model. Every call takes a packed `Batch` of prompts with their responses
+and returns numbers of response tokens, or of documents, only. The actor and the critic have adapters where
+the job says so; then the reference is the actor without its adapter (`models.adapters_off`), else a network
+of its own. Dropout of the models themselves is off, so that two passes over the same weights agree. Frozen
+networks have no adapters, recompute no activations and are not quantized: they score as they were measured.
+Decides neither what is sampled nor what is learned.
 """
 
 from __future__ import annotations
@@ -16,25 +19,40 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from common.artifacts import Artifact
-from common.config import OptimConfig
+from common.config import LoraConfig, ModelConfig, OptimConfig, Quantize
 from common.data.types import Batch
+from common.handoff import model_of
 from common.model.losses import PackedCausalLM, TokenLoss, batch_arguments
-from common.model.models import adapters_off
+from common.model.models import adapters_off, disable_dropout, load_model
+from common.model.scalar_head import PackedScalarModel, head_weights, load_reward_model, load_scalar_model
 from common.runtime.distributed import World
+from common.stage import Role
 from common.training.frozen import Frozen
 from common.training.learner import Learner, build_learner
-from step3_ppo.config import PPOJob
-from step3_ppo.experience import Experience
+from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.minibatches import last_positions, per_token
-from step3_ppo.models import load_actor, load_critic, load_frozen_reward_model, load_reference
+from step3_ppo.rewards.sources import Calibration
+from step3_ppo.rollout import Experience
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+class Critic(PackedScalarModel):
+    """A value for each asked position: what the head says, plus a constant that is not trained."""
+
+    def __init__(self, model: torch.nn.Module, shift: float = 0.0) -> None:
+        super().__init__(model)
+        self.shift = shift
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """fp32 [S], the values at score_positions. Arguments as in `PackedScalarModel`."""
+        return super().forward(*args, **kwargs) + self.shift  # type: ignore[arg-type]
+
+
 @dataclass
 class Networks:
-    """The four networks; those that the settings have no use for are None."""
+    """The four networks; None where the settings need none."""
 
     actor: Learner
     critic: Learner | None
@@ -47,7 +65,7 @@ class Networks:
 
     @property
     def share_prefix(self) -> bool:
-        """Whether each of them can compute once what several documents begin with."""
+        """Whether each of them can share the prefixes of documents."""
         trained = [network.engine.module for network in (self.actor, self.critic) if network is not None]
         frozen = [network.module for network in (self.reference, self.reward_model) if network is not None]
         return all(cast(Any, module).shares_prefix for module in [*trained, *frozen])
@@ -89,8 +107,8 @@ class Networks:
     def with_token_numbers(
         self, experience: Experience, batches: Sequence[Batch], *, values: bool = True
     ) -> Experience:
-        """The experience with what the networks now say of its response tokens: log-probabilities of the
-        actor and of the reference, and (if asked for) the critic's values. batches: this rank's, of all."""
+        """The experience with log-probabilities of actor and reference and, if asked for, the critic's
+        values. batches: this rank's; together the ranks' hold every response once."""
         found = replace(experience, old_logprobs=per_token(experience, batches, self.logprobs))
         if self.has_reference:
             with nullcontext() if self.reference is None else self.reference.present():
@@ -101,7 +119,7 @@ class Networks:
         return found
 
     def train(self) -> None:
-        """Adapters' dropout on; the models' own is off for good."""
+        """Adapters' dropout on; the models' own stays off."""
         for trained in filter(None, [self.actor, self.critic]):
             trained.engine.train()
 
@@ -149,6 +167,96 @@ def build_networks(
         device=world.device,
         has_reference=has_reference,
     )
+
+
+def load_actor(
+    job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> PreTrainedModel:
+    """The policy, to be trained; with adapters a PeftModel around it, which begins as the policy itself."""
+    network = load_model(
+        model_of(job.model, policy.path),
+        tokenizer,
+        seed=job.seed,
+        device=device,
+        max_length=job.ppo.data.max_length,
+    )
+    disable_dropout(network)
+    return network
+
+
+def load_critic(
+    job: PPOJob,
+    policy: Artifact,
+    reward_model: Artifact | None,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+) -> Critic:
+    """The value network, to be trained; with adapters these and the head are.
+
+    From the reward model it begins by expecting, at every position, the calibrated reward that a response
+    would get if it ended there: (r - mean) / std, in the units of what it has to learn. From the policy its
+    head begins with zeros, which is the mean of calibrated rewards: a random one would put noise of their own
+    size into the first advantages.
+    """
+    from_reward_model = job.ppo.critic_starts_from is Role.reward_model
+    if from_reward_model and reward_model is None:
+        raise ValueError("a critic that begins as the reward model needs one")
+    start = reward_model if from_reward_model and reward_model is not None else policy
+    load = load_reward_model if from_reward_model else load_scalar_model
+    network = load(
+        model_of(job.model, start.path),
+        tokenizer,
+        seed=job.seed,
+        device=device,
+        max_length=job.ppo.data.max_length,
+    )
+    if not from_reward_model:
+        _scale_head(network, 0.0)
+        return Critic(network)
+    scale, shift = _units(job.ppo, Calibration.of(start.manifest.details, start.path))
+    _scale_head(network, scale)
+    return Critic(network, shift)
+
+
+def load_reference(job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizerFast, world: World) -> Frozen:
+    """The policy as the run found it: a frozen `PackedCausalLM`."""
+    settings = _frozen(model_of(job.model, policy.path))
+    network = load_model(settings, tokenizer, seed=job.seed, device=world.device)
+    return _hold(PackedCausalLM(network), job, world)
+
+
+def load_frozen_reward_model(
+    job: PPOJob, reward_model: Artifact, tokenizer: PreTrainedTokenizerFast, world: World
+) -> Frozen:
+    """The reward model: a frozen `PackedScalarModel`, whose scores are not calibrated."""
+    settings = _frozen(model_of(job.model, reward_model.path))
+    network = load_reward_model(settings, tokenizer, seed=job.seed, device=world.device)
+    return _hold(PackedScalarModel(network), job, world)
+
+
+def _hold(module: torch.nn.Module, job: PPOJob, world: World) -> Frozen:
+    return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=job.ppo.offload_frozen)
+
+
+def _frozen(model: ModelConfig) -> ModelConfig:
+    return replace(
+        model, lora=LoraConfig(enabled=False), quantize=Quantize.none, gradient_checkpointing=False
+    )
+
+
+def _units(ppo: PPOConfig, calibration: Calibration) -> tuple[float, float]:
+    """(scale, shift) from the reward model's score to what it counts in the reward, but for the clipping."""
+    weights = [source.weight for source in ppo.rewards if source.model]
+    weight = weights[0] if weights else 1.0
+    return weight / calibration.std, -weight * calibration.mean / calibration.std
+
+
+@torch.no_grad()
+def _scale_head(network: PreTrainedModel, factor: float) -> None:
+    """Into the weight and not beside it: a step of the optimizer then moves a value as much, whatever size
+    the reward model's scores have."""
+    for weight in head_weights(network):
+        weight.mul_(factor)
 
 
 def _learner(

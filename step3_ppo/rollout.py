@@ -1,20 +1,27 @@
-"""The responses of an iteration: sampled by all ranks, known to all ranks.
+"""Part 1 of an iteration: the responses, sampled by all ranks, and all that becomes known about them.
 
-Takes an engine, the prompts of the iteration and how to sample; returns `Response`s, ordered by prompt and
-then by sample, the same on every rank. The samples of a prompt are one rank's, so that it computes the prompt
-once. A response is drawn from (seed, iteration, prompt's place, sample), hence does not depend on how many
-ranks or slots there are. Nothing is scored here.
+Takes the actor's engine, the prompts of the iteration and the sampling settings; returns `Response`s, ordered
+by prompt and then by sample, the same on every rank. A prompt's samples fall to one rank, which computes the
+prompt once. Sampling depends only on seed, iteration, the prompt's place and the sample, not on the number of
+ranks or slots.
+
+Ranks also share the scoring of an `Experience` and exchange the results, so that advantages and minibatches
+are computed alike everywhere. Nothing is padded: numbers of tokens lie in flat arrays over all response
+tokens, in the order of the responses. Nothing is scored here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 from torch import nn
 
-from common.data.types import TokenizedPrompt
+from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import (
     Completion,
     Decoder,
@@ -26,20 +33,82 @@ from common.decoding.decoder import (
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
-from step3_ppo.experience import Response
 
 STREAM = 0x70706F
-"""Tells the draws of roll-outs from whatever else is derived from a run's seed."""
+"""Sets the draws of roll-outs apart from other uses of the seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One sampled response.
+
+    prompt_id: index of its prompt in the data set. group: the prompt's place in the iteration; the samples of
+    a prompt share it. prompt: int32 [T]. tokens: int32 [R], at least one, with the terminator if `stopped`.
+    logprobs: fp32 [R], what the sampler said of them at the sampling temperature (all tokens allowed).
+    """
+
+    prompt_id: int
+    group: int
+    prompt: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stopped: bool
+
+    def document(self) -> TokenizedExample:
+        """Prompt and response, with the response's tokens as targets of the positions that predict them."""
+        ids = np.concatenate([self.prompt, self.tokens]).astype(np.int32)
+        labels = np.full(len(ids), IGNORE, np.int32)
+        labels[len(self.prompt) - 1 : -1] = self.tokens
+        return TokenizedExample(ids, labels, "")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """B responses with R tokens altogether; fields are filled in as the iteration goes on.
+
+    scores: of each reward source by name, float64 [B]. rewards: float64 [B], the weighted sum with penalties.
+    old_logprobs, ref_logprobs, values: fp32 [R], the actor's, the reference's and the critic's, as they were
+    when the iteration began. advantages, returns: fp32 [R]. Absent (None): not computed yet, or not needed.
+    """
+
+    responses: Sequence[Response]
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rewards: np.ndarray | None = None
+    old_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+    values: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    returns: np.ndarray | None = None
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [B + 1]: the tokens of response b are offsets[b] to offsets[b + 1]."""
+        return np.cumsum([0, *(len(response.tokens) for response in self.responses)])
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """int64 [B]: which responses have a prompt in common."""
+        return np.array([response.group for response in self.responses], np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """R, response tokens."""
+        return int(self.offsets[-1])
+
+    def of_tokens(self, values: np.ndarray, response_ids: Sequence[int]) -> np.ndarray:
+        """Out of a flat array [R], the part of these responses, in their order."""
+        parts = [values[self.offsets[i] : self.offsets[i + 1]] for i in response_ids]
+        return np.concatenate(parts) if parts else values[:0]
 
 
 class PromptSource(Protocol):
-    """What prompts are taken from."""
+    """A data set of prompts."""
 
     def __getitem__(self, index: int) -> TokenizedPrompt: ...
 
 
 def rule_of(config: RolloutConfig, terminators: Sequence[int], *, greedy: bool = False) -> SamplingRule:
-    """How responses are sampled; greedy: the likeliest token each time instead."""
+    """How responses are sampled; greedy: always the likeliest token."""
     if greedy:
         return SamplingRule(0.0, config.max_new_tokens, tuple(terminators))
     return SamplingRule(
@@ -61,10 +130,9 @@ def roll_out(
 ) -> list[Response] | None:
     """`samples` responses to each prompt, group-major and sample-minor; None when told to stop.
 
-    prompt_ids: the same on every rank; a prompt's place among them is its group. key: what all draws derive
-    from, beside group and sample: whichever rank or slot a response falls to, it is the same. Every rank
-    calls this, and all get None if one was told to stop. lockstep: see `Decoder.decode`. A UserError of one
-    rank is raised on all.
+    prompt_ids: the same on every rank; a prompt's place among them is its group. key: all draws derive from
+    it, the group and the sample, whichever rank or slot a response falls to. Every rank calls this; all get
+    None if one was told to stop, and all raise the UserError of one. lockstep: see `Decoder.decode`.
     """
     own = [
         Request(prompts[prompt_ids[group]].input_ids, (STREAM, *key, group, sample))
@@ -85,12 +153,12 @@ def roll_out(
 
 
 def over_ranks(own: DecodingCounts) -> DecodingCounts:
-    """The counts of all ranks, summed; all of them call it."""
+    """The counts summed over all ranks, which all call it."""
     return DecodingCounts(*map(int, all_reduce_sum([own.steps, own.tokens, own.rows])))
 
 
 def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:
-    """The completions of one prompt, out of what all ranks made."""
+    """The completions of one prompt, from the shares of all ranks."""
     share, place = shares[group % len(shares)], group // len(shares)
     return share[place * samples : (place + 1) * samples]
 
@@ -107,7 +175,7 @@ def _response(prompts: PromptSource, prompt_id: int, group: int, completion: Com
 
 
 class Sampler:
-    """The live actor, made to respond: with a decoder, the sampling rules and all ranks.
+    """Samples responses from the live actor on all ranks.
 
     Under ZeRO-3 the actor's parameters are gathered while it samples, or layer by layer in lockstep.
     """
@@ -138,8 +206,7 @@ class Sampler:
         greedy: bool = False,
         to_the_end: bool = False,
     ) -> list[Response] | None:
-        """See `roll_out`; None when told to stop, unless it is to go on `to_the_end`. key: should differ from
-        one iteration to the next."""
+        """See `roll_out`; None when told to stop, unless `to_the_end`. key: another one each iteration."""
         with self._phase():
             return roll_out(
                 self._decoder,
@@ -154,7 +221,7 @@ class Sampler:
             )
 
     def counts(self) -> DecodingCounts:
-        """Of the last call, over all ranks, which all ask."""
+        """Of the last call, over all ranks, which all call it."""
         return over_ranks(self._decoder.counts)
 
     def _phase(self) -> AbstractContextManager[object]:

@@ -19,11 +19,11 @@ from common.data.types import Batch
 from common.errors import UserError
 from common.runtime.distributed import World, broadcast_from_rank0
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Experience, Response
 from step3_ppo.minibatches import per_response
 from step3_ppo.networks import Networks
 from step3_ppo.rewards.functions import ScoreFunction, load_functions
 from step3_ppo.rewards.sources import Calibration, RewardSources
+from step3_ppo.rollout import Experience, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ import numpy as np
 
 from common.training import loop
 from common.training.engine import StepOutcome
-from step3_ppo.experience import Experience, Response
+from step3_ppo.rollout import Experience, Response
 
 FILE = "experience.npz"
 TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")

@@ -5,7 +5,7 @@ finished, the policy under `export/`. The loop numbers the parts of an iteration
 
 1. sample responses from the actor (rollout.py)              5. advantages and returns (advantages.py)
 2. score them (scoring.py, rewards/)                         6. update actor and critic (update.py, loss.py)
-3. log-probabilities, the reference's, values (networks.py)  7. move the KL coefficient (kl.py)
+3. log-probabilities, the reference's, values (networks.py)  7. move the KL coefficient (advantages.py)
 4. rewards of tokens (advantages.py)
 
 Proximal policy optimization (arXiv 1707.06347) as InstructGPT uses it (2203.02155), with the details that
@@ -28,19 +28,16 @@ from common.runtime.performance import training_flops_per_token
 from common.stage import Role, Step
 from common.training.average import swapped_in
 from common.training.session import Session, probe_of
-from step3_ppo.advantages import with_advantages
-from step3_ppo.clock import Stopwatch, speed
+from step3_ppo.advantages import next_coef, with_advantages
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.data import PromptOrder, load_prompts
 from step3_ppo.evaluate import evaluation_of
-from step3_ppo.experience import Experience
 from step3_ppo.iterations import Iterations
-from step3_ppo.kl import next_coef
 from step3_ppo.loss import UpdateSums
-from step3_ppo.metrics import of_iteration
+from step3_ppo.metrics import Stopwatch, of_iteration, speed
 from step3_ppo.minibatches import all_minibatches, first_pass, updates_in
 from step3_ppo.networks import build_networks
-from step3_ppo.rollout import Sampler
+from step3_ppo.rollout import Experience, Sampler
 from step3_ppo.scoring import Scoring
 from step3_ppo.update import skipped_warnings, update
 

@@ -22,10 +22,10 @@ from common.stage import Step
 from common.training import loop
 from common.training.engine import StepOutcome
 from step3_ppo.config import KLPlacement, PPOConfig
-from step3_ppo.experience import Experience
 from step3_ppo.loss import UpdateSums, policy_loss, value_loss
 from step3_ppo.minibatches import Minibatch
 from step3_ppo.networks import Networks
+from step3_ppo.rollout import Experience
 from step3_ppo.state import PPOCounters
 
 ACTOR, CRITIC, CRITIC_KEY = "actor update", "critic update", "critic.optim.lr"

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tests.common.test_attention import CONFIGS, tiny
 
 from common.data.types import TokenizedPrompt
 from common.decoding.decoder import Decoder, SamplingRule
 from common.errors import UserError
 from common.runtime.distributed import all_reduce_sum, close_world, init_world
 from step3_ppo.rollout import over_ranks, roll_out
+from tests.common.model.test_attention import CONFIGS, tiny
 
 PROMPT_IDS = [3, 0, 4, 1, 3]  # one twice; with two ranks one has three groups and the other two
 

@@ -14,7 +14,7 @@ import torch
 from common.artifacts import file_sha256, read_manifest, verify
 from common.stage import Role
 from step3_ppo.advantages import token_rewards
-from step3_ppo.experience import Experience
+from step3_ppo.rollout import Experience
 from tests.runs import Base, finish
 from tests.step3_ppo import reference
 from tests.step3_ppo.runs import (

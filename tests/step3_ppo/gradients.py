@@ -20,11 +20,10 @@ from common.rates import Rates
 from common.runtime.distributed import World, close_world, init_world
 from common.training.learner import Learner
 from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
-from step3_ppo.experience import Experience, Response
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of
-from step3_ppo.models import Critic
-from step3_ppo.networks import Networks
+from step3_ppo.networks import Critic, Networks
+from step3_ppo.rollout import Experience, Response
 from step3_ppo.state import PPOCounters
 from step3_ppo.update import update
 from tests.step2_dpo.gradients import LEARNING_RATE, engine_of

@@ -9,7 +9,7 @@ import pytest
 
 from common.data.batches import BatchPlan
 from step3_ppo.evaluate import Evaluation, shown
-from step3_ppo.experience import Experience
+from step3_ppo.rollout import Experience
 from step3_ppo.scoring import Scoring
 from tests.step3_ppo.test_scoring import experience, rows, scoring_of
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from step3_ppo.experience import Experience, Response
-from step3_ppo.kl import response_kl
+from step3_ppo.advantages import response_kl
 from step3_ppo.metrics import describe, held_out_line, mean_with_error
+from step3_ppo.rollout import Experience, Response
 
 
 def two_responses() -> Experience:

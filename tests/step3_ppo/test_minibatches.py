@@ -10,7 +10,6 @@ import torch
 
 from common.data.batches import BatchPlan
 from common.data.types import Batch
-from step3_ppo.experience import Experience
 from step3_ppo.minibatches import (
     batches_in,
     last_positions,
@@ -19,6 +18,7 @@ from step3_ppo.minibatches import (
     per_token,
     updates_in,
 )
+from step3_ppo.rollout import Experience
 from tests.step3_ppo.gradients import MAX_LENGTH, PROMPTS, RESPONSES, some_experience
 
 SIZE = 3

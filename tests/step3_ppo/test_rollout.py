@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common.test_attention import CONFIGS, tiny
 
 from common.decoding.decoder import Decoder, SamplingRule
 from common.runtime.distributed import World
 from step3_ppo.config import RolloutConfig
 from step3_ppo.rollout import roll_out, rule_of
+from tests.common.model.test_attention import CONFIGS, tiny
 from tests.programs.roll_out import PROMPT_IDS, prompts
 from tests.ranks import ROOT, run_ranks
 

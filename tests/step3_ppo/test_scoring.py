@@ -12,7 +12,7 @@ from common.data.types import TokenizedPrompt
 from common.errors import UserError
 from common.runtime.distributed import World
 from step3_ppo.config import EvaluationConfig, PPOConfig, RewardSourceConfig
-from step3_ppo.experience import Experience, Response
+from step3_ppo.rollout import Experience, Response
 from step3_ppo.scoring import Scoring, same_of_the_same
 from tests.tiny import tiny_tokenizer
 

@@ -12,7 +12,7 @@ from common.data.types import TokenizedPrompt
 from common.errors import UserError
 from common.runtime.distributed import World
 from step3_ppo.config import PPOConfig, RewardSourceConfig
-from step3_ppo.experience import Response
+from step3_ppo.rollout import Response
 from step3_ppo.scoring import Scoring
 
 WORLD = World(0, 1, 0, torch.device("cpu"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.training.engine import StepOutcome
-from step3_ppo.experience import Experience, Response
+from step3_ppo.rollout import Experience, Response
 from step3_ppo.state import PPOCounters, Unfinished
 
 

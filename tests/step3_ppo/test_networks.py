@@ -16,7 +16,7 @@ from common.model.scalar_head import PackedScalarModel
 from common.runtime.distributed import World
 from common.stage import Role
 from step3_ppo.config import CriticStart, PPOJob, RewardSourceConfig
-from step3_ppo.models import load_actor, load_critic, load_frozen_reward_model, load_reference
+from step3_ppo.networks import load_actor, load_critic, load_frozen_reward_model, load_reference
 from tests.runs import Base
 from tests.step3_ppo.runs import Artifacts, make_artifacts, make_job
 
