@@ -163,12 +163,12 @@ def estimate(
     of_tokens = token_rewards(rewards, offsets, kl=kl, coef=kl_coef)
     if estimator is Estimator.reinforce_pp:
         to_go = reward_to_go(of_tokens, offsets, gamma=gamma)
-        white = _whiten(to_go) if np.ptp(rewards) else np.zeros_like(to_go)
+        white = whitened(to_go) if np.ptp(rewards) else np.zeros_like(to_go)
         return Advantages(_fp32(white), None, non_score)
     if values is None:
         raise ValueError("gae without values")
-    found, returns = _gae(of_tokens, values, offsets, gamma=gamma, lam=lam)
-    return Advantages(_fp32(_whiten(found) if whiten else found), _fp32(returns), non_score)
+    found, returns = gae(of_tokens, values, offsets, gamma=gamma, lam=lam)
+    return Advantages(_fp32(whitened(found) if whiten else found), _fp32(returns), non_score)
 
 
 def token_rewards(
@@ -184,23 +184,42 @@ def token_rewards(
 def gae(
     rewards: np.ndarray, values: np.ndarray, offsets: np.ndarray, *, gamma: float, lam: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Advantages and returns (advantages + values), fp32 [R] each, of rewards [R] and values [R].
+    """Advantages and returns (advantages + values), float64 [R] each, of rewards [R] and values [R].
 
     A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t. After a response's last token both V and A are 0:
-    the end of a response is the end of an episode, also where it was cut short.
+    the end of a response is the end of an episode, also where it was cut short. Computed in one vector step
+    for each distance from the end, over all responses of that length or more.
     """
-    advantages, returns = _gae(rewards, values, offsets, gamma=gamma, lam=lam)
-    return _fp32(advantages), _fp32(returns)
+    _check(offsets, rewards, values)
+    rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+    lengths = np.diff(offsets)
+    longest_first = np.argsort(-lengths, kind="stable")
+    shrinking, last = -lengths[longest_first], offsets[1:][longest_first] - 1
+    advantages = np.empty(len(rewards))
+    next_value = next_advantage = np.zeros(len(lengths))
+    for distance in range(max(lengths, default=0)):
+        reaching = int(np.searchsorted(shrinking, -distance))  # responses of more tokens than `distance`
+        at = last[:reaching] - distance
+        delta = rewards[at] + gamma * next_value[:reaching] - values[at]
+        next_advantage = delta + gamma * lam * next_advantage[:reaching]
+        next_value = values[at]
+        advantages[at] = next_advantage
+    return advantages, advantages + values
 
 
 def reward_to_go(rewards: np.ndarray, offsets: np.ndarray, *, gamma: float) -> np.ndarray:
-    """float64 [R]: the discounted sum of a response's rewards [R] from each token on, itself included."""
-    return _gae(rewards, np.zeros(len(rewards)), offsets, gamma=gamma, lam=1.0)[0]
+    """float64 [R]: the discounted sum of a response's rewards [R], from each token on."""
+    return gae(rewards, np.zeros(len(rewards)), offsets, gamma=gamma, lam=1.0)[0]
 
 
-def whiten(values: np.ndarray) -> np.ndarray:
-    """fp32 [R]: to mean 0 and (population) standard deviation 1 over all of values; all equal gives zeros."""
-    return _fp32(_whiten(values))
+def whitened(values: np.ndarray) -> np.ndarray:
+    """float64 [R]: to mean 0 and (population) standard deviation 1 over all values; all equal gives zeros."""
+    if not len(values):
+        return np.zeros(0)
+    # relative to one of them, so that rounding makes no difference between equal numbers
+    relative = np.asarray(values, np.float64) - np.float64(values[0])
+    centred = relative - relative.mean()
+    return centred / np.sqrt(max((centred**2).mean(), SMALLEST_VARIANCE))
 
 
 def group_relative(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -233,36 +252,6 @@ def _with_penalty(
     deviations, of_response, sizes = _within_groups(rewards, groups)
     differs = np.bincount(of_response, deviations != 0, len(sizes)) > 0
     return np.where(differs[of_response], advantages + relative, 0.0)
-
-
-def _gae(
-    rewards: np.ndarray, values: np.ndarray, offsets: np.ndarray, *, gamma: float, lam: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """One vector step for each distance from the end, over all responses of that length or more."""
-    _check(offsets, rewards, values)
-    rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
-    lengths = np.diff(offsets)
-    longest_first = np.argsort(-lengths, kind="stable")
-    shrinking, last = -lengths[longest_first], offsets[1:][longest_first] - 1
-    advantages = np.empty(len(rewards))
-    next_value = next_advantage = np.zeros(len(lengths))
-    for distance in range(max(lengths, default=0)):
-        reaching = int(np.searchsorted(shrinking, -distance))  # responses of more tokens than `distance`
-        at = last[:reaching] - distance
-        delta = rewards[at] + gamma * next_value[:reaching] - values[at]
-        next_advantage = delta + gamma * lam * next_advantage[:reaching]
-        next_value = values[at]
-        advantages[at] = next_advantage
-    return advantages, advantages + values
-
-
-def _whiten(values: np.ndarray) -> np.ndarray:
-    if not len(values):
-        return np.zeros(0)
-    # relative to one of them, so that rounding makes no difference between equal numbers
-    relative = np.asarray(values, np.float64) - np.float64(values[0])
-    centred = relative - relative.mean()
-    return centred / np.sqrt(max((centred**2).mean(), SMALLEST_VARIANCE))
 
 
 def _within_groups(rewards: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

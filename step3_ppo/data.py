@@ -1,7 +1,6 @@
-"""What PPO trains on: prompts, and which of them an iteration has.
+"""The prompts of PPO, and which of them each iteration takes. Samples nothing.
 
-How rows become prompts on disk is in `common/training/step_data.py` and `common/data/prompts.py`. Samples
-nothing.
+How rows become prompts on disk is in `common/training/step_data.py` and `common/data/prompts.py`.
 """
 
 from __future__ import annotations
@@ -46,9 +45,8 @@ def kind_of(job: PPOJob) -> Kind[PromptDataset]:
 class PromptOrder:
     """Which prompts each iteration has: a pure function of the seed, for any number of ranks.
 
-    A pass over the prompts is shuffled and has those of a source as often as its weight says. Iterations take
-    N = `per_iteration` prompts over all ranks, always: what is missing at the end of a pass comes from the
-    next one.
+    A pass over the prompts is shuffled, and repeats a source's prompts by its weight. Every iteration takes
+    N = `per_iteration` prompts over all ranks: where a pass ends within it, the next pass fills it up.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Before a run, without a model: `forecast` counts prompts and steps for `plan`; `preview` shows prompts.
 
-A preview is a seeded handful as the model sees them, their lengths, and what was dropped or cut.
+A preview shows a seeded handful as the model sees them, their lengths, and the rows dropped or cut.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger("rlhf.ppo")
 
 
 def forecast(resolved: Path) -> DataCounts:
-    """Of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
+    """Counts of the job in `resolved`. Before there is a policy, the base model's tokenizer counts."""
     job = load_resolved(resolved, PPOJob)
     ppo = job.ppo
     reading = to_read(job, ppo.data)
@@ -48,7 +48,7 @@ def forecast(resolved: Path) -> DataCounts:
 
 
 def preview(job: PPOJob, folder: Path) -> None:
-    """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model.
+    """Print a preview. Tokenizes into the cache, where a run finds it again; loads no model.
 
     Before an earlier step of the run has made the policy, the base model's tokenizer counts.
     """
@@ -67,7 +67,7 @@ def preview(job: PPOJob, folder: Path) -> None:
 def prompt_runs(
     prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerFast, *, marked: bool = False
 ) -> list[tuple[str, bool]]:
-    """The prompt, where the policy goes on, and what reward functions are told beside it.
+    """The prompt, which the policy continues, and the other columns, which reward functions get.
 
     marked: with control tokens between stars.
     """

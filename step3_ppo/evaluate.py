@@ -1,9 +1,9 @@
-"""What PPO measures on held-out prompts: rewards and scores of greedy and of sampled responses, to read too.
+"""PPO's evaluation on held-out prompts: rewards and scores of greedy and of sampled responses, and samples.
 
-The same prompts and the same draws every time, so that before and after differ by the actor alone. Numbers
-under `eval/<name>` are of sampled responses, those under `eval/greedy/<name>` of greedy ones; `<name>_se` is
-their standard error over prompts. The KL to the reference is of the sampled responses, in nats
-per response. Of several samples of a prompt the mean counts, and the first is kept to be read.
+Prompts and draws are the same every time, so that evaluations differ by the actor alone. `eval/<name>` is the
+mean over sampled responses, `eval/greedy/<name>` over greedy ones, `<name>_se` its standard error over
+prompts. The KL to the reference is of the sampled responses, in nats per response. Of several samples of a
+prompt the mean counts, and the first is kept to be read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODES = {"sampled": "eval/", "greedy": "eval/greedy/"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out prompts (`prompt_ids` into `rows`), and what scores the responses to them."""
+    """Held-out prompts (`prompt_ids` into `rows`), and the scoring of their responses."""
 
     rows: PromptDataset
     prompt_ids: Sequence[int]
@@ -41,7 +41,7 @@ class Evaluation:
     def __call__(
         self, networks: Networks, sampler: Sampler
     ) -> tuple[dict[str, float], list[dict[str, object]]]:
-        """Metrics, and a row for each response; the same on every rank."""
+        """Metrics, and a row of samples.jsonl for each first response; the same on every rank."""
         metrics: dict[str, float] = {}
         samples: list[dict[str, object]] = []
         for mode, prefix in MODES.items():
@@ -102,7 +102,7 @@ class Evaluation:
 def evaluation_of(
     held_out: PromptDataset | None, scoring: Scoring, plan: BatchPlan, config: EvaluationConfig, seed: int
 ) -> Evaluation | None:
-    """Of as many held-out prompts as the config says; None where there are none, or none are wanted."""
+    """An evaluation on `num_prompts` held-out prompts; None without held-out prompts, or for 0."""
     if held_out is None or not config.num_prompts:
         return None
     prompt_ids = held_out_sample(held_out, config.num_prompts, seed)
@@ -110,7 +110,7 @@ def evaluation_of(
 
 
 def shown(prompt: object) -> str:
-    """A prompt as people read it: its text, or its turns."""
+    """A prompt to be read: its text, or its turns."""
     if isinstance(prompt, list):
         return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
     return str(prompt)

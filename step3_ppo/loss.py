@@ -1,14 +1,14 @@
-"""What PPO minimises, and the numbers read off it.
+"""The losses of PPO, and the means that its metrics report.
 
-Of each response token, with the ratio ρ = π / π_old (log ρ held within ±20) and its advantage A,
+For each response token, with the ratio ρ = π / π_old (log ρ clamped to ±20) and the advantage A,
 
     policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                     PPO (arXiv 1707.06347)
-            − entropy_coef · H(π) + kl_coef · k3(π ‖ π_ref)        where they are asked for
+            − entropy_coef · H(π) + kl_coef · k3(π ‖ π_ref)        where the settings ask for them
     value   ½ max((V − G)², (clip(V, V_old ± ε) − G)²)             as in InstructGPT's line (arXiv 2403.17031)
 
-with G the token's return. The loss of an update is the mean over its response tokens, over all micro-batches
-and ranks: sums travel through here and are divided once, by a count known beforehand. Advantages and returns
-come from advantages.py; nothing here is padded, or knows which response a token belongs to.
+with G the token's return. The loss of an update is the mean over its response tokens, of all micro-batches
+and ranks: functions here return sums, which are divided once, by a count known beforehand. Advantages and
+returns come from advantages.py. Nothing is padded, or knows which response a token belongs to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common.model.losses import TokenLoss
 from common.runtime.distributed import all_reduce_sum
 
 LARGEST_LOG_RATIO = 20.0
-"""Beyond it a ratio says only that something went wrong; e^20 is still finite in fp32, with room for sums."""
+"""A larger ratio only shows that something went wrong; e^20 is finite in fp32, with room for sums."""
 
 
 class PolicySums(NamedTuple):
@@ -123,7 +123,7 @@ def value_loss(
 
 @dataclass
 class UpdateSums:
-    """Sums over the tokens that one rank saw in some updates: of one, or of all of an iteration.
+    """Sums over the tokens of one rank, of one update or of all updates of an iteration.
 
     A token counts in each update that it takes part in.
     """
@@ -177,14 +177,10 @@ class UpdateSums:
         """The sums over all ranks, which all call it."""
         return UpdateSums(*all_reduce_sum(list(self.state().values())))
 
-    def metrics(self) -> dict[str, float]:
-        """`means` over the tokens of all ranks, which all call it."""
-        return self.all_reduced().means()
-
     def means(self) -> dict[str, float]:
-        """Means over the tokens of these sums; what had none (no critic, no demonstrations) is left out.
+        """Means over the tokens of these sums; absent without tokens (no critic, no demonstrations).
 
-        `val/ratio_off` is the mean of |ρ − 1|: deviations to both sides do not cancel out in it as they do in
+        `val/ratio_off` is the mean of |ρ − 1|, in which deviations to both sides do not cancel out as in
         `val/ratio`. `policy/ref_kl_avg` is 0 where the loss has no reference, `policy/entropy_avg` where no
         entropies were given.
         """

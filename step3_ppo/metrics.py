@@ -25,8 +25,7 @@ def of_iteration(
 ) -> dict[str, float]:
     """Metrics of an iteration's responses and of its updates.
 
-    counters: as they were when all updates were done, before the coefficient moves. learned: the sums of all
-    its updates, over all ranks.
+    counters: after all updates, before the coefficient moves. learned: sums of all updates, over all ranks.
     """
     metrics = {
         **describe(experience, kl_penalty_coef(ppo, counters.kl_coef)),

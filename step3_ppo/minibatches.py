@@ -1,11 +1,10 @@
 """An iteration's responses -> minibatches -> micro-batches: which responses make an update.
 
-Takes an `Experience`; returns what this rank computes of each update. The responses of an update are a pure
-function of the seed, the iteration and the epoch, whatever the number of ranks or the micro batch. Micro
-batches hold rows of `ppo.data.max_length` tokens, so their number follows from how long responses are.
+Takes an `Experience`; returns this rank's micro-batches of each update. An update's responses depend only on
+the seed, the iteration and the epoch, not on the number of ranks or the micro-batch size. Micro-batches hold
+rows of `ppo.data.max_length` tokens, so their number depends on the lengths of responses.
 
-The responses to a prompt stay together: in an update, and in a row as far as they fit, where what they begin
-with alike is computed once.
+A group stays together: in an update, and in a row as far as it fits, which computes its common prefix once.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Minibatch:
 
 
 def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, epoch: int) -> list[Minibatch]:
-    """The updates of one pass over the responses, `plan.global_batch_size` responses each: the prompts in a
-    new order, and the responses to each."""
+    """The updates of one pass over the responses, `plan.global_batch_size` each; groups in a new order."""
     key = [plan.seed, iteration, epoch, _ORDER]
     groups, lengths = experience.groups, np.diff(experience.offsets)
     place_of_group = np.random.default_rng(key).permutation(groups.max() + 1)
@@ -49,7 +47,7 @@ def minibatches_of(experience: Experience, plan: BatchPlan, *, iteration: int, e
 def all_minibatches(
     experience: Experience, plan: BatchPlan, *, iteration: int, epochs: int
 ) -> list[Minibatch]:
-    """The updates of an iteration, one pass over its responses after the other."""
+    """The updates of an iteration: `epochs` passes over its responses."""
     passes = [minibatches_of(experience, plan, iteration=iteration, epoch=epoch) for epoch in range(epochs)]
     return [minibatch for one in passes for minibatch in one]
 
@@ -61,21 +59,21 @@ def first_pass(experience: Experience, plan: BatchPlan, *, iteration: int) -> li
 
 
 def batches_in(experience: Experience, plan: BatchPlan) -> list[Batch]:
-    """All responses once over all ranks, as this rank's micro-batches."""
+    """This rank's micro-batches of one pass over all responses."""
     return _batches(experience, np.arange(len(experience.responses)), plan)
 
 
 def updates_in(responses: int, plan: BatchPlan, epochs: int) -> int:
-    """How many updates an iteration of so many responses has."""
+    """Number of updates in an iteration of so many responses."""
     return epochs * math.ceil(responses / plan.global_batch_size)
 
 
 def per_token(
     experience: Experience, batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]
 ) -> np.ndarray:
-    """fp32 [R]: what `compute` (fp32 [M] for a batch's M response tokens) says of all response tokens.
+    """fp32 [R]: the results of `compute` (fp32 [M] for a batch's M response tokens) for all response tokens.
 
-    batches: this rank's; together the ranks' hold every response once. All ranks get the whole.
+    batches: this rank's; together the ranks' hold every response once. All ranks get all results.
     """
     found = np.empty(experience.num_tokens, np.float32)
     for response, values in _all_gathered(experience, batches, compute, np.diff(experience.offsets)):
@@ -86,7 +84,7 @@ def per_token(
 def per_response(
     experience: Experience, batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]
 ) -> np.ndarray:
-    """float64 [B]: what `compute` (one number for each document of a batch) says of each response."""
+    """float64 [B]: the results of `compute` (a number for each document of a batch) for all responses."""
     found = np.empty(len(experience.responses), np.float64)
     ones = np.ones(len(found), np.int64)
     for response, values in _all_gathered(experience, batches, compute, ones):
@@ -95,7 +93,7 @@ def per_response(
 
 
 def last_positions(batch: Batch) -> torch.Tensor:
-    """int64 [D]: where each document's last token lies, which is where a reward is read."""
+    """int64 [D]: position of each document's last token, where its reward is read."""
     return batch.cu_seqlens[1:].long() - 1
 
 
@@ -121,7 +119,7 @@ def _batches(experience: Experience, chosen: np.ndarray, plan: BatchPlan) -> lis
 
 
 class _ResponseDocuments:
-    """The responses with their prompts, as `common.data.batches` wants them."""
+    """Prompts with their responses, as the documents that `common.data.batches` takes."""
 
     def __init__(self, experience: Experience) -> None:
         self._responses = experience.responses

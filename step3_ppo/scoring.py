@@ -1,8 +1,8 @@
-"""Part 2 of an iteration: responses as text, and what every reward source says of them.
+"""Part 2 of an iteration: responses as text, and their scores by every reward source.
 
-Takes an `Experience` whose responses are sampled; returns it with the raw scores of each source and the
-reward of each response. The sampled token ids are what is scored and trained; their text is for reward
-functions and people only, and is never tokenized again.
+Takes an `Experience` with sampled responses; returns it with the raw scores of each source and the reward of
+each response. Models score and train the sampled token ids; their text is for reward functions, servers and
+people only, and is never tokenized again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 ROWS_LOOKED_AT = 100
-"""Of each source, to know its columns."""
+"""Rows of each data source that are read to know its columns."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Texts:
 
 
 def same_of_the_same(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
-    """float64 [B]: scores [B], where responses that are the same to the last token have that of the first.
+    """float64 [B]: scores [B], where responses with the same tokens have the score of the first of them.
 
-    What a batch holds besides moves a model's score by rounding, and a group's spread must not be that.
+    The other documents of a batch move a model's score by rounding, which must not become a group's spread.
     """
     of_first: dict[tuple[int, bytes], float] = {}
     alike = ((response.prompt_id, response.tokens.tobytes()) for response in responses)
@@ -54,7 +54,7 @@ def same_of_the_same(responses: Sequence[Response], scores: np.ndarray) -> np.nd
 
 
 class Scoring:
-    """All sources of `ppo.rewards`, and the functions of `ppo.evaluation`, ready to be asked."""
+    """All sources of `ppo.rewards`, and the functions of `ppo.evaluation`, ready to score."""
 
     def __init__(
         self,
@@ -75,10 +75,10 @@ class Scoring:
             self._calibration = Calibration.of(reward_model.manifest.details, reward_model.path)
 
     def check(self, rows: PromptDataset, *, held_out: bool = False) -> None:
-        """UserError when a function wants a column that no source of the rows has.
+        """UserError when a function needs a column that no source of the rows has.
 
-        held_out: said of the rows in the message. Of each source its first rows are looked at, as a row may
-        lack what others have. What they have is offered from now on, with every batch.
+        Reads the first rows of each source, as a row may lack a column. From now on every batch has these
+        columns. held_out: the rows are held out, which the message then says.
         """
         firsts = [np.flatnonzero(rows.source_ids == i)[:ROWS_LOOKED_AT] for i in np.unique(rows.source_ids)]
         columns = sorted({name for index in np.concatenate(firsts) for name in rows[int(index)].columns})
@@ -95,7 +95,7 @@ class Scoring:
     def score(
         self, experience: Experience, texts: Texts, batches: Sequence[Batch], networks: Networks
     ) -> Experience:
-        """The experience with scores and rewards. texts: of its responses. batches: this rank's, of all."""
+        """The experience with scores and rewards. texts: of its responses. batches: this rank's."""
         by_model = None
         if networks.reward_model is not None:
             with networks.reward_model.present():
@@ -115,7 +115,7 @@ class Scoring:
         return replace(experience, scores=scores, rewards=rewards)
 
     def look(self, texts: Texts) -> dict[str, np.ndarray]:
-        """What the functions of `ppo.evaluation` say, float64 [B] each."""
+        """Scores by the functions of `ppo.evaluation`, float64 [B] each."""
         return broadcast_from_rank0(
             self._world,
             lambda: {

@@ -1,8 +1,7 @@
-"""Where a run is, and the responses of an iteration that was not finished: what a checkpoint holds besides
-the engines.
+"""What a checkpoint holds besides the engines: the counters of a run, and an unfinished iteration.
 
 An iteration can be interrupted between two updates. Its responses, scores and advantages are then part of the
-checkpoint, and the run goes on with the next update. Generators have no state: what is drawn follows from the
+checkpoint, and the run continues with the next update. Generators have no state: draws depend only on the
 seed, the iteration, the prompt and the sample.
 """
 
@@ -46,7 +45,7 @@ class PPOCounters:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether nothing was learned yet."""
+        """Whether no update was done yet."""
         return self.step == 0 and self.update == 0
 
     @property
@@ -80,12 +79,12 @@ class PPOCounters:
         return loop.Counters(self.applied + self.skipped, self.applied, self.skipped_in_a_row)
 
     def of_critic(self) -> loop.Counters:
-        """The same of the critic."""
+        """The same for the critic."""
         updates = self.critic_applied + self.critic_skipped
         return loop.Counters(updates, self.critic_applied, self.critic_skipped_in_a_row)
 
     def totals(self) -> dict[str, float]:
-        """What was learned from since the beginning, as metrics."""
+        """Tokens and responses learned from since the beginning, as metrics."""
         return {
             "num_tokens": self.num_tokens,
             "num_trained_tokens": self.num_trained_tokens,
@@ -108,9 +107,9 @@ class PPOCounters:
 
 
 class Unfinished:
-    """The responses of an iteration that is not finished, on disk and off; a `State` of checkpoints.
+    """The `Experience` of an unfinished iteration; a `State` of checkpoints.
 
-    All ranks hold the same ones, so rank 0 writes them.
+    All ranks hold the same one, so only rank 0 writes it.
     """
 
     def __init__(self, *, writes: bool) -> None:
@@ -118,13 +117,13 @@ class Unfinished:
         self._writes = writes
 
     def save(self, folder: Path) -> None:
-        """Write them, if there are any."""
+        """Write the experience, if there is one."""
         if self.experience is None or not self._writes:
             return
         np.savez(folder / FILE, allow_pickle=False, **to_arrays(self.experience))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, bit for bit; none where it wrote nothing."""
+        """Read what `save` wrote, bit for bit; None where it wrote nothing."""
         self.experience = None
         if (folder / FILE).exists():
             with np.load(folder / FILE, allow_pickle=False) as stored:
@@ -132,7 +131,7 @@ class Unfinished:
 
 
 def to_arrays(experience: Experience) -> dict[str, np.ndarray]:
-    """Everything in it as arrays by name."""
+    """All fields as arrays by name."""
     responses = experience.responses
     arrays = {
         "prompt_ids": np.array([r.prompt_id for r in responses], np.int64),

@@ -1,8 +1,8 @@
 """Part 6 of an iteration: one update of the actor and the critic from a minibatch of responses.
 
-Takes a `Minibatch` of an `Experience` that is filled in; changes the networks, and adds what it saw to
-`UpdateSums`. Losses are sums over response tokens divided by the minibatch's number of them on all ranks, so
-the gradient depends neither on the micro batch nor on the number of ranks.
+Takes a `Minibatch` of an `Experience` that is filled in; changes the networks, and adds its sums to
+`UpdateSums`. Losses are sums over response tokens, divided by the minibatch's number of tokens on all ranks,
+so the gradient depends neither on the micro-batch size nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACTOR, CRITIC, CRITIC_KEY = "actor update", "critic update", "critic.optim.lr"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update did to each network; None: it was not to learn. learning_rates: by metric."""
+    """The outcome of an update for each network; None: it was not to learn. learning_rates: by metric."""
 
     actor: StepOutcome | None
     critic: StepOutcome | None
@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether a network that was to learn did not."""
+        """Whether a network skipped the update."""
         return any(outcome is not None and not outcome.applied for outcome in (self.actor, self.critic))
 
 
@@ -87,7 +87,7 @@ def report_skipped(
 ) -> None:
     """Say which network skipped an update; UserError after too many of one network in a row.
 
-    counters: after the update. means: what it saw. places: where the prompts of its responses came from.
+    counters: after the update. means: its metrics. places: source and row of its prompts.
     """
     if outcome.actor is not None and not outcome.actor.applied:
         loss, scale = means.get("loss/policy_avg", 0.0), networks.actor.engine.loss_scale
@@ -101,7 +101,7 @@ def report_skipped(
 
 
 def skipped_warnings(counters: PPOCounters, dtype: Dtype) -> list[str]:
-    """What to say at the end of updates that were skipped."""
+    """Lines about skipped updates for the end of a run."""
     of_actor = loop.skipped_warning(counters.of_actor(), dtype, Step.ppo, unit=ACTOR)
     of_critic = loop.skipped_warning(counters.of_critic(), dtype, Step.ppo, unit=CRITIC, key=CRITIC_KEY)
     return [line for line in (of_actor, of_critic) if line is not None]
@@ -152,9 +152,9 @@ def _critic_gradient(
 def _add_demonstrations(
     networks: Networks, batches: Batches, step: int, weight: float, sums: UpdateSums
 ) -> None:
-    """The SFT loss of as many demonstrations as an update has, per trained token (PPO-ptx of InstructGPT).
+    """The SFT loss of `ppo.ptx_batch_size` demonstrations, per trained token (PPO-ptx of InstructGPT).
 
-    step: updates that the actor was to learn from, also those that it skipped: each has demonstrations anew.
+    step: the actor's updates so far, skipped ones included: each takes new demonstrations.
     """
     micro_batches = batches.micro_batches(step)
     (tokens,) = all_reduce_sum([sum(len(batch.targets) for batch in micro_batches)])
@@ -167,6 +167,6 @@ def _add_demonstrations(
 def _part(
     experience: Experience, values: np.ndarray | None, responses: Sequence[int], device: torch.device
 ) -> torch.Tensor:
-    """fp32 [M]: what belongs to the response tokens of a micro-batch."""
+    """fp32 [M]: the values of a micro-batch's response tokens."""
     assert values is not None
     return torch.from_numpy(experience.of_tokens(values, responses)).to(device)

@@ -1,10 +1,10 @@
-"""What tells a run that goes wrong from one that does not: warnings from the metrics of an iteration.
+"""Warnings about a run that goes wrong, from the metrics of its iterations and evaluations.
 
 Takes the flat metrics of each iteration and of each evaluation, in their order; returns lines with the number
 that looks wrong and the key to change. Each kind of warning comes at most once in `REPEAT_AFTER` iterations.
-What cannot be right, a reward that is no number, is a UserError. What it remembers (the first iterations, the
-evaluation before training, what it has said) is plain data for the checkpoint, so that a resumed run warns
-like one that was not interrupted. A metric that is absent is not looked at. Prints and measures nothing.
+A reward that is not finite is a UserError. Its memory (the first iterations, the evaluation before training,
+the warnings given) is plain data for the checkpoint, so that a resumed run warns like an uninterrupted one.
+An absent metric is not checked. Prints and measures nothing.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from common.errors import UserError
 from step3_ppo.config import KLController, PPOConfig
 
 REPEAT_AFTER = 20
-"""Iterations until a warning of the same kind is given again."""
+"""Iterations before a warning of the same kind is repeated."""
 FIRST_ITERATIONS = 3
-"""What later iterations are compared with: the mean of these."""
+"""Number of first iterations, whose mean later ones are compared with."""
 COMPARED = ("response/length_mean", "response/truncated_share", "policy/entropy_avg")
 """Metrics whose first values are remembered."""
 
 TOLERANCES = {Dtype.fp32: 1e-4, Dtype.bf16: 2e-2, Dtype.fp16: 5e-3}
-"""How far log-probabilities of one token by one policy, computed in two ways, may differ on average. Half
-precision rounds hidden states to 8 (bf16) or 11 (fp16) bits, and each order of sums rounds otherwise."""
+"""Largest mean difference, in nats, of a token's log-probabilities by one policy, computed in two ways. Half
+precision rounds hidden states to 8 (bf16) or 11 (fp16) bits, and another order of sums rounds otherwise."""
 MOST_UNFINISHED = 0.5
-"""Share of responses that do not stop."""
+"""Largest share of responses that do not stop."""
 UNFINISHED_DRIFT = 0.25
-"""By how much that share may rise above the first iterations'."""
+"""Largest rise of that share above the first iterations'."""
 ENTROPY_LEFT = 0.1
-"""Share of the first iterations' entropy."""
+"""Smallest share of the first iterations' entropy."""
 LARGEST_KL = 50.0
-"""Nats per response with a fixed coefficient."""
+"""Largest KL with a fixed coefficient, in nats per response."""
 TARGETS = 4.0
-"""Multiple of ppo.kl.target with an adaptive coefficient."""
+"""Largest KL with an adaptive coefficient, in multiples of ppo.kl.target."""
 NO_DIFFERENCE = 1e-12
-"""Standard deviation of rewards that are all the same, but for rounding."""
+"""Largest standard deviation of equal rewards, by rounding."""
 SIGMAS = 2.0
-"""Standard errors of a difference between evaluations that count as more than noise."""
+"""Standard errors beyond which a difference between evaluations is more than noise."""
 
 Metrics = Mapping[str, float]
 
 
 class Watchdogs:
-    """Looks at a run's metrics as they come.
+    """Checks a run's metrics as they come.
 
-    dtype: the actor's. state: what `state()` gave, of a run that is resumed.
+    dtype: the actor's. state: the result of `state()`, where a run is resumed.
     """
 
     def __init__(self, ppo: PPOConfig, dtype: Dtype, state: Mapping[str, Any] | None = None) -> None:
@@ -65,13 +65,13 @@ class Watchdogs:
         self._said: dict[str, int] = remembered.get("said", {})
 
     def state(self) -> dict[str, Any]:
-        """All that it remembers, as JSON can hold it."""
+        """All that it remembers, as plain data for JSON."""
         return copy.deepcopy(
             {"looks": self._looks, "first": self._first, "before": self._before, "said": self._said}
         )
 
     def look(self, iteration: int, metrics: Metrics) -> list[str]:
-        """Warnings about an iteration; call it once for each. UserError for rewards that are no numbers."""
+        """Warnings about an iteration; call it once for each. UserError for rewards that are not finite."""
         _check_finite(iteration, metrics)
         warnings = []
         for kind, check in _CHECKS.items():
@@ -82,7 +82,7 @@ class Watchdogs:
         return warnings
 
     def look_at_evaluation(self, iteration: int, metrics: Metrics) -> list[str]:
-        """Warnings about an evaluation; the first one is that before training. They come every time."""
+        """Warnings about an evaluation, repeated every time; the first one is before training."""
         if not self._before:
             self._before = {name: value for name, value in metrics.items() if name.startswith("eval/")}
             return []
@@ -90,7 +90,7 @@ class Watchdogs:
         return [f"evaluation at iteration {iteration}: {text}" for text in texts if text is not None][:1]
 
     def _exploited(self, metrics: Metrics, prefix: str, how: str = "") -> str | None:
-        """A reward that is hacked: it rose since before training while others fell, all beyond noise."""
+        """Reward hacking: the reward rose since before training while other scores fell, all beyond noise."""
         rise = _change(self._before, metrics, prefix + "reward")
         changes = {name: _change(self._before, metrics, prefix + name) for name in self._functions}
         falls = {name: change for name, change in changes.items() if change is not None and change.is_down}
@@ -118,7 +118,7 @@ class Watchdogs:
         self._looks += 1
 
     def _since_the_first(self, name: str, metrics: Metrics) -> tuple[float, float] | None:
-        """Then and now; None as long as there is no then."""
+        """Mean of the first iterations, and now; None while these are not over."""
         if self._looks < FIRST_ITERATIONS or name not in self._first or name not in metrics:
             return None
         return self._first[name], metrics[name]
@@ -222,7 +222,7 @@ _CHECKS: dict[str, Callable[[Watchdogs, Metrics], str | None]] = {
 
 @dataclass(frozen=True)
 class _Change:
-    """A number in two evaluations, and how much of a difference is noise."""
+    """A number in two evaluations, and the largest difference that is noise."""
 
     before: float
     after: float
@@ -249,7 +249,7 @@ def _change(before: Metrics, after: Metrics, name: str) -> _Change | None:
 
 
 def _check_finite(iteration: int, metrics: Metrics) -> None:
-    """UserError for rewards that are no numbers: whatever is learned from them is none either."""
+    """UserError for rewards that are not finite: nothing can be learned from them."""
     for name, value in metrics.items():
         if name.startswith(("objective/", "reward/")) and not math.isfinite(value):
             raise UserError(

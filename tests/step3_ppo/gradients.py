@@ -155,7 +155,7 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     outcome = update(networks, minibatch, experience, ppo, PPOCounters(kl_coef=KL_COEF), sums, demonstrated)
     assert outcome.actor is not None and outcome.actor.applied
     assert outcome.critic is not None and outcome.critic.applied
-    metrics = {**sums.metrics(), **outcome.metrics()}
+    metrics = {**sums.all_reduced().means(), **outcome.metrics()}
     gradients: dict[str, Any] = {}
     for part, one in trained.items():
         after = one.engine.full_state_dict()

@@ -21,7 +21,7 @@ from step3_ppo.advantages import (
     response_sums,
     reward_to_go,
     token_rewards,
-    whiten,
+    whitened,
 )
 from step3_ppo.config import Estimator, KLController
 from tests import forked
@@ -66,7 +66,7 @@ def test_gae_of_two_responses_worked_by_hand() -> None:
     advantages, returns = gae(np.array([1.0, 2, 4, 3]), np.array([2.0, 4, 8, 16]), TWO, gamma=0.5, lam=0.5)
     assert advantages.tolist() == [1.25, 1, -4, -13]
     assert returns.tolist() == [3.25, 5, 4, 3]
-    assert advantages.dtype == returns.dtype == np.float32
+    assert advantages.dtype == returns.dtype == np.float64
 
 
 def test_nothing_of_a_response_reaches_the_one_before_it_or_after_it() -> None:
@@ -100,22 +100,22 @@ def test_with_lambda_one_the_returns_are_the_rewards_to_go() -> None:
 
 def test_whitening_worked_by_hand() -> None:
     # mean 3; squares 9, 1, 1, 9, population variance 5
-    found = whiten(np.array([0.0, 2.0, 4.0, 6.0]))
+    found = whitened(np.array([0.0, 2.0, 4.0, 6.0]))
     assert found == pytest.approx(np.array([-3, -1, 1, 3]) / 5**0.5, rel=1e-6)
     assert found.mean() == pytest.approx(0, abs=1e-7) and found.std() == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize("equal", [0.0, 0.1, -1e6, 1 / 3])
 def test_equal_numbers_are_whitened_to_zeros(equal: float) -> None:
-    assert whiten(np.full(1001, equal)).tolist() == [0.0] * 1001
+    assert whitened(np.full(1001, equal)).tolist() == [0.0] * 1001
 
 
 def test_rounding_is_not_whitened_into_signal() -> None:
-    assert np.abs(whiten(0.3 + 1e-9 * np.arange(5))).max() < 1e-3
+    assert np.abs(whitened(0.3 + 1e-9 * np.arange(5))).max() < 1e-3
 
 
 def test_nothing_to_whiten() -> None:
-    assert whiten(np.zeros(0)).shape == (0,)
+    assert whitened(np.zeros(0)).shape == (0,)
 
 
 def test_grpo_worked_by_hand() -> None:
@@ -232,7 +232,7 @@ def test_returns_are_those_of_advantages_that_are_not_whitened_yet() -> None:
     assert np.array_equal(white.returns, plain.returns)
     assert not np.allclose(white.advantages, plain.advantages, atol=0.1)
     assert plain.advantages + case["values"] == pytest.approx(plain.returns, abs=1e-5)
-    assert white.advantages == pytest.approx(whiten(plain.advantages), abs=1e-6)
+    assert white.advantages == pytest.approx(whitened(plain.advantages), abs=1e-6)
 
 
 def test_what_an_estimator_needs_and_does_not_get_is_an_error() -> None:
@@ -312,9 +312,9 @@ def test_two_ranks_whiten_over_the_tokens_of_both(tmp_path: Path) -> None:
     assert one == first == second
     case = random_case(11)
     plain: Advantages = estimate(Estimator.gae, **case, whiten=False)
-    assert one == pytest.approx(whiten(plain.advantages), abs=1e-6)
+    assert one == pytest.approx(whitened(plain.advantages), abs=1e-6)
     middle = case["offsets"][len(case["rewards"]) // 2]
-    per_rank = [*whiten(plain.advantages[:middle]), *whiten(plain.advantages[middle:])]
+    per_rank = [*whitened(plain.advantages[:middle]), *whitened(plain.advantages[middle:])]
     assert np.abs(np.array(one) - per_rank).max() > 0.05
 
 

@@ -224,8 +224,8 @@ def test_metrics_are_means_over_tokens_and_not_over_micro_batches() -> None:
     for start, end in ((0, 1), (1, 1), (1, 5)):
         add_tokens(uneven, start, end)
     add_tokens(whole, 0, 5)
-    found = uneven.metrics()
-    assert found == pytest.approx(whole.metrics(), rel=1e-6)
+    found = uneven.means()
+    assert found == pytest.approx(whole.means(), rel=1e-6)
     assert found["policy/entropy_avg"] == pytest.approx(3.0)  # of batches' means it would be 2.25
     ratios = [math.exp(new - old) for new, old in zip(TOKENS["new"], TOKENS["old"], strict=True)]
     assert found["val/ratio"] == pytest.approx(sum(ratios) / 5)
@@ -250,13 +250,13 @@ def test_without_a_critic_or_without_an_actors_update_their_metrics_are_left_out
     one = torch.ones(1)
     actor.add_policy(policy_loss(one, one, one, clip=0.2))
     critic.add_value(value_loss(one, one, one + 1, clip=0.2))
-    assert "loss/value_avg" not in actor.metrics() and actor.metrics()["val/ratio"] == 1
-    assert critic.metrics() == {"loss/value_avg": 0.5, "val/clipfrac_avg": 0.0}
+    assert "loss/value_avg" not in actor.means() and actor.means()["val/ratio"] == 1
+    assert critic.means() == {"loss/value_avg": 0.5, "val/clipfrac_avg": 0.0}
     demonstrated = UpdateSums()
     for losses in (one, torch.tensor([2.0, 6.0])):
         demonstrated.add_demonstrations(TokenLoss(losses.sum(), torch.tensor(0), torch.zeros(()), losses))
-    assert demonstrated.metrics() == {"loss/ptx_avg": 3.0}
-    assert UpdateSums().metrics() == {}
+    assert demonstrated.means() == {"loss/ptx_avg": 3.0}
+    assert UpdateSums().means() == {}
 
 
 def test_sums_continue_from_json_exactly() -> None:
@@ -286,8 +286,9 @@ def of_some_ranks(folder: str) -> int:
     world = init_world()
     sums = UpdateSums()
     add_tokens(sums, *[(0, 1), (1, 5)][world.rank])
-    assert sums.all_reduced().means() == sums.metrics() != sums.means()
-    (Path(folder) / f"{world.size}_{world.rank}.json").write_text(json.dumps(sums.metrics()))
+    total = sums.all_reduced().means()
+    assert total != sums.means()
+    (Path(folder) / f"{world.size}_{world.rank}.json").write_text(json.dumps(total))
     close_world()
     return 0
 
@@ -298,7 +299,7 @@ def test_two_ranks_with_one_and_four_tokens_have_the_metrics_of_one_rank(tmp_pat
     first, second = (json.loads((tmp_path / f"2_{rank}.json").read_text()) for rank in (0, 1))
     alone = UpdateSums()
     add_tokens(alone, 0, 5)
-    assert first == second == pytest.approx(alone.metrics(), rel=1e-6)
+    assert first == second == pytest.approx(alone.means(), rel=1e-6)
 
 
 def test_explained_variance_by_hand() -> None:
