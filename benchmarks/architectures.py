@@ -3,7 +3,7 @@
     python -m benchmarks.architectures [FAMILY ...]
 
 Of each family in transformers' mapping a model of some thousand random weights is made in fp32, loaded as a
-step loads it (`common.model.models`), and asked three documents of one packed row: logits and gradient have
+step loads it (`common.model.loading`), and asked three documents of one packed row: logits and gradient have
 to be those of plain transformers, document after document. What comes of it is one of: packed; one by one
 (exact, slower); refused, with the reason, also where plain transformers cannot make it (for lack of a
 package); not made, where no tiny config was found. Writes
@@ -229,7 +229,7 @@ def refuse_by_name(family: str) -> None:
     """UserError where the family's own config, at its full size, says that it is no decoder of text."""
     from transformers import CONFIG_MAPPING
 
-    from common.model.models import CAUSAL_LM, attention_for
+    from common.model.architecture import CAUSAL_LM, attention_for
 
     try:
         config = CONFIG_MAPPING[family]()
@@ -240,7 +240,8 @@ def refuse_by_name(family: str) -> None:
 
 def _refused_anyway(family: str) -> str | None:
     """What a user is told who names the family and nothing else; None where nothing speaks against it."""
-    from common.model.models import CAUSAL_LM, build_config, make_network
+    from common.model.architecture import CAUSAL_LM, build_config
+    from common.model.loading import make_network
 
     try:
         with torch.device("meta"):
@@ -294,8 +295,9 @@ def _plain(config: Any) -> Any:
 
 def load_as_a_step_does(config: Any, plain: Any) -> Any:
     """The network around the same weights, its documents settled by `check_packed`. UserError: refused."""
+    from common.model.architecture import CAUSAL_LM
+    from common.model.loading import disable_dropout, make_network
     from common.model.losses import check_packed
-    from common.model.models import CAUSAL_LM, disable_dropout, make_network
 
     attention.register()
     network = make_network(copy.deepcopy(config), ModelConfig(dtype=Dtype.fp32), CAUSAL_LM)

@@ -70,7 +70,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def save_tokenizer(folder: Path) -> None:
     """A small tokenizer, trained on a few of the rows."""
-    from common.model.models import train_tokenizer
+    from common.model.tokenizer import train_tokenizer
 
     texts = (text for number in range(2_000) for text in row(number * 499).values())
     train_tokenizer(texts, VOCABULARY).save_pretrained(folder)

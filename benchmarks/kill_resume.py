@@ -100,7 +100,7 @@ def make_policy(folder: Path, rows: Path) -> None:
     """A policy of random weights, its tokenizer trained on the rows."""
     from benchmarks.pairs_workload import export_as_policy
     from common.config import Dtype, ModelConfig, TokenizerConfig
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     texts = [text for line in rows.read_text().splitlines() for text in json.loads(line).values()]
     own = TokenizerConfig(train_vocab_size=VOCABULARY)
@@ -112,7 +112,7 @@ def make_reward_model(folder: Path, policy: Path) -> None:
     """A reward model of random weights that reads text as the policy does."""
     from benchmarks.ppo_workload import export_as_reward_model
     from common.config import Dtype, ModelConfig
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     model = ModelConfig(path=str(policy), dtype=Dtype.fp32)
     export_as_reward_model(model, load_tokenizer(model), folder, CONTEXT)

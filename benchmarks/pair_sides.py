@@ -92,8 +92,8 @@ def initial_reward_model(made: PairsWorkload, folder: Path) -> Path:
     import torch
 
     from common.config import Dtype, ModelConfig
-    from common.model.models import load_tokenizer
     from common.model.scalar_head import load_scalar_model
+    from common.model.tokenizer import load_tokenizer
 
     if not (folder / "model.safetensors").is_file():
         config = ModelConfig(path=str(made.policy), dtype=Dtype.fp32)
@@ -119,7 +119,7 @@ def pair_tokens(ours: Ours) -> list[PairTokens]:
     from common.config import DataConfig, ModelConfig
     from common.data import dataset
     from common.data.batches import BatchPlan, PairBatches
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(path=str(ours.made.policy)))
     data = DataConfig(

@@ -59,7 +59,7 @@ def prepare(folder: Path, kind: str, pairs: int, seed: int = 0, *, data: Path = 
 
 def _export_base(base: Path, policy: Path) -> None:
     from common.config import Dtype, ModelConfig
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     model = ModelConfig(path=str(base), dtype=Dtype.fp32)
     export_as_policy(model, load_tokenizer(model), policy)
@@ -69,8 +69,8 @@ def export_as_policy(model: ModelConfig, tokenizer: Any, folder: Path, max_lengt
     """The model as the policy artifact that the steps after SFT start from."""
     import torch
 
+    from common.model.loading import load_model
     from common.model.losses import PackedCausalLM
-    from common.model.models import load_model
     from common.training.export import export_policy
 
     live = load_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)

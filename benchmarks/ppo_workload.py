@@ -97,7 +97,8 @@ def save_base(
     from omegaconf import OmegaConf
 
     from common.config import Dtype, ModelConfig, TokenizerConfig
-    from common.model.models import load_model, load_tokenizer, terminators_of
+    from common.model.loading import load_model
+    from common.model.tokenizer import load_tokenizer, terminators_of
 
     fields = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "model" / "llama_4m.yaml"))
     assert isinstance(fields, dict)
@@ -169,7 +170,7 @@ def entry_for(probability: float, reads: torch.Tensor, logits: torch.Tensor, tok
 def export_artifacts(base: Path, made: PPOWorkload, max_length: int) -> None:
     """The policy, and a reward model of the same backbone with a random head."""
     from common.config import Dtype, ModelConfig
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     config = ModelConfig(path=str(base), dtype=Dtype.fp32)
     tokenizer = load_tokenizer(config)

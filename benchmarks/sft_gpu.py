@@ -267,10 +267,8 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     """(model, loss of each step, when each step ended), with the pipeline's own classes."""
     from common.config import DeepSpeedConfig, Dtype, OptimConfig
     from common.model import attention
+    from common.model.loading import enable_checkpointing
     from common.model.losses import PackedCausalLM, check_packed
-    from common.model.models import (
-        _enable_checkpointing,  # what load_model does, whose weights come from the CPU
-    )
     from common.runtime.distributed import close_world, init_world
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
@@ -283,7 +281,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     model = new_model(run, device, attention.NAME)
     check_packed(model)
     if SHAPES[run.shape].gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)  # as load_model does, whose weights come from the CPU
     module = PackedCausalLM(model)
     optimizer = build_optimizer(module, OptimConfig(), LEARNING_RATE)
     config = build_ds_config(

@@ -108,7 +108,7 @@ def run_ours(settings: dict[str, Any]) -> None:
     from common.config import DataConfig, Dtype, ModelConfig
     from common.data import dataset
     from common.data.batches import Batches, BatchPlan
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
     from common.runtime.distributed import close_world, init_world
 
     out, steps = Path(settings["out"]), settings["steps"]
@@ -131,8 +131,8 @@ def _train_ours(
     model_config: Any, tokenizer: Any, batches: Any, steps: int, world: Any
 ) -> list[dict[str, float]]:
     from common.config import DeepSpeedConfig, Dtype, OptimConfig
+    from common.model.loading import load_model
     from common.model.losses import PackedCausalLM
-    from common.model.models import load_model
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer, build_schedule, set_learning_rate

@@ -97,7 +97,8 @@ def save_base(base: Path, data: Path, seed: int) -> None:
     from omegaconf import OmegaConf
 
     from common.config import Dtype, ModelConfig, TokenizerConfig
-    from common.model.models import load_model, load_tokenizer
+    from common.model.loading import load_model
+    from common.model.tokenizer import load_tokenizer
 
     fields = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "model" / "llama_4m.yaml"))
     assert isinstance(fields, dict)

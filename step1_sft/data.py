@@ -17,7 +17,7 @@ from common.data import dataset
 from common.data.chat import check_template
 from common.data.types import Batch
 from common.decoding.sampling import held_out_prompts, room_for_prompts
-from common.model.models import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from step1_sft.config import SFTJob
 
 if TYPE_CHECKING:

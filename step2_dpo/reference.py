@@ -34,9 +34,19 @@ from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.data.types import PairBatch
-from common.model import attention, last_layer, losses, models, one_by_one
+from common.model import (
+    adapters,
+    architecture,
+    attention,
+    hub,
+    last_layer,
+    loading,
+    losses,
+    one_by_one,
+    tokenizer,
+)
+from common.model.adapters import adapters_off
 from common.model.losses import batch_arguments
-from common.model.models import adapters_off
 from common.runtime.distributed import World, all_gather_objects, broadcast_from_rank0
 from common.training.engine import Engine
 from step2_dpo import loss
@@ -44,6 +54,12 @@ from step2_dpo.loss import Answers, answer_sums
 
 if TYPE_CHECKING:
     from common.data.dataset import PairDataset
+
+HASHED = (
+    adapters, architecture, attention, hub, last_layer, loading, losses, one_by_one, tokenizer,
+    batches_module, packing, loss,
+)  # fmt: skip
+"""The modules that load the model, lay out the pairs and compute the numbers."""
 
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
@@ -134,12 +150,12 @@ def _machine(device: torch.device, quantize: Quantize) -> dict[str, Any]:
 
 
 def _code_version() -> str:
-    """Hash of the modules that load the model, lay out the pairs and compute the numbers: a change is a miss.
+    """Hash of `HASHED` and of this module: a change is a miss.
 
     A miss costs one pass over the pairs, and a number that is no longer right is not seen by anyone.
     """
     total = hashlib.sha256()
-    for module in (attention, last_layer, losses, models, one_by_one, batches_module, packing, loss):
+    for module in HASHED:
         total.update(Path(str(module.__file__)).read_bytes())
     total.update(Path(__file__).read_bytes())
     return total.hexdigest()

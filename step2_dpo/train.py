@@ -16,8 +16,10 @@ from common.data.batches import PairBatches, count_pairs, evaluation_pair_batche
 from common.data.dataset import PREFERENCES, PairDataset
 from common.evidence import share_in_words
 from common.handoff import model_of
+from common.model.architecture import CAUSAL_LM
+from common.model.loading import disable_dropout, load_model
 from common.model.losses import PackedCausalLM
-from common.model.models import CAUSAL_LM, disable_dropout, load_model, load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
 from common.training.learner import build_learner
 from common.training.loop import Loop, skipped_warning, swapped_warning

@@ -15,8 +15,8 @@ from common.data.batches import PairBatches, count_pairs, evaluation_pair_batche
 from common.data.dataset import PREFERENCES, PairDataset
 from common.evidence import share_in_words
 from common.handoff import model_of
-from common.model.models import load_tokenizer
 from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, load_scalar_model
+from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
 from common.training.learner import build_learner
 from common.training.loop import Loop, skipped_warning, swapped_warning

@@ -16,7 +16,7 @@ from common.data import control
 from common.data.types import TokenizedPrompt
 from common.decoding.foresight import foresee_policy, foresee_scalar
 from common.handoff import model_of, model_to_preview
-from common.model.models import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
 from common.training.forecast import of_prompts, to_read
 from common.training.preview import a_few, show_preview

@@ -22,7 +22,8 @@ from common.data.batches import Batches
 from common.data.dataset import DEMONSTRATIONS
 from common.errors import UserError
 from common.handoff import check_same_tokens, model_of
-from common.model.models import CAUSAL_LM, load_tokenizer, terminators_of
+from common.model.architecture import CAUSAL_LM
+from common.model.tokenizer import load_tokenizer, terminators_of
 from common.phases import enter
 from common.runtime.performance import training_flops_per_token
 from common.stage import Role, Step

@@ -34,7 +34,7 @@ class Base:
     @classmethod
     def make(cls, folder: Path) -> Base:
         """Write the rows and train the tokenizer."""
-        from common.model.models import train_tokenizer
+        from common.model.tokenizer import train_tokenizer
 
         sources = (folder / "sums.jsonl", folder / "words.jsonl")
         _write(sources[0], sums(40))

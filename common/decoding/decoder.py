@@ -29,7 +29,8 @@ from torch import nn
 
 from common.errors import UserError
 from common.model import attention
-from common.model.losses import differ, difference, packed_arguments, positions_within, some_tokens, unwrapped
+from common.model.adapters import unwrapped
+from common.model.losses import differ, difference, packed_arguments, positions_within, some_tokens
 from common.model.miniature import miniature_of
 from common.notices import notice
 from common.runtime.distributed import all_reduce_sum

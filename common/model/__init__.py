@@ -1,3 +1,3 @@
-"""The network and its tokenizer, in this order: models (both, loaded), attention, losses (the packed forward
-pass), scalar_head (reward models), adapters (LoRA). one_by_one and last_layer: architectures with ways of
-their own."""
+"""The tokenizer and the network that a step trains: hub (where they lie), tokenizer, architecture (what a config
+tells), loading (the network), attention and losses (the packed forward pass), scalar_head (reward models),
+adapters (LoRA). one_by_one and last_layer: architectures with ways of their own; miniature: how to find out."""

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -156,6 +157,25 @@ def _dimensions(parameter: Any) -> int:
 
 def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+# --- peft's wrapper ---------------------------------------------------------------------------------
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, if there is one; adapters stay active in it."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", model if unwrap is None else unwrap())
+
+
+def adapters_off(module: nn.Module) -> AbstractContextManager[None]:
+    """While the block runs, what peft wrapped inside of `module` is its base; without peft nothing changes.
+
+    peft stops and resumes gradients of the adapters with it: no backward pass inside, nor across its borders.
+    """
+    # asked of the type: peft's wrappers find attributes of what they wrap as well
+    wrapped = [part for part in module.modules() if hasattr(type(part), "disable_adapter")]
+    return cast(Any, wrapped[0]).disable_adapter() if wrapped else nullcontext()
 
 
 # --- Names ----------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ It knows nothing of padding or masks. Decoding goes on from a cache of slots und
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, lru_cache
@@ -32,7 +31,7 @@ from common.notices import notice
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 NAME = "packed"
 DECODING = "decoding"
@@ -52,10 +51,6 @@ UNSUPPORTED_ARGUMENTS = {
     "position_bias": "a position bias",
     "indices": "sparse attention",
 }
-
-
-PACKED_LAYERS = {"full_attention", "sliding_attention", "attention", "mlp", "moe", "dense", "sparse"}
-"""Types of layers, as configs name them, in which nothing but attention joins tokens."""
 
 
 class SharedPrefix:
@@ -482,30 +477,6 @@ def _attend_to_slots(
             out = torch.matmul(_softmax(weights, sinks), v)
         outs.append(out.reshape(end - begin, heads, -1))
     return torch.cat(outs)[None].to(query.dtype)
-
-
-def why_not_packed(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
-    """What, by its class and config, a model has that packed attention does not reach; None: nothing.
-
-    What can only be seen by running is found by `losses.isolate_documents`.
-    """
-    text = config.get_text_config(decoder=True)
-    if not getattr(kind, "_supports_attention_backend", False):
-        return "an attention of its own"
-    other = set(getattr(text, "layer_types", None) or ()) - PACKED_LAYERS
-    if other:
-        return f"layers of type {', '.join(sorted(map(str, other)))}"
-    if getattr(text, "sliding_window", None) and not _passes_window(kind):
-        return "a sliding window that it does not hand to its attention"
-    return None
-
-
-def _passes_window(kind: type[PreTrainedModel]) -> bool:
-    source_module = sys.modules.get(kind.__module__)
-    try:
-        return source_module is not None and "sliding_window=" in inspect.getsource(source_module)
-    except (OSError, TypeError):
-        return False
 
 
 def plain_name(model: PreTrainedModel) -> str:

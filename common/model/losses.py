@@ -23,6 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from common.errors import UserError
 from common.model import attention
+from common.model.adapters import unwrapped
+from common.model.architecture import why_not_packed
 from common.model.last_layer import WHOLE_LAYER, LastLayer
 from common.model.miniature import HALF_TOLERANCE, TOLERANCE, is_exact, miniature_of
 from common.model.one_by_one import decoder_of, reason_of, run_one_by_one
@@ -386,12 +388,6 @@ class ScoringHead(nn.Linear):
         )
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside peft's wrapper, if there is one; adapters stay active in it."""
-    unwrap = getattr(model, "get_base_model", None)
-    return cast("PreTrainedModel", model if unwrap is None else unwrap())
-
-
 class PackedCausalLM(nn.Module):
     """A transformers causal LM (also one wrapped by peft) that takes packed batches and returns sums.
 
@@ -658,7 +654,7 @@ def isolate_documents(base: PreTrainedModel) -> None:
     base: in evaluation mode, without peft's wrapper, loaded with packed attention or its own.
     """
     kind = base.config.model_type
-    reason = attention.why_not_packed(type(base), base.config)
+    reason = why_not_packed(type(base), base.config)
     if reason is None:
         try:
             reason = _crossing(miniature_of(base))

@@ -21,6 +21,9 @@ from torch import nn
 
 from common.config import ModelConfig
 from common.errors import UserError
+from common.model.adapters import unwrapped
+from common.model.architecture import HeadSpec
+from common.model.loading import disable_dropout, load_network
 from common.model.losses import (
     can_share_prefix,
     evaluating,
@@ -28,9 +31,7 @@ from common.model.losses import (
     last_layer_of,
     packed_arguments,
     positions_within,
-    unwrapped,
 )
-from common.model.models import HeadSpec, disable_dropout, load_network
 from common.model.one_by_one import decoder_of
 
 if TYPE_CHECKING:

@@ -45,11 +45,12 @@ from common.model.adapters import (
     is_adapter,
     is_of_base,
     merged_weights,
+    unwrapped,
 )
-from common.model.losses import PackedCausalLM, unwrapped
-from common.model.models import terminators_of
+from common.model.losses import PackedCausalLM
 from common.model.one_by_one import reason_of, run_one_by_one
 from common.model.scalar_head import PackedScalarModel
+from common.model.tokenizer import terminators_of
 from common.stage import Role
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from common.data.batches import Batches, PairBatches
 from common.data.dataset import PREFERENCES, PromptDataset, TokenizedDataset
 from common.data.packing import pack
 from common.errors import UserError
-from common.model.models import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.notices import listen
 from common.runtime.distributed import World
 from common.stage import Step

@@ -18,7 +18,7 @@ from common.data.dataset import PREFERENCES
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.handoff import model_to_preview
-from common.model.models import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.runtime import progress
 from common.stage import Step
 from common.training.step_data import build_data

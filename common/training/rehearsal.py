@@ -20,8 +20,9 @@ from common.config import Dtype, ModelConfig
 from common.errors import UserError
 from common.model import attention
 from common.model.adapters import add_adapters
+from common.model.architecture import HeadSpec, read_config
+from common.model.loading import make_network
 from common.model.miniature import reduced
-from common.model.models import HeadSpec, make_network, read_config
 from common.training.export import try_export
 
 if TYPE_CHECKING:

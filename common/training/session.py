@@ -23,9 +23,10 @@ from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.handoff import load_named, parent_record
 from common.model.adapters import reach
+from common.model.architecture import HeadSpec
 from common.model.losses import PackedCausalLM
-from common.model.models import HeadSpec, terminators_of
 from common.model.scalar_head import PackedScalarModel
+from common.model.tokenizer import terminators_of
 from common.phases import enter
 from common.runtime.distributed import (
     StopSignal,

@@ -69,7 +69,6 @@ def test_packing_that_sees_other_documents_would_be_found(monkeypatch: pytest.Mo
 
     # as if the check at load had found nothing: convolutions then run over all documents at once
     monkeypatch.setattr(losses, "isolate_documents", lambda base: None)
-    monkeypatch.setattr("common.model.models.attention.why_not_packed", lambda *_: None)
     assert try_family("lfm2").result == "wrong"
 
 

@@ -60,9 +60,10 @@ def test_lengths_are_a_property_of_the_weights(tmp_path: Path) -> None:
 def test_padding_changes_nothing(made: ppo_workload.PPOWorkload) -> None:
     """Log-probabilities, values and scores are those of each document alone, in our packed passes."""
     from common.config import Dtype, ModelConfig
+    from common.model.loading import load_model
     from common.model.losses import PackedCausalLM
-    from common.model.models import load_model, load_tokenizer
     from common.model.scalar_head import PackedScalarModel, load_reward_model
+    from common.model.tokenizer import load_tokenizer
 
     trainer = trainer_of(made)
     sequences = trainer.roll_out(trainer.prompts)

@@ -43,7 +43,7 @@ def toy_workload(folder: Path, rows: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from common.model.models import train_tokenizer
+    from common.model.tokenizer import train_tokenizer
 
     every = [data_scale.row(number * 37) for number in range(rows)]
     tokenizer = train_tokenizer((text for row in every for text in row.values()), 300)
@@ -73,7 +73,7 @@ def test_losses_and_gradient_norms_are_trls(tmp_path: Path) -> None:
 def toy_pairs(folder: Path, count: int) -> pairs_workload.PairsWorkload:
     """A policy of some thousand weights, and questions with a right and a wrong answer."""
     from common.config import Dtype, ModelConfig, TokenizerConfig
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     asked = [data_scale.row(number * 37) for number in range(count)]
     shape = {

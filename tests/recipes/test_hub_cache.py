@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as the hub's cache lays it out: files by their hash, and a folder of links to them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from common.model.models import train_tokenizer
+    from common.model.tokenizer import train_tokenizer
 
     repository = tmp_path_factory.mktemp("hub") / "models--org--name"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / COMMIT

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.config import SourceConfig
-from common.model.models import train_tokenizer
+from common.model.tokenizer import train_tokenizer
 from step3_ppo.config import Estimator, PPOJob
 from tests.runs import Base
 from tests.step2_dpo.runs import write_rows

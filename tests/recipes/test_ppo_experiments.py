@@ -15,7 +15,7 @@ import pytest
 from benchmarks.ppo_workload import export_as_reward_model
 from common.artifacts import Artifact
 from common.config import Dtype, ModelConfig
-from common.model.models import load_tokenizer
+from common.model.tokenizer import load_tokenizer
 from common.runtime.tracking import read_metrics
 from common.stage import Role
 from pipeline.compose import compose, prepare

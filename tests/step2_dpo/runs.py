@@ -21,8 +21,9 @@ def make_policy(folder: Path, tokenizer: Path, seed: int = 0, **config: Any) -> 
 
     import torch
 
+    from common.model.loading import load_model
     from common.model.losses import PackedCausalLM
-    from common.model.models import load_model, load_tokenizer
+    from common.model.tokenizer import load_tokenizer
     from common.training.export import export_policy
 
     settings = ModelConfig(

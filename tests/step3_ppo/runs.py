@@ -38,7 +38,7 @@ def make_artifacts(folder: Path, tokenizer: Path, *, seed: int = 0, **config: An
     """A random policy and a random reward model, calibrated. config: fields of the model's, beside LLAMA."""
     from benchmarks.pairs_workload import export_as_policy
     from benchmarks.ppo_workload import export_as_reward_model
-    from common.model.models import load_tokenizer
+    from common.model.tokenizer import load_tokenizer
 
     made = Artifacts(folder / "policy", folder / "reward_model")
     for number, export in enumerate((export_as_policy, export_as_reward_model)):
@@ -53,7 +53,8 @@ def _random_model(folder: Path, tokenizer: Path, config: dict[str, Any], seed: i
     import torch
 
     from benchmarks.ppo_workload import let_end
-    from common.model.models import load_model, load_tokenizer, terminators_of
+    from common.model.loading import load_model
+    from common.model.tokenizer import load_tokenizer, terminators_of
 
     settings = ModelConfig(config=config, tokenizer=TokenizerConfig(path=str(tokenizer)), dtype=Dtype.fp32)
     loaded = load_tokenizer(settings)

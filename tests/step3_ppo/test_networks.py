@@ -10,9 +10,10 @@ import torch
 
 from common.artifacts import Artifact
 from common.config import Dtype
+from common.model.adapters import adapters_off
 from common.model.losses import PackedCausalLM
-from common.model.models import adapters_off, load_tokenizer
 from common.model.scalar_head import PackedScalarModel
+from common.model.tokenizer import load_tokenizer
 from common.runtime.distributed import World
 from common.stage import Role
 from step3_ppo.config import CriticStart, PPOJob, RewardSourceConfig

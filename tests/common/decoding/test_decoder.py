@@ -11,7 +11,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tests.common.test_attention import CONFIGS, SHAPE, tiny
 from transformers import CohereConfig, Gemma3TextConfig, PreTrainedModel
 
 from common.decoding import decoder
@@ -20,6 +19,7 @@ from common.errors import UserError
 from common.model import attention
 from common.model.losses import PackedCausalLM, difference
 from common.model.miniature import TOLERANCE
+from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 
 MODELS = {**CONFIGS, "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}
 RULE = SamplingRule(temperature=1.3, max_new_tokens=20, terminators=(1, 2, 3, 4))

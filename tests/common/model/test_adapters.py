@@ -10,7 +10,7 @@ import torch
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
 from common.model.adapters import base_name, merged_weights, reach
-from common.model.models import load_model
+from common.model.loading import load_model
 from tests.tiny import CHATML, tiny_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -6,13 +6,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
     Gemma3TextConfig,
-    GPTJConfig,
-    GPTJForCausalLM,
     GPTNeoXConfig,
-    Lfm2Config,
-    Lfm2ForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,7 +17,7 @@ from transformers import (
 from common import notices
 from common.errors import UserError
 from common.model import attention
-from common.model.models import _enable_checkpointing
+from common.model.loading import enable_checkpointing
 
 SHAPE = {
     "vocab_size": 64,
@@ -188,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         model = tiny(CONFIGS["llama"]).train()
         if checkpointing:
-            _enable_checkpointing(model)
+            enable_checkpointing(model)
         cu_seqlens = boundaries(LENGTHS)
         ids = torch.arange(15)[None]
         positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -275,16 +270,6 @@ def test_sinks_and_caps_that_change_nothing_give_what_plain_attention_gives(wind
     )[0]  # fmt: skip
     nothing = {"softcap": 1e6, "s_aux": torch.full((4,), -1e4)}
     torch.testing.assert_close(run(**nothing), run(), rtol=1e-5, atol=1e-6)
-
-
-def test_what_packing_does_not_reach_is_named_by_class_and_config() -> None:
-    for config in CONFIGS.values():
-        assert attention.why_not_packed(type(tiny(config)), config) is None
-    capped = Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=50.0)
-    assert attention.why_not_packed(type(tiny(capped)), capped) is None
-    convolutions = Lfm2Config(**SHAPE, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-    assert attention.why_not_packed(Lfm2ForCausalLM, convolutions) == "layers of type conv"
-    assert attention.why_not_packed(GPTJForCausalLM, GPTJConfig()) == "an attention of its own"
 
 
 @pytest.mark.gpu

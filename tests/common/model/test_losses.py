@@ -18,6 +18,7 @@ from transformers import (
 from common.data.types import Batch
 from common.errors import UserError
 from common.model import attention
+from common.model.loading import enable_checkpointing
 from common.model.losses import (
     PackedCausalLM,
     ScoringHead,
@@ -27,7 +28,6 @@ from common.model.losses import (
     check_packed,
     token_cross_entropy,
 )
-from common.model.models import _enable_checkpointing
 
 SHAPE = {
     "vocab_size": 64,
@@ -282,7 +282,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     def gradients(on: bool) -> list[torch.Tensor]:
         model = tiny(LLAMA).train()
         if on:
-            _enable_checkpointing(model)
+            enable_checkpointing(model)
         PackedCausalLM(model).score(BATCH).loss_sum.backward()
         return [p.grad for p in model.parameters()]
 

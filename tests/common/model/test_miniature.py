@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.common.test_attention import CONFIGS, SHAPE, tiny
 from transformers import Gemma3TextConfig, Gemma4TextConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from common.errors import UserError
 from common.model.losses import check_packed
 from common.model.miniature import miniature_of, reduced
+from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 
 
 def test_heads_keep_their_width_and_share_keys_as_before() -> None:

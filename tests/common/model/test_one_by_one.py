@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.architectures import tiny_config
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.decoding.decoder import Decoder, Request, SamplingRule
+from common.model.loading import load_model
 from common.model.losses import PackedCausalLM, check_packed, positions_within
-from common.model.models import load_model
 from common.model.one_by_one import reason_of, side_by_side
 from common.model.scalar_head import PackedScalarModel, load_scalar_model
 from common.training.export import export_policy, export_reward_model

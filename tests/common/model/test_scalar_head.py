@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
-from common.model.models import build_config, disable_dropout
+from common.model.architecture import build_config
+from common.model.loading import disable_dropout
 from common.model.scalar_head import PackedScalarModel, load_reward_model, load_scalar_model
 from tests.tiny import CHATML, tiny_tokenizer
 

@@ -197,8 +197,8 @@ def reference_in_between() -> int:
     import torch
 
     from common.config import Dtype
+    from common.model.adapters import adapters_off
     from common.model.losses import PackedCausalLM
-    from common.model.models import adapters_off
     from common.runtime.distributed import init_world
     from tests.programs import engines
 

@@ -21,8 +21,8 @@ from common.artifacts import Artifact, read_manifest, verify
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
 from common.model import adapters
+from common.model.loading import load_model
 from common.model.losses import PackedCausalLM
-from common.model.models import load_model
 from common.model.scalar_head import PackedScalarModel, load_scalar_model
 from common.stage import Role
 from common.training import export

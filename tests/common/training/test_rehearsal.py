@@ -11,7 +11,7 @@ import torch
 from common.config import LoraConfig, ModelConfig
 from common.errors import UserError
 from common.model import adapters
-from common.model.models import CAUSAL_LM, build_config
+from common.model.architecture import CAUSAL_LM, build_config
 from common.model.scalar_head import NEW_REWARD_MODEL
 from common.training import export, rehearsal
 from common.training.rehearsal import rehearse_export

@@ -1,0 +1,316 @@
+"""The network that a step trains, ready for packed batches.
+
+Takes a `ModelConfig` and its tokenizer; returns a model of transformers (or peft) with the vocabulary
+covered, packed attention in place and adapters attached. Weights come from safetensors in a local folder or a
+hub repository pinned to a commit, or at random from a config. Does not wrap the loss, or know of DeepSpeed.
+What a reward model has above its decoder is in `scalar_head.py`.
+
+Weights are loaded in `model.dtype`: DeepSpeed rounds parameters to that type and makes its fp32 masters
+from the rounded ones, so loading in fp32 first would end in the same bits at twice the memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from common.config import Dtype, ModelConfig, Quantize, dtype_on
+from common.errors import UserError
+from common.model import attention
+from common.model.adapters import add_adapters
+from common.model.architecture import (
+    CAUSAL_LM,
+    HeadSpec,
+    attention_for,
+    build_config,
+    located_config,
+    read_config,
+    say_what_differs,
+)
+from common.model.hub import loading_errors, one_line, told
+from common.model.losses import check_packed
+from common.model.one_by_one import decoder_of
+from common.model.tokenizer import ending_tokens
+from common.notices import notice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger("rlhf.models")
+
+
+def load_model(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    device: torch.device,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """The causal LM on `device` in `model.dtype`, in training mode, with packed attention.
+
+    With adapters it is a PeftModel around it. Everything random comes from `seed` and is the same on every
+    rank; the caller's generators are left as they were. `max_length` is checked against the context.
+    UserError for whatever the user named wrongly or what packing would train wrongly.
+    """
+    return load_network(
+        model, tokenizer, CAUSAL_LM, check_packed, seed=seed, device=device, max_length=max_length
+    )
+
+
+def load_network(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    head: HeadSpec,
+    prepare: Callable[[PreTrainedModel], None],
+    *,
+    seed: int,
+    device: torch.device,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """`load_model` for any head. `prepare` is called with the network on `device`, before adapters are
+    added; it completes it, and raises UserError when packing would train it wrongly.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
+    attention.register()
+    attention.say_without_flash(device, torch_dtype(model.dtype))
+    transformers_logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+        network = _from_config(model, tokenizer, head) if model.config else _from_weights(model, device, head)
+        _check_context(network.config, max_length)
+        _cover_vocabulary(network, tokenizer, model)
+        _set_token_ids(network, tokenizer)
+        if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
+            cast(Any, network).to(device)
+        prepare(network)
+        say_what_differs(network.config, model)
+        if model.gradient_checkpointing:
+            enable_checkpointing(network)
+        if model.compile:
+            _compile_layers(network)
+        if model.lora.enabled:
+            network = add_adapters(network, model.lora, head.task_type)
+    return network.train()
+
+
+def disable_dropout(network: torch.nn.Module) -> None:
+    """Turn off the model's own dropout, in training mode too; adapters keep theirs, configs are left alone.
+
+    Where two passes over a model are compared, as preferences do, dropout is noise in what is compared.
+    """
+    for name, module in network.named_modules():
+        if ".lora_" in name:
+            continue
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():  # for example attention_dropout
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """torch's name for it. KeyError for `auto`, which is settled before a step begins."""
+    return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
+
+
+def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, head: HeadSpec) -> PreTrainedModel:
+    attention_for(read_config(model), head)  # before fields are added, which not every type has
+    fields = {"vocab_size": len(tokenizer), **model.config}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))  # the type's own ids lie in another vocabulary
+    if fields["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"model.config.vocab_size={fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens",
+            hint="leave vocab_size out: it is then the tokenizer's",
+        )
+    config = build_config(fields)
+    config.update(dict(head.fields))
+    _set_config_ids(config, tokenizer)
+    return make_network(config, model, head)
+
+
+def make_network(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreTrainedModel:
+    """Random weights for a config, in `model.dtype`. UserError for what is no decoder of text."""
+    implementation = attention_for(config, head)
+    try:
+        return head.transformers_class.from_config(
+            config, dtype=torch_dtype(model.dtype), attn_implementation=implementation
+        )
+    except Exception as error:  # whatever the type's own code makes of these fields
+        raise UserError(
+            f"model_type={config.model_type} does not make a {head.name}: {told(error)}",
+            hint="use a decoder, for example llama, qwen3, mistral",
+        ) from error
+
+
+def _from_weights(model: ModelConfig, device: torch.device, head: HeadSpec) -> PreTrainedModel:
+    config, where, commit = located_config(model)
+    path, options = str(model.path), dict(head.fields)
+    options["attn_implementation"] = attention_for(config, head)
+    if model.quantize is Quantize.nf4:
+        options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
+    with loading_errors(path, "model.path"), _quiet_report():
+        loaded: Any = head.transformers_class.from_pretrained(
+            where,
+            revision=commit,
+            dtype=torch_dtype(model.dtype),
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    network, report = loaded
+    _check_report(report, path, head)
+    if commit is not None:
+        log.info("model.path=%s is commit %s", path, commit)
+    return network
+
+
+def _nf4(device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if device.type != "cuda":
+        raise UserError(
+            "model.quantize=nf4 needs a CUDA GPU",
+            hint="leave model.quantize out: adapters alone work anywhere",
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"model.quantize=nf4 needs bitsandbytes ({one_line(error)})", hint="install the extra: .[gpu]"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _check_report(report: Mapping[str, Any], path: str, head: HeadSpec) -> None:
+    """A model with parts made up at random is not the model that was named."""
+    missing = sorted(set(report["missing_keys"]) - set(head.made_new))
+    if missing:
+        raise UserError(
+            f"model.path={path} lacks {len(missing)} of the model's tensors: {_first(missing)}",
+            hint="the weights do not belong to this config.json, or are incomplete: get the model again",
+        )
+    unexpected = sorted(set(report["unexpected_keys"]) - set(head.left_out or ()))
+    if unexpected and head.left_out is not None:
+        raise UserError(
+            f"model.path={path} has tensors that a {head.name} has no place for: {_first(unexpected)}",
+            hint="the weights do not belong to this config.json: get the model again",
+        )
+    if unexpected:
+        notice(
+            f"{len(unexpected)} tensors of model.path={path} are not used",
+            f"this model has no place for {_first(unexpected)}",
+        )
+
+
+def _check_context(config: PreTrainedConfig, max_length: int | None) -> None:
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None)
+    scaling = getattr(text, "rope_parameters", None) or {}
+    if not max_length or not context:
+        return
+    stretched = scaling.get("original_max_position_embeddings") or context
+    context = max(context, int(stretched * (scaling.get("factor") or 1)))
+    if max_length > context:
+        raise UserError(
+            f"data.max_length={max_length} is more than the model's context of {context} tokens",
+            hint=f"set data.max_length={context} or less",
+        )
+
+
+def _cover_vocabulary(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig
+) -> None:
+    """Grow the embeddings until every token id has a row; never shrink them."""
+    rows = cast(Any, network.get_input_embeddings()).weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed <= rows:
+        return
+    new = [
+        token for token, id in tokenizer.get_vocab().items() if id >= rows and token != tokenizer.pad_token
+    ]
+    if new and model.lora.enabled:
+        raise UserError(
+            f"the model has no embeddings for {_first(sorted(new))}, and adapters would not train them",
+            hint="set model.chat_template=plain or alpaca, which need no new tokens, or train all weights",
+        )
+    network.resize_token_embeddings(needed, mean_resizing=True)
+    notice(f"embeddings grow from {rows} to {needed} rows", "the tokenizer has more tokens than the model")
+
+
+def _set_config_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = config.get_text_config(decoder=True)
+    for target in (config, text):
+        target.bos_token_id = tokenizer.bos_token_id
+        target.eos_token_id = tokenizer.eos_token_id
+        target.pad_token_id = tokenizer.pad_token_id
+
+
+def _set_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Generation stops at whatever ends a turn; the rest of the base model's settings stay."""
+    _set_config_ids(network.config, tokenizer)
+    network.config.use_cache = False
+    if not network.can_generate():
+        return
+    settings = copy.deepcopy(network.generation_config)
+    settings._from_model_config = False
+    settings.bos_token_id = tokenizer.bos_token_id
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.eos_token_id = sorted(ending_tokens(tokenizer))
+    network.generation_config = settings
+
+
+def enable_checkpointing(network: PreTrainedModel) -> None:
+    if not network.supports_gradient_checkpointing:
+        raise UserError(
+            f"model_type={network.config.model_type} cannot recompute activations",
+            hint="set model.gradient_checkpointing=false",
+        )
+    # renamed in the course of transformers 5
+    enable = (
+        getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
+def _compile_layers(network: PreTrainedModel) -> None:
+    layers = getattr(decoder_of(network), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"model_type={network.config.model_type} has no list of layers to compile",
+            hint="set model.compile=false",
+        )
+    for layer in layers:
+        layer.compile()
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Without transformers' table of missing tensors: what matters in it is an error of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from common.config import ModelConfig
+from common.errors import UserError
+from common.model import hub
+from common.model.tokenizer import load_tokenizer
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.path=.*nowhere does not exist"):
+        load_tokenizer(ModelConfig(path=str(tmp_path / "nowhere")))
+
+
+def test_a_hub_name_without_a_network_names_it_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="model.path=someone/something is not a local folder.*hub") as caught:
+        load_tokenizer(ModelConfig(path="someone/something"))
+    assert "name the folder" in str(caught.value.hint)
+
+
+def test_whether_the_hub_answers_is_known_without_its_clients_retries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        assert hub.hub_answers()
+    assert not hub.hub_answers()
