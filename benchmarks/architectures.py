@@ -297,7 +297,7 @@ def load_as_a_step_does(config: Any, plain: Any) -> Any:
     """The network around the same weights, its documents settled by `check_packed`. UserError: refused."""
     from common.model.architecture import CAUSAL_LM
     from common.model.loading import disable_dropout, make_network
-    from common.model.losses import check_packed
+    from common.model.probes import check_packed
 
     attention.register()
     network = make_network(copy.deepcopy(config), ModelConfig(dtype=Dtype.fp32), CAUSAL_LM)
@@ -309,8 +309,8 @@ def load_as_a_step_does(config: Any, plain: Any) -> Any:
 
 
 def _compare(family: str, name: str, config: Any, plain: Any) -> Outcome:
-    from common.model.losses import PackedCausalLM
     from common.model.one_by_one import reason_of
+    from common.model.packed import PackedCausalLM
 
     network = load_as_a_step_does(config, plain)
     packed = PackedCausalLM(network).eval()
@@ -349,7 +349,7 @@ def _boundaries() -> torch.Tensor:
 
 def _gradient_difference(packed: Any, plain: Any, documents: list[torch.Tensor]) -> float:
     """Norm of the difference of the summed loss's gradients over the norm of the plain one."""
-    from common.model.losses import positions_within
+    from common.model.attention import positions_within
 
     ids, bounds = torch.cat(documents), _boundaries()
     trained = torch.cat([torch.arange(a, b - 1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])

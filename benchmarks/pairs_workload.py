@@ -70,7 +70,7 @@ def export_as_policy(model: ModelConfig, tokenizer: Any, folder: Path, max_lengt
     import torch
 
     from common.model.loading import load_model
-    from common.model.losses import PackedCausalLM
+    from common.model.packed import PackedCausalLM
     from common.training.export import export_policy
 
     live = load_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)

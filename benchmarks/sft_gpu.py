@@ -268,7 +268,8 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     from common.config import DeepSpeedConfig, Dtype, OptimConfig
     from common.model import attention
     from common.model.loading import enable_checkpointing
-    from common.model.losses import PackedCausalLM, check_packed
+    from common.model.packed import PackedCausalLM
+    from common.model.probes import check_packed
     from common.runtime.distributed import close_world, init_world
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine

@@ -132,7 +132,7 @@ def _train_ours(
 ) -> list[dict[str, float]]:
     from common.config import DeepSpeedConfig, Dtype, OptimConfig
     from common.model.loading import load_model
-    from common.model.losses import PackedCausalLM
+    from common.model.packed import PackedCausalLM
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer, build_schedule, set_learning_rate

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from common.data.types import Batch
-from common.model.losses import TokenLoss, batch_arguments
+from common.model.fused_loss import TokenLoss
+from common.model.packed import batch_arguments
 from common.runtime.distributed import all_reduce_sum
 from common.training.engine import Engine
 

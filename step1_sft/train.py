@@ -15,7 +15,7 @@ from common.data.batches import Batches, evaluation_batches
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.stage import Step
 from common.training.learner import build_learner
 from common.training.loop import Loop, skipped_warning

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from common.data.types import PairBatch
-from common.model.losses import TokenLoss, batch_arguments
+from common.model.fused_loss import TokenLoss
+from common.model.packed import batch_arguments
 from common.runtime.distributed import all_reduce_sum
 from common.training.engine import Engine
 from step2_dpo.config import DPOConfig, LossType

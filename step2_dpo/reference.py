@@ -38,15 +38,18 @@ from common.model import (
     adapters,
     architecture,
     attention,
+    fused_loss,
     hub,
     last_layer,
     loading,
-    losses,
+    miniature,
     one_by_one,
+    packed,
+    probes,
     tokenizer,
 )
 from common.model.adapters import adapters_off
-from common.model.losses import batch_arguments
+from common.model.packed import batch_arguments
 from common.runtime.distributed import World, all_gather_objects, broadcast_from_rank0
 from common.training.engine import Engine
 from step2_dpo import loss
@@ -56,8 +59,8 @@ if TYPE_CHECKING:
     from common.data.dataset import PairDataset
 
 HASHED = (
-    adapters, architecture, attention, hub, last_layer, loading, losses, one_by_one, tokenizer,
-    batches_module, packing, loss,
+    adapters, architecture, attention, fused_loss, hub, last_layer, loading, miniature, one_by_one, packed,
+    probes, tokenizer, batches_module, packing, loss,
 )  # fmt: skip
 """The modules that load the model, lay out the pairs and compute the numbers."""
 

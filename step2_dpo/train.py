@@ -18,7 +18,7 @@ from common.evidence import share_in_words
 from common.handoff import model_of
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import disable_dropout, load_model
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
 from common.training.learner import build_learner

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.model.losses import TokenLoss
+from common.model.fused_loss import TokenLoss
 from common.runtime.distributed import all_reduce_sum
 
 LARGEST_LOG_RATIO = 20.0

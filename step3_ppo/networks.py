@@ -23,8 +23,9 @@ from common.config import LoraConfig, ModelConfig, OptimConfig, Quantize
 from common.data.types import Batch
 from common.handoff import model_of
 from common.model.adapters import adapters_off
+from common.model.fused_loss import TokenLoss
 from common.model.loading import disable_dropout, load_model
-from common.model.losses import PackedCausalLM, TokenLoss, batch_arguments
+from common.model.packed import PackedCausalLM, batch_arguments
 from common.model.scalar_head import PackedScalarModel, head_weights, load_reward_model, load_scalar_model
 from common.runtime.distributed import World
 from common.stage import Role

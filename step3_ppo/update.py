@@ -15,7 +15,8 @@ import torch
 
 from common.config import Dtype
 from common.data.batches import Batches
-from common.model.losses import TokenLoss, batch_arguments
+from common.model.fused_loss import TokenLoss
+from common.model.packed import batch_arguments
 from common.runtime.distributed import all_reduce_sum
 from common.runtime.progress import Progress
 from common.stage import Step

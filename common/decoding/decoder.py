@@ -30,8 +30,8 @@ from torch import nn
 from common.errors import UserError
 from common.model import attention
 from common.model.adapters import unwrapped
-from common.model.losses import differ, difference, packed_arguments, positions_within, some_tokens
-from common.model.miniature import miniature_of
+from common.model.attention import packed_arguments, positions_within
+from common.model.miniature import differ, difference, miniature_of, some_tokens
 from common.notices import notice
 from common.runtime.distributed import all_reduce_sum
 

@@ -15,8 +15,9 @@ from common.decoding.decoder import Decoder
 from common.model import attention
 from common.model.architecture import CAUSAL_LM, HeadSpec, attention_for, read_config, say_what_differs
 from common.model.loading import make_network
-from common.model.losses import PackedCausalLM, check_packed
 from common.model.miniature import reduced, small_network
+from common.model.packed import PackedCausalLM
+from common.model.probes import check_packed
 from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, begin
 from common.notices import notice
 

@@ -82,6 +82,34 @@ class SharedPrefix:
         return torch.cat(parts).to(device), torch.tensor(ends, dtype=torch.int32, device=device), longest
 
 
+def packed_arguments(
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    shared_prefix: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """What a transformers model wants to hear about a packed sequence. Shapes as in `Batch`."""
+    shared = {"shared_prefix": SharedPrefix(shared_prefix, cu_seqlens)} if any(shared_prefix) else {}
+    return {
+        **shared,
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": None,
+        "use_cache": False,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seqlen,
+        "max_length_k": max_seqlen,
+    }
+
+
+def positions_within(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """int64 [1, N]: the position of each token in its own document, from 0."""
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+    return (torch.arange(length, device=cu_seqlens.device) - starts)[None]
+
+
 def register() -> None:
     """Make `attn_implementation="packed"` known to transformers. Calling it again changes nothing."""
     from transformers import AttentionInterface

@@ -34,8 +34,8 @@ from common.model.architecture import (
     say_what_differs,
 )
 from common.model.hub import loading_errors, one_line, told
-from common.model.losses import check_packed
 from common.model.one_by_one import decoder_of
+from common.model.probes import check_packed
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
 

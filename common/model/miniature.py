@@ -1,9 +1,9 @@
 """A small stand-in for a model, to find out by running what its architecture does.
 
 Takes a transformers model; returns one of the same class with few layers, narrow widths, a small vocabulary,
-short windows and random weights in fp32. What holds for its code holds for the model's, and is seen without
-rounding: in half precision two right ways through a pretrained model may differ by half of the largest logit.
-It says nothing of the model's weights.
+short windows and random weights in fp32; `differ` compares two ways through it. What holds for its code holds
+for the model's, and is seen without rounding: in half precision two right ways through a pretrained model may
+differ by half of the largest logit. It says nothing of the model's weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -195,6 +196,26 @@ def _begin(module: nn.Module) -> None:
 
 def _own_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2)
+
+
+def some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:
+    """int64 [1, count], different ids where the vocabulary is large enough."""
+    table = cast(nn.Embedding, base.get_input_embeddings()).weight
+    rows = getattr(table, "ds_shape", table.shape)[0]  # ZeRO-3 may hold the table in parts
+    return torch.arange(3, 3 + count, device=table.device)[None] % rows
+
+
+def difference(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> float:
+    """Of the largest value in a, over the rows of a and b [N, ...]: in fp32 the largest difference; in half
+    precision that of the median row, since rounding reroutes a token or two of a mixture of experts."""
+    rows = (a - b).abs().amax(1) / a.abs().max().clamp_min(1e-6)
+    found = float(rows.max() if is_exact(dtype) else rows.median())
+    return found if math.isfinite(found) else math.inf
+
+
+def differ(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways through a model, or its miniature, differ by more than rounding."""
+    return difference(a, b, dtype) > (TOLERANCE if is_exact(dtype) else HALF_TOLERANCE)
 
 
 def is_exact(dtype: torch.dtype) -> bool:

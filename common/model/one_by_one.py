@@ -27,7 +27,7 @@ PACKED_ARGUMENTS = (
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "attention_mask",
     "use_cache", "shared_prefix",
 )  # fmt: skip
-"""What `losses.packed_arguments` says about documents that lie end to end."""
+"""What `attention.packed_arguments` says about documents that lie end to end."""
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -23,16 +23,10 @@ from common.config import ModelConfig
 from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.model.architecture import HeadSpec
+from common.model.attention import packed_arguments, positions_within
 from common.model.loading import disable_dropout, load_network
-from common.model.losses import (
-    can_share_prefix,
-    evaluating,
-    isolate_documents,
-    last_layer_of,
-    packed_arguments,
-    positions_within,
-)
 from common.model.one_by_one import decoder_of
+from common.model.probes import can_share_prefix, evaluating, isolate_documents, last_layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -58,7 +52,7 @@ def load_scalar_model(
     """The decoder of the policy that `model` names under a new head, in training mode, without dropout.
 
     With adapters it is a PeftModel around it, which trains the head as well. Otherwise as
-    `models.load_model`. UserError also for an architecture without a sequence classifier.
+    `loading.load_model`. UserError also for an architecture without a sequence classifier.
     """
 
     def prepare(network: PreTrainedModel) -> None:

@@ -47,8 +47,8 @@ from common.model.adapters import (
     merged_weights,
     unwrapped,
 )
-from common.model.losses import PackedCausalLM
 from common.model.one_by_one import reason_of, run_one_by_one
+from common.model.packed import PackedCausalLM
 from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import terminators_of
 from common.stage import Role

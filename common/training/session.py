@@ -24,7 +24,7 @@ from common.decoding.sampling import sample_completions, stop_rate
 from common.handoff import load_named, parent_record
 from common.model.adapters import reach
 from common.model.architecture import HeadSpec
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import terminators_of
 from common.phases import enter

@@ -19,9 +19,9 @@ from pipeline.planning.network import Network
 
 FP32 = 4
 CPU_CHUNK_BYTES = 4 << 20
-"""As in `common.model.losses`: fp32 logits made at once on the CPU."""
+"""As in `common.model.fused_loss`: fp32 logits made at once on the CPU."""
 GPU_CHUNK_ROWS = 4096
-"""As in `common.model.losses`: rows of logits made at once on a GPU."""
+"""As in `common.model.fused_loss`: rows of logits made at once on a GPU."""
 CPU_BASE = 463_000_000
 """Resident bytes of a rank before it has a model: Python with torch, DeepSpeed and transformers imported.
 Measured by benchmarks/memory_plan.py."""

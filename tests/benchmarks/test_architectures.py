@@ -65,10 +65,10 @@ def test_a_wrong_row_is_counted_and_shown() -> None:
 
 
 def test_packing_that_sees_other_documents_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common.model import losses
+    from common.model import probes
 
     # as if the check at load had found nothing: convolutions then run over all documents at once
-    monkeypatch.setattr(losses, "isolate_documents", lambda base: None)
+    monkeypatch.setattr(probes, "isolate_documents", lambda base: None)
     assert try_family("lfm2").result == "wrong"
 
 

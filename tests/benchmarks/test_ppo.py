@@ -61,7 +61,7 @@ def test_padding_changes_nothing(made: ppo_workload.PPOWorkload) -> None:
     """Log-probabilities, values and scores are those of each document alone, in our packed passes."""
     from common.config import Dtype, ModelConfig
     from common.model.loading import load_model
-    from common.model.losses import PackedCausalLM
+    from common.model.packed import PackedCausalLM
     from common.model.scalar_head import PackedScalarModel, load_reward_model
     from common.model.tokenizer import load_tokenizer
 

@@ -16,7 +16,7 @@ import torch
 
 from common.data.batches import collate_pairs
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
-from common.model.losses import batch_arguments
+from common.model.packed import batch_arguments
 from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import train_tokenizer
 from step2_dpo.loss import Objective

@@ -9,7 +9,9 @@ import torch
 from common.data.batches import collate, collate_pairs
 from common.data.types import IGNORE, PairBatch, TokenizedExample, TokenizedPair
 from common.model import attention
-from common.model.losses import PackedCausalLM, batch_arguments, can_share_prefix, token_cross_entropy
+from common.model.fused_loss import token_cross_entropy
+from common.model.packed import PackedCausalLM, batch_arguments
+from common.model.probes import can_share_prefix
 
 VOCABULARY = 50
 

@@ -102,7 +102,7 @@ def bytes_kept(half: bool, length: int) -> tuple[int, MicroBatchShape]:
     from common.data.batches import collate
     from common.data.types import IGNORE, TokenizedExample
     from common.model import attention
-    from common.model.losses import PackedCausalLM, batch_arguments
+    from common.model.packed import PackedCausalLM, batch_arguments
 
     attention.register()
     dtype = torch.bfloat16 if half else torch.float32

@@ -16,8 +16,9 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype, OptimizerName
 from common.model import attention
+from common.model.attention import positions_within
 from common.model.loading import torch_dtype
-from common.model.losses import PackedCausalLM, positions_within
+from common.model.packed import PackedCausalLM
 from common.model.scalar_head import PackedScalarModel, begin_head
 from common.runtime.distributed import World
 from common.training.ds_config import build_ds_config

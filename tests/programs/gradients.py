@@ -15,7 +15,7 @@ from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.model import attention
-from common.model.losses import PackedCausalLM, batch_arguments
+from common.model.packed import PackedCausalLM, batch_arguments
 from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from common.model.losses import TokenLoss
+from common.model.fused_loss import TokenLoss
 from step1_sft.loss import TokenSums
 
 

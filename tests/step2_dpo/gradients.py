@@ -16,7 +16,7 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine

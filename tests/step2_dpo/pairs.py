@@ -9,7 +9,7 @@ import torch
 
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.model import attention
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 
 VOCABULARY, MAX_LENGTH = 61, 24
 

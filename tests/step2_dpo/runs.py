@@ -22,7 +22,7 @@ def make_policy(folder: Path, tokenizer: Path, seed: int = 0, **config: Any) -> 
     import torch
 
     from common.model.loading import load_model
-    from common.model.losses import PackedCausalLM
+    from common.model.packed import PackedCausalLM
     from common.model.tokenizer import load_tokenizer
     from common.training.export import export_policy
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.data.types import Batch, PairBatch
-from common.model.losses import TokenLoss
+from common.model.fused_loss import TokenLoss
 from step2_dpo.config import LossType
 from step2_dpo.loss import (
     Answers,

@@ -297,7 +297,7 @@ def test_files_that_the_network_is_not_loaded_from_change_nothing(cached: Cached
     assert cached.said == ["reference log-probabilities: from the cache"]
 
 
-@pytest.mark.parametrize("module", ["last_layer", "loading", "losses", "attention"])
+@pytest.mark.parametrize("module", ["last_layer", "loading", "fused_loss", "packed", "attention"])
 def test_other_code_computes_anew(
     cached: Cached, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str
 ) -> None:

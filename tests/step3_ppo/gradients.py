@@ -15,7 +15,7 @@ from common.config import OptimConfig
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.model import attention
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.rates import Rates
 from common.runtime.distributed import World, close_world, init_world
 from common.training.learner import Learner

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.model.losses import TokenLoss
+from common.model.fused_loss import TokenLoss
 from common.runtime.distributed import close_world, init_world
 from step3_ppo.loss import UpdateSums, explained_variance, policy_loss, value_loss
 from tests import forked

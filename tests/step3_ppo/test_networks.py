@@ -11,7 +11,7 @@ import torch
 from common.artifacts import Artifact
 from common.config import Dtype
 from common.model.adapters import adapters_off
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import load_tokenizer
 from common.runtime.distributed import World

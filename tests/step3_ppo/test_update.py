@@ -12,7 +12,7 @@ import torch
 from common.config import Dtype
 from common.data.batches import BatchPlan
 from common.errors import UserError
-from common.model.losses import TokenLoss
+from common.model.fused_loss import TokenLoss
 from common.training.engine import StepOutcome
 from step3_ppo.config import CriticConfig, PPOConfig
 from step3_ppo.loss import UpdateSums

@@ -17,8 +17,8 @@ from common.decoding import decoder
 from common.decoding.decoder import Completion, Decoder, Request, SamplingRule, choose, uniforms
 from common.errors import UserError
 from common.model import attention
-from common.model.losses import PackedCausalLM, difference
-from common.model.miniature import TOLERANCE
+from common.model.miniature import TOLERANCE, difference
+from common.model.packed import PackedCausalLM
 from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 
 MODELS = {**CONFIGS, "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}

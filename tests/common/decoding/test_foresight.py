@@ -13,7 +13,7 @@ from common.config import Dtype, ModelConfig
 from common.decoding.foresight import foresee_policy, foresee_scalar
 from common.errors import UserError
 from common.model.loading import load_model
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from tests.tiny import CHATML, tiny_tokenizer
 
 SHAPE = {

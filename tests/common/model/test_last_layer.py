@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from common.model import attention
-from common.model.losses import PackedCausalLM, check_packed, last_layer_of, positions_within
+from common.model.attention import positions_within
+from common.model.packed import PackedCausalLM
+from common.model.probes import check_packed, last_layer_of
 
 ROWS, BOUNDARIES = torch.tensor([3, 4, 4, 8, 11]), torch.tensor([0, 5, 12], dtype=torch.int32)
 

@@ -13,7 +13,7 @@ from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.errors import UserError
 from common.model.attention import plain_attention
 from common.model.loading import load_model
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.model.tokenizer import train_tokenizer
 from tests.tiny import CHATML, tiny_tokenizer
 

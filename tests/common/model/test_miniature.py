@@ -7,8 +7,8 @@ import torch
 from transformers import Gemma3TextConfig, Gemma4TextConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from common.errors import UserError
-from common.model.losses import check_packed
 from common.model.miniature import miniature_of, reduced
+from common.model.probes import check_packed
 from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 
 

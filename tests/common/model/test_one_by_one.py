@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.architectures import tiny_config
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.decoding.decoder import Decoder, Request, SamplingRule
+from common.model.attention import positions_within
 from common.model.loading import load_model
-from common.model.losses import PackedCausalLM, check_packed, positions_within
 from common.model.one_by_one import reason_of, side_by_side
+from common.model.packed import PackedCausalLM
+from common.model.probes import check_packed
 from common.model.scalar_head import PackedScalarModel, load_scalar_model
 from common.training.export import export_policy, export_reward_model
 from tests.tiny import CHATML, tiny_tokenizer

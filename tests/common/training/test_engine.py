@@ -198,7 +198,7 @@ def reference_in_between() -> int:
 
     from common.config import Dtype
     from common.model.adapters import adapters_off
-    from common.model.losses import PackedCausalLM
+    from common.model.packed import PackedCausalLM
     from common.runtime.distributed import init_world
     from tests.programs import engines
 

@@ -22,7 +22,7 @@ from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
 from common.model import adapters
 from common.model.loading import load_model
-from common.model.losses import PackedCausalLM
+from common.model.packed import PackedCausalLM
 from common.model.scalar_head import PackedScalarModel, load_scalar_model
 from common.stage import Role
 from common.training import export
