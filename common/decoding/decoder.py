@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.decoding.slots import DecodingStep, SlotCache, decoding_into_slots
 from common.errors import UserError
-from common.model import attention
 from common.model.adapters import unwrapped
-from common.model.attention import packed_arguments, positions_within
+from common.model.attention import packed_arguments, plain_attention, positions_within
 from common.model.miniature import differ, difference, miniature_of, some_tokens
 from common.notices import notice
 from common.runtime.distributed import all_reduce_sum
@@ -444,7 +444,7 @@ class _SlotPasses:
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
         self.model = model
-        self.cache = attention.SlotCache(slots, capacity)
+        self.cache = SlotCache(slots, capacity)
         self.device = _device(model)
         on_cpu = self.device.type == "cpu"
         self.chunk_slots = CPU_CHUNK_SLOTS if on_cpu else slots
@@ -469,7 +469,7 @@ class _SlotPasses:
     ) -> torch.Tensor:
         """Logits of the rows `wanted` and of the prompts' ends.
 
-        tokens, positions: int64 [M] of the slots 0 to M - 1. chunks: see `attention.DecodingStep`.
+        tokens, positions: int64 [M] of the slots 0 to M - 1. chunks: see `DecodingStep`.
         """
         documents, slots = [ids for _, ids in prompts], [slot for slot, _ in prompts]
         count = len(tokens) + sum(map(len, documents))
@@ -480,7 +480,7 @@ class _SlotPasses:
         places = np.concatenate([positions, *(np.arange(len(part)) for part in [*documents, *padding])])
         boundaries = np.cumsum([0, *map(len, [*documents, *padding])]).astype(np.int32)
         into = [*slots, *(None for _ in padding)]
-        step = attention.DecodingStep(
+        step = DecodingStep(
             self.cache,
             self._tensor(positions),
             chunks,
@@ -542,7 +542,7 @@ def _sampling_from(model: nn.Module, has_cache: bool) -> Iterator[PreTrainedMode
         if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # lengths differ at every step
         if has_cache:
-            stack.enter_context(attention.decoding_into_slots(base))
+            stack.enter_context(decoding_into_slots(base))
         model.eval()
         try:
             yield base
@@ -561,7 +561,7 @@ def fault_of_cache(model: PreTrainedModel) -> str | None:
     try:
         with _sampling_from(small, True):
             decoded = _decode_known(small, ids[0].cpu().numpy())
-        with _sampling_from(small, False), attention.plain_attention(small):
+        with _sampling_from(small, False), plain_attention(small):
             whole = cast(Any, small)(input_ids=torch.cat([ids, ids.flip(1)]), use_cache=False).logits
     except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError, UserError) as error:
         return " ".join(str(error).split()) or type(error).__name__

@@ -8,15 +8,14 @@ the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on
 precision, the same loop elsewhere. Soft-capped scores and attention sinks, which neither kernel knows, are
 computed in the loop in plain steps, with memory that grows with the square of a document's length.
 
-It knows nothing of padding or masks. Decoding goes on from a cache of slots under a name of its own
-(`decoding_attention`); transformers' own `generate` runs inside `plain_attention`.
+It knows nothing of padding, masks or caches; transformers' own `generate` runs inside `plain_attention`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-NAME = "packed"
-DECODING = "decoding"
+NAME, DECODING = "packed", "decoding"
+"""The names under which transformers knows the attention here, and the one in `common/decoding/slots.py`."""
 
 CPU_FP32_LENGTH = 256
 """On the CPU, half-precision documents up to this length are computed in fp32: the kernel for bf16 converts
@@ -143,13 +142,13 @@ def packed_attention(
     ([1, N, H, d], None). Raises UserError for what no backend computes, ValueError when called without
     boundaries.
     """
-    _refuse_unsupported(module, attention_mask, is_causal, kwargs)
+    refuse_unsupported(module, attention_mask, is_causal, kwargs)
     if cu_seq_lens_q is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise NoBoundaries(
             "packed attention needs one flat sequence, cu_seq_lens_q and no cache; "
             "generate inside `with plain_attention(model)`"
         )
-    scores = _Scores(scaling, dropout, softcap, s_aux)
+    scores = Scores(scaling, dropout, softcap, s_aux)
     if scores.is_plain and _varlen_applies(query, value, dropout):
         longest = max_length_q or int(cu_seq_lens_q.diff().max())
         out = _varlen(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window, shared_prefix)
@@ -159,7 +158,7 @@ def packed_attention(
     return out, None
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     """How queries and keys become weights; see `packed_attention`."""
 
     scaling: float | None
@@ -187,7 +186,7 @@ class _Scores(NamedTuple):
         if seen is None:
             seen = _seen_by_own(k.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
         sinks = None if self.sinks is None else self.sinks.view(heads, 1, 1)
-        weights = _softmax(scores.masked_fill(~seen, float("-inf")), sinks)
+        weights = softmax_with_sinks(scores.masked_fill(~seen, float("-inf")), sinks)
         return F.dropout(weights, self.dropout).to(v.dtype) @ v
 
     def scale_for(self, q: torch.Tensor) -> float:
@@ -199,7 +198,7 @@ class _Scores(NamedTuple):
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 
-def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+def softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Over the last dimension; sinks [..., 1] (None: none) get a share that no key is given."""
     if sinks is None:
         return scores.softmax(-1)
@@ -207,7 +206,7 @@ def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
-def _refuse_unsupported(
+def refuse_unsupported(
     module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None, extra: dict[str, Any]
 ) -> None:
     asked = [what for name, what in UNSUPPORTED_ARGUMENTS.items() if extra.get(name) is not None]
@@ -238,7 +237,7 @@ def _by_document(
     key: torch.Tensor,
     value: torch.Tensor,
     lengths: list[int],
-    scores: _Scores,
+    scores: Scores,
     window: int | None,
     shared_prefix: SharedPrefix | None,
 ) -> torch.Tensor:
@@ -345,195 +344,23 @@ def _varlen(
     return out[None]
 
 
-class SlotCache:
-    """Keys and values of sequences decoded side by side, of every layer; sequence s fills slot s from 0 on.
-
-    slots, capacity: how many sequences, and tokens of each. A layer's tensors [slots, G, capacity, d] are
-    made when it first writes, for its own widths. On the CPU half precision is kept in fp32, in which
-    attention is computed there.
-    """
-
-    def __init__(self, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
-        self._layers: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def of_layer(
-        self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is kept for the attention `module`, which writes like `key` and `value` [1, G, N, d]."""
-        if module not in self._layers:
-            # zeros: what was never written is read with weight 0. Memory is taken when it is written
-            self._layers[module] = (self._empty(key), self._empty(value))
-        return self._layers[module]
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-        shape = (self.slots, like.shape[1], self.capacity, like.shape[3])
-        return torch.zeros(shape, dtype=dtype, device=like.device)
-
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Let the first `length` tokens of the slots `targets` be those of `source`."""
-        for layer in self._layers.values():
-            for cached in layer:
-                for target in targets:
-                    cached[target, :, :length] = cached[source, :, :length]
-
-    def rearrange(self, order: Sequence[int], length: int) -> None:
-        """Slot s gets the first `length` tokens of what was in slot `order[s]`. order: a permutation."""
-        moved = [slot for slot, before in enumerate(order) if slot != before]
-        for layer in self._layers.values():
-            for cached in layer:
-                rows = torch.tensor(moved, device=cached.device)
-                before = torch.tensor([order[slot] for slot in moved], device=cached.device)
-                cached[rows, :, :length] = cached[before, :, :length]
-
-
-class DecodingStep:
-    """What one forward pass of a decoder computes: a next token of M sequences, then whole prompts.
-
-    cache: where keys and values go. positions: int64 [M], of the tokens of the slots 0 to M - 1. chunks:
-    (begin, end, length): slots that are computed together, and how far their keys are read. prompts: of the
-    documents that follow the slots (None: nowhere) and the boundaries, cu_seqlens int32 [D + 1] counted from
-    the first of them; None without any.
-    """
-
-    def __init__(
-        self,
-        cache: SlotCache,
-        positions: torch.Tensor,
-        chunks: Sequence[tuple[int, int, int]],
-        prompts: tuple[Sequence[int | None], torch.Tensor] | None,
-    ) -> None:
-        self.cache, self.positions, self.chunks, self.prompts = cache, positions, chunks, prompts
-        self._rows = torch.arange(len(positions), device=positions.device)
-        self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
-
-    def write(self, keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put key and value [1, G, N, d] where they belong in a layer's keys and values."""
-        rows = len(self.positions)
-        for cached, new in ((keys, key[0]), (values, value[0])):
-            if rows:
-                cached[self._rows, :, self.positions] = new[:, :rows].transpose(0, 1).to(cached.dtype)
-            for slot, begin, end in self._documents():
-                cached[slot, :, : end - begin] = new[:, rows + begin : rows + end]
-
-    def _documents(self) -> Iterator[tuple[int, int, int]]:
-        slots, boundaries = self.prompts or ((), torch.zeros(1))
-        for slot, (begin, end) in zip(slots, pairwise(boundaries.tolist()), strict=True):
-            if slot is not None:
-                yield slot, begin, end
-
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """[M, 1, 1, L]: 0 where a slot's token sees, minus infinity elsewhere. The same for all layers."""
-        if (window, dtype) not in self._biases:
-            longest = max(length for _, _, length in self.chunks)
-            places = torch.arange(longest, device=self.positions.device)[None]
-            last = self.positions[:, None]
-            hidden = places > last if window is None else (places > last) | (places <= last - window)
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            self._biases[window, dtype] = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
-        return self._biases[window, dtype]
-
-
-def decoding_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    decoding: DecodingStep | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of one flat sequence: next tokens of cached sequences, then new prompts.
-
-    Shapes and errors as for `packed_attention`; what goes where says `decoding`. The outcome for a sequence
-    does not depend on what is computed beside it, to the last bit where the matrix kernels allow it.
-    """
-    _refuse_unsupported(module, attention_mask, is_causal, kwargs)
-    if decoding is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError("decoding attention needs one flat sequence and a DecodingStep as `decoding`")
-    keys, values = decoding.cache.of_layer(module, key, value)
-    decoding.write(keys, values, key, value)
-    scores = _Scores(scaling, 0.0, softcap, s_aux)
-    rows = len(decoding.positions)
-    outs = []
-    if rows:
-        outs = [_attend_to_slots(query[0, :, :rows], keys, values, decoding, scores, sliding_window)]
-    if decoding.prompts is not None:
-        q, k, v = (x[:, :, rows:] for x in (query, key, value))
-        boundaries = decoding.prompts[1]
-        out, _ = packed_attention(
-            module, q, k, v, None, scaling, cu_seq_lens_q=boundaries, sliding_window=sliding_window,
-            softcap=softcap, s_aux=s_aux,
-        )  # fmt: skip
-        outs.append(out)
-    return torch.cat(outs, 1), None
-
-
-def _attend_to_slots(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    step: DecodingStep,
-    scores: _Scores,
-    window: int | None,
-) -> torch.Tensor:
-    """[1, M, H, d] from query [H, M, d]. The query heads of a key-value head are rows of one product."""
-    heads, _, width = query.shape
-    groups = keys.shape[1]
-    grouped = query.transpose(0, 1).reshape(-1, groups, heads // groups, width).to(keys.dtype)
-    bias = step.bias(window, keys.dtype)
-    outs = []
-    for begin, end, length in step.chunks:
-        part = slice(begin, end)
-        q, k, v, seen = (
-            grouped[part],
-            keys[part, :, :length],
-            values[part, :, :length],
-            bias[part, ..., :length],
-        )
-        if q.is_cuda and scores.is_plain:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale_for(q))
-        else:  # faster than SDPA, and bit for bit the same whatever the number of slots and keys
-            weights = scores.capped(torch.matmul(q, k.transpose(2, 3)).mul_(scores.scale_for(q))).add_(seen)
-            sinks = None if scores.sinks is None else scores.sinks.view(groups, heads // groups, 1)
-            out = torch.matmul(_softmax(weights, sinks), v)
-        outs.append(out.reshape(end - begin, heads, -1))
-    return torch.cat(outs)[None].to(query.dtype)
-
-
 def plain_name(model: PreTrainedModel) -> str:
     """The attention that transformers gives the model when nobody asks for one."""
     return "sdpa" if model._supports_sdpa else "eager"
 
 
-@contextmanager
-def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+def plain_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Switch the model to transformers' own attention, with masks and caches, while the block runs."""
-    before = model.config._attn_implementation
-    if before not in (NAME, DECODING):  # documents one by one: it is its own already
-        yield
-        return
-    model.set_attn_implementation(plain_name(model))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    if model.config._attn_implementation not in (NAME, DECODING):  # one by one: it is its own already
+        return nullcontext()
+    return switched_to(model, plain_name(model))
 
 
 @contextmanager
-def decoding_into_slots(model: PreTrainedModel) -> Iterator[None]:
-    """Switch the model to `decoding_attention` while the block runs."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(DECODING, decoding_attention)
+def switched_to(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Switch the model to the attention that transformers knows under `name` while the block runs."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(DECODING)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -25,31 +25,29 @@ WHOLE_LAYER = "up to two thirds of a layer more"
 
 
 class LastLayer:
-    """A model's last layer. With `only(rows)` its feed-forward network is computed at those positions."""
+    """A model's last layer. With `only(rows)` its feed-forward network is computed at those positions.
+
+    found: whether the model has such a network. works: whether positions can be left out.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._rows: torch.Tensor | None = None
         self._length = 0
         network = _feed_forward(model)
         self.found = network is not None
-        self._works = network is not None and not _runs_layers_its_own_way(model)
+        self.works = network is not None and not _runs_layers_its_own_way(model)
         self._hooks = []
-        if self._works and network is not None:
+        if self.works and network is not None:
             self._hooks = [
                 network.register_forward_pre_hook(self._select),
                 network.register_forward_hook(self._put_back),
             ]
 
-    @property
-    def works(self) -> bool:
-        """Whether anything is left out."""
-        return self._works
-
     @contextmanager
     def only(self, rows: torch.Tensor) -> Iterator[None]:
         """While the block runs, hidden states are right at `rows` (int64 [M], indices into N) and nowhere
         else; all are right where that cannot be had."""
-        if not self._works:
+        if not self.works:
             yield
             return
         self._rows = rows.unique()  # a position that is read twice is computed once
@@ -60,7 +58,7 @@ class LastLayer:
 
     def give_up(self) -> None:
         """Compute everything from now on, and leave no trace in the model."""
-        self._works = False
+        self.works = False
         for hook in self._hooks:
             hook.remove()
 

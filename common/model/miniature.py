@@ -12,7 +12,7 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -190,12 +190,9 @@ def _begun(small: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def _begin(module: nn.Module) -> None:
     """Weights that make every token and place count; a new model's are so small that nearly all is alike."""
-    for weight in _own_matrices(module):
-        weight.normal_(std=1.0 if isinstance(module, nn.Embedding) else weight.shape[-1] ** -0.5)
-
-
-def _own_matrices(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2)
+    for weight in module.parameters(recurse=False):
+        if weight.dim() >= 2:
+            weight.normal_(std=1.0 if isinstance(module, nn.Embedding) else weight.shape[-1] ** -0.5)
 
 
 def some_tokens(base: PreTrainedModel, count: int) -> torch.Tensor:

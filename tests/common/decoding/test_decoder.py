@@ -15,6 +15,7 @@ from transformers import CohereConfig, Gemma3TextConfig, PreTrainedModel
 
 from common.decoding import decoder
 from common.decoding.decoder import Completion, Decoder, Request, SamplingRule, choose, uniforms
+from common.decoding.slots import DecodingStep
 from common.errors import UserError
 from common.model import attention
 from common.model.miniature import TOLERANCE, difference
@@ -182,16 +183,16 @@ def test_weights_may_change_between_calls(llama: PreTrainedModel) -> None:
 
 
 WRONG = {
-    "no mask": (attention.DecodingStep, "bias", lambda right: lambda *asked: torch.zeros_like(right(*asked))),
+    "no mask": (DecodingStep, "bias", lambda right: lambda *asked: torch.zeros_like(right(*asked))),
     "a window ignored": (
-        attention.DecodingStep, "bias", lambda right: lambda self, window, dtype: right(self, None, dtype),
+        DecodingStep, "bias", lambda right: lambda self, window, dtype: right(self, None, dtype),
     ),
     "positions off by one": (
         decoder._SlotPasses, "forward",
         lambda right: lambda self, tokens, positions, *rest: right(self, tokens, positions + 1, *rest),
     ),
     "a neighbour's slot": (
-        attention.DecodingStep, "write",
+        DecodingStep, "write",
         lambda right: lambda self, keys, values, key, value: right(self, keys.roll(1, 0), values, key, value),
     ),
 }  # fmt: skip
