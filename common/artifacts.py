@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: hashing, manifests, atomic commit, verification.
+"""Folders that are proved complete: hashing, manifests, verification.
 
 Takes a folder that a step has written and returns proof of what is in it. An artifact (a model
 that plain transformers loads) and a checkpoint (resumable state) share one format: their files,
@@ -8,13 +8,10 @@ not known here, and nothing here imports torch.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from common.errors import UserError
+from common.files import write_text
 from common.stage import Role
 
 FORMAT_VERSION = 1
@@ -121,23 +119,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, canonical_json(value))
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file at `path`: readers see the old text or the new, never a part of either."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with disk_errors(target):
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _fsync(target.parent)
-
-
 def hash_files(folder: str | os.PathLike[str]) -> dict[str, FileRecord]:
     """Hash and size of every file below `folder` except its manifest, by relative path, sorted."""
     root = Path(folder)
@@ -203,54 +184,7 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-def commit_folder(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) -> Path:
-    """Make `tmp` durable and rename it to `final`: afterwards `final` is there whole, or not at all.
-
-    `final` must not exist; nothing is ever overwritten. UserError on a full or read-only disk; on
-    a full one `tmp` is removed, so that the space it took does not keep the next attempt from working.
-    """
-    source, target = Path(tmp), Path(final)
-    if target.exists():
-        raise UserError(f"{target} already exists and is not overwritten", hint="move it away first")
-    with disk_errors(target):
-        try:
-            for folder, _, names in os.walk(source):
-                for name in names:
-                    _fsync(Path(folder) / name)
-                _fsync(Path(folder))
-            os.rename(source, target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                shutil.rmtree(source, ignore_errors=True)
-            raise
-        _fsync(target.parent)
-    return target
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a full, read-only or forbidden disk raises inside into a UserError naming `path`."""
-    try:
-        yield
-    except OSError as error:
-        reason = _DISK_REASONS.get(error.errno or 0)
-        if reason is None:
-            raise
-        what, way_out = reason
-        raise UserError(f"cannot write {path}: {what}", hint=way_out) from error
-
-
 _RESTORE = "restore it from a copy, or make it again; a damaged one is never used"
-
-_DISK_REASONS = {
-    errno.ENOSPC: ("the disk is full", "free some space, or write elsewhere with output_dir=DIR"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, or write elsewhere with output_dir=DIR"),
-    errno.EROFS: ("the file system is read-only", "write elsewhere with output_dir=DIR"),
-    errno.EACCES: ("permission denied", "write elsewhere with output_dir=DIR"),
-    errno.EPERM: ("operation not permitted", "write elsewhere with output_dir=DIR"),
-    errno.EEXIST: ("it is there already", "remove it, or write elsewhere with output_dir=DIR"),
-    errno.ENOTDIR: ("a file is in the way of a folder", "write elsewhere with output_dir=DIR"),
-}
 
 
 def _raise_unreadable(path: Path, error: OSError) -> None:
@@ -288,14 +222,6 @@ def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(present - set(manifest.files)):
         if name.endswith(LOADED_SUFFIXES):
             yield f"{name}: not recorded, yet a loader could read it"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

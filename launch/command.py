@@ -55,7 +55,7 @@ def one_line(text: str, key: str) -> str:
 
 def log_folder(run_dir: Path, name: str) -> Path:
     """`<run>/<name>`, made: where a launcher keeps what it rendered and what the cluster printed."""
-    from common.artifacts import disk_errors
+    from common.files import disk_errors
 
     folder = run_dir / name
     with disk_errors(folder):

@@ -46,7 +46,7 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     overrides: as typed; their paths are those in the container. UserError where a setting is missing, there
     is no kubectl, or it refuses the job.
     """
-    from common.artifacts import write_text
+    from common.files import write_text
 
     text = render(config, overrides, run_dir.name, str(run_dir.parent))
     if run_dir.is_relative_to(config.k8s.volume_path):

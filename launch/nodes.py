@@ -24,8 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from common.artifacts import disk_errors, write_text
+from common.artifacts import write_text
 from common.errors import UserError
+from common.files import disk_errors
 from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
 from launch.channel import Channel, interface_of

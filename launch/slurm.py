@@ -31,7 +31,7 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
 
     overrides: as typed. UserError where there is no sbatch, or it refuses the job.
     """
-    from common.artifacts import write_text
+    from common.files import write_text
 
     arguments = machine_arguments(overrides, config.nnodes, {"run_name": run_dir.name})
     text = render(config, arguments, run_dir.absolute(), Path.cwd(), sys.executable)

@@ -20,15 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import (
-    MANIFEST,
-    Artifact,
-    content_sha256,
-    disk_errors,
-    verify,
-)
+from common.artifacts import MANIFEST, Artifact, content_sha256, verify
 from common.errors import UserError
 from common.evidence import share_in_words
+from common.files import disk_errors, set_aside
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Step
 from launch.local import Job, count_gpus, ranks_of
@@ -372,13 +367,3 @@ def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:
     state.write_state(folder, done)
     record_lineage(run_dir, wired.stage, artifact, ended)
     return sha256
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a step's folder to the first free `<step>.old-N`; nothing is deleted."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    with disk_errors(target):
-        folder.rename(target)
-    return target

@@ -19,17 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import (
-    Artifact,
-    FileRecord,
-    content_sha256,
-    disk_errors,
-    file_sha256,
-    write_json,
-    write_text,
-)
+from common.artifacts import Artifact, FileRecord, content_sha256, file_sha256, write_json
 from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
+from common.files import disk_errors, write_text
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
 

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import time
 import zipfile
 import zlib
@@ -28,12 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from common.artifacts import Artifact, content_sha256, disk_errors
+from common.artifacts import Artifact, content_sha256
 from common.config import ModelConfig, Quantize
 from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.data.types import PairBatch
+from common.files import disk_errors, write_atomically
 from common.model import (
     adapters,
     architecture,
@@ -307,17 +307,9 @@ def _write(folder: Path, key: Mapping[str, Any], reference: Reference) -> None:
         key=np.array(json.dumps(key)),
         checksum=np.array(_checksum(reference)),
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, [content.getbuffer()])
 
 
 def _checksum(reference: Reference) -> str:

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common.artifacts import disk_errors
 from common.config import ModelConfig
 from common.data.chat import find_terminators
 from common.errors import UserError
+from common.files import disk_errors
 from common.model.hub import loading_errors, locate
 from common.notices import notice
 

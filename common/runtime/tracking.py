@@ -28,6 +28,7 @@ from typing import Any
 
 from common.config import TrackingConfig, WandbMode
 from common.credentials import has_wandb_key
+from common.files import write_atomically
 from common.redact import redact, redact_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -148,7 +149,8 @@ class _JsonLines:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 kept = -1 if step is None else step
-                self._rewrite(line for line, record in _records(self._path) if kept >= record["step"])
+                lines = (line for line, record in _records(self._path) if kept >= record["step"])
+                write_atomically(self._path, lines)
         except OSError as error:
             self._warn(error)
 
@@ -171,14 +173,6 @@ class _JsonLines:
                     file.truncate(begin)
         if written != len(line):
             raise OSError(f"wrote {written} of {len(line)} bytes")
-
-    def _rewrite(self, lines: Iterable[bytes]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:

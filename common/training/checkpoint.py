@@ -29,13 +29,12 @@ from common.artifacts import (
     Damaged,
     FileRecord,
     Manifest,
-    commit_folder,
-    disk_errors,
     file_sha256,
     read_manifest,
     write_manifest,
 )
 from common.errors import UserError
+from common.files import commit_folder, disk_errors, set_aside
 from common.phases import enter
 from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
 
@@ -135,7 +134,7 @@ class Checkpoints:
         """
         enter("load")
         broadcast_from_rank0(self._world, self._remove_unfinished)
-        set_aside: list[str] = []
+        faulty: list[str] = []
         for step in sorted(self.steps(), reverse=True):
             path = self.folder / f"step_{step:08d}"
             faults = self._vote(path)
@@ -143,12 +142,12 @@ class Checkpoints:
                 self._check_base(path)
                 changed = state.load(path)
                 counters = json.loads((path / COUNTERS).read_text())
-                return Resumed(path, counters, tuple(set_aside), changed)
-            set_aside.append(f"{path.name}: {'; '.join(faults)}")
-            broadcast_from_rank0(self._world, partial_function(self._quarantine, path))
-        if set_aside:
+                return Resumed(path, counters, tuple(faulty), changed)
+            faulty.append(f"{path.name}: {'; '.join(faults)}")
+            broadcast_from_rank0(self._world, partial_function(set_aside, path, self.folder / QUARANTINE))
+        if faulty:
             raise UserError(
-                f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(set_aside),
+                f"no checkpoint under {self.folder} can be verified:\n    " + "\n    ".join(faulty),
                 hint=f"they are kept under {self.folder / QUARANTINE}: restore one from a copy, "
                 "or run the same command again to start from the beginning",
             )
@@ -246,16 +245,6 @@ class Checkpoints:
                 f"{self._details['base_revision']}",
                 hint=f"resume with model.revision={revision}, or start a new run_name",
             )
-
-    def _quarantine(self, path: Path) -> None:
-        target = self.folder / QUARANTINE / path.name
-        number = 1
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{path.name}-{number}")
-        with disk_errors(target):
-            target.parent.mkdir(exist_ok=True)
-            os.rename(path, target)
 
     def _exists_everywhere(self, final: Path) -> bool:
         return all(all_gather_objects((final / MANIFEST).exists()))

@@ -25,18 +25,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from common.artifacts import (
-    UNVERIFIED,
-    Manifest,
-    commit_folder,
-    disk_errors,
-    hash_files,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from common.artifacts import UNVERIFIED, Manifest, hash_files, read_manifest, verify, write_manifest
 from common.data.encoder import template_hash, tokenizer_hash
 from common.errors import UserError
+from common.files import commit_folder, disk_errors, set_aside
 from common.model import attention
 from common.model.adapters import (
     ADAPTER,
@@ -281,7 +273,8 @@ def _commit(partial: Path, folder: Path, manifest: Manifest) -> None:
         shutil.rmtree(partial)
         return
     write_manifest(partial, manifest)
-    _set_aside(folder)
+    if folder.exists():
+        log.warning("%s was there already; it is now %s", folder, set_aside(folder).name)
     commit_folder(partial, folder)
 
 
@@ -635,16 +628,6 @@ def _is_same(folder: Path, manifest: Manifest) -> bool:
     except UserError:
         return False
     return True
-
-
-def _set_aside(folder: Path) -> None:
-    if not folder.exists():
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    log.warning("%s was there already; it is now %s", folder, aside.name)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import write_text
+from common.files import write_text
 from common.stage import Step
 from pipeline import state
 from pipeline.report import lineage, shown

@@ -1,27 +1,22 @@
-"""A folder is complete or absent, and a changed byte is found and named."""
+"""A changed byte of a finished folder is found and named."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from common import artifacts
 from common.artifacts import (
     MANIFEST,
     Artifact,
     Damaged,
     Manifest,
     canonical_json,
-    commit_folder,
     content_sha256,
     hash_files,
     read_manifest,
     verify,
-    write_json,
     write_manifest,
 )
 from common.errors import UserError
@@ -143,53 +138,3 @@ def test_json_is_the_same_for_equal_values_and_strict() -> None:
     assert canonical_json({"b": 2, "a": 1}) == '{\n  "a": 1,\n  "b": 2\n}\n'
     assert content_sha256({"a": 1, "b": 2}) == content_sha256({"b": 2, "a": 1})
     assert content_sha256({"a": 1}) != content_sha256({"a": 2})
-
-
-def test_commit_moves_the_whole_folder_and_leaves_no_temporary_one(tmp_path: Path) -> None:
-    tmp = finished(tmp_path / "export.tmp")
-    assert commit_folder(tmp, tmp_path / "export") == tmp_path / "export"
-    assert not tmp.exists()
-    verify(tmp_path / "export")
-
-
-def test_commit_never_overwrites(tmp_path: Path) -> None:
-    finished(tmp_path / "export")
-    before = hash_files(tmp_path / "export")
-    tmp = tmp_path / "export.tmp"
-    tmp.mkdir()
-    (tmp / "model.safetensors").write_bytes(b"other")
-    with pytest.raises(UserError, match="already exists and is not overwritten"):
-        commit_folder(tmp, tmp_path / "export")
-    assert hash_files(tmp_path / "export") == before
-    assert (tmp / "model.safetensors").read_bytes() == b"other"
-
-
-def test_a_full_disk_during_commit_leaves_neither_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tmp = finished(tmp_path / "export.tmp")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(artifacts.os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write .*export: the disk is full"):
-        commit_folder(tmp, tmp_path / "export")
-    assert not (tmp_path / "export").exists()
-    assert not tmp.exists()
-
-
-def test_a_read_only_disk_is_named_and_the_old_file_survives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "state.json"
-    write_json(path, {"status": "done"})
-
-    def read_only(source: object, target: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(artifacts.os, "replace", read_only)
-    with pytest.raises(UserError, match="the file system is read-only"):
-        write_json(path, {"status": "failed"})
-    assert json.loads(path.read_text()) == {"status": "done"}
-    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]

@@ -12,18 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.artifacts import (
-    MANIFEST,
-    Manifest,
-    commit_folder,
-    content_sha256,
-    file_sha256,
-    hash_files,
-    write_manifest,
-)
+from common.artifacts import MANIFEST, Manifest, content_sha256, file_sha256, hash_files, write_manifest
 from common.config import DataConfig, ModelConfig, TokenizerConfig
 from common.data import cache
 from common.errors import UserError
+from common.files import commit_folder
 from common.handoff import TOKEN_FIELDS, parent_record
 from common.stage import Role, Step
 from pipeline import run, state

@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 
 import pytest
-from tests.common.test_engine import runs
+
+from tests.common.training.test_engine import runs
 
 DECAY = 0.8
 

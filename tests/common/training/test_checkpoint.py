@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common.test_engine import runs
 
 from common.artifacts import MANIFEST, Manifest, read_manifest, write_manifest
 from common.errors import UserError
@@ -22,6 +21,7 @@ from common.runtime.distributed import World, init_world
 from common.training import checkpoint
 from common.training.checkpoint import Checkpoints, States
 from tests import mounts
+from tests.common.training.test_engine import runs
 from tests.programs import saved_engines
 
 FILES = ("zero/weights.pt", "zero/optimizer.pt", "counters.json", "manifest.json")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common.test_engine import runs
 
 from common.config import DeepSpeedConfig, Dtype
 from common.runtime.distributed import World
 from common.training.frozen import Frozen
+from tests.common.training.test_engine import runs
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from common.artifacts import Manifest, commit_folder, hash_files, write_manifest
+from common.artifacts import Manifest, hash_files, write_manifest
+from common.files import commit_folder
 from common.handoff import parent_record
 from common.stage import Role
 
