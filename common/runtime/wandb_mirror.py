@@ -1,0 +1,270 @@
+"""The mirror of a step's numbers on Weights & Biases: one run, online, or offline to be sent later.
+
+Takes what the tracker writes to its files; returns nothing. No call waits for the server longer than a few
+seconds, and none fails a run: what goes wrong is said in one line. This is the only module that imports
+wandb, and only when the mirror is on. It holds nothing that is not in the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import secrets
+import ssl
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config import TrackingConfig, WandbMode
+from common.credentials import has_wandb_key
+from common.redact import redact, redact_text
+from common.runtime.json_lines import strict
+
+RUN_ID_FILE = "wandb_run_id"
+
+log = logging.getLogger("rlhf.tracking")
+
+PROBE_SECONDS = 5.0
+INIT_SECONDS = 10.0
+FINISH_SECONDS = 15.0
+_DEFAULT_SERVER = "https://api.wandb.ai"
+
+
+class Mirror:
+    """One live W&B run, fed by a thread of its own.
+
+    Some of W&B's calls ask the server and wait (tables and artifacts do), so none is made by the thread that
+    trains. The first failure is said, and after it the mirror is given up.
+    """
+
+    def __init__(self, run: Any, step_name: str, say: Callable[[str], None]) -> None:
+        self._run, self._prefix, self._say = run, step_name, say
+        self._broken = False
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
+        self._thread.start()
+        self._attempt(self._define_metrics)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        # W&B's own step only counts calls: a resumed run would have to go back, which W&B refuses
+        values = {f"{self._prefix}/{name}": value for name, value in metrics.items()}
+        self._attempt(lambda: self._run.log({f"{self._prefix}/step": step, **values}))
+
+    def log_table(self, rows: list[dict[str, Any]], step: int) -> None:
+        def send() -> None:
+            import wandb
+
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            data = [[step, *(_cell(row.get(name)) for name in columns)] for row in rows]
+            table = wandb.Table(columns=["step", *columns], data=data)
+            self._run.log({f"{self._prefix}/step": step, f"{self._prefix}/samples": table})
+
+        self._attempt(send, otherwise="the samples are in samples.jsonl only")
+
+    def log_artifact(self, name: str, folder: Path, role: str, digest: str, parents: Sequence[str]) -> None:
+        def send() -> None:
+            import wandb
+
+            metadata = {"manifest_sha256": digest, "parents": list(parents), "path": str(folder.resolve())}
+            artifact = wandb.Artifact(name, type=role, metadata=metadata)
+            # the manifest holds the hash of every file: it stands for the weights, which stay where they are
+            artifact.add_file(str(folder / "manifest.json"), policy="immutable", skip_cache=True)
+            if not self._run.offline:  # W&B cannot look up a parent without its server
+                for parent in parents:
+                    self._run.use_artifact(parent)
+            self._run.log_artifact(artifact, aliases=["latest", digest[:12]])
+
+        self._attempt(send, otherwise="the artifact is not on W&B")
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        values = {f"{self._prefix}/{name}": value for name, value in summary.items()}
+        self._attempt(lambda: self._run.summary.update(values))
+        self._attempt(lambda: self._run.finish(exit_code=exit_code))
+        self._calls.put(None)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._say(
+                f"wandb: the server did not take everything in {FINISH_SECONDS:.0f} s; {_sync(self._run)}"
+            )
+
+    def _define_metrics(self) -> None:
+        self._run.define_metric(f"{self._prefix}/step", hidden=True)
+        self._run.define_metric(f"{self._prefix}/*", step_metric=f"{self._prefix}/step")
+
+    def _attempt(self, call: Callable[[], Any], otherwise: str = "") -> None:
+        """Queue `call`; on failure say why, and give up unless `otherwise` tells what is lost."""
+
+        def attempt() -> None:
+            try:
+                call()
+            except Exception as error:
+                self._broken = not otherwise
+                rest = otherwise or "the mirror stops here, metrics.jsonl goes on"
+                self._say(f"wandb: {_reason(error)}; {rest}")
+                if self._broken:
+                    _stop_service()
+
+        self._calls.put(attempt)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if not self._broken:
+                call()
+
+
+def open_mirror(
+    step_name: str,
+    run_name: str,
+    folder: Path,
+    tracking: TrackingConfig,
+    config: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Mirror | None:
+    """The W&B run of this step, online or offline; None when it is off or cannot be had at all."""
+    if tracking.wandb is WandbMode.off:
+        return None
+    server = os.environ.get("WANDB_BASE_URL", _DEFAULT_SERVER).rstrip("/")
+    mode, why = choose_mode(tracking.wandb, os.environ, has_wandb_key(server, os.environ))
+    wanted = mode
+    if mode is WandbMode.online and not server_answers(server):
+        mode, why = WandbMode.offline, f"{redact_text(server)} does not answer"
+    if mode is WandbMode.off:
+        say(f"wandb: off ({why})")
+        return None
+    _keep_files_in(folder)
+    identity: dict[str, Any] = {"id": _run_id(folder), "name": f"{run_name}/{step_name}", "group": run_name}
+    identity |= {"job_type": step_name, "project": tracking.project, "entity": tracking.entity}
+    run, mode, why = _start(mode, why, identity, folder, config)
+    if run is None:
+        line = f"wandb: off ({why})"
+    elif mode is WandbMode.online:
+        line = f"wandb: {run.url}"
+    else:
+        line = f"wandb: offline ({why}); {_sync(run)}"
+    say(line)
+    if wanted is WandbMode.online and mode is not WandbMode.online:
+        log.warning(line)  # for the report, which shows warnings
+    return None if run is None else Mirror(run, step_name, say)
+
+
+def choose_mode(requested: WandbMode, environ: Mapping[str, str], has_key: bool) -> tuple[WandbMode, str]:
+    """The mode to begin with, and why when it is not online. `auto` follows WANDB_MODE, then the key."""
+    if requested is not WandbMode.auto:
+        return (
+            requested,
+            "" if requested is WandbMode.online and has_key else f"tracking.wandb={requested.name}",
+        )
+    wanted = environ.get("WANDB_MODE", "").lower()
+    if wanted in ("disabled", "offline", "dryrun") or environ.get("WANDB_DISABLED", "").lower() == "true":
+        mode = WandbMode.offline if wanted in ("offline", "dryrun") else WandbMode.off
+        return mode, "asked for by the environment"
+    return (WandbMode.online, "") if has_key else (WandbMode.offline, "no W&B key; `wandb login` adds one")
+
+
+def server_answers(server: str, seconds: float = PROBE_SECONDS) -> bool:
+    """Whether anything at all answers there in time, through the proxy that the environment names."""
+    try:
+        with urllib.request.urlopen(server, timeout=seconds):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        # certificates are W&B's own business: it may be told to trust more than Python does
+        return isinstance(error.reason, ssl.SSLError)
+    except (OSError, ValueError):
+        return False
+
+
+def _start(
+    mode: WandbMode, why: str, identity: Mapping[str, Any], folder: Path, config: Mapping[str, Any]
+) -> tuple[Any, WandbMode, str]:
+    """Start the run in `mode`, or offline when online fails; (None, off, why) when neither can be done."""
+    for attempt in (mode, WandbMode.offline)[: 2 if mode is WandbMode.online else 1]:
+        try:
+            return _init(attempt, identity, folder, config), attempt, why
+        except Exception as error:
+            why = _reason(error)
+            _stop_service()
+    return None, WandbMode.off, why
+
+
+def _stop_service() -> None:
+    """End W&B's service process, which otherwise keeps the id of a failed run taken and complains at exit."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown(exit_code=1)
+
+
+def _init(mode: WandbMode, identity: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Any:
+    """`wandb.init` with a bound on every wait, nothing on the console, and nothing read from the project."""
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        login_timeout=1,
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        symlink=False,
+        x_disable_viewer=True,
+    )
+    wandb.setup(settings=settings)  # before init: logging in would print
+    return wandb.init(
+        **identity,
+        mode="online" if mode is WandbMode.online else "offline",
+        resume="allow",
+        reinit="create_new",
+        dir=str(folder),
+        config=redact(config),
+        settings=settings,
+    )
+
+
+def _keep_files_in(folder: Path) -> None:
+    """W&B's files, staging area and cache stay in the run's folder unless the user put them elsewhere."""
+    places = {"WANDB_DIR": folder, "WANDB_CACHE_DIR": folder / "wandb" / "cache"}
+    places |= {"WANDB_DATA_DIR": folder / "wandb" / "data"}
+    for name, place in places.items():
+        os.environ.setdefault(name, str(place.resolve()))
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
+def _run_id(folder: Path) -> str:
+    """The W&B id of this step folder, made once: a resume finds it, a folder begun anew gets another."""
+    path = folder / RUN_ID_FILE
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if known := path.read_text(encoding="ascii").strip():
+            return known
+    run_id = secrets.token_hex(8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run_id + "\n", encoding="ascii")
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error}); a resume begins a new W&B run", file=sys.stderr)
+    return run_id
+
+
+def _sync(run: Any) -> str:
+    return f"send it later with: wandb sync {os.path.relpath(Path(run.dir).parent)}"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, without credentials."""
+    lines = str(error).strip().splitlines()
+    return redact_text(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+
+
+def _cell(value: Any) -> Any:
+    """A table's cell: numbers and text as they are, anything nested as JSON."""
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(strict(value))
