@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.model import adapters
 from common.model.architecture import CAUSAL_LM, build_config
 from common.model.scalar_head import NEW_REWARD_MODEL
-from common.training import export, rehearsal
+from common.training import export_model, rehearsal
 from common.training.rehearsal import rehearse_export
 
 LARGE = {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "tie_word_embeddings": True}
@@ -42,7 +42,7 @@ def test_adapters_on_experts_come_back(kind: str) -> None:
 
 def test_weights_that_a_merge_would_lose_are_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     # the names under nested wrappers, as they once were taken
-    monkeypatch.setattr(export, "base_name", lambda name: name.replace(".base_layer.", "."))
+    monkeypatch.setattr(export_model, "base_name", lambda name: name.replace(".base_layer.", "."))
     lora = LoraConfig(enabled=True)
     with pytest.raises(UserError, match=r"model_type=mixtral with adapters on .* not be exported: .*lacks"):
         said(ModelConfig(config={"model_type": "mixtral"}, lora=lora))

@@ -1,0 +1,76 @@
+"""Small models whose weights have moved, exported: what the tests of the export share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from common.config import Dtype, LoraConfig, ModelConfig
+from common.model.loading import load_model
+from common.model.packed import PackedCausalLM
+from common.training.export import export_policy
+from tests.tiny import CHATML, tiny_tokenizer
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+PROBE = torch.arange(5, 25)[None]
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4},
+    "cohere": {"model_type": "cohere", "logit_scale": 0.25},
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TIED = {"model_type": "llama", "tie_word_embeddings": True}
+BF16_LORA = {"dtype": Dtype.bf16, "lora": LoraConfig(enabled=True, r=4, alpha=8)}
+
+
+def trained(
+    fields: Mapping[str, Any], dtype: Dtype = Dtype.fp32, lora: LoraConfig | None = None
+) -> PackedCausalLM:
+    """A model whose trainable weights have moved away from where they began."""
+    config = ModelConfig(config={**SHAPE, **fields}, dtype=dtype, lora=lora or LoraConfig())
+    model = load_model(config, tiny_tokenizer(CHATML), seed=0, device=CPU)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
+    return PackedCausalLM(model.eval())
+
+
+@torch.no_grad()
+def exported(packed: PackedCausalLM, folder: Path, **changes: Any) -> Path:
+    arguments: dict[str, Any] = {"details": {"steps": 7}, "probe": PROBE, "live_logits": packed.logits(PROBE)}
+    return export_policy(
+        packed.model, packed.state_dict(), tiny_tokenizer(CHATML), folder, **{**arguments, **changes}
+    )
+
+
+@torch.no_grad()
+def reloaded_logits(folder: Path) -> torch.Tensor:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.config._attn_implementation == "sdpa"
+    return model(PROBE).logits[0]

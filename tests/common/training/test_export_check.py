@@ -1,0 +1,146 @@
+"""An export is compared with the live model: what is right passes in bf16, a fault is found in any dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from common.artifacts import Artifact, read_manifest, verify
+from common.config import Dtype, LoraConfig
+from common.errors import UserError
+from common.model import adapters
+from common.stage import Role
+from common.training import export_check, export_model
+from common.training.export import ExportMismatch, export_policy, noise_of
+from common.training.export_check import largest_difference
+from tests.common.training.exporting import (
+    BF16_LORA,
+    KINDS,
+    MIXTURES,
+    PROBE,
+    SEVEN,
+    exported,
+    reloaded_logits,
+    trained,
+)
+from tests.tiny import CHATML, tiny_tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_transformers_gives_the_live_models_logits(kind: str, tmp_path: Path) -> None:
+    packed = trained(KINDS[kind])
+    folder = exported(packed, tmp_path / "export")
+    assert largest_difference(packed.logits(PROBE), reloaded_logits(folder)) <= 1e-6
+
+
+def test_logits_that_differ_keep_the_artifact_from_being_committed(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    wrong = packed.logits(PROBE).detach() * 1.001
+    with pytest.raises(ExportMismatch, match="differ from the live model's by 0.000999"):
+        exported(packed, tmp_path / "export", live_logits=wrong)
+    assert not (tmp_path / "export").exists()
+    assert not (tmp_path / "export.tmp" / "manifest.json").exists()
+
+
+def test_weights_that_are_not_the_live_ones_keep_the_artifact_from_being_committed(tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"])
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state["model.model.layers.0.mlp.up_proj.weight"].zero_()
+    live = packed.logits(PROBE).detach()
+    with pytest.raises(ExportMismatch):
+        export_policy(
+            packed.model,
+            state,
+            tiny_tokenizer(CHATML),
+            tmp_path / "export",
+            details={},
+            probe=PROBE,
+            live_logits=live,
+        )
+    assert not (tmp_path / "export").exists()
+
+
+def test_rounding_that_sends_a_token_to_another_expert_is_no_wrong_export(tmp_path: Path) -> None:
+    lora = LoraConfig(enabled=True, r=4, alpha=8, targets=SEVEN)
+    packed = trained(MIXTURES["qwen3_moe"], Dtype.bf16, lora)
+    details = read_manifest(exported(packed, tmp_path / "export")).details
+    assert details["largest_logit_difference"] > 0.05  # one position, and the limit that there once was
+    assert details["typical_logit_difference"] < 0.01 and details["mean_kl"] < 1e-4
+    assert details["largest_merge_difference"] < 1e-6 and details["largest_logit_difference_fp32"] < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [Dtype.fp32, Dtype.bf16])
+def test_a_merge_with_a_slightly_wrong_scale_is_found_and_kept_under_another_name(
+    dtype: Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = trained(KINDS["llama"], dtype, BF16_LORA["lora"])
+    merged = adapters._merged
+
+    def wrong(layer: Any) -> torch.Tensor:
+        base = layer.base_layer.weight
+        return base + 1.01 * (merged(layer) - base)
+
+    monkeypatch.setattr(adapters, "_merged", wrong)
+    with pytest.raises(ExportMismatch, match=r"q_proj.weight is not the merge of its adapter") as error:
+        exported(packed, tmp_path / "export")
+    kept = tmp_path / "export.unverified"
+    assert error.value.EXIT_CODE == 2 and str(kept) in error.value.message
+    assert [path.name for path in tmp_path.iterdir()] == ["export.unverified"]
+    assert "not the merge" in verify(kept).details["unverified"]
+    with pytest.raises(UserError, match="not the merge"):
+        Artifact.load(kept, Role.policy)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), BF16_LORA["lora"]])
+def test_weights_that_changed_places_are_found_in_bf16(lora: LoraConfig, tmp_path: Path) -> None:
+    packed = trained(KINDS["llama"], Dtype.bf16, lora)
+    state = dict(packed.state_dict())
+    (one,) = [n for n in state if "layers.0.mlp.gate_proj" in n and ("lora_B" in n or not lora.enabled)]
+    other = one.replace("gate_proj", "up_proj")
+    state[one], state[other] = state[other], state[one]
+    live = packed.logits(PROBE).detach()
+    with pytest.raises(ExportMismatch, match="differ from the live model's typically"):
+        export_policy(
+            packed.model, state, tiny_tokenizer(CHATML), tmp_path / "export",
+            details={}, probe=PROBE, live_logits=live,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), BF16_LORA["lora"]])
+def test_a_config_that_is_slightly_wrong_is_found_in_bf16(
+    lora: LoraConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = trained(KINDS["llama"], Dtype.bf16, lora)
+    right = export_model.plain_config
+
+    def wrong(model: PreTrainedModel) -> Any:
+        config = right(model)
+        config.rms_norm_eps *= 1.5
+        return config
+
+    monkeypatch.setattr(export_model, "plain_config", wrong)
+    with pytest.raises(ExportMismatch, match="in fp32"):
+        exported(packed, tmp_path / "export")
+
+
+def test_an_export_that_there_is_no_memory_to_compare_in_fp32_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_check, "_free_memory", lambda: 1000)
+    said: list[str] = []
+    folder = exported(trained(KINDS["llama"], Dtype.bf16), tmp_path / "export", say=said.append)
+    assert said == ["note: the export was not compared in fp32, which takes more memory than there is"]
+    assert read_manifest(folder).details["largest_logit_difference_fp32"] is None
+
+
+def test_noise_is_that_of_the_live_models_two_kernels_and_none_is_needed_in_fp32() -> None:
+    packed = trained({**KINDS["llama"], "hidden_size": 64, "head_dim": 32}, Dtype.bf16)
+    live = packed.logits(PROBE).detach()
+    assert 1e-5 < noise_of(packed, [PROBE[0]], live) < 1e-1
+    assert torch.equal(packed.logits(PROBE), live)
+    fp32 = trained(KINDS["llama"])
+    assert noise_of(fp32, [PROBE[0]], fp32.logits(PROBE)) == 0.0
