@@ -154,7 +154,8 @@ def timed(side: Callable[[], dict[str, float]], tokens: int) -> dict[str, float]
 
 def decoded(model: Any, load: Load, slots: int) -> dict[str, float]:
     """With our decoder, its check of the model included."""
-    from common.decoding.decoder import Decoder, Request, SamplingRule
+    from common.decoding.decoder import Decoder
+    from common.decoding.requests import Request, SamplingRule
 
     requests = [
         Request(prompt, (SEED, number), length)

@@ -22,14 +22,8 @@ import numpy as np
 from torch import nn
 
 from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
-from common.decoding.decoder import (
-    Completion,
-    Decoder,
-    DecodingCounts,
-    GenerationBackend,
-    Request,
-    SamplingRule,
-)
+from common.decoding.decoder import Decoder
+from common.decoding.requests import Completion, DecodingCounts, GenerationBackend, Request, SamplingRule
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig

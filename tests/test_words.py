@@ -48,7 +48,7 @@ def test_replaced_words_do_not_come_back() -> None:
 def test_the_glossarys_words_stand_where_their_thing_is() -> None:
     where = {
         "loss mask": "common/data/chat.py",
-        "Continuous batching": "common/decoding/decoder.py",
+        "Continuous batching": "common/decoding/scheduler.py",
         "prefix sharing": "common/data/batches.py",
         "KL penalty": "step3_ppo/advantages.py",
         "[Bb]roadcast": "common/runtime/distributed.py",

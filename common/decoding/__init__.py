@@ -1,2 +1,3 @@
-"""Sampling: decoder (slots, key/value cache, draws), sampling (completions of held-out prompts), foresight
-(what will be slow, before it is)."""
+"""Sampling, read in this order: requests, draws, scheduler, slots (the KV cache), passes, decoder. Then sampling
+(completions of held-out prompts) and foresight (what will be slow, before it is).
+"""

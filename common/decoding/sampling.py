@@ -15,7 +15,8 @@ import numpy as np
 
 from common.config import SamplingConfig
 from common.data.types import IGNORE, TokenizedExample
-from common.decoding.decoder import Completion, Decoder, Request, SamplingRule
+from common.decoding.decoder import Decoder
+from common.decoding.requests import Completion, Request, SamplingRule
 from common.runtime.distributed import World, all_gather_objects
 
 if TYPE_CHECKING:

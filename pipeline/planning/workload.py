@@ -32,7 +32,7 @@ SHORT_DOCUMENT = 256
 SAMPLING_SLOTS = 32
 """As in `common.decoding.sampling`: completions decoded side by side."""
 SLOT_STEP, LENGTH_STEP = 8, 64
-"""As in `common.decoding.decoder`: slots and their capacity are rounded up to these."""
+"""As in `common.decoding.scheduler`: slots and their capacity are rounded up to these."""
 
 
 def workload_of(

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from common.data.types import TokenizedPrompt
-from common.decoding.decoder import Decoder, SamplingRule
+from common.decoding.decoder import Decoder
+from common.decoding.requests import SamplingRule
 from common.errors import UserError
 from common.runtime.distributed import all_reduce_sum, close_world, init_world
 from step3_ppo.rollout import over_ranks, roll_out

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.decoding.decoder import Decoder, SamplingRule
+from common.decoding.decoder import Decoder
+from common.decoding.requests import SamplingRule
 from common.runtime.distributed import World
 from step3_ppo.config import RolloutConfig
 from step3_ppo.rollout import roll_out, rule_of

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from benchmarks.architectures import tiny_config
 from common.config import Dtype, LoraConfig, ModelConfig
-from common.decoding.decoder import Decoder, Request, SamplingRule
+from common.decoding.decoder import Decoder
+from common.decoding.requests import Request, SamplingRule
 from common.model.attention import positions_within
 from common.model.loading import load_model
 from common.model.one_by_one import reason_of, side_by_side

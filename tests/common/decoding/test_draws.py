@@ -1,0 +1,69 @@
+"""Draws follow the distribution, and depend on nothing but their row and their key."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.decoding.draws import choose, uniforms
+from common.decoding.requests import SamplingRule
+
+
+def rule(**changes: Any) -> SamplingRule:
+    return SamplingRule(**{"temperature": 1.0, "max_new_tokens": 1, "terminators": (), **changes})
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 130])
+def test_draws_have_the_frequencies_of_the_distribution(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, vocabulary)
+    count = 40_000
+    numbers = (
+        torch.arange(count, dtype=torch.float64) + 0.5
+    ) / count  # evenly spaced, so no luck is involved
+    tokens, p = choose(logits.expand(count, -1), numbers, rule(temperature=0.7))
+    expected = (logits[0].double() / 0.7).softmax(0)
+    frequencies = torch.bincount(tokens, minlength=vocabulary) / count
+    torch.testing.assert_close(frequencies.double(), expected, atol=2 / count, rtol=0)
+    torch.testing.assert_close(p.double(), expected[tokens], atol=1e-6, rtol=1e-5)
+    assert all(a <= b for a, b in pairwise(tokens.tolist()))  # of one stream, in the vocabulary's order
+
+
+def test_top_k_and_top_p_leave_out_what_they_should_and_log_probabilities_do_not_notice() -> None:
+    p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+    numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    logits = p.log()[None].expand(1000, -1)
+    drawn = {
+        name: choose(logits, numbers, rule(**changes))
+        for name, changes in {
+            "k": {"top_k": 2},
+            "p": {"top_p": 0.7},
+            "exact": {"top_p": 0.64},
+            "both": {"top_k": 3, "top_p": 0.7},
+        }.items()
+    }
+    kept = {name: sorted(set(tokens.tolist())) for name, (tokens, _) in drawn.items()}
+    # both: of the top three, 0.85 in all, 0.595 are wanted, which the first two have
+    assert kept == {"k": [1, 3], "p": [1, 3, 4], "exact": [1, 3], "both": [1, 3]}
+    tokens, probabilities = drawn["k"]
+    torch.testing.assert_close(probabilities, p[tokens])
+    assert abs(int((tokens == 1).sum()) - round(1000 * 0.4 / 0.65)) <= 1
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.full((4, 200), float("-inf"))
+    logits[:, [70, 130]] = 0.0
+    numbers = torch.tensor([0.0, 0.5 - 1e-12, 0.5 + 1e-12, 1 - 2**-53], dtype=torch.float64)
+    assert choose(logits, numbers, rule())[0].tolist() == [70, 70, 130, 130]
+
+
+def test_a_stream_depends_on_every_part_of_its_key_and_on_nothing_else() -> None:
+    streams = [uniforms(key, 8).tolist() for key in ((1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3))]
+    assert len({tuple(stream) for stream in streams}) == 4
+    np.random.seed(0)
+    assert uniforms((1, 2, 3), 8).tolist() == streams[0]
+    assert uniforms((1, 2, 3), 20)[:8].tolist() == streams[0]
