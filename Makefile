@@ -4,6 +4,7 @@
 # make pretrained  a small real model, SmolLM2-135M-Instruct, in models/smollm2 (93 MB are downloaded); make real tests with it
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
+# make docs   the pages of docs/ as a site, in site/
 # make bench  the CPU benchmarks (long)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -11,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser pretrained real check style faults bench clean
+.PHONY: demo test slow browser pretrained real check style faults docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -62,6 +63,10 @@ faults: $(VENV)/.dev
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CLUSTER); } } >/dev/null 2>&1; } || \
 	echo 'not all is here: install $(CLUSTER)'
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -m cluster -rs
+
+docs: $(VENV)/.dev
+	$(PIP) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 bench: $(VENV)/.bench
 	$(RUN) -m benchmarks.run_all

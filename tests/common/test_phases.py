@@ -119,5 +119,5 @@ def test_every_point_is_passed_somewhere_and_every_one_that_is_passed_is_known()
 
 
 def test_the_documentation_names_every_point_and_action() -> None:
-    text = (ROOT / "launch" / "FAULTS.md").read_text()
+    text = (ROOT / "docs" / "faults.md").read_text()
     assert not [name for name in [*PHASES, *ACTIONS] if f"`{name}`" not in text]

@@ -1,4 +1,4 @@
-"""launch/README.md says only what works: its settings exist, its commands compose, its files are there."""
+"""docs/launchers.md says only what works: its settings exist, its commands compose, its files are there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.launch_config import LaunchConfig
 from pipeline.compose import compose, prepare
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-README = (LAUNCH / "README.md").read_text()
+README = (LAUNCH.parent / "docs" / "launchers.md").read_text()
 COMMANDS = re.findall(r"^    (?:\$ )?python -m pipeline run ((?:[^\n]*\\\n)*[^\n]*)$", README, re.MULTILINE)
 
 
