@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, TypedDict
 
 from common.errors import UserError
 from common.files import write_text
 from common.stage import Role
+from common.text import plain
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -106,7 +105,8 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 def canonical_json(value: Any) -> str:
     """The same text for equal values, whatever order their keys were inserted in. NaN becomes null."""
-    return json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    held = plain(value, unknown=lambda value: value)  # json refuses what it does not know
+    return json.dumps(held, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def content_sha256(value: Any) -> str:
@@ -222,18 +222,3 @@ def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
     for name in sorted(present - set(manifest.files)):
         if name.endswith(LOADED_SUFFIXES):
             yield f"{name}: not recorded, yet a loader could read it"
-
-
-def _plain(value: Any) -> Any:
-    """`value` in terms of JSON: enums by value, paths as text, NaN and infinities as null."""
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=str)
-    return str(value) if isinstance(value, os.PathLike) else value

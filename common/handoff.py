@@ -8,7 +8,6 @@ the controller asks here before anything is started.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from common.artifacts import MANIFEST, Artifact, file_sha256, read_manifest
 from common.config import ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role
+from common.text import nearest
 
 TOKEN_FIELDS = {
     "tokenizer_hash": "tokenizer",
@@ -95,10 +95,9 @@ def similar(place: Path) -> str:
         return f"~ is not expanded here; write {place.expanduser()}"
     if not place.parent.is_dir():
         return f"there is no folder {place.parent} either (working directory: {Path.cwd()})"
-    close = difflib.get_close_matches(place.name, [other.name for other in place.parent.iterdir()], 1)
-    if close:
-        return f"did you mean {place.parent / close[0]}?"
-    return f"nothing in {place.parent} has a similar name (working directory: {Path.cwd()})"
+    otherwise = f"nothing in {place.parent} has a similar name (working directory: {Path.cwd()})"
+    near = nearest(place.name, (other.name for other in place.parent.iterdir()))
+    return f"did you mean {place.parent / near[0]}?" if near else otherwise
 
 
 def _check_is_artifact(path: str, role: Role, key: str) -> None:

@@ -6,7 +6,6 @@ status 2 and no traceback. Hydra's own flags (-m, --cfg, --help, --info, ...) ar
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.text import did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -89,8 +89,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         return doctor(rest, say=say)
     if verb == "explain":
         return explain(rest)
-    near = difflib.get_close_matches(verb, VERBS, 1)
-    way_out = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+    way_out = did_you_mean(verb, VERBS, f"verbs: {', '.join(VERBS)}")
     if "=" in verb:
         way_out = f"name a verb first: python -m pipeline run {' '.join(arguments)}"
     raise UserError(f"unknown verb {verb}", hint=way_out)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import re
 import sys
@@ -26,6 +25,7 @@ from common.errors import UserError
 from common.fields import require
 from common.handoff import load_named
 from common.stage import Role, Step
+from common.text import did_you_mean
 from pipeline.plan import EXPORT, STAGES
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class Settings:
         kinds = {key: type(value) for key, value in dataclasses.asdict(self).items()}
         key = name.replace("-", "_")
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1)
-            hint = f"did you mean {near[0]}?" if near else f"settings: {', '.join(kinds)}"
+            hint = did_you_mean(key, kinds, f"settings: {', '.join(kinds)}")
             raise UserError(f"unknown setting {name}", hint=hint)
         try:
             value: Any = kinds[key](text)
@@ -264,8 +263,8 @@ class Chat:
         elif name == "set":
             self.set(rest)
         else:
-            near = difflib.get_close_matches(name, ("reset", "system", "set", "help", "quit"), 1)
-            raise UserError(f"unknown command /{name}", hint=f"did you mean /{near[0]}?" if near else "/help")
+            known = ("reset", "system", "set", "help", "quit")
+            raise UserError(f"unknown command /{name}", hint=did_you_mean(name, known, "/help", prefix="/"))
         return True
 
     def set(self, rest: str) -> None:

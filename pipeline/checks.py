@@ -7,7 +7,6 @@ could be a hub name passes.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
 from common.stage import Role, Step
+from common.text import did_you_mean
 from launch.local import count_gpus
 from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
@@ -131,8 +131,9 @@ def check_stage_split(config: PipelineConfig) -> None:
         key = f"{step.value}.data.stage_split"
         for name, share in shares.items():
             if name not in Step.__members__:
-                near = difflib.get_close_matches(name, Step.__members__, 1, cutoff=0.3)
-                way_out = f"did you mean {near[0]}?" if near else f"steps: {', '.join(Step.__members__)}"
+                way_out = did_you_mean(
+                    name, Step.__members__, f"steps: {', '.join(Step.__members__)}", cutoff=0.3
+                )
                 raise UserError(f"{key}: {name} is not a step", hint=way_out)
             if not 0 < share < math.inf:
                 raise UserError(f"{key}.{name}={share} is not allowed", hint="allowed: a number above 0")

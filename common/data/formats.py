@@ -10,7 +10,6 @@ tokens.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from common.data.columns import Columns
 from common.data.outcomes import RowError
 from common.data.types import Conversation, Message, RawExample
 from common.errors import UserError
+from common.text import did_you_mean
 
 Turns = tuple[Message, ...]
 
@@ -71,10 +71,9 @@ def recognise(columns: Iterable[str], *, name: str | None = None, origin: str = 
 def _named(name: str, found: set[str], listed: str, origin: str) -> Format:
     by_name = {candidate.name: candidate for candidate in (*FORMATS, CHOSEN)}
     if name not in by_name:
-        near = difflib.get_close_matches(name, by_name, n=1)
         raise UserError(
             f"data.sources.format={name} is not known",
-            hint=f"did you mean {near[0]}?" if near else f"one of {', '.join(by_name)}",
+            hint=did_you_mean(name, by_name, f"one of {', '.join(by_name)}"),
         )
     missing = [column for column in by_name[name].required if column not in found]
     if missing:

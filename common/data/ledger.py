@@ -23,6 +23,9 @@ COUNTED = {
 }
 """What is counted by reason, and how it is said."""
 
+ALIASES = {"functions": "tools", "system_prompt": "system"}
+"""What other programs call columns that are read here."""
+
 PLACES_KEPT = 5
 """Places of dropped rows named in the ledger, per reason; of bad rows, per source."""
 
@@ -70,6 +73,10 @@ class SourceLedger:
     split: dict[str, Dropped] = field(default_factory=dict)
     untrained: dict[str, Dropped] = field(default_factory=dict)
     control: dict[str, Dropped] = field(default_factory=dict)
+
+    def not_used(self, columns: Sequence[str]) -> None:
+        """Note columns that nothing reads, each once."""
+        self.unused_columns += [name for name in columns if name not in self.unused_columns]
 
     def drop(self, reason: str, place: Place) -> None:
         """Note that a row is left out."""
@@ -131,7 +138,12 @@ class Ledger:
                     f"{entry.name}: a row can give several documents; read counts rows, the others documents"
                 )
             if entry.unused_columns:
-                lines.append(f"columns of {entry.name} that are not used: {', '.join(entry.unused_columns)}")
+                ours = ", ".join(
+                    f"{ALIASES[name]}: {name}" for name in entry.unused_columns if name in ALIASES
+                )
+                way_out = f"; to read them: data.sources.columns={{{ours}}}" if ours else ""
+                named = ", ".join(entry.unused_columns)
+                lines.append(f"columns of {entry.name} that are not used: {named}{way_out}")
         return lines + self.reasons()
 
     def reasons(self) -> list[str]:

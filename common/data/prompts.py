@@ -9,8 +9,6 @@ a source that cannot be understood at all. Does not read files and does not samp
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +22,7 @@ from common.data.columns import Columns
 from common.data.outcomes import Drop, RowError
 from common.data.types import Message, Place, Prompt, RawExample, TokenizedPrompt
 from common.errors import UserError
+from common.text import did_you_mean, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,10 +84,9 @@ def _named(name: str, columns: Columns, origin: str) -> PromptFormat:
     if name == "text":
         raise UserError(f"data.sources.format=text: {NO_PROMPT_IN_TEXT}", hint=_TEXT_HINT)
     if name not in by_name:
-        near = difflib.get_close_matches(name, by_name, n=1)
         raise UserError(
             f"data.sources.format={name} is not known",
-            hint=f"did you mean {near[0]}?" if near else f"one of {', '.join(by_name)}",
+            hint=did_you_mean(name, by_name, f"one of {', '.join(by_name)}"),
         )
     missing = [column for column in by_name[name].required if column not in columns]
     if missing:
@@ -113,9 +111,9 @@ def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, s
     _check(turns)
     as_given: Any = text
     if text is None:
-        as_given = [_plain({"role": turn.role, "content": turn.content, **turn.extra}) for turn in turns]
+        as_given = [plain({"role": turn.role, "content": turn.content, **turn.extra}) for turn in turns]
     others = {
-        name: _plain(value)
+        name: plain(value)
         for name, value in columns.items()
         if name not in format.asks and not _holds_bytes(value)
     }
@@ -178,19 +176,6 @@ def _holds_bytes(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_holds_bytes, value))
     return isinstance(value, bytes | bytearray | memoryview)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can say it: dates and the like as strings, numbers that are not finite as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return str(value)
 
 
 # the formats

@@ -26,9 +26,6 @@ from common.errors import UserError
 
 Report = Callable[[str], None]
 
-ALIASES = {"functions": "tools", "system_prompt": "system"}
-"""What other programs call columns that are read here."""
-
 
 def named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     """The training sources, then eval_path if any, each with a name of its own."""
@@ -96,7 +93,7 @@ class Reader:
                     entry.format = format.name
                     self.report(f"{entry.name}: format {format.name} (columns {', '.join(raw.columns)})")
                 if not seen.issuperset(raw.columns):
-                    self._name_unused(format.unused(rename(raw.columns, names)), entry)
+                    entry.not_used(format.unused(rename(raw.columns, names)))
                     seen.update(raw.columns)
                 found = self.kind.read(raw, format, names)
             except RowUnused as reason:
@@ -107,15 +104,6 @@ class Reader:
                 rows = found if isinstance(found, list) else [found]
                 entry.further_pairs += len(rows) - 1
                 yield from rows
-
-    def _name_unused(self, columns: Sequence[str], entry: SourceLedger) -> None:
-        """Say once of each column that nothing reads it."""
-        new = [name for name in columns if name not in entry.unused_columns]
-        entry.unused_columns += new
-        if new:
-            ours = ", ".join(f"{ALIASES[name]}: {name}" for name in new if name in ALIASES)
-            way_out = f"; to read them: data.sources.columns={{{ours}}}" if ours else ""
-            self.report(f"{entry.name}: columns not used: {', '.join(new)}{way_out}")
 
     def _format(
         self, raw: RawExample, source: SourceConfig, origin: str = ""

@@ -7,7 +7,6 @@ is `formats.py`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from common.data.outcomes import RowError
 from common.data.saved import load_hub, load_saved, saved_records
 from common.data.types import Place, RawExample
 from common.errors import UserError
+from common.text import nearest
 
 
 def rows_of(
@@ -116,7 +116,7 @@ def _existing(path: str) -> Path:
     folder = found.parent
     near: list[str] = []
     if folder.is_dir():
-        near = difflib.get_close_matches(found.name, sorted(entry.name for entry in folder.iterdir()))
+        near = nearest(found.name, sorted(entry.name for entry in folder.iterdir()), count=3)
         what = f"no such file or folder; nearest names in {folder}: {', '.join(near) or 'none'}"
     else:
         what = f"no such file or folder; the folder {folder} does not exist either"

@@ -7,7 +7,6 @@ or computed in a slower way. What only a forward pass can tell is found in `prob
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -23,6 +22,7 @@ from common.model import attention
 from common.model.hub import check_folder, loading_errors, locate, told
 from common.model.last_layer import WHOLE_LAYER
 from common.notices import notice
+from common.text import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -88,14 +88,14 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise UserError(
             f"model.config.model_type={kind} is unknown",
-            hint=_nearest(str(kind), list(CONFIG_MAPPING), "for example llama, qwen3, mistral"),
+            hint=did_you_mean(str(kind), CONFIG_MAPPING, "for example llama, qwen3, mistral"),
         )
     known = _config_fields(CONFIG_MAPPING[kind])
     for name in given:
         if name not in known:
             raise UserError(
                 f"model.config.{name} is not a field of {kind}",
-                hint=_nearest(name, sorted(known), "see the documentation of its config in transformers"),
+                hint=did_you_mean(name, sorted(known), "see the documentation of its config in transformers"),
             )
     if given.get("output_router_logits"):
         raise UserError(
@@ -115,11 +115,6 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     for parent in config_class.__mro__:
         names |= set(vars(parent).get("__annotations__", ()))
     return {name for name in names if not name.startswith("_")}
-
-
-def _nearest(word: str, known: list[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def attention_for(config: PreTrainedConfig, head: HeadSpec) -> str | None:

@@ -6,7 +6,6 @@ Takes a `ModelConfig`; returns a fast tokenizer of transformers. Does not tokeni
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import platform
@@ -22,6 +21,7 @@ from common.errors import UserError
 from common.files import disk_errors
 from common.model.hub import loading_errors, locate
 from common.notices import notice
+from common.text import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -111,7 +111,7 @@ def read_template(name: str) -> str:
         path = Path(name).expanduser()
     if not path.is_file():
         known = sorted(p.stem for p in TEMPLATE_FOLDER.glob("*.jinja"))
-        near = difflib.get_close_matches(name, known, 1)
+        near = nearest(name, known)
         raise UserError(
             f"model.chat_template={name} is neither a template nor a file",
             hint=(f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}",

@@ -7,13 +7,13 @@ one line and fails nothing. What a record means is not known here.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.files import write_atomically
+from common.text import plain
 
 
 class JsonLines:
@@ -76,10 +76,4 @@ def records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def strict(value: Any) -> Any:
     """What strict JSON can hold: not-a-number and infinities by name, unknown objects by their text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(name): strict(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    return plain(value, not_finite=json.dumps)

@@ -9,7 +9,6 @@ broadcasts the scores.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.text import did_you_mean, nearest
 from step3_ppo.rewards.config import FORM, check_reference
 
 Prompts = Sequence[str | list[dict[str, Any]]]
@@ -88,7 +88,7 @@ def load_function(reference: str, key: str) -> ScoreFunction:
     try:
         function = reduce(getattr, path.split("."), module)
     except AttributeError:
-        found = difflib.get_close_matches(path, _callables(module), 1) or _callables(module)[:5]
+        found = nearest(path, _callables(module)) or _callables(module)[:5]
         ways = f"did you mean {module_name}:{found[0]}?" if len(found) == 1 else f"it has {', '.join(found)}"
         raise UserError(
             f"{named}: {module_name} has no {path}", hint=ways if found else f"expected: {FORM}"
@@ -169,10 +169,8 @@ def _similar(name: str) -> str:
     package, _, last = name.rpartition(".")
     places = importlib.import_module(package).__path__ if package else None
     beside = [module.name for module in pkgutil.iter_modules(places)]
-    close = difflib.get_close_matches(last, beside, 1)
-    if close:
-        return f"did you mean {package + '.' if package else ''}{close[0]}?"
-    return f"modules are looked for in the working directory ({Path.cwd()}) and in PYTHONPATH"
+    otherwise = f"modules are looked for in the working directory ({Path.cwd()}) and in PYTHONPATH"
+    return did_you_mean(last, beside, otherwise, prefix=f"{package}." if package else "")
 
 
 def _callables(module: Any) -> list[str]:
@@ -188,7 +186,7 @@ def _missing(function: ScoreFunction, name: str, by_position: bool, offered: Ite
             f"{what} by position only; it is called with keywords", hint="take the / out of its signature"
         )
     there = [column for column in offered if column not in ("prompts", "completions")]
-    close = difflib.get_close_matches(name, ["prompts", "completions", *there], 1)
+    close = nearest(name, ["prompts", "completions", *there])
     columns = f"the rows have the columns {', '.join(there)}" if there else "the rows have no other columns"
     hint = f"did you mean {close[0]}? {columns}" if close else columns
     return UserError(f"{what}, which is neither prompts nor completions nor a column of the rows", hint=hint)

@@ -1,0 +1,52 @@
+"""Values as people and JSON read them: the nearest known name, and plain values. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+
+def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The known names most like `word`, the most alike first; empty when none is much like it."""
+    return difflib.get_close_matches(word, list(known), count, cutoff)
+
+
+def did_you_mean(
+    word: str, known: Iterable[str], otherwise: str, *, prefix: str = "", cutoff: float = 0.6
+) -> str:
+    """The hint for an unknown name: the nearest known one, with `prefix` before it, or `otherwise`."""
+    near = nearest(word, known, cutoff=cutoff)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise
+
+
+def plain(
+    value: Any,
+    *,
+    not_finite: Callable[[float], Any] = lambda value: None,
+    unknown: Callable[[Any], Any] = str,
+) -> Any:
+    """`value` in terms of JSON: enums by value, paths as text, sets as sorted lists.
+
+    not_finite: what stands for NaN and infinities, by default null. unknown: for objects JSON does not have.
+    """
+
+    def inner(value: Any) -> Any:
+        return plain(value, not_finite=not_finite, unknown=unknown)
+
+    if isinstance(value, Enum):
+        return inner(value.value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else not_finite(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(inner(key)): inner(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [inner(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(inner, value), key=str)
+    return str(value) if isinstance(value, os.PathLike) else unknown(value)
