@@ -132,8 +132,7 @@ def command(job: Job, report: int | None = None) -> list[str]:
 
 def environment(job: Job) -> dict[str, str]:
     """What the job's process needs beside this process's own environment."""
-    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    values = {"PYTHONPATH": os.pathsep.join(paths)}
+    values = {"PYTHONPATH": python_path()}
     if "OMP_NUM_THREADS" not in os.environ:
         values["OMP_NUM_THREADS"] = str(max(1, count_cores() // job.ranks))
     values |= {name: value for name, value in KERNELS.items() if name not in os.environ}
@@ -144,6 +143,11 @@ def environment(job: Job) -> dict[str, str]:
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return values
+
+
+def python_path(environment: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH with this project in front, so that it is found from any folder."""
+    return os.pathsep.join([str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])])
 
 
 def _interfaces(meeting: Meeting | None) -> dict[str, str]:

@@ -29,7 +29,7 @@ from typing import IO
 from common.errors import UserError
 from common.launch_config import LaunchConfig
 from launch.command import machine_arguments, override
-from launch.local import PROJECT
+from launch.local import PROJECT, python_path
 from launch.remote import SAVE_SECONDS
 
 Say = Callable[[str], None]
@@ -302,11 +302,6 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that every machine gets."""
     chosen = {name: value for name, value in environment.items() if name.upper().startswith(PASSED_ON)}
     return {**chosen, "PYTHONPATH": python_path(environment)}
-
-
-def python_path(environment: Mapping[str, str]) -> str:
-    """PYTHONPATH with this project in front, so that it is found from any folder."""
-    return os.pathsep.join([str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])])
 
 
 def exit_code(process: subprocess.Popen[bytes]) -> int:

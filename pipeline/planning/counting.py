@@ -22,7 +22,7 @@ from common.config import TokenizerConfig
 from common.counts import DataCounts
 from common.errors import UserError
 from common.stage import Role, Step
-from launch.local import PROJECT
+from launch.local import python_path
 from pipeline import state
 from pipeline.config import PipelineConfig
 from pipeline.plan import Wired, start_of
@@ -74,8 +74,7 @@ def config_to_count(
 
 
 def _ask(answer: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "common.training.forecast", str(answer), *arguments]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False

@@ -1,6 +1,4 @@
-"""`python -m pipeline doctor`: what this machine can do, and what would stop a run on it.
-
-Runs every probe of `probes.py` at once, each in a thread of its own and for a limited time; prints a line
+"""Runs every probe at once, each in a thread of its own and for a limited time; prints a line
 per finding, in the order of the probes. Takes nothing but the folder for runs; returns 2 when something would
 stop or hang a run, else 0. Changes nothing, and asks nothing of other machines but the name server.
 """
@@ -15,12 +13,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from pipeline.probes import PROBES, Finding, Level, Machine, Probe
+from pipeline.doctor import hardware, software, system
+from pipeline.doctor.findings import Finding, Level, Machine, Probe, note, warning
 
 SECONDS = 10.0
 """How long a probe may take; a disk or a name server that is away can take for ever."""
 TORCH_SECONDS = 60.0
 """And the one that imports torch, which on a busy machine takes its time."""
+
+_DISK = "a disk that does not answer: name another one"
+
+PROBES: tuple[Probe, ...] = (
+    Probe("cpu", hardware.cores),
+    Probe("memory", hardware.memory),
+    Probe("gpu", hardware.gpus, "the driver hangs: nvidia-smi should answer at once"),
+    Probe("torch", hardware.torch, starts_child=True),
+    Probe("/dev/shm", hardware.shared_memory),
+    Probe("versions", software.versions),
+    Probe("compilers", software.compilers),
+    Probe("jit", software.jit_locks, f"{_DISK} with TORCH_EXTENSIONS_DIR=FOLDER"),
+    Probe("output_dir", system.output_folder, f"{_DISK} with output_dir=FOLDER"),
+    Probe("caches", system.cache_folders, f"{_DISK} with HF_HOME, TORCH_EXTENSIONS_DIR or TMPDIR"),
+    Probe(
+        "network", system.network, "the name server does not answer: put the host's own name into /etc/hosts"
+    ),
+    Probe("limits", system.limits),
+    Probe("launchers", software.launchers),
+    Probe("wandb", software.tracking),
+    Probe("hub", software.hub),
+    Probe("environment", software.variables),
+)
 
 
 def doctor(arguments: Sequence[str], *, say: Callable[[str], None] = print) -> int:
@@ -68,18 +90,16 @@ def examine(
 def examined(probe: Probe, machine: Machine) -> list[Finding]:
     """A probe's findings; what it cannot cope with is one, and never a traceback."""
     try:
-        return probe.look(machine)
+        return list(probe.look(machine))
     except Exception as error:
         words = " ".join(str(error).split())
-        return [Finding(Level.note, probe.name, f"could not be looked at ({type(error).__name__}: {words})")]
+        return [note(probe.name, f"could not be looked at ({type(error).__name__}: {words})")]
 
 
 def late(probe: Probe, seconds: float) -> Finding:
     """The finding that a probe did not answer."""
-    return Finding(
-        Level.warning, probe.name, f"did not answer within {seconds:.0f} s, and a run would hang there too",
-        probe.when_late,
-    )  # fmt: skip
+    text = f"did not answer within {seconds:.0f} s, and a run would hang there too"
+    return warning(probe.name, text, probe.when_late)
 
 
 def report(findings: Sequence[Finding], say: Callable[[str], None]) -> int:

@@ -1,4 +1,4 @@
-"""`python -m pipeline.torch_probe`: what torch says of this machine, as one line of JSON.
+"""`python -m pipeline.doctor.torch_probe`: what torch says of this machine, as one line of JSON.
 
 A process of its own, because importing torch takes seconds, and a driver that does not answer takes for ever.
 """
