@@ -2,12 +2,14 @@
 
 Takes the overrides as the user typed them, returns the arguments of `python -m pipeline` for any one of the
 machines, without its number and without the place where they meet: ssh, SLURM and Kubernetes each add these
-in their own way. Starts nothing and reads no file.
+in their own way. Also how a rendered file is kept and handed to a cluster.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,6 +63,25 @@ def log_folder(run_dir: Path, name: str) -> Path:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def hand_over(command: Sequence[str], file: Path, *, elsewhere: str, refused: str) -> str:
+    """Give a file to a cluster by one of its own programs; returns what that prints.
+
+    elsewhere, refused: the ways out where there is no such program, and where it refuses the file.
+    """
+    program = command[0]
+    if shutil.which(program) is None:
+        raise UserError(
+            f"there is no {program} on this machine; {file} is written but not submitted", hint=elsewhere
+        )
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split())[:400] or f"exit status {done.returncode}"
+        raise UserError(
+            f"{program} refused {file}: {said}", hint=f"{refused}; launch.submit=false only writes"
+        )
+    return done.stdout.strip()
 
 
 def _sets(text: str, keys: Sequence[str]) -> bool:

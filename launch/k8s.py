@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import UserError
 from common.launch_config import KubernetesConfig, LaunchConfig
-from launch.command import log_folder, machine_arguments
+from launch.command import hand_over, log_folder, machine_arguments
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 MANAGER = "rlhf-pipeline/launch"
@@ -169,14 +167,6 @@ def dns_label(name: str) -> str:
 
 def submit(path: Path) -> str:
     """Create the job; returns what kubectl says of it."""
-    command = f"kubectl create --filename {shlex.quote(str(path))}"
-    if shutil.which("kubectl") is None:
-        raise UserError(
-            f"there is no kubectl on this machine; {path} is written but not submitted",
-            hint=f"where there is one: {command}",
-        )
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split())[:400] or f"exit status {done.returncode}"
-        raise UserError(f"kubectl refused {path}: {said}", hint=f"{command}; launch.submit=false only writes")
-    return done.stdout.strip()
+    command = ["kubectl", "create", "--filename", str(path)]
+    typed = shlex.join(command)
+    return hand_over(command, path, elsewhere=f"where there is one: {typed}", refused=typed)

@@ -1,45 +1,37 @@
-"""Several machines: each is given the same command, and machine 0 decides.
+"""Several machines: each is given the same command, and machine 0 decides. This is machine 0's side.
 
-Takes a LaunchConfig whose `nnodes` is more than 1. On machine 0 `gather` waits for the others and returns
-them as `Machines`, which start their part of a job, report how it ended and are sent home at the end. On each
-other machine `follow` does what machine 0 says: it starts jobs that it knows by name, and nothing else. They
-talk over one TCP connection each (`launch/channel.py`); the ranks meet at the next port. Knows nothing of
-steps, of what a job does, or of why it failed.
+Takes a LaunchConfig whose `nnodes` is more than 1. `gather` waits for the other machines and returns them as
+`Machines`, which start their part of a job, report how it ended and are sent home at the end. They talk over
+one TCP connection each (`launch/channel.py`), the others by `launch/follow.py`; the ranks meet at the next
+port. Knows nothing of steps, of what a job does, or of why it failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import secrets
 import select
 import socket
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from common.artifacts import write_text
 from common.errors import UserError
-from common.files import disk_errors
 from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
 from launch.channel import Channel, interface_of
-from launch.local import Job, Meeting
-from launch.supervise import POLL_SECONDS, Outcome, Running, Say, StopRequests
+from launch.local import Meeting
+from launch.supervise import Outcome, Say, StopRequests
 
-SHARED_SECONDS = 60.0
-"""How long a file that machine 0 wrote may take to be seen by another: what NFS remembers, and some."""
 LATE_SECONDS = 15.0
 """How much longer than allowed a machine may take to stop its ranks before it is taken to be lost."""
 MOST_UNPROVED = 64
 """Connections of which it is not known whose they are: beyond that many the oldest are closed."""
-_TOKEN = re.compile(r"\.machines-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class Machines:
         """Have them start their part of the job `name`; where all ranks meet."""
         address, port = self._endpoint
         run_id = f"{name}_{secrets.token_hex(4)}"
-        files = {str(relative): _sha256(path) for relative, path in self._files.items()}
+        files = {str(relative): sha256_of(path) for relative, path in self._files.items()}
         for other in self._others:
             other.is_running, other.must_end_by = True, None
             other.channel.send("job", name=name, run_id=run_id, files=files)
@@ -265,98 +257,6 @@ class _Rendezvous:
             channel.close()
 
 
-def follow(launch: LaunchConfig, own: Hello, folder: Path, jobs: Mapping[str, Job], say: Say) -> int:
-    """Do what machine 0 says until it sends us home; returns the exit status.
-
-    jobs: all that it may ask for, by name. UserError when it cannot be reached, does not want us, or its
-    run's folder is another one than ours.
-    """
-    endpoint = endpoint_of(launch)
-    with StopRequests() as requests:
-        channel = _connect(endpoint, launch.join_seconds, requests)
-        if channel is None:
-            return STOPPED
-        try:
-            return _obey(channel, launch, own, folder, jobs, say, requests)
-        except UserError as error:
-            channel.send("ended", status=UserError.EXIT_CODE, message=error.message)
-            raise
-        finally:
-            channel.close()
-
-
-def _obey(
-    channel: Channel,
-    launch: LaunchConfig,
-    own: Hello,
-    folder: Path,
-    jobs: Mapping[str, Job],
-    say: Say,
-    requests: StopRequests,
-) -> int:
-    channel.send("hello", node_rank=own.node_rank, ranks=own.ranks, command=own.command, host=own.host)
-    is_leaving = False
-    while channel.is_open:
-        if requests.received and not is_leaving:
-            is_leaving = True
-            channel.send("leaving", status=STOPPED, stopped=True)
-        for message in channel.receive(0.2):
-            match message["do"]:
-                case "welcome":
-                    _show_that_we_see(folder, message, channel)
-                    say(f"machine {own.node_rank} follows machine 0 at {launch.rdzv_endpoint}")
-                case "job" if not is_leaving:
-                    _do(jobs, message, folder, channel, launch, requests)
-                case "end":
-                    return _end(message) or (STOPPED if requests.received else 0)
-    if requests.received:
-        return STOPPED
-    print(f"machine 0 at {launch.rdzv_endpoint} is gone: its connection was closed", file=sys.stderr)
-    return 1
-
-
-def _end(message: Mapping[str, Any]) -> int:
-    """The status with which machine 0 sends us home; UserError when it has one."""
-    status, said = int(message["status"]), message["message"] or "see what was printed there"
-    if status == UserError.EXIT_CODE:
-        raise UserError(f"machine 0: {said}")
-    if status not in (0, STOPPED):
-        print(f"machine 0 ended with exit status {status}: {said}", file=sys.stderr, flush=True)
-    return status
-
-
-def _do(
-    jobs: Mapping[str, Job],
-    message: Mapping[str, Any],
-    folder: Path,
-    channel: Channel,
-    launch: LaunchConfig,
-    requests: StopRequests,
-) -> None:
-    """Run our part of a job, and say how it ended."""
-    name = str(message["name"])
-    if name not in jobs:
-        raise UserError(f"machine 0 asks for {name}, which this run does not have", hint="use one version")
-    for relative, sha256 in message["files"].items():
-        if not _within(SHARED_SECONDS, partial(_is_same, folder / relative, sha256)):
-            raise UserError(
-                f"{folder / relative} is not what machine 0 wrote", hint="all machines must share output_dir"
-            )
-    assert launch.node_rank is not None
-    address, port = endpoint_of(launch)
-    interface = interface_of(channel.own_address)
-    meeting = Meeting(launch.nnodes, launch.node_rank, address, port + 1, str(message["run_id"]), interface)
-    running = Running(replace(jobs[name], meeting=meeting), (), requests)
-    while (outcome := running.wait(POLL_SECONDS)) is None:
-        for order in channel.receive():
-            if order["do"] == "halt":
-                running.halt(float(order["seconds"]))
-        if not channel.is_open:
-            running.halt(0.0)
-    cause = None if outcome.cause is None else list(outcome.cause)
-    channel.send("ended", status=outcome.status, cause=cause, stopped=outcome.stopped)
-
-
 def _outcome(message: Mapping[str, Any], where: str) -> Outcome:
     cause = message.get("cause")
     rank_and_code = None if cause is None else (int(cause[0]), int(cause[1]))
@@ -365,42 +265,8 @@ def _outcome(message: Mapping[str, Any], where: str) -> Outcome:
     return Outcome(int(message["status"]), rank_and_code, bool(message.get("stopped")), where, lost)
 
 
-def _show_that_we_see(folder: Path, message: Mapping[str, Any], channel: Channel) -> None:
-    """Send back what is in the file that machine 0 wrote into the run's folder."""
-    token, differs = str(message["token"]), [str(line) for line in message.get("differs", ())]
-    if not _TOKEN.fullmatch(token):
-        raise UserError("machine 0 speaks another language", hint="use one version on all machines")
-    if not _within(0.0 if differs else SHARED_SECONDS, partial(_is_there, folder, token)):
-        channel.send("lost", folder=str(folder.absolute()))
-        if differs:
-            raise another_command("this machine", differs)
-        raise not_shared(Path(str(message["folder"])), str(folder.absolute()), "this machine")
-    with disk_errors(folder):
-        channel.send("found", secret=(folder / token).read_text(encoding="utf-8"))
-
-
-def _is_there(folder: Path, name: str) -> bool:
-    """Whether the folder has the file; it is listed, because NFS remembers for a while what was not there."""
-    with contextlib.suppress(OSError):
-        return any(path.name == name for path in folder.iterdir())
-    return False
-
-
-def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
-    """Whether it becomes so within the time."""
-    end = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def _is_same(path: Path, sha256: str) -> bool:
-    return _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content; a word for one that cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -463,24 +329,6 @@ def _listen(address: str, port: int) -> socket.socket:
             f"machine 0 cannot listen at port {port}: {error.strerror}",
             hint=f"launch.rdzv_endpoint={address}:ANOTHER_PORT, the same on every machine",
         ) from None
-
-
-def _connect(endpoint: tuple[str, int], seconds: float, requests: StopRequests) -> Channel | None:
-    """A connection to machine 0, which may be started later than this one; None when told to stop."""
-    address, port = endpoint
-    end = time.monotonic() + seconds
-    while not requests.received:
-        try:
-            return Channel(socket.create_connection(endpoint, timeout=5.0))
-        except OSError as error:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"machine 0 did not answer at {address}:{port} for {seconds:.0f} s ({error})",
-                    hint="start the same command there with launch.node_rank=0, "
-                    "or wait longer: launch.join_seconds",
-                ) from None
-        time.sleep(0.3)
-    return None
 
 
 def _nobody_came(launch: LaunchConfig, rendezvous: _Rendezvous) -> UserError:

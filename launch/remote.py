@@ -42,6 +42,11 @@ def main() -> int:
     code = process.wait()
     for thread in pumps:
         thread.join(10)  # a grandchild that lives on keeps the pipe open
+    return ended_with(code)
+
+
+def ended_with(code: int) -> int:
+    """The exit status of a process by its return code: 128 + N where signal N ended it."""
     return code if code >= 0 else 128 - code
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.errors import UserError
 from common.launch_config import LaunchConfig, SlurmConfig
-from launch.command import log_folder, machine_arguments, one_line
+from launch.command import hand_over, log_folder, machine_arguments, one_line
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sh.jinja"
 FOLDER = "slurm"
@@ -149,18 +147,9 @@ def sbatch_value(value: str | int, name: str) -> str:
 
 def submit(script: Path) -> str:
     """Hand the file to SLURM; returns the job's number."""
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            f"there is no sbatch on this machine; {script} is written but not submitted",
-            hint=f"on a machine of the cluster: sbatch {shlex.quote(str(script))}",
-        )
-    done = subprocess.run(
-        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise UserError(
-            f"sbatch refused {script}: {said}",
-            hint="the settings are launch.slurm.*; launch.submit=false only writes",
-        )
-    return done.stdout.strip().partition(";")[0]
+    return hand_over(
+        ["sbatch", "--parsable", str(script)],
+        script,
+        elsewhere=f"on a machine of the cluster: sbatch {shlex.quote(str(script))}",
+        refused="the settings are launch.slurm.*",
+    ).partition(";")[0]

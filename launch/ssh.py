@@ -20,19 +20,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from common.errors import UserError
 from common.launch_config import LaunchConfig
 from launch.command import machine_arguments, override
 from launch.local import PROJECT, python_path
-from launch.remote import SAVE_SECONDS
-
-Say = Callable[[str], None]
+from launch.remote import SAVE_SECONDS, ended_with
+from launch.supervise import Say, StopRequests
 
 OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 """Never ask for a password; notice within a minute that a machine is gone."""
@@ -184,30 +182,24 @@ class Run:
         self.ssh_options = [word for text in ssh_options for word in words_of(text)]
         self.say = say
         self.machines: list[Machine] = []
-        self.told: set[str] = set()
 
     def to_the_end(self, hosts: Sequence[Host], arguments: Sequence[str]) -> int:
         """Start every machine and wait for all; returns the exit status."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-        kept = {number: signal.getsignal(number) for number in numbers}
-        for number, handler in kept.items():
-            if handler is not signal.SIG_IGN:  # nohup stays in force
-                signal.signal(number, self.forward)
         pumps: list[threading.Thread] = []
-        try:
-            for rank, host in enumerate(hosts):
-                machine = self.start(host, [*arguments, *of_machine(rank, host)])
-                self.machines.append(machine)
-                for line in self.told:  # it came while they were being started
-                    machine.send(line)
-                pumps += printers(machine)
-            status = self.wait()
-        finally:
-            for machine in self.machines:
-                if machine.process.poll() is None:
-                    machine.hang_up()
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+        with StopRequests() as requests:
+            requests.pass_on_to(self)
+            try:
+                for rank, host in enumerate(hosts):
+                    machine = self.start(host, [*arguments, *of_machine(rank, host)])
+                    self.machines.append(machine)
+                    for number in list(requests.received):  # it came while they were being started
+                        machine.send(signal.Signals(number).name)
+                    pumps += printers(machine)
+                status = self.wait()
+            finally:
+                for machine in self.machines:
+                    if machine.process.poll() is None:
+                        machine.hang_up()
         for pump in pumps:
             pump.join(10)
         return status
@@ -248,7 +240,7 @@ class Run:
         while running:
             for machine in [machine for machine in running if machine.process.poll() is not None]:
                 running.remove(machine)
-                code = exit_code(machine.process)
+                code = ended_with(machine.process.returncode)
                 if code != 0 and status == 0:
                     status, end = code, time.monotonic() + SAVE_SECONDS
                     self.explain(machine.host, code)
@@ -270,13 +262,10 @@ class Run:
         elif code not in (UserError.EXIT_CODE, 143):
             self.say(f"{host.name}: ended with exit status {code}; the others are stopped")
 
-    def forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to all machines, once."""
-        name = "SIGUSR1" if number == signal.SIGUSR1 else "SIGTERM"
-        if name not in self.told:
-            self.told.add(name)
-            for machine in self.machines:
-                machine.send(name)
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to all machines."""
+        for machine in self.machines:
+            machine.send(signal.Signals(number).name)
 
 
 def words_of(option: str) -> list[str]:
@@ -302,11 +291,6 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that every machine gets."""
     chosen = {name: value for name, value in environment.items() if name.upper().startswith(PASSED_ON)}
     return {**chosen, "PYTHONPATH": python_path(environment)}
-
-
-def exit_code(process: subprocess.Popen[bytes]) -> int:
-    """The status of a process that has ended, 128 + N where signal N ended it."""
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def printers(machine: Machine) -> list[threading.Thread]:

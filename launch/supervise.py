@@ -76,6 +76,13 @@ class Others(Protocol):
         """Have them stop it, and kill what is left after so many seconds."""
 
 
+class Stoppable(Protocol):
+    """A process, or several as one."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send it a signal."""
+
+
 class StopRequests:
     """Notes the signals that ask to stop while it is open, and passes each on once to the job that runs.
 
@@ -86,7 +93,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Stoppable | None = None
 
     def __enter__(self) -> Self:
         self._kept = {number: signal.getsignal(number) for number in self.NUMBERS}
@@ -101,7 +108,7 @@ class StopRequests:
         for number, handler in self._kept.items():
             signal.signal(number, handler)
 
-    def pass_on_to(self, process: subprocess.Popen[bytes]) -> None:
+    def pass_on_to(self, process: Stoppable) -> None:
         """From now on to this process; what came before it was started it gets at once."""
         self._process = process
         for number in list(self.received):

@@ -126,7 +126,8 @@ def explain(arguments: Sequence[str]) -> int:
 
 def composed(verb: str, arguments: Sequence[str]) -> int:
     """`run`, `plan`, `preview`: compose the configuration once, or leave that to Hydra when flags ask."""
-    from pipeline.compose import check_effects, compose, prepare
+    from pipeline.compose import compose, prepare
+    from pipeline.effects import check_effects
 
     overrides = [text for text in arguments if not text.startswith("-")]
     if len(overrides) == len(arguments):
@@ -161,8 +162,9 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from pipeline.compose import check_effects, compose, jobs_of, prepare, share_a_name
+    from pipeline.compose import compose, jobs_of, prepare, share_a_name
     from pipeline.config import CONF, register
+    from pipeline.effects import check_effects
 
     args = get_args_parser().parse_args(list(arguments))
     prepared = prepare(args.overrides, multirun=args.multirun)

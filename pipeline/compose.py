@@ -9,7 +9,6 @@ here looks at a file that the configuration names (see `pipeline/checks.py`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,33 +19,22 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from common.config import DataConfig, OptimConfig
 from common.errors import UserError
 from common.redact import credentials_in
-from common.stage import Role, Step
+from common.stage import Step
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
-from pipeline.plan import STAGES, named_sources, start_of, wire_run
+from pipeline.plan import STAGES
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-    from step3_ppo.config import PPOConfig
 
 SHARED_GROUPS = {DataConfig: "data", OptimConfig: "optim"}  # mounted once per step: data@sft.data
 DEFAULT_STEPS = ("sft",)
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
-BASE_MODEL = ("path", "revision", "config", "tokenizer", "chat_template")
-"""Keys of `model` that a step which starts from an artifact takes from there (`common.handoff.model_of`)."""
-
 NAME_OF_A_SECRET = "launch.k8s.secret"
 """A key whose value only names where credentials are."""
-
-OF_A_CHOICE = {
-    "ppo.critic": ("ppo.estimator", "gae"),
-    "ppo.kl.target": ("ppo.kl.controller", "adaptive"),
-    "ppo.kl.horizon": ("ppo.kl.controller", "adaptive"),
-}
-"""Keys that only one choice of another key reads: that key and the choice."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +47,11 @@ class Prepared:
 
 def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     """Check the keys of the overrides, rewrite short forms, and add the demo when nothing is named."""
-    parsed = [_parse(_mounted(_parse(_short_steps(text, multirun)))) for text in overrides]
+    parsed = [parse(_mounted(parse(_short_steps(text, multirun)))) for text in overrides]
     steps = _steps_of(parsed)
     names_a_job = any(_names_a_job(override, steps or DEFAULT_STEPS) for override in parsed)
     steps = steps or ([*DEFAULT_STEPS] if names_a_job else _steps_in("demo"))
-    parsed = [_parse(_for_one_step(override, steps)) for override in parsed]
+    parsed = [parse(_for_one_step(override, steps)) for override in parsed]
     ready = []
     for override in parsed:
         refuse_credentials({override.key_or_group: _values_of(override)})
@@ -147,80 +135,6 @@ def share_a_name(configs: Sequence[PipelineConfig]) -> bool:
     return len({config.run_name for config in configs}) < max(len(configs), 2)
 
 
-def check_effects(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
-    """Whatever the user typed has an effect, as far as base models, artifacts and PPO's choices go."""
-    check_artifacts_are_used(configs, overrides)
-    check_base_model_is_used(configs, overrides)
-    check_choices_are_used(configs, overrides)
-
-
-def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
-    """A base model that the user typed is an error when no step of the run (or of the sweep) starts from it.
-
-    overrides: as typed. What an experiment says of the model does not count: it is for other steps, too.
-    """
-    named = [text for text in overrides if _names_base_model(_parse(text))]
-    if not named or not configs:
-        return
-    for config in configs:
-        wired = wire_run(config, can_lack=[Role.reward_model])  # whether one is needed is not asked here
-        if any(start_of(step.stage.name, wired) is None for step in wired):
-            return
-    sources = named_sources(configs[0])
-    steps = {step.value: path for (step, role), path in sources.items() if role is Role.policy}
-    taken = " and ".join(
-        f"{step} takes weights, tokenizer and chat template from {step}.policy={path}"
-        for step, path in steps.items()
-    )
-    keys = " and ".join(f"{step}.policy" for step in steps)
-    raise UserError(
-        f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {taken}",
-        hint=f"leave it out; or, to train a policy first, add sft to steps and leave {keys} out",
-    )
-
-
-def check_artifacts_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
-    """An artifact that the user typed is an error when its step is in no run.
-
-    overrides: as typed. Whether a step that runs has a use for it is known when the steps are wired.
-    """
-    run = {step for config in configs for step in config.steps}
-    keys = {
-        f"{stage.name.value}.{role.value}": stage.name for stage in STAGES.values() for role in stage.consumes
-    }
-    for override in map(_parse, overrides):
-        step = keys.get(override.key_or_group)
-        if configs and step is not None and step not in run and override.value() is not None:
-            names = ",".join(known.value for known in Step if known in run)
-            raise UserError(
-                f"{override.input_line} has no effect: {step.value} is not among steps=[{names}]",
-                hint=f"'steps=[{step.value}]' runs it",
-            )
-
-
-def check_choices_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
-    """A setting of PPO that the user typed is an error when no run has what it sets.
-
-    overrides: as typed. What an experiment says does not count: a choice beside it may have made it idle.
-    """
-    with_ppo = [config.ppo for config in configs if Step.ppo in config.steps]
-    for override in map(_parse, overrides):
-        place = override.key_or_group
-        for key, (choice, needed) in OF_A_CHOICE.items():
-            if with_ppo and (place == key or place.startswith(f"{key}.")):
-                chosen = {getattr(_value_of(ppo, choice), "name", "") for ppo in with_ppo}
-                if needed not in chosen:
-                    raise UserError(
-                        f"{override.input_line} has no effect with {choice}={', '.join(sorted(chosen))}",
-                        hint=f"leave it out, or {choice}={needed}",
-                    )
-
-
-def _value_of(ppo: PPOConfig, key: str) -> Any:
-    """The value of ppo.<key>."""
-    return functools.reduce(getattr, key.split(".")[1:], ppo)
-
-
 def name_of_sweep_job(config: PipelineConfig) -> PipelineConfig:
     """The configuration with a run_name of its own within a sweep: the shared one and a hash."""
     from pipeline.state import config_hash
@@ -260,7 +174,8 @@ def explain(error: BaseException) -> UserError:
     return UserError(" ".join(str(error).split()))
 
 
-def _parse(text: str) -> Override:
+def parse(text: str) -> Override:
+    """One override as Hydra reads it. UserError, with the way out, for what it cannot read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -402,24 +317,14 @@ def _names_a_job(override: Override, steps: Sequence[str]) -> bool:
     key = override.key_or_group
     if key == "model":
         return Step.sft.value in steps or any(
-            not keys or not {"path", "config"}.isdisjoint(keys) for keys in _keys_of_options(override)
+            not keys or not {"path", "config"}.isdisjoint(keys) for keys in keys_of_options(override)
         )
     if key in ("experiment", "model.path", "data") or key.startswith("model.config"):
         return True
     return any(key in (f"{step.value}.data.path", f"{step.value}.data.sources") for step in STAGES)
 
 
-def _names_base_model(override: Override) -> bool:
-    """Whether an override says what the base model is, or how it reads text, and nothing else."""
-    key, value = override.key_or_group, override.value()
-    if key == "model":
-        options = _keys_of_options(override)
-        return all(keys and keys.issubset(BASE_MODEL) for keys in options)
-    group, _, rest = key.partition(".")
-    return group == "model" and rest.split(".")[0] in BASE_MODEL and value is not None and value != {}
-
-
-def _keys_of_options(override: Override) -> list[set[str]]:
+def keys_of_options(override: Override) -> list[set[str]]:
     """Top-level keys of the file of each option that an override chooses for a group; empty for no file."""
     group = CONF / override.key_or_group
     return [set(_content(group / f"{option}.yaml")) for option in _values_of(override)]

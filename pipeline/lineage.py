@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import Artifact, read_manifest, write_json
+from common.artifacts import MANIFEST, Artifact, read_manifest, write_json
+from common.config import TokenizerConfig
 from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
 from common.stage import Role, Stage, Step
+from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, start_of
+from pipeline.state import run_folder
 
 LINEAGE = "lineage.json"
 
@@ -67,6 +71,23 @@ def check_parents(
             )
         folder = wired.folder_of(role, run_dir)
         check_same_tokens(Artifact(folder, read_manifest(folder)), artifact)
+
+
+def readable(config: PipelineConfig, step: Wired, wired: Sequence[Wired], tokenizer: Path) -> PipelineConfig:
+    """The configuration that a step's rows can be read with before the steps ahead of it have run.
+
+    With the tokenizer of the policy that the step starts from, if there is one already; else the one that SFT
+    trains, if it does; else the base model's own. tokenizer: where that of SFT is, or will be by then.
+    """
+    if Role.policy not in step.sources:
+        return config
+    name = step.stage.name.value
+    made = step.folder_of(Role.policy, run_folder(config))
+    policy = str(made) if (made / MANIFEST).exists() else start_of(step.stage.name, wired)
+    changed: dict[str, Any] = {name: replace(getattr(config, name), policy=policy)}
+    if policy is None and config.model.tokenizer.train_vocab_size is not None:
+        changed["model"] = replace(config.model, tokenizer=TokenizerConfig(path=str(tokenizer)))
+    return replace(config, **changed)
 
 
 def record_lineage(run_dir: Path, stage: Stage, artifact: Artifact, ended: Mapping[str, Any]) -> None:

@@ -14,13 +14,11 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
 from common.errors import UserError
 from pipeline import schema
-from pipeline.config import PipelineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +39,14 @@ class Key:
 def explain(name: str) -> str:
     """What a key, or each key of a group, means. UserError for a key that does not exist."""
     wanted = re.sub(r"\[\d*\]", "", name)
-    names = {key: key.name.replace("[]", "") for key in keys_of(PipelineConfig)}
-    keys = [key for key, plain in names.items() if plain == wanted or plain.startswith(f"{wanted}.")]
-    if not keys:
+    names = {key: key.name.replace("[]", "") for key in keys()}
+    found = [key for key, plain in names.items() if plain == wanted or plain.startswith(f"{wanted}.")]
+    if not found:
         near = schema.nearest(name)
         raise UserError(
             f"there is no key {name}", hint=f"did you mean {near}?" if near else "see docs/keys.md"
         )
-    whole, *below = keys
+    whole, *below = found
     lines = [f"{whole.name}: {whole.line}", f"  {whole.type_name}; default: {whole.default}"]
     shown = [key for key in below if names[key].count(".") == wanted.count(".") + 1]
     width = max((len(key.name) for key in shown), default=0)
@@ -58,13 +56,14 @@ def explain(name: str) -> str:
 
 def markdown() -> str:
     """`docs/keys.md`: a table for each class of the schema, under all the keys that have it."""
-    places: dict[type, list[str]] = {}
-    for place, declared in _groups(PipelineConfig, ""):
-        places.setdefault(declared, []).append(place)
+    places: dict[type, dict[str, None]] = {}
+    for name, owner, _ in schema.walk():
+        places.setdefault(owner, {})[name.rpartition(".")[0]] = None
     parts = [HEAD]
-    for declared, names in places.items():
+    for owner, names in places.items():
         title = ", ".join(f"`{name}`" for name in names if name) or "The run"
-        rows = [[f"`{key.name}`", key.type_name, key.default, key.line] for key in _own_keys(declared, "")]
+        own = [_key(name, owner, name) for name in schema.fields_of(owner)]
+        rows = [[f"`{key.name}`", key.type_name, key.default, key.line] for key in own]
         table = [["key", "type", "default", "meaning"], ["---"] * 4, *rows]
         parts.append("\n".join([f"## {title}", "", *map(_table_row, table)]))
     return "\n\n".join(parts) + "\n"
@@ -77,35 +76,15 @@ the schema's: `conf/` and experiments may set others, and `python -m pipeline ru
 command means. `python -m pipeline explain sft.optim.lr` prints the line of one key."""
 
 
-def keys_of(declared: type, prefix: str = "") -> Iterator[Key]:
-    """All keys below a class of the schema, groups and entries of lists included, in the schema's order."""
-    for key in _own_keys(declared, prefix):
-        yield key
-        nested, joint = _nested(key.declared)
-        if nested is not None:
-            yield from keys_of(nested, f"{key.name}{joint}.")
+def keys() -> list[Key]:
+    """All keys, groups and entries of lists included, in the schema's order."""
+    return [_key(name, owner, field) for name, owner, field in schema.walk()]
 
 
-def _own_keys(declared: type, prefix: str) -> Iterator[Key]:
-    hints, lines = typing.get_type_hints(declared), _documentation(declared)
-    for field in dataclasses.fields(declared):
-        yield Key(prefix + field.name, hints[field.name], _default(field), lines.get(field.name, ""))
-
-
-def _groups(declared: type, place: str) -> Iterator[tuple[str, type]]:
-    yield place, declared
-    for key in _own_keys(declared, f"{place}." if place else ""):
-        nested, joint = _nested(key.declared)
-        if nested is not None:
-            yield from _groups(nested, key.name + joint)
-
-
-def _nested(declared: Any) -> tuple[type | None, str]:
-    """The class of a group, or of the entries of a list, and what stands behind the key in that case."""
-    inner, joint = schema.without_none(declared), ""
-    if typing.get_origin(inner) is list:
-        (inner,), joint = typing.get_args(inner), "[]"
-    return (inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None), joint
+def _key(name: str, owner: type, field: str) -> Key:
+    default = next(known for known in dataclasses.fields(owner) if known.name == field)
+    line = _documentation(owner).get(field, "")
+    return Key(name, schema.fields_of(owner)[field], _default(default), line)
 
 
 @functools.cache

@@ -26,8 +26,9 @@ from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Step
+from launch.follow import follow
 from launch.local import Job, count_gpus, ranks_of
-from launch.nodes import Hello, Machines, follow, gather
+from launch.nodes import Hello, Machines, gather
 from launch.supervise import leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
@@ -55,7 +56,7 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
     own = ranks_of(config.launch)
     wired = wire_run(config)
     name = state.run_name(config)
-    folder = Path(config.output_dir) / name
+    folder = state.run_folder(config)
     if config.launch.node_rank:
         return follow(config.launch, hello(config, own), folder, jobs_of(wired, folder, own), say)
     greeting = hello(config, own)  # as the command was given, on all machines
@@ -272,8 +273,8 @@ def conclude(
             raise
         say(f"{name}: done")
         say(f"  artifact  {folder / EXPORT} ({sha256[:12]})")
-        if (folder / "samples.jsonl").exists():
-            say(f"  samples   {folder / 'samples.jsonl'}")
+        if (folder / state.SAMPLES).exists():
+            say(f"  samples   {folder / state.SAMPLES}")
         return STOPPED if stopped else 0
     if status == STOPPED:
         state.write_state(folder, {**ended, "status": "stopped"})

@@ -10,6 +10,7 @@ import difflib
 import functools
 import re
 import typing
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -17,8 +18,19 @@ from pipeline.config import PipelineConfig
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of the schema, groups included, in the schema's order."""
-    return list(_walk(PipelineConfig, ""))
+    """Every dotted key of the schema that can be set, groups included, in the schema's order."""
+    return [key for key, _, _ in walk() if "[]" not in key]
+
+
+def walk(owner: type = PipelineConfig, prefix: str = "") -> Iterator[tuple[str, type, str]]:
+    """(key, class that has it, its name there) of all keys below a class, in the schema's order; groups and
+    entries of lists, with `[]` behind the list's name, included."""
+    for name, declared in fields_of(owner).items():
+        yield prefix + name, owner, name
+        inner, joint = without_none(declared), ""
+        if typing.get_origin(inner) is list:
+            (inner,), joint = typing.get_args(inner), "[]"
+        yield from walk(inner, f"{prefix}{name}{joint}.")
 
 
 def type_of(key: str) -> Any:
@@ -28,7 +40,7 @@ def type_of(key: str) -> Any:
         declared = without_none(declared)
         if typing.get_origin(declared) is dict:
             return Any
-        fields = _fields(declared)
+        fields = fields_of(declared)
         if part not in fields:
             return None
         declared = fields[part]
@@ -62,7 +74,7 @@ def allowed(key: str) -> str:
         if isinstance(item, type) and issubclass(item, Enum):
             names = list(item.__members__)
             return f"expected a list of {', '.join(names)}, e.g. '{key}=[{names[0]}]'"
-        if keys := ", ".join(_fields(item)):
+        if keys := ", ".join(fields_of(item)):
             return f"expected a list, e.g. '{key}=[{{…}}]', whose entries have the keys {keys}"
         return f"expected a list, e.g. '{key}=[...]'"
     if dataclasses.is_dataclass(declared):
@@ -78,7 +90,7 @@ def in_a_list(key: str) -> str | None:
         declared = without_none(type_of(place))
         if typing.get_origin(declared) is list:
             (item,) = typing.get_args(declared)
-            fields = list(_fields(item))
+            fields = list(fields_of(item))
             rest = [part for part in parts[end:] if part and not part.isdigit()]
             if not fields or not rest:
                 return None
@@ -100,7 +112,9 @@ def nearest(key: str, candidates: list[str] | None = None) -> str | None:
         leaves = _likeness(_leaf(key), _leaf(other))
         # Short words are like many others by chance: elsewhere in the tree the bar is higher.
         if leaves >= (0.6 if other.rpartition(".")[0] == parent else 0.75):
-            best = max(best or (0.0, other), (leaves + 0.5 * _likeness(key, other), other), key=_first)
+            likeness = leaves + 0.5 * _likeness(key, other)
+            if best is None or likeness > best[0]:
+                best = likeness, other
     return None if best is None else best[1]
 
 
@@ -119,22 +133,13 @@ _WORDS = {
 }
 
 
-def _walk(schema: type, prefix: str) -> typing.Iterator[str]:
-    for name, declared in _fields(schema).items():
-        yield prefix + name
-        yield from _walk(without_none(declared), f"{prefix}{name}.")
-
-
 @functools.cache
-def _fields(declared: Any) -> dict[str, Any]:
+def fields_of(declared: Any) -> dict[str, Any]:
+    """Names and declared types of a class's fields; empty for what is no group."""
     if not (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
         return {}
     hints = typing.get_type_hints(declared)
     return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
-
-
-def _first(pair: tuple[float, str]) -> float:
-    return pair[0]
 
 
 def _leaf(key: str) -> str:

@@ -29,6 +29,8 @@ from pipeline.config import PipelineConfig
 STATE = "state.json"
 RESOLVED = "resolved.yaml"
 LOCK = ".lock"
+METRICS, SAMPLES, LEDGER = "metrics.jsonl", "samples.jsonl", "ledger.json"
+"""What a step writes of its training, of its completions and of its rows."""
 CHECKSUM = "checksum"
 NOT_RECORDED = (STATE, "export", "checkpoints", "logs", "wandb", "wandb_run_id")
 DYING_SECONDS = 10.0
@@ -177,6 +179,11 @@ def run_name(config: PipelineConfig) -> str:
         return config.run_name
     steps = "-".join(step.value for step in config.steps)
     return f"{steps}-{config_hash(config)[:8]}"
+
+
+def run_folder(config: PipelineConfig) -> Path:
+    """Where the run is, or will be."""
+    return Path(config.output_dir) / run_name(config)
 
 
 def config_hash(config: PipelineConfig) -> str:

@@ -7,7 +7,6 @@ seen from here, and leaves the rest to the machines, which run the same command:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from common.launch_config import Launcher
 from common.stage import Step
@@ -28,7 +27,7 @@ def submit(config: PipelineConfig, overrides: Sequence[str], *, say: Callable[[s
 
     overrides: as typed.
     """
-    run_dir = Path(config.output_dir) / state.run_name(config)
+    run_dir = state.run_folder(config)
     wired = wire_run(config)
     if config.launch.kind is Launcher.k8s:  # its paths are those of the container
         return k8s.launch(config.launch, overrides, run_dir, say)

@@ -24,8 +24,6 @@ from pipeline import state
 from pipeline.config import PipelineConfig
 from pipeline.run import run
 
-METRICS = "metrics.jsonl"
-
 DEFAULTS: dict[Step, tuple[str, ...]] = {
     Step.sft: ("eval/loss", "loss"),
     Step.reward: ("eval/loss", "loss"),
@@ -61,7 +59,7 @@ def write(config: PipelineConfig, path: Path) -> None:
 
 def objective_of(config: PipelineConfig) -> float:
     """The last value of what `objective` names, or of what the last step is measured by."""
-    run_dir = Path(config.output_dir) / state.run_name(config)
+    run_dir = state.run_folder(config)
     if config.objective is None:
         step = config.steps[-1]
         names = DEFAULTS[step]
@@ -69,7 +67,7 @@ def objective_of(config: PipelineConfig) -> float:
         named, _, name = config.objective.partition(":")
         step, names = Step(named), (name,)
     last: dict[str, float] = {}
-    with open(run_dir / step.value / METRICS, encoding="utf-8") as lines:
+    with open(run_dir / step.value / state.METRICS, encoding="utf-8") as lines:
         for line in lines:
             last |= json.loads(line)
     found = next((last[name] for name in names if name in last), None)

@@ -21,9 +21,8 @@ from common.errors import UserError
 from common.stage import Step
 from pipeline.lineage import LINEAGE, read_lineage
 from pipeline.plan import EXPORT
-from pipeline.state import CHECKSUM, LOCK, RESOLVED, STATE, is_abandoned, read_state
+from pipeline.state import CHECKSUM, LEDGER, LOCK, METRICS, RESOLVED, SAMPLES, STATE, is_abandoned, read_state
 
-METRICS, SAMPLES, LEDGER = "metrics.jsonl", "samples.jsonl", "ledger.json"
 CACHE_KEY = "key.json"
 """Written last into a folder of tokenized rows (see common/data/cache.py)."""
 REFERENCES = "reference"

@@ -13,20 +13,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST
-from common.config import TokenizerConfig
 from common.counts import DataCounts
 from common.errors import UserError
-from common.stage import Role, Step
+from common.stage import Step
 from launch.local import python_path
-from pipeline import state
 from pipeline.config import PipelineConfig
-from pipeline.plan import Wired, start_of
-from pipeline.state import write_resolved
+from pipeline.lineage import readable
+from pipeline.plan import Wired
+from pipeline.state import run_folder, write_resolved
 
 
 def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, DataCounts]:
@@ -40,37 +37,12 @@ def count(config: PipelineConfig, wired: Sequence[Wired]) -> dict[Step, DataCoun
         arguments: list[str] = []
         for step in wired:
             of_step = folder / f"{step.stage.name.value}.yaml"
-            readable = config_to_count(config, step, wired, tokenizer)
-            write_resolved(readable, folder).rename(of_step)
+            write_resolved(readable(config, step, wired, tokenizer), folder).rename(of_step)
             arguments += [step.stage.name.value, step.stage.module, str(of_step)]
         found = _ask(folder / "answer.json", arguments)
     if (error := found.pop("error", None)) is not None:
         raise UserError(error["message"], hint=error["hint"])
     return {Step(step): DataCounts(**values) for step, values in found.items()}
-
-
-def run_folder(config: PipelineConfig) -> Path:
-    """Where the run is, or will be."""
-    return Path(config.output_dir) / state.run_name(config)
-
-
-def config_to_count(
-    config: PipelineConfig, step: Wired, wired: Sequence[Wired], tokenizer: Path
-) -> PipelineConfig:
-    """With the tokenizer of the policy that the step starts from, if there is one already.
-
-    tokenizer: where that of SFT is, or will be when SFT's rows are counted, which comes first.
-    """
-    if Role.policy not in step.sources:
-        return config
-    name = step.stage.name.value
-    made = step.folder_of(Role.policy, run_folder(config))
-    policy = str(made) if (made / MANIFEST).exists() else start_of(step.stage.name, wired)
-    part = replace(getattr(config, name), policy=policy)
-    if policy is None and config.model.tokenizer.train_vocab_size is not None:
-        model = replace(config.model, tokenizer=TokenizerConfig(path=str(tokenizer)))
-        return replace(config, model=model, **{name: part})
-    return replace(config, **{name: part})
 
 
 def _ask(answer: Path, arguments: Sequence[str]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
     else:
         where = where_of(config)
         check_named_sources(wired)
-        config, line = state.settle_dtype(config, counting.run_folder(config), gpu=where.gpu)
+        config, line = state.settle_dtype(config, state.run_folder(config), gpu=where.gpu)
         in_doubt = [f"{line}; `doctor` measures which dtype is faster here"] if line is not None else []
         checks.check(config, where.ranks, [*where.hosts.values()] or [where.here])
         counts = counting.count(config, wired)
@@ -103,7 +103,7 @@ def run_lines(config: PipelineConfig, where: Where) -> list[str]:
     number = len(where.hosts) or config.launch.nnodes
     machines = f" on {number} machines" if number > 1 else ""
     return [
-        f"{state.run_name(config)} in {counting.run_folder(config)}, seed {config.seed}",
+        f"{state.run_name(config)} in {state.run_folder(config)}, seed {config.seed}",
         f"{where.ranks} rank(s){machines}, {device}, ZeRO {config.deepspeed.stage}, "
         f"{config.model.dtype.value}",
     ]
@@ -111,7 +111,7 @@ def run_lines(config: PipelineConfig, where: Where) -> list[str]:
 
 def step_lines(config: PipelineConfig, wired: Sequence[Wired]) -> list[str]:
     """What each step starts from, with the hash of what is there, and where it leaves its artifact."""
-    run_dir = counting.run_folder(config)
+    run_dir = state.run_folder(config)
     rows = []
     for step in wired:
         name = step.stage.name.value
@@ -259,7 +259,7 @@ def share_read(step: Step, counts: DataCounts) -> float:
 
 def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where) -> list[str]:
     """The command, or the file that the cluster is given."""
-    run_dir = counting.run_folder(config)
+    run_dir = state.run_folder(config)
     command = command_of(overrides)
     if config.launch.kind is Launcher.slurm:
         arguments = machine_arguments(overrides, config.launch.nnodes, {"run_name": run_dir.name})
@@ -276,7 +276,7 @@ def launch_lines(config: PipelineConfig, overrides: Sequence[str], where: Where)
 
 def k8s_lines(config: PipelineConfig, overrides: Sequence[str]) -> list[str]:
     """The command, what Kubernetes is given, and where the rest of the plan can be made."""
-    run_dir = counting.run_folder(config)
+    run_dir = state.run_folder(config)
     text = k8s.render(config.launch, overrides, run_dir.name, str(run_dir.parent))
     rest = "steps, data, schedule and memory: plan in a container, where the paths lie, with launch=local"
     return [command_of(overrides), "which writes and creates", *text.splitlines(), rest]

@@ -6,7 +6,7 @@ does not know (a reward source, a new metric) is drawn among the rest under its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.stage import Step
@@ -39,7 +39,6 @@ OPTIMIZER = (
     Plan("Learning rate", (("learning_rate", "learning rate"),)),
     Plan("Gradient norm", (("grad_norm", "before clipping"),)),
 )
-SPEED = (Plan("Speed", (("perf/tokens_per_second", "tokens per second"),), unit="tokens per second"),)
 
 MAIN: Mapping[str, Sequence[Plan]] = {
     Step.sft.value: (
@@ -47,7 +46,7 @@ MAIN: Mapping[str, Sequence[Plan]] = {
         _both("Tokens predicted", "mean_token_accuracy", percent=True),
         _both("Entropy", "entropy", unit="nats"),
         *OPTIMIZER,
-        *SPEED,
+        Plan("Speed", (("perf/tokens_per_second", "tokens per second"),), unit="tokens per second"),
     ),
     Step.reward.value: (
         _both("Loss", "loss"),
@@ -107,15 +106,22 @@ def curves(
 
     functions: the user's evaluations, in their order. errors: standard errors, by the metric's name.
     """
+    x_name = "iteration" if step == Step.ppo.value else "step"
     plans = list(MAIN.get(step, (_both("Loss", "loss"),)))
     if step == Step.ppo.value:
         plans = [*_evaluations(metrics, functions), *_sources(metrics), *plans]
-    known = {metric for plan in plans for metric, _ in plan.lines}
-    rest = [plan for plan in _rest(metrics) if not known.intersection(metric for metric, _ in plan.lines)]
-    partly = {metric for plan in _rest(metrics) for metric, _ in plan.lines} - known
-    covered = {metric for plan in rest for metric, _ in plan.lines}
-    rest += [Plan(metric, ((metric, metric),), metric in PERCENT) for metric in sorted(partly - covered)]
-    return _laid_out(plans, metrics, step, errors or {}), _laid_out(rest, metrics, step, errors or {})
+    rest = _rest(metrics, {metric for plan in plans for metric, _ in plan.lines})
+
+    def drawn(plan: Plan) -> Chart | None:
+        lines = [
+            Line(name, metrics[metric], index, metric.startswith(EVAL), dict((errors or {}).get(metric, [])))
+            for index, (metric, name) in enumerate(plan.lines)
+            if metrics.get(metric)
+        ]
+        return lay_out(plan.title, lines, x_name=x_name, percent=plan.percent, unit=plan.unit)
+
+    main, further = ([chart for chart in map(drawn, part) if chart is not None] for part in (plans, rest))
+    return main, further
 
 
 def _evaluations(metrics: Mapping[str, Series], functions: Sequence[str]) -> list[Plan]:
@@ -128,8 +134,7 @@ def _evaluations(metrics: Mapping[str, Series], functions: Sequence[str]) -> lis
         lines = ((EVAL + name, "sampled"), (GREEDY + name, "greedy"))
         values = [value for metric, _ in lines for _, value in metrics.get(metric, [])]
         percent = name in ("stop_rate", "correct") and all(0 <= value <= 1 for value in values)
-        title = f"{NAMES.get(name, name)}, held out"
-        plans.append(Plan(title, lines, percent, UNITS.get(name, "")))
+        plans.append(Plan(f"{NAMES.get(name, name)}, held out", lines, percent, UNITS.get(name, "")))
     return plans
 
 
@@ -142,30 +147,17 @@ def _sources(metrics: Mapping[str, Series]) -> list[Plan]:
     return [Plan(f"Reward of {label}", ((name, label),)) for name, label in lines]
 
 
-def _rest(metrics: Mapping[str, Series]) -> list[Plan]:
-    """A chart per metric, with its held-out values when it has both."""
-    plans = []
-    for metric in sorted(metrics):
-        if metric.startswith(EVAL) and metric.removeprefix(EVAL) in metrics:
-            continue
-        if EVAL + metric in metrics:
+def _rest(metrics: Mapping[str, Series], known: Collection[str]) -> list[Plan]:
+    """A chart per metric that is not known, with its held-out values when it has both; the halves of those
+    whose other half is known come last."""
+    plans, halves = [], []
+    for metric in sorted(metrics.keys() - known):
+        other = metric.removeprefix(EVAL) if metric.startswith(EVAL) else EVAL + metric
+        alone = Plan(metric, ((metric, metric),), metric in PERCENT)
+        if other not in metrics:
+            plans.append(alone)
+        elif other in known:
+            halves.append(alone)
+        elif not metric.startswith(EVAL):
             plans.append(_both(metric, metric, percent=metric in PERCENT))
-        else:
-            plans.append(Plan(metric, ((metric, metric),), metric in PERCENT))
-    return plans
-
-
-def _laid_out(
-    plans: Sequence[Plan], metrics: Mapping[str, Series], step: str, errors: Mapping[str, Series]
-) -> list[Chart]:
-    x_name = "iteration" if step == Step.ppo.value else "step"
-    charts = []
-    for plan in plans:
-        lines = [
-            Line(name, metrics[metric], index, metric.startswith(EVAL), dict(errors.get(metric, [])))
-            for index, (metric, name) in enumerate(plan.lines)
-            if metrics.get(metric)
-        ]
-        chart = lay_out(plan.title, lines, x_name=x_name, percent=plan.percent, unit=plan.unit)
-        charts += [chart] if chart is not None else []
-    return charts
+    return [*plans, *halves]

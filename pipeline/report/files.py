@@ -23,11 +23,8 @@ from common.redact import redact_text
 from common.stage import Step
 from pipeline.lineage import LINEAGE
 from pipeline.plan import EXPORT
-from pipeline.state import RESOLVED, STATE
+from pipeline.state import LEDGER, METRICS, RESOLVED, SAMPLES, STATE
 
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
-LEDGER = "ledger.json"
 WARNINGS_KEPT = 50
 
 _SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

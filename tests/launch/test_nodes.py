@@ -20,8 +20,9 @@ from common.errors import UserError
 from common.launch_config import LaunchConfig
 from launch import nodes
 from launch.channel import Channel, interface_of
+from launch.follow import follow
 from launch.local import Job
-from launch.nodes import Hello, endpoint_of, follow, gather
+from launch.nodes import Hello, endpoint_of, gather
 from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline.checks import check_launch
 from tests.ranks import ROOT, free_port
@@ -32,14 +33,14 @@ import json, sys
 from pathlib import Path
 from common.launch_config import LaunchConfig
 from common.errors import UserError
-from launch import nodes
+from launch import follow, nodes
 from launch.local import Job
-nodes.SHARED_SECONDS = 0.5
+follow.SHARED_SECONDS = 0.5
 launch, rank, ranks, command, folder = json.loads(sys.argv[1])
 own = nodes.Hello(rank, ranks, command, "b")
 jobs = {"sft": Job("some_module", (folder,), ranks)}
 try:
-    sys.exit(nodes.follow(LaunchConfig(**launch, node_rank=rank), own, Path(folder), jobs, print))
+    sys.exit(follow.follow(LaunchConfig(**launch, node_rank=rank), own, Path(folder), jobs, print))
 except UserError as error:
     print("error:", error, file=sys.stderr)
     sys.exit(2)

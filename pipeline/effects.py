@@ -1,0 +1,106 @@
+"""Whatever the user typed has an effect: base models, artifacts and choices that no run reads are errors.
+
+Takes the composed configurations (several of a sweep) and the overrides as typed; raises UserError. What an
+experiment says does not count: it is for other steps, too, and a choice beside it may have made it idle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+from common.stage import Role, Step
+from pipeline.compose import keys_of_options, parse
+from pipeline.config import PipelineConfig
+from pipeline.plan import STAGES, named_sources, start_of, wire_run
+from pipeline.state import BASE_MODEL_KEYS
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+OF_A_CHOICE = {
+    "ppo.critic": ("ppo.estimator", "gae"),
+    "ppo.kl.target": ("ppo.kl.controller", "adaptive"),
+    "ppo.kl.horizon": ("ppo.kl.controller", "adaptive"),
+}
+"""Keys that only one choice of another key reads: that key and the choice."""
+
+
+def check_effects(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
+    """UserError for the first override without an effect."""
+    parsed = [parse(text) for text in overrides]
+    if configs:
+        check_artifacts_are_used(configs, parsed)
+        check_base_model_is_used(configs, parsed)
+        check_choices_are_used(configs, parsed)
+
+
+def check_artifacts_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[Override]) -> None:
+    """An artifact is an error when its step is in no run.
+
+    Whether a step that runs has a use for it is known when the steps are wired.
+    """
+    run = {step for config in configs for step in config.steps}
+    keys = {
+        f"{stage.name.value}.{role.value}": stage.name for stage in STAGES.values() for role in stage.consumes
+    }
+    for override in overrides:
+        step = keys.get(override.key_or_group)
+        if step is not None and step not in run and override.value() is not None:
+            names = ",".join(known.value for known in Step if known in run)
+            raise UserError(
+                f"{override.input_line} has no effect: {step.value} is not among steps=[{names}]",
+                hint=f"'steps=[{step.value}]' runs it",
+            )
+
+
+def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Sequence[Override]) -> None:
+    """A base model is an error when no step of a run starts from it."""
+    named = [str(override.input_line) for override in overrides if _names_base_model(override)]
+    if not named:
+        return
+    for config in configs:
+        wired = wire_run(config, can_lack=[Role.reward_model])  # whether one is needed is not asked here
+        if any(start_of(step.stage.name, wired) is None for step in wired):
+            return
+    sources = named_sources(configs[0])
+    steps = {step.value: path for (step, role), path in sources.items() if role is Role.policy}
+    taken = " and ".join(
+        f"{step} takes weights, tokenizer and chat template from {step}.policy={path}"
+        for step, path in steps.items()
+    )
+    keys = " and ".join(f"{step}.policy" for step in steps)
+    raise UserError(
+        f"{' and '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: {taken}",
+        hint=f"leave it out; or, to train a policy first, add sft to steps and leave {keys} out",
+    )
+
+
+def check_choices_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[Override]) -> None:
+    """A setting of PPO is an error when no run has what it sets."""
+    with_ppo = [config for config in configs if Step.ppo in config.steps]
+    for override in overrides:
+        place = override.key_or_group
+        for key, (choice, needed) in OF_A_CHOICE.items():
+            if with_ppo and (place == key or place.startswith(f"{key}.")):
+                values: list[Any] = [
+                    functools.reduce(getattr, choice.split("."), config) for config in with_ppo
+                ]
+                chosen = {getattr(value, "name", "") for value in values}
+                if needed not in chosen:
+                    raise UserError(
+                        f"{override.input_line} has no effect with {choice}={', '.join(sorted(chosen))}",
+                        hint=f"leave it out, or {choice}={needed}",
+                    )
+
+
+def _names_base_model(override: Override) -> bool:
+    """Whether an override says what the base model is, or how it reads text, and nothing else."""
+    key, value = override.key_or_group, override.value()
+    if key == "model":
+        options = keys_of_options(override)
+        return all(keys and keys.issubset(BASE_MODEL_KEYS) for keys in options)
+    group, _, rest = key.partition(".")
+    return group == "model" and rest.split(".")[0] in BASE_MODEL_KEYS and value is not None and value != {}
