@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Protocol, Self
 
 from common.errors import UserError
@@ -83,6 +83,20 @@ class Stoppable(Protocol):
         """Send it a signal."""
 
 
+@contextlib.contextmanager
+def handling(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle these signals, without those that are ignored: nohup stays in force."""
+    kept = {number: signal.getsignal(number) for number in numbers}
+    for number, old in kept.items():
+        if old is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in kept.items():
+            signal.signal(number, old)
+
+
 class StopRequests:
     """Notes the signals that ask to stop while it is open, and passes each on once to the job that runs.
 
@@ -96,17 +110,12 @@ class StopRequests:
         self._process: Stoppable | None = None
 
     def __enter__(self) -> Self:
-        self._kept = {number: signal.getsignal(number) for number in self.NUMBERS}
-        for number, handler in self._kept.items():
-            if handler is not signal.SIG_IGN:  # nohup stays in force
-                signal.signal(number, self._receive)
+        self._handling = handling(self.NUMBERS, self._receive)
+        self._handling.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._kept.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: object) -> None:
+        self._handling.__exit__(None, None, None)
 
     def pass_on_to(self, process: Stoppable) -> None:
         """From now on to this process; what came before it was started it gets at once."""
@@ -129,15 +138,8 @@ def leaving_when_told() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(STOPPED)
 
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    for number, handler in kept.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, leave)
-    try:
+    with handling((signal.SIGTERM, signal.SIGUSR1), leave):
         yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 class Running:

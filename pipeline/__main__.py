@@ -45,6 +45,12 @@ usage: python -m pipeline VERB ...
 """
 
 VERBS = ("run", "plan", "preview", "verify", "report", "chat", "doctor", "explain")
+TAKES = {
+    "verify": ("one path", "runs/NAME"),
+    "report": ("the folder of one run", "runs/NAME"),
+    "explain": ("one key", "sft.optim.lr"),
+}
+"""What a verb with one argument takes, and an example."""
 INTERRUPTED = 130
 SEARCHPATH = "hydra.searchpath="
 
@@ -76,9 +82,14 @@ def dispatch(arguments: Sequence[str]) -> int:
     if verb in ("run", "plan", "preview"):
         return composed(verb, rest)
     if verb == "verify":
-        return verify(rest)
+        from pipeline.verify import verify_path
+
+        return verify_path(Path(only(verb, rest)))
     if verb == "report":
-        return report(rest)
+        from pipeline.report import report
+
+        say(f"report    {report(Path(only(verb, rest)))}")
+        return 0
     if verb == "chat":
         from pipeline.chat import chat
 
@@ -88,40 +99,22 @@ def dispatch(arguments: Sequence[str]) -> int:
 
         return doctor(rest, say=say)
     if verb == "explain":
-        return explain(rest)
+        from pipeline.reference import explain
+
+        say(explain(only(verb, rest).partition("=")[0]))
+        return 0
     way_out = did_you_mean(verb, VERBS, f"verbs: {', '.join(VERBS)}")
     if "=" in verb:
         way_out = f"name a verb first: python -m pipeline run {' '.join(arguments)}"
     raise UserError(f"unknown verb {verb}", hint=way_out)
 
 
-def verify(arguments: Sequence[str]) -> int:
-    """`verify PATH`."""
-    from pipeline.verify import verify_path
-
+def only(verb: str, arguments: Sequence[str]) -> str:
+    """The one argument of a verb that takes one."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("verify takes one path", hint="python -m pipeline verify runs/NAME")
-    return verify_path(Path(arguments[0]))
-
-
-def report(arguments: Sequence[str]) -> int:
-    """`report RUN`."""
-    from pipeline.report import report as write_report
-
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("report takes the folder of one run", hint="python -m pipeline report runs/NAME")
-    say(f"report    {write_report(Path(arguments[0]))}")
-    return 0
-
-
-def explain(arguments: Sequence[str]) -> int:
-    """`explain KEY`."""
-    from pipeline.reference import explain as explained
-
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("explain takes one key", hint="python -m pipeline explain sft.optim.lr")
-    say(explained(arguments[0].partition("=")[0]))
-    return 0
+        what, example = TAKES[verb]
+        raise UserError(f"{verb} takes {what}", hint=f"python -m pipeline {verb} {example}")
+    return arguments[0]
 
 
 def composed(verb: str, arguments: Sequence[str]) -> int:

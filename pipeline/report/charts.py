@@ -8,9 +8,10 @@ in a note. Draws nothing itself: colours and fonts are the page's.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
@@ -30,7 +31,8 @@ LOG_RANGE = 1000.0
 SMALLEST = 1e-280
 """Below this, logarithms and differences lose themselves in the smallest floats."""
 
-Runs = list[list[tuple[float, float]]]
+Run = Sequence[tuple[float, float]]
+Runs = list[Run]
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,90 @@ class Scale:
         return round(self.begin + place * (self.end - self.begin), 1)
 
 
-@dataclass
-class _Drawing:
-    """A line on its way: what was measured, and what is drawn of it."""
+class _Curve:
+    """A line on its way: what was measured, what is drawn of it, and what must be said about it."""
 
-    line: Line
-    finite: list[tuple[int, float]]
-    runs: Runs = field(default_factory=list)
-    faint: Runs = field(default_factory=list)
-    band: list[list[tuple[float, float, float]]] = field(default_factory=list)
+    def __init__(self, line: Line, x_name: str) -> None:
+        self.line, self.x_name = line, x_name
+        self.finite = [(step, value) for step, value in line.series if _drawable(value)]
+        self.values = [value for _, value in self.finite]
+        self.gaps = [step for step, value in line.series if not _drawable(value)]
+        self.notes: list[str] = []
+        self.runs, self.faint = _unbroken(line.series), Runs()
+        self.band: list[list[tuple[float, float, float]]] = []
+        if self.gaps:
+            said = "1 value is" if len(self.gaps) == 1 else f"{len(self.gaps):,} values are"
+            where = f"first at {x_name} {self.gaps[0]:,}"
+            self.notes.append(f"{line.name}: {said} not a finite number, {where}; left out.")
+        if len(self.finite) > 2 * BUCKETS:
+            self._thin(math.ceil(len(self.finite) / BUCKETS))
+        elif len(self.finite) >= SMOOTHED_FROM and not line.sparse:
+            self._smooth(max(2, len(self.finite) // 40))
+
+    def _thin(self, size: int) -> None:
+        """The mean and the ends of every `size` values."""
+        cut = [[run[at : at + size] for at in range(0, len(run), size)] for run in self.runs]
+        self.runs = [[(fmean(s for s, _ in b), fmean(v for _, v in b)) for b in run] for run in cut]
+        self.band = [[(b[0][0], min(v for _, v in b), max(v for _, v in b)) for b in run] for run in cut]
+        self.notes.append(f"Line: the mean of every {size} values. Band: from their lowest to their highest.")
+
+    def _smooth(self, half: int) -> None:
+        """The moving mean before every value, where values scatter about it."""
+        smooth = [_moving_mean(run, half) for run in self.runs]
+        if _is_noisy(self.runs, smooth):
+            self.faint, self.runs = self.runs, smooth
+            self.notes.append(f"Thin: every value. Thick: the mean of {2 * half + 1}.")
+
+    @functools.cached_property
+    def intervals(self) -> list[tuple[int, float, float]]:
+        """95 % intervals by step, where a standard error was logged."""
+        found = []
+        for step, value in self.finite if len(self.finite) <= DOTS_UP_TO else ():
+            half = Z * self.line.errors.get(step, 0.0)
+            if half > 0 and _drawable(value - half) and _drawable(value + half):
+                low, high = self.line.limits
+                found.append((step, max(value - half, low), min(value + half, high)))
+        return found
+
+    def drawn(self, x: Scale, y: Scale, text: Callable[[float], str]) -> Drawn:
+        """Laid out on the axes. text: how a value is written."""
+        line, last = self.line, self.finite[-1] if self.finite else None
+        end = None if last is None else (x(last[0]), y(last[1]))
+        lone = [run[0] for run in self.runs if len(run) == 1]
+        return Drawn(
+            line.name,
+            line.style,
+            path=_path(self.runs, x, y),
+            faint=_path(self.faint, x, y),
+            band="".join(_band(run, x, y) for run in self.band if len(run) > 1),
+            dots=[(x(s), y(v)) for s, v in (self.finite if self._as_dots else lone)],
+            whiskers=[] if y.log else [(x(step), y(low), y(high)) for step, low, high in self.intervals],
+            gaps=[x(step) for step in self.gaps][:BUCKETS],
+            end=end,
+            label="" if last is None else text(last[1]),
+            label_y=0.0 if end is None else end[1],
+        )
+
+    @property
+    def _as_dots(self) -> bool:
+        return self.line.sparse and len(self.finite) <= DOTS_UP_TO
+
+    def in_words(self) -> str:
+        """What a reader who does not see the chart is told."""
+        (begin, first), (end, last) = self.finite[0], self.finite[-1]
+        return (
+            f"{self.line.name}: {shown.figure(first)} at {self.x_name} {begin:,}, {shown.figure(last)} at "
+            f"{self.x_name} {end:,}, between {shown.figure(min(self.values))} and "
+            f"{shown.figure(max(self.values))}"
+        )
+
+    def row(self, text: Callable[[float], str]) -> tuple[str, str, str, str, str]:
+        """For the table: name, first, lowest, highest, last."""
+        if not self.values:
+            return self.line.name, "–", "–", "–", "–"
+        found = self.values[0], min(self.values), max(self.values), self.values[-1]
+        first, low, high, last = map(text, found)
+        return self.line.name, first, low, high, last
 
 
 def lay_out(
@@ -114,36 +191,28 @@ def lay_out(
 
     percent: values are shares; they are drawn, and labelled, in percent.
     """
-    if percent:
-        lines = [_in_percent(line) for line in lines]
-    drawings = [_Drawing(line, [(s, v) for s, v in line.series if _drawable(v)]) for line in lines]
-    drawings = [drawing for drawing in drawings if drawing.line.series]
-    values = [value for drawing in drawings for _, value in drawing.finite]
+    text = (lambda value: shown.share(value / 100)) if percent else shown.figure
+    unit = "%" if percent else unit
+    made = [_Curve(_in_percent(line) if percent else line, x_name) for line in lines if line.series]
+    values = [value for curve in made for value in curve.values]
     if not values:
         return None
-    ends = [end for drawing in drawings for _, *both in _intervals(drawing) for end in both]
-    values += ends
-    notes = []
-    for drawing in drawings:
-        notes += _prepare(drawing, x_name)
-    steps = [step for drawing in drawings for step, _ in drawing.line.series]
+    ends = [end for curve in made for _, *both in curve.intervals for end in both]
+    steps = [step for curve in made for step, _ in curve.line.series]
     x = Scale(*_widened(min(steps), max(steps), whole=True), LEFT, WIDTH - RIGHT)
-    y, y_ticks = _value_axis(values)
-    if y.log:
-        notes.append("Logarithmic scale.")
-    elif ends:
-        notes.append("Bars: 95% intervals.")
-    drawn = _spread_labels([_draw(drawing, x, y, percent) for drawing in drawings])
-    unit = "%" if percent else unit
+    y, y_ticks = _value_axis(values + ends)
+    notes = [note for curve in made for note in curve.notes]
+    notes += ["Logarithmic scale."] if y.log else ["Bars: 95% intervals."] if ends else []
+    said = "; ".join(curve.in_words() for curve in made if curve.finite)
     return Chart(
         title,
-        drawn,
+        _spread_labels([curve.drawn(x, y, text) for curve in made]),
         _step_ticks(x),
         y_ticks,
         x_name,
-        _description(title, drawings, x_name, unit),
+        f"{title}{f' in {unit}' if unit else ''}. {said}.",
         list(dict.fromkeys(notes)),
-        [_table_row(drawing, percent) for drawing in drawings],
+        [curve.row(text) for curve in made],
         unit,
     )
 
@@ -168,66 +237,17 @@ def _in_percent(line: Line) -> Line:
     return replace(line, series=series, errors=errors, limits=(0.0, 100.0))
 
 
-def _intervals(drawing: _Drawing) -> list[tuple[int, float, float]]:
-    """95 % intervals by step, where a standard error was logged."""
-    if len(drawing.finite) > DOTS_UP_TO:
-        return []
-    found = []
-    for step, value in drawing.finite:
-        half = Z * drawing.line.errors.get(step, 0.0)
-        if half > 0 and _drawable(value - half) and _drawable(value + half):
-            low, high = drawing.line.limits
-            found.append((step, max(value - half, low), min(value + half, high)))
-    return found
+def _unbroken(series: Series) -> Runs:
+    """The series in pieces, cut where values are not numbers."""
+    pieces = itertools.groupby(series, key=lambda pair: _drawable(pair[1]))
+    return [[*piece] for is_drawn, piece in pieces if is_drawn]
 
 
-def _prepare(drawing: _Drawing, x_name: str) -> list[str]:
-    """Cut the series at its gaps, thin it or smooth it; returns what must be said about it."""
-    line, notes = drawing.line, []
-    runs = list(_unbroken(line.series))
-    missing = len(line.series) - len(drawing.finite)
-    if missing:
-        first = next(step for step, value in line.series if not _drawable(value))
-        said = "1 value is" if missing == 1 else f"{missing:,} values are"
-        notes.append(f"{line.name}: {said} not a finite number, first at {x_name} {first:,}; left out.")
-    if len(drawing.finite) > 2 * BUCKETS:
-        size = math.ceil(len(drawing.finite) / BUCKETS)
-        for run in runs:
-            buckets = [run[at : at + size] for at in range(0, len(run), size)]
-            drawing.runs.append([(fmean(s for s, _ in b), fmean(v for _, v in b)) for b in buckets])
-            drawing.band.append([(b[0][0], min(v for _, v in b), max(v for _, v in b)) for b in buckets])
-        notes.append(f"Line: the mean of every {size} values. Band: from their lowest to their highest.")
-    elif len(drawing.finite) >= SMOOTHED_FROM and not line.sparse:
-        half = max(2, len(drawing.finite) // 40)
-        smooth = [_moving_mean(run, half) for run in runs]
-        drawing.runs = runs
-        if _is_noisy(runs, smooth):
-            drawing.faint, drawing.runs = runs, smooth
-            notes.append(f"Thin: every value. Thick: the mean of {2 * half + 1}.")
-    else:
-        drawing.runs = runs
-    return notes
-
-
-def _unbroken(series: Series) -> Iterator[list[tuple[float, float]]]:
-    run: list[tuple[float, float]] = []
-    for step, value in series:
-        if _drawable(value):
-            run.append((step, value))
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
-
-
-def _moving_mean(run: list[tuple[float, float]], half: int) -> list[tuple[float, float]]:
+def _moving_mean(run: Run, half: int) -> Run:
     """Centred; towards the ends over fewer values, as many on either side."""
-    smooth = []
-    for index, (step, _) in enumerate(run):
-        reach = min(half, index, len(run) - 1 - index)
-        smooth.append((step, fmean(value for _, value in run[index - reach : index + reach + 1])))
-    return smooth
+    reach = [min(half, index, len(run) - 1 - index) for index in range(len(run))]
+    means = (fmean(value for _, value in run[at - far : at + far + 1]) for at, far in enumerate(reach))
+    return [(step, mean) for (step, _), mean in zip(run, means, strict=True)]
 
 
 def _is_noisy(runs: Runs, smooth: Runs) -> bool:
@@ -265,34 +285,8 @@ def _value_axis(values: Sequence[float]) -> tuple[Scale, list[tuple[float, str]]
 def _step_ticks(x: Scale) -> list[tuple[float, str]]:
     """The horizontal axis: whole steps only."""
     marks, step = nice_ticks(x.low, x.high, 4)
-    step = max(step, 1)
-    inside = [m for m in marks if x.low <= m <= x.high and float(m).is_integer()]
-    return [(x(mark), shown.tick(mark, step)) for mark in inside]
-
-
-def _draw(drawing: _Drawing, x: Scale, y: Scale, percent: bool) -> Drawn:
-    line, finite = drawing.line, drawing.finite
-    last = finite[-1] if finite else None
-    end = None if last is None else (x(last[0]), y(last[1]))
-    as_dots = line.sparse and len(finite) <= DOTS_UP_TO
-    lone = [run[0] for run in drawing.runs if len(run) == 1]
-    return Drawn(
-        line.name,
-        line.style,
-        _path(drawing.runs, x, y),
-        _path(drawing.faint, x, y),
-        "".join(_band(run, x, y) for run in drawing.band if len(run) > 1),
-        [(x(step), y(value)) for step, value in (finite if as_dots else lone)],
-        [(x(step), y(low), y(high)) for step, low, high in _intervals(drawing)] if not y.log else [],
-        [x(step) for step, value in line.series if not _drawable(value)][:BUCKETS],
-        end,
-        "" if last is None else _label(last[1], percent),
-        0.0 if end is None else end[1],
-    )
-
-
-def _label(value: float, percent: bool) -> str:
-    return shown.share(value / 100) if percent else shown.figure(value)
+    inside = (mark for mark in marks if x.low <= mark <= x.high and float(mark).is_integer())
+    return [(x(mark), shown.tick(mark, max(step, 1))) for mark in inside]
 
 
 def _path(runs: Runs, x: Scale, y: Scale) -> str:
@@ -324,25 +318,3 @@ def _spread_labels(lines: list[Drawn]) -> list[Drawn]:
     return [
         replace(line, label_y=round(places.get(index, line.label_y), 1)) for index, line in enumerate(lines)
     ]
-
-
-def _description(title: str, drawings: Sequence[_Drawing], x_name: str, unit: str) -> str:
-    """What a reader who does not see the chart is told."""
-    parts = []
-    for drawing in drawings:
-        if drawing.finite:
-            (begin, first), (end, last) = drawing.finite[0], drawing.finite[-1]
-            values = [value for _, value in drawing.finite]
-            parts.append(
-                f"{drawing.line.name}: {shown.figure(first)} at {x_name} {begin:,}, {shown.figure(last)} at "
-                f"{x_name} {end:,}, between {shown.figure(min(values))} and {shown.figure(max(values))}"
-            )
-    return f"{title}{f' in {unit}' if unit else ''}. " + "; ".join(parts) + "."
-
-
-def _table_row(drawing: _Drawing, percent: bool) -> tuple[str, str, str, str, str]:
-    values = [value for _, value in drawing.finite]
-    if not values:
-        return drawing.line.name, "–", "–", "–", "–"
-    first, low, high, last = (_label(v, percent) for v in (values[0], min(values), max(values), values[-1]))
-    return drawing.line.name, first, low, high, last

@@ -35,6 +35,8 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} |
 
 Series = list[tuple[int, float]]
 """Values of one metric by step, in order of steps."""
+Counted = tuple[str, int, list[str]]
+"""A reason, the rows (or turns) it applies to, and the first places."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,9 @@ class LedgerRow:
     """What became of the rows of one source."""
 
     name: str
-    path: str
     format: str
-    counts: Mapping[
-        str, int
-    ]  # rows_read, rows_kept, rows_held_out, tokens, trained_tokens, truncated, bad_rows
-    dropped: list[
-        tuple[str, int, list[str]]
-    ]  # reason, rows (or turns), first places; of bad and split rows too
+    counts: Mapping[str, int]  # rows_read, rows_kept, rows_held_out, tokens, trained_tokens, ...
+    dropped: list[Counted]  # of bad and split rows too
     lost: int  # rows dropped, without bad ones
 
 
@@ -84,7 +81,7 @@ class Node:
     role: str
     path: str
     sha256: str
-    parents: list[tuple[str, str, str]]  # role, path, sha256
+    parents: list[list[str]]  # role, path, sha256
     inputs: Mapping[str, str]  # sha256 by configuration key
 
 
@@ -188,23 +185,22 @@ class Reader:
             return None
 
     def yaml(self, name: str, text: str) -> dict[str, Any]:
+        """What YAML text says; empty when it is no mapping."""
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
             self.problems.append((name, f"is no YAML: {str(error).splitlines()[0]}"))
             return {}
-        if value is not None and not isinstance(value, dict):
-            self.problems.append((name, "holds no mapping"))
-        return mapping(value)
+        return self._mapping(name, value, "holds no mapping") if value is not None else {}
 
     def json(self, name: str) -> dict[str, Any]:
         """A file's JSON object; empty when it is not there or damaged."""
         text = self.text(name)
-        if text is None:
-            return {}
-        value = parsed(text)
+        return {} if text is None else self._mapping(name, parsed(text), "holds no JSON object")
+
+    def _mapping(self, name: str, value: Any, problem: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            self.problems.append((name, "holds no JSON object"))
+            self.problems.append((name, problem))
         return mapping(value)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
@@ -279,15 +275,12 @@ def sample_of(record: Mapping[str, Any]) -> SampleRow:
     )
 
 
-def counted(entry: Mapping[str, Any], name: str, says: str = "") -> list[tuple[str, int, list[str]]]:
-    """What the ledger counts by reason, with the first places."""
+def counted(entry: Mapping[str, Any], name: str, says: str = "") -> list[Counted]:
+    """What the ledger counts by reason."""
+    pairs = [(says + clean(reason), mapping(found)) for reason, found in mapping(entry.get(name)).items()]
     return [
-        (
-            says + clean(reason),
-            whole(mapping(found).get("count")),
-            [clean(place) for place in listing(mapping(found).get("places"))],
-        )
-        for reason, found in mapping(entry.get(name)).items()
+        (reason, whole(found.get("count")), [*map(clean, listing(found.get("places")))])
+        for reason, found in pairs
     ]
 
 
@@ -296,27 +289,20 @@ def ledger_row(entry: Mapping[str, Any]) -> LedgerRow:
     dropped = counted(entry, "dropped")
     lost = sum(count for _, count, _ in dropped)
     dropped += counted(entry, "untrained", "not trained: ") + counted(entry, "split", "split: ")
-    if examples := [clean(place) for place in listing(entry.get("bad_examples"))]:
+    if examples := [*map(clean, listing(entry.get("bad_examples")))]:
         dropped.append(("bad rows", whole(entry.get("bad_rows")), examples))
-    counts = {clean(key): whole(value) for key, value in entry.items() if is_step(value)}
-    name, path, form = (clean(entry.get(key) or "") for key in ("name", "path", "format"))
-    return LedgerRow(name, path, form, counts, dropped, lost)
+    counts = {clean(key): value for key, value in entry.items() if is_step(value)}
+    name, form = texts(entry, "name", "format")
+    return LedgerRow(name, form, counts, dropped, lost)
 
 
 def node_of(step: str, entry: Mapping[str, Any]) -> Node:
     """One artifact of the lineage."""
-    parents = [mapping(parent) for parent in listing(entry.get("parents"))]
-    return Node(
-        step,
-        clean(entry.get("role") or ""),
-        clean(entry.get("path") or ""),
-        clean(entry.get("manifest_sha256") or ""),
-        [
-            (clean(p.get("role") or ""), clean(p.get("path") or ""), clean(p.get("manifest_sha256") or ""))
-            for p in parents
-        ],
-        {clean(key): clean(value) for key, value in mapping(entry.get("inputs")).items()},
-    )
+    keys = ("role", "path", "manifest_sha256")
+    parents = [texts(mapping(parent), *keys) for parent in listing(entry.get("parents"))]
+    inputs = {clean(key): clean(value) for key, value in mapping(entry.get("inputs")).items()}
+    role, path, sha256 = texts(entry, *keys)
+    return Node(step, role, path, sha256, parents, inputs)
 
 
 # --- values of unknown kind -------------------------------------------------------------------------
@@ -336,6 +322,11 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def listing(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def texts(entry: Mapping[str, Any], *keys: str) -> list[str]:
+    """The text under each key; empty where there is none."""
+    return [clean(entry.get(key) or "") for key in keys]
 
 
 def is_step(value: Any) -> bool:

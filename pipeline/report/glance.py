@@ -209,24 +209,18 @@ def before_and_after(
             return Estimate(value, value - estimates.Z * error, value + estimates.Z * error)
         return Estimate(value)
 
-    change = None
-    if two:
-        change = estimates.of_change(groups[0], groups[1], last - first) or Estimate(last - first)
+    change = estimates.of_change(groups[0], groups[1], last - first) or Estimate(last - first)
     return Measure(
-        step.name,
-        name,
-        NAMES.get(name, name),
-        mode,
-        "pairs" if pairs else "prompts",
-        name in SHARES and all(0 <= value <= 1 for _, value in series),
-        UNITS.get(name, ""),
-        estimate(first, groups[0], first_step) if two else None,
-        first_step if two else None,
-        estimate(last, groups[1], last_step),
-        last_step,
-        change,
-        is_function,
-    )
+        step.name, name, NAMES.get(name, name), mode, "pairs" if pairs else "prompts",
+        is_share=name in SHARES and all(0 <= value <= 1 for _, value in series),
+        unit=UNITS.get(name, ""),
+        before=estimate(first, groups[0], first_step) if two else None,
+        before_step=first_step if two else None,
+        after=estimate(last, groups[1], last_step),
+        after_step=last_step,
+        change=change if two else None,
+        is_function=is_function,
+    )  # fmt: skip
 
 
 def pairs_of(step: StepFiles) -> int:
@@ -251,9 +245,10 @@ def conclusions(sampled: list[Measure], others: list[Measure]) -> tuple[list[str
             number = f"{measure.after.count:,} " if measure.after.count else ""
             share = measure.text(measure.after.value)
             sentences.append(f"{who} puts {share} of {number}held-out pairs in the right order{between}.")
-    if functions and reward is not None and _fell(functions[0]) and _rose(reward):
+    if functions and reward is not None and _went(functions[0], down=True) and _went(reward, down=False):
+        title = functions[0].title
         cautions.append(
-            f"The reward rose while held-out {_lower(functions[0].title)} fell: the policy has learned to "
+            f"The reward rose while held-out {title[:1].lower()}{title[1:]} fell: the policy has learned to "
             "please the reward, not to do better. Do not read the reward as success."
         )
     return sentences, cautions
@@ -277,16 +272,12 @@ def _change_sentence(measure: Measure) -> str | None:
     return f"{measure.title} {verb} {where}{over}{at}{between}."
 
 
-def _rose(measure: Measure) -> bool:
-    return measure.change is not None and estimates.is_clear(measure.change) and measure.change.value > 0
-
-
-def _fell(measure: Measure) -> bool:
-    return measure.change is not None and estimates.is_clear(measure.change) and measure.change.value < 0
-
-
-def _lower(title: str) -> str:
-    return title[:1].lower() + title[1:]
+def _went(measure: Measure, *, down: bool) -> bool:
+    """Whether it clearly fell, or rose."""
+    change = measure.change
+    return (
+        change is not None and estimates.is_clear(change) and (change.value < 0 if down else change.value > 0)
+    )
 
 
 def _values(step: StepFiles, at: int, name: str, mode: str) -> dict[str, list[float]]:

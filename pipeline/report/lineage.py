@@ -52,13 +52,13 @@ def draw(nodes: Sequence[Node]) -> Tree:
     for node in nodes:
         places[node.path] = len(rows)
         rows.append(_row(len(rows), node.step, node.role, node.path, node.sha256, is_outside=False))
-    curves, said = [], []
-    for node in nodes:
-        for role, path, _ in node.parents:
-            curves.append(_curve(rows[places[path]].y, rows[places[node.path]].y))
-            said.append(f"{node.path} was made from the {role} {path}")
-        if not node.parents:
-            said.append(f"{node.path} was made from no other artifact")
+    edges = [(node.path, role, path) for node in nodes for role, path, _ in node.parents]
+    curves = [_curve(rows[places[path]].y, rows[places[child]].y) for child, _, path in edges]
+    said = [
+        f"{node.path} was made from {the}"
+        for node in nodes
+        for the in [f"the {role} {path}" for role, path, _ in node.parents] or ["no other artifact"]
+    ]
     return Tree(rows, curves, TOP + ROW * len(rows), "; ".join(said))
 
 

@@ -6,6 +6,7 @@ is replaced in one step, so that a reader never meets half of one, and it can be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,15 +80,10 @@ def render(run: RunFiles) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["shown"] = shown
-    environment.globals["parts"] = parts
-    environment.globals["LONG"] = LONG
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals |= {"shown": shown, "parts": parts, "LONG": LONG}
     page = environment.get_template("report.html.jinja")
     return page.render(context(run))
 
@@ -125,56 +121,40 @@ def step_page(run: RunFiles, step: StepFiles, *, abandoned: bool) -> StepPage:
     functions = list(mapping(run.setting("ppo.evaluation.functions"))) if step.name == Step.ppo.value else []
     main, further = curves(step.name, step.metrics, functions, step.errors)
     status = status_of(step.state, abandoned=abandoned)
-    return StepPage(
-        step.name,
-        TITLES.get(step.name, step.name),
-        status,
-        facts_of(run, step),
-        main,
-        further,
-        compare(step.samples, functions),
-        step,
-    )
+    title, facts = TITLES.get(step.name, step.name), facts_of(run, step)
+    return StepPage(step.name, title, status, facts, main, further, compare(step.samples, functions), step)
 
 
 def status_of(recorded: Mapping[str, str], *, abandoned: bool) -> Status:
     """A step's status in words. abandoned: the process that ran it is no more."""
     status = recorded.get("status", "")
-    if status == "done":
-        return Status("finished", "done")
-    if status == "running" and abandoned:
-        return Status(
-            "interrupted", "failed", "its process is gone; the same command goes on from its last save"
-        )
-    if status == "running":
-        return Status("going on", "running")
-    if status == "stopped":
-        return Status("stopped", "stopped", "the same command goes on from here")
-    if status == "failed":
-        return Status("failed", "failed", f"exit status {recorded.get('exit_status', 'unknown')}")
-    return Status(clean(status) if status else "not started", "waiting")
+    gone = "its process is gone; the same command goes on from its last save"
+    known = {
+        "done": Status("finished", "done"),
+        "running": Status("interrupted", "failed", gone) if abandoned else Status("going on", "running"),
+        "stopped": Status("stopped", "stopped", "the same command goes on from here"),
+        "failed": Status("failed", "failed", f"exit status {recorded.get('exit_status', 'unknown')}"),
+    }
+    return known.get(status, Status(clean(status) if status else "not started", "waiting"))
 
 
 def facts_of(run: RunFiles, step: StepFiles) -> list[tuple[str, str]]:
     """Short lines about a step: times, how far it is, its size."""
-    facts = []
-    begun, ended = step.state.get("started"), step.state.get("ended")
-    if begun is not None:
-        facts.append(("started", shown.moment(begun)))
-    if ended is not None:
-        facts.append(("ended", shown.moment(ended)))
-    took = shown.duration(step.state.get("launched", ""), ended or "")
-    if took is not None:
-        facts.append(("took" if step.state.get("launched") == begun else "took since it was resumed", took))
-    if (progress := progress_of(run, step)) is not None:
-        facts.append(("progress", progress))
-    if (parameters := number(step.details.get("parameters"))) is not None:
-        facts.append(("parameters", f"{parameters:,.0f}"))
-    if (tokens := step.metrics.get("num_tokens")) and tokens[-1][1] < 1e300:
-        facts.append(("tokens seen", f"{tokens[-1][1]:,.0f}"))
-    if isinstance(base := step.details.get("base_model"), str):
-        facts.append(("from", clean(base)))
-    return facts
+    begun, launched, ended = (step.state.get(key) for key in ("started", "launched", "ended"))
+    parameters, base = number(step.details.get("parameters")), step.details.get("base_model")
+    (_, tokens) = (step.metrics.get("num_tokens") or [(0, math.inf)])[-1]
+    facts = {
+        "started": None if begun is None else shown.moment(begun),
+        "ended": None if ended is None else shown.moment(ended),
+        "took" if launched == begun else "took since it was resumed": shown.duration(
+            launched or "", ended or ""
+        ),
+        "progress": progress_of(run, step),
+        "parameters": None if parameters is None else f"{parameters:,.0f}",
+        "tokens seen": f"{tokens:,.0f}" if tokens < 1e300 else None,
+        "from": clean(base) if isinstance(base, str) else None,
+    }
+    return [(label, fact) for label, fact in facts.items() if fact is not None]
 
 
 def progress_of(run: RunFiles, step: StepFiles) -> str | None:
