@@ -73,11 +73,14 @@ def check_parents(
         check_same_tokens(Artifact(folder, read_manifest(folder)), artifact)
 
 
-def readable(config: PipelineConfig, step: Wired, wired: Sequence[Wired], tokenizer: Path) -> PipelineConfig:
+def readable(
+    config: PipelineConfig, step: Wired, wired: Sequence[Wired], tokenizer: Path | None
+) -> PipelineConfig:
     """The configuration that a step's rows can be read with before the steps ahead of it have run.
 
     With the tokenizer of the policy that the step starts from, if there is one already; else the one that SFT
-    trains, if it does; else the base model's own. tokenizer: where that of SFT is, or will be by then.
+    trains, if it does; else the base model's own. tokenizer: where that of SFT is, or will be by then; None
+    where there is none.
     """
     if Role.policy not in step.sources:
         return config
@@ -85,7 +88,8 @@ def readable(config: PipelineConfig, step: Wired, wired: Sequence[Wired], tokeni
     made = step.folder_of(Role.policy, run_folder(config))
     policy = str(made) if (made / MANIFEST).exists() else start_of(step.stage.name, wired)
     changed: dict[str, Any] = {name: replace(getattr(config, name), policy=policy)}
-    if policy is None and config.model.tokenizer.train_vocab_size is not None:
+    trains = config.model.tokenizer.train_vocab_size is not None
+    if policy is None and trains and tokenizer is not None:
         changed["model"] = replace(config.model, tokenizer=TokenizerConfig(path=str(tokenizer)))
     return replace(config, **changed)
 

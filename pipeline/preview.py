@@ -25,8 +25,9 @@ def preview(config: PipelineConfig) -> int:
     checks.check(config, 1, can_lack=[Role.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
         for step in wired:
-            tokenizer = Path(folder) / Step.sft.value / "tokenizer"  # where the preview of SFT trains one
-            resolved = state.write_resolved(readable(config, step, wired, tokenizer), Path(folder))
+            trained = Path(folder) / Step.sft.value / "tokenizer"  # by the preview of SFT
+            to_read = readable(config, step, wired, trained if trained.exists() else None)
+            resolved = state.write_resolved(to_read, Path(folder))
             job = Job(step.stage.module, ("--preview", "--config", str(resolved)))
             status, _ = supervise(job, ())
             if status != 0:
