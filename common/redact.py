@@ -7,15 +7,17 @@ made of (resolved.yaml, state, scripts of launchers) is written as it is and nev
 A credential is known by the name of its key (`hf_token`, `wandb_api_key`, `password`) or by its look
 (`hf_...`, `sk-...`, `user:password@host`). What only sounds alike (`num_tokens`, `pad_token`) is
 none, and neither are the 40 or 64 hexadecimal digits of a commit or a checksum, as in the folders of the
-hub's cache: they are hidden in a text only behind a word that asks for a key. It changes nothing in place,
-reads no environment and imports nothing heavy.
+hub's cache: they are hidden in a text only behind a word that asks for a key. It changes nothing in place.
+`has_wandb_key` says whether one is at hand, never which; nothing here imports anything heavy.
 """
 
 from __future__ import annotations
 
+import netrc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 HIDDEN = "[redacted]"
 
@@ -121,3 +123,14 @@ def _words(key: str) -> list[str]:
     """`WANDB_API_KEY`, `apiKey` and `api-key` alike as lower-case words."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
     return [word for word in re.split(r"[^A-Za-z0-9]+", spaced.lower()) if word]
+
+
+def has_wandb_key(server: str, environ: Mapping[str, str]) -> bool:
+    """Whether a key for `server` is at hand: in the environment or in the netrc file."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        entries = netrc.netrc(environ.get("NETRC"))  # ~/.netrc is refused where others may read it
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return entries.authenticators(urlsplit(server).netloc) is not None

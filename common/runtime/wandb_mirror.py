@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import TrackingConfig, WandbMode
-from common.credentials import has_wandb_key
-from common.redact import redact, redact_text
+from common.redact import has_wandb_key, redact, redact_text
 from common.runtime.json_lines import strict
 
 RUN_ID_FILE = "wandb_run_id"

@@ -11,8 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common import jit
-from common.credentials import has_wandb_key
-from common.redact import redact, redact_text
+from common.redact import has_wandb_key, redact, redact_text
 from launch.local import PROJECT
 from pipeline.doctor.findings import Findings, Machine, note, ok, warning
 

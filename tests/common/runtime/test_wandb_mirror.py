@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from common.config import TrackingConfig, WandbMode
-from common.credentials import has_wandb_key
+from common.redact import has_wandb_key
 from common.runtime import wandb_mirror
 from common.runtime.tracking import read_metrics
 from common.runtime.wandb_mirror import choose_mode, server_answers
