@@ -294,7 +294,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     losses, ends = [], []
     for step in range(run.steps):
         batches = batches_of(run, step)
-        _, trained = count_tokens(batches)
+        _, trained, _ = count_tokens(batches)
         sums = TokenSums()
         for batch in batches:
             result = score(engine, batch, device, with_entropy=True)

@@ -158,7 +158,7 @@ def _train_ours(
         learning_rate = workload.LEARNING_RATE * schedule(step)
         set_learning_rate(optimizer, learning_rate)
         micro_batches = batches.micro_batches(step)
-        _, trained = count_tokens(micro_batches)
+        _, trained, _ = count_tokens(micro_batches)
         sums = TokenSums()
         for batch in micro_batches:
             result = score(engine, batch, world.device, with_entropy=False)

@@ -6,9 +6,16 @@ Trials are taken to be independent. Ties, which count half, make a share of no w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+from common.stage import Step
 
 Z = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
+
+SURPRISE = 0.01
+"""How improbable it must be that so many pairs are in the wrong order by chance, before their columns are
+suspected: that takes seven of them."""
 
 
 def share_interval(share: float, count: int) -> tuple[float, float]:
@@ -34,3 +41,23 @@ def share_in_words(share: float, count: int, what: str) -> str:
         return f"{share:.1%} of {what}"
     low, high = share_interval(share, count)
     return f"{share:.1%} of {count:,} {what} (95% interval {low:.1%} to {high:.1%})"
+
+
+def swapped_warning(
+    metrics: Mapping[str, float], accuracy: str, margin: str, *, step: Step, pairs: int
+) -> str | None:
+    """What to say when answers that people rejected ended above those they chose, and hardly by chance.
+
+    Held-out pairs show it when their columns, or the others', are swapped. Where all rows are swapped alike,
+    the model learns that order and nothing can show it. accuracy, margin: names of the metrics that hold the
+    share of the pairs in the right order and the mean difference of rewards; pairs: how many those are of.
+    """
+    share, mean = metrics.get(accuracy, 1.0), metrics.get(margin, 0.0)
+    if mean >= 0 or chance_of_so_few(share, pairs) >= SURPRISE:
+        return None
+    key = f"{step.value}.data"
+    return (
+        f"warning: at the end the rejected answers have higher rewards than the chosen ones ({margin} "
+        f"{mean:.3g}; {share:.1%} of {pairs:,} pairs are in the right order): are the columns chosen and "
+        f"rejected swapped, in {key}.eval_path or in one of {key}.sources?"
+    )

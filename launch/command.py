@@ -77,7 +77,7 @@ def hand_over(command: Sequence[str], file: Path, *, elsewhere: str, refused: st
         )
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
-        said = " ".join(done.stderr.split())[:400] or f"exit status {done.returncode}"
+        said = " ".join(done.stderr.split())[:2000] or f"exit status {done.returncode}"
         raise UserError(
             f"{program} refused {file}: {said}", hint=f"{refused}; launch.submit=false only writes"
         )

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.config import LaunchConfig
 from common.errors import UserError
 from common.files import disk_errors
+from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
 from launch.channel import Channel, interface_of
 from launch.local import Job, Meeting

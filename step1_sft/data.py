@@ -59,12 +59,11 @@ def prompts_to_sample(
     return held_out_prompts(held_out, sampling.num_prompts, room_for_prompts(model, sampling), job.seed)
 
 
-def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    """Tokens, and trained tokens, of this rank's part of a step; filler batches do not count."""
-    tokens = sum(batch.input_ids.shape[1] for batch in micro_batches if batch.row_ids)
-    return tokens, sum(len(batch.targets) for batch in micro_batches)
+def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
+    """This rank's part of a step: tokens, trained tokens, and computed positions that are nobody's token.
 
-
-def count_padding(micro_batches: Sequence[Batch]) -> int:
-    """Computed positions that are nobody's token. Documents lie end to end: only filler batches have any."""
-    return sum(batch.input_ids.shape[1] for batch in micro_batches if not batch.row_ids)
+    Documents lie end to end: only filler batches, which have no documents, are padding.
+    """
+    real = sum(batch.input_ids.shape[1] for batch in micro_batches if batch.row_ids)
+    computed = sum(batch.input_ids.shape[1] for batch in micro_batches)
+    return real, sum(len(batch.targets) for batch in micro_batches), computed - real

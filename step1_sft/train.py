@@ -8,7 +8,6 @@ is finished, the policy under `export/`. How rows become tokens is in `data.py`,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from common.data.batches import Batches, evaluation_batches
@@ -17,11 +16,10 @@ from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM
 from common.stage import Step
-from common.training.learner import build_learner
-from common.training.loop import Loop, skipped_warning
+from common.training.loop import Loop
 from common.training.session import Session, probe_of
 from step1_sft.config import SFTJob
-from step1_sft.data import count_padding, count_tokens, load_sft_tokenizer, prompts_to_sample
+from step1_sft.data import count_tokens, load_sft_tokenizer, prompts_to_sample
 from step1_sft.evaluate import evaluate
 from step1_sft.loss import TokenSums, score
 
@@ -29,57 +27,51 @@ from step1_sft.loss import TokenSums, score
 def train(job: SFTJob, run_dir: Path) -> int:
     """Train the policy and export it. Returns 0; leaves by SystemExit(143) when told to stop, state saved."""
     # Load --------------------------------------------------------------------------------------
-    sft, config = job.sft, job.sft.train
-    session = Session(job, Step.sft, config, run_dir)
+    sft, train_config = job.sft, job.sft.train
+    session = Session(job, Step.sft, train_config, run_dir)
     world = session.world
     tokenizer = load_sft_tokenizer(job, session.folder, world.local_rank, session.say)
     data = session.load_data(sft.data, DEMONSTRATIONS, tokenizer)
     model = session.load_network(load_model, CAUSAL_LM, job.model, tokenizer, sft.data.max_length)
 
-    # Data --------------------------------------------------------------------------------------
+    # Batches -----------------------------------------------------------------------------------
     plan = session.batch_plan(sft.data)
     batches = Batches(data.train, plan, data.weights)
-    total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
+    total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
     prompts = prompts_to_sample(data.held_out, job, model)
 
     # Learner -----------------------------------------------------------------------------------
     module = PackedCausalLM(model)
     peak_lr = sft.peak_lr(lora=job.model.lora.enabled)
-    learner = build_learner(module, job, config, sft.optim, world, peak_lr=peak_lr, steps=total_steps)
-    session.say(f"learning rate: {learner.rates.in_words()}")
+    learner = session.build_learner(module, sft.optim, peak_lr=peak_lr, steps=total_steps)
     engine = learner.engine
 
-    def measure(held_out: TokenizedDataset, step: int) -> tuple[dict[str, float], str]:
+    def evaluate_held_out(held_out: TokenizedDataset, step: int) -> tuple[dict[str, float], str]:
         """What would be exported now, on held-out rows; and a line that says it."""
         metrics = evaluate(engine, evaluation_batches(held_out, plan), held_out.sources, world.device)
         metrics |= session.sample(module, engine, tokenizer, prompts, sft.sampling, step)
         return metrics, held_out_line(step, metrics, len(held_out), len(prompts))
 
-    loop = Loop(
-        session, learner, batches, data, total_steps, measure,
-        base_revision=getattr(module.base().config, "_commit_hash", None),
-    )  # fmt: skip
-    with loop.open():
+    loop = Loop(session, learner, batches, data, total_steps, evaluate_held_out)
+    loop.resume()
+    with loop.training():
         # Loop ----------------------------------------------------------------------------------
         while loop.counters.step < total_steps:
-            micro_batches = batches.micro_batches(loop.begin())
-            tokens, trained, padding = loop.agree(
-                [*count_tokens(micro_batches), count_padding(micro_batches)]
-            )
+            step = loop.begin()
+            micro_batches = batches.micro_batches(step)
+            tokens, trained, padding = loop.all_reduce(count_tokens(micro_batches))
             sums = TokenSums()
             for batch in micro_batches:
                 result = score(engine, batch, world.device, with_entropy=True)
                 engine.backward(result.loss_sum, trained)
                 sums.add(result)
-            loop.step(sums.means(trained), tokens=tokens, trained=trained, computed=tokens, padding=padding)
+            loop.update(tokens, trained)
+            loop.log(sums.means(trained), padding=padding)
             loop.evaluate_and_save()
 
         # Export --------------------------------------------------------------------------------
-        session.export(
-            module, engine, tokenizer, probe_of(data.train[0], world.device),
-            steps=total_steps, parents=[], data=data.fingerprints(), counters=asdict(loop.counters),
-            closing=lambda final: [skipped_warning(loop.counters, job.model.dtype, Step.sft)],
-        )  # fmt: skip
+        session.begin_export()
+        loop.export(module, tokenizer, probe_of(data.train[0], world.device), parents=[])
     return 0
 
 

@@ -8,21 +8,19 @@ them in `reference.py`, what is minimised in `loss.py`, what is measured in `eva
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
 from common.data.dataset import PREFERENCES, PairDataset
-from common.evidence import share_in_words
+from common.evidence import share_in_words, swapped_warning
 from common.handoff import model_of
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import disable_dropout, load_model
 from common.model.packed import PackedCausalLM
 from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
-from common.training.learner import build_learner
-from common.training.loop import Loop, skipped_warning, swapped_warning
+from common.training.loop import Loop
 from common.training.session import Session, probe_of
 from common.training.step_data import cache_dir
 from step2_dpo.config import DPOJob
@@ -35,8 +33,8 @@ from step2_dpo.reference import load_or_compute, reference_key
 def train(job: DPOJob, run_dir: Path) -> int:
     """Train the policy and export it. Returns 0; leaves by SystemExit(143) when told to stop, state saved."""
     # Load --------------------------------------------------------------------------------------
-    dpo, config = job.dpo, job.dpo.train
-    session = Session(job, Step.dpo, config, run_dir)
+    dpo, train_config = job.dpo, job.dpo.train
+    session = Session(job, Step.dpo, train_config, run_dir)
     world = session.world
     policy = session.load_artifact(dpo.policy, Role.policy, "dpo.policy")
     model_config = model_of(job.model, policy.path)
@@ -47,18 +45,17 @@ def train(job: DPOJob, run_dir: Path) -> int:
     model = session.load_network(load_model, CAUSAL_LM, model_config, tokenizer, dpo.data.max_length)
     disable_dropout(model)  # the policy's log-probabilities are compared with the reference's, one by one
 
-    # Data --------------------------------------------------------------------------------------
+    # Batches -----------------------------------------------------------------------------------
     module = PackedCausalLM(model)
     plan = session.batch_plan(dpo.data, share_prefix=module.shares_prefix)
     batches = PairBatches(data.train, plan, data.weights)
-    total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
+    total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
     prompts = prompts_to_sample(data.held_out, job, model)
 
     # Learner -----------------------------------------------------------------------------------
     objective = Objective.of(dpo)
     peak_lr = dpo.peak_lr(lora=job.model.lora.enabled)
-    learner = build_learner(module, job, config, dpo.optim, world, peak_lr=peak_lr, steps=total_steps)
-    session.say(f"learning rate: {learner.rates.in_words()}")
+    learner = session.build_learner(module, dpo.optim, peak_lr=peak_lr, steps=total_steps)
     engine = learner.engine
 
     # Reference ---------------------------------------------------------------------------------
@@ -72,19 +69,21 @@ def train(job: DPOJob, run_dir: Path) -> int:
         session.say,
     )  # fmt: skip
 
-    def measure(held_out: PairDataset, step: int) -> tuple[dict[str, float], str]:
+    def evaluate_held_out(held_out: PairDataset, step: int) -> tuple[dict[str, float], str]:
         """What would be exported now, on held-out pairs; and a line that says it."""
         pairs = evaluation_pair_batches(held_out, plan)
         metrics = evaluate(engine, pairs, reference, objective, world.device)
         metrics |= session.sample(module, engine, tokenizer, prompts, dpo.sampling, step)
         return metrics, held_out_line(step, metrics, len(held_out), len(prompts))
 
-    loop = Loop(session, learner, batches, data, total_steps, measure)
-    with loop.open():
+    loop = Loop(session, learner, batches, data, total_steps, evaluate_held_out)
+    loop.resume()
+    with loop.training():
         # Loop ----------------------------------------------------------------------------------
         while loop.counters.step < total_steps:
-            micro_batches = batches.micro_batches(loop.begin())
-            _, tokens, computed, padding, *counted = loop.agree(
+            step = loop.begin()
+            micro_batches = batches.micro_batches(step)
+            _, tokens, computed, padding, *counted = loop.all_reduce(
                 [*count_pairs(micro_batches), *StepCounts.of(micro_batches)]
             )
             counts, sums = StepCounts(*counted), PairSums()
@@ -93,25 +92,22 @@ def train(job: DPOJob, run_dir: Path) -> int:
                 result = score(engine, batch, known, objective, world.device, with_entropy=True)
                 engine.backward(step_loss(result, objective, counts), 1.0)
                 sums.add(result, objective)
-            loop.step(
-                sums.metrics(objective, counts), tokens=tokens, trained=counts.response_tokens,
-                computed=computed, padding=padding,
-            )  # fmt: skip
+            loop.update(tokens, counts.response_tokens)
+            loop.log(sums.metrics(objective, counts), padding=padding, computed=computed)
             loop.evaluate_and_save()
 
         # Export --------------------------------------------------------------------------------
-        def closing(final: Mapping[str, float]) -> Iterable[str | None]:
-            part = "" if data.held_out is None else "eval/"
-            yield swapped_warning(
-                final, f"{part}rewards/accuracies", f"{part}rewards/margins", step=Step.dpo,
-                pairs=config.global_batch_size if data.held_out is None else len(data.held_out),
-            )  # fmt: skip
-            yield skipped_warning(loop.counters, job.model.dtype, Step.dpo)
-
-        session.export(
-            module, engine, tokenizer, probe_of(data.train[0].chosen, world.device),
-            steps=total_steps, parents=[policy], data=data.fingerprints(), counters=asdict(loop.counters),
-            closing=closing,
+        session.begin_export()
+        part, pairs = "eval/", len(data.held_out or ())
+        if data.held_out is None:
+            part, pairs = "", train_config.global_batch_size
+        loop.export(
+            module, tokenizer, probe_of(data.train[0].chosen, world.device), parents=[policy],
+            final_lines=lambda final: [
+                swapped_warning(
+                    final, f"{part}rewards/accuracies", f"{part}rewards/margins", step=Step.dpo, pairs=pairs
+                )
+            ],
         )  # fmt: skip
     return 0
 

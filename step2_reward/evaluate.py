@@ -14,7 +14,7 @@ import torch
 from common.data.types import PairBatch
 from common.evidence import share_interval
 from common.training.engine import Engine
-from step2_reward.loss import ScoredPairs, in_order, measure, score
+from step2_reward.loss import ScoredPairs, in_order, score, step_metrics
 
 CALIBRATION_BINS = 10
 
@@ -31,7 +31,7 @@ def score_pairs(engine: Engine, batches: Iterable[PairBatch], device: torch.devi
 def held_out_metrics(pairs: ScoredPairs, sources: Sequence[str], centering: float) -> dict[str, float]:
     """The `eval/` metrics. Accuracy by length, and by source, is there where there are such pairs."""
     scores = pairs.scores.double()
-    found = measure(pairs, centering)
+    found = step_metrics(pairs, centering)
     metrics = {
         "eval/loss": found["loss"],
         "eval/accuracy": found["accuracy"],

@@ -82,7 +82,7 @@ class ScoredPairs:
         return cls.joined(all_gather_objects(cls.joined(parts)))
 
 
-def measure(pairs: ScoredPairs, centering: float) -> dict[str, float]:
+def step_metrics(pairs: ScoredPairs, centering: float) -> dict[str, float]:
     """The metrics of a training step of at least one pair, in float64."""
     scores = pairs.scores.double()
     chosen, rejected = scores.unbind(1)

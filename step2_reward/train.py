@@ -7,24 +7,22 @@ finished, the reward model under `export/`. How rows become tokens is in `data.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
 from common.data.dataset import PREFERENCES, PairDataset
-from common.evidence import share_in_words
+from common.evidence import share_in_words, swapped_warning
 from common.handoff import model_of
 from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, load_scalar_model
 from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
-from common.training.learner import build_learner
-from common.training.loop import Loop, skipped_warning, swapped_warning
+from common.training.loop import Loop
 from common.training.session import Session
 from step2_reward.config import RewardConfig, RewardJob
 from step2_reward.data import PairSubset, probe_documents
 from step2_reward.evaluate import calibration, held_out_metrics, score_pairs
-from step2_reward.loss import ScoredPairs, measure, pair_losses, score
+from step2_reward.loss import ScoredPairs, pair_losses, score, step_metrics
 
 CALIBRATION_PAIRS = 128
 """Training pairs that calibrate the rewards when none are held out, at most."""
@@ -34,8 +32,8 @@ def train(job: RewardJob, run_dir: Path) -> int:
     """Train the reward model and export it. Returns 0; leaves by SystemExit(143) when told to stop, state
     saved."""
     # Load --------------------------------------------------------------------------------------
-    reward, config, centering = job.reward, job.reward.train, job.reward.center_rewards_coefficient
-    session = Session(job, Step.reward, config, run_dir)
+    reward, train_config, centering = job.reward, job.reward.train, job.reward.center_rewards_coefficient
+    session = Session(job, Step.reward, train_config, run_dir)
     world = session.world
     policy = session.load_artifact(reward.policy, Role.policy, "reward.policy")
     model_config = model_of(job.model, policy.path)
@@ -45,16 +43,15 @@ def train(job: RewardJob, run_dir: Path) -> int:
         load_scalar_model, NEW_REWARD_MODEL, model_config, tokenizer, reward.data.max_length
     )
 
-    # Data --------------------------------------------------------------------------------------
+    # Batches -----------------------------------------------------------------------------------
     module = PackedScalarModel(model)
     plan = session.batch_plan(reward.data, share_prefix=module.shares_prefix)
     batches = PairBatches(data.train, plan, data.weights)
-    total_steps = config.max_steps or batches.steps_in_epochs(config.epochs)
+    total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
 
     # Learner -----------------------------------------------------------------------------------
     peak_lr = reward.peak_lr(lora=job.model.lora.enabled)
-    learner = build_learner(module, job, config, reward.optim, world, peak_lr=peak_lr, steps=total_steps)
-    session.say(f"learning rate: {learner.rates.in_words()}")
+    learner = session.build_learner(module, reward.optim, peak_lr=peak_lr, steps=total_steps)
     engine = learner.engine
 
     def evaluate(pairs: PairDataset | PairSubset) -> dict[str, float]:
@@ -68,35 +65,37 @@ def train(job: RewardJob, run_dir: Path) -> int:
         return metrics, held_out_line(step, metrics, len(held_out))
 
     loop = Loop(session, learner, batches, data, total_steps, evaluate_held_out)
-    with loop.open():
+    loop.resume()
+    with loop.training():
         # Loop ----------------------------------------------------------------------------------
         while loop.counters.step < total_steps:
-            micro_batches = batches.micro_batches(loop.begin())
-            pairs, tokens, computed, padding = loop.agree(count_pairs(micro_batches))
+            step = loop.begin()
+            micro_batches = batches.micro_batches(step)
+            pairs, tokens, computed, padding = loop.all_reduce(count_pairs(micro_batches))
             scored = []
             for batch in micro_batches:
                 scores = score(engine, batch, world.device)
                 losses = pair_losses(scores, batch.margins.to(world.device), centering)
                 engine.backward(losses.sum(), pairs)
                 scored.append(ScoredPairs.of(batch, scores))
-            metrics = measure(ScoredPairs.all_gathered(scored), centering)
-            loop.step(metrics, tokens=tokens, computed=computed, padding=padding)
+            loop.update(tokens)
+            metrics = step_metrics(ScoredPairs.all_gathered(scored), centering)
+            loop.log(metrics, padding=padding, computed=computed)
             loop.evaluate_and_save()
 
         # Export --------------------------------------------------------------------------------
+        session.begin_export()
         on_held_out = data.held_out is not None
         calibrating = data.held_out or PairSubset(data.train, CALIBRATION_PAIRS, job.seed)
-        measured = {} if on_held_out else evaluate(calibrating)  # else the last step's metrics have it
-
-        def closing(final: Mapping[str, float]) -> Iterable[str | None]:
-            yield from closing_lines(measured or final, reward, len(calibrating), on_held_out=on_held_out)
-            yield skipped_warning(loop.counters, job.model.dtype, Step.reward)
-
-        session.export(
-            module, engine, tokenizer, probe_documents(data.train, world.device),
-            steps=total_steps, parents=[policy], data=data.fingerprints(), counters=asdict(loop.counters),
-            closing=closing,
-            more=lambda final: {"calibration": calibration(measured or final, len(calibrating))},
+        measured = (
+            {} if on_held_out else evaluate(calibrating)
+        )  # of held-out pairs the last step's metrics tell
+        loop.export(
+            module, tokenizer, probe_documents(data.train, world.device), parents=[policy],
+            final_lines=lambda final: closing_lines(
+                measured or final, reward, len(calibrating), on_held_out=on_held_out
+            ),
+            extra_details=lambda final: {"calibration": calibration(measured or final, len(calibrating))},
         )  # fmt: skip
     return 0
 

@@ -149,9 +149,9 @@ class Iterations:
         for line in self._watchdogs.look(step, metrics):
             session.progress.log(f"warning: {line}")
         is_last = step == self._total_steps
-        if is_due(step, session.train.eval_every) or is_last:
+        if is_due(step, session.train_config.eval_every) or is_last:
             self._evaluate()
-        if is_due(step, session.train.save_every) or is_last:
+        if is_due(step, session.train_config.save_every) or is_last:
             self._save()
 
     def _evaluate(self) -> None:

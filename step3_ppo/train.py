@@ -46,8 +46,8 @@ from step3_ppo.update import skipped_warnings, update
 def train(job: PPOJob, run_dir: Path) -> int:
     """Train the policy and export it. Returns 0; leaves by SystemExit(143) when told to stop, state saved."""
     # Load --------------------------------------------------------------------------------------
-    ppo, config = job.ppo, job.ppo.train
-    session = Session(job, Step.ppo, config, run_dir)
+    ppo = job.ppo
+    session = Session(job, Step.ppo, ppo.train, run_dir)
     world, folder = session.world, session.folder
     for line in ppo.notes():
         session.say(f"note: {line}")
@@ -89,7 +89,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     for name, learner in (("actor", networks.actor), ("critic", networks.critic)):
         if learner is not None:
             session.say(f"{name}: learning rate {learner.rates.in_words()}")
-    session.say_reach(networks.model)
+    session.say_adapted_layers(networks.model)
     plan = replace(plan, share_prefix=networks.share_prefix)
     evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation, job.seed)
     actor, flops_per_token = networks.actor.engine, training_flops_per_token(networks.model)
@@ -156,12 +156,14 @@ def train(job: PPOJob, run_dir: Path) -> int:
             })  # fmt: skip
 
         # Export --------------------------------------------------------------------------------
+        session.begin_export()
+        networks.eval()
         with swapped_in(run.average):
             session.export(
                 networks.module, actor, tokenizer, probe_of(data.train[0], world.device),
                 steps=total_steps, parents=parents, data=fingerprints,
                 counters=asdict(replace(run.counters, watchdogs={})),
-                closing=lambda final: skipped_warnings(run.counters, job.model.dtype),
+                final_lines=lambda final: skipped_warnings(run.counters, job.model.dtype),
             )  # fmt: skip
     return 0
 

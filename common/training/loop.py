@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
+import torch
+
+from common.artifacts import Artifact
 from common.config import Dtype
 from common.data.batches import Batches
 from common.errors import UserError
-from common.evidence import chance_of_so_few
+from common.model.packed import PackedCausalLM
+from common.model.scalar_head import PackedScalarModel
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, all_reduce_sum, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
@@ -21,13 +25,13 @@ from common.runtime.progress import Progress
 from common.stage import Step
 from common.training.engine import StepOutcome
 from common.training.learner import Learner
-from common.training.session import Session, restore
-from common.training.step_data import Rows, StepData
+from common.training.session import ExtraDetails, FinalLines, Session, restore
+from common.training.step_data import Rows, StepData, places_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MAX_SKIPPED_IN_A_ROW = 5
-SURPRISE = 0.01
-"""How improbable it must be that so many pairs are in the wrong order by chance, before their columns are
-suspected: that takes seven of them."""
 log = logging.getLogger("rlhf.loop")
 
 
@@ -71,7 +75,8 @@ def is_due(step: int, every: int) -> bool:
 class Loop(Generic[Rows]):
     """The optimizer steps of a recipe with one network: where the run is, and what surrounds each step.
 
-    A recipe calls, in each step, `begin`, `agree`, forward and backward passes, `step`, `evaluate_and_save`.
+    A recipe calls `resume`, and within `training()` in each step `begin`, `all_reduce`, its forward and
+    backward passes, `update`, `log` and `evaluate_and_save`; then `export`.
     """
 
     def __init__(
@@ -81,121 +86,147 @@ class Loop(Generic[Rows]):
         batches: Batches,
         data: StepData[Rows],
         total_steps: int,
-        measure: Callable[[Rows, int], tuple[dict[str, float], str]],
-        *,
-        base_revision: str | None = None,
+        evaluate_held_out: Callable[[Rows, int], tuple[dict[str, float], str]],
     ) -> None:
-        """Resumes from the newest checkpoint that verifies.
-
-        batches: of `data.train`. measure: metrics and a line to show, on held-out rows and of what would be
-        exported after a step. base_revision: see `Session.checkpoints`.
+        """batches: of `data.train`. evaluate_held_out: of what would be exported after a step, on held-out
+        rows: metrics, among them `eval/loss`, and a line to show.
         """
         self._session, self._learner, self._batches = session, learner, batches
         self._data: StepData[Rows] = data
-        self._measure: Callable[[Rows, int], tuple[dict[str, float], str]] = measure
+        self._evaluate_held_out: Callable[[Rows, int], tuple[dict[str, float], str]] = evaluate_held_out
         self.total_steps = total_steps
         model: Any = learner.engine.module.model
         self._flops_per_token = training_flops_per_token(model)
-        self._checkpoints = session.checkpoints(base_revision)
-        self.counters = Counters(**restore(self._checkpoints, learner.engine, session.say))
+        self._checkpoints = session.checkpoints()
+        self.counters = Counters()
         self._began, self._saving = 0.0, False
 
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies, if there is one. A collective."""
+        self.counters = Counters(**restore(self._checkpoints, self._learner.engine, self._session.say))
+
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Progress and metrics are open; before the first step there is an evaluation."""
+    def training(self) -> Iterator[None]:
+        """Progress and metrics are open; before the first step there is an evaluation.
+
+        When it ends well the process group is left: what needs the other ranks happens within.
+        """
         session, done = self._session, self.counters.step
         with session.tracked(self.total_steps, done, resumed=done > 0):
             self._learner.engine.train()
             if done == 0:
-                self.evaluate()  # what training starts from; no checkpoint, so never the best
+                self._evaluate()  # what training starts from; no checkpoint, so never the best
                 session.progress.restart()
             yield
 
     def begin(self) -> int:
-        """Begin a step; its number, from 0."""
+        """Begin a step, and seed what it draws; its number, from 0."""
         enter("step", self.counters.step + 1)
         self._began = time.perf_counter()
+        seed_everything(self._session.job.seed, self.counters.step, self._session.world.rank)
         return self.counters.step
 
-    def agree(self, counts: Sequence[float]) -> list[float]:
-        """The sums of `counts` over ranks: the one collective before the first backward pass.
+    def all_reduce(self, counts: Sequence[float]) -> list[float]:
+        """The sums of `counts` over all ranks: the one collective before the first backward pass.
 
-        It also tells whether to save after the step, or to stop: then all ranks save, and leave by
-        SystemExit.
+        It also carries whether to save after this step, and whether to stop: then all ranks save, and leave
+        by SystemExit.
         """
         session = self._session
         *sums, stopping, saving = all_reduce_sum([*counts, session.stop.received, session.save_clock.asks])
         if stopping:
-            self.save()
+            self._save()
             session.progress.log(
                 f"told to stop: saved at step {self.counters.step}; the same command goes on from there"
             )
             raise SystemExit(STOPPED_EXIT_CODE)
         self._saving = bool(saving)
-        seed_everything(session.job.seed, self.counters.step, session.world.rank)
         return sums
 
-    def step(
-        self,
-        metrics: Mapping[str, float],
-        *,
-        tokens: float,
-        computed: float,
-        padding: float,
-        trained: float | None = None,
-    ) -> None:
-        """Update the weights, log the step, and say so when it was skipped.
+    def update(self, tokens: float, trained: float | None = None) -> None:
+        """Update the weights. On all ranks: tokens, of the step's documents; trained, those that carry the loss
+        (None: the loss is not one of tokens).
+        """
+        self._learning_rate = self._learner.learning_rate(self.counters.applied)
+        self._outcome = self._learner.step(self.counters.applied)
+        self.counters = advance(self.counters, self._outcome, tokens, tokens if trained is None else trained)
+        self._tokens, self._counts_trained = tokens, trained is not None
+        self._seconds = time.perf_counter() - self._began
 
-        metrics: of the losses. On all ranks: tokens, those of the step's
-        documents; computed, positions that the device computed, fewer where documents share a prompt;
-        padding, those that are nobody's token; trained, tokens that carry the loss (None: all do).
+    def log(self, metrics: Mapping[str, float], *, padding: float, computed: float | None = None) -> None:
+        """Log and show the step, and say so when it was skipped.
+
+        metrics: of the step, among them `loss`. On all ranks: padding, computed positions that are nobody's
+        token; computed, positions that the device computed, fewer than tokens where documents share a prompt
+        (None: as many).
         """
         session, world, dtype = self._session, self._session.world, self._session.job.model.dtype
-        learning_rate = self._learner.learning_rate(self.counters.applied)
-        outcome = self._learner.step(self.counters.applied)
-        self.counters = advance(self.counters, outcome, tokens, tokens if trained is None else trained)
-        seconds = time.perf_counter() - self._began
+        counters, tokens, flops = self.counters, self._tokens, self._flops_per_token
+        if computed is not None:
+            flops = flops * computed / tokens
+        else:
+            computed = tokens
         seen: dict[str, float] = {
             **metrics,
-            "grad_norm": outcome.grad_norm,
-            "learning_rate": learning_rate,
-            "num_tokens": self.counters.num_tokens,
-            **({} if trained is None else {"num_trained_tokens": self.counters.num_trained_tokens}),
-            "epoch": self._batches.epoch_of(self.counters.step),
+            "grad_norm": self._outcome.grad_norm,
+            "learning_rate": self._learning_rate,
+            "num_tokens": counters.num_tokens,
+            **({"num_trained_tokens": counters.num_trained_tokens} if self._counts_trained else {}),
+            "epoch": self._batches.epoch_of(counters.step),
             "perf/padding_share": padding / (computed + padding),
-            **performance(self._flops_per_token * computed / tokens, tokens, seconds, dtype.value, world),
+            **performance(flops, tokens, self._seconds, dtype.value, world),
         }
-        session.tracker.log(seen, self.counters.step)
+        session.tracker.log(seen, counters.step)
         session.progress.update(
-            self.counters.step, loss=seen["loss"], tokens_per_second=seen["perf/tokens_per_second"],
+            counters.step, loss=seen["loss"], tokens_per_second=seen["perf/tokens_per_second"],
             mfu=seen.get("perf/mfu"),
         )  # fmt: skip
-        if not outcome.applied:
-            rows = self._batches.rows(self.counters.step - 1)
-            places = [self._data.train.place(int(index)) for row in rows for index in row]
+        if not self._outcome.applied:
+            places = places_of(self._batches, self._data.train, counters.step - 1)
             scale = self._learner.engine.loss_scale
-            report_skipped(self.counters, places, seen["loss"], scale, dtype, session.progress)
+            report_skipped(counters, places, seen["loss"], scale, dtype, session.progress)
 
-    def evaluate(self) -> float:
+    def _evaluate(self) -> float:
         """Measure on held-out rows what would be exported now; their loss, inf where there are none."""
         if self._data.held_out is None:
             return math.inf
         enter("evaluate")
-        metrics, line = self._measure(self._data.held_out, self.counters.step)
+        metrics, line = self._evaluate_held_out(self._data.held_out, self.counters.step)
         self._session.tracker.log(metrics, self.counters.step)
         self._session.progress.log(line)
         return metrics["eval/loss"]
 
     def evaluate_and_save(self) -> None:
         """After a step, each where it is due; the best step so far and the last one are always saved."""
-        train, step = self._session.train, self.counters.step
+        train, step = self._session.train_config, self.counters.step
         is_last = step == self.total_steps
         if is_due(step, train.eval_every) or is_last:
-            self.counters = with_best(self.counters, self.evaluate())
+            self.counters = with_best(self.counters, self._evaluate())
         if is_due(step, train.save_every) or self._saving or self.counters.best_step == step or is_last:
-            self.save()
+            self._save()
 
-    def save(self) -> None:
+    def export(
+        self,
+        module: PackedCausalLM | PackedScalarModel,
+        tokenizer: PreTrainedTokenizerFast,
+        probe: Sequence[torch.Tensor],
+        *,
+        parents: Sequence[Artifact],
+        final_lines: FinalLines = lambda final: [],
+        extra_details: ExtraDetails = lambda final: {},
+    ) -> None:
+        """Export what was trained; see `Session.export`."""
+        session = self._session
+        session.export(
+            module, self._learner.engine, tokenizer, probe, steps=self.total_steps, parents=parents,
+            data=self._data.fingerprints(), counters=asdict(self.counters),
+            final_lines=lambda final: [
+                *final_lines(final), skipped_warning(self.counters, session.job.model.dtype, session.step),
+            ],
+            extra_details=extra_details,
+        )  # fmt: skip
+
+    def _save(self) -> None:
         """Commit a checkpoint of this moment, unless there is one."""
         counters = self.counters
         self._checkpoints.save(
@@ -232,26 +263,6 @@ def report_skipped(
             hint=f"none of them changed the weights: lower {key}, use model.dtype=bf16 or fp32, "
             "or look at the rows named in the step's logs/rank_0.log",
         )
-
-
-def swapped_warning(
-    metrics: Mapping[str, float], accuracy: str, margin: str, *, step: Step, pairs: int
-) -> str | None:
-    """What to say when answers that people rejected ended above those they chose, and hardly by chance.
-
-    Held-out pairs show it when their columns, or the others', are swapped. Where all rows are swapped alike,
-    the model learns that order and nothing can show it. accuracy, margin: names of the metrics that hold the
-    share of the pairs in the right order and the mean difference of rewards; pairs: how many those are of.
-    """
-    share, mean = metrics.get(accuracy, 1.0), metrics.get(margin, 0.0)
-    if mean >= 0 or chance_of_so_few(share, pairs) >= SURPRISE:
-        return None
-    key = f"{step.value}.data"
-    return (
-        f"warning: at the end the rejected answers have higher rewards than the chosen ones ({margin} "
-        f"{mean:.3g}; {share:.1%} of {pairs:,} pairs are in the right order): are the columns chosen and "
-        f"rejected swapped, in {key}.eval_path or in one of {key}.sources?"
-    )
 
 
 def skipped_warning(

@@ -1,6 +1,6 @@
 """What a recipe works in: ranks, stop signal, console, metrics, checkpoints, and the export at its end.
 
-What happens when is written in each step's train.py, and what a step minimises is not known here.
+When to save, to evaluate and to stop is in loop.py (PPO: iterations.py), what a step does in its train.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,26 @@ import numpy as np
 import torch
 
 from common.artifacts import MANIFEST, Artifact, file_sha256
-from common.config import DataConfig, JobConfig, ModelConfig, SamplingConfig, TrainConfig, to_plain
+from common.config import (
+    DataConfig,
+    JobConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplingConfig,
+    TrainConfig,
+    to_plain,
+)
 from common.data.batches import BatchPlan
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.handoff import load_named, parent_record
-from common.model.adapters import reach
+from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
 from common.model.packed import PackedCausalLM
 from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import terminators_of
 from common.phases import enter
+from common.rates import Rates
 from common.runtime.distributed import (
     StopSignal,
     World,
@@ -43,17 +52,22 @@ from common.stage import Role, Step
 from common.training.checkpoint import Checkpoints, State
 from common.training.engine import Engine
 from common.training.export import export_policy, export_reward_model, noise_of
+from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
 from common.training.step_data import Kind, Rows, StepData, batch_plan, load_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Place = Callable[[Mapping[str, Any]], str]
+DescribePlace = Callable[[Mapping[str, Any]], str]
+FinalLines = Callable[[Mapping[str, float]], Iterable[str | None]]
+"""What the user should know at the end, from the last step's metrics."""
+ExtraDetails = Callable[[Mapping[str, float]], Mapping[str, Any]]
+"""What the manifest says besides, from the same."""
 Made = TypeVar("Made")
 
 
-class Load(Protocol):
+class LoadNetwork(Protocol):
     """`load_model`, or `load_scalar_model`."""
 
     def __call__(
@@ -96,10 +110,11 @@ class Session:
     tracker: Tracker
     save_clock: SaveClock
 
-    def __init__(self, job: JobConfig, step: Step, train: TrainConfig, run_dir: Path) -> None:
-        """train: the settings of the step's loop. The step's files are under `run_dir/<step>`."""
-        self.job, self.step, self.train, self.run_dir = job, step, train, run_dir
+    def __init__(self, job: JobConfig, step: Step, train_config: TrainConfig, run_dir: Path) -> None:
+        """train_config: of the step's loop. The step's files are under `run_dir/<step>`."""
+        self.job, self.step, self.train_config, self.run_dir = job, step, train_config, run_dir
         self.folder = run_dir / step.value
+        self._base_revision: str | None = None
         self.world = init_world()
         self.stop = StopSignal()
         seed_everything(job.seed)
@@ -131,11 +146,11 @@ class Session:
 
     def batch_plan(self, data: DataConfig, *, share_prefix: bool = True) -> BatchPlan:
         """How the rows become this rank's batches."""
-        return batch_plan(self.job, data, self.train, self.world, share_prefix=share_prefix)
+        return batch_plan(self.job, data, self.train_config, self.world, share_prefix=share_prefix)
 
     def load_network(
         self,
-        load: Load,
+        load: LoadNetwork,
         head: HeadSpec,
         model: ModelConfig,
         tokenizer: PreTrainedTokenizerFast,
@@ -149,23 +164,32 @@ class Session:
         network = load(
             model, tokenizer, seed=self.job.seed, device=self.world.device, max_length=max_length
         )  # fmt: skip
-        self.say_reach(network)
+        self.say_adapted_layers(network)
+        self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network
 
     def rehearse_export(self, model: ModelConfig, head: HeadSpec) -> None:
         """UserError when a trained model could not be exported; see `rehearsal`."""
         self.on_rank0(lambda: rehearse_export(model, head, self.say))
 
-    def say_reach(self, network: PreTrainedModel) -> None:
+    def say_adapted_layers(self, network: PreTrainedModel) -> None:
         """Say which layers have adapters, where there are any."""
         if reached := reach(network):
             self.say(reached)
 
-    def checkpoints(self, base_revision: str | None = None) -> Checkpoints:
-        """Of this step. base_revision: the hub commit that adapters are trained on."""
+    def build_learner(
+        self, module: torch.nn.Module, optim: OptimConfig, *, peak_lr: float, steps: int
+    ) -> Learner:
+        """The module under ZeRO with its optimizer; says which learning rates it will have."""
+        self.say(f"learning rate: {Rates.of(optim, peak_lr, steps).in_words()}")
+        config = self.train_config
+        return build_learner(module, self.job, config, optim, self.world, peak_lr=peak_lr, steps=steps)
+
+    def checkpoints(self) -> Checkpoints:
+        """Of this step. With a network from the hub they belong to its commit."""
         return Checkpoints(
-            self.folder / "checkpoints", keep=self.train.keep_checkpoints, world=self.world,
-            base_revision=base_revision,
+            self.folder / "checkpoints", keep=self.train_config.keep_checkpoints, world=self.world,
+            base_revision=self._base_revision,
         )  # fmt: skip
 
     @contextmanager
@@ -183,7 +207,7 @@ class Session:
             ) as self.tracker,
         ):  # fmt: skip
             self.stop.deferred = True
-            self.save_clock = SaveClock(self.train.save_minutes, self.world)
+            self.save_clock = SaveClock(self.train_config.save_minutes, self.world)
             yield
         close_world()
 
@@ -206,6 +230,11 @@ class Session:
         self.tracker.log_samples([asdict(sample) for sample in samples], step)
         return {"eval/stop_rate": stop_rate(samples)}
 
+    def begin_export(self) -> None:
+        """Training is over and saved: a stop ends the process at once from here on."""
+        enter("export")
+        self.stop.deferred = False
+
     def export(
         self,
         module: PackedCausalLM | PackedScalarModel,
@@ -217,18 +246,15 @@ class Session:
         parents: Sequence[Artifact],
         data: Mapping[str, Any],
         counters: Mapping[str, Any],
-        closing: Callable[[Mapping[str, float]], Iterable[str | None]],
-        more: Callable[[Mapping[str, float]], Mapping[str, Any]] = lambda final: {},
+        final_lines: FinalLines,
+        extra_details: ExtraDetails = lambda final: {},
     ) -> None:
         """Export what was trained to `<step>/export`, checked against the live model's answer to `probe`.
 
         probe: int64 [T] each, documents of the run; one for a policy. steps: how many there were. parents:
-        what training started from; data: fingerprints of the rows; counters: where the run ended. closing:
-        what the user should know, and more: what the manifest says besides, from the last step's metrics.
-        A collective. A stop ends the process at once from here on: what is saved can be exported again.
+        what training started from; data: fingerprints of the rows; counters: where the run ended. A
+        collective; `begin_export` comes before.
         """
-        enter("export")
-        self.stop.deferred = False
         engine.eval()
         model: Any = module.model
         with torch.no_grad():
@@ -239,7 +265,7 @@ class Session:
         weights = engine.full_state_dict()
         if weights is not None:
             final = metrics_of_step(self.folder / METRICS_FILE, steps)
-            for line in filter(None, closing(final)):
+            for line in filter(None, final_lines(final)):
                 self.progress.log(line)
             details = {
                 "parents": [parent_record(parent.path, self.run_dir) for parent in parents],
@@ -247,7 +273,7 @@ class Session:
                 "data": data,
                 "progress": counters,
                 "metrics": final,
-                **more(final),
+                **extra_details(final),
             }
             known: Any = {"details": details, "noise": noise, "say": self.progress.log}
             where = self.folder / "export"
@@ -263,7 +289,7 @@ class Session:
 
 
 def restore(
-    checkpoints: Checkpoints, state: State, say: Callable[[str], None], place: Place | None = None
+    checkpoints: Checkpoints, state: State, say: Callable[[str], None], place: DescribePlace | None = None
 ) -> dict[str, Any]:
     """Counters of the newest checkpoint that verifies, `state` restored; {} when there is no checkpoint.
 
@@ -292,5 +318,5 @@ def metrics_of_step(path: Path, step: int) -> dict[str, float]:
 def probe_of(
     example: TokenizedExample | TokenizedPrompt, device: torch.device, longest: int = 256
 ) -> list[torch.Tensor]:
-    """The start of a document, int64 [T]: what an exported policy is compared with the live one on."""
+    """The start of a document, one int64 [T]: what an exported policy is compared with the live one on."""
     return [torch.from_numpy(example.input_ids[:longest].astype(np.int64)).to(device)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from common.artifacts import VARIABLES, Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Rows = TypeVar("Rows", dataset.TokenizedDataset, dataset.PairDataset, dataset.PromptDataset)
 Kind = dataset.Kind[Rows]
+
+
+class HasPlaces(Protocol):
+    """Rows that know where they came from."""
+
+    def place(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,6 @@ def batch_plan(
     )
 
 
-def places_of(batches: Batches, rows: dataset.TokenizedDataset | dataset.PairDataset, step: int) -> list[str]:
+def places_of(batches: Batches, rows: HasPlaces, step: int) -> list[str]:
     """Where the rows of step `step` (from 0) came from, for messages."""
     return [rows.place(int(index)) for row in batches.rows(step) for index in row]

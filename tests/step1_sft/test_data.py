@@ -16,7 +16,7 @@ from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import batch_plan, cache_dir, load_data
 from step1_sft.config import SFTJob
-from step1_sft.data import count_padding, count_tokens
+from step1_sft.data import count_tokens
 from tests.tiny import CHATML, tiny_tokenizer
 
 
@@ -64,7 +64,7 @@ def test_filler_batches_are_padding_and_nothing_else_is() -> None:
         plan = BatchPlan(8, False, 3, 1, 0, rank, 2)
         micro_batches = Batches(Documents(), plan).micro_batches(0)
         assert len(micro_batches) == 2
-        counted.append((*count_tokens(micro_batches), count_padding(micro_batches)))
+        counted.append(count_tokens(micro_batches))
     tokens, trained, padding = (sum(numbers) for numbers in zip(*counted, strict=True))
     assert (tokens, trained) == (15, 6)
     assert padding == 1  # three rows for two ranks with two passes each: the fourth holds one token

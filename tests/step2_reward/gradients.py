@@ -18,7 +18,7 @@ from common.runtime.distributed import World, all_reduce_sum, close_world, init_
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
 from step2_reward.evaluate import held_out_metrics, score_pairs
-from step2_reward.loss import ScoredPairs, measure, pair_losses, score
+from step2_reward.loss import ScoredPairs, pair_losses, score, step_metrics
 from tests.step2_reward.pairs import CENTERING, MAX_LENGTH, SomePairs, tiny_scorer
 
 LEARNING_RATE = 1e5
@@ -70,7 +70,7 @@ def one_step(world: World, point: Point) -> Found:
         engine.backward(pair_losses(scores, batch.margins, CENTERING).sum(), pairs)
         scored.append(ScoredPairs.of(batch, scores))
     assert engine.step().applied
-    metrics = measure(ScoredPairs.all_gathered(scored), CENTERING)
+    metrics = step_metrics(ScoredPairs.all_gathered(scored), CENTERING)
     after = engine.full_state_dict()
     gradient = {name: (before[name] - after[f"model.{name}"]) / LEARNING_RATE for name in before if after}
     return Found(gradient, metrics, held_out_metrics(evaluated, SomePairs.sources, CENTERING))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from step2_reward.loss import ScoredPairs, correlation, in_order, measure, pair_losses
+from step2_reward.loss import ScoredPairs, correlation, in_order, pair_losses, step_metrics
 
 
 def pairs(
@@ -57,7 +57,7 @@ def test_a_hopeless_pair_has_a_finite_loss_and_a_gradient_of_one() -> None:
 
 
 def test_the_metrics_of_a_step_are_means_over_pairs_or_over_answers() -> None:
-    found = measure(pairs([[2.0, 0.0], [1.0, 1.0], [-1.0, 2.0]], lengths=[[4, 2], [3, 3], [1, 4]]), 0.0)
+    found = step_metrics(pairs([[2.0, 0.0], [1.0, 1.0], [-1.0, 2.0]], lengths=[[4, 2], [3, 3], [1, 4]]), 0.0)
     assert found["loss"] == pytest.approx(
         (math.log1p(math.exp(-2)) + math.log(2) + math.log1p(math.exp(3))) / 3
     )
@@ -88,7 +88,7 @@ def test_correlation_is_pearsons_and_zero_where_something_does_not_vary() -> Non
 
 def test_a_score_that_is_no_number_is_not_in_order() -> None:
     assert in_order(torch.tensor([[math.nan, 0.0], [1.0, math.nan], [1.0, 0.0]])).tolist() == [0.0, 0.0, 1.0]
-    assert math.isnan(measure(pairs([[math.nan, 0.0]]), 0.0)["loss"])
+    assert math.isnan(step_metrics(pairs([[math.nan, 0.0]]), 0.0)["loss"])
 
 
 def test_parts_are_joined_in_the_order_of_their_pairs_whoever_scored_them() -> None:

@@ -12,7 +12,6 @@ from common.training.loop import (
     advance,
     is_due,
     skipped_warning,
-    swapped_warning,
     with_best,
 )
 
@@ -40,27 +39,6 @@ def test_the_best_step_is_the_one_with_the_smallest_held_out_loss() -> None:
     assert with_best(later, 1.5) is later and with_best(later, math.nan) is later
     assert with_best(later, 1.25).best_step == 4
     assert with_best(Counters(step=2), math.nan).best_step is None
-
-
-def swapped(accuracy: float, margin: float, pairs: int) -> str | None:
-    metrics = {"eval/accuracy": accuracy, "eval/margin": margin}
-    return swapped_warning(metrics, "eval/accuracy", "eval/margin", step=Step.dpo, pairs=pairs)
-
-
-def test_swapped_columns_are_suspected_when_margins_and_order_are_both_wrong() -> None:
-    line = swapped(0.02, -1.5, 50)
-    assert line is not None and "-1.5" in line and "2.0%" in line
-    assert "swapped, in dpo.data.eval_path or in one of dpo.data.sources?" in line
-    assert swapped(0.9, -0.1, 50) is None and swapped(0.1, 0.2, 50) is None
-
-
-def test_what_chance_may_do_is_not_taken_for_swapped_columns() -> None:
-    # of 25 pairs a coin has 7 or fewer in order in 2.2 % of all cases, 6 or fewer in 0.7 %
-    assert swapped(7 / 25, -0.1, 25) is None and swapped(6 / 25, -0.1, 25) is not None
-    assert swapped(0.44, -0.1, 400) is not None
-    # all of a handful in the wrong order: once in 64, once in 128
-    assert swapped(0.0, -0.1, 6) is None and swapped(0.0, -0.1, 7) is not None
-    assert swapped(0.0, -0.1, 1) is None and swapped(0.0, -0.1, 0) is None
 
 
 def test_skipped_steps_are_said_at_the_end_but_for_fp16() -> None:
