@@ -1,4 +1,4 @@
-"""What SFT can be told, and the checks that need more than one group."""
+"""What SFT can be told."""
 
 from dataclasses import dataclass, field
 

@@ -2,7 +2,8 @@
 
 The loss of an optimizer step is the negative log-likelihood of its trained tokens, divided by their
 number; both over all micro-batches and ranks (InstructGPT, arXiv 2203.02155). Sums travel through
-here; they are divided once, at the end.
+here; they are divided once, at the end. The negative log-likelihood itself is computed in
+`common/model/fused_loss.py`.
 """
 
 from __future__ import annotations

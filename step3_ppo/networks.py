@@ -3,7 +3,7 @@
 Takes a `PPOJob` and verified artifacts. Holds the actor and the critic under ZeRO, each with its optimizer,
 and the frozen reference and reward model. Every call takes a packed `Batch` of prompts with their responses
 and returns numbers of response tokens, or of documents, only. The actor and the critic have adapters where
-the job says so; then the reference is the actor without its adapter (`models.adapters_off`), else a network
+the job says so; then the reference is the actor without its adapter (`adapters.adapters_off`), else a network
 of its own. Dropout of the models themselves is off, so that two passes over the same weights agree. Frozen
 networks have no adapters, recompute no activations and are not quantized: they score as they were measured.
 Decides neither what is sampled nor what is learned.

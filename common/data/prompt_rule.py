@@ -1,4 +1,4 @@
-"""Conversation -> documents as text, by the prompt rule: which spans are trained, each behind its own prompt.
+"""Conversation -> documents as text, and the loss mask on them: spans that are trained, by the prompt rule.
 
 The prompt rule: an assistant turn is trained only behind its own prompt, that is the turns before it as the
 template renders them with the generation prompt. Chat, sampling and PPO give the model just these tokens.

@@ -3,8 +3,9 @@
 RawExample -> Conversation -> TokenizedExample -> (row of a batch) -> Batch, for pairs of answers
 RawExample -> Preference -> TokenizedPair -> (row of a batch) -> PairBatch, and for prompts alone
 RawExample -> Prompt -> TokenizedPrompt. Each hop is one file; nothing goes back. Who decides what:
-`prompt_rule.py` decides which tokens are trained; `chat.py` shifts the labels, once; `packing.py` decides
-which documents share a row; `batches.py` decides which rows make a step. Nothing here reads or writes.
+`prompt_rule.py` decides the loss mask, as spans of text; `chat.py` writes it as labels, shifted once;
+`packing.py` decides which documents share a row; `batches.py` decides which rows make a step. Nothing here
+reads or writes.
 """
 
 from __future__ import annotations

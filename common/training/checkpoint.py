@@ -1,8 +1,8 @@
 """Resumable state on disk: commit, verify, fall back, keep.
 
 A checkpoint is a folder `step_00000200/` that exists whole or not at all: every rank writes into
-`step_00000200.tmp/`, every file is hashed and fsynced, the manifest is written, the folder is
-renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
+`step_00000200.tmp/`, every file is hashed, the manifest is written, all is flushed to disk, the folder
+is renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
 one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
 
 What is in it besides the counters is the business of a `State`, most often the engine; several (actor,

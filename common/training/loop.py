@@ -144,8 +144,8 @@ class Loop(Generic[Rows]):
         return sums
 
     def update(self, tokens: float, trained: float | None = None) -> None:
-        """Update the weights. On all ranks: tokens, of the step's documents; trained, those that carry the loss
-        (None: the loss is not one of tokens).
+        """Update the weights. tokens: of the step's documents, on all ranks; trained: those that carry the
+        loss (None: the loss is not one of tokens).
         """
         self._learning_rate = self._learner.learning_rate(self.counters.applied)
         self._outcome = self._learner.step(self.counters.applied)
