@@ -90,7 +90,7 @@ def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
     refuse_credentials({key: as_written[key] for key in plain})
     refuse_credentials(plain)
     _replace_what_an_experiment_chose(plain, overrides)
-    checked = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.create(plain))
+    checked = OmegaConf.merge(register(), OmegaConf.create(plain))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(PipelineConfig):
         values[field.name] = _as_object(checked, field.name)
