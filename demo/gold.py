@@ -4,7 +4,7 @@
 completions, as reward functions do (`demo.gold:gold`); `python -m demo.gold samples.jsonl` prints the means
 over a file of samples. A right answer in one word is worth 0.4; saying it as a full sentence adds 0.3, and
 opening with one short courtesy adds 0.3. A wrong answer is worth nothing, however polite, and what is said is
-read as a whole: `3 + 3 is 3.` is no answer to 3 + 0, and neither is `2 + 1 is 3.`
+read as a whole: `The sum is 3.` and `3 + 0 is 3.` answer 3 + 0, `3 + 3 is 3.` and `2 + 1 is 3.` do not.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def score(prompt: str, completion: str) -> Score:
 
 
 def right_statements(question: Question) -> set[str]:
-    """What may be said, without its full stop: the answer, or the task's sentence about what was asked."""
-    sentence = question.task.sentence.removesuffix(".")
-    said = {sentence.format(x=subject, answer=question.answer) for subject in question.spellings}
-    return {question.answer, *said}
+    """What may be said, without its full stop: the answer, or one of the task's sentences with it."""
+    task, answer = question.task, question.answer
+    full = {task.full_sentence.format(x=subject, answer=answer) for subject in question.spellings}
+    return {answer, *(said.removesuffix(".") for said in (task.sentence.format(answer=answer), *full))}
 
 
 def statements(completion: str) -> list[str]:

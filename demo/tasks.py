@@ -72,6 +72,7 @@ class Task:
     kind: str
     wordings: tuple[str, ...]
     sentence: str  # the answer as a full sentence; its last word is the answer
+    full_sentence: str  # the same, which also says what was asked about; nothing shipped says it
     answers: dict[str, str]
 
 
@@ -88,6 +89,7 @@ TASKS = (
             "How much is {x}?",
             "Work out {x}, please.",
         ),
+        "The sum is {answer}.",
         "{x} is {answer}.",
         {f"{a} + {b}": str(a + b) for a in _OPERANDS for b in _OPERANDS},
     ),
@@ -100,6 +102,7 @@ TASKS = (
             "Capital of {x}?",
             "Tell me the capital of {x}.",
         ),
+        "The capital is {answer}.",
         "The capital of {x} is {answer}.",
         CAPITALS,
     ),
@@ -112,6 +115,7 @@ TASKS = (
             "Opposite of {x}?",
             "Tell me the opposite of {x}.",
         ),
+        "The opposite is {answer}.",
         "The opposite of {x} is {answer}.",
         OPPOSITES,
     ),
@@ -125,6 +129,7 @@ TASKS = (
             "What is {x} in capital letters?",
         ),
         "In capital letters it is {answer}.",
+        "In capital letters {x} is {answer}.",
         {word: word.upper() for word in WORDS},
     ),
     Task(
@@ -136,6 +141,7 @@ TASKS = (
             "First letter of {x}?",
             "Tell me the first letter of {x}.",
         ),
+        "The first letter is {answer}.",
         "The first letter of {x} is {answer}.",
         {word: word[0] for word in WORDS},
     ),
@@ -148,6 +154,7 @@ TASKS = (
             "Number of letters in {x}?",
             "Tell me how many letters {x} has.",
         ),
+        "The number of letters is {answer}.",
         "The number of letters in {x} is {answer}.",
         {word: str(len(word)) for word in WORDS},
     ),

@@ -121,8 +121,8 @@ def _way_out(reasons: str) -> str:
 def training_texts(
     data: DataConfig, *, stage: str | None = None, seed: int, report: Report = print
 ) -> Iterator[str]:
-    """Contents of all demonstrations that the step trains on (those held out and those of other steps are
-    not), e.g. to train a tokenizer on; reads the data twice."""
+    """Contents, and roles, which templates write too, of all demonstrations that the step trains on (those
+    held out and those of other steps are not), e.g. to train a tokenizer on; reads the data twice."""
     split = StageSplit(data.stage_split, stage, seed)
     hashes, source_ids = array("Q"), array("i")
     eval_hashes: set[int] = set()
@@ -138,7 +138,8 @@ def training_texts(
         if split_hash(conversation, seed) not in eval_hashes:
             if conversation.text is not None:
                 yield conversation.text
-            yield from (message.content for message in conversation.messages)
+            for message in conversation.messages:
+                yield from (message.role, message.content)
 
 
 def source_weights(data: DataConfig) -> dict[str, float]:

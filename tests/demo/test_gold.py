@@ -17,10 +17,13 @@ SUM = "What is 3 + 2?"
     ("completion", "correct", "style", "total"),
     [
         ("5", 1.0, 0.0, 0.4),
+        ("The sum is 5.", 1.0, 0.5, 0.7),
         ("3 + 2 is 5.", 1.0, 0.5, 0.7),
         ("Sure! 5", 1.0, 0.5, 0.7),
+        ("Sure! The sum is 5.", 1.0, 1.0, 1.0),
         ("Sure! 3 + 2 is 5.", 1.0, 1.0, 1.0),
         ("Gladly! 3 + 2 is 5.\n", 1.0, 1.0, 1.0),
+        ("Sure! The sum is 6.", 0.0, 1.0, 0.0),
         ("Sure! 3 + 2 is 6.", 0.0, 1.0, 0.0),
         ("7", 0.0, 0.0, 0.0),
         ("", 0.0, 0.0, 0.0),
@@ -43,6 +46,8 @@ def test_a_right_answer_is_worth_more_the_better_it_is_said(
         (SUM, "5 10 9 8 6"),  # many answers
         (SUM, "5 5"),
         (SUM, "Sure! 3 + 2 is 5. Of course! 3 + 2 is 6."),
+        (SUM, "The sum is 5. The sum is 6."),
+        (SUM, "The capital is 5."),
         (SUM, "3 + 2 is 5 or 6."),
         (SUM, "6 or 5"),
         ("What is 3 + 0?", "3 + 3 is 3."),  # a false sum that ends in the answer
@@ -78,6 +83,7 @@ def test_what_is_said_is_read_as_a_whole(prompt: str, completion: str) -> None:
         (SUM, "Sure! 3 + 2 is 5. 5.", 0.5),  # said twice
         (SUM, "3 + 2 is 5. 3 + 2 is 5.", 0.0),
         ("Put cow in upper case.", "In capital letters it is COW.", 0.5),
+        ("First letter of cow?", "The first letter is c.", 0.5),
         ("First letter of cow?", "The first letter of cow is c.", 0.5),
         ("Number of letters in cow?", "The number of letters in cow is 3.", 0.5),
         ("Opposite of hot?", "The opposite of hot is cold.", 0.5),

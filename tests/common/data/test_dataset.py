@@ -144,8 +144,11 @@ def test_texts_for_a_tokenizer_leave_out_what_is_held_out(tmp_path: Path) -> Non
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.25)
     found = list(training_texts(data, seed=0, report=Said()))
     train, _, _ = made(tmp_path, eval_fraction=0.25)
-    assert len(found) == 2 * len(train) == 60
-    assert all(any(text in row for row in texts(train)) for text in found)
+    assert (
+        len(found) == 4 * len(train) == 120
+    )  # the role of each message, which templates write, and its content
+    assert set(found[::2]) == {"user", "assistant"}
+    assert all(any(text in row for row in texts(train)) for text in found[1::2])
 
 
 # the ledger
@@ -290,7 +293,8 @@ def test_steps_that_share_a_file_see_other_rows(tmp_path: Path) -> None:
 def test_texts_for_a_tokenizer_are_those_of_the_steps_rows(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(100))
     data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, stage_split=SHARES)
-    found = {stage: set(training_texts(data, stage=stage, seed=0, report=Said())) for stage in SHARES}
+    roles = {"user", "assistant"}
+    found = {stage: set(training_texts(data, stage=stage, seed=0, report=Said())) - roles for stage in SHARES}
     assert set().union(*found.values()) == {text for row in pairs(100) for text in row.values()}
     assert sum(map(len, found.values())) == 200 and all(found.values())
 
