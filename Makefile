@@ -22,9 +22,9 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# The embedded default held to its bars on one seed, and benchmark programs at toy sizes: minutes.
+# Whole runs of every recipe at every stage, the built-in demo held to its bars on one seed, programs at toy sizes: minutes.
 slow: $(VENV)/.dev
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder
 
 check: browser style test slow real
 

@@ -358,14 +358,38 @@ def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence
 
 
 def _as_object(checked: Any, name: str) -> Any:
-    """One top-level value as an object; a step's own errors get the step's name before the key."""
+    """One top-level value as an object; errors of a step's part name the key where it is set."""
     from omegaconf import OmegaConf
 
+    value = checked[name]
     try:
-        value = checked[name]
         return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     except UserError as error:
-        raise (error.in_step(name) if name in {step.value for step in STAGES} else error) from None
+        if name not in {step.value for step in STAGES}:
+            raise
+        raise _moved(error.in_step(name), _first_refused(value, name)) from None
+
+
+def _first_refused(node: Any, path: str) -> str:
+    """The innermost group that is refused: `ppo.critic.optim`."""
+    from omegaconf import DictConfig, OmegaConf
+
+    for key in node:
+        if isinstance(child := node[key], DictConfig):
+            try:
+                OmegaConf.to_object(child)
+            except UserError:
+                return _first_refused(child, f"{path}.{key}")
+    return path
+
+
+def _moved(error: UserError, place: str) -> UserError:
+    """The error of a group that a step has in several places (`optim`, `data`), with the keys of this one."""
+    usual = ".".join(error.message.split(".")[:2])  # of a step: ppo.optim
+    if "." not in place or usual == place or place.rpartition(".")[2].rpartition("_")[2] not in usual:
+        return error
+    hint = None if error.hint is None else error.hint.replace(f"{usual}.", f"{place}.")
+    return UserError(error.message.replace(f"{usual}.", f"{place}."), hint=hint)
 
 
 def _way_out(key: str) -> str | None:

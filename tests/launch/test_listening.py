@@ -13,6 +13,8 @@ from launch import local
 from launch.local import Job, Meeting, environment
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow  # whole runs of a process each
+
 LISTENS = "0A"
 
 

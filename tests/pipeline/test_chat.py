@@ -288,6 +288,7 @@ def test_a_pipe_gets_the_greedy_answers_of_plain_transformers_and_nothing_else(p
     assert f"policy {policy}, verified (" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answers_and_an_error_ends_a_pipe(policy: Path) -> None:
     answers = []
     sessions = (
@@ -340,6 +341,7 @@ def test_a_policy_is_asked_with_the_variables_that_its_rows_were_rendered_with(p
         assert model.decode(model.render([{"role": "user", "content": "u"}])) == answer
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_chat(policy: Path) -> None:
     ours, theirs = os.openpty()
     arguments = command(policy, "--temperature", "0", "--max-new-tokens", "100000")

@@ -478,3 +478,19 @@ def test_what_only_sounds_like_a_credential_passes_unharmed(
 def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     assert error_of("run_name=${oc.env:NOT_SET}", *JOB) == "environment variable 'NOT_SET' not found"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ppo.critic.optim.lr=-1", "ppo.critic.optim.lr=-1.0 is not allowed"),
+        ("ppo.ptx_data.max_length=1", "ppo.ptx_data.max_length=1 is not allowed"),
+        ("ppo.optim.lr=-1", "ppo.optim.lr=-1.0 is not allowed"),
+        ("ppo.rollout.slots=0", "ppo.rollout.slots=0 is not allowed"),
+        ("sft.data.max_length=1", "sft.data.max_length=1 is not allowed"),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_the_key_that_was_set(override: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose([override])
+    assert refused.value.message == said

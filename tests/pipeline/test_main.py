@@ -118,6 +118,7 @@ def test_help_is_no_error(tmp_path: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 110
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path: Path, job: list[str]) -> None:
     done = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", folder=tmp_path)
     assert done.returncode == 0, done.stderr

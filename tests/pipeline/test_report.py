@@ -189,6 +189,7 @@ def test_a_step_that_is_done_and_has_no_numbers_is_named(tmp_path: Path) -> None
     assert read_run(run).problems == []
 
 
+@pytest.mark.slow
 def test_no_damage_makes_the_report_fail(tmp_path: Path) -> None:
     draw = random.Random(0)
     whole = make_run(tmp_path / "whole", iterations=6, count=6)

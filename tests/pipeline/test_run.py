@@ -394,7 +394,13 @@ def gone(process_id: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGUSR1)),
+    ],
+)
 def test_a_signal_to_stop_is_passed_on_once_and_waited_for(number: signal.Signals) -> None:
     with controller() as process:
         wait_for_ranks(process, 1)

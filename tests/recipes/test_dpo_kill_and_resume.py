@@ -14,6 +14,8 @@ from tests.programs import killed
 from tests.runs import Base, finish, start, wait_while
 from tests.step2_dpo.runs import dpo, dpo_killed, lines_of, make_job, make_policy, write_job
 
+pytestmark = pytest.mark.slow  # SFT's are in the suite
+
 STEPS = {1: 16, 2: 8}  # by the number of ranks
 
 

@@ -22,6 +22,8 @@ from tests.recipes.test_sft_numerics import (
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import dpo_with_live_logits, make_job, make_policy, series, write_job
 
+pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
+
 SPREAD = [
     Point(1, 1, True, 1),
     Point(1, 4, False, 2),

@@ -19,6 +19,8 @@ from step1_sft.config import SFTJob
 from tests.programs.told_to_stop import sft_told_to_stop
 from tests.runs import Base, finish, training_lines
 
+pytestmark = pytest.mark.slow  # a whole run of each
+
 STEPS = 4
 LEARNING_RATE = {OptimizerName.adafactor: 5e-3, OptimizerName.muon: 2e-2}
 # the stages sum gradients in another order; Newton-Schulz in half precision enlarges that

@@ -18,6 +18,8 @@ from tests.runs import Base, finish, start, wait_while
 from tests.step2_dpo.runs import write_job
 from tests.step3_ppo.runs import Artifacts, lines_of, make_artifacts, make_job, ppo, ppo_interrupted
 
+pytestmark = pytest.mark.slow  # SFT's are in the suite
+
 ITERATIONS, UPDATES = 3, 4
 LAST = ITERATIONS * UPDATES
 """Number of the last checkpoint: updates are counted."""

@@ -22,6 +22,8 @@ from tests.step3_ppo.runs import (
     watched,
 )
 
+pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
+
 # of the change of the weights: fp32 sums in another order, grown by four Adam steps that divide small numbers
 # by small ones
 TOLERANCE = 1e-5

@@ -41,6 +41,8 @@ from tests.step3_ppo.runs import (
     without_reward_model,
 )
 
+pytestmark = pytest.mark.slow  # a whole run of each
+
 SHARED = "tests.step3_ppo.runs:shared"
 Change = Callable[[PPOJob], object]
 

@@ -14,6 +14,8 @@ from tests.runs import Base, finish, start, wait_while
 from tests.step2_dpo.runs import make_policy, write_job
 from tests.step2_reward.runs import make_job, reward, reward_killed, run_job, series
 
+pytestmark = pytest.mark.slow  # SFT's are in the suite
+
 STEPS = 8
 
 

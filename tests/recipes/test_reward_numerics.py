@@ -17,6 +17,8 @@ from tests.runs import Base
 from tests.step2_dpo.runs import make_policy
 from tests.step2_reward.runs import make_job, reward_with_live_scores, run_job, series
 
+pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
+
 # fp32 sums in another order (1e-7), grown by three Adam steps that divide small numbers by small ones
 LOSS_TOLERANCE = 1e-5
 # before the first update it is only the order of summation

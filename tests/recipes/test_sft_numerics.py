@@ -19,6 +19,8 @@ from step1_sft.config import SFTJob
 from tests.programs.live_logits import sft_with_live_logits
 from tests.runs import Base, evaluation_lines, finish, training_lines
 
+pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
+
 # fp32 sums in another order (1e-7), grown by three Adam steps that divide small numbers by small ones
 LOSS_TOLERANCE = 1e-5
 # before the first update it is only the order of summation

@@ -87,7 +87,9 @@ def test_a_response_is_what_a_plain_loop_over_the_same_draws_gives(kind: str) ->
         assert ours.tokens.dtype == np.int32 and ours.logprobs.dtype == np.float32
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "llama" else pytest.mark.slow) for kind in MODELS]
+)
 def test_nothing_beside_a_response_changes_a_bit_of_it(kind: str) -> None:
     model = tiny(MODELS[kind])
     requests = requests_of(24)

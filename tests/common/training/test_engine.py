@@ -89,7 +89,7 @@ def several_engines() -> int:
     return 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_engines_beside_each_other_learn_the_bits_that_each_learns_alone(tmp_path: Path, ranks: int) -> None:
     """Although the one's passes lie between the other's forward and backward, and all weights are made whole
     and partitioned again between the steps."""
@@ -123,7 +123,7 @@ def several_losses_per_step() -> int:
     return 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_losses_of_several_backward_passes_add_up_as_in_plain_torch(tmp_path: Path, ranks: int) -> None:
     runs(several_losses_per_step, ranks, tmp_path)
 
@@ -162,7 +162,7 @@ def whole_weights() -> int:
     return 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_with_whole_weights_passes_cost_no_collective_and_give_the_same_numbers(
     tmp_path: Path, ranks: int
 ) -> None:
@@ -231,7 +231,7 @@ def reference_in_between() -> int:
     return 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_actor_that_is_asked_without_its_adapter_learns_the_same_bits(tmp_path: Path, ranks: int) -> None:
     runs(reference_in_between, ranks, tmp_path)
 
