@@ -60,6 +60,8 @@ def init_world() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+        # spares DeepSpeed, which other libraries import before the engine does, its search and a warning
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     phases.arm_faults(rank)
     if not dist.is_initialized():
         timeout = timedelta(seconds=collective_seconds() + HEARTBEAT_FIRST)

@@ -332,7 +332,6 @@ def _initialized(
 ) -> Any:
     """DeepSpeed's engine, without what it does beside."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search, and a warning
         # else ZeRO-3 starts a program that counts the machine's sockets, for every bucket of gradients
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a lone process
