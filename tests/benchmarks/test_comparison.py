@@ -69,6 +69,7 @@ def test_evaluations_are_not_steps(tmp_path: Path) -> None:
     assert comparison.running_tokens(file) == [5, 9]
 
 
+@pytest.mark.slow
 def test_sides_are_run_in_turn_and_twice_with_a_warm_cache(tmp_path: Path) -> None:
     started: list[str] = []
 

@@ -147,6 +147,7 @@ def test_both_sides_get_the_same_trained_tokens() -> None:
     assert [i for batch in batches for i in batch.input_ids[0].tolist()] == sum(columns["input_ids"], [])
 
 
+@pytest.mark.slow
 def test_the_data_path_is_measured(tmp_path: Path) -> None:
     written = run_program(tmp_path, "data_scale", "--sizes", "200", "--threads", "1")
     assert [size["rows"] for size in written["sizes"]] == [200]

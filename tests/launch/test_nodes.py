@@ -378,6 +378,7 @@ if rank == "2" and not (folder / "died").exists():
 """
 
 
+@pytest.mark.slow
 def test_ranks_are_numbered_by_machine_and_all_are_started_again_when_one_died(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_chains_run_on_the_demos_data_with_nothing_else_named(tmp_path: Path) -> None:
     for steps in ("steps=[sft,reward]", "steps=[sft,dpo]"):
         done = rlhf("run", steps, folder=tmp_path)

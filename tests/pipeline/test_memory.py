@@ -176,7 +176,7 @@ def test_ppo_holds_four_networks_and_its_gradients_in_turn() -> None:
     work = workload_of(config, Step.ppo, 1, gpu=False)
     assert work is not None
     actor, critic = work.networks
-    assert critic.network.parameters == actor.network.parameters + 192 and critic.head is Head.scalar
+    assert critic.network.parameters == actor.network.parameters + 128 and critic.head is Head.scalar
     assert len(work.frozen) == 2
     without_reference = compose(prepare(["experiment=demo", "ppo.kl.coef=0"]).overrides)
     fewer = workload_of(without_reference, Step.ppo, 1, gpu=False)

@@ -10,6 +10,8 @@ import pytest
 from common.artifacts import verify
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 COMMIT = "4f5ba1d2c3e4f5061728394a5b6c7d8e9f001122"
 
 

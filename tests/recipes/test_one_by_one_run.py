@@ -15,6 +15,8 @@ from pipeline.report import report
 from tests.programs.live_logits import sft_with_live_logits
 from tests.runs import Base, evaluation_lines, finish, training_lines
 
+pytestmark = pytest.mark.slow  # whole runs
+
 HYBRID = {
     "model_type": "lfm2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,

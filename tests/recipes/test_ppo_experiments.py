@@ -22,6 +22,8 @@ from pipeline.compose import compose, prepare
 from tests.runs import Base, finish
 from tests.step2_dpo.runs import make_policy, write_job, write_rows
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TINY = [
     "model.dtype=fp32", "deepspeed=zero1", "tracking=off", "steps=[ppo]", "ppo.data.max_length=96",
     "ppo.train.max_steps=2", "ppo.train.global_batch_size=8", "ppo.train.micro_batch_size=4",

@@ -69,6 +69,7 @@ def beside_a_plain_loop(folder: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_average_is_that_of_a_plain_loop_and_leaves_the_weights_as_they_were(
     tmp_path: Path, ranks: int
@@ -103,6 +104,7 @@ def training_goes_on() -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_goes_on_as_if_the_average_had_never_been_shown(tmp_path: Path, ranks: int) -> None:
     runs(training_goes_on, ranks, tmp_path)

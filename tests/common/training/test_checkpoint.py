@@ -394,6 +394,7 @@ def listed_late(folder: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_every_file_is_recorded_also_where_a_rank_lists_the_folder_late(tmp_path: Path) -> None:
     runs(listed_late, 2, tmp_path, str(tmp_path / "checkpoints"))
 
@@ -442,6 +443,7 @@ def test_when_a_state_is_refused_the_others_are_saved_all_the_same_and_the_first
     assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_engines_and_an_average_that_were_resumed_end_with_the_same_bits(
     tmp_path: Path, ranks: int

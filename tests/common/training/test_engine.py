@@ -89,6 +89,7 @@ def several_engines() -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_engines_beside_each_other_learn_the_bits_that_each_learns_alone(tmp_path: Path, ranks: int) -> None:
     """Although the one's passes lie between the other's forward and backward, and all weights are made whole
@@ -231,6 +232,7 @@ def reference_in_between() -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_actor_that_is_asked_without_its_adapter_learns_the_same_bits(tmp_path: Path, ranks: int) -> None:
     runs(reference_in_between, ranks, tmp_path)

@@ -112,6 +112,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("written", "read"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_engines_go_on_from_the_state_of_other_ranks_and_another_stage(
     tmp_path: Path, written: int, read: int
