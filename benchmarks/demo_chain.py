@@ -35,7 +35,7 @@ Figures = dict[str, Any]
 
 BARS: dict[str, tuple[Callable[[Figures], float], Callable[[float, float], bool], float]] = {
     "SFT gold at least 0.3": (lambda seen: seen["before"]["gold"], operator.ge, 0.3),
-    "SFT gold at most 0.6": (lambda seen: seen["before"]["gold"], operator.le, 0.6),
+    "SFT gold at most 0.65": (lambda seen: seen["before"]["gold"], operator.le, 0.65),
     "reward accuracy at least 0.95": (lambda seen: seen["reward_accuracy"], operator.ge, 0.95),
     "PPO gold at least 0.85": (lambda seen: seen["after"]["gold"], operator.ge, 0.85),
     "correct share not lower than SFT's": (

@@ -66,7 +66,7 @@ def test_a_run_that_was_not_evaluated_before_ppo_is_refused(tmp_path: Path) -> N
     ("before", "after", "missed"),
     [
         ({"gold": 0.29}, {}, "SFT gold at least 0.3: MISSED (0.290)"),
-        ({"gold": 0.61}, {}, "SFT gold at most 0.6: MISSED (0.610)"),
+        ({"gold": 0.66}, {}, "SFT gold at most 0.65: MISSED (0.660)"),
         ({}, {"gold": 0.84}, "PPO gold at least 0.85: MISSED (0.840)"),
         ({}, {"correct": 0.89}, "correct share not lower than SFT's: MISSED (-0.010)"),
         ({}, {"kl": 5.0}, "KL under 5 nats: MISSED (5.000)"),
