@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import free_port
-
+ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
     "pytest", "torch", "deepspeed", "deepspeed.ops", "setuptools", "pandas", "pyarrow.compute", "omegaconf",
     "rich.console", "peft", "transformers.optimization", "transformers.generation.utils",
@@ -85,6 +85,19 @@ def start(program: Callable[..., int], arguments: Sequence[Any], size: int, outp
         process.start()
         processes.append(process)
     return Ranks(processes, output)
+
+
+def run(program: Callable[..., int], arguments: Sequence[Any], size: int, output: Path) -> None:
+    """Start it and wait; every rank must exit with 0."""
+    codes = start(program, arguments, size, output).finish()
+    assert codes == [0] * size, f"exit {codes}\n{output.read_text()[-4000:]}"
+
+
+def free_port() -> int:
+    """One that nothing listens at on loopback."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def sft(config: str, *extra: str) -> int:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.verify import verify_path
-from tests.forked import ENVIRONMENT
-from tests.ranks import ROOT
+from tests.forked import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.cluster
 TINY = (

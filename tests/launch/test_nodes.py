@@ -25,7 +25,7 @@ from launch.local import Job
 from launch.nodes import Hello, endpoint_of, gather
 from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline.checks import check_launch
-from tests.ranks import ROOT, free_port
+from tests.forked import ROOT, free_port
 
 COMMAND = {"launch.nnodes": 2, "run_name": "a", "steps": ["sft"]}
 FOLLOWER = """

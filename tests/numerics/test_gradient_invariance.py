@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.programs import gradients
-from tests.ranks import run_ranks
 
 # fp32 against a float64 reference; the sums have a few hundred terms
 TOLERANCE = 1e-5
@@ -29,7 +28,7 @@ def reference() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    run_ranks([str(Path(gradients.__file__)), str(out)], request.param)
+    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
     return torch.load(out)
 
 

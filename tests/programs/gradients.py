@@ -1,4 +1,4 @@
-"""One rank of the gradient grid: `gradients.py OUT.pt` writes {combination: {name: gradient}} on rank 0.
+"""One rank of the gradient grid: rank 0 writes {combination: {name: gradient}}.
 
 The gradient is read off a plain SGD step so large that the old weight is lost in rounding.
 """
@@ -6,7 +6,6 @@ The gradient is read off a plain SGD step so large that the old weight is lost i
 from __future__ import annotations
 
 import itertools
-import sys
 
 import numpy as np
 import torch
@@ -101,7 +100,7 @@ def pipeline_gradient(
     return {name: (before[name] - after[f"model.{name}"]) / LEARNING_RATE for name in before}
 
 
-def main() -> None:
+def main(out: str) -> int:
     attention.register()
     world = init_world()
     gradients = {}
@@ -111,9 +110,6 @@ def main() -> None:
     for stage in ZERO_STAGES:
         gradients[2, True, stage, True] = pipeline_gradient(world, 2, True, stage, checkpointing=True)
     if world.is_rank0:
-        torch.save(gradients, sys.argv[1])
+        torch.save(gradients, out)
     close_world()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

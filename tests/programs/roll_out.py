@@ -1,4 +1,4 @@
-"""One rank of a roll-out: writes what it got to FOLDER/rank_R.json. Usage: roll_out.py FOLDER CASE
+"""One rank of a roll-out: writes what it got to FOLDER/rank_R.json.
 
 CASE: shares, lockstep (ranks with unequal work keep step), told (the last rank alone is told to stop),
 told_lockstep (both), broken and broken_lockstep (the logits of the last rank alone are not finite).
@@ -7,7 +7,6 @@ told_lockstep (both), broken and broken_lockstep (the logits of the last rank al
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def prompts() -> list[TokenizedPrompt]:
     return [TokenizedPrompt(part, "", {}, "") for part in ids]
 
 
-def main(folder: Path, case: str) -> None:
+def main(folder: str, case: str) -> int:
     world = init_world()
     model = tiny(CONFIGS["llama"])
     passes = [0]
@@ -68,9 +67,6 @@ def main(folder: Path, case: str) -> None:
     result = {"responses": responses, "error": error, "passes": passes[0] - before}
     if found is not None:
         result |= {"own": asdict(decoder.counts), "all": asdict(over_ranks(decoder.counts))}
-    (folder / f"rank_{world.rank}.json").write_text(json.dumps(result))
+    (Path(folder) / f"rank_{world.rank}.json").write_text(json.dumps(result))
     close_world()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    return 0

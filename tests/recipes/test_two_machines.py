@@ -11,8 +11,7 @@ import pytest
 
 from common.artifacts import file_sha256
 from tests import runs
-from tests.forked import ENVIRONMENT
-from tests.ranks import ROOT, free_port
+from tests.forked import ENVIRONMENT, ROOT, free_port
 from tests.runs import LLAMA, Base
 
 

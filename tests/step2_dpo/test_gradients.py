@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 from common.data.types import IGNORE
 from step2_dpo.loss import Answers, Objective
-from tests.ranks import run_ranks
+from tests import forked
 from tests.step2_dpo import gradients
 from tests.step2_dpo.gradients import GRID, STARTS, Point, Start
 from tests.step2_dpo.pairs import SomePairs, plain_logps, tiny_llama
@@ -46,7 +45,7 @@ def plain_loss(objective: Objective) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    run_ranks([str(Path(gradients.__file__)), str(out)], request.param)
+    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
     return torch.load(out, weights_only=False)
 
 

@@ -1,4 +1,4 @@
-"""One rank of the reward model's gradient grid: `gradients.py OUT.pt` writes what rank 0 found.
+"""One rank of the reward model's gradient grid: `main` writes what rank 0 found.
 
 The gradient is read off a plain SGD step so large that the old weight is lost in rounding.
 """
@@ -6,7 +6,6 @@ The gradient is read off a plain SGD step so large that the old weight is lost i
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import NamedTuple
 
 import torch
@@ -76,13 +75,10 @@ def one_step(world: World, point: Point) -> Found:
     return Found(gradient, metrics, held_out_metrics(evaluated, SomePairs.sources, CENTERING))
 
 
-def main() -> None:
+def main(out: str) -> int:
     world = init_world()
     found = {tuple(point): tuple(one_step(world, point)) for point in GRID}
     if world.is_rank0:
-        torch.save(found, sys.argv[1])
+        torch.save(found, out)
     close_world()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

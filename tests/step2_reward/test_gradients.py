@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests import forked
 from tests.step2_reward import gradients
 from tests.step2_reward.gradients import GRID, Found, Point
 from tests.step2_reward.pairs import CENTERING, SomePairs, plain_scores, reference_gradient, tiny_scorer
@@ -30,7 +28,7 @@ def scores() -> torch.Tensor:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    run_ranks([str(Path(gradients.__file__)), str(out)], request.param)
+    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
     return {point: Found(*found) for point, found in torch.load(out).items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from common.data.types import IGNORE
-from tests.ranks import run_ranks
+from tests import forked
 from tests.step2_dpo.pairs import tiny_llama
 from tests.step3_ppo import gradients
 from tests.step3_ppo.gradients import GRID, KL_COEF, SHIFT, TEMPERATURE, Point, some_experience, tiny_scorer
@@ -91,7 +90,7 @@ def plain_critic() -> Any:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Point, Any]:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    run_ranks([str(Path(gradients.__file__)), str(out)], request.param)
+    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
     found: dict[Point, Any] = torch.load(out, weights_only=False)
     return found
 

@@ -14,11 +14,11 @@ from common.decoding.requests import SamplingRule
 from common.runtime.distributed import World
 from step3_ppo.config import RolloutConfig
 from step3_ppo.rollout import roll_out, rule_of
+from tests import forked
 from tests.common.model.test_attention import CONFIGS, tiny
+from tests.programs import roll_out as program
 from tests.programs.roll_out import PROMPT_IDS, prompts
-from tests.ranks import ROOT, run_ranks
 
-PROGRAM = str(ROOT / "tests" / "programs" / "roll_out.py")
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SAMPLES = 3
 
@@ -26,7 +26,7 @@ SAMPLES = 3
 def on_ranks(folder: Path, case: str, size: int) -> list[dict[str, Any]]:
     """What every rank wrote."""
     folder.mkdir()
-    run_ranks([PROGRAM, str(folder), case], size)
+    forked.run(program.main, (str(folder), case), size, folder / "output.txt")
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(size)]
 
 
