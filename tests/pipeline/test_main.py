@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import PROJECT
+from tests.conftest import Command
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -73,13 +74,19 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
     ],
 )
 def test_what_the_user_can_fix_ends_with_status_two_and_no_traceback(
-    arguments: tuple[str, ...], said: str, tmp_path: Path
+    arguments: tuple[str, ...], said: str, tmp_path: Path, command: Command
 ) -> None:
-    done = rlhf(*arguments, folder=tmp_path)
+    done = command(*arguments, folder=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_no_traceback_in_a_process_of_its_own_either(tmp_path: Path) -> None:
+    done = rlhf("run", "+sft.lrr=1", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_the_plan_of_two_steps_counts_their_rows_and_touches_no_run(tmp_path: Pa
     assert not (tmp_path / "runs" / "a").exists()
 
 
+@pytest.mark.slow
 def test_data_that_a_run_would_refuse_is_refused_by_the_plan(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
     done = plan(

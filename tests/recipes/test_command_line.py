@@ -16,9 +16,11 @@ import pytest
 from benchmarks.kill_resume import last_step
 from pipeline.config import PROJECT
 from tests import mounts
+from tests.conftest import Command
 from tests.forked import ENVIRONMENT
 from tests.runs import sums
 
+RLHF = [sys.executable, "-m", "pipeline"]
 MODEL = [
     "model=llama_4m", "model.dtype=fp32", "model.config.hidden_size=32", "model.config.intermediate_size=64",
     "model.config.num_hidden_layers=2", "model.config.num_attention_heads=4",
@@ -36,14 +38,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(PROJECT)}
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline", *arguments]
-
-
 def rlhf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line in `folder`."""
     return subprocess.run(
-        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+        [*RLHF, *arguments], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -142,7 +140,7 @@ def alive(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     write_rows(tmp_path)
     many = [*JOB, "sft.train.max_steps=1000000", "sft.train.save_every=0", "launch.nproc_per_node=2"]
     process = subprocess.Popen(
-        command("run", *many), cwd=tmp_path, env=environment(), text=True,
+        [*RLHF, "run", *many], cwd=tmp_path, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -156,6 +154,7 @@ def alive(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_the_first_stops_with_its_state_saved(
     alive: tuple[Path, subprocess.Popen[str]],
 ) -> None:
@@ -195,26 +194,27 @@ def test_a_second_run_is_refused_and_the_first_stops_with_its_state_saved(
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
 )
 def test_what_is_wrong_is_said_before_anything_is_started(
-    tmp_path: Path, arguments: list[str], said: list[str]
+    tmp_path: Path, arguments: list[str], said: list[str], command: Command
 ) -> None:
     write_rows(tmp_path)
     (tmp_path / "empty.jsonl").touch()
-    error = the_error(rlhf(tmp_path, "run", *JOB, *arguments))
+    error = the_error(command("run", *JOB, *arguments, folder=tmp_path))
     assert all(word in error for word in said), error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "rows.jsonl"]
 
 
-def test_an_output_folder_on_a_read_only_or_full_disk_is_refused(tmp_path: Path) -> None:
+def test_an_output_folder_on_a_read_only_or_full_disk_is_refused(tmp_path: Path, command: Command) -> None:
     write_rows(tmp_path)
     (tmp_path / "locked").mkdir()
     with mounts.read_only(tmp_path / "locked"):
-        error = the_error(rlhf(tmp_path, "run", *JOB, "output_dir=locked/runs"))
+        error = the_error(command("run", *JOB, "output_dir=locked/runs", folder=tmp_path))
     assert "output_dir=locked/runs" in error and "read-only" in error
     with mounts.small_disk(tmp_path / "small", 1 << 20):
-        error = the_error(rlhf(tmp_path, "run", *JOB, "output_dir=small/runs"))
+        error = the_error(command("run", *JOB, "output_dir=small/runs", folder=tmp_path))
     assert "output_dir=small/runs" in error and "are free" in error
 
 
+@pytest.mark.slow
 def test_an_error_of_the_step_ends_the_command_with_status_two_and_is_said_once(tmp_path: Path) -> None:
     write_rows(tmp_path)
     with (tmp_path / "rows.jsonl").open("a") as file:
