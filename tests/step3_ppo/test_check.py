@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.ranks import ROOT
+
+from tests.forked import ROOT
 
 PROGRAM = """
 import sys
