@@ -143,6 +143,7 @@ def test_a_policy_overwritten_in_place_is_a_new_reference(base: Base, folder: Pa
     assert abs(logps[0] - logps[1]) > 0.1
 
 
+@pytest.mark.slow
 def test_pairs_seen_again_in_other_company_begin_at_margin_0_all_the_same(base: Base, folder: Path) -> None:
     # large enough that in bf16 a pair's last bits depend on the pairs beside it, with most CPUs' kernels
     policy = make_policy(folder / "wide", base.tokenizer, hidden_size=512, intermediate_size=1536)

@@ -109,6 +109,7 @@ def test_lines_logged_after_the_last_save_are_not_doubled(folder: Path, whole_al
     assert_same_end(whole_alone, run_dir, ALONE)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_either_is_killed_end_with_the_same_bits(folder: Path, whole_two: Path) -> None:
     run_dir = prepare(folder, "killed-two", TWO_RANKS)
     dies(run_dir, 2, "writing", victim=1)

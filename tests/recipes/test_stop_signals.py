@@ -41,7 +41,7 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run_dir / "sft" / "checkpoints").glob("step_*"))
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_stopped_twice_ends_like_one_that_nobody_stopped(
     base: Base, whole: Callable[[int], Path], ranks: int
 ) -> None:
