@@ -9,9 +9,8 @@ import torch
 
 from tests import forked
 from tests.programs import gradients
+from tests.spread import GRADIENT_TOLERANCE, relative_error
 
-# fp32 against a float64 reference; the sums have a few hundred terms
-TOLERANCE = 1e-5
 GRID = [
     *((*point, False) for point in itertools.product(
         gradients.MICRO_BATCH_SIZES, gradients.PACKINGS, gradients.ZERO_STAGES
@@ -32,16 +31,11 @@ def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return torch.load(out)
 
 
-def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    difference = sum(((found[n].double() - g) ** 2).sum() for n, g in expected.items())
-    return float((difference / sum((g**2).sum() for g in expected.values())) ** 0.5)
-
-
 @pytest.mark.parametrize(
     "point", GRID, ids=lambda p: f"micro{p[0]}-{'packed' if p[1] else 'single'}-zero{p[2]}{'-ckpt' * p[3]}"
 )
 def test_gradient_is_that_of_the_token_mean(computed: dict, reference: dict, point: tuple) -> None:
-    assert relative_error(computed[point], reference) < TOLERANCE
+    assert relative_error(computed[point], reference) < GRADIENT_TOLERANCE
 
 
 def test_a_mean_of_micro_batch_means_would_be_noticed(reference: dict) -> None:
@@ -52,4 +46,4 @@ def test_a_mean_of_micro_batch_means_would_be_noticed(reference: dict) -> None:
         ids, labels = (torch.from_numpy(a.astype("int64")) for a in (example.input_ids, example.labels))
         (torch.nn.functional.cross_entropy(model(ids[None]).logits[0], labels) / len(documents)).backward()
     wrong = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert relative_error(wrong, reference) > 1000 * TOLERANCE
+    assert relative_error(wrong, reference) > 1000 * GRADIENT_TOLERANCE

@@ -8,32 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from common.config import LoraConfig
 from step2_dpo.config import DPOJob
-from tests.recipes.test_sft_numerics import (
+from tests.runs import Base, finish
+from tests.spread import (
     FIRST_TOLERANCE,
     LOGIT_TOLERANCE,
+    LORA,
     LOSS_TOLERANCE,
     MERGED_TOLERANCE,
+    SPREAD,
+    UNTIED,
     Point,
+    assert_plain_logits,
 )
-from tests.runs import Base, finish
 from tests.step2_dpo.runs import dpo_with_live_logits, make_job, make_policy, series, write_job
 
 pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
-
-SPREAD = [
-    Point(1, 1, True, 1),
-    Point(1, 4, False, 2),
-    Point(1, 2, True, 3, checkpointing=True),
-    Point(2, 2, True, 1),
-    Point(2, 4, False, 2, checkpointing=True),
-    Point(2, 1, True, 3),
-]
-UNTIED = [Point(1, 8, True, 2, tied=False), Point(2, 8, True, 3, tied=False)]
-LORA = [Point(1, 8, True, 1, lora=True), Point(2, 8, False, 2, lora=True), Point(2, 8, True, 3, lora=True)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +37,7 @@ def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_of(folder: Path, point: Point) -> DPOJob:
-    job = make_job(folder, folder / ("tied" if point.tied else "untied"), max_steps=4, eval_every=1)
+    job = make_job(folder, folder / point.policy, max_steps=4, eval_every=1)
     job.dpo.train.micro_batch_size, job.dpo.data.packing = point.micro_batch_size, point.packing
     job.dpo.sft_weight, job.dpo.label_smoothing = 0.1, 0.1
     job.deepspeed.stage, job.model.gradient_checkpointing = point.stage, point.checkpointing
@@ -101,17 +93,8 @@ def test_samples_do_not_depend_on_ranks_or_stage(run_of: Any) -> None:
 
 @pytest.mark.parametrize("point", [*SPREAD, *UNTIED, *LORA], ids=lambda point: point.name)
 def test_plain_transformers_gives_the_live_models_logits(run_of: Any, point: Point) -> None:
-    from transformers import AutoModelForCausalLM
-
-    run_dir = run_of(point)
-    live = torch.load(run_dir / "live_logits.pt")
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "dpo" / "export").eval()
-    assert model.dtype is torch.float32
-    with torch.no_grad():
-        logits = model(live["probe"]).logits[0]
-    assert live["probe"].numel() > 10 and logits.abs().max() > 1e-3
-    difference = float((logits - live["logits"]).abs().max() / logits.abs().max())
-    assert difference <= (MERGED_TOLERANCE if point.lora else LOGIT_TOLERANCE)
+    tolerance = MERGED_TOLERANCE if point.lora else LOGIT_TOLERANCE
+    assert_plain_logits(run_of(point), "dpo", tolerance=tolerance)
 
 
 def test_untied_and_adapted_runs_do_not_depend_on_stage_or_ranks_either(run_of: Any) -> None:

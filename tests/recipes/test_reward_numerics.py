@@ -4,7 +4,6 @@ plain transformers gives the rewards of the live one."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +13,16 @@ import torch
 from common.artifacts import read_manifest
 from common.config import LoraConfig
 from tests.runs import Base
+from tests.spread import FIRST_TOLERANCE, LORA, LOSS_TOLERANCE, MERGED_TOLERANCE, SPREAD, Point
 from tests.step2_dpo.runs import make_policy
 from tests.step2_reward.runs import make_job, reward_with_live_scores, run_job, series
 
 pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
 
-# fp32 sums in another order (1e-7), grown by three Adam steps that divide small numbers by small ones
-LOSS_TOLERANCE = 1e-5
-# before the first update it is only the order of summation
-FIRST_TOLERANCE = 1e-6
 # rewards of size 1 to 5, which are sums of 32 products: the same kernels on the same weights
 SCORE_TOLERANCE = 1e-5
-# merged adapters: the products are summed in another order, through all layers
-MERGED_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
-class Point:
-    """One way to run the same training."""
-
-    ranks: int
-    micro_batch_size: int
-    packing: bool
-    stage: int
-    checkpointing: bool = False
-    policy: str = "tied"
-    lora: bool = False
-
-    @property
-    def name(self) -> str:
-        words = [f"ranks{self.ranks}", f"micro{self.micro_batch_size}", f"zero{self.stage}", self.policy]
-        words.append("packed" if self.packing else "single")
-        return "-".join(words + ["checkpointing"] * self.checkpointing + ["lora"] * self.lora)
-
-
-SPREAD = [
-    Point(1, 1, True, 1),
-    Point(1, 4, False, 2),
-    Point(1, 2, True, 3, checkpointing=True),
-    Point(2, 2, True, 1),
-    Point(2, 4, False, 2, checkpointing=True),
-    Point(2, 1, True, 3),
-]
-LORA = [Point(1, 8, True, 1, lora=True), Point(1, 8, True, 2, lora=True), Point(2, 8, True, 3, lora=True)]
 OTHER_BASES = [Point(1, 8, True, 2, policy="untied"), Point(1, 8, True, 2, policy="pad is eos")]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +17,26 @@ from common.config import LoraConfig
 from step1_sft.config import SFTJob
 from tests.programs.live_logits import sft_with_live_logits
 from tests.runs import Base, evaluation_lines, finish, training_lines
+from tests.spread import (
+    FIRST_TOLERANCE,
+    LOGIT_TOLERANCE,
+    LORA,
+    LOSS_TOLERANCE,
+    MERGED_TOLERANCE,
+    SPREAD,
+    UNTIED,
+    Point,
+    assert_plain_logits,
+)
 
 pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
-
-# fp32 sums in another order (1e-7), grown by three Adam steps that divide small numbers by small ones
-LOSS_TOLERANCE = 1e-5
-# before the first update it is only the order of summation
-FIRST_TOLERANCE = 1e-6
-# the same kernels on the same weights
-LOGIT_TOLERANCE = 1e-6
-# merged adapters: the products are summed in another order, through all layers
-MERGED_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Point:
-    """One way to run the same training."""
-
-    ranks: int
-    micro_batch_size: int
-    packing: bool
-    stage: int
-    checkpointing: bool = False
-    tied: bool = True
-    lora: bool = False
-
-    @property
-    def name(self) -> str:
-        words = [f"ranks{self.ranks}", f"micro{self.micro_batch_size}", f"zero{self.stage}"]
-        words.append("packed" if self.packing else "single")
-        words += ["checkpointing"] * self.checkpointing + ["untied"] * (not self.tied) + ["lora"] * self.lora
-        return "-".join(words)
-
-
-SPREAD = [
-    Point(1, 1, True, 1),
-    Point(1, 4, False, 2),
-    Point(1, 2, True, 3, checkpointing=True),
-    Point(2, 2, True, 1),
-    Point(2, 4, False, 2, checkpointing=True),
-    Point(2, 1, True, 3),
-]
-UNTIED = [Point(1, 8, True, 2, tied=False), Point(2, 8, True, 3, tied=False)]
-LORA = [Point(1, 8, True, 1, lora=True), Point(1, 8, True, 2, lora=True), Point(2, 8, True, 3, lora=True)]
 
 
 def job_of(base: Base, point: Point) -> SFTJob:
     job = base.job(max_steps=4, eval_every=1, save_every=0, global_batch_size=64)
     job.sft.train.micro_batch_size, job.sft.data.packing = point.micro_batch_size, point.packing
     job.deepspeed.stage, job.model.gradient_checkpointing = point.stage, point.checkpointing
-    job.model.config["tie_word_embeddings"] = point.tied
+    job.model.config["tie_word_embeddings"] = point.policy == "tied"
     job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
     job.sft.sampling.num_prompts = 2
     if point not in SPREAD:  # what is compared here comes from the end
@@ -126,17 +95,8 @@ def test_samples_do_not_depend_on_ranks_or_stage(run_of: Any) -> None:
 
 @pytest.mark.parametrize("point", [*SPREAD, *UNTIED, *LORA], ids=lambda point: point.name)
 def test_plain_transformers_gives_the_live_models_logits(run_of: Any, point: Point) -> None:
-    from transformers import AutoModelForCausalLM
-
-    run_dir = run_of(point)
-    live = torch.load(run_dir / "live_logits.pt")
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "sft" / "export").eval()
-    assert model.dtype is torch.float32
-    with torch.no_grad():
-        logits = model(live["probe"]).logits[0]
-    assert live["probe"].numel() > 10 and logits.abs().max() > 1e-3
-    difference = float((logits - live["logits"]).abs().max() / logits.abs().max())
-    assert difference <= (MERGED_TOLERANCE if point.lora else LOGIT_TOLERANCE)
+    tolerance = MERGED_TOLERANCE if point.lora else LOGIT_TOLERANCE
+    assert_plain_logits(run_of(point), "sft", tolerance=tolerance)
 
 
 def test_tied_embeddings_stay_tied_and_untied_ones_differ(run_of: Any) -> None:

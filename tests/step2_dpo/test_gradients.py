@@ -12,12 +12,10 @@ import torch
 from common.data.types import IGNORE
 from step2_dpo.loss import Answers, Objective
 from tests import forked
+from tests.spread import GRADIENT_TOLERANCE, relative_error
 from tests.step2_dpo import gradients
 from tests.step2_dpo.gradients import GRID, STARTS, Point, Start
 from tests.step2_dpo.pairs import SomePairs, plain_logps, tiny_llama
-
-# fp32 against a float64 reference; the sums have a few hundred terms
-TOLERANCE = 1e-5
 
 
 @cache
@@ -49,11 +47,6 @@ def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return torch.load(out, weights_only=False)
 
 
-def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    difference = sum(((found[n].double() - g) ** 2).sum() for n, g in expected.items())
-    return float((difference / sum((g**2).sum() for g in expected.values())) ** 0.5)
-
-
 def name_of(point: Point) -> str:
     words = [f"micro{point.micro_batch_size}", "packed" if point.packing else "single", f"zero{point.stage}"]
     objective = point.objective
@@ -65,7 +58,7 @@ def name_of(point: Point) -> str:
 @pytest.mark.parametrize("point", GRID, ids=name_of)
 def test_gradient_is_that_of_the_mean_over_all_pairs(computed: dict, point: Point) -> None:
     loss, expected = plain_loss(point.objective)
-    assert relative_error(computed["gradients"][point], expected) < TOLERANCE
+    assert relative_error(computed["gradients"][point], expected) < GRADIENT_TOLERANCE
     assert computed["metrics"][point]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
@@ -81,7 +74,7 @@ def test_the_objectives_have_different_gradients() -> None:
     every = [gradients.EVERYTHING, *gradients.OTHERS]
     for number, one in enumerate(every):
         for other in every[number + 1 :]:
-            assert relative_error(plain_loss(one)[1], plain_loss(other)[1]) > 1000 * TOLERANCE
+            assert relative_error(plain_loss(one)[1], plain_loss(other)[1]) > 1000 * GRADIENT_TOLERANCE
 
 
 @pytest.mark.parametrize("start", STARTS, ids=lambda s: f"{'packed' if s.packing else 'single'}-zero{s.stage}"

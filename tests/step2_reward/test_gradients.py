@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from tests import forked
+from tests.spread import GRADIENT_TOLERANCE, relative_error
 from tests.step2_reward import gradients
 from tests.step2_reward.gradients import GRID, Found, Point
 from tests.step2_reward.pairs import CENTERING, SomePairs, plain_scores, reference_gradient, tiny_scorer
-
-# fp32 against a float64 reference
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +30,6 @@ def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return {point: Found(*found) for point, found in torch.load(out).items()}
 
 
-def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    difference = sum(((found[n].double() - g) ** 2).sum() for n, g in expected.items())
-    return float((difference / sum((g**2).sum() for g in expected.values())) ** 0.5)
-
-
 def named(point: Point) -> str:
     words = [f"micro{point.micro_batch_size}", f"zero{point.stage}", "packed" if point.packing else "single"]
     words += ["ckpt"] * point.checkpointing + ["repeated-prompts"] * (not point.share_prefix)
@@ -45,7 +38,7 @@ def named(point: Point) -> str:
 
 @pytest.mark.parametrize("point", GRID, ids=named)
 def test_gradient_is_that_of_the_mean_over_pairs(computed: dict, reference: dict, point: Point) -> None:
-    assert relative_error(computed[point].gradient, reference) < TOLERANCE
+    assert relative_error(computed[point].gradient, reference) < GRADIENT_TOLERANCE
 
 
 @pytest.mark.parametrize("point", GRID, ids=named)
@@ -74,4 +67,4 @@ def test_a_mean_of_micro_batch_means_would_be_noticed(reference: dict) -> None:
     losses = losses + CENTERING * scores.sum(1) ** 2
     ((losses[:4].mean() + losses[4:].mean()) / 2).backward()
     wrong = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert relative_error(wrong, reference) > 1000 * TOLERANCE
+    assert relative_error(wrong, reference) > 1000 * GRADIENT_TOLERANCE

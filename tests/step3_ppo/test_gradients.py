@@ -11,12 +11,10 @@ import torch
 
 from common.data.types import IGNORE
 from tests import forked
+from tests.spread import GRADIENT_TOLERANCE, relative_error
 from tests.step2_dpo.pairs import tiny_llama
 from tests.step3_ppo import gradients
 from tests.step3_ppo.gradients import GRID, KL_COEF, SHIFT, TEMPERATURE, Point, some_experience, tiny_scorer
-
-# fp32 against a float64 reference; the sums have a few hundred terms
-TOLERANCE = 1e-5
 
 
 def ids_of(response: Any) -> torch.Tensor:
@@ -95,11 +93,6 @@ def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    difference = sum(((found[name].double() - g) ** 2).sum() for name, g in expected.items())
-    return float((difference / sum((g**2).sum() for g in expected.values())) ** 0.5)
-
-
 def name_of(point: Point) -> str:
     return f"micro{point.micro_batch_size}-{'packed' if point.packing else 'single'}-zero{point.stage}"
 
@@ -110,11 +103,11 @@ def test_both_gradients_are_those_of_means_over_the_tokens_of_all_ranks(
 ) -> None:
     found, metrics = computed[point]
     surrogate, clipped, expected = plain_actor()
-    assert relative_error(found["actor"], expected) < TOLERANCE
+    assert relative_error(found["actor"], expected) < GRADIENT_TOLERANCE
     assert metrics["loss/policy_avg"] == pytest.approx(surrogate, rel=1e-5)
     assert metrics["policy/clipfrac_avg"] == clipped
     loss, clipped, expected = plain_critic()
-    assert relative_error(found["critic"], expected) < TOLERANCE
+    assert relative_error(found["critic"], expected) < GRADIENT_TOLERANCE
     assert metrics["loss/value_avg"] == pytest.approx(loss, rel=1e-5)
     assert metrics["val/clipfrac_avg"] == clipped
 
@@ -130,4 +123,4 @@ def test_every_term_and_the_clipping_are_felt() -> None:
     _, clipped, whole = plain_actor()
     assert 0.1 < clipped < 0.9 and 0.1 < plain_critic()[1] < 0.9
     for changed in ({"entropy_coef": 0.0}, {"ptx_weight": 0.0}, {"kl_coef": 0.0}):
-        assert relative_error(plain_actor(**changed)[2], whole) > 1000 * TOLERANCE
+        assert relative_error(plain_actor(**changed)[2], whole) > 1000 * GRADIENT_TOLERANCE
