@@ -17,6 +17,8 @@ import io
 import logging
 import math
 import os
+import pickle
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.phases import enter
-from common.runtime.distributed import all_gather_objects
+from common.runtime.distributed import all_gather_objects, all_gather_or_raise
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 
 STATE_TAG = "zero"
@@ -53,6 +55,7 @@ class Engine:
     ) -> None:
         self._engine = _initialized(module, optimizer, config)
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
+        self._engine.checkpoint_engine.load = _read
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
@@ -131,8 +134,11 @@ class Engine:
         """Restore what `save` wrote, bit for bit.
 
         By another number of ranks or at another ZeRO stage it is resharded; returns from what and to what.
-        UserError when the optimizer's state cannot be.
+        UserError when the optimizer's state cannot be, or when a file holds more than state.
         """
+        files = sorted(folder.glob(f"{STATE_TAG}/*.pt"))
+        own = files[dist.get_rank() :: self._world_size]
+        all_gather_or_raise(lambda: [bool(_read(path, mmap=True)) for path in own])  # before any collective
         stored = Layout.read(folder)
         written_by = len(list((folder / STATE_TAG).glob("*_optim_states.pt")))
         if stored is None and written_by != self._world_size:
@@ -252,7 +258,7 @@ class Engine:
     def _load_buffers(self, folder: Path) -> None:
         """What the module keeps beside its weights; rank 0 wrote all of it, at stage 3 each rank."""
         path = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
-        stored = torch.load(path, mmap=True, map_location="cpu", weights_only=False)["module"] or {}
+        stored = _read(path, mmap=True)["module"] or {}
         for name, buffer in self.module.named_buffers():
             if name in stored:
                 buffer.copy_(stored[name])
@@ -324,7 +330,30 @@ def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 def _stored_optimizer(folder: Path, rank: int) -> dict[str, Any]:
     path = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-    return torch.load(path, mmap=True, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    stored: dict[str, Any] = _read(path, mmap=True)["optimizer_state_dict"]
+    return stored
+
+
+def _read(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
+    """What DeepSpeed wrote into a file: tensors, plain values and a few of its own classes.
+
+    A pickle may name any function and call it. Nothing else is looked up than what DeepSpeed's state is made
+    of; UserError names what a file wants beyond it. With mmap tensors stay on the disk until they are used.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        try:
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"{named[1]}, which is not part of it" if named else f"what cannot be read ({error})"
+            raise UserError(
+                f"{path} holds more than a checkpoint's state: {what}; nothing of it was run",
+                hint="delete the checkpoint: the run goes on from an earlier one, or from its start",
+            ) from None
 
 
 def _initialized(

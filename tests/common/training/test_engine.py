@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from common.errors import UserError
 from tests import forked
 
 
@@ -63,6 +65,56 @@ def test_an_engine_steps_clips_skips_saves_and_loads(tmp_path: Path) -> None:
     codes, printed = ranks.finish(), (tmp_path / "output.txt").read_text()
     assert codes == [0], printed
     assert printed == "", "DeepSpeed talks on the terminal"
+
+
+class Hostile:
+    """What a stranger may put into a pickle: loading it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def hostile_states(stage: int, folder: str) -> int:
+    """Every file of a state in turn holds an object that runs a function when it is loaded."""
+    import torch
+
+    from common.runtime.distributed import init_world
+    from tests.programs import engines
+
+    world = init_world()
+    engine = engines.engine_of(engines.tiny_actor(), stage, world)
+    state, made = Path(folder) / "state", Path(folder) / "made"
+    engine.save(state)
+    assert engine.load(state) is None
+    files = sorted((state / "zero").glob("*.pt"))
+    assert len(files) >= 2
+    for file in files:
+        content = file.read_bytes()
+        torch.distributed.barrier()
+        if world.is_rank0:
+            stored = torch.load(file, weights_only=False)
+            torch.save({**stored, "beside": Hostile(made)}, file)
+        torch.distributed.barrier()
+        with pytest.raises(UserError, match=rf"{file.name} holds more than .*mkdir.*nothing of it was run"):
+            engine.load(state)
+        assert not made.exists()
+        torch.distributed.barrier()
+        if world.is_rank0:
+            file.write_bytes(content)
+        torch.distributed.barrier()
+        assert engine.load(state) is None
+    return 0
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 2), (3, 2)])
+def test_a_state_that_would_run_code_is_refused_by_every_rank_and_runs_nothing(
+    tmp_path: Path, stage: int, ranks: int
+) -> None:
+    (tmp_path / "state").mkdir()
+    runs(hostile_states, ranks, tmp_path, stage, str(tmp_path))
 
 
 def several_engines() -> int:
