@@ -43,7 +43,9 @@ def wait_for(folder: Path, *, report: Report = print, silence: float = 1800.0, p
     """
     signs: set[tuple[str, int]] = set()
     last_sign = last_line = time.monotonic()
-    while not is_whole(folder):
+    damaged: int | None = None
+    while (key := _written_at(folder)) in (None, damaged) or not is_intact(folder):
+        damaged = key  # its rows are read once, until another process has written them anew
         now = time.monotonic()
         seen = _signs(folder)
         if seen != signs:
@@ -133,8 +135,23 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
+def is_intact(folder: Path) -> bool:
+    """Whether the folder is whole and its files still hash to what was written; reads all of them."""
+    if not is_whole(folder):
+        return False
+    with suppress(OSError):  # another process may be replacing it
+        hashes = json.loads((folder / KEY_FILE).read_text()).get("sha256") or {ROWS_FILE: None}
+        return all(file_sha256(folder / name) == recorded for name, recorded in hashes.items())
+    return False
+
+
+def rows_sha256(folder: Path) -> str:
+    """Hash of the rows of a folder, as it was recorded when they were written."""
+    return str(json.loads((folder / KEY_FILE).read_text())["sha256"][ROWS_FILE])
+
+
 def seal(folder: Path, key: Mapping[str, Any]) -> None:
-    """Write the key last: with it the folder is whole. The hashes are what `verify` looks at."""
+    """Write the key last: with it the folder is whole."""
     names = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
     sizes = {name: (folder / name).stat().st_size for name in names}
     hashes = {name: file_sha256(folder / name) for name in names}
@@ -177,6 +194,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _written_at(folder: Path) -> int | None:
+    """When the key of a folder that looks whole was written, in ns; None for another."""
+    with suppress(OSError):
+        return (folder / KEY_FILE).stat().st_mtime_ns if is_whole(folder) else None
+    return None
+
+
 def _signs(folder: Path) -> set[tuple[str, int]]:
     """What grows while a builder is at work."""
     signs = set()
@@ -203,7 +227,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
-        if folder.exists() and not is_whole(folder):
+        if folder.exists() and not is_intact(folder):
             shutil.rmtree(folder)
         try:
             os.rename(unfinished, folder)

@@ -64,9 +64,9 @@ def build(
     """Training records, held-out records (None when there are none) and the ledger.
 
     kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
-    `data.stage_split` shares them out. Taken from the cache when all that decides them is unchanged;
-    otherwise made, saying what changed. With `wait` this process does not build but waits for the one
-    that does (see `cache.wait_for`).
+    `data.stage_split` shares them out. Taken from the cache when all that decides them is unchanged and its
+    files hash to what was written; otherwise made, saying what changed. With `wait` this process does not
+    build but waits for the one that does (see `cache.wait_for`).
     Raises UserError for bad data, and when no row is left to train on.
     """
     if not data.all_sources():
@@ -79,7 +79,7 @@ def build(
     folder = root / cache.digest(key)
     if wait:
         cache.wait_for(folder, report=report)
-    elif not cache.is_whole(folder):
+    elif not cache.is_intact(folder):
         report(cache.why_missed(root, key))
         with cache.new_folder(folder) as unfinished:
             Writer(Reader(data, kind, split, seed, report), tokenizer).fill(unfinished)

@@ -47,7 +47,7 @@ class StoredRecords:
 
     lengths: int32 [R] tokens. trained: int32 [R] trained tokens. source_ids: int32 [R], indices into
     `sources`. control: int8 [R], 1 where the row's contents hold control tokens. fingerprint: hash of
-    everything that decided the records, and of which part this is.
+    everything that decided the records, and of which part this is. folder: where they lie.
     """
 
     numbers: ClassVar[Mapping[str, str]] = {}
@@ -70,7 +70,7 @@ class StoredRecords:
         self._numbers = index["numbers"]
         self._sources_of_file = index["source_ids"]
         self._rows = rows
-        self._file = folder / ROWS_FILE
+        self.folder = folder
         self._opened: _Columns | None = None
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class StoredRecords:
 
     def _columns(self) -> _Columns:
         if self._opened is None:
-            self._opened = _Columns(self._file)
+            self._opened = _Columns(self.folder / ROWS_FILE)
         return self._opened
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from common.artifacts import VARIABLES, Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
-from common.data import dataset
+from common.data import cache, dataset
 from common.data.batches import Batches, BatchPlan
 from common.errors import with_step
 from common.runtime.distributed import World
@@ -45,13 +45,14 @@ class StepData(Generic[Rows]):
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprints(self) -> dict[str, Any]:
-        """Hashes of everything that decided the rows, for the manifest; how they are shared out and variables
-        of the chat template, if there are any."""
+        """Hashes of everything that decided the rows and of the tokenized rows themselves, for the manifest;
+        how they are shared out and variables of the chat template, if there are any."""
         held_out = None if self.held_out is None else self.held_out.fingerprint
         split = {} if self.stage_split is None else {"stage_split": self.stage_split}
         given = dict(self.chat_template_kwargs)
         variables = {VARIABLES: given} if given else {}
-        return {"train": self.train.fingerprint, "held_out": held_out, **split, **variables}
+        rows = {"rows_sha256": cache.rows_sha256(self.train.folder)}
+        return {"train": self.train.fingerprint, "held_out": held_out, **rows, **split, **variables}
 
 
 def cache_dir(job: JobConfig, data: DataConfig) -> Path:

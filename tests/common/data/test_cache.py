@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.config import DataConfig, SourceConfig, TrainOn, Truncation
@@ -230,6 +231,39 @@ def test_a_cache_whose_rows_were_cut_short_is_built_again(tmp_path: Path) -> Non
     said = Said()
     assert texts(made(tmp_path, said=said)[0]) == before
     assert said[0] == "tokenizing; the cached rows are damaged"
+
+
+def overwrite(folder: Path) -> None:
+    """Other token ids in place of the cached ones, in a file of the same size."""
+    (file,) = folder.glob(f"cache/*/{cache.ROWS_FILE}")
+    content = bytearray(file.read_bytes())
+    (folder / "kept").write_bytes(content)
+    middle = content.index(np.array(made(folder)[0][0].input_ids[:4]).tobytes())
+    content[middle : middle + 4] = np.array([7], np.int32).tobytes()
+    file.unlink()  # those who have it open go on reading the old one
+    file.write_bytes(content)
+
+
+def test_rows_that_were_overwritten_in_the_same_size_are_built_again(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    before = texts(made(tmp_path)[0])
+    overwrite(tmp_path)
+    said = Said()
+    after, _, _ = made(tmp_path, said=said)
+    assert said[0] == "tokenizing; the cached rows are damaged"
+    assert texts(after) == before
+
+
+def test_who_waits_does_not_take_rows_that_were_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", pairs(40))
+    first, _, _ = made(tmp_path)
+    overwrite(tmp_path)
+    with pytest.raises(UserError, match="waited"):
+        wait_for(first.folder, report=Said(), silence=0.05, poll=0.01)
+    made(tmp_path)
+    wait_for(first.folder, report=Said(), silence=0.05, poll=0.01)
+    (again,) = (tmp_path / "cache").glob(f"*/{cache.ROWS_FILE}")
+    assert again.read_bytes() == (tmp_path / "kept").read_bytes()
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
