@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from common.text import printable
+
 HIDDEN = "[redacted]"
 
 _ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"}
@@ -38,7 +40,7 @@ _CREDENTIAL_VALUES = re.compile(
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"  # JSON web tokens
     r")"
 )
-_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s:]*:[^/@\s]+@")
+_URL_PASSWORD = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*:/{1,2})[^/@\s:]*:[^/@\s]+@")  # one: taken for a path
 _URL_USER = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s]+@")
 _QUERY = re.compile(r"([?&]([\w-]+)=)[^&\s]+")
 _SIGNS = {"sig", "signature"}
@@ -78,11 +80,17 @@ def redact(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def redact_text(text: str) -> str:
     """`text` without the parts that look like credentials (for log lines and error messages)."""
-    text = _URL_USER.sub(rf"\g<1>{HIDDEN}@", text)
+    for address in (_URL_USER, _URL_PASSWORD):
+        text = address.sub(rf"\g<1>{HIDDEN}@", text)
     text = _QUERY.sub(lambda found: found[1] + HIDDEN if _is_secret_parameter(found[2]) else found[0], text)
     for pattern in (_BEARER, _HEX_KEY):
         text = pattern.sub(rf"\g<1>{HIDDEN}", text)
     return _CREDENTIAL_VALUES.sub(HIDDEN, text)
+
+
+def shown(text: object) -> str:
+    """What is quoted in an error, a log or a line of progress: without credentials and control codes."""
+    return redact_text(printable(str(text)))
 
 
 def names_a_credential(key: str) -> bool:

@@ -1,4 +1,7 @@
-"""Values as people and JSON read them: the nearest known name, and plain values. Imports nothing heavy."""
+"""Values as people and JSON read them: the nearest known name, text a terminal can show, and plain values.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,22 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
+
+_CONTROLS = [*range(9), *range(11, 32), 127]
+_ESCAPED = [*range(128, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_ACTED_ON: dict[int, str] = {
+    **{code: chr(0x2421 if code == 127 else 0x2400 + code) for code in _CONTROLS},
+    **{code: ascii(chr(code))[1:-1] for code in _ESCAPED},
+}
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would act on made visible: newline and tab stay.
+
+    ASCII's control codes become the symbols of their names, the others, signs that turn the direction of
+    writing, and halves of characters their escapes.
+    """
+    return text.translate(_ACTED_ON)
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.redact import shown
 from common.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def main() -> None:
     try:
         status = dispatch(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         status = UserError.EXIT_CODE
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -126,7 +127,7 @@ def composed(verb: str, arguments: Sequence[str]) -> int:
     if len(overrides) == len(arguments):
         prepared = prepare(overrides)
         for note in prepared.notes:
-            print(note)
+            print(shown(note))
         config = compose(prepared.overrides)
         check_effects([config], overrides)
         return execute(verb, config, overrides)
@@ -172,7 +173,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
         check_effects(configs, args.overrides)
     if args.multirun or not any((args.cfg, args.help, args.info)):
         for note in prepared.notes:
-            print(note)
+            print(shown(note))
     flags = [text for text in arguments if text not in args.overrides]
     # overrides first: after a flag with an optional value (--info) the first one would be taken for it
     sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *beside, *flags]
@@ -220,7 +221,7 @@ class _Task:
             if status == 0 and is_judged and launcher is Launcher.ssh:
                 return objective_of(config)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {shown(error)}", file=sys.stderr)
             status = UserError.EXIT_CODE
         if status != 0:
             sys.exit(status)
@@ -229,7 +230,7 @@ class _Task:
 
 def say(line: str) -> None:
     """Print a line at once, so that it stays in order with what the ranks print."""
-    print(line, flush=True)
+    print(shown(line), flush=True)
 
 
 if __name__ == "__main__":

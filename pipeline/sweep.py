@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.config import load_resolved, to_plain
 from common.errors import UserError
+from common.redact import shown
 from common.stage import Step
 from launch.rank import die_with
 from launch.supervise import StopRequests
@@ -86,7 +87,7 @@ def main() -> int:
     try:
         return run(config, say=lambda line: print(line, flush=True))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return UserError.EXIT_CODE
 
 

@@ -18,6 +18,7 @@ from common.config import Dtype, JobConfig, dtype_on, load_resolved
 from common.errors import UserError
 from common.jit import refuse_to_wait_for_ever
 from common.notices import listen
+from common.redact import shown
 from common.runtime.logs import open_rank_log, run_and_report
 
 Job = TypeVar("Job", bound=JobConfig)
@@ -61,7 +62,7 @@ def step_main(
     rank = int(os.environ.get("RANK", "0"))
     open_rank_log(logs, rank)
     if rank == 0:
-        listen(lambda line: print(f"notice: {line}", flush=True))
+        listen(lambda line: print(f"notice: {shown(line)}", flush=True))
 
     def work() -> int:
         job = load_resolved(arguments.config, schema)

@@ -33,6 +33,7 @@ from typing import Any
 
 from common import phases
 from common.limits import collective_seconds, silent_seconds
+from common.redact import shown
 from common.runtime.logs import ending, is_first, rank_log
 
 STALLED_EXIT_CODE = 75
@@ -276,7 +277,7 @@ class HeartbeatThreads:
         file = rank_log()
         logs = "" if file is None else f"; the stacks of the ranks are in {Path(file.name).parent}"
         if is_only:
-            print(f"error: {diagnosis.message}{logs}", file=sys.stderr, flush=True)
+            print(f"error: {shown(diagnosis.message)}{logs}", file=sys.stderr, flush=True)
         log.error("%s", diagnosis.message)  # last: it may be its file system that does not answer
 
 

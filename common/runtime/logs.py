@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import UserError
+from common.redact import shown
 from common.shortage import OUT_OF_MEMORY, shortage
 
 STOPPED_EXIT_CODE = 143
@@ -22,11 +23,18 @@ ending = threading.Lock()
 """Held by whoever ends this process, so that it ends for one reason and says one."""
 
 
+class _Shown(logging.Formatter):
+    """Records, with their tracebacks, without credentials and control codes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 def open_rank_log(folder: Path, rank: int) -> None:
     """Send every log record of this process to `folder/rank_<rank>.log`, and nothing to the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank_{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Shown("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
@@ -53,14 +61,14 @@ def run_and_report(work: Callable[[], int], folder: Path) -> int:
     except UserError as error:
         logging.getLogger("rlhf").error("%s", error)
         if _is_first(folder, str(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {shown(error)}", file=sys.stderr, flush=True)
         return UserError.EXIT_CODE
     except Exception as error:
         with ending:  # for ever, where the watch has it: ranks that leave make others fail in a collective
             pass
         if (said := shortage(error)) is not None:
             logging.getLogger("rlhf").exception("out of memory")
-            print(f"error: {said}", file=sys.stderr, flush=True)
+            print(f"error: {shown(said)}", file=sys.stderr, flush=True)
             return OUT_OF_MEMORY
         if (folder / _STOPPED_FILE).exists():
             logging.getLogger("rlhf").exception("another rank was told to stop")

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from common.redact import shown
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -89,7 +91,7 @@ class Progress:
         """Print a line above the bar; one that begins with `warning: ` is kept in the process's log, too."""
         if self._enabled:
             target = self._bar.console if self._bar is not None else console()
-            target.print(line, markup=False)
+            target.print(shown(line), markup=False)
             root = logging.getLogger()
             if line.startswith(WARNING) and root.handlers:  # without a log it would be printed again
                 root.getChild("rlhf").warning("%s", line.removeprefix(WARNING))

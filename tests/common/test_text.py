@@ -7,7 +7,7 @@ import math
 from enum import Enum
 from pathlib import Path
 
-from common.text import did_you_mean, nearest, plain
+from common.text import did_you_mean, nearest, plain, printable
 
 
 class Kind(Enum):
@@ -26,3 +26,9 @@ def test_a_value_is_said_in_terms_of_json() -> None:
     assert plain(value, not_finite=json.dumps)["not"] == ["NaN", "-Infinity"]
     assert plain({"odd": object}) == {"odd": "<class 'object'>"}
     assert plain([object], unknown=lambda value: value) == [object]
+
+
+def test_what_a_terminal_would_act_on_is_made_visible() -> None:
+    hostile = "\x1b]0;owned\x07 \x9b31m red \x7f\r over \u202etxt.exe \ud800"
+    assert printable(hostile) == "␛]0;owned␇ \\x9b31m red ␡␍ over \\u202etxt.exe \\ud800"
+    assert printable("a\tb\n  ü, 漢字, 👩\u200d🔬\xa0!") == "a\tb\n  ü, 漢字, 👩\u200d🔬\xa0!"

@@ -89,6 +89,40 @@ def test_an_error_is_no_traceback_in_a_process_of_its_own_either(tmp_path: Path)
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "model.path=./no\x1b]0;owned\x07where", "sft.data.path=rows.jsonl"),
+        ("run", "run_n\x1b[31mame=x"),
+        ("verify", "no\x1b[2Jwhere\x9b1m"),
+        ("ve\x1b[31mrify", "x"),
+    ],
+)
+def test_what_an_error_quotes_cannot_steer_the_terminal(
+    arguments: tuple[str, ...], tmp_path: Path, command: Command
+) -> None:
+    done = command(*arguments, folder=tmp_path)
+    assert done.returncode == 2 and "error: " in done.stderr
+    assert not set(done.stderr + done.stdout) & {"\x1b", "\x07", "\x9b"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "model.path=https://me:hunter2@host/model"),
+        ("verify", "https://me:hunter2@host/run"),
+        ("run", "https://me:hunter2@host=1"),
+        ("chat", "https://me:hunter2@host/model"),
+    ],
+)
+def test_a_password_in_an_address_is_not_quoted(
+    arguments: tuple[str, ...], tmp_path: Path, command: Command
+) -> None:
+    done = command(*arguments, folder=tmp_path)
+    assert done.returncode == 2 and "error: " in done.stderr
+    assert "hunter2" not in done.stderr + done.stdout
+
+
 def test_hydras_own_flags_keep_working(tmp_path: Path) -> None:
     shown = rlhf("run", "--cfg", "job", "seed=7", "--package", "sft.optim", folder=tmp_path)
     assert (shown.returncode, "name: adamw" in shown.stdout) == (0, True), shown.stderr
