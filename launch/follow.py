@@ -7,27 +7,26 @@ may ask for (`launch/nodes.py`); returns the exit status with which it is sent h
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import disk_errors
 from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
-from launch.channel import Channel, interface_of
+from launch.channel import Channel, Message, interface_of
 from launch.local import Job, Meeting
-from launch.nodes import Hello, another_command, endpoint_of, not_shared, sha256_of
+from launch.nodes import SECRET_BYTES, SHARED, Hello, endpoint_of, secret_file, sha256_of
 from launch.supervise import POLL_SECONDS, Running, Say, StopRequests
 
 SHARED_SECONDS = 60.0
 """How long a file that machine 0 wrote may take to be seen by another: what NFS remembers, and some."""
-_TOKEN = re.compile(r"\.machines-[0-9a-f]{8}")
+ANSWER_SECONDS = 5.0
+"""How long machine 0 may take to prove itself, and to answer."""
 
 
 def follow(launch: LaunchConfig, own: Hello, folder: Path, jobs: Mapping[str, Job], say: Say) -> int:
@@ -37,11 +36,12 @@ def follow(launch: LaunchConfig, own: Hello, folder: Path, jobs: Mapping[str, Jo
     run's folder is another one than ours.
     """
     with StopRequests() as requests:
-        channel = _connect(endpoint_of(launch), launch.join_seconds, requests)
-        if channel is None:
+        met = _connect(launch, own, secret_file(folder, launch), requests)
+        if met is None:
             return STOPPED
+        channel, messages = met
         try:
-            return _Follower(channel, launch, folder, jobs, requests).obey(own, say)
+            return _Follower(channel, launch, folder, jobs, requests).obey(messages, say)
         except UserError as error:
             channel.send("ended", status=UserError.EXIT_CODE, message=error.message)
             raise
@@ -59,43 +59,27 @@ class _Follower:
     jobs: Mapping[str, Job]
     requests: StopRequests
 
-    def obey(self, own: Hello, say: Say) -> int:
-        """Do what is said until the end; returns the exit status."""
-        channel, requests = self.channel, self.requests
-        channel.send("hello", node_rank=own.node_rank, ranks=own.ranks, command=own.command, host=own.host)
+    def obey(self, messages: Sequence[Message], say: Say) -> int:
+        """Do what is said until the end, first these messages; returns the exit status."""
+        channel, requests, endpoint = self.channel, self.requests, self.launch.rdzv_endpoint
         is_leaving = False
-        while channel.is_open:
-            if requests.received and not is_leaving:
-                is_leaving = True
-                channel.send("leaving", status=STOPPED, stopped=True)
-            for message in channel.receive(0.2):
+        while messages or channel.is_open:
+            for message in messages:
                 match message["do"]:
                     case "welcome":
-                        self.show_that_we_see(message)
-                        say(f"machine {own.node_rank} follows machine 0 at {self.launch.rdzv_endpoint}")
+                        say(f"machine {self.launch.node_rank} follows machine 0 at {endpoint}")
                     case "job" if not is_leaving:
                         self.do(message)
                     case "end":
                         return _end(message) or (STOPPED if requests.received else 0)
+            if requests.received and not is_leaving:
+                is_leaving = True
+                channel.send("leaving", status=STOPPED, stopped=True)
+            messages = channel.receive(0.2)
         if requests.received:
             return STOPPED
-        endpoint = self.launch.rdzv_endpoint
         print(f"machine 0 at {endpoint} is gone: its connection was closed", file=sys.stderr)
         return 1
-
-    def show_that_we_see(self, message: Mapping[str, Any]) -> None:
-        """Send back what is in the file that machine 0 wrote into the run's folder."""
-        token, differs = str(message["token"]), [str(line) for line in message.get("differs", ())]
-        if not _TOKEN.fullmatch(token):
-            raise UserError("machine 0 speaks another language", hint="use one version on all machines")
-        if not _within(0.0 if differs else SHARED_SECONDS, lambda: _is_there(self.folder, token)):
-            ours = str(self.folder.absolute())
-            self.channel.send("lost", folder=ours)
-            if differs:
-                raise another_command("this machine", differs)
-            raise not_shared(Path(str(message["folder"])), ours, "this machine")
-        with disk_errors(self.folder):
-            self.channel.send("found", secret=(self.folder / token).read_text(encoding="utf-8"))
 
     def do(self, message: Mapping[str, Any]) -> None:
         """Run our part of a job, and say how it ended."""
@@ -104,12 +88,13 @@ class _Follower:
             raise UserError(
                 f"machine 0 asks for {name}, which this run does not have", hint="use one version"
             )
+        end = time.monotonic() + SHARED_SECONDS
         for relative, sha256 in message["files"].items():
             path = self.folder / relative
-            if not _within(SHARED_SECONDS, lambda: sha256_of(path) == sha256):  # noqa: B023
-                raise UserError(
-                    f"{path} is not what machine 0 wrote", hint="all machines must share output_dir"
-                )
+            while sha256_of(path) != sha256:
+                if time.monotonic() > end:
+                    raise UserError(f"{path} is not what machine 0 wrote", hint=SHARED)
+                time.sleep(0.1)
         launch, channel = self.launch, self.channel
         assert launch.node_rank is not None
         address, port = endpoint_of(launch)
@@ -135,36 +120,55 @@ def _end(message: Mapping[str, Any]) -> int:
     return status
 
 
-def _is_there(folder: Path, name: str) -> bool:
-    """Whether the folder has the file; it is listed, because NFS remembers for a while what was not there."""
-    with contextlib.suppress(OSError):
-        return any(path.name == name for path in folder.iterdir())
-    return False
-
-
-def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
-    """Whether it becomes so within the time."""
-    end = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def _connect(endpoint: tuple[str, int], seconds: float, requests: StopRequests) -> Channel | None:
-    """A connection to machine 0, which may be started later than this one; None when told to stop."""
-    address, port = endpoint
-    end = time.monotonic() + seconds
+def _connect(
+    launch: LaunchConfig, own: Hello, file: Path, requests: StopRequests
+) -> tuple[Channel, list[Message]] | None:
+    """A connection to machine 0, which may be started later, and its answer; None when told to stop."""
+    address, port = endpoint_of(launch)
+    end = time.monotonic() + launch.join_seconds
+    proof_by: float | None = None  # from when on machine 0 was reached
     while not requests.received:
         try:
-            return Channel(socket.create_connection(endpoint, timeout=5.0))
+            connection = socket.create_connection((address, port), timeout=5.0)
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
-                    f"machine 0 did not answer at {address}:{port} for {seconds:.0f} s ({error})",
+                    f"machine 0 did not answer at {address}:{port} for {launch.join_seconds} s ({error})",
                     hint="start the same command there with launch.node_rank=0, "
                     "or wait longer: launch.join_seconds",
                 ) from None
+        else:
+            if (met := _greet(connection, _secret_of(file), own)) is not None:
+                return met
+            proof_by = proof_by or time.monotonic() + SHARED_SECONDS
+            if time.monotonic() > proof_by:
+                raise UserError(
+                    f"this machine finds in {file.parent} no secret that machine 0 at {address}:{port} knows",
+                    hint=f"{SHARED}, and launch.rdzv_endpoint written alike on all of them",
+                )
         time.sleep(0.3)
+    return None
+
+
+def _greet(
+    connection: socket.socket, secret: bytes | None, own: Hello
+) -> tuple[Channel, list[Message]] | None:
+    """The connection, on which both sides have proved to know the secret, and what machine 0 says first."""
+    if secret is not None:
+        with contextlib.suppress(OSError):
+            channel = Channel(connection, secret, is_machine_0=False)
+            if channel.receive(ANSWER_SECONDS):
+                channel.send("hello", **asdict(own))
+                if messages := channel.receive(ANSWER_SECONDS):
+                    return channel, messages
+    connection.close()
+    return None
+
+
+def _secret_of(file: Path) -> bytes | None:
+    """What the file holds; its folder is listed, because NFS remembers for a while what was not there."""
+    with contextlib.suppress(OSError):
+        if any(path.name == file.name for path in file.parent.iterdir()):
+            secret = file.read_bytes()
+            return secret if len(secret) == SECRET_BYTES else None
     return None

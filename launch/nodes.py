@@ -2,29 +2,31 @@
 
 Takes a LaunchConfig whose `nnodes` is more than 1. `gather` waits for the other machines and returns them as
 `Machines`, which start their part of a job, report how it ended and are sent home at the end. They talk over
-one TCP connection each (`launch/channel.py`), the others by `launch/follow.py`; the ranks meet at the next
-port. Knows nothing of steps, of what a job does, or of why it failed.
+one TCP connection each (`launch/channel.py`), the others by `launch/follow.py`, and share a secret that
+machine 0 writes into `output_dir`; the ranks meet at the next port. Knows nothing of steps, of what a job
+does, or of why it failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import select
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from common.artifacts import write_text
 from common.errors import UserError
+from common.files import disk_errors
 from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
-from launch.channel import Channel, interface_of
+from launch.channel import Channel, Message, interface_of
 from launch.local import Meeting
 from launch.supervise import Outcome, Say, StopRequests
 
@@ -32,6 +34,16 @@ LATE_SECONDS = 15.0
 """How much longer than allowed a machine may take to stop its ranks before it is taken to be lost."""
 MOST_UNPROVED = 64
 """Connections of which it is not known whose they are: beyond that many the oldest are closed."""
+UNPROVED_SECONDS = 10.0
+"""How long such a connection may take to prove that it knows the secret."""
+WAITING = 1024
+"""Connections that may wait to be accepted: the system makes those beyond call again after a second."""
+SECRET_BYTES = 32
+SHARED = "output_dir must be a folder that all machines share, such as one on NFS"
+EXPOSED = (
+    "notice: torch and NCCL listen on every machine without a secret, and who reaches their ports can run "
+    "code as you: use a private network, or a firewall (docs/security.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,6 @@ class _Other:
 
     hello: Hello
     channel: Channel
-    refusal: UserError | None = None  # why it cannot take part, should it be one of us
     is_running: bool = False
     must_end_by: float | None = None
 
@@ -62,12 +73,10 @@ class _Other:
 class Machines:
     """The other machines of a run, as machine 0 sees them; leaving the context sends them home."""
 
-    def __init__(self, others: Sequence[_Other], own: Hello, endpoint: tuple[str, int]) -> None:
-        self._others = sorted(others, key=lambda other: other.hello.node_rank)
-        self._endpoint = endpoint
+    def __init__(self, own: Hello, endpoint: tuple[str, int]) -> None:
+        self._own, self._endpoint = own, endpoint
+        self._others: list[_Other] = []
         self._files: Mapping[Path, Path] = {}
-        self.ranks = [own.ranks, *(other.hello.ranks for other in self._others)]
-        """on each machine"""
         self.status = 1
         """with which the others are to end"""
         self.message: str | None = "machine 0 broke off"
@@ -85,6 +94,46 @@ class Machines:
         for other in self._others:
             other.channel.send("end", status=self.status, message=self.message)
             other.channel.close()
+
+    @property
+    def hellos(self) -> list[Hello]:
+        """What each machine said of itself, by its number."""
+        return [self._own, *(other.hello for other in self._others)]
+
+    @property
+    def ranks(self) -> list[int]:
+        """On each machine."""
+        return [hello.ranks for hello in self.hellos]
+
+    def admit(self, channel: Channel, message: Message) -> str:
+        """Take in a machine that knows the secret; returns its name. UserError where it does not fit in."""
+        command, host = message["command"], printable(message["host"])
+        other = _Other(Hello(message["node_rank"], message["ranks"], command, host), channel)
+        before = self.hellos
+        self._others.append(other)  # also one that is refused is sent home, with the reason
+        self._others.sort(key=lambda other: other.hello.node_rank)
+        if reasons := differences(self._own.command, command):
+            listed = "".join(f"\n    {printable(line)}" for line in reasons)
+            raise UserError(
+                f"{other.name} was given another command than machine 0:{listed}",
+                hint="give every machine the same command, but for launch.node_rank",
+            )
+        for hello in before:
+            if hello.node_rank == other.hello.node_rank:
+                raise UserError(
+                    f"two machines have launch.node_rank={hello.node_rank}: {hello.host} and {host}",
+                    hint=f"number them from 0 to {command['launch.nnodes'] - 1}",
+                )
+        channel.send("welcome")
+        return other.name
+
+    def forget_those_that_left(self) -> list[str]:
+        """Before the first job no machine says anything, but that it leaves; returns the names of these."""
+        left = [other for other in self._others if other.channel.receive() or not other.channel.is_open]
+        for other in left:
+            other.channel.close()
+            self._others.remove(other)
+        return [other.name for other in left]
 
     def leave_with(self, status: int) -> None:
         """Let the others end with this status."""
@@ -137,132 +186,90 @@ class Machines:
 
 
 def gather(launch: LaunchConfig, own: Hello, folder: Path, say: Say) -> Machines:
-    """Wait for the other machines, which must see the run's `folder`; UserError when they do not come."""
+    """Wait for the other machines, which share the parent of the run's `folder`; UserError without them."""
     address, port = endpoint_of(launch)
-    token = folder / f".machines-{secrets.token_hex(4)}"
-    secret = secrets.token_hex(16)
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listen(address, port))
-        write_text(token, secret)
-        stack.callback(token.unlink, missing_ok=True)
+    machines = Machines(own, (address, port))
+    with contextlib.ExitStack() as sent_home, contextlib.ExitStack() as stack:
+        sent_home.push(machines)
+        listeners = [stack.enter_context(listener) for listener in _listen(address, port)]
+        secret = stack.enter_context(_secret_in(secret_file(folder, launch)))
+        rendezvous = stack.enter_context(contextlib.closing(_Rendezvous(listeners, secret)))
         requests = stack.enter_context(StopRequests())
+        say(EXPOSED)
         say(f"machine 0 waits at {address}:{port} for {launch.nnodes - 1} other(s)")
-        rendezvous = _Rendezvous(listener, own, token, secret, launch.nnodes)
-        try:
-            end = time.monotonic() + launch.join_seconds
-            while len(rendezvous.joined) < launch.nnodes - 1 and not requests.received:
-                if time.monotonic() > end:
-                    raise _nobody_came(launch, rendezvous)
-                rendezvous.answer(say)
-            if requests.received:
-                raise SystemExit(STOPPED)
-        except (UserError, SystemExit) as error:
-            message = error.message if isinstance(error, UserError) else None
-            rendezvous.dismiss(STOPPED if message is None else UserError.EXIT_CODE, message)
-            raise
-    return Machines(list(rendezvous.joined.values()), own, (address, port))
+        end = time.monotonic() + launch.join_seconds
+        while len(machines.ranks) < launch.nnodes and not requests.received:
+            if time.monotonic() > end:
+                raise _nobody_came(launch, folder, machines, rendezvous.turned_away)
+            for channel, message in rendezvous.answer():
+                say(f"{machines.admit(channel, message)} is here with {message['ranks']} rank(s)")
+            for name in machines.forget_those_that_left():
+                say(f"{name} has left again")
+        if requests.received:
+            raise SystemExit(STOPPED)
+        sent_home.pop_all()
+    return machines
 
 
 class _Rendezvous:
-    """Where the other machines come in: each says who it is, and shows that it sees the run's folder."""
+    """Where the other machines come in: who has not proved to know the secret learns and moves nothing."""
 
-    def __init__(self, listener: socket.socket, own: Hello, token: Path, secret: str, nnodes: int) -> None:
-        self._listener, self._own, self._nnodes = listener, own, nnodes
-        self._token, self._secret = token, secret
-        self._strangers: list[Channel] = []
-        self._known: list[_Other] = []  # said who they are, not yet that they see the folder
-        self.joined: dict[int, _Other] = {}
-        self.refusal: UserError | None = None
-        """why the last one with another command could not take part"""
+    def __init__(self, listeners: Sequence[socket.socket], secret: bytes) -> None:
+        self._listeners, self._secret = listeners, secret
+        self._unproved: list[Channel] = []
+        self.turned_away: str | None = None
+        """address of the last one that did not prove it"""
 
-    def answer(self, say: Say) -> None:
-        """Deal with what the machines say within a fraction of a second."""
-        for other in [*self._known, *self.joined.values()]:
-            if not other.channel.is_open:
-                self._forget(other, say)
-        others = [*self._known, *self.joined.values()]
-        watched: list[Any] = [self._listener, *self._strangers, *(other.channel for other in others)]
+    def answer(self) -> list[tuple[Channel, Message]]:
+        """Those that have proved it within a fraction of a second, each with the first that it says."""
+        watched: list[Any] = [*self._listeners, *self._unproved]
         ready = select.select(watched, [], [], 0.2)[0]
-        if self._listener in ready:
-            self._strangers.append(Channel(self._listener.accept()[0]))
-        for other in others:
-            if other.channel in ready:
-                for message in other.channel.receive():
-                    self._hear(other, message, say)
-        for channel in [channel for channel in self._strangers if channel in ready]:
-            messages = channel.receive()
-            if len(messages) > 1:  # nobody of us goes on before he is answered
+        for listener in [listener for listener in self._listeners if listener in ready]:
+            with contextlib.suppress(OSError):  # it has hung up already
+                self._unproved.append(Channel(listener.accept()[0], self._secret, is_machine_0=True))
+        heard = [(channel, channel.receive()) for channel in self._unproved if channel in ready]
+        proved = {channel: messages[0] for channel, messages in heard if messages}
+        waiting = [channel for channel in self._unproved if channel not in proved]
+        earliest = time.monotonic() - UNPROVED_SECONDS
+        for number, channel in enumerate(reversed(waiting)):
+            if number >= MOST_UNPROVED or channel.since < earliest:
                 channel.close()
-            elif messages:
-                self._greet(channel, messages[0])
-        for channels in (self._strangers, [other.channel for other in self._known if other.refusal]):
-            for channel in channels[:-MOST_UNPROVED]:
-                channel.close()
-        self._strangers = [channel for channel in self._strangers if channel.is_open]
+            if not channel.is_open:
+                self.turned_away = channel.address
+        self._unproved = [channel for channel in waiting if channel.is_open]
+        return list(proved.items())
 
-    def _greet(self, channel: Channel, message: Mapping[str, Any]) -> None:
-        try:
-            hello = Hello(
-                int(message["node_rank"]),
-                int(message["ranks"]),
-                dict(message["command"]),
-                printable(str(message["host"])),
-            )
-            reasons = [printable(line) for line in differences(self._own.command, hello.command)]
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-            channel.close()
-            return
-        self._strangers.remove(channel)
-        other = _Other(hello, channel)
-        self._known.append(other)
-        if reasons:
-            self.refusal = other.refusal = another_command(other.name, reasons)
-        folder = str(self._token.parent.absolute())
-        channel.send("welcome", token=self._token.name, folder=folder, differs=reasons)
-
-    def _hear(self, other: _Other, message: Mapping[str, Any], say: Say) -> None:
-        if message["do"] == "found" and message.get("secret") == self._secret:
-            self._admit(other)
-            say(f"{other.name} is here with {other.hello.ranks} rank(s)")
-        elif message["do"] == "lost" and other.refusal is None:
-            raise not_shared(self._token.parent, printable(str(message.get("folder"))), other.name)
-        else:
-            other.channel.close()
-
-    def _admit(self, other: _Other) -> None:
-        if other.refusal is not None:
-            raise other.refusal
-        rank = other.hello.node_rank
-        for hello in (self._own, *(joined.hello for joined in self.joined.values())):
-            if hello.node_rank == rank:
-                raise UserError(
-                    f"two machines have launch.node_rank={rank}: {hello.host} and {other.hello.host}",
-                    hint=f"number them from 0 to {self._nnodes - 1}",
-                )
-        self._known.remove(other)
-        self.joined[rank] = other
-
-    def _forget(self, other: _Other, say: Say) -> None:
-        if other in self._known:
-            self._known.remove(other)
-        elif self.joined.pop(other.hello.node_rank, None) is not None:
-            say(f"{other.name} has left again")
-
-    def dismiss(self, status: int, message: str | None) -> None:
-        """Let all that are here end with this status."""
-        for other in [*self._known, *self.joined.values()]:
-            other.channel.send("end", status=status, message=message)
-            other.channel.close()
-        for channel in self._strangers:
+    def close(self) -> None:
+        """Hang up on all that have not proved it."""
+        for channel in self._unproved:
             channel.close()
 
 
-def _outcome(message: Mapping[str, Any], where: str) -> Outcome:
-    cause = message.get("cause")
+def secret_file(folder: Path, launch: LaunchConfig) -> Path:
+    """Where the machines find their secret: beside the run's folder, whose name they may not agree on."""
+    endpoint = (launch.rdzv_endpoint or "").encode()
+    return folder.absolute().parent / f".machines-{hashlib.sha256(endpoint).hexdigest()[:8]}"
+
+
+@contextlib.contextmanager
+def _secret_in(path: Path) -> Iterator[bytes]:
+    """A new secret, for as long as the context is open in a file that only this user can read."""
+    secret = secrets.token_bytes(SECRET_BYTES)
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secret)
+    try:
+        yield secret
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _outcome(message: Message, where: str) -> Outcome:
+    cause, said = message.get("cause"), message.get("message")
     rank_and_code = None if cause is None else (int(cause[0]), int(cause[1]))
-    said = message.get("message")
     lost = None if said is None else f"{where}: {said}"
-    return Outcome(int(message["status"]), rank_and_code, bool(message.get("stopped")), where, lost)
+    return Outcome(message["status"], rank_and_code, message.get("stopped", False), where, lost)
 
 
 def sha256_of(path: Path) -> str:
@@ -283,26 +290,9 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     ]
 
 
-def another_command(who: str, reasons: Sequence[str]) -> UserError:
-    """The error for a machine that was not told what machine 0 was told."""
-    listed = "".join(f"\n    {line}" for line in reasons)
-    return UserError(
-        f"{who} was given another command than machine 0:{listed}",
-        hint="give every machine the same command, but for launch.node_rank",
-    )
-
-
 def printable(text: str) -> str:
     """What a stranger sent, without the signs that a terminal would obey."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
-
-
-def not_shared(folder: Path | str, other: str, who: str) -> UserError:
-    """The error for a run's folder that is not one and the same on all machines."""
-    return UserError(
-        f"machine 0 writes to {folder}, and {who} sees nothing of it in {other}",
-        hint="output_dir must be a folder that all machines share, such as one on NFS",
-    )
 
 
 def endpoint_of(launch: LaunchConfig) -> tuple[str, int]:
@@ -316,27 +306,41 @@ def endpoint_of(launch: LaunchConfig) -> tuple[str, int]:
     return host, int(port)
 
 
-def _listen(address: str, port: int) -> socket.socket:
-    """A socket that the other machines can reach; on all interfaces, unless the address is a loopback one."""
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets on the interface that the endpoint names, and on no other."""
     try:
-        if address == "localhost" or address.startswith("127."):
-            return socket.create_server((address, port), backlog=64)
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
-        return socket.create_server(("", port), backlog=64)
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        address = str(place[0])
+        listeners = [socket.create_server((address, port), family=family, backlog=WAITING)]
+        if address.startswith("127.") and host not in (address, "localhost"):
+            # Debian has a machine's own name stand for its loopback, where the others do not reach it.
+            listeners += [socket.create_server((found, port), backlog=WAITING) for found in _way_out()]
     except OSError as error:
         raise UserError(
-            f"machine 0 cannot listen at port {port}: {error.strerror}",
-            hint=f"launch.rdzv_endpoint={address}:ANOTHER_PORT, the same on every machine",
+            f"machine 0 cannot listen at {host}:{port}: {error.strerror}",
+            hint="launch.rdzv_endpoint=HOST:PORT with an address of machine 0 and a free port of it",
         ) from None
+    for listener in listeners:
+        listener.setblocking(False)
+    return listeners
 
 
-def _nobody_came(launch: LaunchConfig, rendezvous: _Rendezvous) -> UserError:
-    missing = [str(rank) for rank in range(1, launch.nnodes) if rank not in rendezvous.joined]
+def _way_out() -> list[str]:
+    """This machine's address on the interface that leads to all networks which it is not part of."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect(("192.0.2.1", 9))  # of nobody (RFC 5737); nothing is sent
+        return [str(asking.getsockname()[0])]
+    return []
+
+
+def _nobody_came(launch: LaunchConfig, folder: Path, machines: Machines, stranger: str | None) -> UserError:
+    here = {hello.node_rank for hello in machines.hellos}
+    missing = ", ".join(str(rank) for rank in range(launch.nnodes) if rank not in here)
     _, port = endpoint_of(launch)
-    missed = f"machine {', '.join(missing)} of {launch.nnodes} did not come within {launch.join_seconds} s"
+    strangers = f"; {stranger} called and did not prove that it sees {folder.absolute().parent}"
     return UserError(
-        missed if rendezvous.refusal is None else f"{missed}; {rendezvous.refusal.message}",
+        f"machine {missing} of {launch.nnodes} did not come within {launch.join_seconds} s"
+        + ("" if stranger is None else strangers),
         hint="start the same command there with its own launch.node_rank, let nothing block ports "
-        f"{port} and {port + 1}, or wait longer: launch.join_seconds",
+        f"{port} and {port + 1}, or wait longer: launch.join_seconds; {SHARED}",
     )
