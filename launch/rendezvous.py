@@ -8,20 +8,14 @@ machines meet at torchrun's `static` rendezvous instead (`launch/agent.py`). Imp
 from __future__ import annotations
 
 import socket
-from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore
-from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-    rendezvous_handler_registry,
-)
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 LOOPBACK = "127.0.0.1"
 BACKEND = "loopback"
-STORE_TIMEOUT = timedelta(minutes=10)
+STORE_SECONDS = 600
 WAITING = 4096
 """Connections that may wait to be accepted: every rank has a few."""
 
@@ -31,44 +25,21 @@ def register() -> None:
     rendezvous_handler_registry.register(BACKEND, Loopback)
 
 
-class Loopback(RendezvousHandler):
-    """A rendezvous of one agent, whose store its ranks use, too (MASTER_ADDR and MASTER_PORT)."""
+class Loopback(StaticTCPRendezvous):
+    """torchrun's own of one agent, whose store its ranks use, too; only that store listens elsewhere."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        self._run_id = parameters.run_id
         listener = socket.create_server((LOOPBACK, 0), backlog=WAITING)
-        self._port = int(listener.getsockname()[1])
+        port = int(listener.getsockname()[1])
+        super().__init__(LOOPBACK, port, 0, 1, parameters.run_id, STORE_SECONDS)
         self._store = TCPStore(
             LOOPBACK,
-            self._port,
+            port,
             is_master=True,
-            timeout=STORE_TIMEOUT,
+            timeout=self.timeout,
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
 
     def get_backend(self) -> str:
         return BACKEND
-
-    @property
-    def use_agent_store(self) -> bool:
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        meeting_point = RendezvousStoreInfo(LOOPBACK, self._port)
-        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, meeting_point)
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        """One agent has nobody to tell."""
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return self._run_id
-
-    def shutdown(self) -> bool:
-        return True
