@@ -52,10 +52,12 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     path = log_folder(run_dir, FOLDER) / MANIFEST
     write_text(path, text)
     say(f"k8s       {path}")
-    if not config.submit:
-        say(f"  create it with: kubectl create --filename {shlex.quote(str(path))}")
-        return 0
-    say(f"  {submit(path)}")
+    command = ["kubectl", "create", "--filename", str(path)]
+    typed = shlex.join(command)
+    if config.submit:
+        say(f"  {hand_over(command, path, elsewhere=f'where there is one: {typed}', refused=typed)}")
+    else:
+        say(f"  create it with: {typed}")
     return 0
 
 
@@ -96,7 +98,8 @@ def train_job(
     }
     if variables := environment(k8s):
         trainer["env"] = variables
-    if resources := resources_of(config):
+    gpus = {} if k8s.gpus_per_node is None else {"nvidia.com/gpu": k8s.gpus_per_node}
+    if resources := {**k8s.resources, **gpus}:
         trainer["resourcesPerNode"] = {"limits": resources, "requests": dict(resources)}
     return {
         "apiVersion": API_VERSION,
@@ -146,14 +149,6 @@ def folder_on_volume(volume: str, output_dir: str) -> str:
     return output_dir
 
 
-def resources_of(config: LaunchConfig) -> dict[str, str | int]:
-    """What each node is given."""
-    resources: dict[str, str | int] = dict(config.k8s.resources)
-    if config.k8s.gpus_per_node is not None:
-        resources["nvidia.com/gpu"] = config.k8s.gpus_per_node
-    return resources
-
-
 def escaped(text: str) -> str:
     """Text that Kubernetes leaves as it is: it would replace $(NAME)."""
     return text.replace("$", "$$")
@@ -163,10 +158,3 @@ def dns_label(name: str) -> str:
     """A run's name as the beginning of a job's: lower-case letters, digits and hyphens, a letter first."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:LONGEST_NAME].rstrip("-")
     return plain if plain[:1].isalpha() else f"rlhf-{plain}".rstrip("-")
-
-
-def submit(path: Path) -> str:
-    """Create the job; returns what kubectl says of it."""
-    command = ["kubectl", "create", "--filename", str(path)]
-    typed = shlex.join(command)
-    return hand_over(command, path, elsewhere=f"where there is one: {typed}", refused=typed)

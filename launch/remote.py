@@ -16,6 +16,8 @@ import sys
 import threading
 from typing import IO
 
+from launch.agent import exit_status
+
 SAVE_SECONDS = 90.0
 """How long a machine may take to save and end, before it is killed."""
 
@@ -42,12 +44,7 @@ def main() -> int:
     code = process.wait()
     for thread in pumps:
         thread.join(10)  # a grandchild that lives on keeps the pipe open
-    return ended_with(code)
-
-
-def ended_with(code: int) -> int:
-    """The exit status of a process by its return code: 128 + N where signal N ended it."""
-    return code if code >= 0 else 128 - code
+    return exit_status(code, stopping=False)
 
 
 def obey(process: subprocess.Popen[bytes]) -> None:

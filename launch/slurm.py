@@ -40,10 +40,13 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
         text.startswith(("--exclusive", "--cpus-per", "-c")) for text in config.slurm.options
     ):
         say("  note: most clusters give one core where launch.slurm.cpus_per_task=N does not ask for more")
+    typed = shlex.join(["sbatch", str(script)])
     if not config.submit:
-        say(f"  submit it with: sbatch {shlex.quote(str(script))}")
+        say(f"  submit it with: {typed}")
         return 0
-    job = submit(script)
+    elsewhere, refused = f"on a machine of the cluster: {typed}", "the settings are launch.slurm.*"
+    answer = hand_over(["sbatch", "--parsable", str(script)], script, elsewhere=elsewhere, refused=refused)
+    job = answer.partition(";")[0]
     say(f"  job {job} is queued; it prints into {script.parent / f'{job}.out'}")
     then = "and is queued again" if config.slurm.requeue else "and ends"
     say(f"  scancel --batch --signal=USR1 {job}: it saves {then}; scancel {job}: it ends")
@@ -143,13 +146,3 @@ def sbatch_value(value: str | int, name: str) -> str:
             f'sbatch --{name}={text} cannot hold " or \\', hint="another value, or another run_name"
         )
     return text if shlex.quote(text) == text else f'"{text}"'
-
-
-def submit(script: Path) -> str:
-    """Hand the file to SLURM; returns the job's number."""
-    return hand_over(
-        ["sbatch", "--parsable", str(script)],
-        script,
-        elsewhere=f"on a machine of the cluster: sbatch {shlex.quote(str(script))}",
-        refused="the settings are launch.slurm.*",
-    ).partition(";")[0]

@@ -27,9 +27,10 @@ from typing import IO
 
 from common.errors import UserError
 from common.launch_config import LaunchConfig
+from launch.agent import exit_status
 from launch.command import machine_arguments, override
 from launch.local import PROJECT, python_path
-from launch.remote import SAVE_SECONDS, ended_with
+from launch.remote import SAVE_SECONDS
 from launch.supervise import Say, StopRequests
 
 OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
@@ -187,7 +188,7 @@ class Run:
         """Start every machine and wait for all; returns the exit status."""
         pumps: list[threading.Thread] = []
         with StopRequests() as requests:
-            requests.pass_on_to(self)
+            requests.pass_on_to(self.send_signal)
             try:
                 for rank, host in enumerate(hosts):
                     machine = self.start(host, [*arguments, *of_machine(rank, host)])
@@ -240,7 +241,7 @@ class Run:
         while running:
             for machine in [machine for machine in running if machine.process.poll() is not None]:
                 running.remove(machine)
-                code = ended_with(machine.process.returncode)
+                code = exit_status(machine.process.returncode, stopping=False)
                 if code != 0 and status == 0:
                     status, end = code, time.monotonic() + SAVE_SECONDS
                     self.explain(machine.host, code)

@@ -76,13 +76,6 @@ class Others(Protocol):
         """Have them stop it, and kill what is left after so many seconds."""
 
 
-class Stoppable(Protocol):
-    """A process, or several as one."""
-
-    def send_signal(self, sig: int, /) -> None:
-        """Send it a signal."""
-
-
 @contextlib.contextmanager
 def handling(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle these signals, without those that are ignored: nohup stays in force."""
@@ -107,7 +100,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        self._process: Stoppable | None = None
+        self._send: Callable[[int], object] | None = None
 
     def __enter__(self) -> Self:
         self._handling = handling(self.NUMBERS, self._receive)
@@ -117,18 +110,18 @@ class StopRequests:
     def __exit__(self, *error: object) -> None:
         self._handling.__exit__(None, None, None)
 
-    def pass_on_to(self, process: Stoppable) -> None:
-        """From now on to this process; what came before it was started it gets at once."""
-        self._process = process
+    def pass_on_to(self, send: Callable[[int], object]) -> None:
+        """From now on to what `send` reaches; what came before it was started it gets at once."""
+        self._send = send
         for number in list(self.received):
-            process.send_signal(number)
+            send(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         passed_on = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
         if passed_on not in self.received:
             self.received.add(passed_on)
-            if self._process is not None:
-                self._process.send_signal(passed_on)
+            if self._send is not None:
+                self._send(passed_on)
 
 
 @contextlib.contextmanager
@@ -155,7 +148,7 @@ class Running:
             os.close(report)
         self._killed_at: float | None = None
         self._outcome: Outcome | None = None
-        requests.pass_on_to(self._process)
+        requests.pass_on_to(self._process.send_signal)
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
         """How it ended; None if it has not after so many seconds."""

@@ -26,6 +26,7 @@ from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Step
+from launch.agent import STOPPED
 from launch.follow import follow
 from launch.local import Job, count_gpus, ranks_of
 from launch.nodes import Hello, Machines, gather
@@ -36,8 +37,6 @@ from pipeline.lineage import check_named_sources, check_parents, load_sources, r
 from pipeline.plan import EXPORT, Wired, wire_run, with_sources
 
 REPORT = "report.html"
-STOPPED = 143
-"""Exit status of a step that was told to stop and saved its state."""
 OF_MEMORY = (OUT_OF_MEMORY, 128 + signal.SIGKILL)
 """Exit statuses of a step that ran out of memory: of a device, and perhaps of the machine."""
 

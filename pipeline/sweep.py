@@ -44,7 +44,7 @@ def run_in_child(config: PipelineConfig) -> float:
         write(config, path)
         command = [sys.executable, "-m", "pipeline.sweep", str(path), str(os.getpid())]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-        requests.pass_on_to(process)
+        requests.pass_on_to(process.send_signal)
         status = process.wait()
     if status != 0:
         sys.exit(status if status > 0 else 128 - status)
