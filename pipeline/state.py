@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -181,6 +181,12 @@ def run_name(config: PipelineConfig) -> str:
     return f"{steps}-{config_hash(config)[:8]}"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has left anything in the folder that says so."""
+    of_steps = (f"{step.value}/{name}" for step in Step for name in (STATE, METRICS))
+    return any((folder / mark).exists() for mark in (RESOLVED, *of_steps))
+
+
 def run_folder(config: PipelineConfig) -> Path:
     """Where the run is, or will be."""
     return Path(config.output_dir) / run_name(config)
@@ -291,21 +297,20 @@ def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str,
     return {**found, "sha256": hashes[""] if path.is_file() else content_sha256(hashes)}
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two configurations differ."""
+def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old, new) of every leaf in which two configurations differ; a list is one leaf."""
     if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
         for key in sorted({**old, **new}):
-            lines += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return lines
-    return [] if old == new else [f"{prefix}: {_shown(old)} -> {_shown(new)}"]
+            yield from differing(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix, old, new
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The same for what a step was started with, but for what it may go on without: how DeepSpeed divides
-    it decides nothing but the order of sums, and its checkpoints are resharded."""
+    """Lines `key: old -> new` for what a step was started with, but for what it may go on without: how
+    DeepSpeed divides it decides nothing but the order of sums, and its checkpoints are resharded."""
     before, after = ({key: value for key, value in side.items() if key != "deepspeed"} for side in (old, new))
-    return differences(before, after)
+    return [f"{key}: {_shown(was)} -> {_shown(now)}" for key, was, now in differing(before, after)]
 
 
 def input_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,18 @@ from common.errors import UserError
 from common.stage import Step
 from pipeline.lineage import LINEAGE, read_lineage
 from pipeline.plan import EXPORT
-from pipeline.state import CHECKSUM, LEDGER, LOCK, METRICS, RESOLVED, SAMPLES, STATE, is_abandoned, read_state
+from pipeline.state import (
+    CHECKSUM,
+    LEDGER,
+    LOCK,
+    METRICS,
+    RESOLVED,
+    SAMPLES,
+    STATE,
+    is_abandoned,
+    is_run,
+    read_state,
+)
 
 CACHE_KEY = "key.json"
 """Written last into a folder of tokenized rows (see common/data/cache.py)."""
@@ -80,7 +91,7 @@ def look_for(path: Path) -> Found:
             below.clear()
             found.caches.append(folder)
             continue
-        if is_run(folder):
+        if LINEAGE in files or is_run(folder):
             found.runs.append(folder)
             if note := _at_work(folder):
                 found.notes.append((folder, note))
@@ -93,12 +104,6 @@ def look_for(path: Path) -> Found:
         ]
         below[:] = sorted(other for other in below if not _why_not(other) and other not in OTHERS)
     return found
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one of a run."""
-    marks = (RESOLVED, LINEAGE, *(f"{step}/{STATE}" for step in STEPS))
-    return any((folder / mark).exists() for mark in marks)
 
 
 def checks_of(found: Found) -> Iterator[tuple[object, Callable[[], str]]]:

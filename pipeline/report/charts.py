@@ -8,11 +8,10 @@ in a note. Draws nothing itself: colours and fonts are the page's.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from pipeline.report import shown
@@ -44,39 +43,6 @@ class Line:
     style: int = 0
     sparse: bool = False  # measured now and then: drawn with a dot at every value
     errors: Mapping[int, float] = field(default_factory=dict)  # standard errors by step
-    limits: tuple[float, float] = (-math.inf, math.inf)  # where intervals end at the latest
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One line of a chart, laid out."""
-
-    name: str
-    style: int
-    path: str  # the line
-    faint: str  # every value, behind its moving mean
-    band: str  # lowest to highest of each bucket
-    dots: list[tuple[float, float]]
-    whiskers: list[tuple[float, float, float]]  # x, and between what the value lies with 95 % confidence
-    gaps: list[float]  # where values are not numbers
-    end: tuple[float, float] | None  # last value
-    label: str
-    label_y: float
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Everything that the template needs to draw one chart and say it in words."""
-
-    title: str
-    lines: list[Drawn]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    x_name: str
-    description: str
-    notes: list[str]
-    table: list[tuple[str, str, str, str, str]]  # name, first, lowest, highest, last
-    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,20 +64,39 @@ class Scale:
         return round(self.begin + place * (self.end - self.begin), 1)
 
 
-class _Curve:
-    """A line on its way: what was measured, what is drawn of it, and what must be said about it."""
+class Curve:
+    """A line of a chart: first what was measured and must be said of it; once placed, what is drawn."""
 
-    def __init__(self, line: Line, x_name: str) -> None:
-        self.line, self.x_name = line, x_name
-        self.finite = [(step, value) for step, value in line.series if _drawable(value)]
+    path: str  # the line
+    faint: str  # every value, behind its moving mean
+    band: str  # lowest to highest of each bucket
+    dots: list[tuple[float, float]]
+    whiskers: list[tuple[float, float, float]]  # x, and between what the value lies with 95 % confidence
+    gaps: list[float]  # where values are not numbers
+    end: tuple[float, float] | None  # last value
+    label: str
+    label_y: float
+
+    def __init__(self, line: Line, x_name: str, *, percent: bool) -> None:
+        factor, limits = (100, (0.0, 100.0)) if percent else (1, (-math.inf, math.inf))
+        self.name, self.style = line.name, line.style
+        self.series = [(step, value * factor) for step, value in line.series]
+        self.finite = [(step, value) for step, value in self.series if _drawable(value)]
         self.values = [value for _, value in self.finite]
-        self.gaps = [step for step, value in line.series if not _drawable(value)]
         self.notes: list[str] = []
-        self.runs, self.faint = _unbroken(line.series), Runs()
-        self.band: list[list[tuple[float, float, float]]] = []
-        if self.gaps:
-            said = "1 value is" if len(self.gaps) == 1 else f"{len(self.gaps):,} values are"
-            where = f"first at {x_name} {self.gaps[0]:,}"
+        self._lost = [step for step, value in self.series if not _drawable(value)]
+        self._runs, self._all, self._bands = _unbroken(self.series), Runs(), Runs()
+        few = len(self.finite) <= DOTS_UP_TO
+        self._dotted = line.sparse and few
+        halves = [(s, v, Z * factor * line.errors.get(s, 0.0)) for s, v in self.finite] if few else []
+        self.intervals = [
+            (step, max(value - half, limits[0]), min(value + half, limits[1]))
+            for step, value, half in halves
+            if half > 0 and _drawable(value - half) and _drawable(value + half)
+        ]
+        if self._lost:
+            said = "1 value is" if len(self._lost) == 1 else f"{len(self._lost):,} values are"
+            where = f"first at {x_name} {self._lost[0]:,}"
             self.notes.append(f"{line.name}: {said} not a finite number, {where}; left out.")
         if len(self.finite) > 2 * BUCKETS:
             self._thin(math.ceil(len(self.finite) / BUCKETS))
@@ -120,68 +105,65 @@ class _Curve:
 
     def _thin(self, size: int) -> None:
         """The mean and the ends of every `size` values."""
-        cut = [[run[at : at + size] for at in range(0, len(run), size)] for run in self.runs]
-        self.runs = [[(fmean(s for s, _ in b), fmean(v for _, v in b)) for b in run] for run in cut]
-        self.band = [[(b[0][0], min(v for _, v in b), max(v for _, v in b)) for b in run] for run in cut]
+        cut = [[run[at : at + size] for at in range(0, len(run), size)] for run in self._runs]
+        self._runs = [[(fmean(s for s, _ in b), fmean(v for _, v in b)) for b in run] for run in cut]
+        for run in (run for run in cut if len(run) > 1):
+            upper = [(bucket[0][0], max(v for _, v in bucket)) for bucket in run]
+            self._bands.append(upper + [(bucket[0][0], min(v for _, v in bucket)) for bucket in run[::-1]])
         self.notes.append(f"Line: the mean of every {size} values. Band: from their lowest to their highest.")
 
     def _smooth(self, half: int) -> None:
         """The moving mean before every value, where values scatter about it."""
-        smooth = [_moving_mean(run, half) for run in self.runs]
-        if _is_noisy(self.runs, smooth):
-            self.faint, self.runs = self.runs, smooth
+        smooth = [_moving_mean(run, half) for run in self._runs]
+        if _is_noisy(self._runs, smooth):
+            self._all, self._runs = self._runs, smooth
             self.notes.append(f"Thin: every value. Thick: the mean of {2 * half + 1}.")
 
-    @functools.cached_property
-    def intervals(self) -> list[tuple[int, float, float]]:
-        """95 % intervals by step, where a standard error was logged."""
-        found = []
-        for step, value in self.finite if len(self.finite) <= DOTS_UP_TO else ():
-            half = Z * self.line.errors.get(step, 0.0)
-            if half > 0 and _drawable(value - half) and _drawable(value + half):
-                low, high = self.line.limits
-                found.append((step, max(value - half, low), min(value + half, high)))
-        return found
+    def place(self, x: Scale, y: Scale, text: Callable[[float], str]) -> None:
+        """Lay it out on the axes. text: how a value is written."""
+        last = self.finite[-1] if self.finite else None
+        dots = self.finite if self._dotted else [run[0] for run in self._runs if len(run) == 1]
+        self.path, self.faint = _path(self._runs, x, y), _path(self._all, x, y)
+        self.band = "".join(_path([band], x, y) + "Z" for band in self._bands)
+        self.dots = [(x(s), y(v)) for s, v in dots]
+        self.whiskers = [] if y.log else [(x(step), y(low), y(high)) for step, low, high in self.intervals]
+        self.gaps = [x(step) for step in self._lost][:BUCKETS]
+        self.end = None if last is None else (x(last[0]), y(last[1]))
+        self.label = "" if last is None else text(last[1])
+        self.label_y = 0.0 if self.end is None else self.end[1]
 
-    def drawn(self, x: Scale, y: Scale, text: Callable[[float], str]) -> Drawn:
-        """Laid out on the axes. text: how a value is written."""
-        line, last = self.line, self.finite[-1] if self.finite else None
-        end = None if last is None else (x(last[0]), y(last[1]))
-        lone = [run[0] for run in self.runs if len(run) == 1]
-        return Drawn(
-            line.name,
-            line.style,
-            path=_path(self.runs, x, y),
-            faint=_path(self.faint, x, y),
-            band="".join(_band(run, x, y) for run in self.band if len(run) > 1),
-            dots=[(x(s), y(v)) for s, v in (self.finite if self._as_dots else lone)],
-            whiskers=[] if y.log else [(x(step), y(low), y(high)) for step, low, high in self.intervals],
-            gaps=[x(step) for step in self.gaps][:BUCKETS],
-            end=end,
-            label="" if last is None else text(last[1]),
-            label_y=0.0 if end is None else end[1],
-        )
-
-    @property
-    def _as_dots(self) -> bool:
-        return self.line.sparse and len(self.finite) <= DOTS_UP_TO
-
-    def in_words(self) -> str:
+    def in_words(self, x_name: str) -> str:
         """What a reader who does not see the chart is told."""
         (begin, first), (end, last) = self.finite[0], self.finite[-1]
+        low, high = shown.figure(min(self.values)), shown.figure(max(self.values))
         return (
-            f"{self.line.name}: {shown.figure(first)} at {self.x_name} {begin:,}, {shown.figure(last)} at "
-            f"{self.x_name} {end:,}, between {shown.figure(min(self.values))} and "
-            f"{shown.figure(max(self.values))}"
+            f"{self.name}: {shown.figure(first)} at {x_name} {begin:,}, {shown.figure(last)} at "
+            f"{x_name} {end:,}, between {low} and {high}"
         )
 
-    def row(self, text: Callable[[float], str]) -> tuple[str, str, str, str, str]:
+    def row(self, text: Callable[[float], str]) -> list[str]:
         """For the table: name, first, lowest, highest, last."""
-        if not self.values:
-            return self.line.name, "–", "–", "–", "–"
-        found = self.values[0], min(self.values), max(self.values), self.values[-1]
-        first, low, high, last = map(text, found)
-        return self.line.name, first, low, high, last
+        known = self.values
+        return (
+            [self.name, *map(text, (known[0], min(known), max(known), known[-1]))]
+            if known
+            else [self.name, *"––––"]
+        )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Everything that the template needs to draw one chart and say it in words."""
+
+    title: str
+    lines: list[Curve]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    x_name: str
+    description: str
+    notes: list[str]
+    table: list[list[str]]  # name, first, lowest, highest, last
+    unit: str = ""
 
 
 def lay_out(
@@ -193,27 +175,24 @@ def lay_out(
     """
     text = (lambda value: shown.share(value / 100)) if percent else shown.figure
     unit = "%" if percent else unit
-    made = [_Curve(_in_percent(line) if percent else line, x_name) for line in lines if line.series]
+    made = [Curve(line, x_name, percent=percent) for line in lines if line.series]
     values = [value for curve in made for value in curve.values]
     if not values:
         return None
     ends = [end for curve in made for _, *both in curve.intervals for end in both]
-    steps = [step for curve in made for step, _ in curve.line.series]
+    steps = [step for curve in made for step, _ in curve.series]
     x = Scale(*_widened(min(steps), max(steps), whole=True), LEFT, WIDTH - RIGHT)
     y, y_ticks = _value_axis(values + ends)
+    for curve in made:
+        curve.place(x, y, text)
+    _spread_labels([curve for curve in made if curve.end is not None])
     notes = [note for curve in made for note in curve.notes]
     notes += ["Logarithmic scale."] if y.log else ["Bars: 95% intervals."] if ends else []
-    said = "; ".join(curve.in_words() for curve in made if curve.finite)
+    said = "; ".join(curve.in_words(x_name) for curve in made if curve.finite)
+    description = f"{title}{f' in {unit}' if unit else ''}. {said}."
+    table = [curve.row(text) for curve in made]
     return Chart(
-        title,
-        _spread_labels([curve.drawn(x, y, text) for curve in made]),
-        _step_ticks(x),
-        y_ticks,
-        x_name,
-        f"{title}{f' in {unit}' if unit else ''}. {said}.",
-        list(dict.fromkeys(notes)),
-        [curve.row(text) for curve in made],
-        unit,
+        title, made, _step_ticks(x), y_ticks, x_name, description, list(dict.fromkeys(notes)), table, unit
     )
 
 
@@ -229,12 +208,6 @@ def nice_ticks(low: float, high: float, wanted: int) -> tuple[list[float], float
 def _drawable(value: float) -> bool:
     """Finite, and so small that sums of such values stay finite."""
     return math.isfinite(value) and abs(value) < 1e300
-
-
-def _in_percent(line: Line) -> Line:
-    series = [(step, value * 100) for step, value in line.series]
-    errors = {step: error * 100 for step, error in line.errors.items()}
-    return replace(line, series=series, errors=errors, limits=(0.0, 100.0))
 
 
 def _unbroken(series: Series) -> Runs:
@@ -293,28 +266,16 @@ def _path(runs: Runs, x: Scale, y: Scale) -> str:
     return "".join("M" + "L".join(f"{x(s):g} {y(v):g}" for s, v in run) for run in runs if len(run) > 1)
 
 
-def _band(run: list[tuple[float, float, float]], x: Scale, y: Scale) -> str:
-    upper = [f"{x(step):g} {y(high):g}" for step, _, high in run]
-    lower = [f"{x(step):g} {y(low):g}" for step, low, _ in reversed(run)]
-    return "M" + "L".join(upper + lower) + "Z"
-
-
-def _spread_labels(lines: list[Drawn]) -> list[Drawn]:
+def _spread_labels(curves: list[Curve]) -> None:
     """Move the labels of last values apart where they would lie on each other."""
-    ends = sorted((line.label_y, index) for index, line in enumerate(lines) if line.end is not None)
-    if not ends:
-        return lines
-    places: dict[int, float] = {}
-    floor = float(TOP)
-    for at, index in ends:
-        places[index] = max(at, floor)
-        floor = places[index] + LABEL_HEIGHT
-    excess = max(0.0, floor - LABEL_HEIGHT - (HEIGHT - BOTTOM))
-    ceiling = float(HEIGHT - BOTTOM)
-    for _, index in reversed(ends):
-        if excess:
-            places[index] = min(places[index], ceiling)
-            ceiling = places[index] - LABEL_HEIGHT
-    return [
-        replace(line, label_y=round(places.get(index, line.label_y), 1)) for index, line in enumerate(lines)
-    ]
+    curves.sort(key=lambda curve: curve.label_y)
+    floor, ceiling = float(TOP), float(HEIGHT - BOTTOM)
+    for curve in curves:
+        curve.label_y = max(curve.label_y, floor)
+        floor = curve.label_y + LABEL_HEIGHT
+    if floor - LABEL_HEIGHT > ceiling:
+        for curve in reversed(curves):
+            curve.label_y = min(curve.label_y, ceiling)
+            ceiling = curve.label_y - LABEL_HEIGHT
+    for curve in curves:
+        curve.label_y = round(curve.label_y, 1)

@@ -40,11 +40,9 @@ class Comparison:
     before_step: int | None  # None: there is one evaluation only
     after_step: int
     mode: str
-    pairs: list[Pair]
-    further: list[Pair]
-    losses: list[Pair]  # prompts whose score fell most
+    pairs: list[Pair]  # of all prompts
+    losses: list[Pair]  # those whose score fell most
     judged_by: str  # what `losses` are ordered by
-    total: int  # prompts there are
 
 
 def compare(samples: SampleFile | None, functions: Sequence[str] = ()) -> Comparison | None:
@@ -54,31 +52,18 @@ def compare(samples: SampleFile | None, functions: Sequence[str] = ()) -> Compar
     modes = {sample.mode for sample in samples.last}
     mode = "sampled" if "sampled" in modes else min(modes)
     has_before = samples.first_step != samples.last_step
-    before = by_prompt(samples.first, mode) if has_before else {}
-    after = by_prompt(samples.last, mode)
+    before: dict[str, SampleRow] = {}
+    after: dict[str, SampleRow] = {}  # the first sample of each prompt, in the order of the file
+    for side, rows in ((before, samples.first if has_before else []), (after, samples.last)):
+        for sample in rows:
+            if sample.mode == mode:
+                side.setdefault(sample.prompt, sample)
     pairs = [Pair(prompt, before.get(prompt), sample) for prompt, sample in after.items()]
     judged_by = next((name for name in functions if any(name in s.scores for s in after.values())), "reward")
-    fallen = [(fall, index) for index, pair in enumerate(pairs) if (fall := _fall(pair, judged_by)) > 0]
-    losses = [pairs[index] for _, index in sorted(fallen, key=lambda item: (-item[0], item[1]))]
-    return Comparison(
-        samples.first_step if has_before else None,
-        samples.last_step,
-        mode,
-        pairs[:SHOWN],
-        pairs[SHOWN : SHOWN + FURTHER],
-        losses[:LOSSES_SHOWN],
-        judged_by,
-        len(pairs),
-    )
-
-
-def by_prompt(samples: Sequence[SampleRow], mode: str) -> dict[str, SampleRow]:
-    """The first sample of each prompt, in the order of the file."""
-    found: dict[str, SampleRow] = {}
-    for sample in samples:
-        if sample.mode == mode:
-            found.setdefault(sample.prompt, sample)
-    return found
+    falls = [(fall, pair) for pair in pairs if (fall := _fall(pair, judged_by)) > 0]
+    losses = [pair for _, pair in sorted(falls, key=lambda item: -item[0])]
+    first_step = samples.first_step if has_before else None
+    return Comparison(first_step, samples.last_step, mode, pairs, losses[:LOSSES_SHOWN], judged_by)
 
 
 def parts(text: str) -> list[tuple[str, bool]]:
@@ -90,6 +75,6 @@ def _fall(pair: Pair, name: str) -> float:
     """By how much the score of a prompt's response fell; 0 when it is not known."""
     if pair.before is None:
         return 0.0
-    sides = [s.reward if name == "reward" else s.scores.get(name) for s in (pair.before, pair.after)]
-    earlier, later = sides
+    sides = (pair.before, pair.after)
+    earlier, later = (side.reward if name == "reward" else side.scores.get(name) for side in sides)
     return 0.0 if earlier is None or later is None else earlier - later

@@ -19,16 +19,21 @@ _SMALL_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, and between what it lies with 95 % confidence; without samples there is no interval."""
+    """A value, and between what it lies with 95 % confidence: NaN without samples."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    low: float = math.nan
+    high: float = math.nan
     count: int | None = None  # prompts or pairs that it is over
 
     @property
     def has_interval(self) -> bool:
-        return self.low is not None and self.high is not None
+        return not math.isnan(self.low)
+
+    @property
+    def is_clear(self) -> bool:
+        """Of a change: whether its interval leaves out zero."""
+        return self.low > 0 or self.high < 0
 
 
 def of_share(share: float, count: int) -> Estimate:
@@ -70,13 +75,6 @@ def of_change(
     pairs = [(fmean(before[name]), fmean(after[name])) for name in before]
     changes = [later - earlier for earlier, later in pairs if math.isfinite(later - earlier)]
     return _student(changes, fmean(changes) if value is None else value) if changes else None
-
-
-def is_clear(change: Estimate | None) -> bool:
-    """Whether the interval of a change leaves out zero."""
-    if change is None or change.low is None or change.high is None:
-        return False
-    return change.low > 0 or change.high < 0
 
 
 def student_quantile(freedom: int) -> float:

@@ -21,17 +21,16 @@ from common.artifacts import MANIFEST
 from common.errors import UserError
 from common.redact import redact_text
 from common.stage import Step
+from common.text import printable
 from pipeline.lineage import LINEAGE
 from pipeline.plan import EXPORT
-from pipeline.state import LEDGER, METRICS, RESOLVED, SAMPLES, STATE
+from pipeline.state import LEDGER, METRICS, RESOLVED, SAMPLES, STATE, is_run
 
 WARNINGS_KEPT = 50
 
 _SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 # with the indented lines that belong to it: the ways out
 _WARNING = re.compile(r"^(\S+ \S+) (?:WARNING|ERROR) rlhf\S*: (.*(?:\n  +(?!File ).*)*)", re.MULTILINE)
-# Codes that a terminal or browser would act on: shown as the symbols of their names. Newline and tab stay.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 Series = list[tuple[int, float]]
 """Values of one metric by step, in order of steps."""
@@ -60,6 +59,10 @@ class SampleFile:
     first: list[SampleRow]
     last_step: int
     last: list[SampleRow]
+
+    def at(self, step: int) -> list[SampleRow]:
+        """The samples of a step; empty for those between, which are not kept."""
+        return {self.first_step: self.first, self.last_step: self.last}.get(step, [])
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,10 @@ def check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {found}", hint="name a run's folder, e.g. runs/demo")
-    marks = [RESOLVED, *(f"{step.value}/{name}" for step in Step for name in (STATE, METRICS))]
-    if any((folder / mark).exists() for mark in marks):
+    if is_run(folder):
         return
     for parent in folder.resolve().parents[:3]:
-        if any((parent / mark).exists() for mark in marks):
+        if is_run(parent):
             raise UserError(f"{folder} is a part of the run {parent}", hint=f"name the run: {parent}")
     inside = sorted(path.name for path in folder.iterdir())[:8]
     runs = [name for name in inside if (folder / name / RESOLVED).exists()]
@@ -361,8 +363,7 @@ def as_text(value: Any) -> str:
 
 def clean(value: Any) -> str:
     """Text that a file can hold and that shows every character: no lone surrogates, no control codes."""
-    text = str(value).replace("\r\n", "\n").translate(_CONTROLS)
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return printable(str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8"))
 
 
 def errors_apart(metrics: Mapping[str, Series]) -> tuple[dict[str, Series], dict[str, Series]]:

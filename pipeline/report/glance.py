@@ -9,19 +9,24 @@ known here: whatever is logged as `eval/<name>` is shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from common.stage import Step
 from pipeline.report import estimates, shown
 from pipeline.report.estimates import Estimate
-from pipeline.report.files import RunFiles, SampleRow, StepFiles, mapping, whole
+from pipeline.report.files import RunFiles, StepFiles, mapping, whole
 from step3_ppo.config import MEASURED
 
 EVAL, GREEDY = "eval/", "eval/greedy/"
 SAMPLED = "sampled"
 
-SHARES = {"accuracy", "mean_token_accuracy", "rewards/accuracies", "stop_rate", "correct"}
+SHARES = {
+    "accuracy", "accuracy_chosen_longer", "accuracy_chosen_shorter", "accuracy_same_length", "correct",
+    "mean_token_accuracy", "perf/mfu", "perf/padding_share", "perf/slot_utilisation", "policy/clipfrac_avg",
+    "response/truncated_share", "rewards/accuracies", "stop_rate", "val/clipfrac_avg",
+}  # fmt: skip
+"""Metrics, in training, held out or both, that are shown in percent."""
 NAMES = {
     "loss": "Held-out loss",
     "perplexity": "Held-out perplexity",
@@ -53,11 +58,9 @@ class Measure:
 
     step: str
     name: str  # as in eval/<name>
-    title: str
     mode: str  # "sampled", "greedy", or ""
     over: str  # what was counted: "prompts", "pairs"
     is_share: bool
-    unit: str
     before: Estimate | None
     before_step: int | None
     after: Estimate
@@ -66,12 +69,16 @@ class Measure:
     is_function: bool = False
 
     @property
+    def title(self) -> str:
+        return NAMES.get(self.name, self.name)
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.name, "")
+
+    @property
     def x_name(self) -> str:
         return "iteration" if self.step == Step.ppo.value else "step"
-
-    def text(self, value: float) -> str:
-        """A value of this measure as it is shown."""
-        return shown.share(value) if self.is_share else shown.fixed(value, self.decimals)
 
     @property
     def decimals(self) -> int | None:
@@ -79,41 +86,14 @@ class Measure:
         low, high = self.bounds
         return 3 if (low, high) == (0, 1) else shown.decimals_for(max(abs(low), abs(high)), 3)
 
-    def interval(self, estimate: Estimate) -> str:
-        """`0.42 to 0.51`; empty without an interval."""
-        if estimate.low is None or estimate.high is None:
-            return ""
-        return f"{self.text(estimate.low).removesuffix('%')} to {self.text(estimate.high)}"
-
-    @property
-    def change_text(self) -> str:
-        """The change, with its sign; that of a share is in percentage points."""
-        if self.change is None:
-            return ""
-        return f"{self._signed(self.change.value)}{' points' if self.is_share else ''}"
-
-    @property
-    def change_interval(self) -> str:
-        if self.change is None or self.change.low is None or self.change.high is None:
-            return ""
-        return f"{self._signed(self.change.low)} to {self._signed(self.change.high)}"
-
-    @property
-    def over_text(self) -> str:
-        """What it was measured on; empty when that is not known."""
-        return f"{self.after.count:,} held-out {self.over}" if self.after.count else ""
-
     @property
     def bounds(self) -> tuple[float, float]:
         """Ends of the axis on which the values are drawn: 0 to 1 for what lies there, else what they span."""
         sides = [side for side in (self.before, self.after) if side is not None]
-        if (self.is_share or self.is_function) and all(0 <= side.value <= 1 for side in sides):
-            return 0.0, 1.0
-        values = [v for e in sides for v in (e.value, e.low, e.high) if v is not None and math.isfinite(v)]
-        if not values:
-            return 0.0, 1.0
-        low, high = min(*values, 0.0), max(*values, 0.0)
-        return (low, high) if high > low else (0.0, 1.0)
+        is_within = (self.is_share or self.is_function) and all(0 <= side.value <= 1 for side in sides)
+        ends = [v for side in sides for v in (side.value, side.low, side.high) if math.isfinite(v)]
+        low, high = min([*ends, 0.0]), max([*ends, 0.0])
+        return (0.0, 1.0) if is_within or low == high else (low, high)
 
     @property
     def bound_texts(self) -> list[str]:
@@ -125,10 +105,35 @@ class Measure:
         at = 100 * (value / 2 - low / 2) / (high / 2 - low / 2)
         return round(min(max(at, 0.0), 100.0), 1) if math.isfinite(at) else 0.0
 
-    def _signed(self, value: float) -> str:
-        if self.is_share:
-            return shown.points(value)
-        return shown.fixed(value, self.decimals, signed=True)
+    def text(self, value: float) -> str:
+        """A value of this measure as it is shown."""
+        return shown.share(value) if self.is_share else shown.fixed(value, self.decimals)
+
+    def signed(self, value: float) -> str:
+        """A change of it, with its sign; that of a share is in percentage points."""
+        return shown.points(value) if self.is_share else shown.fixed(value, self.decimals, signed=True)
+
+    def interval(self, estimate: Estimate) -> str:
+        """`0.42 to 0.51`; empty without an interval."""
+        low, high = self.text(estimate.low).removesuffix("%"), self.text(estimate.high)
+        return f"{low} to {high}" if estimate.has_interval else ""
+
+    @property
+    def change_text(self) -> str:
+        if self.change is None:
+            return ""
+        return f"{self.signed(self.change.value)}{' points' if self.is_share else ''}"
+
+    @property
+    def change_interval(self) -> str:
+        if self.change is None or not self.change.has_interval:
+            return ""
+        return f"{self.signed(self.change.low)} to {self.signed(self.change.high)}"
+
+    @property
+    def over_text(self) -> str:
+        """What it was measured on; empty when that is not known."""
+        return f"{self.after.count:,} held-out {self.over}" if self.after.count else ""
 
 
 @dataclass(frozen=True)
@@ -161,26 +166,34 @@ def at_a_glance(run: RunFiles) -> Glance:
     return Glance(cards, of_ppo + others, sentences, cautions)
 
 
-def ppo_measures(step: StepFiles, functions: Iterable[str] = ()) -> list[Measure]:
-    """Everything that PPO evaluated: user's functions in their order first, each sampled, then greedy."""
-    names = {name.removeprefix(GREEDY).removeprefix(EVAL) for name in step.metrics if name.startswith(EVAL)}
+def evaluated(metrics: Iterable[str], functions: Iterable[str]) -> list[str]:
+    """What PPO evaluated, by name: the user's functions in their order, others, then what is built in."""
+    names = {name.removeprefix(GREEDY).removeprefix(EVAL) for name in metrics if name.startswith(EVAL)}
     ordered = [name for name in functions if name in names]
     ordered += sorted(names.difference(ordered, MEASURED))
-    of_user = set(ordered)
-    ordered += [name for name in MEASURED if name in names]
-    found = []
-    for name in ordered:
-        for mode, prefix in ((SAMPLED, EVAL), ("greedy", GREEDY)):
-            measure = before_and_after(step, name, prefix + name, mode, is_function=name in of_user)
-            found += [measure] if measure is not None else []
-    return found
+    return ordered + [name for name in MEASURED if name in names]
+
+
+def ppo_measures(step: StepFiles, functions: Iterable[str] = ()) -> list[Measure]:
+    """Everything that PPO evaluated, each sampled, then greedy."""
+    found = (
+        before_and_after(step, name, prefix + name, mode, is_function=name not in MEASURED)
+        for name in evaluated(step.metrics, functions)
+        for mode, prefix in ((SAMPLED, EVAL), ("greedy", GREEDY))
+    )
+    return [measure for measure in found if measure is not None]
 
 
 def step_measures(step: StepFiles) -> list[Measure]:
     """The held-out numbers of SFT, the reward model or DPO."""
-    names = BY_STEP.get(step.name, ("loss",))
-    found = (before_and_after(step, name, EVAL + name, "", is_function=False) for name in names)
+    found = (before_and_after(step, name, EVAL + name, "", is_function=False) for name in BY_STEP[step.name])
     return [measure for measure in found if measure is not None]
+
+
+def is_share(metric: str, values: Iterable[float]) -> bool:
+    """Whether a metric's values are shares: by its name, unless one of them cannot be."""
+    name = metric.removeprefix(GREEDY).removeprefix(EVAL)
+    return name in SHARES and not any(value < 0 or value > 1 for value in values)
 
 
 def before_and_after(
@@ -211,9 +224,8 @@ def before_and_after(
 
     change = estimates.of_change(groups[0], groups[1], last - first) or Estimate(last - first)
     return Measure(
-        step.name, name, NAMES.get(name, name), mode, "pairs" if pairs else "prompts",
-        is_share=name in SHARES and all(0 <= value <= 1 for _, value in series),
-        unit=UNITS.get(name, ""),
+        step.name, name, mode, "pairs" if pairs else "prompts",
+        is_share=is_share(metric, (value for _, value in series)),
         before=estimate(first, groups[0], first_step) if two else None,
         before_step=first_step if two else None,
         after=estimate(last, groups[1], last_step),
@@ -231,12 +243,9 @@ def pairs_of(step: StepFiles) -> int:
 
 def conclusions(sampled: list[Measure], others: list[Measure]) -> tuple[list[str], list[str]]:
     """Sentences on what changed, and what the reader must be warned of."""
-    sentences, cautions = [], []
     functions = [m for m in sampled if m.is_function]
-    reward = next((m for m in sampled if m.name == "reward"), None)
-    for measure in (functions or [m for m in [reward] if m is not None])[:3]:
-        if (sentence := _change_sentence(measure)) is not None:
-            sentences.append(sentence)
+    rewards = [m for m in sampled if m.name == "reward"]
+    sentences = [_change_sentence(m, m.change) for m in (functions or rewards)[:3] if m.change is not None]
     for measure in others:
         if measure.name in OF_PAIRS:
             who = "The reward model" if measure.step == Step.reward.value else "The policy after DPO"
@@ -245,58 +254,38 @@ def conclusions(sampled: list[Measure], others: list[Measure]) -> tuple[list[str
             number = f"{measure.after.count:,} " if measure.after.count else ""
             share = measure.text(measure.after.value)
             sentences.append(f"{who} puts {share} of {number}held-out pairs in the right order{between}.")
-    if functions and reward is not None and _went(functions[0], down=True) and _went(reward, down=False):
+    gold, reward = ([m.change for m in found[:1] if m.change is not None] for found in (functions, rewards))
+    if gold and reward and gold[0].high < 0 < reward[0].low:  # both clearly
         title = functions[0].title
-        cautions.append(
+        return sentences, [
             f"The reward rose while held-out {title[:1].lower()}{title[1:]} fell: the policy has learned to "
             "please the reward, not to do better. Do not read the reward as success."
-        )
-    return sentences, cautions
+        ]
+    return sentences, []
 
 
-def _change_sentence(measure: Measure) -> str | None:
-    if measure.before is None or measure.change is None:
-        return None
-    before, after = measure.text(measure.before.value), measure.text(measure.after.value)
-    change, interval = measure.change_text, measure.change_interval
-    over = f" on {measure.change.count:,} held-out prompts" if measure.change.count else ""
+def _change_sentence(measure: Measure, change: Estimate) -> str:
+    before, after = (measure.text(e.value) for e in (measure.before, measure.after) if e is not None)
+    interval = f", 95% interval {measure.change_interval}" if change.has_interval else ""
+    over = f" on {change.count:,} held-out prompts" if change.count else ""
     at = "" if measure.before_step == 0 else f" since iteration {measure.before_step:,}"
-    if interval and not estimates.is_clear(measure.change):
+    if interval and not change.is_clear:
         return (
             f"{measure.title} did not measurably change{over}{at}: {before} before, {after} after "
-            f"(change {change}, 95% interval {interval})."
+            f"(change {measure.change_text}{interval})."
         )
-    verb = "rose" if measure.change.value > 0 else "fell" if measure.change.value < 0 else "stayed"
+    verb = "rose" if change.value > 0 else "fell" if change.value < 0 else "stayed"
     where = f"from {before} to {after}" if verb != "stayed" else f"at {after}"
-    between = f" (change {change}, 95% interval {interval})" if interval else ""
+    between = f" (change {measure.change_text}{interval})" if interval else ""
     return f"{measure.title} {verb} {where}{over}{at}{between}."
-
-
-def _went(measure: Measure, *, down: bool) -> bool:
-    """Whether it clearly fell, or rose."""
-    change = measure.change
-    return (
-        change is not None and estimates.is_clear(change) and (change.value < 0 if down else change.value > 0)
-    )
 
 
 def _values(step: StepFiles, at: int, name: str, mode: str) -> dict[str, list[float]]:
     """What the samples of one evaluation say about a metric, by prompt."""
-    if step.samples is None:
-        return {}
-    read = _READERS.get(name, lambda sample: sample.scores.get(name))
-    rows = step.samples.first if at == step.samples.first_step else []
-    rows = step.samples.last if at == step.samples.last_step else rows
     values: dict[str, list[float]] = {}
-    for sample in rows:
-        value = read(sample)
+    for sample in [] if step.samples is None else step.samples.at(at):
+        own = {"reward": sample.reward, "kl": sample.kl, "stop_rate": sample.stopped}
+        value = own[name] if name in own else sample.scores.get(name)
         if value is not None and (not mode or sample.mode == mode):
             values.setdefault(sample.prompt, []).append(float(value))
     return values
-
-
-_READERS: dict[str, Callable[[SampleRow], float | None]] = {
-    "reward": lambda sample: sample.reward,
-    "kl": lambda sample: sample.kl,
-    "stop_rate": lambda sample: None if sample.stopped is None else float(sample.stopped),
-}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report import shown
 from pipeline.report.files import Node
 
 ROW = 46
@@ -41,31 +40,24 @@ class Tree:
 
 def draw(nodes: Sequence[Node]) -> Tree:
     """Lay out the artifacts of a run."""
-    places: dict[str, int] = {}  # index of the row by path
-    rows: list[Row] = []
     inside = {node.path for node in nodes}
-    for node in nodes:
-        for role, path, sha256 in node.parents:
-            if path not in inside and path not in places:
-                places[path] = len(rows)
-                rows.append(_row(len(rows), "given", role, path, sha256, is_outside=True))
-    for node in nodes:
-        places[node.path] = len(rows)
-        rows.append(_row(len(rows), node.step, node.role, node.path, node.sha256, is_outside=False))
-    edges = [(node.path, role, path) for node in nodes for role, path, _ in node.parents]
-    curves = [_curve(rows[places[path]].y, rows[places[child]].y) for child, _, path in edges]
+    parents = {path: ("given", role, path, sha256) for node in nodes for role, path, sha256 in node.parents}
+    found = [parent for path, parent in parents.items() if path not in inside]
+    outside = len(found)
+    found += [(node.step, node.role, node.path, node.sha256) for node in nodes]
+    rows = []
+    for index, (step, role, path, sha256) in enumerate(found):
+        place = path if len(path) <= 34 else "…" + path[-33:]
+        name, detail = f"{step}: {role.replace('_', ' ')}", f"{sha256[:12]}  {place}"
+        rows.append(Row(TOP + ROW * index, name, detail, f"{path} {sha256}", index < outside))
+    y = {path: row.y for (_, _, path, _), row in zip(found, rows, strict=True)}
+    curves = [_curve(y[path], y[node.path]) for node in nodes for _, path, _ in node.parents]
     said = [
         f"{node.path} was made from {the}"
         for node in nodes
         for the in [f"the {role} {path}" for role, path, _ in node.parents] or ["no other artifact"]
     ]
     return Tree(rows, curves, TOP + ROW * len(rows), "; ".join(said))
-
-
-def _row(index: int, step: str, role: str, path: str, sha256: str, *, is_outside: bool) -> Row:
-    place = path if len(path) <= 34 else "…" + path[-33:]
-    detail = f"{shown.short_hash(sha256)}  {place}"
-    return Row(TOP + ROW * index, f"{step}: {role.replace('_', ' ')}", detail, f"{path} {sha256}", is_outside)
 
 
 def _curve(begin: int, end: int) -> str:

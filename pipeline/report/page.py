@@ -7,20 +7,19 @@ is replaced in one step, so that a reader never meets half of one, and it can be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.files import write_text
 from common.stage import Step
 from pipeline import state
-from pipeline.report import lineage, shown
-from pipeline.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Chart
-from pipeline.report.comparison import LONG, Comparison, compare, parts
+from pipeline.report import charts, comparison, lineage, shown
+from pipeline.report.charts import Chart
+from pipeline.report.comparison import Comparison, compare
 from pipeline.report.curves import curves
 from pipeline.report.files import RunFiles, StepFiles, clean, mapping, number, read_run
-from pipeline.report.glance import Glance, at_a_glance
+from pipeline.report.glance import at_a_glance
 from pipeline.report.reproduce import reproduce
 
 REPORT = "report.html"
@@ -30,15 +29,11 @@ TITLES = {
     "dpo": "Direct preference optimization",
     "ppo": "Proximal policy optimization",
 }
-LEDGER_COLUMNS = (
-    ("rows_read", "read"),
-    ("rows_kept", "kept"),
-    ("rows_held_out", "held out"),
-    ("tokens", "tokens"),
-    ("trained_tokens", "trained"),
-    ("truncated", "cut"),
-    ("bad_rows", "bad"),
-)
+LEDGER_COLUMNS = {
+    "rows_read": "read", "rows_kept": "kept", "rows_held_out": "held out", "tokens": "tokens",
+    "trained_tokens": "trained", "truncated": "cut", "bad_rows": "bad",
+}  # fmt: skip
+NOT_FINAL = "The run is not finished: these are the numbers so far."
 
 
 @dataclass(frozen=True)
@@ -83,37 +78,27 @@ def render(run: RunFiles) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"shown": shown, "parts": parts, "LONG": LONG}
-    page = environment.get_template("report.html.jinja")
-    return page.render(context(run))
-
-
-def context(run: RunFiles) -> dict[str, Any]:
-    """Everything that the template names."""
+    environment.globals |= {"shown": shown, "charts": charts, "samples": comparison, "trees": lineage}
     glance = at_a_glance(run)
     abandoned = state.is_abandoned(run.folder)
     steps = [step_page(run, step, abandoned=abandoned) for step in run.steps]
-    return {
+    unfinished = any(step.status.kind in ("running", "stopped", "failed") for step in steps)
+    named = {
         "name": clean(run.setting("run_name") or run.folder.resolve().name),
         "made": shown.moment(state.now()),
         "glance": glance,
-        "judged": judged(steps, glance),
+        "judged": NOT_FINAL if unfinished and glance.cards else "",
         "steps": steps,
         "compared": next((step for step in reversed(steps) if step.comparison is not None), None),
-        "ledger_columns": LEDGER_COLUMNS,
+        "ledger_columns": LEDGER_COLUMNS.items(),
         "tree": lineage.draw(run.lineage),
         "lineage": run.lineage,
         "reproduction": reproduce(run),
         "config_text": run.config_text,
         "problems": run.problems,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "left": LEFT,
-        "right": RIGHT,
-        "bottom": BOTTOM,
-        "tree_dot": lineage.DOT,
         "style": (Path(__file__).parent / "style.css").read_text(encoding="utf-8"),
     }
+    return environment.get_template("report.html.jinja").render(named)
 
 
 def step_page(run: RunFiles, step: StepFiles, *, abandoned: bool) -> StepPage:
@@ -121,7 +106,7 @@ def step_page(run: RunFiles, step: StepFiles, *, abandoned: bool) -> StepPage:
     functions = list(mapping(run.setting("ppo.evaluation.functions"))) if step.name == Step.ppo.value else []
     main, further = curves(step.name, step.metrics, functions, step.errors)
     status = status_of(step.state, abandoned=abandoned)
-    title, facts = TITLES.get(step.name, step.name), facts_of(run, step)
+    title, facts = TITLES[step.name], facts_of(run, step)
     return StepPage(step.name, title, status, facts, main, further, compare(step.samples, functions), step)
 
 
@@ -167,13 +152,5 @@ def progress_of(run: RunFiles, step: StepFiles) -> str | None:
     if most is not None:
         return f"{word} {last:,} of {most:,.0f}"
     epoch = step.metrics.get("epoch")
-    if epoch and epochs is not None:
-        return f"{word} {last:,}, epoch {shown.brief(epoch[-1][1])} of {shown.brief(epochs)}"
-    return f"{word} {last:,}"
-
-
-def judged(steps: Sequence[StepPage], glance: Glance) -> str:
-    """What the numbers at the top are to be read as, while they are not final."""
-    if any(step.status.kind in ("running", "stopped", "failed") for step in steps) and glance.cards:
-        return "The run is not finished: these are the numbers so far."
-    return ""
+    of = f", epoch {shown.brief(epoch[-1][1])} of {shown.brief(epochs)}" if epoch and epochs else ""
+    return f"{word} {last:,}{of}"

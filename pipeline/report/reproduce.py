@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from common.stage import Role, Step
+from pipeline import state
 from pipeline.report.files import RunFiles, clean, dig, mapping
 
 NO_PART_IN_RESULTS = ("run_name", "output_dir", "force", "launch", "tracking")
@@ -47,24 +48,18 @@ def reproduce(run: RunFiles) -> Reproduction:
         if isinstance(commit := step.details.get("git_commit"), str):
             commits[clean(commit)] = None
     seed = run.setting("seed")
-    inputs = {
-        key: (_path_of(run.config, key), sha256)
-        for node in run.lineage
-        for key, sha256 in node.inputs.items()
-    }
+    inputs = {key: sha256 for node in run.lineage for key, sha256 in node.inputs.items()}
     name = clean(run.setting("run_name") or run.folder.resolve().name)
     return Reproduction(
         command_for(run.config_text, f"{name}-again"),
         "" if seed is None else clean(seed),
         list(commits),
         sorted(packages.items()),
-        [(key, path, sha256) for key, (path, sha256) in inputs.items()],
+        [(key, _path_of(run.config, key), sha256) for key, sha256 in inputs.items()],
     )
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # a run's report is made after each of its steps, and composing takes a while
+@functools.lru_cache(maxsize=16)  # a report is made after each step, and composing takes a while
 def command_for(config_text: str, run_name: str) -> str:
     """The command line that composes to the configuration, under a new name; empty when none was found.
 
@@ -81,7 +76,8 @@ def command_for(config_text: str, run_name: str) -> str:
         experiment = nearest_experiment(wanted)
         base = [f"experiment={experiment}"] if experiment else []
         base.append(f"steps={value_text(wanted['steps'])}")
-        overrides = [*base, *_differences(_composed(base), wanted)]
+        changes = state.differing(_composed(base), wanted)
+        overrides = [*base, *(f"{key}={value_text(value)}" for key, _, value in changes)]
         if _composed(prepare(overrides).overrides) != wanted:
             return ""
     # A configuration that was damaged, or written by another version, fails in as many ways as Hydra knows
@@ -127,7 +123,7 @@ def nearest_experiment(config: Mapping[str, Any]) -> str | None:
 def value_text(value: Any) -> str:
     """A value as Hydra's override grammar writes it."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     if isinstance(value, list):
         return "[" + ",".join(value_text(item) for item in value) + "]"
     if isinstance(value, dict):
@@ -135,11 +131,8 @@ def value_text(value: Any) -> str:
     if isinstance(value, str):
         if _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
             return value
-        return (
-            json.dumps(value, ensure_ascii=False)
-            if "\\" not in value
-            else "'" + value.replace("'", "\\'") + "'"
-        )
+        quoted = "'" + value.replace("'", "\\'") + "'"
+        return quoted if "\\" in value else json.dumps(value, ensure_ascii=False)
     return repr(value)
 
 
@@ -148,16 +141,6 @@ def _composed(overrides: Sequence[str]) -> dict[str, Any]:
     from pipeline.compose import compose
 
     return decisive(to_plain(compose(overrides)))
-
-
-def _differences(base: Any, wanted: Any, prefix: str = "") -> list[str]:
-    """Overrides for every leaf of `wanted` that `base` has otherwise."""
-    if isinstance(base, dict) and isinstance(wanted, dict):
-        lines = []
-        for key, value in wanted.items():
-            lines += _differences(base.get(key), value, f"{prefix}.{key}" if prefix else str(key))
-        return lines
-    return [] if base == wanted else [f"{prefix}={value_text(wanted)}"]
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -171,18 +154,10 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _path_of(config: Mapping[str, Any], key: str) -> str:
     """The value under a key such as sft.data.sources[0], or of `path` below it; empty when there is none."""
     value: Any = config
-    for part in _parts(key):
-        if isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, list):
+            value = dict(enumerate(value)).get(int(part) if part.isdecimal() else -1)
         else:
-            value = mapping(value).get(str(part))
+            value = mapping(value).get(part)
     value = mapping(value).get("path", value)
     return clean(value) if isinstance(value, str) else ""
-
-
-def _parts(key: str) -> Iterator[str | int]:
-    for part in key.split("."):
-        name, _, index = part.partition("[")
-        yield name
-        if index.removesuffix("]").isdecimal():
-            yield int(index.removesuffix("]"))

@@ -101,10 +101,6 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def short_hash(sha256: str) -> str:
-    return sha256[:12]
-
-
 def moment(iso: str) -> str:
     """2026-11-21 13:18:42 UTC; what is no time stays as it is."""
     at = _parsed(iso)
