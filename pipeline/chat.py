@@ -14,7 +14,6 @@ import dataclasses
 import math
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from common.errors import UserError
 from common.fields import require
 from common.handoff import load_named
 from common.stage import Role, Step
-from common.text import did_you_mean
+from common.text import CONTROL_SYMBOLS, did_you_mean
 from pipeline.plan import EXPORT, STAGES
 
 if TYPE_CHECKING:
@@ -62,17 +61,16 @@ class Settings:
 
     def changed(self, name: str, text: str) -> Settings:
         """With one setting as it was typed. UserError for an unknown name, or a value that it cannot have."""
-        kinds = {key: type(value) for key, value in dataclasses.asdict(self).items()}
-        key = name.replace("-", "_")
-        if key not in kinds:
-            hint = did_you_mean(key, kinds, f"settings: {', '.join(kinds)}")
+        known, key = dataclasses.asdict(self), name.replace("-", "_")
+        if key not in known:
+            hint = did_you_mean(key, known, f"settings: {', '.join(known)}")
             raise UserError(f"unknown setting {name}", hint=hint)
+        kind = type(known[key])
         try:
-            value: Any = kinds[key](text)
+            return dataclasses.replace(self, **{key: kind(text)})
         except ValueError:
-            number = "a whole number" if kinds[key] is int else "a number"
+            number = "a whole number" if kind is int else "a number"
             raise UserError(f"{key}={text} is not allowed", hint=f"expected {number}") from None
-        return dataclasses.replace(self, **{key: value})
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
@@ -85,9 +83,8 @@ def chat(arguments: Sequence[str]) -> int:
     for known in dataclasses.fields(Settings):
         if (text := getattr(options, known.name)) is not None:
             settings = settings.changed(known.name, text)
-    place = policy_in(Path(options.path))
-    check_is_not_several(place)
-    artifact = load_named(str(place), Role.policy, "PATH", allow_unverified=True)
+    place = str(policy_in(Path(options.path)))
+    artifact = load_named(place, Role.policy, "PATH", allow_unverified=True)
     if fault := artifact.manifest.details.get(UNVERIFIED):
         note(f"warning: it failed its check when it was exported: {fault}")
     policy = Policy(artifact, options.device)
@@ -99,13 +96,15 @@ def chat(arguments: Sequence[str]) -> int:
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     conversation = Chat(policy, settings, options.system or "")
     conversation.reseed()
-    if is_terminal:
+    if sys.stdin.isatty() and sys.stdout.isatty():
         note("/help lists the commands")
         return talk(conversation)
-    return answer_lines(conversation)
+    for line in sys.stdin:  # of a pipe: one line is one turn, and an error is the end
+        if not conversation.take(line, keep_interrupted=False):
+            break
+    return 0
 
 
 def talk(conversation: Chat) -> int:
@@ -126,14 +125,6 @@ def talk(conversation: Chat) -> int:
             note(f"error: {error}")
 
 
-def answer_lines(conversation: Chat) -> int:
-    """In a pipe: one line is one turn, and an error is the end."""
-    for line in sys.stdin:
-        if not conversation.take(line, keep_interrupted=False):
-            break
-    return 0
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options as text; `Settings` checks the values. UserError for an option that does not exist."""
     parser = _Parser(prog="python -m pipeline chat", description="Talk to a policy in the terminal.")
@@ -152,24 +143,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def policy_in(path: Path) -> Path:
-    """The policy that is meant by a path: itself, or what a step, or the latest step of a run, has left."""
-    makers = [step for step in reversed(Step) if STAGES[step].produces is Role.policy]
-    below = [path / EXPORT, *(path / step.value / EXPORT for step in makers)]
-    finished = [folder for folder in (path, *below) if (folder / MANIFEST).exists()]
-    return finished[0] if finished else path
+    """The policy that is meant by a path: itself, or what a step, or the latest step of a run, has left.
 
-
-def check_is_not_several(place: Path) -> None:
-    """UserError naming the runs in it where a folder of runs was named instead of one of them."""
-    is_run = any((place / step.value).is_dir() for step in Step)
-    if is_run or not place.is_dir() or (place / MANIFEST).exists():
-        return
-    runs = [folder for folder in sorted(place.iterdir()) if policy_in(folder) != folder]
+    The path as it is where none is there; UserError naming the runs in a folder of runs that have one.
+    """
+    if finished := _policies_of(path):
+        return finished[0]
+    is_run = any((path / step.value).is_dir() for step in Step)
+    runs = [] if is_run or not path.is_dir() else list(filter(_policies_of, sorted(path.iterdir())))
     if runs:
         listed = ", ".join(str(run) for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
         raise UserError(
-            f"{place} holds {len(runs)} run(s) with a policy, and is none itself", hint=f"name one: {listed}"
+            f"{path} holds {len(runs)} run(s) with a policy, and is none itself", hint=f"name one: {listed}"
         )
+    return path
+
+
+def _policies_of(path: Path) -> list[Path]:
+    makers = [step for step in reversed(Step) if STAGES[step].produces is Role.policy]
+    below = [path / EXPORT, *(path / step.value / EXPORT for step in makers)]
+    return [folder for folder in (path, *below) if (folder / MANIFEST).exists()]
 
 
 def note(line: str) -> None:
@@ -367,7 +360,7 @@ class Answer:
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self.ids: list[int] = []
         self.text = ""
-        self._decode, self._terminal, self._prompt_seen = decode, Printable(), False
+        self._decode, self._prompt_seen = decode, False
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt first, then with each token."""
@@ -377,51 +370,26 @@ class Answer:
         self.ids += value.reshape(-1).tolist()
         text = self._decode(self.ids)
         if not text.endswith("\ufffd"):  # a character of which some bytes are still to come
-            self._show(self._terminal.clean(text[len(self.text) :]))
-            self.text = text
+            self._show(text)
 
     def end(self) -> None:
         """Called after the last token."""
-        text = self._decode(self.ids)
-        self._show(self._terminal.clean(text[len(self.text) :], is_last=True) + "\n")
-        self.text = text
+        self._show(self._decode(self.ids), end="\n")
 
-    def _show(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def _show(self, text: str, end: str = "") -> None:
+        print(printable(text[len(self.text) :]), end=end, flush=True)
+        self.text = text
 
 
 # --- What a terminal may get -----------------------------------------------------------------------
 
-_INTRODUCED = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*"
-_STRING = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])"
-_SEQUENCE = re.compile(
-    rf"{_INTRODUCED}[@-~]|{_STRING}.*?(?:\x1b\\|[\x07\x9c])|\x1b(?![\[\]PX^_])[ -/]*[0-~]", re.DOTALL
-)
-_UNFINISHED = re.compile(rf"(?:{_INTRODUCED}|{_STRING}[^\x07\x9c]*|\x1b[ -/]*)\Z", re.DOTALL)
-_LONGEST_SEQUENCE = 256
-_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_UNSEEN = re.compile("[\x80-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Further control codes, halves of surrogate pairs, and marks that reorder a line."""
 
 
-class Printable:
+def printable(text: str) -> str:
     """Text of a model without what would move the cursor, set colours or titles, or reorder a line.
 
-    Escape sequences may be spread over several pieces of text: what may be the beginning of one is held back.
+    Each code is replaced or left out by itself, so that a sequence may come in any pieces.
     """
-
-    def __init__(self) -> None:
-        self._held = ""
-
-    def clean(self, text: str, *, is_last: bool = False) -> str:
-        """What of all text so far can be shown now."""
-        text = _SEQUENCE.sub("", self._held + text)
-        begun = _UNFINISHED.search(text)
-        cut = begun.start() if begun and not is_last and len(begun[0]) < _LONGEST_SEQUENCE else len(text)
-        self._held = text[cut:]
-        return "".join(filter(_is_harmless, text[:cut]))
-
-
-def _is_harmless(character: str) -> bool:
-    if character in "\n\t":
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _REORDERING
+    return _UNSEEN.sub("", text.translate(CONTROL_SYMBOLS))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,14 @@ from common.errors import UserError
 from common.handoff import load_named
 from common.stage import Role
 from pipeline import chat
-from pipeline.chat import Chat, Printable, Settings, check_is_not_several, policy_in
+from pipeline.chat import Chat, Settings, policy_in, printable
 from pipeline.config import PROJECT
 from tests.forked import ENVIRONMENT
 from tests.step2_dpo.runs import make_policy
 from tests.tiny import CHATML, tiny_tokenizer
 
 PATIENCE_SECONDS = 60
+REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 class Echo:
@@ -158,25 +160,24 @@ def test_settings_change_in_the_chat_and_bad_ones_say_what_is_allowed() -> None:
     ("text", "shown"),
     [
         ("plain é 日本 👩‍🚀\ttab\nline", "plain é 日本 👩‍🚀\ttab\nline"),
-        ("\x1b[31mred\x1b[0m", "red"),
-        ("a\x1b]0;title\x07b\x1b]52;c;aGk=\x1b\\c", "abc"),
-        ("a\x1bPdevice\x1b\\b\x1b(Bc\x1bcd", "abcd"),
-        ("\x9b2Jcleared\x9d0;title\x9c", "cleared"),
-        ("over\rwritten\x08\x00\x7f\x07", "overwritten"),
+        ("\x1b[31mred\x1b[0m", "␛[31mred␛[0m"),
+        ("a\x1b]0;title\x07b\x1b]52;c;aGk=\x1b\\c", "a␛]0;title␇b␛]52;c;aGk=␛\\c"),
+        ("\x9b2Jcleared\x9d0;title\x9c", "2Jcleared0;title"),
+        ("over\rwritten\x08\x00\x7f\x07", "over␍written␈␀␡␇"),
         ("\u202ereversed\u2066", "reversed"),
         ("half \ud800 a pair", "half  a pair"),
     ],
 )
 def test_no_control_reaches_the_terminal_however_the_text_is_cut_into_pieces(text: str, shown: str) -> None:
-    for size in (1, 2, 3, len(text)):
-        pieces, printable = [text[i : i + size] for i in range(0, len(text), size)], Printable()
-        assert "".join(map(printable.clean, pieces)) + printable.clean("", is_last=True) == shown
+    assert printable(text) == "".join(map(printable, text)) == shown
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"]
 
 
-def test_a_sequence_that_never_ends_does_not_swallow_the_answer() -> None:
-    printable = Printable()
-    shown = "".join(printable.clean("\x1b]0;" * (i == 0) + "word ") for i in range(100))
-    assert shown + printable.clean("", is_last=True) == "]0;" + "word " * 100
+def test_every_control_code_there_is_is_replaced_or_left_out() -> None:
+    every = "".join(map(chr, range(0x11_0000)))
+    left = {c for c in printable(every) if unicodedata.category(c) in ("Cc", "Cs")}
+    assert left == {"\n", "\t"}
+    assert not [c for c in printable(every) if unicodedata.bidirectional(c) in REORDERING]
 
 
 def test_a_character_is_shown_when_all_of_its_bytes_are_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +207,7 @@ def test_a_folder_of_runs_is_refused_with_the_names_of_those_that_have_a_policy(
     for name in ("one", "two"):
         artifact(tmp_path / name / "sft" / "export")
     artifact(tmp_path / "three" / "reward" / "export", Role.reward_model)
-    check_is_not_several(policy_in(tmp_path / "one"))
+    assert policy_in(tmp_path / "one") == tmp_path / "one" / "sft" / "export"
     with pytest.raises(UserError, match="holds 2 run") as error:
         chat.chat([str(tmp_path)])
     assert error.value.hint == f"name one: {tmp_path / 'one'}, {tmp_path / 'two'}"
@@ -272,7 +273,7 @@ def test_a_pipe_gets_the_greedy_answers_of_plain_transformers_and_nothing_else(p
 
     model: Any = AutoModelForCausalLM.from_pretrained(policy)
     tokenizer: Any = AutoTokenizer.from_pretrained(policy)
-    said, messages, printable = "", [], Printable()
+    said, messages = "", []
     for line in ("hello", "and again"):
         messages.append({"role": "user", "content": line})
         inputs = tokenizer.apply_chat_template(
@@ -281,7 +282,7 @@ def test_a_pipe_gets_the_greedy_answers_of_plain_transformers_and_nothing_else(p
         new = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
         text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         messages.append({"role": "assistant", "content": text})
-        said += printable.clean(text, is_last=True) + "\n"
+        said += printable(text) + "\n"
     done = piped("hello\n\nand again\n", policy.parents[1], "--temperature", "0", "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert done.stdout == said and len(said) > 4
