@@ -210,15 +210,21 @@ def _file_names(root: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
+def fault_of(path: Path, size: int, sha256: str | None) -> str | None:
+    """How a file differs from what was recorded of it; None when it does not. sha256: None for unknown."""
+    if not path.is_file():
+        return "missing"
+    if (found := path.stat().st_size) != size:
+        return f"{found} bytes, recorded {size}"
+    if sha256 is not None and (content := file_sha256(path)) != sha256:
+        return f"content differs (sha256 {content[:12]}, recorded {sha256[:12]})"
+    return None
+
+
 def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
-    present = set(_file_names(root))
     for name, record in sorted(manifest.files.items()):
-        if name not in present:
-            yield f"{name}: missing"
-        elif (size := (root / name).stat().st_size) != record["bytes"]:
-            yield f"{name}: {size} bytes, recorded {record['bytes']}"
-        elif (found := file_sha256(root / name)) != record["sha256"]:
-            yield f"{name}: content differs (sha256 {found[:12]}, recorded {record['sha256'][:12]})"
-    for name in sorted(present - set(manifest.files)):
+        if fault := fault_of(root / name, record["bytes"], record["sha256"]):
+            yield f"{name}: {fault}"
+    for name in sorted(set(_file_names(root)) - set(manifest.files)):
         if name.endswith(LOADED_SUFFIXES):
             yield f"{name}: not recorded, yet a loader could read it"

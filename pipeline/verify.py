@@ -11,12 +11,11 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, content_sha256, file_sha256, read_manifest, verify
+from common.artifacts import MANIFEST, content_sha256, fault_of, file_sha256, read_manifest, verify
 from common.errors import UserError
 from common.stage import Step
 from pipeline.lineage import LINEAGE, read_lineage
@@ -45,18 +44,8 @@ OTHERS = ("logs", "wandb")
 """Folders that nothing here has written, or whose content nobody reads again."""
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Found:
-    """What there is to verify at or below a path."""
-
-    finished: list[Path] = field(default_factory=list)  # artifacts and checkpoints
-    runs: list[Path] = field(default_factory=list)
-    steps: list[Path] = field(default_factory=list)
-    caches: list[Path] = field(default_factory=list)  # folders of tokenized rows
-    references: list[Path] = field(default_factory=list)  # files
-    notes: list[tuple[Path, str]] = field(default_factory=list)
+Check = tuple[object, Callable[[], str]]
+"""What is checked, by name, and what returns a description of it or raises what is wrong."""
 
 
 def verify_path(path: Path, *, say: Say = print) -> int:
@@ -64,71 +53,68 @@ def verify_path(path: Path, *, say: Say = print) -> int:
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
         raise UserError(f"{path}: {what}", hint="name an artifact, a checkpoint or a run's folder")
-    found = look_for(path)
-    checks = list(checks_of(found))
+    checks, notes = look_for(path)
     if not checks:
         raise UserError(
             f"{path} holds nothing to verify: no {MANIFEST} in it or below it",
             hint="the manifest is written last: what has none is not finished",
         )
     faults = sum(not _check(work, name, say) for name, work in checks)
-    for place, what in found.notes:
+    for place, what in notes:
         say(f"note     {place}: {what}")
     say("all is as it was written" if not faults else f"{faults} of them differ")
     return 0 if not faults else UserError.EXIT_CODE
 
 
-def look_for(path: Path) -> Found:
-    """What there is at or below `path`, without what is unfinished or was set aside, which is noted."""
-    found = Found()
+def look_for(path: Path) -> tuple[list[Check], list[tuple[Path, str]]]:
+    """Everything to check at or below `path`, and what is unfinished or was set aside and why."""
+    checks: list[Check] = []
+    notes: list[tuple[Path, str]] = []
     for name, below, files in os.walk(path):
         folder = Path(name)
         if MANIFEST in files:
             below.clear()
-            found.finished.append(folder)
+            checks.append((folder, partial(verify_folder, folder)))
             continue
         if CACHE_KEY in files and folder.name not in STEPS:
             below.clear()
-            found.caches.append(folder)
+            checks.append((folder, partial(verify_cache, folder)))
             continue
         if LINEAGE in files or is_run(folder):
-            found.runs.append(folder)
+            checks += _of_run(folder)
             if note := _at_work(folder):
-                found.notes.append((folder, note))
+                notes.append((folder, note))
         if STATE in files or (folder.name in STEPS and METRICS in files):
-            found.steps.append(folder)
+            checks += _of_step(folder)
         if folder.name == REFERENCES:
-            found.references += [folder / file for file in sorted(files) if file.endswith(".npz")]
-        found.notes += [
-            (folder / other, why) for other in sorted([*below, *files]) if (why := _why_not(other))
-        ]
+            parts = [folder / file for file in sorted(files) if file.endswith(".npz")]
+            checks += [(file, partial(verify_reference, file)) for file in parts]
+        notes += [(folder / other, why) for other in sorted([*below, *files]) if (why := _why_not(other))]
         below[:] = sorted(other for other in below if not _why_not(other) and other not in OTHERS)
-    return found
+    return checks, notes
 
 
-def checks_of(found: Found) -> Iterator[tuple[object, Callable[[], str]]]:
-    """Everything to be checked: its name, and what returns a description or raises what is wrong."""
-    for folder in found.finished:
-        yield folder, partial(verify_folder, folder)
-    for run_dir in found.runs:
-        if (run_dir / LINEAGE).exists():
-            for name, entry in _entries(run_dir).items():
-                yield f"{run_dir / LINEAGE} {name}", partial(verify_lineage, run_dir, entry)
-            yield run_dir / LINEAGE, partial(verify_lineage_file, run_dir)
-        if (run_dir / RESOLVED).exists():
-            yield run_dir / RESOLVED, partial(verify_resolved, run_dir)
-    for folder in found.steps:
-        yield folder / STATE, partial(verify_state, folder)
-        for name, work in ((METRICS, verify_metrics), (SAMPLES, verify_samples), (LEDGER, verify_ledger)):
-            if (folder / name).exists():
-                yield folder / name, partial(work, folder)
-        for name in _recorded(folder):
-            if name not in (METRICS, SAMPLES, LEDGER):
-                yield folder / name, partial(verify_record, folder, name)
-    for folder in found.caches:
-        yield folder, partial(verify_cache, folder)
-    for file in found.references:
-        yield file, partial(verify_reference, file)
+def _of_run(run_dir: Path) -> Iterator[Check]:
+    """What is checked of a run's own files."""
+    lineage, resolved = run_dir / LINEAGE, run_dir / RESOLVED
+    if lineage.exists():
+        for name, entry in _entries(run_dir).items():
+            yield f"{lineage} {name}", partial(verify_lineage, run_dir, entry)
+        yield lineage, partial(verify_lineage_file, run_dir)
+    if resolved.exists():
+        yield resolved, partial(verify_resolved, run_dir)
+
+
+def _of_step(folder: Path) -> Iterator[Check]:
+    """What is checked of a step's own files."""
+    readers = {METRICS: verify_metrics, SAMPLES: verify_samples, LEDGER: verify_ledger}
+    yield folder / STATE, partial(verify_state, folder)
+    for name, work in readers.items():
+        if (folder / name).exists():
+            yield folder / name, partial(work, folder)
+    for name in _recorded(folder):
+        if name not in readers:
+            yield folder / name, partial(verify_record, folder, name)
 
 
 def _why_not(name: str) -> str | None:
@@ -140,7 +126,7 @@ def _why_not(name: str) -> str | None:
 
 def _at_work(run_dir: Path) -> str | None:
     """Whether the run is going on, or was interrupted."""
-    running = [step for step in STEPS if _status(run_dir / step) == "running"]
+    running = [step for step in STEPS if _known(run_dir / step).get("status") == "running"]
     if not running:
         return None
     if (run_dir / LOCK).exists() and not is_abandoned(run_dir):
@@ -148,12 +134,18 @@ def _at_work(run_dir: Path) -> str | None:
     return f"{running[-1]} was interrupted; the same command goes on from its last checkpoint"
 
 
-def _status(step_dir: Path) -> str | None:
+def _known(step_dir: Path) -> dict[str, Any]:
+    """A step's state; empty where there is none, or none that can be read: `verify_state` says so."""
     try:
-        state = read_state(step_dir)
+        return read_state(step_dir) or {}
     except (UserError, OSError):
-        return None
-    return None if state is None else str(state["status"])
+        return {}
+
+
+def _recorded(folder: Path) -> Mapping[str, Any]:
+    """Hashes of what a step that is done has recorded, by path."""
+    records = _known(folder).get("records", {})
+    return records if isinstance(records, Mapping) else {}
 
 
 # --- Artifacts, checkpoints, lineage ---------------------------------------------------------------
@@ -249,10 +241,10 @@ def verify_resolved(run_dir: Path) -> str:
         raise UserError(f"{place} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(resolved, dict):
         raise UserError(f"{place} holds no settings")
-    states = [(run_dir / name, state) for name in STEPS if (state := read_state(run_dir / name)) is not None]
+    states = {run_dir / name: state for name in STEPS if (state := read_state(run_dir / name)) is not None}
     if not states:
         return "readable; no step has begun"
-    folder, last = max(states, key=lambda found: str(found[1].get("launched", "")))
+    folder, last = max(states.items(), key=lambda found: str(found[1].get("launched", "")))
     if last["status"] == "done":
         made_with = read_manifest(folder / EXPORT).details.get("resolved_config_hash")
         if made_with not in (None, file_sha256(place)):
@@ -284,9 +276,8 @@ def verify_state(folder: Path) -> str:
     if state is None:
         raise UserError(f"{place} is missing, beside what the step has left")
     recorded = state.pop(CHECKSUM, None)
-    if recorded != content_sha256(state) and (
-        recorded is not None or "records" in state
-    ):  # older ones have none
+    is_old = recorded is None and "records" not in state  # then it has neither
+    if recorded != content_sha256(state) and not is_old:
         raise UserError(f"{place} is damaged: its checksum does not match its content")
     status, export = state["status"], folder / EXPORT
     if status not in STATUSES:
@@ -306,29 +297,14 @@ def verify_state(folder: Path) -> str:
     return f"{folder.name} is done"
 
 
-def _recorded(folder: Path) -> Mapping[str, Any]:
-    """Hashes of what a step that is done has recorded, by path; empty before, or when it cannot be read."""
-    try:
-        state = read_state(folder)
-    except UserError:
-        return {}
-    records = (state or {}).get("records", {})
-    return records if isinstance(records, Mapping) else {}
-
-
 def verify_record(folder: Path, name: str) -> str:
     """Hold a file against its hash, which is recorded when the step is done."""
     record = _recorded(folder).get(name)
     if record is None:
         return "readable, not hashed"
-    path = folder / name
-    if not path.exists():
-        raise UserError(f"{path}: missing")
-    if (size := path.stat().st_size) != record["bytes"]:
-        raise UserError(f"{path}: {size} bytes, recorded {record['bytes']}")
-    if (found := file_sha256(path)) != record["sha256"]:
-        raise UserError(f"{path}: content differs (sha256 {found[:12]}, recorded {record['sha256'][:12]})")
-    return f"{size:,} bytes"
+    if fault := fault_of(folder / name, record["bytes"], record["sha256"]):
+        raise UserError(f"{folder / name}: {fault}")
+    return f"{record['bytes']:,} bytes"
 
 
 def verify_metrics(folder: Path) -> str:
@@ -405,13 +381,8 @@ def verify_cache(folder: Path) -> str:
         raise UserError(f"{place} is damaged: unknown entry {', '.join(sorted(strange))}")
     hashes = body.get("sha256", {})
     for name, size in body["bytes"].items():
-        path = folder / name
-        if not path.exists():
-            raise UserError(f"{path}: missing; it is made anew when it is needed")
-        if (found := path.stat().st_size) != size:
-            raise UserError(f"{path}: {found} bytes, recorded {size}; rm -r {folder} has it made anew")
-        if hashes and file_sha256(path) != hashes[name]:
-            raise UserError(f"{path}: content differs; rm -r {folder} has it made anew")
+        if fault := fault_of(folder / name, size, hashes[name] if hashes else None):
+            raise UserError(f"{folder / name}: {fault}; rm -r {folder} has it made anew")
     total = sum(body["bytes"].values())
     return f"tokenized rows, {total:,} bytes{'' if hashes else ' (of an older version, without hashes)'}"
 
@@ -420,26 +391,21 @@ def verify_reference(path: Path) -> str:
     """The parts of a file of reference log-probabilities have the checksums that the file itself records."""
     try:
         with zipfile.ZipFile(path) as parts:
-            damaged = parts.testzip()
+            if (damaged := parts.testzip()) is not None:
+                raise ValueError(f"{damaged} differs from its checksum")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged: {error}; rm {path} has it computed anew") from None
-    if damaged is not None:
-        raise UserError(
-            f"{path} is damaged: {damaged} differs from its checksum; rm {path} has it computed anew"
-        )
     return f"reference log-probabilities, {path.stat().st_size:,} bytes"
 
 
 def _check(work: Callable[[], str], name: object, say: Say) -> bool:
     try:
         say(f"ok       {name}: {work()}")
+        return True
     except UserError as error:
         say(f"DIFFERS  {error.message}")
-        return False
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         say(f"DIFFERS  {name}: damaged entry ({error!r})")
-        return False
     except OSError as error:
         say(f"DIFFERS  {name}: cannot be read ({error.strerror})")
-        return False
-    return True
+    return False
