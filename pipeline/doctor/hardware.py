@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 from common.config import Dtype, dtype_on
 from launch.local import count_cores, count_gpus, python_path
 from pipeline.doctor.findings import GIB, Findings, Machine, note, ok, warning
+from pipeline.planning import devices
 
 LEAST_MEMORY = GIB
 """What one rank of the smallest model takes, its imports included."""
@@ -42,9 +42,11 @@ def cores(machine: Machine) -> Findings:
 
 def memory(machine: Machine) -> Findings:
     """Memory that is free, also within a container's limit."""
-    fields = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
-    total, free = (1024 * int(fields[name]) for name in ("MemTotal", "MemAvailable"))
-    return judge_memory(total, free, *_container_memory())
+    fields, limit, used = devices.machine_memory(), devices.container_limit(), 0
+    with suppress(OSError, ValueError, KeyError):  # file caches can be given back
+        stats = dict(line.split() for line in (devices.GROUP / "memory.stat").read_text().splitlines())
+        used = int((devices.GROUP / "memory.current").read_text()) - int(stats["inactive_file"])
+    return judge_memory(fields["MemTotal"], fields["MemAvailable"], limit, max(0, used))
 
 
 def judge_memory(total: int, free: int, limit: int | None, used: int) -> Findings:
@@ -56,16 +58,6 @@ def judge_memory(total: int, free: int, limit: int | None, used: int) -> Finding
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{within}"
     short = f"{text}; a rank takes about {LEAST_MEMORY / GIB:.0f} GiB"
     yield ok("memory", text) if free >= LEAST_MEMORY else warning("memory", short, "end something else")
-
-
-def _container_memory() -> tuple[int | None, int]:
-    """Limit and use of a container, in bytes; file caches, which can be given back, do not count as used."""
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):
-        stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stats["inactive_file"])
-        return int((group / "memory.max").read_text()), max(0, used)  # or the word max: no limit
-    return None, 0
 
 
 def gpus(machine: Machine) -> Findings:
@@ -128,33 +120,33 @@ def torch(machine: Machine) -> Findings:
 
 def judge_torch(found: Mapping[str, Any], offered: int) -> Findings:
     """What torch's answer is worth where the launcher would start a rank on each of `offered` GPUs."""
-    devices, cuda, version = found["devices"], found["cuda"], found["torch"]
-    other_build = "install another build"
-    if not found["gloo"]:
-        yield warning("torch", f"{version} has no gloo, over which ranks agree", other_build)
-    elif len(devices) < offered and cuda is None:
-        way_out = "install a CUDA build of torch, or CUDA_VISIBLE_DEVICES= to run on the CPU"
-        yield warning("torch", f"{version} is for the CPU, on {offered} GPU(s)", way_out)
-    elif len(devices) < offered:
-        said = f": {found['error']}" if found["error"] else ""
-        text = f"{version} (CUDA {cuda}) sees {len(devices)} of {offered} GPU(s){said}"
-        way_out = "the driver may be older than this CUDA: install another build of torch"
-        yield warning("torch", text, way_out)
-    elif not devices:
+    seen, cuda, version = found["devices"], found["cuda"], found["torch"]
+    sees, other_build = f"sees {len(seen)} of {offered} GPU(s)", "install another build"
+    why = f": {found['error']}" if found["error"] else ""
+    is_short, on_cpu = len(seen) < offered, "CUDA_VISIBLE_DEVICES= to run on the CPU"
+    older = "the driver may be older than this CUDA: install another build of torch"
+    faults = (
+        (not found["gloo"], "has no gloo, over which ranks agree", other_build),
+        (is_short and not cuda, f"is for the CPU, on {offered} GPU(s)", f"install a CUDA build, or {on_cpu}"),
+        (is_short, f"(CUDA {cuda}) {sees}{why}", older),
+        (seen and not found["nccl"], "has no NCCL, over which GPUs talk", other_build),
+    )
+    for is_so, text, way_out in faults:
+        if is_so:
+            yield warning("torch", f"{version} {text}", way_out)
+            return
+    if not seen:
         built = "for the CPU" if cuda is None else f"CUDA {cuda}, unused"
         yield ok("torch", f"{version} ({built}), gloo")
-    elif found["nccl"] is None:
-        yield warning("torch", f"{version} has no NCCL, over which GPUs talk", other_build)
-    else:
-        bf16 = all(device["bf16"] for device in devices)
-        built = f"{version} (CUDA {cuda}, NCCL {found['nccl']})"
-        yield ok("torch", f"{built}, {len(devices)} GPU(s){', bf16' if bf16 else ''}")
-        if not bf16:
-            text = "not all GPUs compute in bf16, which is the default"
-            yield note("torch", text, "model.dtype=fp16 or fp32")
-        if found["apart"]:
-            pairs = ", ".join(f"{one}-{other}" for one, other in found["apart"][:8])
-            yield note("torch", f"GPUs that do not reach each other's memory: {pairs}: slower collectives")
+        return
+    bf16 = all(device["bf16"] for device in seen)
+    built = f"{version} (CUDA {cuda}, NCCL {found['nccl']})"
+    yield ok("torch", f"{built}, {len(seen)} GPU(s){', bf16' if bf16 else ''}")
+    if not bf16:
+        yield note("torch", "not all GPUs compute in bf16, which is the default", "model.dtype=fp16 or fp32")
+    if found["apart"]:
+        pairs = ", ".join(f"{one}-{other}" for one, other in found["apart"][:8])
+        yield note("torch", f"GPUs that do not reach each other's memory: {pairs}: slower collectives")
 
 
 def judge_products(found: Mapping[str, Any]) -> Findings:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
+
+GROUP = Path("/sys/fs/cgroup")
+"""What the kernel says of the container that this process is in."""
+
+
+def machine_memory() -> dict[str, int]:
+    """All numbers of /proc/meminfo: MemTotal, MemAvailable, ..."""
+    lines = re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return {name: 1024 * int(number) for name, number in lines}
+
+
+def container_limit() -> int | None:
+    """Memory that the container may use; None without a limit."""
+    try:
+        return int((GROUP / "memory.max").read_text())
+    except (OSError, ValueError):  # no such file, or the word max
+        return None
 
 
 def host_memory() -> int | None:
     """Memory of this machine, or of the container where that has a limit; None where it cannot be seen."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-    except (OSError, ValueError, StopIteration):
+        total = machine_memory()["MemTotal"]
+    except (OSError, KeyError):
         return None
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such file, or the word max: no limit
-        return total
+    return min(total, container_limit() or total)
 
 
 def gpu_memory() -> int | None:

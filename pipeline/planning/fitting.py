@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from common.config import DeepSpeedConfig, Offload
 from common.stage import Step
 from launch.local import count_gpus
 from pipeline.config import PipelineConfig
@@ -88,23 +87,15 @@ def with_rows(work: Workload, share: float) -> Workload:
 
 def sharded(work: Workload) -> Iterator[tuple[str, Workload]]:
     """On the stages of `conf/deepspeed` that shard or offload more."""
-    for option, settings in OPTIONS.items():
-        offload_optimizer = settings.offload_optimizer is not Offload.none
-        offload_param = settings.offload_param is not Offload.none
-        if settings.stage > work.sharding.stage or (offload_optimizer and work.gpu):
-            sharding = dataclasses.replace(
-                work.sharding,
-                stage=settings.stage,
-                offload_optimizer=offload_optimizer,
-                offload_param=offload_param,
-            )
-            yield option, dataclasses.replace(work, sharding=sharding)
+    for option, (stage, offload_optimizer, offload_param) in OPTIONS.items():
+        if stage > work.sharding.stage or (offload_optimizer and work.gpu):
+            yield option, memory.sharded(work, stage, offload_optimizer, offload_param)
 
 
 OPTIONS = {
-    "zero2": DeepSpeedConfig(stage=2),
-    "zero3": DeepSpeedConfig(stage=3),
-    "zero2_offload": DeepSpeedConfig(stage=2, offload_optimizer=Offload.cpu),
-    "zero3_offload": DeepSpeedConfig(stage=3, offload_optimizer=Offload.cpu, offload_param=Offload.cpu),
+    "zero2": (2, False, False),
+    "zero3": (3, False, False),
+    "zero2_offload": (2, True, False),
+    "zero3_offload": (3, True, True),
 }
-"""Files of conf/deepspeed."""
+"""Files of conf/deepspeed: the stage, and whether the optimizer and the weights are offloaded."""

@@ -271,11 +271,14 @@ def _gradients_of_all(work: Workload) -> Term:
 
 def with_stage(work: Workload, stage: int) -> Workload:
     """The same work on another ZeRO stage; offload stays where that stage has it."""
+    now = work.sharding
+    return sharded(work, stage, now.offload_optimizer and stage >= 2, now.offload_param and stage == 3)
+
+
+def sharded(work: Workload, stage: int, offload_optimizer: bool, offload_param: bool) -> Workload:
+    """The same work, sharded and offloaded otherwise."""
     sharding = dataclasses.replace(
-        work.sharding,
-        stage=stage,
-        offload_optimizer=work.sharding.offload_optimizer and stage >= 2,
-        offload_param=work.sharding.offload_param and stage == 3,
+        work.sharding, stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param
     )
     return dataclasses.replace(work, sharding=sharding)
 

@@ -18,7 +18,7 @@ from common.artifacts import MANIFEST, file_sha256
 from common.counts import DataCounts
 from common.launch_config import Launcher
 from common.rates import Rates
-from common.stage import Step
+from common.stage import Role, Step
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
 from launch.local import count_gpus, ranks_of
@@ -145,37 +145,27 @@ def schedule_lines(
     config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, DataCounts]
 ) -> list[str]:
     """Rows of an epoch, optimizer steps, and how the global batch comes about."""
-    head = (
-        "step",
-        "rows per epoch",
-        "fill",
-        "optimizer steps",
-        "global batch",
-        "= ranks x micro x accumulation",
-    )
-    rows, notes = [head], []
+    head = "step|rows per epoch|fill|optimizer steps|global batch|= ranks x micro x accumulation"
+    rows, notes = [head.split("|")], []
     for step in wired:
         name = step.stage.name
         part, found = getattr(config, name.value), counts[name]
-        micro = rows_per_pass(part.train, where.ranks)
+        batch, micro = part.train.global_batch_size, rows_per_pass(part.train, where.ranks)
         times = accumulation(part.train, where.ranks)
         unit = {Step.ppo: "prompts", Step.sft: "rows"}.get(name, "pairs")
         steps = _updates(config, found.total_steps) if name is Step.ppo else found.total_steps
         fill = f"{found.fill:.1%}" if name is Step.sft else ""
         about = "~" if found.scale != 1 else ""
         packed = "packed " if name is Step.sft and part.data.packing else ""
-        exact = where.ranks * micro * times == part.train.global_batch_size
-        sum_up = f"= {where.ranks} x {micro} x {times}" if exact else f"<= {where.ranks} x {micro} x {times}"
-        rows.append(
-            (name.value, f"{about}{found.rows:,} {packed}{unit}", fill, f"{about}{steps:,}",
-             str(part.train.global_batch_size), sum_up)
-        )  # fmt: skip
+        equals = "=" if where.ranks * micro * times == batch else "<="
+        sum_up = f"{equals} {where.ranks} x {micro} x {times}"
+        counted = f"{about}{found.rows:,} {packed}{unit}"
+        rows.append([name.value, counted, fill, f"{about}{steps:,}", str(batch), sum_up])
         if name is Step.ppo:
-            notes.append(
-                f"ppo: {about}{found.total_steps:,} iterations, "
-                f"{part.responses_per_iteration:,} responses and "
-                f"{steps // max(found.total_steps, 1)} updates in each"
+            each = (
+                f"{part.responses_per_iteration:,} responses and {steps // max(found.total_steps, 1)} updates"
             )
+            notes.append(f"ppo: {about}{found.total_steps:,} iterations, {each} in each")
             notes += [line for line in [part.filling(found.rows)] if line]
         for label, rates in learning_rates(config, name, found.total_steps).items():
             notes.append(f"{label}: learning rate {rates.in_words()}")
@@ -190,13 +180,12 @@ def learning_rates(config: PipelineConfig, step: Step, total_steps: int) -> dict
     if step is not Step.ppo:
         return {step.value: Rates.of(part.optim, part.peak_lr(lora=lora), total_steps)}
     alone = part.critic.warmup_iterations if part.has_critic else 0
-    updates = {"ppo actor": _updates(config, total_steps - alone)}
+    learning = {"ppo actor": (part, total_steps - alone)}
     if part.has_critic:
-        updates["ppo critic"] = _updates(config, total_steps)
-    learning = {"ppo actor": part, "ppo critic": part.critic}
+        learning["ppo critic"] = (part.critic, total_steps)
     return {
-        label: Rates.of(learning[label].optim, learning[label].peak_lr(lora=lora), max(count, 1))
-        for label, count in updates.items()
+        label: Rates.of(of.optim, of.peak_lr(lora=lora), max(_updates(config, iterations), 1))
+        for label, (of, iterations) in learning.items()
     }
 
 
@@ -219,35 +208,31 @@ def memory_lines(
             continue
         about, passes = work_in_words(work)
         lines += [f"{name.value}: {about}", f"  {passes}"]
-        rows: list[tuple[str, ...]] = [("ZeRO", *COLUMNS.values(), "others", "total", "")]
+        rows = [["ZeRO", *COLUMNS.values(), "others", "total", ""]]
         for stage in STAGES:
             of_stage = memory.estimate(memory.with_stage(work, stage))
-            chosen = stage == work.sharding.stage
-            mark = "<- chosen" if chosen else ""
+            mark = "<- chosen" if stage == work.sharding.stage else ""
             if available is not None and of_stage.device > available:
                 mark = f"{mark}, does not fit".lstrip(", ")
             if of_stage.host:
                 mark = f"{mark} + {gigabytes(of_stage.host)} GB of host memory".lstrip()
-            cells = [gigabytes(of_stage.of(column)) for column in COLUMNS]
-            others = of_stage.device + of_stage.host - sum(of_stage.of(column) for column in COLUMNS)
-            rows.append((str(stage), *cells, gigabytes(others), gigabytes(of_stage.device), mark))
+            terms = [of_stage.of(column) for column in COLUMNS]
+            sizes = [*terms, of_stage.device + of_stage.host - sum(terms), of_stage.device]
+            rows.append([str(stage), *map(gigabytes, sizes), mark])
         lines += [f"  {line}" for line in table(rows, right=range(1, len(COLUMNS) + 3))]
-        estimate = memory.estimate(work)
-        if available is not None and estimate.device > available:
+        if available is not None and memory.estimate(work).device > available:
             ways = ways_out_of(work, name, config, available)
             lines += [f"  does not fit; {way}" for way in ways] or ["  does not fit, whatever is set"]
     base = memory.GPU_BASE if where.gpu else memory.CPU_BASE
-    libraries = (
-        "the CUDA context and workspaces" if where.gpu else "a process with torch and DeepSpeed loaded"
-    )
-    lines.append("states: the optimizer's and fp32 masters; kept: activations, for the backward pass")
-    lines.append("others: frozen models, gathered weights, an average;")
-    lines.append(f"  {libraries} ({gigabytes(base)} GB)")
-    if not where.gpu:
-        lines.append(
-            "not in it: freed blocks that a process keeps where rows vary in length, and the host's data"
-        )
-    return lines
+    loaded = "the CUDA context and workspaces" if where.gpu else "a process with torch and DeepSpeed loaded"
+    left_out = "not in it: freed blocks that a process keeps where rows vary in length, and the host's data"
+    return [
+        *lines,
+        "states: the optimizer's and fp32 masters; kept: activations, for the backward pass",
+        "others: frozen models, gathered weights, an average;",
+        f"  {loaded} ({gigabytes(base)} GB)",
+        *([] if where.gpu else [left_out]),
+    ]
 
 
 def share_read(step: Step, counts: DataCounts) -> float:
@@ -292,9 +277,8 @@ def work_in_words(work: memory.Workload) -> list[str]:
     networks = [part.network for part in work.networks]
     sizes = " and ".join(f"{network.parameters:,}" for network in networks)
     counted = "" if all(network.is_exact for network in networks) else " by the config"
-    part = ""
-    if any(part.trained < part.network.parameters for part in work.networks):
-        part = f", of which {sum(part.trained for part in work.networks):,} learn"
+    learn = sum(part.trained for part in work.networks)
+    part = f", of which {learn:,} learn" if learn < sum(network.parameters for network in networks) else ""
     frozen = f", {len(work.frozen)} frozen model(s)" if work.frozen else ""
     passes = f"passes of {work.batch.tokens:,} tokens, {work.batch.trained:,} of them read by the loss"
     if work.decoding is not None:
@@ -327,9 +311,8 @@ def _updates(config: PipelineConfig, iterations: int) -> int:
     return each * iterations
 
 
-def _source(step: Wired, role: object, run_dir: Path) -> str:
-    source = step.sources[role]  # type: ignore[index]
-    folder = step.folder_of(role, run_dir)  # type: ignore[arg-type]
+def _source(step: Wired, role: Role, run_dir: Path) -> str:
+    source, folder = step.sources[role], step.folder_of(role, run_dir)
     known = f" ({file_sha256(folder / MANIFEST)[:12]})" if (folder / MANIFEST).exists() else ""
     return f"from {source.value if isinstance(source, Step) else source}{known}"
 
