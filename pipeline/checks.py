@@ -45,7 +45,9 @@ def check(
     wired = wire_run(config, can_lack=can_lack)
     if Step.sft in config.steps:
         check_model(config.model)
-    check_quantize(config.model)
+    if (quantize := config.model.quantize) is not Quantize.none:
+        way_out = "model=lora, or model.quantize=none: adapters alone work anywhere"
+        check_gpu(f"model.quantize={quantize.value}", way_out)
     for step in wired:
         starts = {role: start_of(step.stage.name, wired, role) for role in step.sources}
         models = {
@@ -79,7 +81,9 @@ def check_launch(launch: LaunchConfig) -> None:
 def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelConfig], ranks: int) -> None:
     """What one step is told about data, loop and optimizer; `models` are what it starts from, by role."""
     name, part = step.value, getattr(config, step.value)
-    check_data(part.data, f"{name}.data", or_demo=not _names_data(config))
+    # an experiment names data for at least one step, perhaps one that does not run
+    named = any(getattr(config, other.value).data.all_sources() for other in STAGES)
+    check_data(part.data, f"{name}.data", or_demo=not named)
     for role, model in models.items():
         check_length(model, part.data.max_length, f"{name}.data.max_length", role)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
@@ -89,7 +93,8 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
         if part.has_critic:
             trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
     for key, (_, optim) in trained.items():
-        check_optimizer(optim.name, f"{key}.name")
+        if optim.name in GPU_OPTIMIZERS:
+            check_gpu(f"{key}.name={optim.name.value}", f"{key}.name=adamw or adafactor")
         check_muon(config, optim, key)
     check_disk(config, [model for model, _ in trained.values()])
 
@@ -237,21 +242,10 @@ def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
         )
 
 
-def check_optimizer(name: OptimizerName, key: str) -> None:
-    """Optimizers that exist for GPUs only are not asked for on a machine without."""
-    if name in GPU_OPTIMIZERS and count_gpus() == 0:
-        raise UserError(
-            f"{key}={name.value} needs a GPU, and this machine offers none", hint=f"{key}=adamw or adafactor"
-        )
-
-
-def check_quantize(model: ModelConfig) -> None:
-    """4-bit weights, which exist on GPUs only, are not asked for on a machine without."""
-    if model.quantize is not Quantize.none and count_gpus() == 0:
-        raise UserError(
-            f"model.quantize={model.quantize.value} needs a GPU, and this machine offers none",
-            hint="model=lora, or model.quantize=none: adapters alone work anywhere",
-        )
+def check_gpu(setting: str, way_out: str) -> None:
+    """What exists on GPUs only, 8-bit optimizers and 4-bit weights, is not asked for on a machine without."""
+    if count_gpus() == 0:
+        raise UserError(f"{setting} needs a GPU, and this machine offers none", hint=way_out)
 
 
 def check_muon(config: PipelineConfig, optim: OptimConfig, key: str) -> None:
@@ -321,11 +315,6 @@ def disk_needed(models: Sequence[ModelConfig]) -> int:
         copies = 0 if model.lora.enabled else 4 if model.dtype is Dtype.fp32 else 7
         needed += weights * (copies + (index == 0))
     return needed
-
-
-def _names_data(config: PipelineConfig) -> bool:
-    """Whether any step has data, also one that does not run: an experiment names some for at least one."""
-    return any(getattr(config, step.value).data.all_sources() for step in STAGES)
 
 
 def _data_options(key: str) -> str:

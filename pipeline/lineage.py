@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, Artifact, read_manifest, write_json
+from common.artifacts import MANIFEST, Artifact, Manifest, read_manifest, write_json
 from common.config import TokenizerConfig
 from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
@@ -96,17 +96,22 @@ def readable(
 
 def record_lineage(run_dir: Path, stage: Stage, artifact: Artifact, ended: Mapping[str, Any]) -> None:
     """Add the artifact to the run's lineage: what it is, by hash, and what it was made from."""
-    path = run_dir / LINEAGE
+    path, name = run_dir / LINEAGE, stage.name.value
     lineage = read_lineage(path)
-    lineage[stage.name.value] = {
-        "path": f"{stage.name.value}/{EXPORT}",
-        "role": stage.produces,
-        "manifest_sha256": artifact.sha256,
-        "parents": artifact.manifest.details.get("parents", []),
+    lineage[name] = entry_of(name, artifact.manifest, artifact.sha256, ended)
+    write_json(path, {"format_version": 1, "artifacts": lineage})
+
+
+def entry_of(step: str, manifest: Manifest, sha256: str, ended: Mapping[str, Any]) -> dict[str, Any]:
+    """What the lineage says of a step's artifact. sha256: of its manifest. ended: the step's state."""
+    return {
+        "path": f"{step}/{EXPORT}",
+        "role": None if manifest.role is None else manifest.role.value,
+        "manifest_sha256": sha256,
+        "parents": manifest.details.get("parents", []),
         "config_hash": ended["config_hash"],
         "inputs": {key: value["sha256"] for key, value in ended["inputs"].items()},
     }
-    write_json(path, {"format_version": 1, "artifacts": lineage})
 
 
 def read_lineage(path: Path) -> dict[str, Any]:

@@ -39,6 +39,9 @@ from pipeline.plan import EXPORT, Wired, wire_run, with_sources
 REPORT = "report.html"
 OF_MEMORY = (OUT_OF_MEMORY, 128 + signal.SIGKILL)
 """Exit statuses of a step that ran out of memory: of a device, and perhaps of the machine."""
+KEEP_OR_START_OVER = (
+    "run_name=ANOTHER_NAME keeps both; force=true starts over and keeps the old folder beside it"
+)
 
 Say = Callable[[str], None]
 
@@ -64,13 +67,14 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
     checks.check(config, own)
     if line is not None:
         say(line)
+    config = replace(config, run_name=name)
     if config.launch.nnodes == 1:
-        return run_checked(replace(config, run_name=name), wired, folder, own, None, say)
+        return run_checked(config, wired, folder, own, None, say)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with gather(config.launch, greeting, folder, say) as machines:
         checks.check(config, sum(machines.ranks), machines.ranks)
-        status = run_checked(replace(config, run_name=name), wired, folder, own, machines, say)
+        status = run_checked(config, wired, folder, own, machines, say)
         machines.leave_with(status)
     return status
 
@@ -128,12 +132,8 @@ def version_of(package: str) -> str:
 def jobs_of(wired: Sequence[Wired], run_dir: Path, ranks: int) -> dict[str, Job]:
     """What each step runs on this machine, by name."""
     arguments = ("--config", str(run_dir / state.RESOLVED), "--run-dir", str(run_dir))
-    return {
-        step.stage.name.value: Job(
-            step.stage.module, arguments, ranks, run_dir / step.stage.name.value / "logs"
-        )
-        for step in wired
-    }
+    modules = {step.stage.name.value: step.stage.module for step in wired}
+    return {name: Job(module, arguments, ranks, run_dir / name / "logs") for name, module in modules.items()}
 
 
 def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
@@ -176,7 +176,12 @@ def run_step(
     """Run one step, or find that there is nothing to do. Returns its exit status."""
     name = wired.stage.name.value
     folder = run_dir / name
-    before = None if config.force and is_broken(folder) else state.read_state(folder)
+    try:
+        before = state.read_state(folder)
+    except UserError:
+        if not config.force:
+            raise
+        before = None
     part = state.step_config(config, wired.stage)
     known = {} if before is None else before["inputs"]
     sources = load_sources(wired, run_dir)
@@ -186,7 +191,8 @@ def run_step(
         before = {**before, "config": part, "inputs": inputs}
     if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, wired, run_dir)):
         if not config.force:
-            raise refusal(name, folder, refused)
+            listed = "".join(f"\n    {line}" for line in refused)
+            raise UserError(f"{name} in {folder} was made differently:{listed}", hint=KEEP_OR_START_OVER)
         say(f"{name}: starting over; the old folder is kept as {set_aside(folder)}")
         before = None
     if before is not None and is_finished(folder, before):
@@ -198,9 +204,8 @@ def run_step(
     policy = sources.get(Role.policy)
     start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
     begins = "going on" if before is not None else "starting"
-    size = f"{ranks} rank(s)"
-    if machines is not None:
-        size = f"{sum(machines.ranks)} rank(s) on {len(machines.ranks)} machines"
+    total = ranks if machines is None else sum(machines.ranks)
+    size = f"{total} rank(s){f' on {len(machines.ranks)} machines' if machines is not None else ''}"
     say(f"{name}: {begins} in {folder}, {size}{start_from}")
     if Role.reward_model in sources:
         for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
@@ -229,7 +234,6 @@ def run_step(
     try:
         ended = conclude(run_dir, wired, current, status, stopped, say)
         if ended in OF_MEMORY:
-            total = ranks if machines is None else sum(machines.ranks)
             show_ways_out(config, wired.stage.name, total, ranks, is_certain=ended == OUT_OF_MEMORY)
         return ended
     finally:
@@ -275,12 +279,10 @@ def conclude(
         if (folder / state.SAMPLES).exists():
             say(f"  samples   {folder / state.SAMPLES}")
         return STOPPED if stopped else 0
+    state.write_state(folder, {**ended, "status": "stopped" if status == STOPPED else "failed"})
     if status == STOPPED:
-        state.write_state(folder, {**ended, "status": "stopped"})
         say(f"{name}: stopped; the same command goes on from here")
-        return STOPPED
-    state.write_state(folder, {**ended, "status": "failed"})
-    if status != UserError.EXIT_CODE:  # a UserError was printed by the step itself
+    elif status != UserError.EXIT_CODE:  # a UserError was printed by the step itself
         died = f"killed by signal {status - 128}" if status > 128 else f"exit status {status}"
         logs = f"; its logs are in {folder / 'logs'}" if (folder / "logs").is_dir() else ""
         print(f"{name} failed ({died}){logs}", file=sys.stderr)
@@ -331,24 +333,6 @@ def reasons_to_refuse(
 def holds_work(folder: Path) -> bool:
     """Whether a step left anything to go on from: a checkpoint, even a broken one, or an export."""
     return (folder / EXPORT).exists() or any((folder / "checkpoints").glob("*"))
-
-
-def refusal(name: str, folder: Path, reasons: list[str]) -> UserError:
-    """The error for a step that cannot go on: what differs, and the two ways out."""
-    listed = "".join(f"\n    {line}" for line in reasons)
-    return UserError(
-        f"{name} in {folder} was made differently:{listed}",
-        hint="run_name=ANOTHER_NAME keeps both; force=true starts over and keeps the old folder beside it",
-    )
-
-
-def is_broken(folder: Path) -> bool:
-    """Whether a step's state cannot be read."""
-    try:
-        state.read_state(folder)
-    except UserError:
-        return True
-    return False
 
 
 def is_finished(folder: Path, before: Mapping[str, Any]) -> bool:

@@ -106,14 +106,13 @@ def _holder(process_id: int) -> str:
 def _is_dead(holder: str) -> bool:
     """Whether the recorded holder was a process of this host that is no more."""
     number = holder.rpartition(" ")[2]
-    if not number.isdecimal() or holder != _holder(int(number)):
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    if number.isdecimal() and holder == _holder(int(number)):
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # of another user
+            return False
     return False
 
 
@@ -150,14 +149,11 @@ def settle_dtype(config: PipelineConfig, run_dir: Path, *, gpu: bool) -> tuple[P
     recorded = dtype_of_run(run_dir)
     chosen = recorded or here
     why = "ranks run on GPUs" if gpu else "ranks run on the CPU"
-    line = f"model.dtype=auto: {chosen.value}, since {why}"
+    because = f"since {why}"
     if recorded not in (None, here):
-        line = (
-            f"model.dtype=auto: {chosen.value}, which this run began with; {why}, where a new run "
-            f"would take {here.value}"
-        )
+        because = f"which this run began with; {why}, where a new run would take {here.value}"
     settled = replace(config, run_name=run_name(config), model=replace(config.model, dtype=chosen))
-    return settled, line
+    return settled, f"model.dtype=auto: {chosen.value}, {because}"
 
 
 def dtype_of_run(run_dir: Path) -> Dtype | None:
@@ -264,9 +260,9 @@ def inputs_of(
             paths[f"{key}.sources[{index}]"] = source.path
         paths[f"{key}.eval_path"] = data.eval_path
     if Role.policy not in stage.consumes:
-        paths["model.path"] = config.model.path
-        paths["model.tokenizer.path"] = config.model.tokenizer.path
-        paths["model.chat_template"] = config.model.chat_template
+        model = config.model
+        paths |= {"model.path": model.path, "model.tokenizer.path": model.tokenizer.path}
+        paths["model.chat_template"] = model.chat_template
     files = {
         key: fingerprint(Path(path), known.get(key))
         for key, path in paths.items()

@@ -18,7 +18,7 @@ from typing import Any
 from common.artifacts import MANIFEST, content_sha256, fault_of, file_sha256, read_manifest, verify
 from common.errors import UserError
 from common.stage import Step
-from pipeline.lineage import LINEAGE, read_lineage
+from pipeline.lineage import LINEAGE, entry_of, read_lineage
 from pipeline.plan import EXPORT
 from pipeline.state import (
     CHECKSUM,
@@ -166,7 +166,7 @@ def verify_lineage_file(run_dir: Path) -> str:
     if {**_json_object(place), "artifacts": None} != {"format_version": 1, "artifacts": None}:
         raise UserError(f"{place} is damaged: it holds more than artifacts of format version 1")
     expected = {
-        name: _expected_entry(run_dir / name, state)
+        name: entry_of(name, read_manifest(run_dir / name / EXPORT), state["manifest_sha256"], state)
         for name in STEPS
         if (state := read_state(run_dir / name)) is not None and state["status"] == "done"
     }
@@ -179,18 +179,6 @@ def verify_lineage_file(run_dir: Path) -> str:
         if other := [key for key in keys if expected[name].get(key) != entries[name].get(key)]:
             raise UserError(f"{place} {name}: {', '.join(other)} differ from {run_dir / name / STATE}")
     return f"{len(entries)} artifact(s)"
-
-
-def _expected_entry(step_dir: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = read_manifest(step_dir / EXPORT)
-    return {
-        "path": f"{step_dir.name}/{EXPORT}",
-        "role": manifest.role.value if manifest.role is not None else None,
-        "manifest_sha256": state["manifest_sha256"],
-        "parents": manifest.details.get("parents", []),
-        "config_hash": state["config_hash"],
-        "inputs": {key: value["sha256"] for key, value in state["inputs"].items()},
-    }
 
 
 def verify_lineage(run_dir: Path, entry: Mapping[str, Any]) -> str:
