@@ -6,6 +6,7 @@ says what it consumes and produces, and everything here follows from that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,19 +37,14 @@ class Wired:
         return run_dir / source.value / EXPORT if isinstance(source, Step) else Path(source)
 
 
-def stages_of(steps: Sequence[Step], known: Mapping[Step, Stage] = STAGES) -> list[Stage]:
+def stages_of(steps: Sequence[Step]) -> list[Stage]:
     """The stages of the named steps, in the order in which steps may follow each other."""
-    for step in steps:
-        if step not in known:
-            built = ", ".join(s.value for s in Step if s in known)
-            raise UserError(f"steps: {step.value} is not built yet", hint=f"built so far: {built}")
-    return [known[step] for step in Step if step in steps]
+    return [STAGES[step] for step in Step if step in steps]
 
 
 def wire(
     steps: Sequence[Step],
     given: Mapping[tuple[Step, Role], str] | None = None,
-    known: Mapping[Step, Stage] = STAGES,
     *,
     needs: Callable[[Step, Role], bool] = lambda step, role: True,
     can_lack: Collection[Role] = (),
@@ -62,13 +58,13 @@ def wire(
     """
     paths = given or {}
     wired: list[Wired] = []
-    for stage in stages_of(steps, known):
+    for stage in stages_of(steps):
         sources: dict[Role, Step | str] = {}
         for role in stage.consumes:
             path = paths.get((stage.name, role))
             made = any(other.stage.produces is role for other in wired)
             if needs(stage.name, role) and (path is not None or made or role not in can_lack):
-                sources[role] = path if path is not None else _earlier(stage, role, wired, known)
+                sources[role] = path if path is not None else _earlier(stage, role, wired)
             elif path is not None:
                 raise _in_vain(stage, role, path)
         wired.append(Wired(stage, sources))
@@ -86,7 +82,7 @@ def wire_run(config: PipelineConfig, *, can_lack: Collection[Role] = ()) -> list
         asked = getattr(getattr(config, step.value), "needs", None)
         return asked is None or bool(asked(role))
 
-    return wire(config.steps, named_sources(config), STAGES, needs=needs, can_lack=can_lack)
+    return wire(config.steps, named_sources(config), needs=needs, can_lack=can_lack)
 
 
 def named_sources(config: PipelineConfig) -> dict[tuple[Step, Role], str]:
@@ -123,17 +119,13 @@ def with_sources(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) 
     return replace(config, **filled)
 
 
-def _earlier(stage: Stage, role: Role, before: Sequence[Wired], known: Mapping[Step, Stage]) -> Step:
+def _earlier(stage: Stage, role: Role, before: Sequence[Wired]) -> Step:
     for other in reversed(before):
         if other.stage.produces is role:
             return other.stage.name
     name = stage.name.value
-    order = list(Step)
-    makers = [
-        step.value
-        for step in order[: order.index(stage.name)]
-        if step in known and known[step].produces is role
-    ]
+    earlier = itertools.takewhile(lambda step: step is not stage.name, Step)
+    makers = [step.value for step in earlier if STAGES[step].produces is role]
     add = f"add {' or '.join(makers)} to steps, or " if makers else ""
     ways = f"{add}set {name}.{role.value}=PATH"
     if role is Role.reward_model:

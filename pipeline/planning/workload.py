@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from common.config import DataConfig, Dtype, Offload, OptimizerName, Quantize, TrainConfig
+from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
 from common.handoff import model_of
 from common.stage import Role, Step
 from pipeline.config import PipelineConfig
@@ -52,8 +52,9 @@ def workload_of(
     network = network_at(config, step, Role.policy, vocabulary)
     if network is None:
         return None
-    part = getattr(config, step.value)
-    tokens = rows_per_pass(part.train, ranks) * row_length(part.data, step)
+    part, deepspeed = getattr(config, step.value), config.deepspeed
+    pair = PAIR if step in (Step.reward, Step.dpo) else 1
+    tokens = rows_per_pass(part.train, ranks) * part.data.max_length * pair
     return Workload(
         networks=trained_networks(config, step, network, vocabulary),
         batch=MicroBatchShape(
@@ -61,7 +62,14 @@ def workload_of(
             max(1, math.ceil(tokens * trained_share)),
             short=(longest or part.data.max_length) <= SHORT_DOCUMENT,
         ),
-        sharding=sharding_of(config, ranks),
+        sharding=Sharding(
+            stage=deepspeed.stage,
+            ranks=ranks,
+            offload_optimizer=deepspeed.offload_optimizer is not Offload.none,
+            offload_param=deepspeed.offload_param is not Offload.none,
+            reduce_bucket_size=deepspeed.reduce_bucket_size,
+            overlap_comm=deepspeed.overlap_comm,
+        ),
         half=config.model.dtype is not Dtype.fp32,
         gpu=gpu,
         checkpointing=config.model.gradient_checkpointing,
@@ -80,11 +88,6 @@ def rows_per_pass(train: TrainConfig, ranks: int) -> int:
 def accumulation(train: TrainConfig, ranks: int) -> int:
     """Forward passes of a rank in an optimizer step, at most."""
     return math.ceil(train.global_batch_size / (ranks * train.micro_batch_size))
-
-
-def row_length(data: DataConfig, step: Step) -> int:
-    """Tokens that a row has room for."""
-    return data.max_length * (PAIR if step in (Step.reward, Step.dpo) else 1)
 
 
 def network_at(config: PipelineConfig, step: Step, role: Role, vocabulary: int | None) -> Network | None:
@@ -136,19 +139,6 @@ def decoding_of(config: PipelineConfig, step: Step, ranks: int) -> Decoding | No
         return None
     slots = min(SAMPLING_SLOTS, math.ceil(sampling.num_prompts / ranks))
     return Decoding(_up(slots, SLOT_STEP), _up(data.max_length + sampling.max_new_tokens, LENGTH_STEP))
-
-
-def sharding_of(config: PipelineConfig, ranks: int) -> Sharding:
-    """What of the DeepSpeed settings decides memory."""
-    deepspeed = config.deepspeed
-    return Sharding(
-        stage=deepspeed.stage,
-        ranks=ranks,
-        offload_optimizer=deepspeed.offload_optimizer is not Offload.none,
-        offload_param=deepspeed.offload_param is not Offload.none,
-        reduce_bucket_size=deepspeed.reduce_bucket_size,
-        overlap_comm=deepspeed.overlap_comm,
-    )
 
 
 def _trained(config: PipelineConfig, network: Network, head: Head, optimizer: OptimizerName) -> Trained:
