@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.fields import require
 from common.handoff import load_named
 from common.stage import Role, Step
-from common.text import CONTROL_SYMBOLS, did_you_mean
+from common.text import did_you_mean, printable
 from pipeline.plan import EXPORT, STAGES
 
 if TYPE_CHECKING:
@@ -392,4 +392,4 @@ def printable(text: str) -> str:
 
     Each code is replaced or left out by itself, so that a sequence may come in any pieces.
     """
-    return _UNSEEN.sub("", text.translate(CONTROL_SYMBOLS))
+    return _UNSEEN.sub("", printable(text))
