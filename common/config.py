@@ -1,18 +1,17 @@
 """Schemas that training reads, shared by all steps: dataclasses with enums, one docstring line per field.
 
-A field says which values it may have (`fields.py`); each class checks them in `__post_init__`. Checks that
-need two groups are made by the step's own config. What launching reads is in `launch_config.py`. Nothing here
-reads a file except `load_resolved`, and nothing imports torch.
+A field says which values it may have, and a group's method `check` which do not go together; `as_schema` asks
+both. Checks that need two groups are made by the step's own config. What launching reads is in
+`launch_config.py`. Nothing here reads a file except `load_resolved`, and nothing imports torch.
 """
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Dict, List, Optional, TypeVar
 
 from common.errors import UserError
-from common.fields import at_least, check_ranges, ranged, require
+from common.fields import as_schema, fields_of, number, require
 from common.launch_config import LaunchConfig
 
 T = TypeVar("T")
@@ -97,19 +96,20 @@ class LoraConfig:
 
     enabled: bool = False
     """train adapters instead of all weights"""
-    r: int = at_least(1, 16)
+    r: int = number(16, 1, 65_536)
     """rank"""
-    alpha: int = at_least(1, 32)
+    alpha: int = number(32, 1, 65_536)
     """scale: the update is multiplied by alpha / r"""
-    dropout: float = ranged(0.0, "0 up to (not including) 1", lambda share: 0 <= share < 1)
+    dropout: float = number(0.0, 0, 1, below=True)
     """dropout on the adapter's input"""
     targets: List[str] = field(default_factory=lambda: ["all-linear"])
     """module names, or all-linear"""
     dora: bool = False
     """weight-decomposed LoRA"""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, "model.lora")
+    def check(self, at: str) -> None:
+        """Something is adapted."""
+        require(bool(self.targets), f"{at}targets", "[]", "names of modules, or all-linear")
 
 
 @dataclass
@@ -118,16 +118,30 @@ class TokenizerConfig:
 
     path: Optional[str] = None
     """folder or hub name of another tokenizer"""
-    train_vocab_size: Optional[int] = None
+    train_vocab_size: Optional[int] = number(None, 1, 10_000_000)
     """train a byte-level BPE of this size on the training rows (with model.config only)"""
 
-    def __post_init__(self) -> None:
+    def check(self, at: str) -> None:
+        """One tokenizer is named."""
         if self.path is not None and self.train_vocab_size is not None:
             raise UserError(
-                f"model.tokenizer.path={self.path} names a tokenizer and "
-                f"model.tokenizer.train_vocab_size={self.train_vocab_size} asks for a new one",
-                hint="keep one: model.tokenizer.train_vocab_size=null uses the one that exists",
+                f"{at}path={self.path} names a tokenizer and "
+                f"{at}train_vocab_size={self.train_vocab_size} asks for a new one",
+                hint=f"keep one: {at}train_vocab_size=null uses the one that exists",
             )
+
+
+SIZES = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "head_dim",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "n_positions", "n_embd", "n_layer", "n_head",
+)  # fmt: skip
+"""Fields of `model.config` that no network has at 0."""
+DIVIDED = (
+    ("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads", "head_dim"),
+    ("n_embd", "n_head"),
+)  # fmt: skip
+"""Fields of which the first is a multiple of the second, unless the third is given."""
 
 
 @dataclass
@@ -157,20 +171,34 @@ class ModelConfig:
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
-    def __post_init__(self) -> None:
+    def check(self, at: str) -> None:
+        """Weights or a config, the tokenizer that belongs to it, and sizes that a network can have."""
         if self.path is not None and self.config:
             raise UserError(
-                f"model.path={self.path} and model.config are both set",
-                hint="keep one: model.path loads weights, model.config initialises at random",
+                f"{at}path={self.path} and {at}config are both set",
+                hint=f"keep one: {at}path loads weights, {at}config initialises at random",
             )
         if self.path is not None and self.tokenizer.train_vocab_size is not None:
             raise UserError(
-                f"model.path={self.path} has weights that belong to its own tokenizer; "
-                f"model.tokenizer.train_vocab_size={self.tokenizer.train_vocab_size} would train another",
-                hint="leave model.tokenizer.train_vocab_size out, or use model.config instead of model.path",
+                f"{at}path={self.path} has weights that belong to its own tokenizer; "
+                f"{at}tokenizer.train_vocab_size={self.tokenizer.train_vocab_size} would train another",
+                hint=f"leave {at}tokenizer.train_vocab_size out, or use {at}config instead of {at}path",
             )
         if self.quantize is Quantize.nf4 and not self.lora.enabled:
-            raise UserError("model.quantize=nf4 needs adapters to train", hint="add model.lora.enabled=true")
+            raise UserError(f"{at}quantize=nf4 needs adapters to train", hint=f"add {at}lora.enabled=true")
+        self._check_sizes(f"{at}config.")
+
+    def _check_sizes(self, at: str) -> None:
+        """Of `config`: no size is 0, and heads divide what they share."""
+        given = {name: size for name in SIZES if (size := self.config.get(name)) is not None}
+        for name, size in given.items():
+            is_size = isinstance(size, int) and 1 <= size <= 10_000_000
+            require(is_size, f"{at}{name}", size, "a whole number, 1 to 10,000,000")
+        for name, part, *instead in DIVIDED:
+            if name in given and part in given and not given.keys() & set(instead):
+                allowed = f"a multiple of {at}{part}={given[part]}"
+                allowed += "".join(f", or set {at}{other} as well" for other in instead)
+                require(given[name] % given[part] == 0, f"{at}{name}", given[name], allowed)
 
 
 @dataclass
@@ -185,32 +213,32 @@ class SourceConfig:
     """split of a hub or saved data set"""
     revision: Optional[str] = None
     """commit of a hub data set"""
-    weight: float = ranged(1.0, "above 0, up to 1000", lambda weight: 0 < weight <= 1_000)
+    weight: float = number(1.0, 1e-6, 1_000)
     """how often its rows are seen per epoch: 0.5 a seeded half, 2 twice"""
-    max_rows: Optional[int] = at_least(1, None)
+    max_rows: Optional[int] = number(None, 1, 10**12)
     """a seeded sample of at most this many rows"""
     format: Optional[str] = None
     """recognised by columns when not given"""
     columns: Dict[str, str] = field(default_factory=dict)
     """our name: theirs, e.g. {prompt: query, completion: reply}"""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, "data.sources")
-
 
 TEMPLATE_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 """What a chat template is given by name besides variables."""
+
+
+SEVERAL = {"way_out": "expected one path; several go into '{at}sources=[{{path: FIRST}}, {{path: SECOND}}]'"}
 
 
 @dataclass
 class DataConfig:
     """What to train on, and how rows become tokens."""
 
-    path: Optional[str] = None
+    path: Optional[str] = field(default=None, metadata=SEVERAL)
     """short form for one source"""
     sources: List[SourceConfig] = field(default_factory=list)
     """the sources, mixed by weight"""
-    max_length: int = at_least(2, 2048)
+    max_length: int = number(2048, 2, 10_000_000)
     """tokens per row, prompt and response together"""
     packing: bool = True
     """fill rows with several documents, isolated from each other"""
@@ -222,27 +250,27 @@ class DataConfig:
     """variables of the chat template, e.g. {enable_thinking: false}; a row's own stand above them"""
     special_tokens_in_content: SpecialTokens = SpecialTokens.keep
     """control tokens that a row's words hold: real tokens (counted), ordinary text, or a bad row"""
-    eval_fraction: Optional[float] = ranged(None, "0 up to (not including) 1", lambda share: 0 <= share < 1)
+    eval_fraction: Optional[float] = number(None, 0, 1, below=True)
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None
     """held-out rows from a file of their own"""
-    stage_split: Dict[str, float] = field(default_factory=dict)
+    stage_split: Dict[str, float] = number({}, 1e-6, 1_000_000)
     """shares of the rows by step, e.g. {sft: 2, reward: 4, ppo: 4}: each step sees its own part only"""
     on_bad_row: OnBadRow = OnBadRow.error
     """stop at the first bad row, or skip and report it"""
-    max_bad_rows: int = at_least(0, 100)
+    max_bad_rows: int = number(100, 0, 10**12)
     """with on_bad_row=skip: give up after this many"""
     cache_dir: Optional[str] = None
     """tokenized rows; by default <output_dir>/.cache/data"""
 
-    def __post_init__(self) -> None:
+    def check(self, at: str) -> None:
+        """Rows are named in one way, and a template's variables are its own."""
         if self.path is not None and self.sources:
-            raise UserError("data.path and data.sources are both set", hint="keep one of them")
+            raise UserError(f"{at}path and {at}sources are both set", hint="keep one of them")
         if self.eval_path is not None and self.eval_fraction is not None:
-            raise UserError("data.eval_path and data.eval_fraction are both set", hint="keep one of them")
-        check_ranges(self, "data")
+            raise UserError(f"{at}eval_path and {at}eval_fraction are both set", hint="keep one of them")
         taken = TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()
-        require(not taken, "data.chat_template_kwargs", sorted(taken), "variables that are not given anyway")
+        require(not taken, f"{at}chat_template_kwargs", sorted(taken), "variables that are not given anyway")
 
     def all_sources(self) -> list[SourceConfig]:
         """The sources, whichever form was used; empty when none is named."""
@@ -259,25 +287,22 @@ class DataConfig:
 class TrainConfig:
     """The loop."""
 
-    global_batch_size: int = at_least(1, 128)
+    global_batch_size: int = number(128, 1, 1_000_000)
     """rows per optimizer step, over all ranks (packed rows when packing)"""
-    micro_batch_size: int = at_least(1, 1)
+    micro_batch_size: int = number(1, 1, 1_000_000)
     """rows per rank and forward pass; accumulation follows from the three numbers"""
-    epochs: float = ranged(1.0, "above 0, up to 10000", lambda epochs: 0.0 < epochs <= 10_000)
+    epochs: float = number(1.0, 0, 10_000, above=True)
     """passes over the data"""
-    max_steps: Optional[int] = at_least(1, None)
+    max_steps: Optional[int] = number(None, 1, 10**9)
     """optimizer steps; takes the place of epochs"""
-    eval_every: int = at_least(0, 0)
+    eval_every: int = number(0, 0, 10**9)
     """steps between evaluations; 0: only at the end"""
-    save_every: int = at_least(0, 0)
+    save_every: int = number(0, 0, 10**9)
     """steps between checkpoints; 0: only at the end, when told to stop, and by save_minutes"""
-    save_minutes: float = ranged(30.0, "0 (never) or more", lambda minutes: 0 <= minutes < math.inf)
+    save_minutes: float = number(30.0, 0, 1_000_000)
     """and one after so many minutes without; 0: never"""
-    keep_checkpoints: int = at_least(1, 2)
+    keep_checkpoints: int = number(2, 1, 1_000_000)
     """newest checkpoints kept, beside the best one"""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "train")
 
 
 @dataclass
@@ -286,80 +311,67 @@ class OptimConfig:
 
     name: OptimizerName = OptimizerName.adamw
     """adamw is torch's fused one"""
-    lr: Optional[float] = ranged(None, "a number above 0", lambda rate: 0 < rate < math.inf)
+    lr: Optional[float] = number(None, 0, 10, above=True, note="Muon takes larger ones than AdamW")
     """peak learning rate; by default SFT 2e-5, reward model 1e-5, DPO 5e-7, with LoRA ten times that"""
-    betas: List[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: List[float] = number([0.9, 0.95], 0, 1, below=True)
     """AdamW's decay rates"""
-    eps: float = ranged(1e-8, "a number above 0", lambda eps: eps > 0)
+    eps: float = number(1e-8, 0, 1, above=True)
     """AdamW's epsilon"""
-    weight_decay: float = at_least(0, 0.0)
+    weight_decay: float = number(0.0, 0, 10)
     """never applied to biases and norms"""
     scheduler: SchedulerName = SchedulerName.cosine
     """shape after warm-up"""
-    warmup_ratio: float = ranged(0.03, "0 to 1", lambda share: 0 <= share <= 1)
+    warmup_ratio: float = number(0.03, 0, 1)
     """share of the steps with rising learning rate"""
-    min_lr_ratio: float = ranged(0.1, "0 to 1", lambda share: 0 <= share <= 1)
+    min_lr_ratio: float = number(0.1, 0, 1)
     """floor of cosine and wsd, as a share of the peak"""
-    max_grad_norm: float = at_least(0, 1.0)
+    max_grad_norm: float = number(1.0, 0, 1_000_000)
     """clip the global gradient norm; 0: off"""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, "optim")
-        require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "optim.betas",
-            self.betas,
-            "two numbers from 0 up to (not including) 1",
-        )
+    def check(self, at: str) -> None:
+        """AdamW has two rates."""
+        require(len(self.betas) == 2, f"{at}betas", self.betas, "two numbers")
 
 
 @dataclass
 class SamplingConfig:
     """Completions sampled from held-out prompts at each evaluation."""
 
-    num_prompts: int = at_least(0, 8)
+    num_prompts: int = number(8, 0, 1_000_000)
     """held-out prompts; 0: none"""
-    max_new_tokens: int = at_least(1, 128)
+    max_new_tokens: int = number(128, 1, 10_000_000)
     """longest completion"""
-    temperature: float = ranged(0.0, "0 (greedy) or more", lambda value: 0 <= value < math.inf)
+    temperature: float = number(0.0, 0.001, 100, zero="greedy")
     """0: greedy"""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "sampling")
 
 
 @dataclass
 class DeepSpeedConfig:
     """ZeRO, always stage 1 or higher."""
 
-    stage: int = ranged(2, "1, 2 or 3", lambda stage: stage in (1, 2, 3))
+    stage: int = number(
+        2, 1, 3, note="in stage 0 bf16 takes a wrong first step, fp32 has no NaN guard: deepspeed=zero1"
+    )
     """1: optimizer state sharded; 2: gradients too; 3: parameters too"""
     offload_optimizer: Offload = Offload.none
     """keep optimizer state in host memory (stage 2, 3)"""
     offload_param: Offload = Offload.none
     """keep parameters in host memory (stage 3)"""
-    hpz_partition_size: int = at_least(1, 1)
+    hpz_partition_size: int = number(1, 1, 65_536)
     """ZeRO++ secondary partition: ranks per node (stage 3)"""
-    reduce_bucket_size: int = at_least(1, 200_000_000)
+    reduce_bucket_size: int = number(200_000_000, 1, 10**12)
     """elements reduced at once"""
     overlap_comm: bool = True
     """reduce gradients during the backward pass (GPU only)"""
 
-    def __post_init__(self) -> None:
-        if self.stage == 0:
-            raise UserError(
-                "deepspeed.stage=0 is not allowed",
-                hint="deepspeed=zero1 (stage 0 takes a wrong first step in bf16, has no NaN guard in fp32)",
-            )
-        check_ranges(self, "deepspeed")
+    def check(self, at: str) -> None:
+        """The stage can do what is asked of it."""
         if self.offload_optimizer is not Offload.none and self.stage < 2:
-            raise UserError(
-                "deepspeed.offload_optimizer=cpu needs stage 2 or 3", hint="deepspeed=zero2_offload"
-            )
+            raise UserError(f"{at}offload_optimizer=cpu needs stage 2 or 3", hint="deepspeed=zero2_offload")
         if self.offload_param is not Offload.none and self.stage != 3:
-            raise UserError("deepspeed.offload_param=cpu needs stage 3", hint="use deepspeed=zero3_offload")
+            raise UserError(f"{at}offload_param=cpu needs stage 3", hint="use deepspeed=zero3_offload")
         if self.hpz_partition_size > 1 and self.stage != 3:
-            raise UserError("deepspeed.hpz_partition_size needs stage 3", hint="use deepspeed=zero3_hpz")
+            raise UserError(f"{at}hpz_partition_size needs stage 3", hint="use deepspeed=zero3_hpz")
 
 
 @dataclass
@@ -380,7 +392,7 @@ class JobConfig:
 
     run_name: str = ""
     output_dir: str = "runs"
-    seed: int = 0
+    seed: int = number(0, 0, 2**63 - 1)
     model: ModelConfig = field(default_factory=ModelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -403,9 +415,9 @@ def to_plain(value: Any) -> Any:
 def load_resolved(path: Path, schema: type[T]) -> T:
     """Read a resolved.yaml into `schema`, keeping only the top-level keys that the schema has.
 
-    The controller has composed and checked it; a step reads it and never composes.
+    The controller has composed it, and checked it in the same way; a step reads it and never composes.
     """
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
     try:
         loaded = OmegaConf.load(path)
@@ -413,7 +425,6 @@ def load_resolved(path: Path, schema: type[T]) -> T:
         raise UserError(
             f"cannot read {path}: {error.strerror}", hint="give the run's resolved.yaml"
         ) from None
-    assert isinstance(loaded, DictConfig)
-    known = {f.name for f in fields(schema)}  # type: ignore[arg-type]
-    wanted = OmegaConf.masked_copy(loaded, [key for key in loaded if key in known])
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), wanted))  # type: ignore[return-value]
+    plain: Any = OmegaConf.to_container(loaded, resolve=True)
+    known = fields_of(schema)
+    return as_schema(schema, {key: value for key, value in plain.items() if key in known})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Dict, List, Optional
 
-from common.fields import at_least, check_ranges, require
+from common.fields import EMPTY_TOO, number, require
 
 
 class Launcher(Enum):
@@ -30,13 +30,13 @@ class SlurmConfig:
     """quality of service"""
     time: Optional[str] = None
     """limit of one allocation, as sbatch takes it (04:00:00); a requeued job goes on where it was"""
-    gpus_per_node: Optional[int] = None
+    gpus_per_node: Optional[int] = number(None, 0, 1_024)
     """GPUs of each node"""
-    cpus_per_task: Optional[int] = None
+    cpus_per_task: Optional[int] = number(None, 1, 65_536)
     """cores of each node's task"""
     mem: Optional[str] = None
     """memory of each node, as sbatch takes it (64G)"""
-    signal_seconds: int = at_least(1, 300)
+    signal_seconds: int = number(300, 1, 65_535)
     """how long before the limit the job is told to save and leave"""
     requeue: bool = True
     """queue the job again when it was told to leave, until it is done"""
@@ -44,9 +44,6 @@ class SlurmConfig:
     """further #SBATCH options, such as --exclusive"""
     setup: List[str] = field(default_factory=list)
     """shell lines that every node runs first, such as module load cuda"""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "launch.slurm")
 
 
 @dataclass
@@ -65,11 +62,11 @@ class KubernetesConfig:
     """PersistentVolumeClaim for output_dir, shared by all nodes"""
     volume_path: str = "/runs"
     """where it is mounted"""
-    gpus_per_node: Optional[int] = None
+    gpus_per_node: Optional[int] = number(None, 0, 1_024)
     """GPUs of each node"""
     resources: Dict[str, str] = field(default_factory=dict)
     """further resources of each node, such as memory: 64Gi"""
-    env: Dict[str, str] = field(default_factory=dict)
+    env: Dict[str, str] = field(default_factory=dict, metadata=EMPTY_TOO)
     """environment variables of each node, such as NCCL_DEBUG: INFO; credentials belong into secret"""
     secret: Optional[str] = None
     """Secret whose WANDB_API_KEY and HF_TOKEN become environment variables, those of them that it has"""
@@ -83,15 +80,15 @@ class LaunchConfig:
     """local: this machine, one of nnodes; ssh: the machines of a hostfile; slurm, k8s: a cluster's job"""
     nproc_per_node: str = "auto"
     """ranks on each machine: a number, or auto (one per GPU; one on a machine without)"""
-    nnodes: int = at_least(1, 1)
+    nnodes: int = number(1, 1, 65_536)
     """machines; all of them see output_dir"""
-    node_rank: Optional[int] = None
+    node_rank: Optional[int] = number(None, 0, 65_535)
     """which of them this one is, from 0; ssh, slurm and k8s set it"""
     rdzv_endpoint: Optional[str] = None
     """HOST:PORT of machine 0, where all meet; PORT + 1 is used as well"""
-    join_seconds: int = at_least(1, 600)
+    join_seconds: int = number(600, 1, 1_000_000)
     """how long machines wait for each other at the start"""
-    max_restarts: int = at_least(0, 0)
+    max_restarts: int = number(0, 0, 1_000_000)
     """how often ranks that failed are started again from the last checkpoint, without being asked"""
     hostfile: Optional[str] = None
     """ssh: lines of HOST slots=N, machine 0 first"""
@@ -104,7 +101,7 @@ class LaunchConfig:
     k8s: KubernetesConfig = field(default_factory=KubernetesConfig)
     """of launch=k8s"""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, "launch")
+    def check(self, at: str) -> None:
+        """Of so many machines this is one."""
         rank = self.node_rank
-        require(rank is None or 0 <= rank < self.nnodes, "launch.node_rank", rank, f"0 to {self.nnodes - 1}")
+        require(rank is None or rank < self.nnodes, f"{at}node_rank", rank, f"0 to {self.nnodes - 1}")

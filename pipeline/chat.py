@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.artifacts import MANIFEST, UNVERIFIED, Artifact
 from common.errors import UserError
-from common.fields import require
+from common.fields import as_schema, number
 from common.handoff import load_named
 from common.stage import Role, Step
 from common.text import did_you_mean, printable
@@ -46,31 +45,15 @@ Message = dict[str, str]
 class Settings:
     """How answers are sampled."""
 
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1 (all tokens)")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "0 up to 2**63 - 1")
+    temperature: float = number(0.7, 0.001, 100, zero="greedy")
+    top_p: float = number(1.0, 0, 1, above=True, note="1: all tokens")
+    top_k: int = number(0, 0, 10_000_000, note="0: all tokens")
+    max_new_tokens: int = number(256, 1, 10_000_000)
+    seed: int = number(0, 0, 2**63 - 1)
 
     def changed(self, name: str, text: str) -> Settings:
         """With one setting as it was typed. UserError for an unknown name, or a value that it cannot have."""
-        known, key = dataclasses.asdict(self), name.replace("-", "_")
-        if key not in known:
-            hint = did_you_mean(key, known, f"settings: {', '.join(known)}")
-            raise UserError(f"unknown setting {name}", hint=hint)
-        kind = type(known[key])
-        try:
-            return dataclasses.replace(self, **{key: kind(text)})
-        except ValueError:
-            number = "a whole number" if kind is int else "a number"
-            raise UserError(f"{key}={text} is not allowed", hint=f"expected {number}") from None
+        return as_schema(Settings, {**dataclasses.asdict(self), name.replace("-", "_"): text})
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
@@ -379,17 +362,3 @@ class Answer:
     def _show(self, text: str, end: str = "") -> None:
         print(printable(text[len(self.text) :]), end=end, flush=True)
         self.text = text
-
-
-# --- What a terminal may get -----------------------------------------------------------------------
-
-_UNSEEN = re.compile("[\x80-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Further control codes, halves of surrogate pairs, and marks that reorder a line."""
-
-
-def printable(text: str) -> str:
-    """Text of a model without what would move the cursor, set colours or titles, or reorder a line.
-
-    Each code is replaced or left out by itself, so that a sequence may come in any pieces.
-    """
-    return _UNSEEN.sub("", printable(text))

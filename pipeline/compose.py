@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from common.config import DataConfig, OptimConfig
 from common.errors import UserError
+from common.fields import as_schema, expected
 from common.redact import credentials_in
 from common.stage import Step
 from pipeline import schema
@@ -80,21 +81,16 @@ def compose(overrides: Sequence[str]) -> PipelineConfig:
 
 
 def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
-    """A composed node as dataclasses, checked once more against the schema, interpolations resolved."""
+    """A composed node as dataclasses, checked against the schema, interpolations resolved."""
     from omegaconf import OmegaConf
 
-    # Through a plain container: a typed node keeps keys that were forced into it with `+`.
     plain = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     plain.pop("hydra", None)
     as_written = cast(dict[str, Any], OmegaConf.to_container(node))  # with the names of environment variables
     refuse_credentials({key: as_written[key] for key in plain})
     refuse_credentials(plain)
     _replace_what_an_experiment_chose(plain, overrides)
-    checked = OmegaConf.merge(register(), OmegaConf.create(plain))
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(PipelineConfig):
-        values[field.name] = _as_object(checked, field.name)
-    return PipelineConfig(**values)
+    return as_schema(PipelineConfig, plain)
 
 
 def refuse_credentials(settings: Mapping[str, Any]) -> None:
@@ -157,13 +153,14 @@ def explain(error: BaseException) -> UserError:
     cause = below if isinstance(below, OmegaConfBaseException) else error
     first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return _unknown_item(cause, error)
+        key = str(cause.full_key or cause.key)
+        return UserError(f"unknown key {key}", hint=_did_you_mean(key))
     if isinstance(cause, OmegaConfBaseException):
         key = str(getattr(cause, "full_key", "") or "")
         first_line = first_line.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
         place = f"{key}: " if key else ""
-        what = first_line.partition(", expected one of")[0]
-        return UserError(place + what[:1].lower() + what[1:], hint=_way_out(key.split("[")[0]))
+        hint = expected(key, declared) if (declared := schema.type_of(key)) is not None else None
+        return UserError(place + first_line[:1].lower() + first_line[1:], hint=hint)
     if first_line.startswith("Ambiguous value for argument"):
         text = first_line.partition("'")[2].rstrip("'")
         key, _, value = text.partition("=")
@@ -285,6 +282,9 @@ def _for_one_step(override: Override, steps: Sequence[str]) -> str:
 def _check_key(override: Override) -> None:
     """An unknown key is an error, also one added with `+`."""
     key = override.key_or_group
+    is_own = override.package is None and key not in _groups() and not schema.is_free_form(key)
+    if override.is_delete() and is_own and schema.type_of(key) is not None:
+        raise UserError(f"{override.input_line}: a key of the schema cannot be deleted", hint=f"set {key}")
     if override.package is not None or key.split(".")[0].split("/")[0] in ("hydra", *_groups()):
         is_group = override.package is not None or "." not in key
         if is_group or schema.type_of(key) is not None or key.startswith("hydra"):
@@ -357,49 +357,6 @@ def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence
             data["path"] = None
 
 
-def _as_object(checked: Any, name: str) -> Any:
-    """One top-level value as an object; errors of a step's part name the key where it is set."""
-    from omegaconf import OmegaConf
-
-    value = checked[name]
-    try:
-        return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-    except UserError as error:
-        if name not in {step.value for step in STAGES}:
-            raise
-        raise _moved(error.in_step(name), _first_refused(value, name)) from None
-
-
-def _first_refused(node: Any, path: str) -> str:
-    """The innermost group that is refused: `ppo.critic.optim`."""
-    from omegaconf import DictConfig, OmegaConf
-
-    for key in node:
-        if isinstance(child := node[key], DictConfig):
-            try:
-                OmegaConf.to_object(child)
-            except UserError:
-                return _first_refused(child, f"{path}.{key}")
-    return path
-
-
-def _moved(error: UserError, place: str) -> UserError:
-    """The error of a group that a step has in several places (`optim`, `data`), with the keys of this one."""
-    usual = ".".join(error.message.split(".")[:2])  # of a step: ppo.optim
-    if "." not in place or usual == place or place.rpartition(".")[2].rpartition("_")[2] not in usual:
-        return error
-    hint = None if error.hint is None else error.hint.replace(f"{usual}.", f"{place}.")
-    return UserError(error.message.replace(f"{usual}.", f"{place}."), hint=hint)
-
-
-def _way_out(key: str) -> str | None:
-    """What a key takes; for the place of a step's data, where several places go."""
-    place, _, leaf = key.rpartition(".")
-    if leaf == "path" and schema.type_of(place) is DataConfig:
-        return f"expected one path; several go into '{place}.sources=[{{path: FIRST}}, {{path: SECOND}}]'"
-    return schema.allowed(key) or None
-
-
 def _unknown_option(error: Any) -> UserError:
     """deepspeed=zero9: a group has no such file."""
     group, _, option = str(error.missing_cfg_file or "").rpartition("/")
@@ -408,19 +365,6 @@ def _unknown_option(error: Any) -> UserError:
     listed = f"allowed: {', '.join(sorted(options))}" if options else f"there is no folder conf/{group}"
     hint = f"did you mean {group}={near}? {listed}" if near else listed
     return UserError(f"{group}={option} is unknown", hint=hint)
-
-
-def _unknown_item(cause: Any, error: BaseException) -> UserError:
-    """A key that is not in the schema, written in a YAML file or inside a value."""
-    key = str(cause.full_key or cause.key)
-    text = str(error).splitlines()[0]
-    where = f" (in {text.split(chr(39))[1]})" if text.count(chr(39)) >= 2 and cause is not error else ""
-    owner = cause.object_type
-    siblings = list(getattr(owner, "__dataclass_fields__", ()))
-    near = schema.nearest(str(cause.key), siblings) if siblings else None
-    if near is not None:
-        return UserError(f"unknown key {key}{where}", hint=f"did you mean {near}?")
-    return UserError(f"unknown key {key}{where}", hint=_did_you_mean(key))
 
 
 def _did_you_mean(key: str) -> str:

@@ -4,23 +4,19 @@ Takes nothing and returns nothing but types: values come from `conf/` and the co
 `pipeline/compose.py`). A new step adds one key here and one line in `pipeline/plan.py`.
 """
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional
+from typing import List, Optional
 
-from common.config import DeepSpeedConfig, ModelConfig, TrackingConfig
+from common.config import DeepSpeedConfig, ModelConfig, TrackingConfig, to_plain
 from common.errors import UserError
-from common.fields import require
+from common.fields import number, require
 from common.launch_config import LaunchConfig
 from common.stage import Step
 from step1_sft.config import SFTConfig
 from step2_dpo.config import DPOConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, `conf/` and `demo/`."""
@@ -37,7 +33,7 @@ class PipelineConfig:
     """folder under output_dir; by default the steps and a hash of the configuration"""
     output_dir: str = "runs"
     """where runs are kept"""
-    seed: int = 0
+    seed: int = number(0, 0, 2**63 - 1)
     """of everything that is random"""
     objective: Optional[str] = None
     """STEP:METRIC that a run of a sweep returns (sft:eval/loss); by default the last step's loss or reward"""
@@ -60,7 +56,8 @@ class PipelineConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Weights & Biases"""
 
-    def __post_init__(self) -> None:
+    def check(self, at: str) -> None:
+        """The run has steps, and a name that a folder can have."""
         if not self.steps:
             raise UserError("steps=[] is not allowed", hint="name at least one step: 'steps=[sft]'")
         if len(set(self.steps)) != len(self.steps):
@@ -68,14 +65,11 @@ class PipelineConfig:
             raise UserError(f"steps=[{names}] names a step twice", hint="name each step once")
         if self.run_name is not None:
             _check_run_name(self.run_name)
-        require(0 <= self.seed < 2**63, "seed", self.seed, "0 up to 2**63 - 1")
         if self.objective is not None:
             named, _, metric = self.objective.partition(":")
             known = [step.value for step in self.steps]
             allowed = f"{' or '.join(known)}, then :METRIC"
             require(named in known and bool(metric), "objective", self.objective, allowed)
-        if not self.output_dir:
-            raise UserError("output_dir is empty", hint="leave it out, or name a folder: output_dir=runs")
 
 
 def _check_run_name(name: str) -> None:
@@ -88,19 +82,16 @@ def _check_run_name(name: str) -> None:
         )
 
 
-@functools.cache
-def register() -> "DictConfig":
-    """Make the schema known to Hydra, and `${project:PATH}`, a path relative to the project's folder.
+def register() -> None:
+    """Make the schema's defaults known to Hydra, and `${project:PATH}`, relative to the project's folder.
 
-    Returns the schema as a node, which is made once: that takes a tenth of a second. Not to be changed.
+    Hydra composes without types: what comes of it is read into the schema in one place (`common/fields.py`).
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    schema = OmegaConf.structured(PipelineConfig)
-    ConfigStore.instance().store(name="pipeline_schema", node=schema)
+    ConfigStore.instance().store(name="pipeline_schema", node=to_plain(PipelineConfig()))
     OmegaConf.register_new_resolver("project", _project_path, replace=True)
-    return schema
 
 
 def _project_path(relative: str) -> str:

@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 from common.errors import UserError
+from common.fields import Range, fields_of, types_of, without_none
 from pipeline import schema
 
 
@@ -29,11 +30,12 @@ class Key:
     declared: Any
     default: str
     line: str  # of documentation
+    range: Range | None = None
 
     @property
     def type_name(self) -> str:
-        """In words: `text`, `whole number or null`, `one of a, b`, `list of …`, `group`."""
-        return _type_name(self.declared)
+        """In words: `text`, `whole number or null, 1 to 8`, `one of a, b`, `list of …`, `group`."""
+        return _type_name(self.declared) + (f", {self.range}" if self.range else "")
 
 
 def explain(name: str) -> str:
@@ -62,7 +64,7 @@ def markdown() -> str:
     parts = [HEAD]
     for owner, names in places.items():
         title = ", ".join(f"`{name}`" for name in names if name) or "The run"
-        own = [_key(name, owner, name) for name in schema.fields_of(owner)]
+        own = [_key(name, owner, name) for name in fields_of(owner)]
         rows = [[f"`{key.name}`", key.type_name, key.default, key.line] for key in own]
         table = [["key", "type", "default", "meaning"], ["---"] * 4, *rows]
         parts.append("\n".join([f"## {title}", "", *map(_table_row, table)]))
@@ -82,9 +84,8 @@ def keys() -> list[Key]:
 
 
 def _key(name: str, owner: type, field: str) -> Key:
-    default = next(known for known in dataclasses.fields(owner) if known.name == field)
-    line = _documentation(owner).get(field, "")
-    return Key(name, schema.fields_of(owner)[field], _default(default), line)
+    known, line = fields_of(owner)[field], _documentation(owner).get(field, "")
+    return Key(name, types_of(owner)[field], _default(known), line, known.metadata.get("range"))
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def _written(value: Any) -> str:
 
 
 def _type_name(declared: Any) -> str:
-    inner = schema.without_none(declared)
+    inner = without_none(declared)
     words = _NAMES.get(inner, "")
     if isinstance(inner, type) and issubclass(inner, Enum):
         words = "one of " + ", ".join(inner.__members__)

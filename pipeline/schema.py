@@ -5,15 +5,13 @@ Pure: takes dotted keys, returns keys, types or text. Knows the schema, not its 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import re
 import typing
 from collections.abc import Iterator
-from enum import Enum
 from typing import Any
 
+from common.fields import types_of, without_none
 from pipeline.config import PipelineConfig
 
 
@@ -25,7 +23,7 @@ def known_keys() -> list[str]:
 def walk(owner: type = PipelineConfig, prefix: str = "") -> Iterator[tuple[str, type, str]]:
     """(key, class that has it, its name there) of all keys below a class, in the schema's order; groups and
     entries of lists, with `[]` behind the list's name, included."""
-    for name, declared in fields_of(owner).items():
+    for name, declared in types_of(owner).items():
         yield prefix + name, owner, name
         inner, joint = without_none(declared), ""
         if typing.get_origin(inner) is list:
@@ -40,7 +38,7 @@ def type_of(key: str) -> Any:
         declared = without_none(declared)
         if typing.get_origin(declared) is dict:
             return Any
-        fields = fields_of(declared)
+        fields = types_of(declared)
         if part not in fields:
             return None
         declared = fields[part]
@@ -64,24 +62,6 @@ def is_text(key: str) -> bool:
     return without_none(type_of(key)) is str
 
 
-def allowed(key: str) -> str:
-    """What a key takes, in words; empty when there is nothing to say."""
-    declared = without_none(type_of(key))
-    if isinstance(declared, type) and issubclass(declared, Enum):
-        return "allowed: " + ", ".join(declared.__members__)
-    if typing.get_origin(declared) is list:
-        (item,) = typing.get_args(declared)
-        if isinstance(item, type) and issubclass(item, Enum):
-            names = list(item.__members__)
-            return f"expected a list of {', '.join(names)}, e.g. '{key}=[{names[0]}]'"
-        if keys := ", ".join(fields_of(item)):
-            return f"expected a list, e.g. '{key}=[{{…}}]', whose entries have the keys {keys}"
-        return f"expected a list, e.g. '{key}=[...]'"
-    if dataclasses.is_dataclass(declared):
-        return "it has the keys " + ", ".join(field.name for field in dataclasses.fields(declared))
-    return _WORDS.get(declared, "")
-
-
 def in_a_list(key: str) -> str | None:
     """How to write a key that lies in an entry of a list (ppo.rewards.function), or None when it does not."""
     parts = re.sub(r"\[(\d*)\]", r".\1", key).split(".")
@@ -90,7 +70,7 @@ def in_a_list(key: str) -> str | None:
         declared = without_none(type_of(place))
         if typing.get_origin(declared) is list:
             (item,) = typing.get_args(declared)
-            fields = list(fields_of(item))
+            fields = list(types_of(item))
             rest = [part for part in parts[end:] if part and not part.isdigit()]
             if not fields or not rest:
                 return None
@@ -116,30 +96,6 @@ def nearest(key: str, candidates: list[str] | None = None) -> str | None:
             if best is None or likeness > best[0]:
                 best = likeness, other
     return None if best is None else best[1]
-
-
-def without_none(declared: Any) -> Any:
-    """T for Optional[T], else the type itself."""
-    if typing.get_origin(declared) is typing.Union:
-        (declared,) = [arg for arg in typing.get_args(declared) if arg is not type(None)]
-    return declared
-
-
-_WORDS = {
-    int: "expected a whole number",
-    float: "expected a number",
-    bool: "expected true or false",
-    str: "expected text",
-}
-
-
-@functools.cache
-def fields_of(declared: Any) -> dict[str, Any]:
-    """Names and declared types of a class's fields; empty for what is no group."""
-    if not (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
-        return {}
-    hints = typing.get_type_hints(declared)
-    return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
 
 
 def _leaf(key: str) -> str:

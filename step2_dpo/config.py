@@ -6,7 +6,7 @@ from typing import Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
 from common.errors import UserError
-from common.fields import require
+from common.fields import number
 from common.stage import Role, Stage, Step
 
 STAGE = Stage(name=Step.dpo, consumes=(Role.policy,), produces=Role.policy, module="step2_dpo")
@@ -35,24 +35,22 @@ class DPOConfig:
     """completions sampled at each evaluation"""
     loss_type: LossType = LossType.sigmoid
     """sigmoid (with label_smoothing: cDPO), ipo or hinge"""
-    beta: float = 0.1
+    beta: float = number(0.1, 0, 1_000, above=True)
     """how strongly the policy is held to the reference; smaller lets it move further"""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, 0, 0.5, below=True)
     """share of the pairs taken to be labelled the wrong way round (cDPO; sigmoid only)"""
     length_normalized: bool = False
     """log-probabilities per token instead of per answer; ipo always does this"""
-    sft_weight: float = 0.0
+    sft_weight: float = number(0.0, 0, 1_000)
     """weight of the chosen answers' negative log-likelihood per token"""
 
-    def __post_init__(self) -> None:
-        require(0 < self.beta < float("inf"), "dpo.beta", self.beta, "a number above 0")
+    def check(self, at: str) -> None:
+        """Only the sigmoid loss smooths labels."""
         smoothing = self.label_smoothing
-        require(0 <= smoothing < 0.5, "dpo.label_smoothing", smoothing, "0 up to (not including) 0.5")
-        require(0 <= self.sft_weight < float("inf"), "dpo.sft_weight", self.sft_weight, "0 or more")
         if smoothing > 0 and self.loss_type is not LossType.sigmoid:
             raise UserError(
-                f"dpo.label_smoothing={smoothing} has no effect with dpo.loss_type={self.loss_type.value}",
-                hint="dpo.loss_type=sigmoid, or dpo.label_smoothing=0",
+                f"{at}label_smoothing={smoothing} has no effect with {at}loss_type={self.loss_type.value}",
+                hint=f"{at}loss_type=sigmoid, or {at}label_smoothing=0",
             )
 
     def peak_lr(self, *, lora: bool) -> float:

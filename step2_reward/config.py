@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
-from common.fields import require
+from common.fields import number
 from common.stage import Role, Stage, Step
 
 STAGE = Stage(name=Step.reward, consumes=(Role.policy,), produces=Role.reward_model, module="step2_reward")
@@ -23,20 +23,10 @@ class RewardConfig:
     """the loop; global_batch_size counts pairs"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """optimizer and schedule"""
-    center_rewards_coefficient: float = 0.0
+    center_rewards_coefficient: float = number(0.0, 0, 1_000)
     """weight of the mean squared sum of a pair's rewards, which draws rewards towards 0 (0.01 is usual)"""
-    warn_below_accuracy: float = 0.6
+    warn_below_accuracy: float = number(0.6, 0, 1)
     """say so when fewer held-out pairs than this share are ordered as people ordered them"""
-
-    def __post_init__(self) -> None:
-        weight = self.center_rewards_coefficient
-        require(0 <= weight < float("inf"), "reward.center_rewards_coefficient", weight, "0 or more")
-        require(
-            0 <= self.warn_below_accuracy <= 1,
-            "reward.warn_below_accuracy",
-            self.warn_below_accuracy,
-            "0 to 1",
-        )
 
     def peak_lr(self, *, lora: bool) -> float:
         """The learning rate after warm-up."""

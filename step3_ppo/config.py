@@ -7,7 +7,7 @@ from typing import Dict, List, Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
 from common.errors import UserError
-from common.fields import require
+from common.fields import number
 from common.limits import collective_seconds
 from common.stage import Role, Stage, Step
 from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
@@ -50,38 +50,23 @@ class CriticStart(Enum):
 class RolloutConfig:
     """How responses are sampled."""
 
-    prompts: int = 128
+    prompts: int = number(128, 1, 1_000_000)
     """prompts per iteration, over all ranks"""
-    samples_per_prompt: int = 1
+    samples_per_prompt: int = number(1, 1, 1_000_000)
     """responses to each of them"""
-    max_new_tokens: int = 256
+    max_new_tokens: int = number(256, 1, 10_000_000)
     """longest response, its terminator included"""
-    temperature: float = 1.0
+    temperature: float = number(1.0, 0.001, 100, note="PPO learns from responses that were sampled")
     """of the distribution that is sampled and trained"""
-    top_p: float = 1.0
+    top_p: float = number(1.0, 0, 1, above=True)
     """sample from the most likely tokens that together have this probability; 1: all. What is trained (the
     ratio, the KL) stays the distribution over all tokens"""
-    top_k: int = 0
+    top_k: int = number(0, 0, 10_000_000)
     """sample from so many of the most likely tokens; 0: all. Trained as with top_p"""
-    slots: int = 64
+    slots: int = number(64, 1, 1_000_000)
     """responses decoded side by side, per rank"""
     gather_parameters: bool = True
     """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
-
-    def __post_init__(self) -> None:
-        require(self.prompts >= 1, "ppo.rollout.prompts", self.prompts, "1 or more")
-        samples = self.samples_per_prompt
-        require(samples >= 1, "ppo.rollout.samples_per_prompt", samples, "1 or more")
-        require(self.max_new_tokens >= 1, "ppo.rollout.max_new_tokens", self.max_new_tokens, "1 or more")
-        require(
-            0 < self.temperature < math.inf,
-            "ppo.rollout.temperature",
-            self.temperature,
-            "a number above 0: PPO learns from responses that were sampled",
-        )
-        require(0 < self.top_p <= 1, "ppo.rollout.top_p", self.top_p, "above 0, up to 1")
-        require(self.top_k >= 0, "ppo.rollout.top_k", self.top_k, "0 (all) or more")
-        require(self.slots >= 1, "ppo.rollout.slots", self.slots, "1 or more")
 
     def notes(self) -> list[str]:
         """What should be known at a run's start: one line where not all tokens can be sampled."""
@@ -100,23 +85,21 @@ class KLConfig:
     placement: KLPlacement = KLPlacement.auto
     """reward: each token's reward loses coef times k1; loss: the loss gains coef times k3; auto: loss with
     ppo.estimator=grpo, else reward"""
-    coef: float = 0.05
+    coef: float = number(0.05, 0, 1_000)
     """the KL coefficient, per nat; 0: no KL penalty, and no reference is loaded"""
     controller: KLController = KLController.fixed
     """adaptive: coef follows the KL per response towards target"""
-    target: float = 6.0
+    target: float = number(6.0, 0, 1_000_000, above=True)
     """nats per response (adaptive)"""
-    horizon: float = 10_000.0
+    horizon: float = number(10_000.0, 0, 1e12, above=True)
     """responses over which an adaptive coef moves (adaptive)"""
 
-    def __post_init__(self) -> None:
-        require(0 <= self.coef < math.inf, "ppo.kl.coef", self.coef, "0 or more")
-        require(0 < self.target < math.inf, "ppo.kl.target", self.target, "a number above 0")
-        require(0 < self.horizon < math.inf, "ppo.kl.horizon", self.horizon, "a number above 0")
+    def check(self, at: str) -> None:
+        """A coefficient that is multiplied is not 0."""
         if self.controller is KLController.adaptive and self.coef == 0:
             raise UserError(
-                "ppo.kl.controller=adaptive cannot move ppo.kl.coef=0, which it multiplies",
-                hint="start from a coefficient above 0, e.g. ppo.kl.coef=0.05",
+                f"{at}controller=adaptive cannot move {at}coef=0, which it multiplies",
+                hint=f"start from a coefficient above 0, e.g. {at}coef=0.05",
             )
 
 
@@ -128,15 +111,10 @@ class CriticConfig:
     """reward_model (backbone and head), or policy (with a new head); auto: reward_model if there is one"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """its optimizer and schedule"""
-    warmup_iterations: int = 0
+    warmup_iterations: int = number(0, 0, 10**9)
     """first iterations in which only the critic learns"""
-    clip: float = 0.2
+    clip: float = number(0.2, 0, 1_000_000)
     """how far a value may move from the old one before it stops being pulled; 0: any way"""
-
-    def __post_init__(self) -> None:
-        warmup = self.warmup_iterations
-        require(warmup >= 0, "ppo.critic.warmup_iterations", warmup, "0 or more")
-        require(0 <= self.clip < math.inf, "ppo.critic.clip", self.clip, "0 (off) or more")
 
     def peak_lr(self, *, lora: bool) -> float:
         """Its learning rate after warm-up."""
@@ -147,22 +125,20 @@ class CriticConfig:
 class EvaluationConfig:
     """What is measured on held-out prompts, greedily and sampled."""
 
-    num_prompts: int = 256
+    num_prompts: int = number(256, 0, 1_000_000)
     """held-out prompts; 0: no evaluation"""
-    samples_per_prompt: int = 1
+    samples_per_prompt: int = number(1, 1, 1_000_000)
     """sampled responses to each, over which is averaged"""
     functions: Dict[str, str] = field(default_factory=dict)
     """further scores, only looked at: the name in eval/<name>, and a package.module:function as in rewards"""
 
-    def __post_init__(self) -> None:
-        require(self.num_prompts >= 0, "ppo.evaluation.num_prompts", self.num_prompts, "0 or more")
-        samples = self.samples_per_prompt
-        require(samples >= 1, "ppo.evaluation.samples_per_prompt", samples, "1 or more")
+    def check(self, at: str) -> None:
+        """Functions can be named, and do not take the name of another number."""
         for name, reference in self.functions.items():
-            check_reference(reference, f"ppo.evaluation.functions.{name}")
+            check_reference(reference, f"{at}functions.{name}")
             if name in MEASURED or name.endswith("_se") or "/" in name:
                 raise UserError(
-                    f"ppo.evaluation.functions.{name}: eval/{name} is, or could be, a number of another kind",
+                    f"{at}functions.{name}: eval/{name} is, or could be, a number of another kind",
                     hint=f"another name: not {', '.join(MEASURED)}, without a / and without _se at its end",
                 )
 
@@ -192,31 +168,31 @@ class PPOConfig:
     """held-out prompts"""
     estimator: Estimator = Estimator.gae
     """gae (with a critic), grpo, rloo or reinforce_pp"""
-    gamma: float = 1.0
+    gamma: float = number(1.0, 0, 1)
     """discount (gae, reinforce_pp)"""
-    lam: float = 0.95
+    lam: float = number(0.95, 0, 1)
     """GAE's lambda"""
     whiten_advantages: bool = True
     """mean 0 and standard deviation 1 over all response tokens of an iteration (gae; reinforce_pp always)"""
-    ppo_epochs: int = 1
+    ppo_epochs: int = number(1, 1, 10_000)
     """passes over an iteration's responses"""
-    clip: float = 0.2
+    clip: float = number(0.2, 0, 1, above=True, below=True)
     """how far the ratio may move from 1 before it stops being pushed"""
-    missing_eos_penalty: float = 1.0
+    missing_eos_penalty: float = number(1.0, 0, 1_000_000)
     """taken from the reward of a response that did not stop"""
-    reward_clip: float = 10.0
+    reward_clip: float = number(10.0, 0, 1_000_000, above=True)
     """largest calibrated reward, either way"""
-    entropy_coef: float = 0.0
+    entropy_coef: float = number(0.0, 0, 1_000)
     """weight of the entropy bonus"""
-    ptx_weight: float = 0.0
+    ptx_weight: float = number(0.0, 0, 1_000)
     """weight of the SFT loss on ptx_data, mixed into every update of the actor"""
     ptx_data: DataConfig = field(default_factory=DataConfig)
     """demonstrations for ptx_weight; all of them, where eval_fraction does not leave some out"""
-    ptx_batch_size: int = 32
+    ptx_batch_size: int = number(32, 1, 1_000_000)
     """rows of ptx_data per update, over all ranks"""
-    ema_decay: Optional[float] = None
+    ema_decay: Optional[float] = number(None, 0, 1, above=True, below=True)
     """average the actor's weights over updates with this decay, and export the average; null: off"""
-    target_kl: Optional[float] = None
+    target_kl: Optional[float] = number(None, 0, 1_000_000, above=True)
     """an iteration's updates end when the actor has moved this far from where it began; null: off"""
     kl: KLConfig = field(default_factory=KLConfig)
     """the KL penalty to the reference"""
@@ -224,52 +200,45 @@ class PPOConfig:
     """keep reference and reward model in host memory while they have nothing to do (GPU)"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.gamma <= 1, "ppo.gamma", self.gamma, "0 to 1")
-        require(0 <= self.lam <= 1, "ppo.lam", self.lam, "0 to 1")
-        require(self.ppo_epochs >= 1, "ppo.ppo_epochs", self.ppo_epochs, "1 or more")
-        require(0 < self.clip < 1, "ppo.clip", self.clip, "between 0 and 1")
-        penalty = self.missing_eos_penalty
-        require(0 <= penalty < math.inf, "ppo.missing_eos_penalty", penalty, "0 or more")
-        require(self.reward_clip > 0, "ppo.reward_clip", self.reward_clip, "a number above 0")
-        require(0 <= self.entropy_coef < math.inf, "ppo.entropy_coef", self.entropy_coef, "0 or more")
-        require(0 <= self.ptx_weight < math.inf, "ppo.ptx_weight", self.ptx_weight, "0 or more")
-        require(self.ptx_batch_size >= 1, "ppo.ptx_batch_size", self.ptx_batch_size, "1 or more")
-        decay = self.ema_decay
-        require(decay is None or 0 < decay < 1, "ppo.ema_decay", decay, "between 0 and 1")
-        target = self.target_kl
-        require(target is None or 0 < target < math.inf, "ppo.target_kl", target, "a number above 0")
-        if self.ptx_data.eval_path is not None:
-            raise UserError(
-                f"ppo.ptx_data.eval_path={self.ptx_data.eval_path} has no effect: demonstrations are not "
-                "evaluated",
-                hint="leave it out",
-            )
-        if self.ptx_data.eval_fraction is None:  # rows that are held out would be lost
+        if (
+            self.ptx_data.eval_fraction is None and self.ptx_data.eval_path is None
+        ):  # rows that are held out would be lost
             self.ptx_data = replace(self.ptx_data, eval_fraction=0.0)
         if self.kl.placement is KLPlacement.auto:
             in_loss = self.estimator is Estimator.grpo  # as its paper has it
             self.kl = replace(self.kl, placement=KLPlacement.loss if in_loss else KLPlacement.reward)
+
+    def check(self, at: str) -> None:
+        """The parts of an iteration go together."""
+        if self.ptx_data.eval_path is not None:
+            raise UserError(
+                f"{at}ptx_data.eval_path={self.ptx_data.eval_path} has no effect: demonstrations are not "
+                "evaluated",
+                hint="leave it out",
+            )
         if not self.rewards:
-            raise UserError("ppo.rewards=[] leaves nothing to learn from", hint="ppo.rewards=[{model: true}]")
+            raise UserError(
+                f"{at}rewards=[] leaves nothing to learn from", hint=f"{at}rewards=[{{model: true}}]"
+            )
         if sum(source.model for source in self.rewards) > 1:
-            raise UserError("ppo.rewards names the reward model twice", hint="once, with a weight")
+            raise UserError(f"{at}rewards names the reward model twice", hint="once, with a weight")
         groups = (Estimator.grpo, Estimator.rloo)
         if self.estimator in groups and self.rollout.samples_per_prompt < 2:
             raise UserError(
-                f"ppo.estimator={self.estimator.value} compares the responses to a prompt with each other, "
-                f"and ppo.rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
-                hint="ppo.rollout.samples_per_prompt=4, or ppo.estimator=gae",
+                f"{at}estimator={self.estimator.value} compares the responses to a prompt with each other, "
+                f"and {at}rollout.samples_per_prompt={self.rollout.samples_per_prompt}",
+                hint=f"{at}rollout.samples_per_prompt=4, or {at}estimator=gae",
             )
         if self.estimator is not Estimator.gae and self.critic.warmup_iterations:
             raise UserError(
-                f"ppo.critic.warmup_iterations={self.critic.warmup_iterations} has no effect with "
-                f"ppo.estimator={self.estimator.value}, which has no critic",
-                hint="ppo.critic.warmup_iterations=0",
+                f"{at}critic.warmup_iterations={self.critic.warmup_iterations} has no effect with "
+                f"{at}estimator={self.estimator.value}, which has no critic",
+                hint=f"{at}critic.warmup_iterations=0",
             )
         if self.data.max_length <= self.rollout.max_new_tokens:
             raise UserError(
-                f"ppo.data.max_length={self.data.max_length} leaves no room for a prompt beside "
-                f"ppo.rollout.max_new_tokens={self.rollout.max_new_tokens}",
+                f"{at}data.max_length={self.data.max_length} leaves no room for a prompt beside "
+                f"{at}rollout.max_new_tokens={self.rollout.max_new_tokens}",
                 hint="raise the first or lower the second",
             )
 

@@ -5,13 +5,12 @@ the controller checks the same before anything is launched or written.
 """
 
 import ipaddress
-import math
 from dataclasses import dataclass
 from typing import Optional
 from urllib.parse import SplitResult, urlsplit
 
-from common.config import require
 from common.errors import UserError
+from common.fields import number
 from common.redact import redact_text
 
 FORM = "package.module:function(prompts, completions, **columns) -> list[float]"
@@ -36,34 +35,30 @@ class RewardSourceConfig:
     """package.module:function(prompts, completions, **columns) -> list[float]"""
     url: Optional[str] = None
     """server that answers {prompts, completions, columns} with {rewards: [...]} (token: RLHF_REWARD_TOKEN)"""
-    weight: float = 1.0
+    weight: float = number(1.0, -1_000_000, 1_000_000)
     """factor in the sum"""
     name: Optional[str] = None
     """how it is called in the metrics; by default reward_model, the function's name, or the server's host"""
-    timeout: float = 30.0
+    timeout: float = number(30.0, 0, 86_400, above=True)
     """seconds until a server's answer is given up"""
-    retries: int = 4
+    retries: int = number(4, 0, 1_000)
     """further attempts at a server that does not answer; then the run stops"""
     allow_http: bool = False
     """let prompts and completions travel unencrypted to a server that is not this machine"""
 
-    def __post_init__(self) -> None:
+    def check(self, at: str) -> None:
+        """One thing scores, and it can be named."""
         named = [self.model, self.function is not None, self.url is not None]
         if sum(named) != 1:
             raise UserError(
-                "an entry of ppo.rewards names " + ("nothing to score with" if not any(named) else "several"),
+                f"{at[:-1]} names " + ("nothing to score with" if not any(named) else "several"),
                 hint="'ppo.rewards=[{model: true}]', 'ppo.rewards=[{function: package.module:function}]' "
                 """or 'ppo.rewards=[{url: "https://…"}]'""",
             )
         if self.function is not None:
-            check_reference(self.function, "ppo.rewards.function")
+            check_reference(self.function, f"{at}function")
         if self.url is not None:
-            check_url(self.url, "ppo.rewards.url", allow_http=self.allow_http)
-        named_well = self.name is None or bool(self.name.strip())
-        require(named_well, "ppo.rewards.name", repr(self.name), "a name that is not empty")
-        require(math.isfinite(self.weight), "ppo.rewards.weight", self.weight, "a finite number")
-        require(0 < self.timeout < math.inf, "ppo.rewards.timeout", self.timeout, "seconds, above 0")
-        require(self.retries >= 0, "ppo.rewards.retries", self.retries, "0 or more")
+            check_url(self.url, f"{at}url", allow_http=self.allow_http)
 
 
 def check_reference(reference: str, key: str) -> None:

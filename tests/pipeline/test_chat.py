@@ -144,7 +144,7 @@ def test_settings_change_in_the_chat_and_bad_ones_say_what_is_allowed() -> None:
         "/set temprature 1": "did you mean temperature?",
         "/set top_k 1.5": "expected a whole number",
         "/set top_p 0": "allowed: above 0, up to 1",
-        "/set temperature nan": "allowed: 0 (greedy) or more",
+        "/set temperature nan": "allowed: 0 (greedy), or 0.001 to 100",
     }
     for line, said in cases.items():
         with pytest.raises(UserError) as caught:

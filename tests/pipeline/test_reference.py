@@ -27,7 +27,8 @@ def test_the_document_is_what_the_program_prints() -> None:
 
 
 def test_a_key_is_explained_with_type_default_and_line() -> None:
-    assert explain("sft.optim.lr").splitlines()[1] == "  number or null; default: null"
+    lr = explain("sft.optim.lr").splitlines()[1]
+    assert lr == "  number or null, above 0, up to 10 (Muon takes larger ones than AdamW); default: null"
     estimator = explain("ppo.estimator").splitlines()[1]
     assert estimator == "  one of gae, grpo, rloo, reinforce_pp; default: gae"
     assert "default: [{model: true}]" in explain("ppo.rewards")

@@ -181,7 +181,7 @@ def test_a_second_run_is_refused_and_the_first_stops_with_its_state_saved(
         (["sft.optim.wamup_ratio=0"], ["unknown key", "did you mean sft.optim.warmup_ratio?"]),
         (["+sft.optim.lrr=1"], ["unknown key", "did you mean sft.optim.lr?"]),
         (["model.dtype=bf17"], ["model.dtype", "bf17", "auto, bf16, fp16, fp32"]),
-        (["sft.train.micro_batch_size=0"], ["micro_batch_size=0 is not allowed", "1 or more"]),
+        (["sft.train.micro_batch_size=0"], ["micro_batch_size=0 is not allowed", "1 to 1,000,000"]),
         (["deepspeed=zero9"], ["zero9", "zero3"]),
         (["deepspeed.stage=0"], ["deepspeed.stage=0", "deepspeed=zero1"]),
         (["run_name=a=b"], ["run_name", "quote"]),

@@ -9,6 +9,7 @@ import pytest
 
 from common.config import SourceConfig
 from common.errors import UserError
+from common.fields import as_schema
 from common.training import forecast
 from step1_sft.config import SFTJob
 from step1_sft.dry_run import forecast as forecast_sft
@@ -67,5 +68,5 @@ def test_weights_that_leave_nothing_of_an_epoch_are_refused(base: Base) -> None:
     with pytest.raises(UserError, match="an epoch has none of 51 rows by the weights of their sources"):
         forecast_sft(base.write("weightless", job) / "resolved.yaml")
     for weight in (0.0, float("inf"), float("nan"), 1e9):
-        with pytest.raises(UserError, match="above 0, up to 1000"):
-            SourceConfig(path="a", weight=weight)
+        with pytest.raises(UserError, match="1e-06 to 1,000"):
+            as_schema(SourceConfig, {"path": "a", "weight": weight})

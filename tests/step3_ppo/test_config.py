@@ -6,6 +6,7 @@ import pytest
 
 from common.config import DataConfig, TrainConfig
 from common.errors import UserError
+from common.fields import as_schema
 from common.limits import COLLECTIVE_SECONDS
 from step3_ppo.config import (
     MEASURED,
@@ -23,14 +24,15 @@ from step3_ppo.rewards.config import longest_wait
 @pytest.mark.parametrize("name", [*MEASURED, "gold_se", "greedy/gold"])
 def test_a_function_of_the_evaluation_does_not_take_the_name_of_another_number(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        EvaluationConfig(functions={"gold": "demo.gold:gold", name: "demo.gold:gold"})
+        written = {"functions": {"gold": "demo.gold:gold", name: "demo.gold:gold"}}
+        as_schema(EvaluationConfig, written, "ppo.evaluation.")
     assert f"ppo.evaluation.functions.{name}" in str(caught.value)
     assert "stop_rate" in str(caught.value)
 
 
 def test_a_function_of_the_evaluation_has_any_other_name() -> None:
     functions = {"gold": "demo.gold:gold", "rewarded": "demo.gold:gold", "seen": "demo.gold:style"}
-    assert EvaluationConfig(functions=functions).functions == functions
+    assert as_schema(EvaluationConfig, {"functions": functions}).functions == functions
 
 
 def test_no_demonstration_is_held_out_where_nothing_says_so() -> None:
@@ -42,7 +44,7 @@ def test_no_demonstration_is_held_out_where_nothing_says_so() -> None:
 
 def test_demonstrations_are_not_evaluated_on_rows_of_their_own() -> None:
     with pytest.raises(UserError, match="ppo.ptx_data.eval_path=b.jsonl has no effect"):
-        PPOConfig(ptx_data=DataConfig(path="a.jsonl", eval_path="b.jsonl"))
+        as_schema(PPOConfig, {"ptx_data": {"path": "a.jsonl", "eval_path": "b.jsonl"}}, "ppo.")
 
 
 @pytest.mark.parametrize(("retries", "pauses"), [(0, 0), (1, 1), (4, 15), (6, 63), (8, 183)])

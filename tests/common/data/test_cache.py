@@ -23,6 +23,7 @@ from common.data.dataset import (
 )
 from common.data.types import IGNORE
 from common.errors import UserError
+from common.fields import as_schema
 from tests.common.data.built import Said, made, made_pairs, pairs, preferences, texts, write
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -145,8 +146,8 @@ def test_turns_that_are_not_trained_are_counted_with_their_place(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
 def test_what_a_template_is_given_anyway_is_no_variable(name: str) -> None:
-    with pytest.raises(UserError, match=f"data.chat_template_kwargs=.*{name}"):
-        DataConfig(chat_template_kwargs={name: 1})
+    with pytest.raises(UserError, match=f"sft.data.chat_template_kwargs=.*{name}"):
+        as_schema(DataConfig, {"chat_template_kwargs": {name: 1}}, "sft.data.")
 
 
 def test_another_template_is_a_miss_that_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import pytest
 
 from common.config import DeepSpeedConfig, Dtype, Offload, OptimizerName
 from common.errors import UserError
+from common.fields import as_schema
 from common.training.ds_config import build_ds_config
 
 
@@ -64,7 +65,7 @@ def test_offload_names_its_device_and_is_absent_otherwise() -> None:
 )
 def test_stages_that_cannot_work_are_refused_with_a_way_out(values: dict, named: str) -> None:
     with pytest.raises(UserError, match=named) as caught:
-        DeepSpeedConfig(**values)
+        as_schema(DeepSpeedConfig, values, "deepspeed.")
     assert caught.value.hint
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.fields import as_schema
 from step3_ppo.config import RewardSourceConfig
 from step3_ppo.rewards.sources import Calibration, RewardSources
 
@@ -105,10 +106,10 @@ def test_a_function_that_is_not_there_is_found_out_at_the_start_with_its_place_i
 
 def test_what_cannot_name_a_function_or_a_server_is_refused_by_the_schema() -> None:
     for wrong in ({"function": "no colon"}, {"url": "http://rewards.example/"}, {"url": "nowhere"}):
-        with pytest.raises(UserError, match=r"ppo\.rewards\."):
-            RewardSourceConfig(**wrong)
-    with pytest.raises(UserError, match="names nothing to score with"):
-        RewardSourceConfig()
+        with pytest.raises(UserError, match=r"ppo\.rewards\[1\]\."):
+            as_schema(RewardSourceConfig, wrong, "ppo.rewards[1].")
+    with pytest.raises(UserError, match=r"ppo\.rewards\[1\] names nothing to score with"):
+        as_schema(RewardSourceConfig, {}, "ppo.rewards[1].")
 
 
 def test_a_score_of_the_model_that_is_not_finite_is_refused() -> None:
