@@ -23,6 +23,14 @@ EMPTY_TOO = {"empty_too": True}
 """Metadata of a field whose texts may be empty."""
 
 
+class UnknownKey(UserError):
+    """A key that the schema does not have; `hint` names the nearest beside it."""
+
+    def __init__(self, key: str, hint: str) -> None:
+        super().__init__(f"unknown key {key}", hint=hint)
+        self.key = key
+
+
 @dataclass(frozen=True)
 class Range:
     """The numbers a key may have; inf and nan are in none."""
@@ -75,7 +83,7 @@ def as_schema(schema: type[T], written: Mapping[str, Any], at: str = "") -> T:
     for name, value in written.items():
         if name not in known:
             hint = did_you_mean(name, known, f"known{' below ' + at[:-1] if at else ''}: {', '.join(known)}")
-            raise UserError(f"unknown key {at}{name}", hint=hint)
+            raise UnknownKey(f"{at}{name}", hint)
         values[name] = _value(f"{at}{name}", types[name], value, known[name].metadata)
     made = schema(**values)
     if hasattr(made, "check"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from common.config import DataConfig, OptimConfig
 from common.errors import UserError
-from common.fields import as_schema, expected
+from common.fields import UnknownKey, as_schema, expected
 from common.redact import credentials_in
 from common.stage import Step
 from pipeline import schema
@@ -90,7 +90,11 @@ def to_config(node: DictConfig, overrides: Sequence[str]) -> PipelineConfig:
     refuse_credentials({key: as_written[key] for key in plain})
     refuse_credentials(plain)
     _replace_what_an_experiment_chose(plain, overrides)
-    return as_schema(PipelineConfig, plain)
+    try:
+        return as_schema(PipelineConfig, plain)
+    except UnknownKey as error:
+        hint = error.hint if "[" in error.key else _did_you_mean(error.key)
+        raise UserError(error.message, hint=hint) from None
 
 
 def refuse_credentials(settings: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from common.config import OptimizerName, Truncation
 from common.errors import UserError
@@ -19,6 +20,7 @@ from pipeline.compose import (
     name_of_sweep_job,
     prepare,
     share_a_name,
+    to_config,
 )
 from pipeline.config import PROJECT, PipelineConfig
 
@@ -77,6 +79,12 @@ def test_an_unknown_key_inside_a_value_is_found_too() -> None:
     message = error_of("model.path=org/name", "sft.data.sources=[{path: x, weigth: 2}]")
     assert "unknown key sft.data.sources[0].weigth" in message
     assert "did you mean weight?" in message
+
+
+def test_an_unknown_key_in_a_file_is_answered_like_one_that_is_typed() -> None:
+    with pytest.raises(UserError) as caught:
+        to_config(OmegaConf.create({"sft": {"train": {"lr": 1}}}), [])
+    assert str(caught.value) == "unknown key sft.train.lr\n  did you mean sft.optim.lr?"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +270,11 @@ def test_fields_of_a_model_config_need_no_plus_sign() -> None:
     for sign in ("", "+", "++"):
         config = composed(f"{sign}model.config.model_type=llama", "sft.data.path=x.jsonl").model.config
         assert config == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("text", ["~seed", "~sft.data", "~ppo.critic.optim.lr"])
+def test_a_key_of_the_schema_is_set_and_not_deleted(text: str) -> None:
+    assert error_of(*JOB, text) == f"{text}: a key of the schema cannot be deleted\n  set {text[1:]}"
 
 
 def test_plus_before_a_known_key_is_forgiven() -> None:

@@ -45,7 +45,7 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         (("sft.data.path=x",), "python -m pipeline run sft.data.path=x"),
         (("run", "+sft.lrr=1"), "did you mean sft.optim.lr?"),
         (("run", "--cfg", "job", "sft.lrr=1"), "did you mean sft.optim.lr?"),
-        (("run", "-m", "seed=1,x"), "seed: value 'x'"),
+        (("run", "-m", "seed=1,x"), "seed: invalid value 'x'"),
         (("run", "steps=[sft,ppo]"), "ppo needs a reward_model"),
         (("run", "--no-such-flag"), "unrecognized arguments: --no-such-flag"),
         (("run", "steps=[reward]"), "add sft to steps, or set reward.policy=PATH"),
