@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

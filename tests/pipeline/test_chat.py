@@ -21,7 +21,8 @@ from common.errors import UserError
 from common.handoff import load_named
 from common.stage import Role
 from pipeline import chat
-from pipeline.chat import Chat, Settings, policy_in, printable
+from common.text import printable
+from pipeline.chat import Chat, Settings, policy_in
 from pipeline.config import PROJECT
 from tests.forked import ENVIRONMENT
 from tests.step2_dpo.runs import make_policy
@@ -162,10 +163,10 @@ def test_settings_change_in_the_chat_and_bad_ones_say_what_is_allowed() -> None:
         ("plain é 日本 👩‍🚀\ttab\nline", "plain é 日本 👩‍🚀\ttab\nline"),
         ("\x1b[31mred\x1b[0m", "␛[31mred␛[0m"),
         ("a\x1b]0;title\x07b\x1b]52;c;aGk=\x1b\\c", "a␛]0;title␇b␛]52;c;aGk=␛\\c"),
-        ("\x9b2Jcleared\x9d0;title\x9c", "2Jcleared0;title"),
+        ("\x9b2Jcleared\x9d0;title\x9c", "\\x9b2Jcleared\\x9d0;title\\x9c"),
         ("over\rwritten\x08\x00\x7f\x07", "over␍written␈␀␡␇"),
-        ("\u202ereversed\u2066", "reversed"),
-        ("half \ud800 a pair", "half  a pair"),
+        ("\u202ereversed\u2066", "\\u202ereversed\\u2066"),
+        ("half \ud800 a pair", "half \\ud800 a pair"),
     ],
 )
 def test_no_control_reaches_the_terminal_however_the_text_is_cut_into_pieces(text: str, shown: str) -> None:
