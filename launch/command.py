@@ -55,14 +55,15 @@ def one_line(text: str, key: str) -> str:
     return text
 
 
-def log_folder(run_dir: Path, name: str) -> Path:
-    """`<run>/<name>`, made: where a launcher keeps what it rendered and what the cluster printed."""
-    from common.files import disk_errors
+def keep(text: str, run_dir: Path, folder: str, name: str) -> Path:
+    """Write what a launcher rendered to `<run>/<folder>/<name>`; the cluster prints into that folder, too."""
+    from common.files import disk_errors, write_text
 
-    folder = run_dir / name
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    path = run_dir / folder / name
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
 
 
 def hand_over(command: Sequence[str], file: Path, *, elsewhere: str, refused: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.launch_config import KubernetesConfig, LaunchConfig
-from launch.command import hand_over, log_folder, machine_arguments
+from launch.command import hand_over, keep, machine_arguments
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 MANAGER = "rlhf-pipeline/launch"
@@ -44,13 +44,10 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
     overrides: as typed; their paths are those in the container. UserError where a setting is missing, there
     is no kubectl, or it refuses the job.
     """
-    from common.files import write_text
-
     text = render(config, overrides, run_dir.name, str(run_dir.parent))
     if run_dir.is_relative_to(config.k8s.volume_path):
         run_dir = Path(NOT_SET) / run_dir.name  # the volume is in the cluster, the manifest is here
-    path = log_folder(run_dir, FOLDER) / MANIFEST
-    write_text(path, text)
+    path = keep(text, run_dir, FOLDER, MANIFEST)
     say(f"k8s       {path}")
     command = ["kubectl", "create", "--filename", str(path)]
     typed = shlex.join(command)

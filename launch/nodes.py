@@ -38,6 +38,8 @@ UNPROVED_SECONDS = 10.0
 """How long such a connection may take to prove that it knows the secret."""
 WAITING = 1024
 """Connections that may wait to be accepted: the system makes those beyond call again after a second."""
+NAME_SECONDS = 30.0
+"""How long machine 0's own name may be unknown: a pod starts before the cluster can resolve it."""
 SECRET_BYTES = 32
 SHARED = "output_dir must be a folder that all machines share, such as one on NFS"
 EXPOSED = (
@@ -308,7 +310,10 @@ def endpoint_of(launch: LaunchConfig) -> tuple[str, int]:
 
 def _listen(host: str, port: int) -> list[socket.socket]:
     """Sockets on the interface that the endpoint names, and on no other."""
+    end = time.monotonic() + NAME_SECONDS
     try:
+        while not _is_known(host) and time.monotonic() < end:
+            time.sleep(0.5)
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         address = str(place[0])
         listeners = [socket.create_server((address, port), family=family, backlog=WAITING)]
@@ -323,6 +328,12 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     for listener in listeners:
         listener.setblocking(False)
     return listeners
+
+
+def _is_known(host: str) -> bool:
+    with contextlib.suppress(socket.gaierror):
+        return bool(socket.getaddrinfo(host, None))
+    return False
 
 
 def _way_out() -> list[str]:

@@ -35,10 +35,8 @@ def main() -> int:
         process_group=0,
     )
     assert process.stdout is not None and process.stderr is not None
-    pumps = [
-        threading.Thread(target=pass_on, args=(process.stdout, 1), daemon=True),
-        threading.Thread(target=pass_on, args=(process.stderr, 2), daemon=True),
-    ]
+    outputs = ((process.stdout, 1), (process.stderr, 2))
+    pumps = [threading.Thread(target=pass_on, args=output, daemon=True) for output in outputs]
     for thread in (*pumps, threading.Thread(target=obey, args=(process,), daemon=True)):
         thread.start()
     code = process.wait()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.launch_config import LaunchConfig, SlurmConfig
-from launch.command import hand_over, log_folder, machine_arguments, one_line
+from launch.command import hand_over, keep, machine_arguments, one_line
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sh.jinja"
 FOLDER = "slurm"
@@ -29,12 +29,9 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: C
 
     overrides: as typed. UserError where there is no sbatch, or it refuses the job.
     """
-    from common.files import write_text
-
     arguments = machine_arguments(overrides, config.nnodes, {"run_name": run_dir.name})
     text = render(config, arguments, run_dir.absolute(), Path.cwd(), sys.executable)
-    script = log_folder(run_dir, FOLDER) / SCRIPT
-    write_text(script, text)
+    script = keep(text, run_dir, FOLDER, SCRIPT)
     say(f"slurm     {script}")
     if config.slurm.cpus_per_task is None and not any(
         text.startswith(("--exclusive", "--cpus-per", "-c")) for text in config.slurm.options

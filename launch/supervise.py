@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, Self
+from typing import Protocol
 
 from common.errors import UserError
 from launch.agent import GRACE_SECONDS, STALLED, STOPPED, exit_status, gravity
@@ -90,7 +90,7 @@ def handling(numbers: Sequence[int], handler: Callable[[int, FrameType | None], 
             signal.signal(number, old)
 
 
-class StopRequests:
+class StopRequests(contextlib.ExitStack):
     """Notes the signals that ask to stop while it is open, and passes each on once to the job that runs.
 
     Ranks save on SIGTERM and SIGUSR1; a Python process would end on SIGINT without saving.
@@ -99,16 +99,10 @@ class StopRequests:
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
+        super().__init__()
         self.received: set[int] = set()
         self._send: Callable[[int], object] | None = None
-
-    def __enter__(self) -> Self:
-        self._handling = handling(self.NUMBERS, self._receive)
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handling.__exit__(None, None, None)
+        self.enter_context(handling(self.NUMBERS, self._receive))
 
     def pass_on_to(self, send: Callable[[int], object]) -> None:
         """From now on to what `send` reaches; what came before it was started it gets at once."""
