@@ -20,8 +20,8 @@ from common.artifacts import Manifest, hash_files, write_manifest
 from common.errors import UserError
 from common.handoff import load_named
 from common.stage import Role
-from pipeline import chat
 from common.text import printable
+from pipeline import chat
 from pipeline.chat import Chat, Settings, policy_in
 from pipeline.config import PROJECT
 from tests.forked import ENVIRONMENT
