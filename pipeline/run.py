@@ -298,8 +298,7 @@ def show_ways_out(
 ) -> None:
     """Say what would need less memory, as far as that can be estimated; what went wrong was said already.
 
-    is_certain: that memory was short. Otherwise it is said where the estimate agrees, and else only how much
-    a rank needs.
+    is_certain: memory was short. Otherwise the ways out are shown only where the estimate finds it short too.
     """
     from pipeline.planning import ways_out
 

@@ -48,6 +48,8 @@ FREE_KEYS = (
     ("rewards", "retries"),
 )
 
+NO_PART_IN_RESULTS = ("run_name", "output_dir", "force", "launch", "tracking")
+
 # What an artifact brings along: for a step that starts from one, these say nothing.
 BASE_MODEL_KEYS = ("path", "revision", "config", "tokenizer", "chat_template")
 
@@ -190,11 +192,9 @@ def run_folder(config: PipelineConfig) -> Path:
 
 def config_hash(config: PipelineConfig) -> str:
     """Hash of everything that decides the run's results; steps that do not run have no part in it."""
-    plain = to_plain(config)
     idle = [step.value for step in Step if step not in config.steps]
-    for key in ("run_name", "output_dir", "objective", "force", "launch", "tracking", *idle):
-        plain.pop(key, None)
-    return content_sha256(plain)
+    left_out = (*NO_PART_IN_RESULTS, "objective", *idle)
+    return content_sha256({key: value for key, value in to_plain(config).items() if key not in left_out})
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -303,8 +303,8 @@ def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, 
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for what a step was started with, but for what it may go on without: how
-    DeepSpeed divides it decides nothing but the order of sums, and its checkpoints are resharded."""
+    """Lines `key: old -> new` for what a step was started with. DeepSpeed's settings may change: they decide
+    only the order of sums, and checkpoints are resharded."""
     before, after = ({key: value for key, value in side.items() if key != "deepspeed"} for side in (old, new))
     return [f"{key}: {_shown(was)} -> {_shown(now)}" for key, was, now in differing(before, after)]
 

@@ -1,7 +1,7 @@
-"""What a probe is given and what it returns: a machine in, findings out, worst and best alike.
+"""What a probe takes and returns: a machine in, findings out.
 
 A probe reads what the system offers (files under /proc, other programs' answers, a file it writes and removes
-again) and changes nothing. A warning is what would stop or hang a run; a note is what one may want to know.
+again) and changes nothing. A warning would stop or hang a run; a note is worth knowing.
 """
 
 from __future__ import annotations

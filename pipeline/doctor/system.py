@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import resource
 import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from common import jit
+from common.files import write_atomically
 from pipeline.doctor.findings import GIB, Findings, Machine, note, ok, warning
 
 LEAST_DISK, LITTLE_DISK = GIB // 10, 10 * GIB
@@ -66,26 +65,14 @@ def judge_room(name: str, shown: str, free: int, kind: str, way_out: str, is_nee
 
 
 def try_to_write(folder: Path) -> None:
-    """Write a file as commits do (fsync, rename, lock) and remove it. OSError where that is refused."""
+    """Write a file as commits do (fsync, rename), lock it and remove it. OSError where that is refused."""
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "a file is in the way of a folder")
-    descriptor, written = tempfile.mkstemp(prefix=".rlhf_doctor_", dir=folder)
-    renamed = f"{written}.renamed"
-    try:
-        os.write(descriptor, b"x" * 4096)
-        os.fsync(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(written, renamed)
-        whole = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(whole)
-        finally:
-            os.close(whole)
-    finally:
-        os.close(descriptor)
-        for left in (written, renamed):
-            with suppress(OSError):
-                os.unlink(left)
+    with tempfile.TemporaryDirectory(prefix=".rlhf_doctor_", dir=folder) as made:
+        file = Path(made) / "written"
+        write_atomically(file, [b"x" * 4096])
+        with file.open("r+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def network(machine: Machine) -> Findings:

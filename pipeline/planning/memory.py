@@ -262,7 +262,7 @@ def kv_cache(work: Workload) -> float:
 
 
 def _gradients_of_all(work: Workload) -> Term:
-    """Of all networks where the gradients lie in memory of their own for good; else of the largest."""
+    """The sum over the networks where each keeps its gradients; else the largest."""
     each = [gradients(work, part) for part in work.networks]
     if work.sharding.stage == 3 or (work.sharding.stage == 1 and work.half):
         return Term("gradients", sum(term.device for term in each), sum(term.host for term in each))

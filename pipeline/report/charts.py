@@ -65,13 +65,13 @@ class Scale:
 
 
 class Curve:
-    """A line of a chart: first what was measured and must be said of it; once placed, what is drawn."""
+    """A line of a chart: what was measured, and what the notes say of it. `place` adds what is drawn."""
 
     path: str  # the line
     faint: str  # every value, behind its moving mean
     band: str  # lowest to highest of each bucket
     dots: list[tuple[float, float]]
-    whiskers: list[tuple[float, float, float]]  # x, and between what the value lies with 95 % confidence
+    whiskers: list[tuple[float, float, float]]  # x, and the ends of the 95 % interval
     gaps: list[float]  # where values are not numbers
     end: tuple[float, float] | None  # last value
     label: str

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.files import SampleFile, SampleRow
+from pipeline.report.files import SampleRow, Samples
 
 SHOWN = 6
 FURTHER = 18
@@ -45,25 +45,25 @@ class Comparison:
     judged_by: str  # what `losses` are ordered by
 
 
-def compare(samples: SampleFile | None, functions: Sequence[str] = ()) -> Comparison | None:
+def compare(samples: Samples, functions: Sequence[str] = ()) -> Comparison | None:
     """Pairs to show; None without samples. functions: names of scores, the first one judges losses."""
-    if samples is None:
+    if not samples:
         return None
-    modes = {sample.mode for sample in samples.last}
+    first, last = min(samples), max(samples)
+    modes = {sample.mode for sample in samples[last]}
     mode = "sampled" if "sampled" in modes else min(modes)
-    has_before = samples.first_step != samples.last_step
     before: dict[str, SampleRow] = {}
     after: dict[str, SampleRow] = {}  # the first sample of each prompt, in the order of the file
-    for side, rows in ((before, samples.first if has_before else []), (after, samples.last)):
-        for sample in rows:
+    for side, step in ((before, first), (after, last)):
+        for sample in samples[step]:
             if sample.mode == mode:
                 side.setdefault(sample.prompt, sample)
     pairs = [Pair(prompt, before.get(prompt), sample) for prompt, sample in after.items()]
     judged_by = next((name for name in functions if any(name in s.scores for s in after.values())), "reward")
     falls = [(fall, pair) for pair in pairs if (fall := _fall(pair, judged_by)) > 0]
     losses = [pair for _, pair in sorted(falls, key=lambda item: -item[0])]
-    first_step = samples.first_step if has_before else None
-    return Comparison(first_step, samples.last_step, mode, pairs, losses[:LOSSES_SHOWN], judged_by)
+    before_step = first if first != last else None
+    return Comparison(before_step, last, mode, pairs, losses[:LOSSES_SHOWN], judged_by)
 
 
 def parts(text: str) -> list[tuple[str, bool]]:

@@ -19,7 +19,7 @@ _SMALL_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, and between what it lies with 95 % confidence: NaN without samples."""
+    """A value and the ends of its 95 % interval, which are NaN without samples."""
 
     value: float
     low: float = math.nan

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,8 @@ class SampleRow:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SampleFile:
-    """The samples of the first and of the last step in the file; the same when there is one step only."""
-
-    first_step: int
-    first: list[SampleRow]
-    last_step: int
-    last: list[SampleRow]
-
-    def at(self, step: int) -> list[SampleRow]:
-        """The samples of a step; empty for those between, which are not kept."""
-        return {self.first_step: self.first, self.last_step: self.last}.get(step, [])
+Samples = Mapping[int, Sequence[SampleRow]]
+"""The samples of the first and of the last step in a file, by step; one where there is one step only."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class StepFiles:
     state: Mapping[str, str]  # status, started, launched, ended, exit_status; empty when never started
     metrics: Mapping[str, Series]
     errors: Mapping[str, Series]  # standard errors of some of them, by the metric's name
-    samples: SampleFile | None
+    samples: Samples
     ledger: list[LedgerRow]
     details: Mapping[str, Any]  # of the exported artifact's manifest; empty before there is one
     warnings: list[tuple[str, str]]  # time, text
@@ -234,7 +224,7 @@ class Reader:
                     found.setdefault(clean(metric), {})[record["step"]] = value
         return {metric: sorted(values.items()) for metric, values in found.items()}
 
-    def samples(self, name: str) -> SampleFile | None:
+    def samples(self, name: str) -> Samples:
         """The first and the last step's samples; those between are not kept in memory."""
         by_step: dict[int, list[SampleRow]] = {}
         for record in self.lines(name):
@@ -242,10 +232,7 @@ class Reader:
                 by_step.setdefault(record["step"], []).append(sample_of(record))
                 if len(by_step) > 2:
                     del by_step[sorted(by_step)[1]]
-        if not by_step:
-            return None
-        first, last = min(by_step), max(by_step)
-        return SampleFile(first, by_step[first], last, by_step[last])
+        return by_step
 
     def ledger(self, name: str) -> list[LedgerRow]:
         sources = self.json(name).get("sources")

@@ -283,7 +283,7 @@ def _change_sentence(measure: Measure, change: Estimate) -> str:
 def _values(step: StepFiles, at: int, name: str, mode: str) -> dict[str, list[float]]:
     """What the samples of one evaluation say about a metric, by prompt."""
     values: dict[str, list[float]] = {}
-    for sample in [] if step.samples is None else step.samples.at(at):
+    for sample in step.samples.get(at, []):
         own = {"reward": sample.reward, "kl": sample.kl, "stop_rate": sample.stopped}
         value = own[name] if name in own else sample.scores.get(name)
         if value is not None and (not mode or sample.mode == mode):

@@ -21,8 +21,8 @@ import yaml
 from common.stage import Role, Step
 from pipeline import state
 from pipeline.report.files import RunFiles, clean, dig, mapping
+from pipeline.state import NO_PART_IN_RESULTS
 
-NO_PART_IN_RESULTS = ("run_name", "output_dir", "force", "launch", "tracking")
 _PLAIN = re.compile(r"[A-Za-z_/][\w/.@-]*")
 _RESERVED = {"null", "true", "false", "nan", "inf", "yes", "no", "on", "off"}
 

@@ -263,14 +263,14 @@ def test_a_folder_that_may_not_be_looked_into_is_found(
     assert f"{tmp_path / 'runs'}: Permission denied" in finding.text
 
 
-@pytest.mark.parametrize("refuses", ["fsync", "rename"])
+@pytest.mark.parametrize("refuses", ["fsync", "replace"])
 def test_a_disk_that_cannot_commit_is_found_and_left_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
 ) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(system.os, refuses, refuse)
+    monkeypatch.setattr(os, refuses, refuse)
     finding = only(system.place("output_dir", tmp_path, "output_dir=FOLDER"))
     assert finding.level is Level.warning and "Read-only file system" in finding.text
     monkeypatch.undo()

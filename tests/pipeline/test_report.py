@@ -19,7 +19,7 @@ from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
 from pipeline.report import report
 from pipeline.report.comparison import compare
-from pipeline.report.files import SampleFile, SampleRow, ledger_row, read_run
+from pipeline.report.files import SampleRow, ledger_row, read_run
 from pipeline.report.glance import at_a_glance
 from pipeline.report.reproduce import command_for, decisive
 from pipeline.state import write_resolved
@@ -287,7 +287,7 @@ def test_samples_are_shown_in_the_order_of_the_file_beside_each_other() -> None:
         made = [SampleRow(f"p{i}", f"r{s}", "sampled", reward=s) for i, s in enumerate(scores)]
         return [*made, SampleRow("p0", "greedy one", "greedy", reward=9.0)]
 
-    found = compare(SampleFile(0, rows(1.0, 2.0, 3.0), 40, rows(5.0, 1.0, 0.0)))
+    found = compare({0: rows(1.0, 2.0, 3.0), 40: rows(5.0, 1.0, 0.0)})
     assert found is not None and (found.before_step, found.after_step, len(found.pairs)) == (0, 40, 3)
     shown = [
         (pair.prompt, pair.before and pair.before.completion, pair.after.completion) for pair in found.pairs
@@ -301,8 +301,7 @@ def test_only_the_first_and_the_last_evaluation_are_kept_of_many(tmp_path: Path)
     rows = [{"step": step, "prompt": "p", "completion": str(step)} for step in (0, 10, 20, 30, 40)]
     write_lines(tmp_path / "ppo" / "samples.jsonl", rows)
     samples = read_run(tmp_path).steps[0].samples
-    assert samples is not None
-    assert ([s.completion for s in samples.first], [s.completion for s in samples.last]) == (["0"], ["40"])
+    assert {step: [s.completion for s in rows] for step, rows in samples.items()} == {0: ["0"], 40: ["40"]}
 
 
 def test_the_command_to_reproduce_composes_to_the_recorded_configuration(tmp_path: Path) -> None:
