@@ -16,7 +16,7 @@ from common.stage import Step
 from step1_sft.config import SFTConfig
 from step2_dpo.config import DPOConfig
 from step2_reward.config import RewardConfig
-from step3_ppo.config import PPOConfig
+from step3_ppo.config import KLPlacement, PPOConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, `conf/` and `demo/`."""
@@ -90,7 +90,9 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="pipeline_schema", node=to_plain(PipelineConfig()))
+    defaults = to_plain(PipelineConfig())
+    defaults["ppo"]["kl"]["placement"] = KLPlacement.auto.value  # settled only once the estimator is known
+    ConfigStore.instance().store(name="pipeline_schema", node=defaults)
     OmegaConf.register_new_resolver("project", _project_path, replace=True)
 
 

@@ -113,3 +113,19 @@ def test_a_reward_that_cannot_be_is_refused_with_the_way_out(override: str, said
     with pytest.raises(UserError) as caught:
         rewards(override)
     assert said in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "where"),
+    [
+        ([], KLPlacement.reward),
+        (["ppo.estimator=grpo"], KLPlacement.loss),
+        (["ppo.estimator=rloo"], KLPlacement.reward),
+        (["ppo.estimator=grpo", "ppo.kl.placement=reward"], KLPlacement.reward),
+        (["ppo.kl.placement=loss"], KLPlacement.loss),
+    ],
+)
+def test_where_the_kl_penalty_goes_follows_from_the_estimator_that_is_typed(
+    typed: list[str], where: KLPlacement
+) -> None:
+    assert compose(prepare(["experiment=demo", *typed]).overrides).ppo.kl.placement is where
