@@ -185,4 +185,7 @@ def test_a_users_own_folder_of_experiments_is_found(tmp_path: Path, job: list[st
     (own / "typo.yaml").write_text(text.replace("max_length", "max_lenght"))
     done = rlhf("run", "--config-dir", "mine", "experiment=typo", folder=tmp_path)
     assert done.returncode == 2
-    assert "unknown key sft.data.max_lenght" in done.stderr and "did you mean max_length?" in done.stderr
+    assert (
+        "unknown key sft.data.max_lenght" in done.stderr
+        and "did you mean sft.data.max_length?" in done.stderr
+    )

@@ -139,7 +139,9 @@ def test_the_artifact_verifies_and_tells_how_it_was_made(run_dir: Path) -> None:
     assert details["progress"]["num_tokens"] == last["num_tokens"]
     assert details["metrics"]["eval/loss"] == last["eval/loss"]
     assert details["metrics"]["loss"] == last["loss"]
-    assert set(details["data"]) == {"train", "held_out"} and None not in details["data"].values()
+    assert (
+        set(details["data"]) == {"train", "held_out", "rows_sha256"} and None not in details["data"].values()
+    )
     assert details["dtype"] == "float32" and details["parents"] == []
 
 
