@@ -77,7 +77,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
         ptx = session.load_data(ppo.ptx_data, DEMONSTRATIONS, tokenizer, folder=folder / "ptx")
         ptx_plan = replace(session.batch_plan(ppo.ptx_data), global_batch_size=ppo.ptx_batch_size)
         demonstrations = Batches(ptx.train, ptx_plan, ptx.weights)
-        fingerprints["ptx"] = ptx.train.fingerprint
+        of_ptx = ptx.fingerprints()
+        fingerprints |= {"ptx": of_ptx["train"], "ptx_rows_sha256": of_ptx["rows_sha256"]}
 
     # Networks ----------------------------------------------------------------------------------
     session.rehearse_export(model_of(job.model, policy.path), CAUSAL_LM)

@@ -310,7 +310,7 @@ def test_demonstrations_are_mixed_into_the_update(run: Any, usual: Path, folder:
     assert (run_dir / "ppo" / "ptx" / "ledger.json").exists()
     # the artifact names the rows that it learned from by hash
     data = [read_manifest(folder / "ppo" / "export").details["data"] for folder in (run_dir, usual)]
-    assert set(data[0]) - set(data[1]) == {"ptx"} and len(set(data[0].values())) == 3
+    assert set(data[0]) - set(data[1]) == {"ptx", "ptx_rows_sha256"} and len(set(data[0].values())) == 5
 
 
 def test_what_is_exported_is_the_average_where_there_is_one(run: Any, artifacts: Artifacts) -> None:
