@@ -110,10 +110,6 @@ def _check_is_artifact(path: str, role: Role, key: str) -> None:
     if (folder / MANIFEST).exists():
         return
     manifests = [*folder.glob("export/" + MANIFEST), *sorted(folder.glob("*/export/" + MANIFEST))]
-    fitting = [manifest.parent for manifest in manifests if _role_of(manifest.parent) is role]
-    if fitting:
-        ways = " or ".join(f"{key}={export}" for export in fitting)
-        raise UserError(f"{named} holds artifacts, but is none itself", hint=f"did you mean {ways}?")
     others = {manifest.parent: _role_of(manifest.parent) for manifest in manifests}
     held = ", ".join(f"a {other.value} ({export})" for export, other in others.items() if other is not None)
     if held:
@@ -125,11 +121,6 @@ def _check_is_artifact(path: str, role: Role, key: str) -> None:
         raise UserError(
             f"{named} is a part of the artifact {folder.parent}, not all of it",
             hint=f"name the folder above: {key}={folder.parent}",
-        )
-    if (folder / "config.json").exists():
-        raise UserError(
-            f"{named} is a plain transformers model without {MANIFEST}, not an artifact of this pipeline",
-            hint=f"train it first: add sft to steps and name the model with model.path={folder}",
         )
     raise UserError(
         f"{named} is not a finished artifact: it has no {MANIFEST}",

@@ -30,6 +30,7 @@ usage: python -m pipeline VERB ...
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
+  import MODEL --out F  an artifact of a model that others published
   doctor                what this machine can do, and what would stop a run on it
   explain KEY           type, default and meaning of a key, or of all keys of a group
 
@@ -45,7 +46,7 @@ usage: python -m pipeline VERB ...
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "plan", "preview", "verify", "report", "chat", "doctor", "explain")
+VERBS = ("run", "plan", "preview", "verify", "report", "chat", "import", "doctor", "explain")
 TAKES = {
     "verify": ("one path", "runs/NAME"),
     "report": ("the folder of one run", "runs/NAME"),
@@ -95,6 +96,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.chat import chat
 
         return chat(rest)
+    if verb == "import":
+        from pipeline.sources import import_verb
+
+        return import_verb(rest, say=say)
     if verb == "doctor":
         from pipeline.doctor import doctor
 

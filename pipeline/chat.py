@@ -14,16 +14,17 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from common.artifacts import MANIFEST, UNVERIFIED, Artifact
+from common.artifacts import UNVERIFIED, Artifact
 from common.errors import UserError
 from common.fields import as_schema, number
 from common.handoff import load_named
-from common.stage import Role, Step
+from common.stage import Role
 from common.text import did_you_mean, printable
-from pipeline.plan import EXPORT, STAGES
+from pipeline.config import PipelineConfig
+from pipeline.options import Options
+from pipeline.sources import artifact_of, models_below
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def chat(arguments: Sequence[str]) -> int:
     for known in dataclasses.fields(Settings):
         if (text := getattr(options, known.name)) is not None:
             settings = settings.changed(known.name, text)
-    place = str(policy_in(Path(options.path)))
+    place = artifact_of(options.path, Role.policy, "PATH", models_below(PipelineConfig().output_dir), note)
     artifact = load_named(place, Role.policy, "PATH", allow_unverified=True)
     if fault := artifact.manifest.details.get(UNVERIFIED):
         note(f"warning: it failed its check when it was exported: {fault}")
@@ -109,42 +110,14 @@ def talk(conversation: Chat) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options as text; `Settings` checks the values. UserError for an option that does not exist."""
-    parser = _Parser(prog="python -m pipeline chat", description="Talk to a policy in the terminal.")
-    parser.add_argument("path", metavar="PATH", help="a policy's export/, or the folder of its step or run")
+    parser = Options("chat", "PATH", "Talk to a policy in the terminal.")
+    parser.add_argument("path", metavar="PATH", help="an artifact, a run, a model's folder, a hub model")
     for known in dataclasses.fields(Settings):
         option = "--" + known.name.replace("_", "-")
         parser.add_argument(option, metavar="N", help=f"default {known.default}")
     parser.add_argument("--system", metavar="TEXT", help="how the policy should behave")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; by default a GPU where there is one")
     return parser.parse_args(list(arguments))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"chat: {message}", hint="python -m pipeline chat PATH; --help lists the options")
-
-
-def policy_in(path: Path) -> Path:
-    """The policy that is meant by a path: itself, or what a step, or the latest step of a run, has left.
-
-    The path as it is where none is there; UserError naming the runs in a folder of runs that have one.
-    """
-    if finished := _policies_of(path):
-        return finished[0]
-    is_run = any((path / step.value).is_dir() for step in Step)
-    runs = [] if is_run or not path.is_dir() else list(filter(_policies_of, sorted(path.iterdir())))
-    if runs:
-        listed = ", ".join(str(run) for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
-        raise UserError(
-            f"{path} holds {len(runs)} run(s) with a policy, and is none itself", hint=f"name one: {listed}"
-        )
-    return path
-
-
-def _policies_of(path: Path) -> list[Path]:
-    makers = [step for step in reversed(Step) if STAGES[step].produces is Role.policy]
-    below = [path / EXPORT, *(path / step.value / EXPORT for step in makers)]
-    return [folder for folder in (path, *below) if (folder / MANIFEST).exists()]
 
 
 def note(line: str) -> None:

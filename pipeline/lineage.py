@@ -17,30 +17,12 @@ from common.artifacts import MANIFEST, Artifact, Manifest, read_manifest, write_
 from common.config import TokenizerConfig
 from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
-from common.stage import Role, Stage, Step
+from common.stage import Role, Stage
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, start_of
 from pipeline.state import run_folder
 
 LINEAGE = "lineage.json"
-
-
-def check_named_sources(wired: Sequence[Wired]) -> None:
-    """Verify every artifact that the user named, before any step spends time.
-
-    Those that meet in a step must read text alike, also where one of them is what another is made from.
-    """
-    loaded: dict[tuple[str, Role], Artifact] = {}
-    for step in wired:
-        for role, source in step.sources.items():
-            if not isinstance(source, Step) and (source, role) not in loaded:
-                key = f"{step.stage.name.value}.{role.value}"
-                loaded[source, role] = load_named(source, role, key)
-    for step in wired:
-        starts = [(start_of(step.stage.name, wired, role), role) for role in step.sources]
-        found = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
-        for left, right in itertools.combinations(filter(None, found), 2):
-            check_same_tokens(left, right)
 
 
 def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:

@@ -10,8 +10,9 @@ from launch.local import Job, count_gpus
 from launch.supervise import supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.lineage import check_named_sources, readable
+from pipeline.lineage import readable
 from pipeline.plan import wire_run
+from pipeline.sources import settle_sources
 
 
 def preview(config: PipelineConfig) -> int:
@@ -19,8 +20,8 @@ def preview(config: PipelineConfig) -> int:
 
     Rows are read without a reward model, so that none need be there yet.
     """
+    config = settle_sources(config, can_lack=[Role.reward_model])
     wired = wire_run(config, can_lack=[Role.reward_model])
-    check_named_sources(wired)
     config, _ = state.settle_dtype(config, state.run_folder(config), gpu=count_gpus() > 0)
     checks.check(config, 1, can_lack=[Role.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:

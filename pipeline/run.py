@@ -33,8 +33,9 @@ from launch.nodes import Hello, Machines, gather
 from launch.supervise import leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.lineage import check_named_sources, check_parents, load_sources, record_lineage
+from pipeline.lineage import check_parents, load_sources, record_lineage
 from pipeline.plan import EXPORT, Wired, wire_run, with_sources
+from pipeline.sources import settle_sources
 
 REPORT = "report.html"
 OF_MEMORY = (OUT_OF_MEMORY, 128 + signal.SIGKILL)
@@ -63,7 +64,8 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
         return follow(config.launch, hello(config, own), folder, jobs_of(wired, folder, own), say)
     greeting = hello(config, own)  # as the command was given, on all machines
     config, line = state.settle_dtype(config, folder, gpu=count_gpus() > 0)
-    check_named_sources(wired)
+    config = settle_sources(config, say)
+    wired = wire_run(config)
     checks.check(config, own)
     if line is not None:
         say(line)

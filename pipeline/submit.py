@@ -13,8 +13,8 @@ from common.stage import Step
 from launch import k8s, slurm, ssh
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.lineage import check_named_sources
 from pipeline.plan import wire_run
+from pipeline.sources import settle_sources
 
 
 def is_for_other_machines(config: PipelineConfig) -> bool:
@@ -28,11 +28,10 @@ def submit(config: PipelineConfig, overrides: Sequence[str], *, say: Callable[[s
     overrides: as typed.
     """
     run_dir = state.run_folder(config)
-    wired = wire_run(config)
+    wire_run(config)  # each step has a start
     if config.launch.kind is Launcher.k8s:  # its paths are those of the container
         return k8s.launch(config.launch, overrides, run_dir, say)
-    check_named_sources(wired)
-    check_paths(config)
+    check_paths(settle_sources(config, say))
     launcher = ssh if config.launch.kind is Launcher.ssh else slurm
     return launcher.launch(config.launch, overrides, run_dir, say)
 

@@ -19,6 +19,9 @@ from typing import Any
 
 from common.errors import UserError
 
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+"""What is read of a hub model; no pickles."""
+
 
 def locate(path: str, revision: str | None, key: str) -> tuple[str, str | None]:
     """(folder, None) for a local path, (hub name, commit) for a hub model."""
@@ -29,6 +32,22 @@ def locate(path: str, revision: str | None, key: str) -> tuple[str, str | None]:
         found = "is a file" if local.exists() else "does not exist"
         raise UserError(f"{key}={path} {found}", hint="name a model's folder, or a hub model org/name")
     return path, _hub_commit(path, revision, key)
+
+
+def fetch(path: str, revision: str | None, key: str) -> tuple[Path, str | None]:
+    """(folder, None) for a local path; for a hub model the folder in the cache, and the commit it is of."""
+    where, commit = locate(path, revision, key)
+    if commit is None:
+        check_folder(Path(where))
+        return Path(where), None
+    from huggingface_hub import snapshot_download
+
+    with loading_errors(path, key, revision):
+        folder = snapshot_download(
+            path, revision=commit, allow_patterns=MODEL_FILES, local_files_only=not hub_answers()
+        )
+    check_folder(Path(folder))
+    return Path(folder), commit
 
 
 def _hub_commit(name: str, revision: str | None, key: str) -> str:

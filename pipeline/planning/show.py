@@ -24,11 +24,11 @@ from launch.command import machine_arguments
 from launch.local import count_gpus, ranks_of
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.lineage import check_named_sources
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.fitting import ways_out_of
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
+from pipeline.sources import settle_sources
 
 Say = Callable[[str], None]
 STAGES = (1, 2, 3)
@@ -62,7 +62,8 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
         sections = {"launch": k8s_lines(config, overrides)}
     else:
         where = where_of(config)
-        check_named_sources(wired)
+        config = settle_sources(config, say)
+        wired = wire_run(config)
         config, line = state.settle_dtype(config, state.run_folder(config), gpu=where.gpu)
         in_doubt = [f"{line}; `doctor` measures which dtype is faster here"] if line is not None else []
         checks.check(config, where.ranks, [*where.hosts.values()] or [where.here])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +113,6 @@ def test_a_checkpoint_given_as_a_policy_is_called_by_its_name(tmp_path: Path) ->
     (tmp_path / "step_00000001").mkdir()
     write_manifest(tmp_path / "step_00000001", Manifest("checkpoint", None, {}))
     assert "is a checkpoint, where a policy is needed" in refusal(tmp_path / "step_00000001").message
-
-
-def test_a_plain_transformers_model_says_how_to_make_an_artifact_of_it(tmp_path: Path) -> None:
-    (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    error = refusal(tmp_path / "llama")
-    assert "is a plain transformers model without manifest.json" in error.message
-    assert f"model.path={tmp_path / 'llama'}" in str(error.hint) and "sft" in str(error.hint)
-
-
-def test_a_run_or_a_steps_folder_points_at_the_artifact_in_it(tmp_path: Path) -> None:
-    artifact(tmp_path / "a" / "sft" / "export")
-    artifact(tmp_path / "a" / "reward" / "export", Role.reward_model)
-    for folder in (tmp_path / "a", tmp_path / "a" / "sft"):
-        assert refusal(folder).hint == f"did you mean dpo.policy={tmp_path}/a/sft/export?"
 
 
 def test_a_folder_with_artifacts_of_another_role_only_says_what_it_holds(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from common.handoff import load_named
 from common.stage import Role
 from common.text import printable
 from pipeline import chat
-from pipeline.chat import Chat, Settings, policy_in
+from pipeline.chat import Chat, Settings
 from pipeline.config import PROJECT
 from tests.forked import ENVIRONMENT
 from tests.step2_dpo.runs import make_policy
@@ -202,29 +202,6 @@ def artifact(folder: Path, role: Role = Role.policy) -> Path:
     (folder / "config.json").write_text("{}")
     write_manifest(folder, Manifest("artifact", role, hash_files(folder), {}))
     return folder
-
-
-def test_a_folder_of_runs_is_refused_with_the_names_of_those_that_have_a_policy(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        artifact(tmp_path / name / "sft" / "export")
-    artifact(tmp_path / "three" / "reward" / "export", Role.reward_model)
-    assert policy_in(tmp_path / "one") == tmp_path / "one" / "sft" / "export"
-    with pytest.raises(UserError, match="holds 2 run") as error:
-        chat.chat([str(tmp_path)])
-    assert error.value.hint == f"name one: {tmp_path / 'one'}, {tmp_path / 'two'}"
-
-
-def test_a_run_means_its_latest_policy_and_a_step_its_own(tmp_path: Path) -> None:
-    assert policy_in(tmp_path) == tmp_path
-    sft = artifact(tmp_path / "sft" / "export")
-    artifact(tmp_path / "reward" / "export", Role.reward_model)
-    assert policy_in(tmp_path) == policy_in(tmp_path / "sft") == policy_in(sft) == sft
-    (tmp_path / "ppo" / "export").mkdir(parents=True)  # not finished
-    assert policy_in(tmp_path) == sft
-    dpo = artifact(tmp_path / "dpo" / "export")
-    assert policy_in(tmp_path) == dpo
-    (tmp_path / "ppo" / "export").rmdir()
-    assert policy_in(artifact(tmp_path / "ppo" / "export").parent.parent) == tmp_path / "ppo" / "export"
 
 
 @pytest.mark.parametrize(

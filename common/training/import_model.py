@@ -1,0 +1,157 @@
+"""`python -m common.training.import_model MODEL --out FOLDER --role ROLE`: a published model as an artifact.
+
+Takes a folder or a hub model that transformers reads: any causal LM as a policy, any sequence classifier with
+one label as a reward model. Loads it in the dtype that its weights have, settles tokenizer and terminators as
+a step would, and exports it with the same checks; no weight changes. Trains nothing. A process of its own,
+since the controller imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.artifacts import file_sha256
+from common.config import Dtype, ModelConfig
+from common.data.chat import check_template
+from common.errors import UserError
+from common.files import commit_folder
+from common.model.architecture import read_config
+from common.model.hub import fetch, loading_errors
+from common.model.loading import load_model
+from common.model.packed import PackedCausalLM
+from common.model.scalar_head import PackedScalarModel, load_reward_model
+from common.model.tokenizer import load_tokenizer, terminators_of
+from common.notices import listen
+from common.redact import shown
+from common.runtime.logs import open_rank_log, run_and_report
+from common.stage import Role
+from common.training.export import export_policy, export_reward_model, noise_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DTYPES = {"F32": Dtype.fp32, "BF16": Dtype.bf16, "F16": Dtype.fp16}
+HEADS = {Role.policy: "ForCausalLM", Role.reward_model: "ForSequenceClassification"}
+"""How transformers' class of a role's models ends; a config names it under `architectures`."""
+SAMPLE = "The capital of France is Paris, and the capital of Italy is Rome."
+"""What the exported model is compared with the loaded one on."""
+
+
+def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
+    """Write the model that `model` names to `out`, an artifact for `role`; returns `out`.
+
+    model: its path, revision, chat template and trust in remote code count; the dtype is that of the weights.
+    UserError for what the pipeline cannot train from or score with.
+    """
+    named = str(model.path)
+    folder, commit = fetch(named, model.revision, "model")
+    weights = sorted(folder.glob("*.safetensors"))
+    model = ModelConfig(
+        path=str(folder), dtype=stored_dtype(weights), chat_template=model.chat_template,
+        trust_remote_code=model.trust_remote_code,
+    )  # fmt: skip
+    check_head(model, role)
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.chat_template:
+        raise UserError(
+            "it has no chat template", hint="python -m pipeline import ... --chat-template chatml"
+        )
+    check_template(tokenizer)
+    details: dict[str, Any] = {
+        "parents": [],
+        "base_model": named,
+        "base_revision": commit,
+        "imported": {"from": named, "weights": {path.name: file_sha256(path) for path in weights}},
+    }
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        commit_folder(_export(model, role, tokenizer, Path(beside) / "export", details), out)
+    return out
+
+
+def _export(
+    model: ModelConfig, role: Role, tokenizer: PreTrainedTokenizerFast, folder: Path, details: dict[str, Any]
+) -> Path:
+    device = torch.device("cpu")
+    ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
+    document = torch.tensor([*ids, terminators_of(tokenizer)[0]])
+    known: dict[str, Any] = {"details": details, "say": lambda line: print(line, flush=True)}
+    if role is Role.policy:
+        policy = PackedCausalLM(load_model(model, tokenizer, seed=0, device=device).eval())
+        with torch.no_grad():
+            logits = policy.logits(document[None])
+        noise, network = noise_of(policy, [document], logits), policy.base()
+        return export_policy(
+            network, None, tokenizer, folder, probe=document[None], live_logits=logits, noise=noise, **known
+        )
+    scorer = PackedScalarModel(load_reward_model(model, tokenizer, seed=0, device=device).eval())
+    with torch.no_grad():
+        scores = scorer.scores([document])
+    noise, network = noise_of(scorer, [document], scores), scorer.base()
+    return export_reward_model(
+        network, None, tokenizer, folder, probe=[document], live_scores=scores, noise=noise, **known
+    )
+
+
+def stored_dtype(weights: list[Path]) -> Dtype:
+    """The dtype of the tensors in safetensors files; where they are mixed fp32, which holds all others."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for path in weights:
+        with loading_errors(str(path), "model"), safe_open(path, framework="pt") as tensors:
+            names = tensors.keys()
+            found |= {tensors.get_slice(name).get_dtype() for name in names}
+    if unknown := sorted(found - DTYPES.keys()):
+        raise UserError(
+            f"its weights are {', '.join(unknown)}: quantised weights are not trained",
+            hint="name the model that was quantised, in bf16, fp16 or fp32",
+        )
+    return DTYPES[found.pop()] if len(found) == 1 else Dtype.fp32
+
+
+def check_head(model: ModelConfig, role: Role) -> None:
+    """UserError for a model whose head is not that of the role: transformers makes one up, or drops it."""
+    wanted = HEADS[role]
+    named = read_config(model).architectures or []
+    if named and not any(name.endswith(wanted) for name in named):
+        what = "a causal LM" if role is Role.policy else "a sequence classifier with one label"
+        raise UserError(f"it is a {', '.join(named)}, where {what} is needed", hint=f"name a ...{wanted}")
+
+
+def main() -> int:
+    """0, or 2 with one line where the model cannot be taken."""
+    parser = argparse.ArgumentParser(prog="python -m common.training.import_model")
+    parser.add_argument("model", help="a folder or a hub name")
+    parser.add_argument("--out", type=Path, required=True, help="the artifact's folder")
+    parser.add_argument("--role", type=Role, choices=list(Role), required=True)
+    parser.add_argument("--named", required=True, help="what the user typed, for messages")
+    parser.add_argument("--revision")
+    parser.add_argument("--chat-template")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    given = parser.parse_args()
+    listen(lambda line: print(f"notice: {shown(line)}", flush=True))
+    model = ModelConfig(
+        path=given.model, revision=given.revision, chat_template=given.chat_template,
+        trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
+
+    def work() -> int:
+        try:
+            import_model(model, given.role, given.out)
+        except UserError as error:
+            raise UserError(f"{given.named} cannot be imported: {error.message}", hint=error.hint) from error
+        return 0
+
+    with tempfile.TemporaryDirectory(prefix="rlhf_import_") as logs:
+        open_rank_log(Path(logs), 0)
+        return run_and_report(work, Path(logs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What the user names as a policy or a reward model, settled as an artifact that is verified.
+
+Takes a configuration in which `STEP.policy` or `STEP.reward_model` is an artifact, a run, a folder that
+transformers reads, or a hub model; returns it with artifacts in their place. A published model is imported
+once, by a process of its own, and kept by content under `<output_dir>/.cache/models`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from common.artifacts import MANIFEST, Artifact, content_sha256
+from common.errors import UserError
+from common.files import disk_errors
+from common.handoff import check_same_tokens, load_named, similar
+from common.stage import Role, Step
+from launch.local import Job
+from launch.supervise import supervise
+from pipeline.config import PipelineConfig
+from pipeline.options import Options
+from pipeline.plan import EXPORT, STAGES, named_sources, start_of, wire_run
+from pipeline.state import fingerprint, run_name
+
+IMPORTER = "common.training.import_model"
+
+Say = Callable[[str], None]
+
+
+def settle_sources(
+    config: PipelineConfig, say: Say = print, *, can_lack: Collection[Role] = ()
+) -> PipelineConfig:
+    """The configuration with an artifact for everything that the user named, each verified.
+
+    Those that meet in a step must read text alike, also where one of them is what another is made from.
+    can_lack: see `plan.wire`. UserError naming the key where there is nothing that fits.
+    """
+    models = models_below(config.output_dir)
+    config = replace(config, run_name=run_name(config))  # of what was typed, on all machines
+    for (step, role), named in named_sources(config).items():
+        path = artifact_of(named, role, f"{step.value}.{role.value}", models, say)
+        settled = replace(getattr(config, step.value), **{role.value: path})
+        config = replace(config, **{step.value: settled})
+    loaded: dict[tuple[str, Role], Artifact] = {}
+    wired = wire_run(config, can_lack=can_lack)
+    for each in wired:
+        for role, source in each.sources.items():
+            if not isinstance(source, Step) and (source, role) not in loaded:
+                loaded[source, role] = load_named(source, role, f"{each.stage.name.value}.{role.value}")
+    for each in wired:
+        starts = [(start_of(each.stage.name, wired, role), role) for role in each.sources]
+        found = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
+        for left, right in itertools.combinations(filter(None, found), 2):
+            check_same_tokens(left, right)
+    return config
+
+
+def models_below(output_dir: str) -> Path:
+    """Where imported models are kept."""
+    return Path(output_dir) / ".cache" / "models"
+
+
+def artifact_of(named: str, role: Role, key: str, models: Path, say: Say = print) -> str:
+    """The folder of the artifact that `key=named` means: of a run or step the newest with this role, of a
+    published model what is made of it below `models`. As it was named where it is neither."""
+    path = Path(named)
+    if found := artifacts_in(path, role):
+        return str(found[0])
+    if is_published(named):
+        return str(import_model(named, role, f"{key}={named}", models, say))
+    is_run = any((path / step.value).is_dir() for step in Step)
+    below = sorted(path.iterdir()) if named and path.is_dir() and not is_run else []
+    if runs := [folder for folder in below if artifacts_in(folder, role)]:
+        listed = ", ".join(map(str, runs[:8])) + (", ..." if len(runs) > 8 else "")
+        raise UserError(
+            f"{key}={path} holds {len(runs)} run(s) with a {role.value}, and is none itself",
+            hint=f"name one: {listed}",
+        )
+    return named
+
+
+def artifacts_in(path: Path, role: Role) -> list[Path]:
+    """The artifact at a path, of a step, or of a run, those of its latest steps first; empty without one."""
+    makers = [step for step in reversed(Step) if STAGES[step].produces is role]
+    below = [path / EXPORT, *(path / step.value / EXPORT for step in makers)]
+    return [folder for folder in (path, *below) if (folder / MANIFEST).exists()]
+
+
+def is_published(named: str) -> bool:
+    """Whether it is a folder that transformers reads, or can be a hub model's name, ORG/NAME@REVISION."""
+    path = Path(named).expanduser()
+    if path.exists():
+        return (path / "config.json").exists()
+    is_hub_name = named.count("/") == 1 and not named.startswith((".", "/", "~")) and not named.endswith("/")
+    return is_hub_name and not path.parent.exists()
+
+
+def import_model(named: str, role: Role, typed: str, models: Path, say: Say = print) -> Path:
+    """The artifact that is made of a published model, found again by its content (a hub model: its name).
+
+    typed: what messages call it.
+    """
+    path = Path(named).expanduser()
+    content = fingerprint(path)["sha256"] if path.exists() else named
+    name = Path(named.partition("@")[0]).name or role.value
+    out = models / f"{name}-{content_sha256([content, role.value])[:12]}"
+    if (out / MANIFEST).exists():
+        say(f"{typed} was imported before: {out}")
+        return out
+    say(f"{typed} is imported as an artifact: {out}")
+    start_import(named, role, typed, out)
+    return out
+
+
+def import_verb(arguments: Sequence[str], *, say: Say = print) -> int:
+    """`python -m pipeline import MODEL --out FOLDER`: an artifact of a published model. Returns 0."""
+    parser = Options("import", "MODEL --out FOLDER", "Make an artifact of a published model.")
+    parser.add_argument("model", metavar="MODEL", help="a model's folder, or ORG/NAME@REVISION")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the artifact's folder")
+    parser.add_argument("--as", dest="role", choices=[role.value for role in Role], default=Role.policy.value)
+    parser.add_argument("--chat-template", metavar="NAME", help="as model.chat_template, in place of its own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model's own")
+    given = parser.parse_args(list(arguments))
+    if given.out.exists():
+        raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new folder")
+    if not is_published(given.model):
+        found = "holds no config.json" if Path(given.model).expanduser().exists() else "does not exist"
+        raise UserError(f"{given.model} {found}", hint=similar(Path(given.model)))
+    options = ["--chat-template", given.chat_template] if given.chat_template else []
+    options += ["--trust-remote-code"] if given.trust_remote_code else []
+    start_import(given.model, Role(given.role), given.model, given.out, options)
+    artifact = Artifact.load(given.out, Role(given.role))
+    say(f"artifact  {given.out} ({artifact.sha256[:12]}), a {given.role}")
+    return 0
+
+
+def start_import(named: str, role: Role, typed: str, out: Path, options: Sequence[str] = ()) -> None:
+    """Make the artifact `out` of a published model. SystemExit where its process has said why it did not."""
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    path, _, revision = named.partition("@") if not Path(named).expanduser().exists() else (named, "", "")
+    arguments = [path, "--out", str(out), "--role", role.value, "--named", typed, *options]
+    status, _ = supervise(Job(IMPORTER, (*arguments, *(["--revision", revision] if revision else []))))
+    if status != 0:
+        raise SystemExit(status)

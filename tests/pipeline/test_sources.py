@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.artifacts import Artifact, Manifest, hash_files, write_manifest
+from common.errors import UserError
+from common.stage import Role, Step
+from launch.local import Job
+from pipeline import chat, sources
+from pipeline.__main__ import dispatch
+from pipeline.config import PipelineConfig
+from pipeline.sources import artifact_of, artifacts_in, is_published, settle_sources
+from pipeline.state import config_hash
+from step2_dpo.config import DPOConfig
+from tests.common.training.test_import_model import published
+
+KEY = "dpo.policy"
+
+
+def artifact(folder: Path, role: Role = Role.policy) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_manifest(folder, Manifest("artifact", role, hash_files(folder), {}))
+    return folder
+
+
+def meant(path: Path, role: Role = Role.policy) -> str:
+    return artifact_of(str(path), role, KEY, path / "models")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Imports happen within this process; returns what each was told."""
+    from common.training import import_model
+
+    told: list[tuple[str, ...]] = []
+
+    def supervise(job: Job, *_: Any) -> tuple[int, bool]:
+        assert job.module == import_model.__name__
+        told.append(job.arguments)
+        monkeypatch.setattr(sys, "argv", ["import", *job.arguments])
+        return import_model.main(), False
+
+    monkeypatch.setattr(sources, "supervise", supervise)
+    return told
+
+
+def test_a_run_means_its_latest_policy_and_a_step_its_own(tmp_path: Path) -> None:
+    assert meant(tmp_path) == str(tmp_path)
+    sft = artifact(tmp_path / "sft" / "export")
+    reward = artifact(tmp_path / "reward" / "export", Role.reward_model)
+    assert meant(tmp_path) == meant(tmp_path / "sft") == meant(sft) == str(sft)
+    assert meant(tmp_path, Role.reward_model) == str(reward)
+    (tmp_path / "ppo" / "export").mkdir(parents=True)  # not finished
+    assert meant(tmp_path) == str(sft)
+    dpo = artifact(tmp_path / "dpo" / "export")
+    assert artifacts_in(tmp_path, Role.policy) == [dpo, sft]
+    (tmp_path / "ppo" / "export").rmdir()
+    assert meant(artifact(tmp_path / "ppo" / "export").parent.parent) == str(tmp_path / "ppo" / "export")
+
+
+def test_a_folder_of_runs_is_refused_with_the_names_of_those_that_have_a_policy(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        artifact(tmp_path / name / "sft" / "export")
+    artifact(tmp_path / "three" / "reward" / "export", Role.reward_model)
+    with pytest.raises(UserError, match="holds 2 run") as error:
+        chat.chat([str(tmp_path)])
+    assert error.value.hint == f"name one: {tmp_path / 'one'}, {tmp_path / 'two'}"
+
+
+def test_what_can_be_the_name_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert is_published("org/name") and is_published("org/name@v1.0")
+    for named in ("name", "runs/frist", "./org/name", "/org/name", "~/name", "a/b/c", "org/", "", "runs"):
+        assert not is_published(named), named
+    (tmp_path / "runs" / "config.json").write_text("{}")
+    assert is_published("runs") and is_published(str(tmp_path / "runs"))
+
+
+def test_a_published_model_is_imported_once_and_again_when_it_changes(
+    here: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    folder, said = published(tmp_path / "model"), list[str]()
+    first = artifact_of(str(folder), Role.policy, KEY, tmp_path / "models", said.append)
+    assert artifact_of(str(folder), Role.policy, KEY, tmp_path / "models", said.append) == first
+    assert said == [
+        f"{KEY}={folder} is imported as an artifact: {first}", f"{KEY}={folder} was imported before: {first}",
+    ]  # fmt: skip
+    assert Artifact.load(first, Role.policy).manifest.details["imported"]["from"] == str(folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.5}))
+    second = artifact_of(str(folder), Role.policy, KEY, tmp_path / "models")
+    assert second != first and len(here) == 2
+    assert sorted(Path(first).parent.iterdir()) == sorted([Path(first), Path(second)])
+
+
+def test_a_revision_goes_to_the_importer_with_the_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(sources, "supervise", lambda job: jobs.append(job) or (7, False))
+    with pytest.raises(SystemExit) as ended:
+        artifact_of("org/name@v1", Role.reward_model, "ppo.reward_model", tmp_path)
+    assert ended.value.code == 7
+    (job,) = jobs
+    assert job.arguments[0] == "org/name" and job.arguments[-2:] == ("--revision", "v1")
+    assert job.arguments[3:7] == ("--role", "reward_model", "--named", "ppo.reward_model=org/name@v1")
+
+
+def test_a_run_has_the_name_of_what_was_typed(here: list[tuple[str, ...]], tmp_path: Path) -> None:
+    folder = published(tmp_path / "model")
+    typed = PipelineConfig([Step.dpo], output_dir=str(tmp_path / "runs"), dpo=DPOConfig(policy=str(folder)))
+    settled = settle_sources(typed)
+    assert settled.run_name == f"dpo-{config_hash(typed)[:8]}"
+    (made,) = (tmp_path / "runs" / ".cache" / "models").iterdir()
+    assert settled.dpo.policy == str(made) and typed.dpo.policy == str(folder)
+
+
+def test_the_verb_makes_an_artifact_and_overwrites_nothing(
+    here: list[tuple[str, ...]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, out = published(tmp_path / "model", template=None), tmp_path / "new" / "artifact"
+    assert dispatch(["import", str(folder), "--out", str(out), "--chat-template", "chatml"]) == 0
+    made = Artifact.load(out, Role.policy)
+    assert f"artifact  {out} ({made.sha256[:12]}), a policy" in capfd.readouterr().out
+    with pytest.raises(UserError, match="exists, and nothing is overwritten"):
+        dispatch(["import", str(folder), "--out", str(out)])
+    with pytest.raises(UserError, match="does not exist") as error:
+        dispatch(["import", str(tmp_path / "modle"), "--out", str(tmp_path / "other")])
+    assert error.value.hint == f"did you mean {folder}?"
+    with pytest.raises(UserError, match=r"import: .*--out") as missing:
+        dispatch(["import", str(folder)])
+    assert "python -m pipeline import MODEL --out FOLDER" in str(missing.value.hint)
+
+
+def test_what_cannot_be_imported_is_said_with_what_was_typed(
+    here: list[tuple[str, ...]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = published(tmp_path / "model", template=None)
+    with pytest.raises(SystemExit) as ended:
+        artifact_of(str(folder), Role.policy, KEY, tmp_path / "models")
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {KEY}={folder} cannot be imported: it has no chat template\n")
+    assert list((tmp_path / "models").iterdir()) == []
