@@ -7,6 +7,7 @@ once, by a process of its own, and kept by content under `<output_dir>/.cache/mo
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -116,13 +117,7 @@ def import_model(named: str, role: Role, typed: str, models: Path, say: Say = pr
 
 def import_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     """`python -m pipeline import MODEL --out FOLDER`: an artifact of a published model. Returns 0."""
-    parser = Options("import", "MODEL --out FOLDER", "Make an artifact of a published model.")
-    parser.add_argument("model", metavar="MODEL", help="a model's folder, or ORG/NAME@REVISION")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the artifact's folder")
-    parser.add_argument("--as", dest="role", choices=[role.value for role in Role], default=Role.policy.value)
-    parser.add_argument("--chat-template", metavar="NAME", help="as model.chat_template, in place of its own")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model's own")
-    given = parser.parse_args(list(arguments))
+    given = import_options(arguments)
     if given.out.exists():
         raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new folder")
     if not is_published(given.model):
@@ -134,6 +129,17 @@ def import_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     artifact = Artifact.load(given.out, Role(given.role))
     say(f"artifact  {given.out} ({artifact.sha256[:12]}), a {given.role}")
     return 0
+
+
+def import_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed after `import`. UserError for what cannot be read."""
+    parser = Options("import", "MODEL --out FOLDER", "Make an artifact of a published model.")
+    parser.add_argument("model", metavar="MODEL", help="a model's folder, or ORG/NAME@REVISION")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the artifact's folder")
+    parser.add_argument("--as", dest="role", choices=[role.value for role in Role], default=Role.policy.value)
+    parser.add_argument("--chat-template", metavar="NAME", help="as model.chat_template, in place of its own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the model's own")
+    return parser.parse_args(list(arguments))
 
 
 def start_import(named: str, role: Role, typed: str, out: Path, options: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.compose import compose, prepare
 from pipeline.reference import explain
+from pipeline.sources import import_options
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,6 +33,9 @@ def test_every_command_composes(verb: str, rest: str) -> None:
         return
     if verb == "explain":
         assert explain(arguments[0])
+        return
+    if verb == "import":
+        assert import_options(arguments).model
         return
     if verb == "doctor":
         assert not arguments
