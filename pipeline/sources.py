@@ -2,7 +2,8 @@
 
 Takes a configuration in which `STEP.policy` or `STEP.reward_model` is an artifact, a run, a folder that
 transformers reads, or a hub model; returns it with artifacts in their place. A published model is imported
-once, by a process of its own, and kept by content under `<output_dir>/.cache/models`.
+once, by a process of its own, and kept by content under `<output_dir>/.cache/models`. In `model.path` only a
+run is replaced: SFT starts from published models as they are.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def settle_sources(
         path = artifact_of(named, role, f"{step.value}.{role.value}", models, say)
         settled = replace(getattr(config, step.value), **{role.value: path})
         config = replace(config, **{step.value: settled})
+    if config.model.path is not None and (found := artifacts_in(Path(config.model.path), Role.policy)):
+        config = replace(config, model=replace(config.model, path=str(found[0])))
     loaded: dict[tuple[str, Role], Artifact] = {}
     wired = wire_run(config, can_lack=can_lack)
     for each in wired:
@@ -52,8 +55,8 @@ def settle_sources(
                 loaded[source, role] = load_named(source, role, f"{each.stage.name.value}.{role.value}")
     for each in wired:
         starts = [(start_of(each.stage.name, wired, role), role) for role in each.sources]
-        found = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
-        for left, right in itertools.combinations(filter(None, found), 2):
+        met = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
+        for left, right in itertools.combinations(filter(None, met), 2):
             check_same_tokens(left, right)
     return config
 

@@ -30,6 +30,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
     sft, train_config = job.sft, job.sft.train
     session = Session(job, Step.sft, train_config, run_dir)
     world = session.world
+    parents = session.load_base_artifact(job.model)
     tokenizer = load_sft_tokenizer(job, session.folder, world.local_rank, session.say)
     data = session.load_data(sft.data, DEMONSTRATIONS, tokenizer)
     model = session.load_network(load_model, CAUSAL_LM, job.model, tokenizer, sft.data.max_length)
@@ -71,7 +72,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
 
         # Export --------------------------------------------------------------------------------
         session.begin_export()
-        loop.export(module, tokenizer, probe_of(data.train[0], world.device), parents=[])
+        loop.export(module, tokenizer, probe_of(data.train[0], world.device), parents=parents)
     return 0
 
 

@@ -129,6 +129,12 @@ class Session:
         earlier step leaves it."""
         return self.on_rank0(lambda: load_named(named or "", role, key))
 
+    def load_base_artifact(self, model: ModelConfig) -> list[Artifact]:
+        """The policy that `model.path` is, verified, where it is an artifact; empty where others made it."""
+        if model.path is None or not (Path(model.path) / MANIFEST).exists():
+            return []
+        return [self.load_artifact(model.path, Role.policy, "model.path")]
+
     def load_data(
         self,
         data: DataConfig,

@@ -122,6 +122,15 @@ def test_a_run_has_the_name_of_what_was_typed(here: list[tuple[str, ...]], tmp_p
     assert settled.dpo.policy == str(made) and typed.dpo.policy == str(folder)
 
 
+def test_a_run_in_model_path_means_its_policy(tmp_path: Path) -> None:
+    made = artifact(tmp_path / "first" / "sft" / "export")
+    typed = PipelineConfig([Step.sft])
+    typed.model.path = str(tmp_path / "first")
+    assert settle_sources(typed).model.path == str(made)
+    typed.model.path = str(tmp_path / "model")
+    assert settle_sources(typed).model.path == str(tmp_path / "model")
+
+
 def test_the_verb_makes_an_artifact_and_overwrites_nothing(
     here: list[tuple[str, ...]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
-from common.artifacts import verify
+from common.artifacts import file_sha256, verify
 from common.stage import Role
 from step1_sft.config import SFTJob
 from tests.recipes import golden
@@ -164,3 +165,19 @@ def test_the_same_command_after_the_end_changes_no_bit_of_the_artifact(base: Bas
     assert verify(run_dir / "sft" / "export").files == before
     assert (run_dir / "sft" / "metrics.jsonl").read_text() == metrics
     assert not list(run_dir.glob("sft/export*old*"))
+
+
+def test_a_run_that_goes_on_from_an_artifact_names_it_as_its_parent(
+    base: Base, run_dir: Path, tmp_path: Path
+) -> None:
+    first, job = tmp_path / "first", golden.golden_job(base)
+    shutil.copytree(run_dir / "sft" / "export", first)
+    job.model.config, job.model.tokenizer.path, job.model.path = {}, None, str(first)
+    job.sft.train.max_steps, job.sft.sampling.num_prompts = 1, 0
+    second = verify(base.run("second", job) / "sft" / "export")
+    assert second.details["parents"] == [
+        {"role": "policy", "path": str(first), "manifest_sha256": file_sha256(first / "manifest.json")}
+    ]
+    (first / "config.json").write_text("{}")
+    run_dir = base.write("third", job)
+    assert f"error: model.path={first}: does not match its manifest" in finish(run_dir, 1, code=2)
