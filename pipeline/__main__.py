@@ -30,6 +30,7 @@ usage: python -m pipeline VERB ...
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
+  export PATH [options] an artifact of a checkpoint: the best, the last, any that is kept
   import MODEL --out F  an artifact of a model that others published
   doctor                what this machine can do, and what would stop a run on it
   explain KEY           type, default and meaning of a key, or of all keys of a group
@@ -46,7 +47,7 @@ usage: python -m pipeline VERB ...
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "plan", "preview", "verify", "report", "chat", "import", "doctor", "explain")
+VERBS = ("run", "plan", "preview", "verify", "report", "chat", "export", "import", "doctor", "explain")
 TAKES = {
     "verify": ("one path", "runs/NAME"),
     "report": ("the folder of one run", "runs/NAME"),
@@ -96,6 +97,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.chat import chat
 
         return chat(rest)
+    if verb == "export":
+        from pipeline.export import export_verb
+
+        return export_verb(rest, say=say)
     if verb == "import":
         from pipeline.sources import import_verb
 

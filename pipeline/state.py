@@ -221,7 +221,9 @@ def records_of(folder: Path) -> dict[str, FileRecord]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] not in NOT_RECORDED and not name.parts[0].endswith(".tmp"):
+        top = name.parts[0]
+        is_own = top not in NOT_RECORDED and not top.startswith((".", "export.")) and not top.endswith(".tmp")
+        if path.is_file() and is_own:
             found[name.as_posix()] = FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
     return found
 

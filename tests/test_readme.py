@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.compose import compose, prepare
+from pipeline.export import export_options
 from pipeline.reference import explain
 from pipeline.sources import import_options
 
@@ -33,6 +34,9 @@ def test_every_command_composes(verb: str, rest: str) -> None:
         return
     if verb == "explain":
         assert explain(arguments[0])
+        return
+    if verb == "export":
+        assert export_options(arguments).path
         return
     if verb == "import":
         assert import_options(arguments).model
