@@ -294,16 +294,16 @@ def _plain(config: Any) -> Any:
 
 
 def load_as_a_step_does(config: Any, plain: Any) -> Any:
-    """The network around the same weights, its documents settled by `check_packed`. UserError: refused."""
+    """The network around the same weights, its documents kept apart. UserError: refused."""
     from common.model.architecture import CAUSAL_LM
     from common.model.loading import disable_dropout, make_network
-    from common.model.probes import check_packed
+    from common.model.probes import isolate_documents
 
     attention.register()
     network = make_network(copy.deepcopy(config), ModelConfig(dtype=Dtype.fp32), CAUSAL_LM)
     network.load_state_dict(plain.state_dict())
     network.tie_weights()
-    check_packed(network)
+    isolate_documents(network)
     disable_dropout(network)
     return network
 
@@ -311,9 +311,10 @@ def load_as_a_step_does(config: Any, plain: Any) -> Any:
 def _compare(family: str, name: str, config: Any, plain: Any) -> Outcome:
     from common.model.one_by_one import reason_of
     from common.model.packed import PackedCausalLM
+    from common.model.probes import find_shortcuts
 
     network = load_as_a_step_does(config, plain)
-    packed = PackedCausalLM(network).eval()
+    packed = PackedCausalLM(network, find_shortcuts(network)).eval()
     documents = [torch.randint(3, VOCABULARY, (length,)) for length in LENGTHS]
     with torch.no_grad():
         wanted = torch.cat([plain(input_ids=ids[None], use_cache=False).logits[0] for ids in documents])

@@ -92,14 +92,15 @@ def initial_reward_model(made: PairsWorkload, folder: Path) -> Path:
     import torch
 
     from common.config import Dtype, ModelConfig
-    from common.model.scalar_head import load_scalar_model
+    from common.model.loading import load_model
+    from common.model.scalar_head import NEW_REWARD_MODEL
     from common.model.tokenizer import load_tokenizer
 
     if not (folder / "model.safetensors").is_file():
         config = ModelConfig(path=str(made.policy), dtype=Dtype.fp32)
         tokenizer = load_tokenizer(config)
         cpu = torch.device("cpu")
-        model = load_scalar_model(config, tokenizer, seed=SEED, device=cpu, max_length=MAX_LENGTH)
+        model = load_model(config, tokenizer, NEW_REWARD_MODEL, seed=SEED, device=cpu, max_length=MAX_LENGTH)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder

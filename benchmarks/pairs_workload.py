@@ -71,14 +71,13 @@ def export_as_policy(model: ModelConfig, tokenizer: Any, folder: Path, max_lengt
 
     from common.model.loading import load_model
     from common.model.packed import PackedCausalLM
-    from common.training.export import export_policy
+    from common.model.probes import Shortcuts
+    from common.training.export import ask_live, export_model
 
     live = load_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)
-    probe = torch.arange(3, 35)[None] % len(tokenizer)
-    with torch.no_grad():
-        logits = PackedCausalLM(live.eval()).logits(probe)
-    details: dict[str, Any] = {"parents": []}
-    export_policy(live, None, tokenizer, folder, details=details, probe=probe, live_logits=logits)
+    packed = PackedCausalLM(live.eval(), Shortcuts())
+    probe = ask_live(packed, [torch.arange(3, 35) % len(tokenizer)])
+    export_model(live, None, tokenizer, folder, probe, details={"parents": []})
 
 
 def pairs_of(kind: str, data: Path) -> Iterator[Row]:

@@ -184,19 +184,21 @@ def export_as_reward_model(
     """The model as a reward model artifact: a random head, and a calibration on random documents."""
     import torch
 
-    from common.model.scalar_head import PackedScalarModel, load_scalar_model
-    from common.training.export import export_reward_model
+    from common.model.loading import load_model
+    from common.model.probes import Shortcuts
+    from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel
+    from common.training.export import ask_live, export_model
 
-    live = load_scalar_model(model, tokenizer, seed=0, device=torch.device("cpu"), max_length=max_length)
+    cpu = torch.device("cpu")
+    live = load_model(model, tokenizer, NEW_REWARD_MODEL, seed=0, device=cpu, max_length=max_length)
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(3, len(tokenizer), (32,), generator=generator) for _ in range(64)]
+    packed = PackedScalarModel(live.eval(), Shortcuts())
     with torch.no_grad():
-        scores = PackedScalarModel(live.eval()).scores(documents)
+        scores = packed.answers(documents)
     calibration = {
         "mean": float(scores.mean()), "std": float(scores.std()), "accuracy": 0.5,
         "expected_calibration_error": 0.0, "pairs": len(documents),
     }  # fmt: skip
     details: dict[str, Any] = {"parents": [], "calibration": calibration}
-    export_reward_model(
-        live, None, tokenizer, folder, details=details, probe=documents[:4], live_scores=scores[:4]
-    )
+    export_model(live, None, tokenizer, folder, ask_live(packed, documents[:4]), details=details)

@@ -269,7 +269,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     from common.model import attention
     from common.model.loading import enable_checkpointing
     from common.model.packed import PackedCausalLM
-    from common.model.probes import check_packed
+    from common.model.probes import find_shortcuts, isolate_documents
     from common.runtime.distributed import close_world, init_world
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
@@ -280,10 +280,10 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     world = init_world()
     attention.register()
     model = new_model(run, device, attention.NAME)
-    check_packed(model)
+    isolate_documents(model)
     if SHAPES[run.shape].gradient_checkpointing:
         enable_checkpointing(model)  # as load_model does, whose weights come from the CPU
-    module = PackedCausalLM(model)
+    module = PackedCausalLM(model, find_shortcuts(model))
     optimizer = build_optimizer(module, OptimConfig(), LEARNING_RATE)
     config = build_ds_config(
         DeepSpeedConfig(stage=run.zero_stage), dtype=Dtype.bf16, max_grad_norm=1.0,

@@ -133,6 +133,7 @@ def _train_ours(
     from common.config import DeepSpeedConfig, Dtype, OptimConfig
     from common.model.loading import load_model
     from common.model.packed import PackedCausalLM
+    from common.model.probes import find_shortcuts
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer, build_schedule, set_learning_rate
@@ -145,7 +146,7 @@ def _train_ours(
         max_grad_norm=workload.MAX_GRAD_NORM,
     )  # fmt: skip
     model = load_model(model_config, tokenizer, seed=0, device=world.device, max_length=workload.MAX_LENGTH)
-    module = PackedCausalLM(model)
+    module = PackedCausalLM(model, find_shortcuts(model))
     optimizer = build_optimizer(module, optim, workload.LEARNING_RATE)
     ds_config = build_ds_config(
         DeepSpeedConfig(stage=1), dtype=Dtype.fp32, max_grad_norm=optim.max_grad_norm,

@@ -12,7 +12,8 @@ from pathlib import Path
 from common.config import load_resolved
 from common.counts import DataCounts
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
-from common.decoding.foresight import foresee_policy
+from common.decoding.foresight import foresee
+from common.model.architecture import CAUSAL_LM
 from common.stage import Step
 from common.training.forecast import of_documents, to_read
 from common.training.preview import a_few, document_runs, show_preview
@@ -30,7 +31,7 @@ def forecast(resolved: Path) -> DataCounts:
     counted = replace(job, sft=replace(job.sft, data=reading.data))
     tokenizer = load_sft_tokenizer(counted, resolved.parent / "sft", local_rank=0, say=log.info)
     built = build_data(counted, Step.sft, reading.data, DEMONSTRATIONS, tokenizer, log.info)
-    foresee_policy(job.model, samples=job.sft.sampling.num_prompts > 0)
+    foresee(job.model, CAUSAL_LM, samples=job.sft.sampling.num_prompts > 0)
     return of_documents(job, reading, job.sft.train, built, tokenizer)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from common.data.batches import Batches, evaluation_batches
 from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
 from common.model.architecture import CAUSAL_LM
-from common.model.loading import load_model
 from common.model.packed import PackedCausalLM
+from common.model.probes import find_shortcuts
 from common.stage import Step
 from common.training.loop import Loop
 from common.training.session import Session, probe_of
@@ -33,7 +33,8 @@ def train(job: SFTJob, run_dir: Path) -> int:
     parents = session.load_base_artifact(job.model)
     tokenizer = load_sft_tokenizer(job, session.folder, world.local_rank, session.say)
     data = session.load_data(sft.data, DEMONSTRATIONS, tokenizer)
-    model = session.load_network(load_model, CAUSAL_LM, job.model, tokenizer, sft.data.max_length)
+    model = session.load_network(CAUSAL_LM, job.model, tokenizer, sft.data.max_length)
+    module = PackedCausalLM(model, find_shortcuts(model))
 
     # Batches -----------------------------------------------------------------------------------
     plan = session.batch_plan(sft.data)
@@ -42,7 +43,6 @@ def train(job: SFTJob, run_dir: Path) -> int:
     prompts = prompts_to_sample(data.held_out, job, model)
 
     # Learner -----------------------------------------------------------------------------------
-    module = PackedCausalLM(model)
     peak_lr = sft.peak_lr(lora=job.model.lora.enabled)
     learner = session.build_learner(module, sft.optim, peak_lr=peak_lr, steps=total_steps)
     engine = learner.engine

@@ -16,8 +16,9 @@ from common.data.dataset import PREFERENCES, PairDataset
 from common.evidence import share_in_words, swapped_warning
 from common.handoff import model_of
 from common.model.architecture import CAUSAL_LM
-from common.model.loading import disable_dropout, load_model
+from common.model.loading import disable_dropout
 from common.model.packed import PackedCausalLM
+from common.model.probes import find_shortcuts
 from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
 from common.training.loop import Loop
@@ -42,12 +43,12 @@ def train(job: DPOJob, run_dir: Path) -> int:
     data = session.load_data(dpo.data, PREFERENCES, tokenizer, policy=policy)
     if data.train.margins.any():
         session.say("note: the pairs have margins, which the reward model uses and DPO does not")
-    model = session.load_network(load_model, CAUSAL_LM, model_config, tokenizer, dpo.data.max_length)
+    model = session.load_network(CAUSAL_LM, model_config, tokenizer, dpo.data.max_length)
     disable_dropout(model)  # the policy's log-probabilities are compared with the reference's, one by one
+    module = PackedCausalLM(model, find_shortcuts(model))
 
     # Batches -----------------------------------------------------------------------------------
-    module = PackedCausalLM(model)
-    plan = session.batch_plan(dpo.data, share_prefix=module.shares_prefix)
+    plan = session.batch_plan(dpo.data, share_prefix=module.shortcuts.shared_prefix)
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
     prompts = prompts_to_sample(data.held_out, job, model)

@@ -18,22 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from common.data.types import PairBatch
+from common.model.packed import document_arguments
 from common.runtime.distributed import all_gather_objects
 from common.training.engine import Engine
 
 
 def score(engine: Engine, batch: PairBatch, device: torch.device) -> torch.Tensor:
     """fp32 [P, 2], the scores of the chosen and of the rejected answers; they carry the gradient."""
-    placed = batch.to(device)
-    documents = placed.documents
-    scores: torch.Tensor = engine(
-        documents.input_ids,
-        documents.position_ids,
-        documents.cu_seqlens,
-        documents.max_seqlen,
-        placed.score_positions,
-        documents.shared_prefix,
-    )
+    batch = batch.to(device)
+    arguments = document_arguments(batch.documents)
+    scores: torch.Tensor = engine(**arguments, score_positions=batch.score_positions)
     return scores.view(-1, 2)
 
 

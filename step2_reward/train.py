@@ -14,7 +14,8 @@ from common.data.batches import PairBatches, count_pairs, evaluation_pair_batche
 from common.data.dataset import PREFERENCES, PairDataset
 from common.evidence import share_in_words, swapped_warning
 from common.handoff import model_of
-from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, load_scalar_model
+from common.model.probes import find_shortcuts
+from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel
 from common.model.tokenizer import load_tokenizer
 from common.stage import Role, Step
 from common.training.loop import Loop
@@ -39,13 +40,11 @@ def train(job: RewardJob, run_dir: Path) -> int:
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     data = session.load_data(reward.data, PREFERENCES, tokenizer, policy=policy)
-    model = session.load_network(
-        load_scalar_model, NEW_REWARD_MODEL, model_config, tokenizer, reward.data.max_length
-    )
+    model = session.load_network(NEW_REWARD_MODEL, model_config, tokenizer, reward.data.max_length)
+    module = PackedScalarModel(model, find_shortcuts(model))
 
     # Batches -----------------------------------------------------------------------------------
-    module = PackedScalarModel(model)
-    plan = session.batch_plan(reward.data, share_prefix=module.shares_prefix)
+    plan = session.batch_plan(reward.data, share_prefix=module.shortcuts.shared_prefix)
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
 

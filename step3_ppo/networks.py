@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -25,8 +25,9 @@ from common.handoff import model_of
 from common.model.adapters import adapters_off
 from common.model.fused_loss import TokenLoss
 from common.model.loading import disable_dropout, load_model
-from common.model.packed import PackedCausalLM, batch_arguments
-from common.model.scalar_head import PackedScalarModel, head_weights, load_reward_model, load_scalar_model
+from common.model.packed import PackedCausalLM, PackedModel, batch_arguments, document_arguments
+from common.model.probes import Shortcuts, find_shortcuts
+from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
 from common.runtime.distributed import World
 from common.stage import Role
 from common.training.frozen import Frozen
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 class Critic(PackedScalarModel):
     """A value for each asked position: what the head says, plus a constant that is not trained."""
 
-    def __init__(self, model: torch.nn.Module, shift: float = 0.0) -> None:
-        super().__init__(model)
+    def __init__(self, model: torch.nn.Module, shortcuts: Shortcuts, shift: float = 0.0) -> None:
+        super().__init__(model, shortcuts)
         self.shift = shift
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
@@ -70,7 +71,7 @@ class Networks:
         """Whether each of them can share the prefixes of documents."""
         trained = [network.engine.module for network in (self.actor, self.critic) if network is not None]
         frozen = [network.module for network in (self.reference, self.reward_model) if network is not None]
-        return all(cast(Any, module).shares_prefix for module in [*trained, *frozen])
+        return all(cast(PackedModel, module).shortcuts.shared_prefix for module in [*trained, *frozen])
 
     @property
     def module(self) -> PackedCausalLM:
@@ -98,13 +99,13 @@ class Networks:
         """fp32 [M], the critic's value of each response token, read at the position that predicts it."""
         assert self.critic is not None
         batch = batch.to(self.device)
-        return self.critic.engine(**_packed(batch), score_positions=batch.trained_positions)
+        return self.critic.engine(**document_arguments(batch), score_positions=batch.trained_positions)
 
     def document_scores(self, batch: Batch) -> torch.Tensor:
         """fp32 [D], the reward model's raw score of each document, read at its last token."""
         assert self.reward_model is not None
         batch = batch.to(self.device)
-        return self.reward_model(**_packed(batch), score_positions=last_positions(batch))
+        return self.reward_model(**document_arguments(batch), score_positions=last_positions(batch))
 
     def with_token_numbers(
         self, experience: Experience, batches: Sequence[Batch], *, values: bool = True
@@ -149,7 +150,9 @@ def build_networks(
     ppo, lora = job.ppo, job.model.lora.enabled
     model = load_actor(job, policy, tokenizer, world.device)
     actor_lr = ppo.peak_lr(lora=lora)
-    actor = _learner(PackedCausalLM(model), ppo.optim, actor_lr, actor_updates, job, world)
+    actor = _learner(
+        PackedCausalLM(model, find_shortcuts(model)), ppo.optim, actor_lr, actor_updates, job, world
+    )
     critic = None
     if ppo.has_critic:
         module = load_critic(job, policy, reward_model, tokenizer, world.device)
@@ -204,27 +207,27 @@ def load_critic(
     if from_reward_model and reward_model is None:
         raise ValueError("a critic that begins as the reward model needs one")
     start = reward_model if from_reward_model and reward_model is not None else policy
-    load = load_reward_model if from_reward_model else load_scalar_model
-    network = load(
+    head = REWARD_MODEL if from_reward_model else NEW_REWARD_MODEL
+    network = load_model(
         model_of(job.model, start.path),
         tokenizer,
+        head,
         seed=job.seed,
         device=device,
         max_length=job.ppo.data.max_length,
     )
-    if not from_reward_model:
-        _scale_head(network, 0.0)
-        return Critic(network)
-    scale, shift = _units(job.ppo, Calibration.of(start.manifest.details, start.path))
+    scale, shift = 0.0, 0.0
+    if from_reward_model:
+        scale, shift = _units(job.ppo, Calibration.of(start.manifest.details, start.path))
     _scale_head(network, scale)
-    return Critic(network, shift)
+    return Critic(network, find_shortcuts(network), shift)
 
 
 def load_reference(job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizerFast, world: World) -> Frozen:
     """The policy as the run found it: a frozen `PackedCausalLM`."""
     settings = _frozen(model_of(job.model, policy.path))
     network = load_model(settings, tokenizer, seed=job.seed, device=world.device)
-    return _hold(PackedCausalLM(network), job, world)
+    return _hold(PackedCausalLM(network, find_shortcuts(network)), job, world)
 
 
 def load_frozen_reward_model(
@@ -232,8 +235,8 @@ def load_frozen_reward_model(
 ) -> Frozen:
     """The reward model: a frozen `PackedScalarModel`, whose scores are not calibrated."""
     settings = _frozen(model_of(job.model, reward_model.path))
-    network = load_reward_model(settings, tokenizer, seed=job.seed, device=world.device)
-    return _hold(PackedScalarModel(network), job, world)
+    network = load_model(settings, tokenizer, REWARD_MODEL, seed=job.seed, device=world.device)
+    return _hold(PackedScalarModel(network, find_shortcuts(network)), job, world)
 
 
 def _hold(module: torch.nn.Module, job: PPOJob, world: World) -> Frozen:
@@ -265,13 +268,3 @@ def _learner(
     module: torch.nn.Module, optim: OptimConfig, peak_lr: float, updates: int, job: PPOJob, world: World
 ) -> Learner:
     return build_learner(module, job, job.ppo.train, optim, world, peak_lr=peak_lr, steps=max(updates, 1))
-
-
-def _packed(batch: Batch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-        "shared_prefix": batch.shared_prefix,
-    }

@@ -8,42 +8,20 @@ weights. Where no small network can be made, a notice says that nothing was aske
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from common.config import Dtype, ModelConfig
 from common.decoding.decoder import Decoder
 from common.model import attention
-from common.model.architecture import CAUSAL_LM, HeadSpec, attention_for, read_config, say_what_differs
+from common.model.architecture import HeadSpec, attention_for, read_config, say_what_differs
 from common.model.loading import make_network
 from common.model.miniature import reduced, small_network
-from common.model.packed import PackedCausalLM
-from common.model.probes import check_packed
-from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel, begin
+from common.model.probes import find_shortcuts, isolate_documents
 from common.notices import notice
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def foresee_policy(model: ModelConfig, *, samples: bool) -> None:
-    """Notices of a causal LM, sampled from if `samples`. UserError for one that the step would refuse."""
-    network = _small(model, CAUSAL_LM)
-    if network is not None:
-        check_packed(network)
-        PackedCausalLM(network)
-        if samples:
-            Decoder(network, slots=1)
-
-
-def foresee_scalar(model: ModelConfig) -> None:
-    """Notices of a reward model or value network with this decoder. UserError as in `foresee_policy`."""
-    network = _small(model, NEW_REWARD_MODEL)
-    if network is not None:
-        begin(network, seed=0)
-        PackedScalarModel(network)
-
-
-def _small(model: ModelConfig, head: HeadSpec) -> PreTrainedModel | None:
+def foresee(model: ModelConfig, head: HeadSpec, *, samples: bool = False) -> None:
+    """Notices of a network with this head, sampled from if `samples`. UserError for one that the step would
+    refuse."""
     config = read_config(model)
     attention.register()
     attention_for(config, head)
@@ -57,4 +35,9 @@ def _small(model: ModelConfig, head: HeadSpec) -> PreTrainedModel | None:
             "what the architecture falls back to is not known before the run",
             f"a small network of model_type={config.model_type} does not run",
         )
-    return network
+        return
+    head.settle(network, in_fp32, 0)
+    isolate_documents(network)
+    find_shortcuts(network)
+    if samples:
+        Decoder(network, slots=1)

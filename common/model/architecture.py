@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,10 @@ ROUTER_LOSSES = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "rou
 ASKS_FOR_DECODER = r"(=|if|not) (self\.)?config\.is_decoder"
 
 
+def _as_it_is(network: PreTrainedModel, model: ModelConfig, seed: int) -> None:
+    """Nothing is to be done."""
+
+
 @dataclass(frozen=True)
 class HeadSpec:
     """What a network has above its decoder, and what follows from that when it is loaded."""
@@ -46,6 +50,8 @@ class HeadSpec:
     fields: Mapping[str, Any] = field(default_factory=dict)  # that the config must have
     made_new: tuple[str, ...] = ()  # tensors that the weights may lack
     left_out: tuple[str, ...] | None = None  # the only ones they may have besides; None: any, with a warning
+    settle: Callable[[PreTrainedModel, ModelConfig, int], None] = _as_it_is
+    """Completes the head of a network that was loaded or made, by a seed; UserError for a wrong one."""
 
     @property
     def transformers_class(self) -> Any:

@@ -10,29 +10,17 @@ the trained tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
 
 GPU_CHUNK_ROWS = 4096
 """Rows of a chunk on a GPU: fewer leave the matrix units idle."""
-
-LOGIT_CHANGES = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-    "output_multiplier": 1.0,
-}
-"""Config fields by which a model changes what its projection gives, and the value that changes nothing."""
 
 
 class TokenLoss(NamedTuple):
@@ -343,11 +331,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class ScoringHead(nn.Linear):
-    """An output projection that scores targets inside its own call.
-
-    Under ZeRO-3 a module's weight is whole only while the module is called, so the loss must be computed
-    here. Made from the model's own nn.Linear by changing its class: same parameters, names and hooks.
-    """
+    """An output projection that scores targets inside its own call, where ZeRO-3 has its weight whole."""
 
     def forward(  # type: ignore[override]
         self,
@@ -368,17 +352,3 @@ class ScoringHead(nn.Linear):
             per_token=per_token,
             temperature=temperature,
         )
-
-
-def scores_in_head(model: PreTrainedModel) -> bool:
-    """Whether the loss can be computed where the output projection is: a plain product, then nothing more."""
-    # a subclass (an adapter, a quantized layer) does more than multiply by its weight
-    return type(model.get_output_embeddings()) in (nn.Linear, ScoringHead) and not changes_logits(model)
-
-
-def changes_logits(model: PreTrainedModel) -> bool:
-    """Whether the model scales or caps what its output projection gives, by its config or `check_packed`."""
-    if getattr(model, "_makes_own_logits", False):
-        return True
-    config = model.config.get_text_config(decoder=True)
-    return any(getattr(config, name, None) not in (None, same) for name, same in LOGIT_CHANGES.items())

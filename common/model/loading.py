@@ -3,7 +3,7 @@
 Takes a `ModelConfig` and its tokenizer; returns a model of transformers (or peft) with the vocabulary
 covered, packed attention in place and adapters attached. Weights come from safetensors in a local folder or a
 hub repository pinned to a commit, or at random from a config. Does not wrap the loss, or know of DeepSpeed.
-What a reward model has above its decoder is in `scalar_head.py`.
+What a network has above its decoder is told by a `HeadSpec`: `CAUSAL_LM`, or one of `scalar_head.py`.
 
 Weights are loaded in `model.dtype`: DeepSpeed rounds parameters to that type and makes its fp32 masters
 from the rounded ones, so loading in fp32 first would end in the same bits at twice the memory.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -35,7 +35,7 @@ from common.model.architecture import (
 )
 from common.model.hub import loading_errors, one_line, told
 from common.model.one_by_one import decoder_of
-from common.model.probes import check_packed
+from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
 
@@ -48,34 +48,17 @@ log = logging.getLogger("rlhf.models")
 def load_model(
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerFast,
+    head: HeadSpec = CAUSAL_LM,
     *,
     seed: int,
     device: torch.device,
     max_length: int | None = None,
 ) -> PreTrainedModel:
-    """The causal LM on `device` in `model.dtype`, in training mode, with packed attention.
+    """The network on `device` in `model.dtype`, in training mode, with packed attention.
 
     With adapters it is a PeftModel around it. Everything random comes from `seed` and is the same on every
     rank; the caller's generators are left as they were. `max_length` is checked against the context.
     UserError for whatever the user named wrongly or what packing would train wrongly.
-    """
-    return load_network(
-        model, tokenizer, CAUSAL_LM, check_packed, seed=seed, device=device, max_length=max_length
-    )
-
-
-def load_network(
-    model: ModelConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    head: HeadSpec,
-    prepare: Callable[[PreTrainedModel], None],
-    *,
-    seed: int,
-    device: torch.device,
-    max_length: int | None = None,
-) -> PreTrainedModel:
-    """`load_model` for any head. `prepare` is called with the network on `device`, before adapters are
-    added; it completes it, and raises UserError when packing would train it wrongly.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -91,7 +74,8 @@ def load_network(
         _set_token_ids(network, tokenizer)
         if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
             cast(Any, network).to(device)
-        prepare(network)
+        head.settle(network, model, seed)
+        isolate_documents(network)
         say_what_differs(network.config, model)
         if model.gradient_checkpointing:
             enable_checkpointing(network)

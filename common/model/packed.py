@@ -1,12 +1,15 @@
-"""The causal LM that takes packed documents and computes the loss of trained positions, and nothing else.
+"""A transformers model that takes packed documents: `PackedModel`, and the causal LM among them.
 
-`PackedCausalLM` takes the tensors of a `Batch` and returns the sums of `fused_loss`. It neither pads, shifts
-labels, nor reads a mask: targets come aligned. What it may leave out with its model is found by `probes`.
+`PackedCausalLM` takes the tensors of a `Batch`, computes the loss of trained positions and nothing else, and
+returns the sums of `fused_loss`. It neither pads, shifts labels, nor reads a mask: targets come aligned. Who
+makes one asks `probes.find_shortcuts` what its passes may leave out; making it runs nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +17,11 @@ from torch import nn
 
 from common.model.adapters import unwrapped
 from common.model.attention import packed_arguments, positions_within
-from common.model.fused_loss import ScoringHead, TokenLoss, changes_logits, scores_in_head
+from common.model.fused_loss import ScoringHead, TokenLoss
+from common.model.last_layer import computed_at, feed_forward_of
 from common.model.one_by_one import decoder_of
-from common.model.probes import can_share_prefix, last_layer_of
-from common.notices import notice
+from common.model.probes import Shortcuts
+from common.stage import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,31 +29,56 @@ if TYPE_CHECKING:
     from common.data.types import Batch
 
 
-class PackedCausalLM(nn.Module):
-    """A transformers causal LM (also one wrapped by peft) that takes packed batches and returns sums.
+class PackedModel(nn.Module):
+    """A transformers model, perhaps in peft's wrapper, that takes packed documents."""
 
-    Only trained positions reach the output projection. Models that change their logits after the
-    projection go through their own forward and plain cross-entropy.
-    """
+    role: ClassVar[Role]  # what it is exported as
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shortcuts: Shortcuts) -> None:
+        """shortcuts: of this model, see `probes.find_shortcuts`."""
         super().__init__()
-        self.model = model
-        self.scores_in_head = scores_in_head(self.base())
-        if self.scores_in_head:
-            cast(nn.Module, self.base().get_output_embeddings()).__class__ = ScoringHead
-        elif changes_logits(self.base()):
-            notice(
-                "logits of all trained tokens are held at once, not chunk by chunk",
-                f"model_type={self.base().config.model_type} changes them after the projection",
-                "4 bytes x tokens x vocabulary, several times",
-            )
-        self.last_layer = last_layer_of(self.base())
-        self.shares_prefix = can_share_prefix(self.base())
+        self.model, self.shortcuts = model, shortcuts
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
         return unwrapped(self.model)
+
+    def answers(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the model says to a few documents (int64 [T] each), to compare an export with."""
+        raise NotImplementedError
+
+    def read_at(self, rows: torch.Tensor, length: int) -> AbstractContextManager[None]:
+        """While the block runs, hidden states are needed at `rows` only (int64, of `length` positions)."""
+        network = feed_forward_of(self.base()) if self.shortcuts.partial_last_layer else None
+        return nullcontext() if network is None else computed_at(network, rows, length)
+
+    def replace_linears(self, part: nn.Module, kind: type[nn.Linear]) -> None:
+        """Put a `kind` with the same parameters, and so the same names of tensors, in the place of each
+        nn.Linear that `part` is or has.
+
+        Under ZeRO-3 a module's weight is whole only while the module is called: what else is computed with
+        the weight has to be computed in there.
+        """
+        parts = set(part.modules())
+        for name, old in list(self.base().named_modules()):
+            if old in parts and type(old) is nn.Linear:
+                new = kind(old.in_features, old.out_features, old.bias is not None, device="meta")
+                new.weight, new.bias = old.weight, old.bias
+                self.base().set_submodule(name, new)
+
+
+class PackedCausalLM(PackedModel):
+    """The causal LM, of which only trained positions reach the output projection.
+
+    Models that change their logits after the projection go through their own forward and plain cross-entropy.
+    """
+
+    role = Role.policy
+
+    def __init__(self, model: nn.Module, shortcuts: Shortcuts) -> None:
+        super().__init__(model, shortcuts)
+        if shortcuts.fused_loss:
+            self.replace_linears(cast(nn.Module, self.base().get_output_embeddings()), ScoringHead)
 
     def forward(
         self,
@@ -69,18 +98,21 @@ class PackedCausalLM(nn.Module):
         per_token: `token_losses` and, with_entropy, `token_entropies` carry the gradient, and loss_sum does
         not. temperature: the distributions are softmax(logits / temperature).
         """
+        base: Any = self.base()
         arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
-        if not self.scores_in_head:
-            with self.last_layer.only(trained_positions):
-                logits = self.base()(**arguments, logits_to_keep=trained_positions).logits[0]
-            return _plain_cross_entropy(logits, targets, with_entropy, per_token, temperature)
-        with self.last_layer.only(trained_positions):
-            hidden = decoder_of(self.base())(**arguments).last_hidden_state
+        with self.read_at(trained_positions, input_ids.shape[1]):
+            if not self.shortcuts.fused_loss:
+                logits = base(**arguments, logits_to_keep=trained_positions).logits[0]
+                return _plain_cross_entropy(logits, targets, with_entropy, per_token, temperature)
+            hidden = decoder_of(base)(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, trained_positions)
-        return cast(
-            TokenLoss,
-            self.base().get_output_embeddings()(selected, targets, with_entropy, per_token, temperature),
-        )
+        scored = base.get_output_embeddings()(selected, targets, with_entropy, per_token, temperature)
+        return cast(TokenLoss, scored)
+
+    def answers(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits [T, V] of the only document."""
+        (document,) = documents
+        return self.logits(document[None])
 
     def logits(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [N, V] of the flat sequence input_ids [1, N]; one document unless cu_seqlens says more."""
@@ -92,17 +124,21 @@ class PackedCausalLM(nn.Module):
         return cast(torch.Tensor, cast(Any, self.base())(**arguments).logits[0])
 
 
-def batch_arguments(batch: Batch) -> dict[str, Any]:
-    """The arguments of `PackedCausalLM.forward` for a batch."""
+def document_arguments(batch: Batch) -> dict[str, Any]:
+    """The arguments of a packed model's forward pass that say what its documents are."""
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
-        "trained_positions": batch.trained_positions,
-        "targets": batch.targets,
         "shared_prefix": batch.shared_prefix,
     }
+
+
+def batch_arguments(batch: Batch) -> dict[str, Any]:
+    """The arguments of `PackedCausalLM.forward` for a batch."""
+    trained = {"trained_positions": batch.trained_positions, "targets": batch.targets}
+    return {**document_arguments(batch), **trained}
 
 
 def _plain_cross_entropy(

@@ -1,16 +1,16 @@
 """What a model does with packed documents, found by running a few tokens through it or its miniature.
 
-Takes a loaded transformers model; settles how its documents are kept apart, and tells whether prefixes can be
-shared, whether the last layer can be computed at some positions only, and whether the head's product is the
-logits. A model that none of it fits is refused; a slower way is a notice. Leaves mode, weights and random
-state as they were. What a config tells without a forward pass is in `architecture`.
+Takes a loaded transformers model. `isolate_documents` settles how its documents are kept apart, and refuses a
+model that cannot; `find_shortcuts` finds what its packed passes may leave out, and notices say what they may
+not. Both leave mode, weights and random state as they were. What a config tells without a forward pass is in
+`architecture`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,8 +21,8 @@ from common.model import attention
 from common.model.adapters import unwrapped
 from common.model.architecture import why_not_packed
 from common.model.attention import packed_arguments, positions_within
-from common.model.fused_loss import scores_in_head
-from common.model.last_layer import WHOLE_LAYER, LastLayer
+from common.model.fused_loss import ScoringHead
+from common.model.last_layer import WHOLE_LAYER, computed_at, feed_forward_of, runs_layers_its_own_way
 from common.model.miniature import differ, miniature_of, some_tokens
 from common.model.one_by_one import decoder_of, reason_of, run_one_by_one
 from common.notices import notice
@@ -30,19 +30,35 @@ from common.notices import notice
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-log = logging.getLogger("rlhf.models")
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+"""Config fields by which a model changes what its projection gives, and the value that changes nothing."""
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What the packed passes of a model leave out without changing a number; by default nothing."""
+
+    fused_loss: bool = False  # logits: the output projection makes them chunk by chunk, and the loss of each
+    partial_last_layer: bool = False  # the last feed-forward network where no hidden state is read
+    shared_prefix: bool = False  # a prefix that documents have in common, but once
 
 
 @torch.no_grad()
-def check_packed(model: nn.Module) -> None:
-    """Run a few tokens and settle how the model's documents are kept apart; see `isolate_documents`.
+def find_shortcuts(model: nn.Module) -> Shortcuts:
+    """Find a model's shortcuts by running a few tokens; a notice says which of them it lacks, and why.
 
-    Also finds logits that are changed after the projection by what no config says. Raises UserError. Costs
-    some forward passes of a miniature; leaves mode, weights and random state as they were.
+    model: as `loading.load_model` returns it, perhaps in peft's wrapper.
     """
-    with evaluating(unwrapped(model)):
-        isolate_documents(unwrapped(model))
-        _check_head(unwrapped(model))
+    base = unwrapped(model)
+    small = miniature_of(base)
+    with evaluating(small):
+        return Shortcuts(_fuses_loss(base, small), _runs_at_rows(base, small), _shares_prefix(base, small))
 
 
 @contextmanager
@@ -62,67 +78,73 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-@torch.no_grad()
-def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether a document may begin in one before it (`attention.SharedPrefix`): a model must hand its
-    attention what it is called with. Asked of a miniature by running a few tokens.
+def _fuses_loss(model: PreTrainedModel, small: PreTrainedModel) -> bool:
+    """Whether the logits are a plain product with the weight of the output projection, and nothing more."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    config = model.config.get_text_config(decoder=True)
+    changes = any(getattr(config, name, None) not in (None, same) for name, same in LOGIT_CHANGES.items())
+    # a subclass (an adapter, a quantized layer) does more than multiply by its weight
+    is_plain = type(head) in (nn.Linear, ScoringHead)
+    if is_plain and not changes:
+        ids = some_tokens(small, 4)
+        hidden = _run_decoder(small, ids, [0, 4])
+        projected = cast(nn.Module, small.get_output_embeddings())(hidden.to(small.dtype)).float()
+        own = cast(Any, small)(**_arguments(ids, [0, 4])).logits[0].float()
+        changes = own.shape != projected.shape or differ(projected, own, small.dtype)
+    if changes:
+        notice(
+            "logits of all trained tokens are held at once, not chunk by chunk",
+            f"model_type={model.config.model_type} changes them after the projection",
+            "4 bytes x tokens x vocabulary, several times",
+        )
+    return is_plain and not changes
 
-    model: a transformers model with packed attention, without peft's wrapper.
-    """
+
+def _runs_at_rows(model: PreTrainedModel, small: PreTrainedModel) -> bool:
+    """Whether the last feed-forward network can be computed at some positions only."""
+    kind, why = model.config.model_type, None
+    if feed_forward_of(model) is None:
+        why = None if reason_of(model) else f"the feed-forward network of model_type={kind} is not found"
+    elif runs_layers_its_own_way(model):
+        why = None  # said where documents run one by one, and by `architecture.say_what_differs`
+    elif _is_exact_at_rows(small):
+        return True
+    else:
+        why = f"the feed-forward networks of model_type={kind} cannot be run at some"
+    if why is not None:
+        notice("the last layer is computed at all positions", why, WHOLE_LAYER)
+    return False
+
+
+def _is_exact_at_rows(small: PreTrainedModel) -> bool:
+    ids, rows = some_tokens(small, 12), [2, 3, 5, 11]
+    try:
+        whole = _run_decoder(small, ids, [0, 6, 12])
+        with computed_at(cast(nn.Module, feed_forward_of(small)), torch.tensor(rows, device=ids.device), 12):
+            part = _run_decoder(small, ids, [0, 6, 12])
+        return not differ(whole[rows], part[rows], small.dtype)
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return False  # called with something else than hidden states, or returns more
+
+
+def _shares_prefix(model: PreTrainedModel, small: PreTrainedModel) -> bool:
+    """Whether a document may begin in one before it (`attention.SharedPrefix`): a model must hand its
+    attention what it is called with."""
     if reason_of(model):
         return False
-    small = miniature_of(model)
-    with evaluating(small):
-        ids = some_tokens(small, 12)
-        ids[:, 6:9] = ids[:, :3]  # the second document is 3 tokens of the first and 3 of its own
-        apart = _run_decoder(small, ids, [0, 6, 12])
-        together = _run_decoder(small, torch.cat([ids[:, :6], ids[:, 9:]], 1), [0, 6, 9], (0, 3))
-        shares = not differ(apart[9:], together[6:], small.dtype)
+    ids = some_tokens(small, 12)
+    ids[:, 6:9] = ids[:, :3]  # the second document is 3 tokens of the first and 3 of its own
+    apart = _run_decoder(small, ids, [0, 6, 12])
+    together = _run_decoder(small, torch.cat([ids[:, :6], ids[:, 9:]], 1), [0, 6, 9], (0, 3))
+    shares = not differ(apart[9:], together[6:], small.dtype)
     if not shares:
         notice(
             "a prompt is computed again for each of its responses",
             f"model_type={model.config.model_type} does not tell its attention which tokens they share",
         )
     return shares
-
-
-def last_layer_of(model: PreTrainedModel) -> LastLayer:
-    """The model's last layer, told to compute everything where a few tokens show that it must.
-
-    model: a transformers model with packed attention, without peft's wrapper; its mode is left as it was.
-    """
-    last = LastLayer(model)
-    if last.works and not _last_layer_can_be_partial(miniature_of(model)):
-        notice(
-            "the last layer is computed at all positions",
-            f"the feed-forward networks of model_type={model.config.model_type} cannot be run at some",
-            WHOLE_LAYER,
-        )
-        last.give_up()
-    elif not last.found and reason_of(model) is None:
-        notice(
-            "the last layer is computed at all positions",
-            f"the feed-forward network of model_type={model.config.model_type} is not found",
-            WHOLE_LAYER,
-        )
-    return last
-
-
-@torch.no_grad()
-def _last_layer_can_be_partial(small: PreTrainedModel) -> bool:
-    last, training = LastLayer(small), small.training
-    small.eval()
-    try:
-        ids, rows = some_tokens(small, 12), [2, 3, 5, 11]
-        whole = _run_decoder(small, ids, [0, 6, 12])
-        with last.only(torch.tensor(rows, device=ids.device)):
-            part = _run_decoder(small, ids, [0, 6, 12])
-        return not differ(whole[rows], part[rows], small.dtype)
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
-        return False  # called with something else than hidden states, or returns more
-    finally:
-        last.give_up()
-        small.train(training)
 
 
 def _run_decoder(
@@ -147,28 +169,30 @@ def _arguments(
 def isolate_documents(base: PreTrainedModel) -> None:
     """Settle how documents are kept apart: packed where that is exact, else one by one, else UserError.
 
-    base: in evaluation mode, without peft's wrapper, loaded with packed attention or its own.
+    base: without peft's wrapper, loaded with packed attention or its own.
     """
-    kind = base.config.model_type
-    reason = why_not_packed(type(base), base.config)
-    if reason is None:
-        try:
-            reason = _crossing(miniature_of(base))
-        except attention.Unsupported as error:
-            reason = error.what
-        except attention.NoBoundaries:
-            reason = "layers that are not told where documents begin"
-        except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
-            reason = f"a pass over packed documents that fails ({type(error).__name__}: {error})"
-    if reason is None:
-        return
-    if base.config._attn_implementation == attention.NAME:
-        base.set_attn_implementation(attention.plain_name(base))
-    run_one_by_one(base, reason)
-    fault = _crossing(miniature_of(base))
-    if fault is not None:
-        raise attention.Unsupported(kind, fault)
-    notice("documents run one by one, not packed", f"model_type={kind} has {reason}", "exact, and slower")
+    with evaluating(base):
+        reason = why_not_packed(type(base), base.config) or _why_packing_fails(base)
+        if reason is None:
+            return
+        if base.config._attn_implementation == attention.NAME:
+            base.set_attn_implementation(attention.plain_name(base))
+        run_one_by_one(base, reason)
+        kind, fault = base.config.model_type, _crossing(miniature_of(base))
+        if fault is not None:
+            raise attention.Unsupported(kind, fault)
+        notice("documents run one by one, not packed", f"model_type={kind} has {reason}", "exact, and slower")
+
+
+def _why_packing_fails(base: PreTrainedModel) -> str | None:
+    try:
+        return _crossing(miniature_of(base))
+    except attention.Unsupported as error:
+        return error.what
+    except attention.NoBoundaries:
+        return "layers that are not told where documents begin"
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        return f"a pass over packed documents that fails ({type(error).__name__}: {error})"
 
 
 def _crossing(base: PreTrainedModel) -> str | None:
@@ -189,17 +213,3 @@ def _crossing(base: PreTrainedModel) -> str | None:
     with attention.plain_attention(base):
         alone = decoder_of(base)(input_ids=ids[:, 6:], use_cache=False).last_hidden_state[0].float()
     return "an attention with arguments of its own" if differ(b, alone, base.dtype) else None
-
-
-def _check_head(model: PreTrainedModel) -> None:
-    """Where the head's product is not the model's logits, the model makes its logits itself from now on."""
-    if not scores_in_head(model):
-        return
-    small = miniature_of(model)
-    ids = some_tokens(small, 4)
-    hidden = _run_decoder(small, ids, [0, 4])
-    projected = small.get_output_embeddings()(hidden.to(small.dtype)).float()
-    own = cast(Any, small)(**_arguments(ids, [0, 4])).logits[0].float()
-    if own.shape != projected.shape or differ(projected, own, small.dtype):
-        model._makes_own_logits = True  # type: ignore[assignment]
-        log.info("model_type=%s changes its logits after the projection", model.config.model_type)

@@ -29,8 +29,7 @@ from common.errors import UserError
 from common.files import commit_folder, disk_errors, set_aside
 from common.model import attention
 from common.model.adapters import base_name, is_of_base, unwrapped
-from common.model.packed import PackedCausalLM
-from common.model.scalar_head import PackedScalarModel
+from common.model.packed import PackedModel
 from common.model.tokenizer import terminators_of
 from common.stage import Role
 from common.training.export_check import Probe, check, is_compiled
@@ -50,92 +49,47 @@ class ExportMismatch(UserError):
 
 
 @torch.no_grad()
-def noise_of(
-    module: PackedCausalLM | PackedScalarModel, documents: Sequence[torch.Tensor], answer: torch.Tensor
-) -> float:
-    """How much the live model's answer differs between its own two attention kernels: `Probe.difference`.
+def ask_live(module: PackedModel, documents: Sequence[torch.Tensor]) -> Probe:
+    """What the live model says to documents of the run (int64 [T] each; one for a policy).
 
-    0 in fp32, where nothing is judged by it. documents: int64 [T] each, one for a policy; answer: what the
-    module says to them. On ZeRO-3 all ranks call it.
+    Its noise is 0 in fp32, where nothing is judged by it. On ZeRO-3 all ranks call it.
     """
     base = module.base()
+    probe = Probe(module.role, documents, module.answers(documents))
     if base.dtype is torch.float32 or is_compiled(base):  # compiled layers would be compiled once more
-        return 0.0
-    role = Role.policy if isinstance(module, PackedCausalLM) else Role.reward_model
-    probe = Probe(role, documents, answer)
+        return probe
     with attention.plain_attention(base):
-        return probe.difference(probe.ask(base))
+        return replace(probe, noise=probe.difference(probe.ask(base)))
 
 
-def export_policy(
+def export_model(
     module: PreTrainedModel,
     state_dict: Mapping[str, torch.Tensor] | None,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    *,
-    details: Mapping[str, Any],
-    probe: torch.Tensor,
-    live_logits: torch.Tensor,
-    noise: float = 0.0,
-    say: Callable[[str], None] = log.warning,
-) -> Path:
-    """Write, check and commit the policy at `folder`; returns `folder`.
-
-    state_dict: the module's full weights (names may carry the "model." of a wrapper), or None to take the
-    module's own. probe: int64 [1, N], one document, text of the run; live_logits: [N, V], what the live model
-    says to it; noise: see `noise_of`. `details` goes into the manifest beside what is known here. say: hears
-    what the user should know. An artifact already at `folder` stays when it is the same, and is set aside
-    otherwise. Raises UserError for the disk, and ExportMismatch when the check fails: the artifact is then at
-    `<folder>.unverified`.
-    """
-    state, asked = own_names(module, state_dict), Probe(Role.policy, [probe[0]], live_logits, noise)
-    return _export(module, state, tokenizer, folder, details, asked, say)
-
-
-def export_reward_model(
-    module: PreTrainedModel,
-    state_dict: Mapping[str, torch.Tensor] | None,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    *,
-    details: Mapping[str, Any],
-    probe: Sequence[torch.Tensor],
-    live_scores: torch.Tensor,
-    noise: float = 0.0,
-    say: Callable[[str], None] = log.warning,
-) -> Path:
-    """Write, check and commit the reward model at `folder`; returns `folder`.
-
-    module: a sequence classifier with one label, as `scalar_head` makes it. probe: int64 [T] each, documents
-    that end where they are scored; live_scores: [D], what the live model gives them. The rest is as for
-    `export_policy`.
-    """
-    config, ends = module.config, terminators_of(tokenizer)
-    if config.num_labels != 1 or config.pad_token_id in (None, *ends):
-        raise ValueError(
-            f"plain transformers would score another token: {config.num_labels} labels, pad "
-            f"{config.pad_token_id}, terminators {ends}"
-        )
-    state = own_names(module, state_dict)
-    asked = Probe(Role.reward_model, probe, live_scores, noise, unit=_head_norm(state))
-    return _export(module, state, tokenizer, folder, details, asked, say)
-
-
-def _head_norm(state: Mapping[str, torch.Tensor]) -> float:
-    """About how large a score is whose terms do not cancel: hidden states are normalised, to about 1 each."""
-    (head,) = [t for name, t in state.items() if is_of_base(name) and base_name(name) == "score.weight"]
-    return float(head.float().norm())
-
-
-def _export(
-    module: PreTrainedModel,
-    state: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    details: Mapping[str, Any],
     probe: Probe,
-    say: Callable[[str], None],
+    *,
+    details: Mapping[str, Any],
+    say: Callable[[str], None] = log.warning,
 ) -> Path:
+    """Write, check and commit the policy or reward model at `folder`; returns `folder`.
+
+    module: a causal LM, or a sequence classifier with one label. state_dict: its full weights (names may
+    carry the "model." of a wrapper), or None to take the module's own. probe: see `ask_live`; documents of a
+    reward model end where they are scored. `details` goes into the manifest beside what is known here. say:
+    hears what the user should know. An artifact already at `folder` stays when it is the same, and is set
+    aside otherwise. Raises UserError for the disk, and ExportMismatch when the check fails: the artifact is
+    then at `<folder>.unverified`.
+    """
+    state = own_names(module, state_dict)
+    if probe.role is Role.reward_model:
+        config, ends = module.config, terminators_of(tokenizer)
+        if config.num_labels != 1 or config.pad_token_id in (None, *ends):
+            raise ValueError(
+                f"plain transformers would score another token: {config.num_labels} labels, pad "
+                f"{config.pad_token_id}, terminators {ends}"
+            )
+        probe = replace(probe, unit=_head_norm(state))
     partial = folder.with_name(folder.name + ".tmp")
     with _disk_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,6 +111,12 @@ def _export(
                 hint=f"look at it with: python -m pipeline chat {target}; the checkpoints are unharmed",
             )
     return target
+
+
+def _head_norm(state: Mapping[str, torch.Tensor]) -> float:
+    """About how large a score is whose terms do not cancel: hidden states are normalised, to about 1 each."""
+    (head,) = [t for name, t in state.items() if is_of_base(name) and base_name(name) == "score.weight"]
+    return float(head.float().norm())
 
 
 def try_export(module: PreTrainedModel, folder: Path) -> str | None:

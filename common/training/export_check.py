@@ -21,6 +21,7 @@ from torch import nn
 from common.model.adapters import MERGE_TOLERANCE, unwrapped
 from common.model.one_by_one import reason_of, run_one_by_one
 from common.model.packed import PackedCausalLM
+from common.model.probes import Shortcuts
 from common.model.scalar_head import PackedScalarModel
 from common.stage import Role
 from common.training.export_model import ADAPTER_FOLDER, Rebuilt, set_tied, with_weights
@@ -46,7 +47,7 @@ class Probe:
     role: Role
     documents: Sequence[torch.Tensor]  # int64 [T] each
     answer: torch.Tensor  # policy: logits [T, V] of the only document; reward model: scores [D]
-    noise: float = 0.0  # of the live model, as `noise_of` measures it
+    noise: float = 0.0  # of the live model: by how much its answer differs between its two attention kernels
     unit: float = 0.0  # differences are relative to the largest answer, or to this if it is larger
 
     @property
@@ -81,9 +82,8 @@ class Probe:
         unwrapped(model).set_attn_implementation(live.config._attn_implementation)
         if (reason := reason_of(live)) is not None:
             run_one_by_one(unwrapped(model), reason)
-        if self.role is Role.policy:
-            return PackedCausalLM(model).logits(documents[0][None])
-        return PackedScalarModel(model).scores(documents)
+        packed = PackedCausalLM if self.role is Role.policy else PackedScalarModel
+        return packed(model, Shortcuts()).answers(documents)
 
     def difference(self, answer: torch.Tensor) -> float:
         """The typical difference of another answer from the live model's, relative to the live one's size.

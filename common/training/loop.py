@@ -16,8 +16,7 @@ from common.artifacts import Artifact
 from common.config import Dtype
 from common.data.batches import Batches
 from common.errors import UserError
-from common.model.packed import PackedCausalLM
-from common.model.scalar_head import PackedScalarModel
+from common.model.packed import PackedModel
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, all_reduce_sum, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
@@ -207,9 +206,9 @@ class Loop(Generic[Rows]):
 
     def export(
         self,
-        module: PackedCausalLM | PackedScalarModel,
+        module: PackedModel,
         tokenizer: PreTrainedTokenizerFast,
-        probe: Sequence[torch.Tensor],
+        documents: Sequence[torch.Tensor],
         *,
         parents: Sequence[Artifact],
         final_lines: FinalLines = lambda final: [],
@@ -218,7 +217,7 @@ class Loop(Generic[Rows]):
         """Export what was trained; see `Session.export`."""
         session = self._session
         session.export(
-            module, self._learner.engine, tokenizer, probe, steps=self.total_steps, parents=parents,
+            module, self._learner.engine, tokenizer, documents, steps=self.total_steps, parents=parents,
             data=self._data.fingerprints(), counters=asdict(self.counters),
             final_lines=lambda final: [
                 *final_lines(final), skipped_warning(self.counters, session.job.model.dtype, session.step),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +32,10 @@ from common.decoding.sampling import sample_completions, stop_rate
 from common.handoff import load_named, parent_record
 from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
-from common.model.packed import PackedCausalLM
-from common.model.scalar_head import PackedScalarModel
+from common.model.loading import load_model
+from common.model.packed import PackedCausalLM, PackedModel
 from common.model.tokenizer import terminators_of
 from common.phases import enter
-from common.rates import Rates
 from common.runtime.distributed import (
     StopSignal,
     World,
@@ -51,7 +50,7 @@ from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
 from common.stage import Role, Step
 from common.training.checkpoint import Checkpoints, State
 from common.training.engine import Engine
-from common.training.export import export_policy, export_reward_model, noise_of
+from common.training.export import ask_live, export_model
 from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
 from common.training.step_data import Kind, Rows, StepData, batch_plan, load_data
@@ -65,15 +64,6 @@ FinalLines = Callable[[Mapping[str, float]], Iterable[str | None]]
 ExtraDetails = Callable[[Mapping[str, float]], Mapping[str, Any]]
 """What the manifest says besides, from the same."""
 Made = TypeVar("Made")
-
-
-class LoadNetwork(Protocol):
-    """`load_model`, or `load_scalar_model`."""
-
-    def __call__(
-        self, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int, device: torch.device,
-        max_length: int,
-    ) -> PreTrainedModel: ...  # fmt: skip
 
 
 class SaveClock:
@@ -155,21 +145,15 @@ class Session:
         return batch_plan(self.job, data, self.train_config, self.world, share_prefix=share_prefix)
 
     def load_network(
-        self,
-        load: LoadNetwork,
-        head: HeadSpec,
-        model: ModelConfig,
-        tokenizer: PreTrainedTokenizerFast,
-        max_length: int,
+        self, head: HeadSpec, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, max_length: int
     ) -> PreTrainedModel:
-        """What `load` makes of `model` on this rank's device, once a small one with this head was exported.
+        """What `model` names on this rank's device, once a small one with this head was exported.
 
         max_length: tokens of the longest document.
         """
         self.rehearse_export(model, head)
-        network = load(
-            model, tokenizer, seed=self.job.seed, device=self.world.device, max_length=max_length
-        )  # fmt: skip
+        device, seed = self.world.device, self.job.seed
+        network = load_model(model, tokenizer, head, seed=seed, device=device, max_length=max_length)
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network
@@ -186,10 +170,12 @@ class Session:
     def build_learner(
         self, module: torch.nn.Module, optim: OptimConfig, *, peak_lr: float, steps: int
     ) -> Learner:
-        """The module under ZeRO with its optimizer; says which learning rates it will have."""
-        self.say(f"learning rate: {Rates.of(optim, peak_lr, steps).in_words()}")
-        config = self.train_config
-        return build_learner(module, self.job, config, optim, self.world, peak_lr=peak_lr, steps=steps)
+        """The module under ZeRO with its optimizer; says which learning rates it has."""
+        learner = build_learner(
+            module, self.job, self.train_config, optim, self.world, peak_lr=peak_lr, steps=steps
+        )
+        self.say(f"learning rate: {learner.rates.in_words()}")
+        return learner
 
     def checkpoints(self) -> Checkpoints:
         """Of this step. With a network from the hub they belong to its commit."""
@@ -243,10 +229,10 @@ class Session:
 
     def export(
         self,
-        module: PackedCausalLM | PackedScalarModel,
+        module: PackedModel,
         engine: Engine,
         tokenizer: PreTrainedTokenizerFast,
-        probe: Sequence[torch.Tensor],
+        documents: Sequence[torch.Tensor],
         *,
         steps: int,
         parents: Sequence[Artifact],
@@ -255,19 +241,15 @@ class Session:
         final_lines: FinalLines,
         extra_details: ExtraDetails = lambda final: {},
     ) -> None:
-        """Export what was trained to `<step>/export`, checked against the live model's answer to `probe`.
+        """Export what was trained to `<step>/export`, checked against the live model's answer to `documents`.
 
-        probe: int64 [T] each, documents of the run; one for a policy. steps: how many there were. parents:
-        what training started from; data: fingerprints of the rows; counters: where the run ended. A
-        collective; `begin_export` comes before.
+        documents: int64 [T] each, of the run; one for a policy. steps: how many there were. parents: what
+        training started from; data: fingerprints of the rows; counters: where the run ended. A collective;
+        `begin_export` comes before.
         """
         engine.eval()
         model: Any = module.model
-        with torch.no_grad():
-            live = (
-                module.logits(probe[0][None]) if isinstance(module, PackedCausalLM) else module.scores(probe)
-            )  # fmt: skip
-        noise = noise_of(module, probe, live)
+        probe = ask_live(module, documents)
         weights = engine.full_state_dict()
         if weights is not None:
             final = metrics_of_step(self.folder / METRICS_FILE, steps)
@@ -281,15 +263,9 @@ class Session:
                 "metrics": final,
                 **extra_details(final),
             }
-            known: Any = {"details": details, "noise": noise, "say": self.progress.log}
-            where = self.folder / "export"
-            if isinstance(module, PackedCausalLM):
-                role, known = Role.policy, {**known, "probe": probe[0][None], "live_logits": live}
-                export = export_policy(model, weights, tokenizer, where, **known)
-            else:
-                role, known = Role.reward_model, {**known, "probe": probe, "live_scores": live}
-                export = export_reward_model(model, weights, tokenizer, where, **known)
-            self.tracker.log_artifact(export, role.value, file_sha256(export / MANIFEST))
+            folder, say = self.folder / "export", self.progress.log
+            export_model(model, weights, tokenizer, folder, probe, details=details, say=say)
+            self.tracker.log_artifact(folder, module.role.value, file_sha256(folder / MANIFEST))
             self.tracker.finish(summary=final)
         wait_for_rank0(self.world, "export")
 

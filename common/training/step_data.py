@@ -149,7 +149,7 @@ def _shown(split: Mapping[str, Any] | None) -> str:
 def batch_plan(
     job: JobConfig, data: DataConfig, train: TrainConfig, world: World, *, share_prefix: bool = True
 ) -> BatchPlan:
-    """How the rows become this rank's batches. share_prefix: see `probes.can_share_prefix`."""
+    """How the rows become this rank's batches. share_prefix: see `probes.Shortcuts`."""
     return BatchPlan(
         max_length=data.max_length,
         packing=data.packing,

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import ppo_cpu, ppo_reference, ppo_sides, ppo_workload
 from benchmarks.measure import Tick
+from tests.packed import packed_lm, packed_scorer
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,7 @@ def test_padding_changes_nothing(made: ppo_workload.PPOWorkload) -> None:
     """Log-probabilities, values and scores are those of each document alone, in our packed passes."""
     from common.config import Dtype, ModelConfig
     from common.model.loading import load_model
-    from common.model.packed import PackedCausalLM
-    from common.model.scalar_head import PackedScalarModel, load_reward_model
+    from common.model.scalar_head import REWARD_MODEL
     from common.model.tokenizer import load_tokenizer
 
     trainer = trainer_of(made)
@@ -70,9 +70,9 @@ def test_padding_changes_nothing(made: ppo_workload.PPOWorkload) -> None:
     known, _ = trainer.score(sequences)
     policy = ModelConfig(path=str(made.policy), dtype=Dtype.fp32)
     tokenizer, cpu = load_tokenizer(policy), torch.device("cpu")
-    actor = PackedCausalLM(load_model(policy, tokenizer, seed=0, device=cpu).eval())
+    actor = packed_lm(load_model(policy, tokenizer, seed=0, device=cpu).eval())
     judged = ModelConfig(path=str(made.reward_model), dtype=Dtype.fp32)
-    judge = PackedScalarModel(load_reward_model(judged, tokenizer, seed=0, device=cpu).eval())
+    judge = packed_scorer(load_model(judged, tokenizer, REWARD_MODEL, seed=0, device=cpu).eval())
     for row, (document, prompt) in enumerate(zip(documents_of(sequences), trainer.prompts, strict=True)):
         said = document[len(prompt) :]
         with torch.no_grad():

@@ -17,9 +17,9 @@ import torch
 from common.data.batches import collate_pairs
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.model.packed import batch_arguments
-from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import train_tokenizer
 from step2_dpo.loss import Objective
+from tests.packed import packed_scorer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed (extra: bench)"
@@ -85,7 +85,7 @@ def test_our_reward_is_read_at_the_terminator_whatever_pad_is(pad: int) -> None:
     batch = collate_pairs([TokenizedPair(up, down, 0.0)], [0], [0])
     packed = batch_arguments(batch.documents)
     names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "shared_prefix")
-    scores = PackedScalarModel(model)(
+    scores = packed_scorer(model)(
         **{name: packed[name] for name in names if name in packed}, score_positions=batch.score_positions
     )
     assert scores.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)

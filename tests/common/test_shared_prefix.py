@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from common.data.batches import collate, collate_pairs
 from common.data.types import IGNORE, PairBatch, TokenizedExample, TokenizedPair
 from common.model import attention
 from common.model.fused_loss import token_cross_entropy
-from common.model.packed import PackedCausalLM, batch_arguments
-from common.model.probes import can_share_prefix
+from common.model.packed import batch_arguments
+from common.model.probes import find_shortcuts
+from tests.packed import packed_lm
 
 VOCABULARY = 50
 
@@ -52,8 +55,8 @@ def tiny_model(window: int | None = None) -> torch.nn.Module:
 def run(batch: PairBatch, window: int | None) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Token losses, hidden states where scores are read, and gradients of a weighted sum of both."""
     model = tiny_model(window)
-    packed = PackedCausalLM(model)
-    packed.scores_in_head = False  # the plain path stays in float64
+    packed = packed_lm(model)
+    packed.shortcuts = replace(packed.shortcuts, fused_loss=False)  # the plain path stays in float64
     losses = packed(**batch_arguments(batch.documents), per_token=True).token_losses
     documents = batch.documents
     hidden = []
@@ -107,8 +110,8 @@ def test_many_answers_to_a_prompt_give_the_same_losses_and_gradients(window: int
     ):
         assert batch.shared_prefix == ((0, 9, 9, 11, 0, 6, 6) if shared else ())
         model = tiny_model(window)
-        packed = PackedCausalLM(model)
-        packed.scores_in_head = False  # the plain path stays in float64
+        packed = packed_lm(model)
+        packed.shortcuts = replace(packed.shortcuts, fused_loss=False)  # the plain path stays in float64
         losses = packed(**batch_arguments(batch), per_token=True).token_losses
         (losses * (1.0 + torch.arange(len(losses)) % 4)).sum().backward()
         found[shared] = losses.detach(), {name: p.grad for name, p in model.named_parameters()}
@@ -156,11 +159,12 @@ def test_a_model_that_drops_what_its_attention_is_told_does_not_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model().float()
-    assert can_share_prefix(model) and can_share_prefix(tiny_model(window=4).float())
+    assert find_shortcuts(model).shared_prefix
+    assert find_shortcuts(tiny_model(window=4).float()).shared_prefix
     forward = type(model.model.layers[0].self_attn).forward
 
     def forgetful(self: object, *args: object, shared_prefix: object = None, **kwargs: object) -> object:
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forgetful)
-    assert not can_share_prefix(model)
+    assert not find_shortcuts(model).shared_prefix

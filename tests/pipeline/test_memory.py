@@ -22,6 +22,7 @@ from pipeline.planning.fitting import ways_out, ways_out_of
 from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import from_fields, network_of
 from pipeline.planning.workload import workload_of
+from tests.packed import packed_lm
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3,
@@ -102,13 +103,13 @@ def bytes_kept(half: bool, length: int) -> tuple[int, MicroBatchShape]:
     from common.data.batches import collate
     from common.data.types import IGNORE, TokenizedExample
     from common.model import attention
-    from common.model.packed import PackedCausalLM, batch_arguments
+    from common.model.packed import batch_arguments
 
     attention.register()
     dtype = torch.bfloat16 if half else torch.float32
     config = AutoConfig.for_model(**LLAMA)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-    packed = PackedCausalLM(model.train())
+    packed = packed_lm(model.train())
     ids = np.arange(length, dtype=np.int32) % LLAMA["vocab_size"]
     labels = np.roll(ids, -1)
     labels[: length // 3] = labels[-1] = IGNORE

@@ -23,6 +23,7 @@ from common.model.scalar_head import PackedScalarModel, begin_head
 from common.runtime.distributed import World
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
+from tests.packed import packed_lm, packed_scorer
 from tests.programs.gradients import VOCABULARY, tiny_llama
 
 STEPS, MICRO_BATCHES = 3, 2
@@ -38,7 +39,7 @@ def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 def tiny_actor(dtype: Dtype = Dtype.fp32) -> PackedCausalLM:
     attention.register()
-    return PackedCausalLM(tiny_llama(attention.NAME).to(torch_dtype(dtype)))
+    return packed_lm(tiny_llama(attention.NAME).to(torch_dtype(dtype)))
 
 
 def tiny_critic(dtype: Dtype = Dtype.fp32) -> PackedScalarModel:
@@ -50,7 +51,7 @@ def tiny_critic(dtype: Dtype = Dtype.fp32) -> PackedScalarModel:
     torch.manual_seed(1)
     model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention.NAME)
     begin_head(model.score, 2)
-    return PackedScalarModel(model.to(torch_dtype(dtype)))
+    return packed_scorer(model.to(torch_dtype(dtype)))
 
 
 def engine_of(

@@ -14,10 +14,11 @@ from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.model import attention
-from common.model.packed import PackedCausalLM, batch_arguments
+from common.model.packed import batch_arguments
 from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
+from tests.packed import packed_lm
 
 LEARNING_RATE = 1e5
 MAX_LENGTH = 24
@@ -80,7 +81,7 @@ def pipeline_gradient(
     world: World, micro_batch_size: int, packing: bool, stage: int, *, checkpointing: bool = False
 ) -> dict[str, torch.Tensor] | None:
     """The gradient of one optimizer step over all documents, on rank 0."""
-    module = PackedCausalLM(tiny_llama(attention.NAME, checkpointing=checkpointing))
+    module = packed_lm(tiny_llama(attention.NAME, checkpointing=checkpointing))
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     config = build_ds_config(
         DeepSpeedConfig(stage=stage), dtype=Dtype.fp32, max_grad_norm=0.0, micro_batch_size=micro_batch_size,

@@ -14,16 +14,17 @@ def keep_live(config: str, answers: str, **more: Any) -> None:
     import torch
 
     from common.training import session
+    from common.training.export_check import Probe
 
-    name = "export_policy" if answers == "logits" else "export_reward_model"
-    export = getattr(session, name)
+    export = session.export_model
 
-    def keeping(*args: Any, **kwargs: Any) -> Path:
-        live = {"probe": kwargs["probe"], answers: kwargs[f"live_{answers}"]}
-        torch.save({**live, **more}, Path(config).parent / f"live_{answers}.pt")
-        return export(*args, **kwargs)
+    def keeping(model: Any, weights: Any, tokenizer: Any, folder: Path, probe: Probe, **kwargs: Any) -> Path:
+        asked = probe.documents[0][None] if answers == "logits" else probe.documents
+        live = {"probe": asked, answers: probe.answer, **more}
+        torch.save(live, Path(config).parent / f"live_{answers}.pt")
+        return export(model, weights, tokenizer, folder, probe, **kwargs)
 
-    setattr(session, name, keeping)
+    session.export_model = keeping
 
 
 def sft_with_live_logits(config: str) -> int:

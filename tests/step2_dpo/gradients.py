@@ -24,6 +24,7 @@ from step2_dpo.config import LossType
 from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
 from step2_dpo.reference import Reference, load_or_compute
+from tests.packed import packed_lm
 from tests.step2_dpo.pairs import MAX_LENGTH, SomePairs, plain_logps, tiny_llama
 
 LEARNING_RATE = 1e5
@@ -112,7 +113,7 @@ def train_step(
 
 def gradient(world: World, point: Point) -> tuple[Any, dict[str, float]]:
     """Gradients by name on rank 0, and the step's metrics."""
-    module = PackedCausalLM(tiny_llama())
+    module = packed_lm(tiny_llama())
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     engine = engine_of(module, point.stage, world, LEARNING_RATE)
     metrics = train_step(engine, plan_of(point, world), other_reference(), point.objective, world)
@@ -130,7 +131,7 @@ def beginning(world: World, start: Start, cache: Path) -> dict[str, float]:
 
         settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
         model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
-    engine = engine_of(PackedCausalLM(model), start.stage, world, 0.1)
+    engine = engine_of(packed_lm(model), start.stage, world, 0.1)
     plan, pairs = plan_of(start, world), SomePairs()
     batches: Any = PairBatches(pairs, plan)
     key = {"start": list(start)}

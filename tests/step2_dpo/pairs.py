@@ -9,7 +9,7 @@ import torch
 
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.model import attention
-from common.model.packed import PackedCausalLM
+from tests.packed import packed_lm
 
 VOCABULARY, MAX_LENGTH = 61, 24
 
@@ -61,7 +61,7 @@ class PlainEngine:
     """What the loss and the reference ask of an engine, without one."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.module = PackedCausalLM(model)
+        self.module = packed_lm(model)
         self.calls = 0
 
     def __call__(self, **arguments: Any) -> Any:

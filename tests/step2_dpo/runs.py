@@ -11,6 +11,7 @@ from typing import Any
 from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode, to_plain
 from common.runtime.tracking import read_metrics
 from step2_dpo.config import DPOJob
+from tests.packed import packed_lm
 from tests.programs.live_logits import keep_live
 from tests.runs import LLAMA, finish
 
@@ -22,20 +23,17 @@ def make_policy(folder: Path, tokenizer: Path, seed: int = 0, **config: Any) -> 
     import torch
 
     from common.model.loading import load_model
-    from common.model.packed import PackedCausalLM
     from common.model.tokenizer import load_tokenizer
-    from common.training.export import export_policy
+    from common.training.export import ask_live, export_model
 
     settings = ModelConfig(
         config={**LLAMA, **config}, tokenizer=TokenizerConfig(path=str(tokenizer)), dtype=Dtype.fp32
     )
     loaded = load_tokenizer(settings)
     model = load_model(settings, loaded, seed=seed, device=torch.device("cpu"))
-    probe = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        logits = PackedCausalLM(model.eval()).logits(probe)
+    probe = ask_live(packed_lm(model.eval()), torch.arange(3, 20)[None])
     shutil.rmtree(folder, ignore_errors=True)
-    return export_policy(model, None, loaded, folder, details={}, probe=probe, live_logits=logits)
+    return export_model(model, None, loaded, folder, probe, details={})
 
 
 def pairs(count: int = 30) -> list[dict[str, str]]:

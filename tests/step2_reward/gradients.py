@@ -12,12 +12,12 @@ import torch
 
 from common.config import DeepSpeedConfig, Dtype
 from common.data.batches import BatchPlan, PairBatches, count_pairs, evaluation_pair_batches
-from common.model.scalar_head import PackedScalarModel
 from common.runtime.distributed import World, all_reduce_sum, close_world, init_world
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
 from step2_reward.evaluate import held_out_metrics, score_pairs
 from step2_reward.loss import ScoredPairs, pair_losses, score, step_metrics
+from tests.packed import packed_scorer
 from tests.step2_reward.pairs import CENTERING, MAX_LENGTH, SomePairs, tiny_scorer
 
 LEARNING_RATE = 1e5
@@ -48,7 +48,7 @@ class Found(NamedTuple):
 
 def one_step(world: World, point: Point) -> Found:
     """Evaluate all pairs, then one optimizer step over them, as in train.py; the gradient on rank 0."""
-    module = PackedScalarModel(tiny_scorer(checkpointing=point.checkpointing))
+    module = packed_scorer(tiny_scorer(checkpointing=point.checkpointing))
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     config = build_ds_config(
         DeepSpeedConfig(stage=point.stage), dtype=Dtype.fp32, max_grad_norm=0.0, world_size=world.size,

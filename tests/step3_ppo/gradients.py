@@ -14,7 +14,7 @@ from common.config import OptimConfig
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.model import attention
-from common.model.packed import PackedCausalLM
+from common.model.probes import find_shortcuts
 from common.rates import Rates
 from common.runtime.distributed import World, close_world, init_world
 from common.training.learner import Learner
@@ -25,6 +25,7 @@ from step3_ppo.networks import Critic, Networks
 from step3_ppo.rollout import Experience, Response
 from step3_ppo.state import PPOCounters
 from step3_ppo.update import update
+from tests.packed import packed_lm
 from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
 from tests.step2_dpo.pairs import VOCABULARY, tiny_llama
 
@@ -129,7 +130,8 @@ def plan_of(point: Point, world: World, size: int) -> BatchPlan:
 def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, float]]:
     """Gradients of both networks by name (on rank 0), and the update's metrics."""
     ppo, experience = everything(), some_experience()
-    modules = {"actor": PackedCausalLM(tiny_llama()), "critic": Critic(tiny_scorer(), SHIFT)}
+    scorer = tiny_scorer()
+    modules = {"actor": packed_lm(tiny_llama()), "critic": Critic(scorer, find_shortcuts(scorer), SHIFT)}
     before = {
         part: {name: value.clone() for name, value in module.state_dict().items()}
         for part, module in modules.items()

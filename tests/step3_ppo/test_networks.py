@@ -18,6 +18,7 @@ from common.runtime.distributed import World
 from common.stage import Role
 from step3_ppo.config import CriticStart, PPOJob, RewardSourceConfig
 from step3_ppo.networks import load_actor, load_critic, load_frozen_reward_model, load_reference
+from tests.packed import packed_lm
 from tests.runs import Base
 from tests.step3_ppo.runs import Artifacts, make_artifacts, make_job
 
@@ -53,7 +54,7 @@ def tokenizer_of(job: PPOJob) -> Any:
 
 
 def actor_of(job: PPOJob) -> PackedCausalLM:
-    return PackedCausalLM(load_actor(job, policy_of(job), tokenizer_of(job), CPU))
+    return packed_lm(load_actor(job, policy_of(job), tokenizer_of(job), CPU))
 
 
 def critic_of(job: PPOJob) -> PackedScalarModel:

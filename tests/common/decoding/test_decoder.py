@@ -20,8 +20,8 @@ from common.decoding.slots import DecodingStep
 from common.errors import UserError
 from common.model import attention
 from common.model.miniature import TOLERANCE, difference
-from common.model.packed import PackedCausalLM
 from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
+from tests.packed import packed_lm
 
 MODELS = {**CONFIGS, "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}
 RULE = SamplingRule(temperature=1.3, max_new_tokens=20, terminators=(1, 2, 3, 4))
@@ -226,7 +226,7 @@ def test_rounding_does_not_cost_a_model_its_cache() -> None:
     """Two right ways through it differ by a hundred times what two ways through its miniature may."""
     model, ids = large_in_bf16(), torch.arange(3, 15)[None]
     with torch.no_grad():
-        packed = PackedCausalLM(model).logits(ids).float()
+        packed = packed_lm(model).logits(ids).float()
         with attention.plain_attention(model):
             plain = model(input_ids=ids, use_cache=False).logits[0].float()
     assert difference(plain, packed, torch.bfloat16) > 100 * TOLERANCE

@@ -10,10 +10,12 @@ import torch
 
 from common import notices
 from common.config import Dtype, ModelConfig
-from common.decoding.foresight import foresee_policy, foresee_scalar
+from common.decoding.foresight import foresee
 from common.errors import UserError
+from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM
+from common.model.scalar_head import NEW_REWARD_MODEL
+from tests.packed import packed_lm
 from tests.tiny import CHATML, tiny_tokenizer
 
 SHAPE = {
@@ -38,7 +40,7 @@ def model_of(kind: str, *, checkpointing: bool = False, **fields: Any) -> ModelC
 def foreseen(model: ModelConfig) -> list[str]:
     said: list[str] = []
     notices.listen(said.append)
-    foresee_policy(model, samples=False)
+    foresee(model, CAUSAL_LM)
     return said
 
 
@@ -56,7 +58,7 @@ def test_what_is_foreseen_is_what_the_step_says(kind: str) -> None:
     model = model_of(kind, checkpointing=kind == "llama", **(KINDS[kind] or SHAPE))
     said: list[str] = []
     notices.listen(said.append)
-    PackedCausalLM(load_model(model, tiny_tokenizer(CHATML), seed=0, device=torch.device("cpu")))
+    packed_lm(load_model(model, tiny_tokenizer(CHATML), seed=0, device=torch.device("cpu")))
     assert foreseen(model) == said != []
 
 
@@ -66,9 +68,9 @@ def test_a_model_that_does_everything_has_nothing_to_say() -> None:
 
 def test_what_the_step_would_refuse_is_refused() -> None:
     with pytest.raises(UserError, match="model_type=bert has attention to later tokens"):
-        foresee_policy(model_of("bert"), samples=False)
+        foresee(model_of("bert"), CAUSAL_LM)
     with pytest.raises(UserError, match="lfm2 does not make a reward model: transformers has no Sequence"):
-        foresee_scalar(model_of("lfm2"))
+        foresee(model_of("lfm2"), NEW_REWARD_MODEL)
 
 
 def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +79,7 @@ def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: 
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
     with pytest.raises(UserError, match="model_type=llama does not make a causal LM: ImportError: .*PIL"):
-        foresee_policy(model_of("llama", **SHAPE), samples=False)
+        foresee(model_of("llama", **SHAPE), CAUSAL_LM)
 
 
 def test_where_nothing_can_be_asked_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from common.model import attention
 from common.model.attention import positions_within
-from common.model.packed import PackedCausalLM
-from common.model.probes import check_packed, last_layer_of
+from common.model.probes import find_shortcuts, isolate_documents
+from tests.packed import packed_lm
 
 ROWS, BOUNDARIES = torch.tensor([3, 4, 4, 8, 11]), torch.tensor([0, 5, 12], dtype=torch.int32)
 
@@ -30,9 +31,9 @@ def model_of(kind: str, **more: Any) -> Any:
 
 def run(model: Any, rows: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Token losses at ROWS, the gradients of a weighted sum, and positions the last MLP computed."""
-    packed = PackedCausalLM(model)
+    packed = packed_lm(model)
     if rows is None:
-        packed.last_layer.give_up()
+        packed.shortcuts = replace(packed.shortcuts, partial_last_layer=False)
     seen = []
     hook = model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[0].shape[1])
@@ -60,7 +61,7 @@ def test_losses_and_gradients_are_those_of_the_whole_layer(kind: str) -> None:
 
 def test_everything_is_computed_outside_of_a_scored_pass() -> None:
     model = model_of("llama")
-    packed = PackedCausalLM(model)
+    packed = packed_lm(model)
     run(model, ROWS)
     ids = torch.arange(3, 15)[None]
     with attention.plain_attention(model), torch.no_grad():
@@ -75,17 +76,13 @@ def test_a_model_that_mixes_positions_in_its_feed_forward_network_is_computed_wh
     network = model.model.layers[-1].mlp
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda hidden: forward(hidden + hidden.mean(1, keepdim=True)))
-    last = last_layer_of(model)
-    with last.only(ROWS):
-        assert last._rows is None
+    assert not find_shortcuts(model).partial_last_layer
 
 
 def test_recomputed_layers_are_computed_whole() -> None:
     model = model_of("llama")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    last = last_layer_of(model.train())
-    with last.only(ROWS):
-        assert last._rows is None
+    assert not find_shortcuts(model.train()).partial_last_layer
 
 
 def test_a_feed_forward_network_called_by_keyword_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,13 +90,12 @@ def test_a_feed_forward_network_called_by_keyword_is_computed_whole(monkeypatch:
     layer = model.model.layers[-1]
     call = layer.mlp.__call__
     monkeypatch.setattr(type(layer), "forward", lambda self, hidden_states, **kwargs: call(x=hidden_states))
-    last = last_layer_of(model)
-    with last.only(ROWS):
-        assert last._rows is None
+    assert not find_shortcuts(model).partial_last_layer
     assert not layer.mlp._forward_hooks and not layer.mlp._forward_pre_hooks
 
 
 def test_a_check_leaves_no_hook_behind() -> None:
     model = model_of("llama")
-    check_packed(model)
+    isolate_documents(model)
+    packed_lm(model)
     assert not model.model.layers[-1].mlp._forward_hooks

@@ -13,8 +13,8 @@ from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.errors import UserError
 from common.model.attention import plain_attention
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM
 from common.model.tokenizer import train_tokenizer
+from tests.packed import packed_lm
 from tests.tiny import CHATML, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -177,13 +177,13 @@ def test_a_config_file_with_a_wrong_value_is_named(base: Path) -> None:
 def test_adapters_start_as_the_base_model_and_only_they_train(dora: bool) -> None:
     tokenizer = tiny_tokenizer(CHATML)
     ids = torch.arange(5, 15)[None]
-    plain = PackedCausalLM(load_model(config(), tokenizer, seed=0, device=CPU).eval())
+    plain = packed_lm(load_model(config(), tokenizer, seed=0, device=CPU).eval())
     model = config(lora=LoraConfig(enabled=True, r=4, alpha=8, dora=dora))
     adapted = load_model(model, tokenizer, seed=0, device=CPU)
     assert adapted.training
     with torch.no_grad():
         torch.testing.assert_close(
-            PackedCausalLM(adapted.eval()).logits(ids), plain.logits(ids), rtol=1e-5, atol=1e-6
+            packed_lm(adapted.eval()).logits(ids), plain.logits(ids), rtol=1e-5, atol=1e-6
         )
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     # seven linear layers in each of two decoder layers, each with A and B (and a magnitude)

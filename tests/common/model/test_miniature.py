@@ -8,7 +8,7 @@ from transformers import Gemma3TextConfig, Gemma4TextConfig, LlamaConfig, Mistra
 
 from common.errors import UserError
 from common.model.miniature import miniature_of, reduced
-from common.model.probes import check_packed
+from common.model.probes import isolate_documents
 from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 
 
@@ -79,11 +79,11 @@ def test_in_half_precision_a_layer_that_mixes_neighbours_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = deep()
-    check_packed(model)
+    isolate_documents(model)
     network = type(model.model.layers[0].mlp)
     forward = network.forward
     monkeypatch.setattr(
         network, "forward", lambda self, hidden: forward(self, hidden) + 0.001 * hidden.roll(1, 1)
     )
     with pytest.raises(UserError, match="attention to later tokens"):  # at a document's first, the last
-        check_packed(model)
+        isolate_documents(model)

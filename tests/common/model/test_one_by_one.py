@@ -17,9 +17,10 @@ from common.model.attention import positions_within
 from common.model.loading import load_model
 from common.model.one_by_one import reason_of, side_by_side
 from common.model.packed import PackedCausalLM
-from common.model.probes import check_packed
-from common.model.scalar_head import PackedScalarModel, load_scalar_model
-from common.training.export import export_policy, export_reward_model
+from common.model.probes import isolate_documents
+from common.model.scalar_head import NEW_REWARD_MODEL
+from common.training.export import ask_live, export_model
+from tests.packed import packed_lm, packed_scorer
 from tests.tiny import CHATML, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def settings(folder: Path, **changes: Any) -> ModelConfig:
 
 
 def loaded(folder: Path, **changes: Any) -> PackedCausalLM:
-    return PackedCausalLM(load_model(settings(folder, **changes), tiny_tokenizer(CHATML), seed=0, device=CPU))
+    return packed_lm(load_model(settings(folder, **changes), tiny_tokenizer(CHATML), seed=0, device=CPU))
 
 
 def token_losses(packed: PackedCausalLM) -> torch.Tensor:
@@ -84,9 +85,9 @@ def test_a_convolution_over_neighbours_stays_inside_its_document(tmp_path: Path)
         return output + F.pad(output, (0, 0, 1, 0))[:, :-1]
 
     packed_model.model.layers[0].mlp.register_forward_hook(shift)
-    check_packed(packed_model)
+    isolate_documents(packed_model)
     assert reason_of(packed_model) == "state that crosses documents"
-    packed = PackedCausalLM(packed_model)
+    packed = packed_lm(packed_model)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     plain.model.layers[0].mlp.register_forward_hook(shift)
     torch.testing.assert_close(token_losses(packed), plain_losses(plain), rtol=1e-5, atol=1e-5)
@@ -95,7 +96,7 @@ def test_a_convolution_over_neighbours_stays_inside_its_document(tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_documents_alone(family: str, tmp_path: Path) -> None:
     packed = loaded(saved(family, tmp_path))
-    assert reason_of(packed.base()) and not packed.shares_prefix
+    assert reason_of(packed.base()) and not packed.shortcuts.shared_prefix
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).train()
     # weighted as preferences weigh them: one document up, one down
     weights = torch.linspace(-1, 1, sum(LENGTHS) - len(LENGTHS))
@@ -120,15 +121,13 @@ def test_recomputed_activations_and_fresh_adapters_change_no_loss(changes: dict,
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon"])
 def test_a_reward_model_scores_each_document_as_it_does_alone(family: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path / "policy")
-    packed = PackedScalarModel(
-        load_scalar_model(settings(folder), tiny_tokenizer(CHATML), seed=5, device=CPU)
+    packed = packed_scorer(
+        load_model(settings(folder), tiny_tokenizer(CHATML), NEW_REWARD_MODEL, seed=5, device=CPU)
     ).eval()
     with torch.no_grad():
-        scores = packed.scores(DOCUMENTS)
-    export_reward_model(
-        packed.base(), None, tiny_tokenizer(CHATML), tmp_path / "export",
-        details={}, probe=DOCUMENTS, live_scores=scores,
-    )  # fmt: skip
+        scores = packed.answers(DOCUMENTS)
+    folder, probe = tmp_path / "export", ask_live(packed, DOCUMENTS)
+    export_model(packed.base(), None, tiny_tokenizer(CHATML), folder, probe, details={})
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export").eval()
     with torch.no_grad():
         alone = torch.cat([plain(input_ids=document[None]).logits[0] for document in DOCUMENTS])
@@ -139,14 +138,10 @@ def test_a_reward_model_scores_each_document_as_it_does_alone(family: str, tmp_p
 def test_an_export_gives_the_logits_of_the_model_that_was_trained(family: str, tmp_path: Path) -> None:
     packed = loaded(saved(family, tmp_path / "policy")).eval()
     document = DOCUMENTS[0][None]
-    with torch.no_grad():
-        logits = packed.logits(document)
-    export_policy(
-        packed.base(), None, tiny_tokenizer(CHATML), tmp_path / "export",
-        details={}, probe=document, live_logits=logits,
-    )  # fmt: skip
+    probe = ask_live(packed, document)
+    export_model(packed.base(), None, tiny_tokenizer(CHATML), tmp_path / "export", probe, details={})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
-    torch.testing.assert_close(plain(input_ids=document).logits[0], logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain(input_ids=document).logits[0], probe.answer, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_goes_on_as_plain_transformers_does(tmp_path: Path) -> None:

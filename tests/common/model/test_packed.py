@@ -20,7 +20,9 @@ from common.model import attention
 from common.model.fused_loss import ScoringHead, TokenLoss
 from common.model.loading import enable_checkpointing
 from common.model.packed import PackedCausalLM, batch_arguments
+from common.model.probes import Shortcuts
 from tests.common.model.test_fused_loss import plain_scores
+from tests.packed import packed_lm
 
 SHAPE = {
     "vocab_size": 64,
@@ -89,8 +91,8 @@ def plain_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_batch_has_the_loss_and_gradients_of_its_documents_alone(name: str) -> None:
     reference, model = tiny(MODELS[name]), tiny(MODELS[name])
-    packed = PackedCausalLM(model)
-    assert packed.scores_in_head == (name in ("llama", "tied"))
+    packed = packed_lm(model)
+    assert packed.shortcuts.fused_loss == (name in ("llama", "tied"))
     loss = packed(**batch_arguments(BATCH), with_entropy=True)
     expected = plain_loss(reference, BATCH)
     torch.testing.assert_close(loss.loss_sum, expected, rtol=1e-6, atol=1e-5)
@@ -107,7 +109,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_documents_alone(name: 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_without_trained_tokens_gives_every_parameter_a_zero_gradient(name: str) -> None:
-    packed = PackedCausalLM(tiny(MODELS[name]))
+    packed = packed_lm(tiny(MODELS[name]))
     loss = packed(**batch_arguments(batch_of([[5, 6, 7]], [[]])), with_entropy=True)
     loss.loss_sum.backward()
     assert loss.loss_sum.item() == 0 and loss.correct.item() == 0
@@ -115,7 +117,7 @@ def test_a_batch_without_trained_tokens_gives_every_parameter_a_zero_gradient(na
 
 
 def test_changing_another_document_leaves_a_documents_losses_bit_identical() -> None:
-    packed = PackedCausalLM(tiny(LLAMA))
+    packed = packed_lm(tiny(LLAMA))
     changed = batch_of([[5, 6, 7, 8, 9], [20, 21, 22], [3, 4, 5, 6]], [[1, 2, 3], [0, 1], [2]])
     a, b = packed(**batch_arguments(BATCH)).token_losses, packed(**batch_arguments(changed)).token_losses
     kept = torch.tensor([0, 1, 2, 5])
@@ -125,7 +127,7 @@ def test_changing_another_document_leaves_a_documents_losses_bit_identical() -> 
 def test_the_projection_still_projects_and_the_models_names_are_unchanged() -> None:
     model = tiny(LLAMA)
     names = list(model.state_dict())
-    packed = PackedCausalLM(model)
+    packed = packed_lm(model)
     assert list(model.state_dict()) == names and isinstance(model.lm_head, ScoringHead)
     ids = torch.arange(4)[None]
     hidden = torch.randn(3, 32)
@@ -133,10 +135,21 @@ def test_the_projection_still_projects_and_the_models_names_are_unchanged() -> N
     assert packed.logits(ids).shape == (4, 64)
 
 
+def test_making_the_wrapper_runs_nothing_of_the_model() -> None:
+    model = tiny(LLAMA)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the model was run")
+
+    model.model.register_forward_pre_hook(fail)
+    packed = PackedCausalLM(model, Shortcuts(fused_loss=True, partial_last_layer=True))
+    assert packed.base() is model and not model.model.layers[-1].mlp._forward_hooks
+
+
 def test_the_loss_is_computed_while_the_projection_is_being_called() -> None:
     # ZeRO-3 gathers a weight in the hooks around its module's call and frees it afterwards
     model = tiny(LLAMA)
-    packed = PackedCausalLM(model)
+    packed = packed_lm(model)
     weight = model.lm_head.weight.data
     model.lm_head.weight.data = torch.empty(0)
 
@@ -157,8 +170,8 @@ def test_adapters_train_and_the_base_does_not() -> None:
 
     base = tiny(LLAMA)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    packed = PackedCausalLM(adapted)
-    assert packed.scores_in_head
+    packed = packed_lm(adapted)
+    assert packed.shortcuts.fused_loss
     torch.testing.assert_close(
         packed(**batch_arguments(BATCH)).loss_sum, plain_loss(tiny(LLAMA), BATCH), rtol=1e-6, atol=1e-5
     )
@@ -172,7 +185,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         model = tiny(LLAMA).train()
         if on:
             enable_checkpointing(model)
-        PackedCausalLM(model)(**batch_arguments(BATCH)).loss_sum.backward()
+        packed_lm(model)(**batch_arguments(BATCH)).loss_sum.backward()
         return [p.grad for p in model.parameters()]
 
     # recomputed layers are computed at all rows, others only where they are read: products of other sizes
@@ -186,8 +199,8 @@ def test_a_projection_with_a_bias_is_scored_with_it() -> None:
     config = PhiConfig(**SHAPE)
     model = tiny(config)
     torch.nn.init.normal_(model.lm_head.bias)
-    packed = PackedCausalLM(model)
-    assert packed.scores_in_head
+    packed = packed_lm(model)
+    assert packed.shortcuts.fused_loss
     torch.testing.assert_close(
         packed(**batch_arguments(BATCH)).loss_sum, plain_loss(model, BATCH), rtol=1e-6, atol=1e-5
     )
@@ -200,7 +213,7 @@ def test_every_model_is_scored_at_the_temperature(name: str, temperature: float)
     with torch.no_grad():
         for weights in (reference, model):
             weights.get_output_embeddings().weight.mul_(5)  # the logits of a new model are all but equal
-    packed = PackedCausalLM(model)
+    packed = packed_lm(model)
     found = packed(**batch_arguments(BATCH), with_entropy=True, per_token=True, temperature=temperature)
     logits = plain_logits(reference, BATCH)
     expected = plain_scores(logits, BATCH.targets, temperature)
@@ -219,6 +232,6 @@ def test_every_model_is_scored_at_the_temperature(name: str, temperature: float)
 
 
 def test_entropies_are_not_asked_for_in_vain() -> None:
-    packed = PackedCausalLM(tiny(LLAMA))
+    packed = packed_lm(tiny(LLAMA))
     assert packed(**batch_arguments(BATCH), per_token=True).token_entropies is None
     assert packed(**batch_arguments(BATCH), with_entropy=True).token_entropies is None

@@ -5,17 +5,17 @@ import torch
 from transformers import GraniteConfig
 
 from common.errors import UserError
-from common.model.fused_loss import changes_logits
-from common.model.packed import PackedCausalLM, batch_arguments
-from common.model.probes import check_packed
+from common.model.packed import batch_arguments
+from common.model.probes import isolate_documents
 from tests.common.model.test_packed import BATCH, LLAMA, MODELS, SHAPE, plain_loss, tiny
+from tests.packed import packed_lm
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_pack_exactly_pass_the_check(name: str) -> None:
     model = tiny(MODELS[name]).train()
     state = torch.get_rng_state()
-    check_packed(model)
+    isolate_documents(model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
 
 
@@ -30,10 +30,8 @@ def test_a_model_that_changes_its_logits_unannounced_makes_them_itself() -> None
         return output
 
     model.forward = doubled
-    assert not changes_logits(model)
-    check_packed(model)
-    assert changes_logits(model)
-    packed = PackedCausalLM(model)
+    packed = packed_lm(model)
+    assert not packed.shortcuts.fused_loss
     torch.testing.assert_close(
         packed(**batch_arguments(BATCH)).loss_sum, plain_loss(model, BATCH), rtol=1e-6, atol=1e-5
     )
@@ -47,7 +45,7 @@ def test_a_layer_that_looks_at_later_tokens_is_refused() -> None:
 
     model.model.layers[0].mlp.register_forward_hook(shift)
     with pytest.raises(UserError, match="model_type=llama has attention to later tokens"):
-        check_packed(model)
+        isolate_documents(model)
 
 
 def test_a_forward_pass_that_fails_names_the_family() -> None:
@@ -58,4 +56,4 @@ def test_a_forward_pass_that_fails_names_the_family() -> None:
 
     model.model.layers[0].register_forward_pre_hook(fail)
     with pytest.raises(UserError, match="model_type=llama has a forward pass that fails .KeyError: 'alibi'"):
-        check_packed(model)
+        isolate_documents(model)

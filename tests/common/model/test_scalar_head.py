@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
 from common.model.architecture import build_config
-from common.model.loading import disable_dropout
-from common.model.scalar_head import PackedScalarModel, load_reward_model, load_scalar_model
+from common.model.loading import disable_dropout, load_model
+from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel
+from tests.packed import packed_scorer
 from tests.tiny import CHATML, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def policy(folder: Path, **fields: Any) -> Path:
 
 def loaded(path: Path, **changes: Any) -> PackedScalarModel:
     model = ModelConfig(**{"path": str(path), "dtype": Dtype.fp32, **changes})
-    return PackedScalarModel(load_scalar_model(model, tiny_tokenizer(CHATML), seed=5, device=CPU))
+    return packed_scorer(load_model(model, tiny_tokenizer(CHATML), NEW_REWARD_MODEL, seed=5, device=CPU))
 
 
 @torch.no_grad()
@@ -70,9 +71,8 @@ def test_a_new_head_has_the_stated_spread_and_comes_from_the_seed_alone(tmp_path
     assert torch.equal(first, loaded(folder).base().score.weight)
     assert first.shape == (1, 512) and float(first.mean()) == pytest.approx(0, abs=3 / 513)
     assert float(first.std()) == pytest.approx(513**-0.5, rel=0.1)
-    other = load_scalar_model(
-        ModelConfig(path=str(folder), dtype=Dtype.fp32), tiny_tokenizer(CHATML), seed=6, device=CPU
-    )
+    config = ModelConfig(path=str(folder), dtype=Dtype.fp32)
+    other = load_model(config, tiny_tokenizer(CHATML), NEW_REWARD_MODEL, seed=6, device=CPU)
     assert not torch.equal(first, other.score.weight)
 
 
@@ -83,7 +83,7 @@ def test_packed_scores_are_those_of_plain_transformers_on_each_document_alone(
 ) -> None:
     packed = loaded(policy(tmp_path / "policy", **KINDS[kind]))
     packed.base().save_pretrained(tmp_path / "saved")
-    scores = packed.eval().scores(DOCUMENTS)
+    scores = packed.eval().answers(DOCUMENTS)
     assert scores.dtype is torch.float32 and scores.std() > 0.01
     assert torch.allclose(scores, plain_scores(tmp_path / "saved"), atol=1e-6)
 
@@ -93,8 +93,8 @@ def test_a_score_is_read_where_asked_and_not_where_a_pad_or_eos_stands(tmp_path:
     packed = loaded(policy(tmp_path / "policy"))
     pad, eos = 0, 2
     document = torch.tensor([9, eos, 11, pad, 13, eos])
-    (last,) = packed.scores([document])
-    (before,) = packed.scores([document[:4]])  # ends with what is the pad
+    (last,) = packed.answers([document])
+    (before,) = packed.answers([document[:4]])  # ends with what is the pad
     boundaries = torch.tensor([0, 6], dtype=torch.int32)
     positions = torch.arange(6)[None]
     both = packed(document[None], positions, boundaries, 6, torch.tensor([5, 3]))
@@ -129,14 +129,14 @@ def test_adapters_train_the_head_as_well_and_begin_at_the_same_scores(tmp_path: 
         "model.base_model.model.score.modules_to_save.default.weight"
     }
     assert not any("score.lora" in name for name in trained) and len(trained) == 2 * 7 * 2 + 1
-    assert torch.equal(adapted.eval().scores(DOCUMENTS), loaded(folder).eval().scores(DOCUMENTS))
+    assert torch.equal(adapted.eval().answers(DOCUMENTS), loaded(folder).eval().answers(DOCUMENTS))
 
 
 def test_the_models_own_dropout_is_off_and_the_adapters_is_not(tmp_path: Path) -> None:
     folder = policy(tmp_path / "policy", attention_dropout=0.5)
     packed = loaded(folder)
     assert packed.training
-    assert torch.equal(packed.scores(DOCUMENTS), packed.scores(DOCUMENTS))
+    assert torch.equal(packed.answers(DOCUMENTS), packed.answers(DOCUMENTS))
     assert packed.base().config.attention_dropout == 0.5  # the artifact's config says what the policy's did
     adapted = loaded(folder, lora=LoraConfig(enabled=True, r=4, alpha=8, dropout=0.5))
     assert {m.p for m in adapted.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
@@ -157,7 +157,7 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path) -> None:
     folder, gradients = policy(tmp_path / "policy"), []
     for checkpointing in (False, True):
         packed = loaded(folder, gradient_checkpointing=checkpointing)
-        packed.scores(DOCUMENTS).sum().backward()
+        packed.answers(DOCUMENTS).sum().backward()
         gradients.append({name: parameter.grad for name, parameter in packed.named_parameters()})
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
 
@@ -200,14 +200,14 @@ def edit(folder: Path, change: Any) -> None:
 
 def reloaded(folder: Path) -> PackedScalarModel:
     model = ModelConfig(path=str(folder), dtype=Dtype.fp32)
-    return PackedScalarModel(load_reward_model(model, tiny_tokenizer(CHATML), seed=9, device=CPU))
+    return packed_scorer(load_model(model, tiny_tokenizer(CHATML), REWARD_MODEL, seed=9, device=CPU))
 
 
 def test_a_saved_reward_model_is_loaded_with_its_own_head(tmp_path: Path) -> None:
     folder = reward_model(tmp_path / "reward")
     found = reloaded(folder).eval()
     assert torch.equal(found.base().score.weight, load_file(folder / "model.safetensors")["score.weight"])
-    assert torch.allclose(found.scores(DOCUMENTS), plain_scores(folder), atol=1e-6)
+    assert torch.allclose(found.answers(DOCUMENTS), plain_scores(folder), atol=1e-6)
 
 
 @pytest.mark.parametrize(

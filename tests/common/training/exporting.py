@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM
-from common.training.export import export_policy
+from common.training.export import ask_live, export_model
+from tests.packed import packed_lm
 from tests.tiny import CHATML, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -58,15 +59,13 @@ def trained(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
-    return PackedCausalLM(model.eval())
+    return packed_lm(model.eval())
 
 
-@torch.no_grad()
 def exported(packed: PackedCausalLM, folder: Path, **changes: Any) -> Path:
-    arguments: dict[str, Any] = {"details": {"steps": 7}, "probe": PROBE, "live_logits": packed.logits(PROBE)}
-    return export_policy(
-        packed.model, packed.state_dict(), tiny_tokenizer(CHATML), folder, **{**arguments, **changes}
-    )
+    asked: dict[str, Any] = {"state_dict": packed.state_dict(), "details": {"steps": 7}, **changes}
+    asked.setdefault("probe", ask_live(packed, PROBE))
+    return export_model(packed.model, tokenizer=tiny_tokenizer(CHATML), folder=folder, **asked)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import pytest
 
 from common.errors import UserError
 from tests import forked
+from tests.packed import packed_lm
 
 
 def one_step(folder: str) -> int:
@@ -259,7 +260,7 @@ def reference_in_between() -> int:
         torch.manual_seed(3)
         base = engines.tiny_actor(Dtype.bf16).model
         settings = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        return PackedCausalLM(peft.get_peft_model(base, settings, autocast_adapter_dtype=False))
+        return packed_lm(peft.get_peft_model(base, settings, autocast_adapter_dtype=False))
 
     world = init_world()
     inputs = engines.document(1, 2)

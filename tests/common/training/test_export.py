@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.artifacts import Artifact, read_manifest, verify
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
-from common.model.scalar_head import PackedScalarModel, load_scalar_model
+from common.model.loading import load_model
+from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel
 from common.stage import Role
 from common.training import export
-from common.training.export import ExportMismatch, export_policy, export_reward_model
+from common.training.export import ExportMismatch, ask_live, export_model
 from tests.common.training.exporting import (
     CPU,
     KINDS,
@@ -27,6 +29,7 @@ from tests.common.training.exporting import (
     trained,
 )
 from tests.field_templates import CALLS_END_APART
+from tests.packed import packed_scorer
 from tests.tiny import CHATML, tiny_tokenizer
 
 
@@ -65,11 +68,10 @@ def test_the_manifest_says_what_the_next_step_must_know(tmp_path: Path) -> None:
 
 def test_generation_stops_at_the_end_of_a_call_too_where_that_is_another_token(tmp_path: Path) -> None:
     packed = trained(KINDS["tied"])
-    with torch.no_grad():
-        folder = export_policy(
-            packed.model, packed.state_dict(), tiny_tokenizer(CALLS_END_APART), tmp_path / "export",
-            details={}, probe=PROBE, live_logits=packed.logits(PROBE),
-        )  # fmt: skip
+    folder = export_model(
+        packed.model, packed.state_dict(), tiny_tokenizer(CALLS_END_APART), tmp_path / "export",
+        ask_live(packed, PROBE), details={},
+    )  # fmt: skip
     # eos, and the ends of an answer and of a call
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert tiny_tokenizer().convert_ids_to_tokens(ends) == ["</s>", "<|im_end|>", "<|eot_id|>"]
@@ -154,21 +156,21 @@ def trained_scorer(
     """A reward model above a policy that was exported, its trainable weights moved away from there."""
     policy = exported(trained({"model_type": "llama", **fields}, dtype), folder)
     config = ModelConfig(path=str(policy), dtype=dtype, lora=lora or LoraConfig())
-    model = load_scalar_model(config, tiny_tokenizer(CHATML), seed=0, device=CPU)
+    model = load_model(config, tiny_tokenizer(CHATML), NEW_REWARD_MODEL, seed=0, device=CPU)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
-    return PackedScalarModel(model.eval())
+    return packed_scorer(model.eval())
 
 
 @torch.no_grad()
 def exported_scorer(packed: PackedScalarModel, folder: Path, **changes: Any) -> Path:
-    arguments: dict[str, Any] = {"details": {"calibration": {"mean": 0.5, "std": 2.0}}, "probe": DOCUMENTS}
-    arguments["live_scores"] = packed.scores(DOCUMENTS)
-    return export_reward_model(
-        packed.model, packed.state_dict(), tiny_tokenizer(CHATML), folder, **{**arguments, **changes}
+    probe, details = ask_live(packed, DOCUMENTS), {"calibration": {"mean": 0.5, "std": 2.0}}
+    tokenizer = tiny_tokenizer(CHATML)
+    return export_model(
+        packed.model, packed.state_dict(), tokenizer, folder, replace(probe, **changes), details=details
     )
 
 
@@ -189,7 +191,7 @@ def test_plain_transformers_scores_a_padded_batch_as_the_live_model_does(
     packed = trained_scorer(tmp_path / "policy", tie_word_embeddings=tied)
     folder = exported_scorer(packed, tmp_path / "export")
     scores = batched_scores(folder, side)
-    assert torch.allclose(scores, packed.scores(DOCUMENTS), atol=1e-5) and scores.std() > 0.01
+    assert torch.allclose(scores, packed.answers(DOCUMENTS), atol=1e-5) and scores.std() > 0.01
     assert Artifact.load(folder, Role.reward_model).manifest.details["largest_score_difference"] <= 1e-6
 
 
@@ -198,14 +200,14 @@ def test_adapters_are_merged_and_the_trained_head_taken_along(dora: bool, tmp_pa
     packed = trained_scorer(tmp_path / "policy", lora=LoraConfig(enabled=True, r=4, alpha=8, dora=dora))
     head = packed.base().score
     assert not torch.equal(head.original_module.weight, head.modules_to_save["default"].weight)
-    before = packed.scores(DOCUMENTS).detach()
+    before = packed.answers(DOCUMENTS).detach()
     folder = exported_scorer(packed, tmp_path / "export")
     assert torch.allclose(batched_scores(folder, "right"), before, atol=1e-5)
     written = load_file(folder / "model.safetensors")
     assert torch.equal(written["score.weight"], head.modules_to_save["default"].weight)
     assert not any("lora" in name or "modules_to_save" in name for name in written)
     assert "base_model.model.score.weight" in load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert torch.equal(packed.scores(DOCUMENTS), before)
+    assert torch.equal(packed.answers(DOCUMENTS), before)
 
 
 def test_a_reward_models_artifact_is_a_classifier_with_one_label_and_no_generation(tmp_path: Path) -> None:
@@ -230,9 +232,9 @@ def test_bf16_heads_are_written_bit_for_bit(tmp_path: Path) -> None:
 
 def test_scores_that_differ_keep_the_reward_model_from_being_committed(tmp_path: Path) -> None:
     packed = trained_scorer(tmp_path / "policy")
-    wrong = packed.scores(DOCUMENTS).detach() + 1e-3
+    wrong = packed.answers(DOCUMENTS).detach() + 1e-3
     with pytest.raises(ExportMismatch, match="reloaded scores differ"):
-        exported_scorer(packed, tmp_path / "export", live_scores=wrong)
+        exported_scorer(packed, tmp_path / "export", answer=wrong)
     assert not (tmp_path / "export").exists()
 
 

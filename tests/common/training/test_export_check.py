@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.errors import UserError
 from common.model import adapters
 from common.stage import Role
 from common.training import export_check, export_model
-from common.training.export import ExportMismatch, export_policy, noise_of
+from common.training.export import ExportMismatch, ask_live
 from common.training.export_check import largest_difference
 from tests.common.training.exporting import (
     BF16_LORA,
@@ -27,7 +28,6 @@ from tests.common.training.exporting import (
     reloaded_logits,
     trained,
 )
-from tests.tiny import CHATML, tiny_tokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,9 +39,9 @@ def test_plain_transformers_gives_the_live_models_logits(kind: str, tmp_path: Pa
 
 def test_logits_that_differ_keep_the_artifact_from_being_committed(tmp_path: Path) -> None:
     packed = trained(KINDS["llama"])
-    wrong = packed.logits(PROBE).detach() * 1.001
+    right = ask_live(packed, PROBE)
     with pytest.raises(ExportMismatch, match="differ from the live model's by 0.000999"):
-        exported(packed, tmp_path / "export", live_logits=wrong)
+        exported(packed, tmp_path / "export", probe=replace(right, answer=right.answer * 1.001))
     assert not (tmp_path / "export").exists()
     assert not (tmp_path / "export.tmp" / "manifest.json").exists()
 
@@ -50,17 +50,8 @@ def test_weights_that_are_not_the_live_ones_keep_the_artifact_from_being_committ
     packed = trained(KINDS["llama"])
     state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     state["model.model.layers.0.mlp.up_proj.weight"].zero_()
-    live = packed.logits(PROBE).detach()
     with pytest.raises(ExportMismatch):
-        export_policy(
-            packed.model,
-            state,
-            tiny_tokenizer(CHATML),
-            tmp_path / "export",
-            details={},
-            probe=PROBE,
-            live_logits=live,
-        )
+        exported(packed, tmp_path / "export", state_dict=state)
     assert not (tmp_path / "export").exists()
 
 
@@ -102,12 +93,8 @@ def test_weights_that_changed_places_are_found_in_bf16(lora: LoraConfig, tmp_pat
     (one,) = [n for n in state if "layers.0.mlp.gate_proj" in n and ("lora_B" in n or not lora.enabled)]
     other = one.replace("gate_proj", "up_proj")
     state[one], state[other] = state[other], state[one]
-    live = packed.logits(PROBE).detach()
     with pytest.raises(ExportMismatch, match="differ from the live model's typically"):
-        export_policy(
-            packed.model, state, tiny_tokenizer(CHATML), tmp_path / "export",
-            details={}, probe=PROBE, live_logits=live,
-        )  # fmt: skip
+        exported(packed, tmp_path / "export", state_dict=state)
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), BF16_LORA["lora"]])
@@ -139,8 +126,7 @@ def test_an_export_that_there_is_no_memory_to_compare_in_fp32_says_so(
 
 def test_noise_is_that_of_the_live_models_two_kernels_and_none_is_needed_in_fp32() -> None:
     packed = trained({**KINDS["llama"], "hidden_size": 64, "head_dim": 32}, Dtype.bf16)
-    live = packed.logits(PROBE).detach()
-    assert 1e-5 < noise_of(packed, [PROBE[0]], live) < 1e-1
-    assert torch.equal(packed.logits(PROBE), live)
-    fp32 = trained(KINDS["llama"])
-    assert noise_of(fp32, [PROBE[0]], fp32.logits(PROBE)) == 0.0
+    asked = ask_live(packed, PROBE)
+    assert 1e-5 < asked.noise < 1e-1
+    assert torch.equal(packed.answers(PROBE), asked.answer)
+    assert ask_live(trained(KINDS["llama"]), PROBE).noise == 0.0

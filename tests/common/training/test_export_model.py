@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 from common.artifacts import read_manifest
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM
-from common.training.export import export_policy
 from common.training.export_check import largest_difference
 from tests.common.training.exporting import (
     BF16_LORA,
@@ -31,6 +29,7 @@ from tests.common.training.exporting import (
     reloaded_logits,
     trained,
 )
+from tests.packed import packed_lm
 from tests.tiny import CHATML, tiny_tokenizer
 
 
@@ -39,7 +38,7 @@ def adapter_around_its_base(folder: Path, fields: Mapping[str, Any]) -> torch.Te
     config = ModelConfig(config={**SHAPE, **fields}, dtype=Dtype.fp32)
     base = load_model(config, tiny_tokenizer(CHATML), seed=0, device=CPU)
     adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")
-    return PackedCausalLM(adapted.eval()).logits(PROBE)
+    return packed_lm(adapted.eval()).logits(PROBE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -57,7 +56,7 @@ def test_merged_adapters_give_the_live_models_logits_and_leave_it_untouched(
     )
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     live = packed.logits(PROBE)
-    assert largest_difference(live, PackedCausalLM(untrained.eval()).logits(PROBE)) > 1e-2
+    assert largest_difference(live, packed_lm(untrained.eval()).logits(PROBE)) > 1e-2
     folder = exported(packed, tmp_path / "export")
     assert largest_difference(live, reloaded_logits(folder)) <= 1e-6
     assert torch.equal(packed.logits(PROBE), live)
@@ -137,18 +136,9 @@ def test_bf16_weights_are_written_bit_for_bit(tmp_path: Path) -> None:
 
 def test_names_may_be_the_wrappers_or_the_models_own_or_taken_from_the_module(tmp_path: Path) -> None:
     packed = trained(KINDS["llama"])
-    live = packed.logits(PROBE).detach()
     files = []
     for name, state in (("a", packed.state_dict()), ("b", packed.model.state_dict()), ("c", None)):
-        folder = export_policy(
-            packed.model,
-            state,
-            tiny_tokenizer(CHATML),
-            tmp_path / name,
-            details={},
-            probe=PROBE,
-            live_logits=live,
-        )
+        folder = exported(packed, tmp_path / name, state_dict=state)
         files.append(read_manifest(folder).files)
     assert files[0] == files[1] == files[2]
 
@@ -158,12 +148,4 @@ def test_an_incomplete_state_dict_is_named(tmp_path: Path) -> None:
     state = packed.state_dict()
     del state["model.model.norm.weight"]
     with pytest.raises(ValueError, match="lacks 1 of the module's tensors.*model.norm.weight"):
-        export_policy(
-            packed.model,
-            state,
-            tiny_tokenizer(CHATML),
-            tmp_path / "export",
-            details={},
-            probe=PROBE,
-            live_logits=torch.zeros(1),
-        )
+        exported(packed, tmp_path / "export", state_dict=state)
