@@ -93,13 +93,14 @@ def build_and_pack(folder: Path) -> None:
 
     from common.config import DataConfig
     from common.data import dataset
+    from common.data.kinds import DEMONSTRATIONS
     from common.data.packing import pack
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = DataConfig(path=str(folder / "rows.jsonl"), max_length=MAX_LENGTH, eval_fraction=0.01)
     began = time.perf_counter()
     train, held_out, ledger = dataset.build(
-        data, tokenizer, dataset.DEMONSTRATIONS, seed=0, cache_dir=folder / "cache"
+        data, tokenizer, DEMONSTRATIONS, seed=0, cache_dir=folder / "cache"
     )
     built = time.perf_counter()
     packing = pack(train.lengths, MAX_LENGTH, seed=0)

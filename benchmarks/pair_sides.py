@@ -120,13 +120,14 @@ def pair_tokens(ours: Ours) -> list[PairTokens]:
     from common.config import DataConfig, ModelConfig
     from common.data import dataset
     from common.data.batches import BatchPlan, PairBatches
+    from common.data.kinds import PREFERENCES
     from common.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(path=str(ours.made.policy)))
     data = DataConfig(
         path=str(ours.made.rows), max_length=MAX_LENGTH, packing=ours.packing, eval_fraction=0.0
     )
-    kind = dataset.PREFERENCES
+    kind = PREFERENCES
     pairs, _, _ = dataset.build(
         data, tokenizer, kind=kind, stage=ours.step, seed=SEED, cache_dir=ours.cache, report=lambda _: None
     )

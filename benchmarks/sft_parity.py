@@ -108,6 +108,7 @@ def run_ours(settings: dict[str, Any]) -> None:
     from common.config import DataConfig, Dtype, ModelConfig
     from common.data import dataset
     from common.data.batches import Batches, BatchPlan
+    from common.data.kinds import DEMONSTRATIONS
     from common.model.tokenizer import load_tokenizer
     from common.runtime.distributed import close_world, init_world
 
@@ -116,7 +117,7 @@ def run_ours(settings: dict[str, Any]) -> None:
     model_config = ModelConfig(path=settings["base"], dtype=Dtype.fp32)
     tokenizer = load_tokenizer(model_config)
     data = DataConfig(path=settings["rows"], max_length=workload.MAX_LENGTH, packing=False, eval_fraction=0.0)
-    documents, _, _ = dataset.build(data, tokenizer, dataset.DEMONSTRATIONS, seed=0, cache_dir=out / "cache")
+    documents, _, _ = dataset.build(data, tokenizer, DEMONSTRATIONS, seed=0, cache_dir=out / "cache")
     plan = BatchPlan(workload.MAX_LENGTH, False, ROWS_PER_STEP, MICRO_BATCH, 0, world.rank, world.size)
     batches = Batches(documents, plan)
     order = [int(index) for step in range(steps) for row in batches.rows(step) for index in row]

@@ -1,4 +1,4 @@
-"""What is SFT's own about its data: a tokenizer trained on the rows, prompts to sample, what a step counts.
+"""What is SFT's own about its data: a tokenizer trained on the rows, and what a step counts.
 
 How rows come to disk and into batches is in `common/training/step_data.py`.
 """
@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common.data import dataset
 from common.data.chat import check_template
 from common.data.types import Batch
-from common.decoding.sampling import held_out_prompts, room_for_prompts
 from common.model.tokenizer import load_tokenizer
 from step1_sft.config import SFTJob
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 
 log = logging.getLogger("rlhf.data")
@@ -47,16 +44,6 @@ def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int, say: Say) -> 
     if tokenizer.chat_template:
         check_template(tokenizer)
     return tokenizer
-
-
-def prompts_to_sample(
-    held_out: dataset.TokenizedDataset | None, job: SFTJob, model: PreTrainedModel
-) -> list[np.ndarray]:
-    """Held-out prompts to complete, with room for the completion in the model's context."""
-    if held_out is None:
-        return []
-    sampling = job.sft.sampling
-    return held_out_prompts(held_out, sampling.num_prompts, room_for_prompts(model, sampling), job.seed)
 
 
 def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:

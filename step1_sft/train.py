@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import Batches, evaluation_batches
-from common.data.dataset import DEMONSTRATIONS, TokenizedDataset
+from common.data.kinds import DEMONSTRATIONS
+from common.data.stored import TokenizedDataset
+from common.decoding.sampling import prompts_to_sample
 from common.model.architecture import CAUSAL_LM
 from common.model.packed import PackedCausalLM
 from common.model.probes import find_shortcuts
@@ -19,7 +21,7 @@ from common.stage import Step
 from common.training.loop import Loop
 from common.training.session import Session, probe_of
 from step1_sft.config import SFTJob
-from step1_sft.data import count_tokens, load_sft_tokenizer, prompts_to_sample
+from step1_sft.data import count_tokens, load_sft_tokenizer
 from step1_sft.evaluate import evaluate
 from step1_sft.loss import TokenSums, score
 
@@ -40,7 +42,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
     plan = session.batch_plan(sft.data)
     batches = Batches(data.train, plan, data.weights)
     total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
-    prompts = prompts_to_sample(data.held_out, job, model)
+    prompts = prompts_to_sample(data.held_out, sft.sampling, model, job.seed)
 
     # Learner -----------------------------------------------------------------------------------
     peak_lr = sft.peak_lr(lora=job.model.lora.enabled)

@@ -56,7 +56,7 @@ from step2_dpo import loss
 from step2_dpo.loss import Answers, answer_sums
 
 if TYPE_CHECKING:
-    from common.data.dataset import PairDataset
+    from common.data.stored import PairDataset
 
 HASHED = (
     adapters, architecture, attention, fused_loss, hub, last_layer, loading, miniature, one_by_one, packed,

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
-from common.data.dataset import PREFERENCES, PairDataset
+from common.data.kinds import PREFERENCES
+from common.data.stored import PairDataset
+from common.decoding.sampling import prompts_to_sample
 from common.evidence import share_in_words, swapped_warning
 from common.handoff import model_of
 from common.model.architecture import CAUSAL_LM
@@ -25,7 +27,7 @@ from common.training.loop import Loop
 from common.training.session import Session, probe_of
 from common.training.step_data import cache_dir
 from step2_dpo.config import DPOJob
-from step2_dpo.data import prompts_to_sample
+from step2_dpo.data import ChosenAnswers
 from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
 from step2_dpo.reference import load_or_compute, reference_key
@@ -51,7 +53,8 @@ def train(job: DPOJob, run_dir: Path) -> int:
     plan = session.batch_plan(dpo.data, share_prefix=module.shortcuts.shared_prefix)
     batches = PairBatches(data.train, plan, data.weights)
     total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
-    prompts = prompts_to_sample(data.held_out, job, model)
+    answers = None if data.held_out is None else ChosenAnswers(data.held_out)
+    prompts = prompts_to_sample(answers, dpo.sampling, model, job.seed)
 
     # Learner -----------------------------------------------------------------------------------
     objective = Objective.of(dpo)

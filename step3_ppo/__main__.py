@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from common.runtime.entry import step_main
 from step3_ppo.config import PPOJob
@@ -11,19 +10,7 @@ from step3_ppo.config import PPOJob
 
 def main() -> int:
     """See `common.runtime.entry.step_main`."""
-    return step_main("ppo", "step3_ppo", PPOJob, train=_train, preview=_preview, check=_check)
-
-
-def _train(job: PPOJob, run_dir: Path) -> int:
-    from step3_ppo.train import train
-
-    return train(job, run_dir)
-
-
-def _preview(job: PPOJob, folder: Path) -> None:
-    from step3_ppo.dry_run import preview
-
-    preview(job, folder)
+    return step_main("ppo", "step3_ppo", PPOJob, _check)
 
 
 def _check(job: PPOJob) -> None:

@@ -7,34 +7,17 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from common.artifacts import Artifact
 from common.data.batches import Batches, BatchPlan
-from common.data.dataset import Kind, PromptDataset, prompts_with_room
-from common.runtime.distributed import World
-from common.stage import Step
-from common.training.step_data import Say, StepData, load_data
+from common.data.kinds import Kind, prompts_with_room
+from common.data.stored import PromptDataset
 from step3_ppo.config import PPOJob
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-
-def load_prompts(
-    job: PPOJob,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    world: World,
-    say: Say,
-    *,
-    policy: Artifact | None = None,
-) -> StepData[PromptDataset]:
-    """The prompts on every rank, each with room for the longest response; see `step_data.load_data`."""
-    return load_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, folder, world, say, policy=policy)
+    pass
 
 
 def kind_of(job: PPOJob) -> Kind[PromptDataset]:

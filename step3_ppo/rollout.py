@@ -23,7 +23,7 @@ from torch import nn
 
 from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
-from common.decoding.requests import Completion, DecodingCounts, GenerationBackend, Request, SamplingRule
+from common.decoding.requests import Completion, DecodingCounts, Request, SamplingRule
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
@@ -111,7 +111,7 @@ def rule_of(config: RolloutConfig, terminators: Sequence[int], *, greedy: bool =
 
 
 def roll_out(
-    decoder: GenerationBackend,
+    decoder: Decoder,
     prompts: PromptSource,
     prompt_ids: Sequence[int],
     rule: SamplingRule,

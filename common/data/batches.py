@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +28,11 @@ PAIR = 2
 """Answers in a pair: a row of packed pairs has room for so many documents of the greatest length."""
 
 
-class DocumentSource(Protocol):
-    """What batches need to know of a data set (see `dataset.TokenizedDataset`)."""
+Record = TypeVar("Record", covariant=True)
+
+
+class RecordSource(Protocol[Record]):
+    """What batches need to know of a data set (see `stored.py`). lengths: tokens, of a pair of both sides."""
 
     lengths: np.ndarray
     source_ids: np.ndarray
@@ -37,19 +40,11 @@ class DocumentSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> TokenizedExample: ...
+    def __getitem__(self, index: int) -> Record: ...
 
 
-class PairSource(Protocol):
-    """The same of a data set of pairs (see `dataset.PairDataset`). lengths: tokens of both sides together."""
-
-    lengths: np.ndarray
-    source_ids: np.ndarray
-    sources: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> TokenizedPair: ...
+DocumentSource = RecordSource[TokenizedExample]
+PairSource = RecordSource[TokenizedPair]
 
 
 @dataclass(frozen=True)

@@ -102,13 +102,11 @@ def fit(
     if truncation is Truncation.right:
         ids, labels = ids[:max_length], labels[:max_length].copy()
         labels[-1] = IGNORE
-    elif bos_id is not None and ids[0] == bos_id:
-        tail = max_length - 1
-        ids = np.concatenate([ids[:1], ids[-tail:]])
-        # what followed the BOS is gone, so it must not learn to predict the middle of a document
-        labels = np.concatenate([np.array([IGNORE], labels.dtype), labels[-tail:]])
     else:
-        ids, labels = ids[-max_length:], labels[-max_length:]
+        kept = 1 if bos_id is not None and ids[0] == bos_id else 0
+        removed = slice(kept, kept + len(ids) - max_length)
+        ids, labels = np.delete(ids, removed), np.delete(labels, removed)
+        labels[:kept] = IGNORE  # what followed the BOS is gone: it must not learn the middle of a document
     if not (labels != IGNORE).any():
         return Drop(f"{NOTHING_TRAINED} left after truncation", place)
     return TokenizedExample(ids, labels, example.source)

@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +51,16 @@ class ControlTokens:
     def found(self, row: Conversation | Preference | Prompt) -> list[str]:
         """Those inside the row's contents, each once; characters that are reserved here are named too."""
         seen: dict[str, None] = {}
-        for text, own in _said(row):
+
+        def look(text: str, own: bool) -> str:
             for match in self._pattern.finditer(text):
                 if not (own and match[0] in REASONING_TAGS):
                     seen[match[0]] = None
             for character in _RESERVED.findall(text):
                 seen[f"U+{ord(character):X}"] = None
+            return text
+
+        _changed(row, look)
         return list(seen)
 
     def is_reserved(self, found: str) -> bool:
@@ -157,29 +161,6 @@ def text_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
                 hint="data.special_tokens_in_content=refuse leaves such rows out, keep takes them as is",
             )
     return backend
-
-
-def _said(row: Conversation | Preference | Prompt) -> Iterator[tuple[str, bool]]:
-    """Every text of the row's contents, and whether an assistant wrote it."""
-    if isinstance(row, Conversation) and row.text is not None:
-        yield row.text, False
-    turns = (*row.prompt, *row.chosen, *row.rejected) if isinstance(row, Preference) else row.messages
-    for turn in turns:
-        own = turn.role == "assistant"
-        yield turn.content, own
-        if turn.extra:
-            yield from ((text, own) for text in _inside(turn.extra))
-    context = row.context
-    yield from ((text, False) for text in (*_inside(context.tools), *_inside(context.variables)))
-
-
-def _inside(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (text for key, inner in value.items() for text in (key, *_inside(inner)))
-    elif isinstance(value, list | tuple):
-        yield from (text for inner in value for text in _inside(inner))
 
 
 Change = Callable[[str, bool], str]

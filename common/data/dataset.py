@@ -19,33 +19,16 @@ import numpy as np
 
 from common.config import DataConfig
 from common.data import cache
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, Kind, Opened, prompts_with_room
+from common.data.kinds import DEMONSTRATIONS, Kind, Opened
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
 from common.data.splits import held_out, split_hash
 from common.data.stages import StageSplit
-from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 from common.data.writer import IN_EVAL, Writer
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-__all__ = [
-    "DEMONSTRATIONS",
-    "PREFERENCES",
-    "PROMPTS",
-    "Kind",
-    "Ledger",
-    "PairDataset",
-    "PromptDataset",
-    "TokenizedDataset",
-    "build",
-    "load",
-    "prompts_with_room",
-    "source_weights",
-    "training_texts",
-]
 
 Report = Callable[[str], None]
 

@@ -248,14 +248,16 @@ def _right_and_wrong(columns: Columns) -> list[Sides]:
     ]
 
 
-def _has_graded(columns: Columns) -> bool:
-    return len(_graded(columns)) >= 2
-
-
 FORMATS: tuple[PreferenceFormat, ...] = (
     PreferenceFormat(
         "preference", ("chosen", "rejected"), ("prompt", "system", "margin"), lambda columns: True, _sides
     ),
-    PreferenceFormat("graded answers", ("question",), ("system", "margin"), _has_graded, _right_and_wrong),
+    PreferenceFormat(
+        "graded answers",
+        ("question",),
+        ("system", "margin"),
+        lambda columns: len(_graded(columns)) > 1,
+        _right_and_wrong,
+    ),
 )
 """Tried in this order."""

@@ -189,14 +189,6 @@ def _without_answer(turns: Turns) -> Asked:
     return Asked(turns[:end], None)
 
 
-def _messages(columns: Columns) -> Asked:
-    return _without_answer(formats.messages(columns))
-
-
-def _conversations(columns: Columns) -> Asked:
-    return _without_answer(formats.sharegpt(columns))
-
-
 def _instruction(columns: Columns) -> Asked:
     turns = formats.instruction(columns)
     return Asked(turns, turns[-1].content)
@@ -217,8 +209,8 @@ def _string(value: object) -> str | None:
 
 
 FORMATS: tuple[PromptFormat, ...] = (
-    PromptFormat("messages", ("messages",), (), _messages),
-    PromptFormat("conversations", ("conversations",), (), _conversations),
+    PromptFormat("messages", ("messages",), (), lambda row: _without_answer(formats.messages(row))),
+    PromptFormat("conversations", ("conversations",), (), lambda row: _without_answer(formats.sharegpt(row))),
     PromptFormat("preference", ("chosen", "rejected"), ("prompt",), _preference),
     PromptFormat("instruction", ("instruction",), ("instruction", "input"), _instruction),
     PromptFormat("prompt/completion", ("prompt", "completion"), ("prompt",), _column("prompt")),

@@ -22,9 +22,7 @@ def strict_json(text: str) -> Any:
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
         )
-    except json.JSONDecodeError:
-        raise
-    except RowError:
+    except (json.JSONDecodeError, RowError):
         raise
     except (RecursionError, ValueError) as error:
         raise RowError(f"not valid JSON: {error}") from error

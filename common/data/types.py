@@ -11,9 +11,9 @@ reads or writes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,18 +186,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            move(self.input_ids),
-            move(self.position_ids),
-            move(self.cu_seqlens),
-            move(self.trained_positions),
-            move(self.targets),
-            move(self.source_of_target),
-            self.max_seqlen,
-            self.row_ids,
-            self.shared_prefix,
-        )
+        return replace(self, **_tensors(self, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,16 +214,16 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return PairBatch(
-            self.documents.to(device),
-            move(self.score_positions),
-            move(self.document_of_target),
-            move(self.margins),
-            move(self.source_ids),
-            move(self.lengths),
-            self.pair_ids,
-        )
+        return replace(self, documents=self.documents.to(device), **_tensors(self, device))
+
+
+def _tensors(batch: Batch | PairBatch, device: torch.device) -> dict[str, Any]:
+    """Its tensors by name, on `device`."""
+    import torch
+
+    found = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
 
 
 def prefix_owners_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 Takes a transformers model (also one wrapped by peft), prompts as token ids and a sampling rule; returns token
 ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
 together by continuous batching, each with its slot of the KV cache. The decoder knows nothing of text,
-rewards or training; any other `GenerationBackend` can replace it.
+rewards or training.
 
 A response depends only on the weights, the prompt and the request's key. Each token is the inverse of the
 cumulative distribution at a uniform number of the request's own stream. On the CPU in fp32, logits do not

@@ -19,7 +19,7 @@ from common.decoding.slots import DecodingStep, SlotCache, decoding_into_slots
 from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.model.attention import packed_arguments, plain_attention, positions_within
-from common.model.miniature import differ, difference, miniature_of, some_tokens
+from common.model.miniature import device_of, differ, difference, miniature_of, some_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ class SlotPasses:
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
         self.model = model
         self.cache = SlotCache(slots, capacity)
-        self.device = _device(model)
+        self.device = device_of(model)
         on_cpu = self.device.type == "cpu"
         self.chunk_slots = CPU_CHUNK_SLOTS if on_cpu else slots
         self.rows_step = CPU_ROWS if on_cpu else FEWEST_ROWS
@@ -96,7 +96,7 @@ class WholePasses:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.device = _device(model)
+        self.device = device_of(model)
 
     def logits(
         self, run: Run, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
@@ -180,7 +180,3 @@ def _decode_known(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
         for slot, row in zip(going_on, logits, strict=True):
             rows[slot].append(row)
     return torch.stack([*rows[1], *rows[3]]).float()
-
-
-def _device(model: PreTrainedModel) -> torch.device:
-    return cast(nn.Embedding, model.get_input_embeddings()).weight.device

@@ -5,9 +5,7 @@ Token ids in, token ids out. Says nothing of how tokens are computed or drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -61,18 +59,3 @@ class DecodingCounts:
     def slot_utilisation(self) -> float:
         """Share of the computed next tokens that stand in a response."""
         return self.tokens / self.rows if self.rows else 0.0
-
-
-class GenerationBackend(Protocol):
-    """Whatever turns requests into completions."""
-
-    counts: DecodingCounts
-
-    def decode(
-        self,
-        requests: Sequence[Request],
-        rule: SamplingRule,
-        *,
-        should_stop: Callable[[], bool] | None = None,
-        lockstep: bool = False,
-    ) -> list[Completion] | None: ...

@@ -64,10 +64,13 @@ def held_out_prompts(documents: HeldOutDocuments, count: int, longest: float, se
     return list(prompts.values())
 
 
-def room_for_prompts(model: PreTrainedModel, sampling: SamplingConfig) -> float:
-    """Tokens that a prompt may have, so that its completion fits into the model's context too."""
+def prompts_to_sample(
+    documents: HeldOutDocuments | None, sampling: SamplingConfig, model: PreTrainedModel, seed: int
+) -> list[np.ndarray]:
+    """Held-out prompts to complete, with room for the completion in the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if context is None else context - min(sampling.max_new_tokens, context // 2)
+    room = math.inf if context is None else context - min(sampling.max_new_tokens, context // 2)
+    return [] if documents is None else held_out_prompts(documents, sampling.num_prompts, room, seed)
 
 
 def sample_completions(

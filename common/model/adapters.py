@@ -24,6 +24,7 @@ from torch import nn
 
 from common.config import LoraConfig
 from common.errors import UserError
+from common.runtime.performance import weights_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,9 +112,7 @@ def _refused(network: nn.Module, lora: LoraConfig, error: ValueError) -> UserErr
                 hint=f"set model.lora.{key}={off}, or leave the experts out: "
                 "model.lora.targets=[q_proj,k_proj,v_proj,o_proj]",
             )
-    weights = [
-        base_name(n) for n, p in network.named_parameters() if _dimensions(p) > 1 and not is_adapter(n)
-    ]
+    weights = [base_name(n) for n, p in network.named_parameters() if dimensions(p) > 1 and not is_adapter(n)]
     names = sorted({_short(name) for name in weights})
     return UserError(
         f"model.lora.targets={list(lora.targets)} cannot be adapted: {text}",
@@ -134,9 +133,9 @@ def reach(network: nn.Module) -> str | None:
         _short(plain)
         for name, parameter in network.named_parameters()
         if not is_adapter(name) and not parameter.requires_grad and (plain := base_name(name)) not in names
-        if _dimensions(parameter) > 1
+        if dimensions(parameter) > 1
     )
-    trained = sum(_size(parameter) for parameter in network.parameters() if parameter.requires_grad)
+    trained = sum(weights_in(parameter) for parameter in network.parameters() if parameter.requires_grad)
     reached = Counter(_short(name) for name in names)
     said = f"adapters on {_listed(reached)} ({trained:,} weights are trained)"
     return said + (f"; none on {_listed(left)}" if left else "")
@@ -151,12 +150,9 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
-def _dimensions(parameter: Any) -> int:
+def dimensions(parameter: Any) -> int:
+    """Of the whole parameter, also when ZeRO-3 has partitioned it."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 # --- peft's wrapper ---------------------------------------------------------------------------------

@@ -265,13 +265,8 @@ def _by_document(
 @lru_cache(maxsize=128)
 def _seen_by_own(length: int, window: int, shared: int, device: torch.device) -> torch.Tensor:
     """bool [length - shared, length]: what a document's own tokens see. The same for all layers of a pass."""
-    return _band(length, window, device)[shared:]
-
-
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """bool [length, length]: true where column j is at most `window - 1` before row i, and not after."""
     position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
+    distance = position[shared:, None] - position[None, :]
     return (distance >= 0) & (distance < window)
 
 

@@ -266,7 +266,9 @@ class _Head(NamedTuple):
         H = −Σ p log p, the entropy's gradient by the softmax's logits is −p (log p + H).
         """
         if grad_entropies is None:
-            p = _softmax(self.logits(hidden))
+            p = self.logits(hidden)
+            p.sub_(p.amax(1, keepdim=True)).exp_()
+            p.div_(p.sum(1, keepdim=True))
             if grad_losses is None:
                 return p.zero_()
             _subtract_targets(p, targets)
@@ -300,12 +302,6 @@ def _score_chunk(logits: torch.Tensor, targets: torch.Tensor, with_entropy: bool
     # H = log Z - E[z], both relative to the largest logit
     entropies = None if shifted is None else log_total - shifted.mul_(p).sum(1)
     return _Chunk(log_total - (of_target - largest), correct, entropies, p)
-
-
-def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In place, of each row."""
-    logits.sub_(logits.amax(1, keepdim=True)).exp_()
-    return logits.div_(logits.sum(1, keepdim=True))
 
 
 def _subtract_targets(p: torch.Tensor, targets: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from common.model import attention
 from common.model.one_by_one import decoder_of, reason_of, run_one_by_one
+from common.runtime.performance import weights_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,7 +81,7 @@ def small_network(
 def _is_small(model: PreTrainedModel) -> bool:
     """Whether rounding and size leave nothing to gain, and no window is too long to be seen at work."""
     text = model.config.get_text_config(decoder=True)
-    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    parameters = sum(map(weights_in, model.parameters()))
     filled = all((getattr(text, name, None) or 0) <= WINDOW for name in WINDOWS)
     return is_exact(model.dtype) and parameters <= SMALL and filled
 
@@ -175,7 +176,7 @@ def _like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     built = cast(Any, type(model))._from_config(
         config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
     )
-    return cast("PreTrainedModel", built.to(_device(model)))
+    return cast("PreTrainedModel", built.to(device_of(model)))
 
 
 def _begun(small: PreTrainedModel) -> PreTrainedModel:
@@ -183,7 +184,7 @@ def _begun(small: PreTrainedModel) -> PreTrainedModel:
     for module in small.eval().modules():
         _begin(module)
     with torch.no_grad(), attention.plain_attention(small):
-        decoder_of(small)(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=_device(small)))
+        decoder_of(small)(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device_of(small)))
     return small
 
 
@@ -220,5 +221,6 @@ def is_exact(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-def _device(model: PreTrainedModel) -> torch.device:
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model is fed."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.device

@@ -123,16 +123,8 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
     """Run `make` on rank 0 and broadcast its result; a UserError raised there is raised on every rank."""
-    made: Any = None
-    if world.is_rank0:
-        try:
-            made = make()
-        except UserError as error:
-            made = error
-    made = all_gather_objects(made)[0]
-    if isinstance(made, UserError):
-        raise made
-    return made
+    made: list[Any] = all_gather_or_raise(make if world.is_rank0 else lambda: None)
+    return made[0]
 
 
 def all_gather_or_raise(make: Callable[[], T]) -> list[T]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -38,15 +39,13 @@ def step_main(
     name: str,
     module: str,
     schema: type[Job],
-    *,
-    train: Callable[[Job, Path], int],
-    preview: Callable[[Job, Path], None],
     check: Callable[[Job], None] | None = None,
 ) -> int:
     """Exit status: 0 done, 2 something the user can fix, 143 told to stop with its state saved.
 
-    name: the step's folder below the run's, and the prefix of its keys. train: gets the job and the run's
-    folder. preview: gets the job and the step's folder. check: gets the job; raises what the user can fix.
+    name: the step's folder below the run's, and the prefix of its keys. module: has `train.train`, which gets
+    the job and the run's folder, and `dry_run.preview`, which gets the job and the step's folder. check: gets
+    the job; raises what the user can fix.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--config", type=Path, required=True, help="a run's resolved.yaml")
@@ -73,8 +72,8 @@ def step_main(
             job = on_this_device(job)
             if not arguments.preview:
                 refuse_to_wait_for_ever()
-                return train(job, run_dir)
-            preview(job, run_dir / name)
+                return int(importlib.import_module(f"{module}.train").train(job, run_dir))
+            importlib.import_module(f"{module}.dry_run").preview(job, run_dir / name)
             return 0
         except UserError as error:
             raise error.in_step(name) from error

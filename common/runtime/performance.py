@@ -52,7 +52,7 @@ def training_flops_per_token(model: PreTrainedModel) -> float:
     head: Any = model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding
     multiplied = [p for p in model.parameters() if is_tied or p is not embedding]
-    return float(sum(_size(p) * (6 if p.requires_grad else 4) for p in multiplied))
+    return float(sum(weights_in(p) * (6 if p.requires_grad else 4) for p in multiplied))
 
 
 def performance(
@@ -88,7 +88,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     return None
 
 
-def _size(parameter: torch.nn.Parameter) -> int:
+def weights_in(parameter: torch.nn.Parameter) -> int:
     """Weights in it, also when ZeRO-3 has partitioned it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

@@ -74,15 +74,14 @@ class Tracker:
         if self._mirror is not None:
             self._mirror.log_table([dict(row) for row in rows], step)
 
-    def log_artifact(self, folder: Path, role: str, digest: str, parents: Sequence[str] = ()) -> str:
+    def log_artifact(self, folder: Path, role: str, digest: str) -> str:
         """Record a finished artifact on W&B (its manifest and its place, no weights); returns its W&B name.
 
-        digest: hash of its manifest; its first 12 digits are the version's alias. parents: names that this
-        method returned for the artifacts it was made from.
+        digest: hash of its manifest; its first 12 digits are the version's alias.
         """
         name = re.sub(r"[^\w.-]+", "-", f"{self._run_name}-{self._step_name}")[:100]
         if self._mirror is not None:
-            self._mirror.log_artifact(name, folder, role, digest, parents)
+            self._mirror.log_artifact(name, folder, role, digest)
         return f"{name}:{digest[:12]}"
 
     def __enter__(self) -> Tracker:

@@ -18,7 +18,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,14 @@ class Mirror:
 
         self._attempt(send, otherwise="the samples are in samples.jsonl only")
 
-    def log_artifact(self, name: str, folder: Path, role: str, digest: str, parents: Sequence[str]) -> None:
+    def log_artifact(self, name: str, folder: Path, role: str, digest: str) -> None:
         def send() -> None:
             import wandb
 
-            metadata = {"manifest_sha256": digest, "parents": list(parents), "path": str(folder.resolve())}
+            metadata = {"manifest_sha256": digest, "path": str(folder.resolve())}
             artifact = wandb.Artifact(name, type=role, metadata=metadata)
             # the manifest holds the hash of every file: it stands for the weights, which stay where they are
             artifact.add_file(str(folder / "manifest.json"), policy="immutable", skip_cache=True)
-            if not self._run.offline:  # W&B cannot look up a parent without its server
-                for parent in parents:
-                    self._run.use_artifact(parent)
             self._run.log_artifact(artifact, aliases=["latest", digest[:12]])
 
         self._attempt(send, otherwise="the artifact is not on W&B")

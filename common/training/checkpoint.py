@@ -116,7 +116,7 @@ class Checkpoints:
         enter("save")
         final = self.folder / f"step_{step:08d}"
         partial = final.with_name(f"{final.name}.tmp")
-        if self._exists_everywhere(final):
+        if all(all_gather_objects((final / MANIFEST).exists())):
             return final
         broadcast_from_rank0(self._world, lambda: self._start(partial))
         self._on_every_rank(partial, lambda: self._write_own(partial, state, counters))
@@ -245,9 +245,6 @@ class Checkpoints:
                 f"{self._details['base_revision']}",
                 hint=f"resume with model.revision={revision}, or start a new run_name",
             )
-
-    def _exists_everywhere(self, final: Path) -> bool:
-        return all(all_gather_objects((final / MANIFEST).exists()))
 
     def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
         """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""

@@ -28,8 +28,9 @@ from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig, Trai
 from common.counts import DataCounts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
-from common.data.dataset import PREFERENCES, PromptDataset, TokenizedDataset
+from common.data.kinds import PREFERENCES
 from common.data.packing import pack
+from common.data.stored import PromptDataset, TokenizedDataset
 from common.errors import UserError
 from common.model.tokenizer import load_tokenizer
 from common.notices import listen

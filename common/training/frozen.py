@@ -53,7 +53,9 @@ class Frozen:
             )
             self._partitioned = Partitioned(module, config)
         elif offload:
-            self._host = [(parameter, _in_host_memory(parameter)) for parameter in module.parameters()]
+            for parameter in module.parameters():
+                host = parameter.data.to("cpu")
+                self._host.append((parameter, host.pin_memory() if parameter.is_cuda else host))
             self._put_away()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +85,3 @@ class Frozen:
         """Nothing travels: the weights are what they were."""
         for parameter, host in self._host:
             parameter.data = host
-
-
-def _in_host_memory(parameter: torch.nn.Parameter) -> torch.Tensor:
-    host = parameter.data.to("cpu")
-    return host.pin_memory() if parameter.is_cuda else host

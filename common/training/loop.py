@@ -25,7 +25,7 @@ from common.stage import Step
 from common.training.engine import StepOutcome
 from common.training.learner import Learner
 from common.training.session import ExtraDetails, FinalLines, Session, restore
-from common.training.step_data import Rows, StepData, places_of
+from common.training.step_data import Rows, StepData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -181,7 +181,8 @@ class Loop(Generic[Rows]):
             mfu=seen.get("perf/mfu"),
         )  # fmt: skip
         if not self._outcome.applied:
-            places = places_of(self._batches, self._data.train, counters.step - 1)
+            rows = self._batches.rows(counters.step - 1)
+            places = [self._data.train.place(int(index)) for row in rows for index in row]
             scale = self._learner.engine.loss_scale
             report_skipped(counters, places, seen["loss"], scale, dtype, session.progress)
 

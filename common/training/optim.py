@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
+from common.model.adapters import dimensions
 from common.rates import warmup_steps
 
 if TYPE_CHECKING:
     import torch
 
 ParameterGroups = list[dict[str, Any]]
+
+OF_VOCABULARY = ("embed", "lm_head", "wte", "wpe")
+"""In the names of matrices with a row per token."""
 
 LR_SCALE = "lr_scale"
 """Key of a parameter group that takes another learning rate than the rest."""
@@ -31,15 +35,10 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> ParameterG
     trainable = [p for p in module.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": trainable, "weight_decay": 0.0}]
-    decayed = [p for p in trainable if _dimensions(p) >= 2]
-    plain = [p for p in trainable if _dimensions(p) < 2]
+    decayed = [p for p in trainable if dimensions(p) >= 2]
+    plain = [p for p in trainable if dimensions(p) < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _dimensions(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter, also when ZeRO-3 has already partitioned it."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def build_optimizer(module: torch.nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
@@ -89,7 +88,7 @@ def _muon(module: torch.nn.Module, optim: OptimConfig, lr: float) -> torch.optim
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = _dimensions(parameter) == 2 and not _is_vocabulary(name)
+        is_matrix = dimensions(parameter) == 2 and not any(part in name for part in OF_VOCABULARY)
         parameter.use_muon = is_matrix  # type: ignore[attr-defined]  # DeepSpeed reads this mark
         columns = getattr(parameter, "ds_shape", parameter.shape)[-1]
         (by_columns.setdefault(columns, []) if is_matrix else others).append(parameter)
@@ -107,10 +106,6 @@ def _muon(module: torch.nn.Module, optim: OptimConfig, lr: float) -> torch.optim
     rest = {"params": others, "use_muon": False, "lr": lr, "eps": optim.eps, "weight_decay": 0.0}
     groups.append({**rest, "betas": (optim.betas[0], optim.betas[1])})
     return muon_optimizer([group for group in groups if group["params"]])
-
-
-def _is_vocabulary(name: str) -> bool:
-    return any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
 
 
 def _bitsandbytes(

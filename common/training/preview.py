@@ -5,7 +5,6 @@ Takes decoded rows, or the settings of a step with pairs; prints to the terminal
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -14,24 +13,23 @@ import numpy as np
 
 from common.config import DataConfig, JobConfig
 from common.data import control
-from common.data.dataset import PREFERENCES
+from common.data.kinds import PREFERENCES
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.handoff import model_to_preview
 from common.model.tokenizer import load_tokenizer
 from common.runtime import progress
 from common.stage import Step
+from common.text import printable
 from common.training.step_data import build_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from common.data.dataset import Ledger, PairDataset, PromptDataset, TokenizedDataset
+    from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 
 ROWS_SHOWN = 5
 _BAR_WIDTH = 40
-# control characters but tab and line feed, marks that change the direction of writing, lone surrogates
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 Run = tuple[str, bool]  # a stretch of text, and whether it is trained
 
 
@@ -101,20 +99,14 @@ def preview_pairs(job: JobConfig, step: Step, data: DataConfig, policy: str | No
     """
     tokenizer = load_tokenizer(model_to_preview(job.model, policy, f"{step.value}.policy"))
     built = build_data(job, step, data, PREFERENCES, tokenizer, print)
-    show_pairs(built.train, built.ledger, tokenizer, data.max_length, job.seed)
-
-
-def show_pairs(
-    pairs: PairDataset, ledger: Ledger, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int
-) -> None:
-    """Print a few pairs, the histogram of the lengths of their sides, and what became of the rows."""
+    pairs = built.train
     lengths = np.concatenate([pairs.chosen_lengths, pairs.lengths - pairs.chosen_lengths])
     show_preview(
-        a_few(pairs, seed, lambda index, marked: pair_runs(pairs[index], tokenizer, marked=marked)),
+        a_few(pairs, job.seed, lambda index, marked: pair_runs(pairs[index], tokenizer, marked=marked)),
         lengths.tolist(),
-        ledger.lines(),
+        built.ledger.lines(),
         float(pairs.trained.sum() / lengths.sum()),
-        max_length,
+        data.max_length,
     )
 
 
@@ -137,14 +129,11 @@ def pair_runs(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast, *, marked
 
 def _marked(runs: Sequence[Run], brackets: tuple[str, str]) -> list[tuple[str, str]]:
     return [
-        (f"{brackets[0]}{visible(text)}{brackets[1]}", "bold green") if is_trained else (visible(text), "dim")
+        (f"{brackets[0]}{printable(text)}{brackets[1]}", "bold green")
+        if is_trained
+        else (printable(text), "dim")
         for text, is_trained in runs
     ]
-
-
-def visible(text: str) -> str:
-    """Text with control characters spelled out, so that data cannot steer the terminal; line ends stay."""
-    return _STEERING.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def histogram_lines(lengths: Sequence[int], max_length: int, buckets: int = 10) -> list[str]:

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.model import attention
 from common.model.adapters import add_adapters
 from common.model.architecture import HeadSpec, read_config
+from common.model.hub import told
 from common.model.loading import make_network
 from common.model.miniature import reduced
 from common.training.export import try_export
@@ -43,7 +44,7 @@ def rehearse_export(model: ModelConfig, head: HeadSpec, say: Callable[[str], Non
             raise
         except Exception as error:  # whatever a config that was made for other sizes leads to
             kind = f"model_type={config.model_type}"
-            say(f"note: the export of {kind} was not tried beforehand: {_brief(error)}")
+            say(f"note: the export of {kind} was not tried beforehand: {told(error)}")
             return
         if model.lora.enabled:
             network = add_adapters(network, model.lora, head.task_type)
@@ -63,7 +64,7 @@ def _fault(network: PreTrainedModel, folder: Path) -> str | None:
     try:
         return try_export(network, folder)
     except Exception as error:  # peft and transformers raise what they like
-        return _brief(error)
+        return told(error)
 
 
 def _small(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreTrainedModel:
@@ -83,8 +84,3 @@ def _move_weights(network: torch.nn.Module) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.add_(0.02 * torch.randn_like(parameter))
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"

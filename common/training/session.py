@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from common.config import (
     to_plain,
 )
 from common.data.batches import BatchPlan
+from common.data.kinds import Kind
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.handoff import load_named, parent_record
@@ -53,17 +54,15 @@ from common.training.engine import Engine
 from common.training.export import ask_live, export_model
 from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
-from common.training.step_data import Kind, Rows, StepData, batch_plan, load_data
+from common.training.step_data import Rows, StepData, batch_plan, load_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-DescribePlace = Callable[[Mapping[str, Any]], str]
 FinalLines = Callable[[Mapping[str, float]], Iterable[str | None]]
 """What the user should know at the end, from the last step's metrics."""
 ExtraDetails = Callable[[Mapping[str, float]], Mapping[str, Any]]
 """What the manifest says besides, from the same."""
-Made = TypeVar("Made")
 
 
 class SaveClock:
@@ -110,14 +109,10 @@ class Session:
         seed_everything(job.seed)
         self.say = print if self.world.is_rank0 else logging.getLogger(f"rlhf.{step.value}").info
 
-    def on_rank0(self, make: Callable[[], Made]) -> Made:
-        """What `make` returns on rank 0, on every rank; a UserError raised there is raised on all."""
-        return broadcast_from_rank0(self.world, make)
-
     def load_artifact(self, named: str | None, role: Role, key: str) -> Artifact:
         """The verified artifact at `named`, the value of `key`: the controller has written down where an
         earlier step leaves it."""
-        return self.on_rank0(lambda: load_named(named or "", role, key))
+        return broadcast_from_rank0(self.world, lambda: load_named(named or "", role, key))
 
     def load_base_artifact(self, model: ModelConfig) -> list[Artifact]:
         """The policy that `model.path` is, verified, where it is an artifact; empty where others made it."""
@@ -160,7 +155,7 @@ class Session:
 
     def rehearse_export(self, model: ModelConfig, head: HeadSpec) -> None:
         """UserError when a trained model could not be exported; see `rehearsal`."""
-        self.on_rank0(lambda: rehearse_export(model, head, self.say))
+        broadcast_from_rank0(self.world, lambda: rehearse_export(model, head, self.say))
 
     def say_adapted_layers(self, network: PreTrainedModel) -> None:
         """Say which layers have adapters, where there are any."""
@@ -271,7 +266,10 @@ class Session:
 
 
 def restore(
-    checkpoints: Checkpoints, state: State, say: Callable[[str], None], place: DescribePlace | None = None
+    checkpoints: Checkpoints,
+    state: State,
+    say: Callable[[str], None],
+    place: Callable[[Mapping[str, Any]], str] = lambda counters: "",
 ) -> dict[str, Any]:
     """Counters of the newest checkpoint that verifies, `state` restored; {} when there is no checkpoint.
 
@@ -284,8 +282,7 @@ def restore(
         return {}
     for line in resumed.set_aside:
         say(f"set aside, not verified: {line}")
-    where = "" if place is None else f", {place(resumed.counters)}"
-    say(f"resuming from {resumed.path}{where}")
+    say(", ".join(filter(None, [f"resuming from {resumed.path}", place(resumed.counters)])))
     if resumed.resharded is not None:
         say(f"its state was resharded: {resumed.resharded}")
     return resumed.counters

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from common.artifacts import VARIABLES, Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
 from common.data import cache, dataset
-from common.data.batches import Batches, BatchPlan
+from common.data.batches import BatchPlan
+from common.data.kinds import Kind
+from common.data.ledger import Ledger
+from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 from common.errors import with_step
 from common.runtime.distributed import World
 from common.stage import Step
@@ -23,14 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Say = Callable[[str], None]
-Rows = TypeVar("Rows", dataset.TokenizedDataset, dataset.PairDataset, dataset.PromptDataset)
-Kind = dataset.Kind[Rows]
-
-
-class HasPlaces(Protocol):
-    """Rows that know where they came from."""
-
-    def place(self, index: int) -> str: ...
+Rows = TypeVar("Rows", TokenizedDataset, PairDataset, PromptDataset)
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class StepData(Generic[Rows]):
 
     train: Rows
     held_out: Rows | None
-    ledger: dataset.Ledger
+    ledger: Ledger
     weights: dict[str, float]  # by source name
     stage_split: dict[str, Any] | None = None  # seed and shares, when steps share out the rows
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -160,8 +156,3 @@ def batch_plan(
         world_size=world.size,
         share_prefix=share_prefix,
     )
-
-
-def places_of(batches: Batches, rows: HasPlaces, step: int) -> list[str]:
-    """Where the rows of step `step` (from 0) came from, for messages."""
-    return [rows.place(int(index)) for row in batches.rows(step) for index in row]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,8 +165,6 @@ def test_a_step_is_started_so_that_it_cannot_wait_for_ever(
         file_baton.FileBaton(str(lock)).wait()
         return 0
 
-    def preview(job: JobConfig, folder: Path) -> None:
-        raise AssertionError
-
-    assert entry.step_main("sft", "step", JobConfig, train=train, preview=preview) == UserError.EXIT_CODE
+    monkeypatch.setitem(sys.modules, "step.train", SimpleNamespace(train=train))
+    assert entry.step_main("sft", "step", JobConfig) == UserError.EXIT_CODE
     assert f"rm {lock}" in capsys.readouterr().err

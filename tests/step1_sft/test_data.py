@@ -9,6 +9,7 @@ import numpy as np
 from common.config import DataConfig, SourceConfig
 from common.data import dataset
 from common.data.batches import Batches, BatchPlan
+from common.data.kinds import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
 from common.decoding.sampling import held_out_prompts
@@ -100,10 +101,10 @@ def test_rows_that_are_shared_out_are_trained_on_by_the_step_they_belong_to(tmp_
         return {str(tokenizer.decode(train[index].input_ids)) for index in range(len(train))}
 
     world = World(0, 1, 0, None)  # type: ignore[arg-type]
-    loaded = load_data(job, Step.sft, job.sft.data, dataset.DEMONSTRATIONS, tokenizer, tmp_path, world, print)
+    loaded = load_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, tmp_path, world, print)
     ours = texts(loaded.train)
     other, _, _ = dataset.build(
-        job.sft.data, tokenizer, dataset.DEMONSTRATIONS, stage="reward", seed=job.seed, cache_dir=tmp_path
+        job.sft.data, tokenizer, DEMONSTRATIONS, stage="reward", seed=job.seed, cache_dir=tmp_path
     )
     assert 10 <= len(ours) <= 30  # half of them, by chance
     assert not ours & texts(other) and len(ours) + len(texts(other)) == 40

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from common.config import TrainConfig
-from common.data.dataset import PromptDataset
+from common.data.stored import PromptDataset
 from common.errors import UserError
 from common.runtime.distributed import World
-from common.training.step_data import StepData
+from common.stage import Step
+from common.training.step_data import StepData, load_data
 from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
-from step3_ppo.data import PromptOrder, held_out_sample, load_prompts
+from step3_ppo.data import PromptOrder, held_out_sample, kind_of
 from tests.tiny import CHATML, tiny_tokenizer
 
 
@@ -29,7 +30,9 @@ def loaded(tmp_path: Path, count: int = 40, *, rank: int = 0, **options: Any) ->
     for name, value in options.items():
         setattr(job.ppo.rollout if name == "max_new_tokens" else job.ppo.data, name, value)
     world = World(rank, 2, rank, None)  # type: ignore[arg-type]
-    return load_prompts(job, tiny_tokenizer(CHATML), tmp_path, world, lambda line: None)
+    return load_data(
+        job, Step.ppo, job.ppo.data, kind_of(job), tiny_tokenizer(CHATML), tmp_path, world, lambda line: None
+    )
 
 
 def order(data: StepData[PromptDataset], per_iteration: int, seed: int = 0) -> PromptOrder:
@@ -134,5 +137,7 @@ def test_columns_of_mixed_types_reach_reward_functions_as_the_rows_had_them(tmp_
     job = PPOJob(output_dir=str(tmp_path), ppo=PPOConfig())
     job.ppo.data.path, job.ppo.data.eval_fraction = str(path), 0.0
     alone = World(0, 1, 0, None)  # type: ignore[arg-type]
-    prompts = load_prompts(job, tiny_tokenizer(CHATML), tmp_path, alone, lambda line: None).train
+    prompts = load_data(
+        job, Step.ppo, job.ppo.data, kind_of(job), tiny_tokenizer(CHATML), tmp_path, alone, lambda line: None
+    ).train
     assert [prompts[i].columns for i in range(4)] == others

@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import DataConfig
-from common.data.dataset import (
-    DEMONSTRATIONS,
-    PREFERENCES,
-    Kind,
-    Ledger,
-    PairDataset,
-    TokenizedDataset,
-    build,
-)
+from common.data.dataset import build
+from common.data.kinds import DEMONSTRATIONS, PREFERENCES, Kind
+from common.data.ledger import Ledger
+from common.data.stored import PairDataset, TokenizedDataset
 from tests.tiny import CHATML, tiny_tokenizer
 
 

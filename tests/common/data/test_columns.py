@@ -10,7 +10,8 @@ import pytest
 
 from common.config import DataConfig, SourceConfig
 from common.data import formats, preferences, prompts
-from common.data.dataset import DEMONSTRATIONS, PREFERENCES, PROMPTS, build
+from common.data.dataset import build
+from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from common.data.outcomes import RowError
 from common.data.types import Conversation, Message, Place, Preference, Prompt, RawExample
 from tests.common.data.reading import read_source

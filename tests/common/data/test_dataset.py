@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
-from common.data.dataset import (
-    DEMONSTRATIONS,
-    Ledger,
-    build,
-    source_weights,
-    training_texts,
-)
+from common.data.dataset import build, source_weights, training_texts
+from common.data.kinds import DEMONSTRATIONS
+from common.data.ledger import Ledger
 from common.data.splits import held_out
 from common.data.types import IGNORE
 from common.errors import UserError

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from common.config import OnBadRow, SourceConfig, Truncation
-from common.data.dataset import (
-    PairDataset,
-)
+from common.data.stored import PairDataset
 from common.data.types import IGNORE
 from common.errors import UserError
 from tests.common.data.built import Said, made, made_pairs, pairs, preferences, prompts, write

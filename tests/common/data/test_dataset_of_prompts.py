@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
-from common.data.dataset import (
-    PREFERENCES,
-    PROMPTS,
-    Kind,
-    Ledger,
-    PromptDataset,
-    build,
-    prompts_with_room,
-)
+from common.data.dataset import build
+from common.data.kinds import PREFERENCES, PROMPTS, Kind, prompts_with_room
+from common.data.ledger import Ledger
+from common.data.stored import PromptDataset
 from common.errors import UserError
 from tests.tiny import CHATML, tiny_tokenizer
 

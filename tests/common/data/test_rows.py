@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig
-from common.data.dataset import DEMONSTRATIONS, PREFERENCES, PROMPTS, build
+from common.data.dataset import build
+from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample
 from common.errors import UserError

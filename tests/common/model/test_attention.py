@@ -57,7 +57,7 @@ def reference_attention(
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     positions = torch.arange(length, device=query.device)
     document = torch.bucketize(positions, cu_seqlens[1:].to(positions.dtype), right=True)
-    seen = attention._band(length, sliding_window or length, query.device) & (
+    seen = attention._seen_by_own(length, sliding_window or length, 0, query.device) & (
         document[:, None] == document[None, :]
     )
     k, v = (x.repeat_interleave(groups, 1).float() for x in (key, value))
