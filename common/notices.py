@@ -25,7 +25,6 @@ class Listener(logging.Handler):
         self._say, self._said = say, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record of `notice`."""
         line = record.getMessage()
         if line not in self._said:
             self._said.add(line)

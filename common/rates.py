@@ -28,7 +28,6 @@ class Rates:
 
     @classmethod
     def of(cls, optim: OptimConfig, peak: float, steps: int) -> Rates:
-        """The rates of a run."""
         shape = optim.scheduler
         warmup = 0 if shape is SchedulerName.constant else warmup_steps(optim.warmup_ratio, steps)
         floor = {
@@ -40,7 +39,6 @@ class Rates:
         return cls(peak, warmup, peak * floor, steps, shape)
 
     def in_words(self) -> str:
-        """One line of text."""
         rise = f"{self.peak:.3g}"
         if self.warmup:
             rise = f"up to {rise} over {self.warmup} warm-up step(s)"

@@ -56,8 +56,10 @@ class Encoder:
 def whole_document(tokens: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, int]:
     """Plain text: the BOS this tokenizer writes, if any, and one EOS where the document ends. With the number
     of tokens that are put before it."""
-    before = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
-    end = tokenizer.eos_token_id
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # asked of the backend at each call: settings such as add_bos_token change its post-processor
+    adds_bos = bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
+    before = [bos] if adds_bos else []
     if end is None:
         raise UserError(
             "the tokenizer has no EOS token, so plain text cannot end",
@@ -65,12 +67,6 @@ def whole_document(tokens: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> tu
         )
     after = [] if len(tokens) and tokens[-1] == end else [end]
     return np.concatenate([np.array(before, np.int32), tokens, np.array(after, np.int32)]), len(before)
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    bos = tokenizer.bos_token_id
-    # asked of the backend at each call: settings such as add_bos_token change its post-processor
-    return bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
 
 
 def one_bos(tokens: np.ndarray, bos: int | None) -> np.ndarray:

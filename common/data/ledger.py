@@ -7,7 +7,7 @@ table. Also decides about bad rows, as `data.on_bad_row` says.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,24 +75,15 @@ class SourceLedger:
     control: dict[str, Dropped] = field(default_factory=dict)
 
     def not_used(self, columns: Sequence[str]) -> None:
-        """Note columns that nothing reads, each once."""
         self.unused_columns += [name for name in columns if name not in self.unused_columns]
 
     def drop(self, reason: str, place: Place) -> None:
-        """Note that a row is left out."""
         self.dropped.setdefault(reason, Dropped()).add(place)
 
-    def note_control(self, tokens: Sequence[str], became: str, place: Place) -> None:
-        """Note the control tokens inside a row's contents."""
-        for token in tokens:
-            self.control.setdefault(f"{token} {became}", Dropped()).add(place)
-
-    def note_turns(self, split: str, untrained: Sequence[str], place: Place) -> None:
-        """Note that a row is split, and which of its turns are not trained."""
-        if split:
-            self.split.setdefault(split, Dropped()).add(place)
-        for reason in untrained:
-            self.untrained.setdefault(reason, Dropped()).add(place)
+    def note(self, counted: dict[str, Dropped], reasons: Iterable[str], place: Place) -> None:
+        """Note what applies to a row. counted: `untrained`, `split` or `control`."""
+        for reason in reasons:
+            counted.setdefault(reason, Dropped()).add(place)
 
 
 @dataclass
@@ -102,12 +93,10 @@ class Ledger:
     sources: list[SourceLedger] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
-        """The inverse of `to_json`."""
         entries = []
         for entry in value["sources"]:
             counted = {

@@ -14,7 +14,7 @@ template has them, must agree. Knows nothing of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.data import parts
@@ -67,7 +67,9 @@ def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] 
     tags: list[Span] = []
     try:
         whole, tags = render(messages, template, context)
-        for index in _wanted(conversation):
+        for index, message in enumerate(messages):
+            if message.role != "assistant" or not message.trained or index < conversation.first_trained:
+                continue  # the row does not ask to train it
             through = (whole, tags) if index == len(messages) - 1 else None
             try:
                 answers.append(_answer(messages[: index + 1], context, template, through))
@@ -86,13 +88,6 @@ def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] 
             _check_tags(answer.rendered, [answer], answer.tags, template, place)
     documents = tuple(Document(answer.prompt + answer.text, (answer.span,)) for answer in answers)
     return Made(documents, HISTORY_DIFFERS if len(documents) > 1 else "", tuple(untrained))
-
-
-def _wanted(conversation: Conversation) -> Iterator[int]:
-    """Indices of the turns that the row asks to train."""
-    for index, message in enumerate(conversation.messages):
-        if message.role == "assistant" and message.trained and index >= conversation.first_trained:
-            yield index
 
 
 def _answer(

@@ -95,13 +95,18 @@ def open_source(source: SourceConfig) -> list[Records]:
     return [file_records(file) for file in files]
 
 
+def count_rows(source: SourceConfig) -> int:
+    """All rows of a source, whatever its `max_rows`; reads it once."""
+    return sum(1 for records in open_source(source) for _ in records.rows())
+
+
 def _sampled_rows(source: SourceConfig, seed: int) -> set[int] | None:
     """Indices of the rows that `max_rows` keeps; None keeps all. Costs a counting pass."""
     if source.max_rows is None:
         return None
     import numpy as np
 
-    count = sum(1 for records in open_source(source) for _ in records.rows())
+    count = count_rows(source)
     if count <= source.max_rows:
         return None
     name = int.from_bytes(hashlib.blake2b(source_name(source).encode(), digest_size=8).digest(), "big")

@@ -129,7 +129,6 @@ class TokenizedExample:
 
     @property
     def trained(self) -> int:
-        """Number of trained positions."""
         return int((self.labels != IGNORE).sum())
 
 

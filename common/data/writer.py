@@ -60,7 +60,6 @@ class Writer:
         self.kept = _Kept(self.opened.numbers)
 
     def fill(self, folder: Path) -> None:
-        """Write records, index and ledger."""
         import pyarrow
 
         tokens = pyarrow.list_(pyarrow.int32())
@@ -119,8 +118,10 @@ class Writer:
             self._drop(result, entry)
             return
         made = result if isinstance(result, Made) else Made((result,))
-        entry.note_turns(made.split, made.untrained, row.place)
-        entry.note_control(tokens, BECAME[data.special_tokens_in_content], row.place)
+        entry.note(entry.split, filter(None, [made.split]), row.place)
+        entry.note(entry.untrained, made.untrained, row.place)
+        became = BECAME[data.special_tokens_in_content]
+        entry.note(entry.control, (f"{token} {became}" for token in tokens), row.place)
         entry.further_documents += len(made.records) - 1
         first, bos_id = True, self.tokenizer.bos_token_id
         for whole in made.records:
@@ -186,7 +187,6 @@ class _Kept:
         self._columns: dict[str, array[Any]] = {name: array(code) for name, code in codes.items()}
 
     def add(self, **values: float) -> None:
-        """One number for each column."""
         for name, column in self._columns.items():
             column.append(values[name])
 

@@ -105,15 +105,11 @@ def sample_completions(
 
 
 def stop_rate(samples: Sequence[Sample]) -> float:
-    """Share of the completions that stopped by themselves."""
     return sum(sample.stopped for sample in samples) / len(samples)
 
 
 def _sample(tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, completion: Completion) -> Sample:
     tokens = completion.tokens.tolist()
     words = tokens[:-1] if completion.stopped else tokens
-    return Sample(_text(tokenizer, prompt.tolist()), _text(tokenizer, words), completion.stopped)
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=False))
+    asked, said = (str(tokenizer.decode(ids, skip_special_tokens=False)) for ids in (prompt.tolist(), words))
+    return Sample(asked, said, completion.stopped)

@@ -89,7 +89,6 @@ class Run:
 
     @property
     def busy(self) -> bool:
-        """Whether a response is unfinished."""
         return bool(self.queue) or bool((self.request >= 0).any())
 
     def step(self, passes: Passes) -> None:
@@ -213,7 +212,6 @@ class Run:
         ]
 
     def history(self, slot: int) -> np.ndarray:
-        """Prompt and response so far of the request in a slot."""
         request = self.request[slot]
         return np.concatenate([self.requests[request].prompt, self.tokens[request, : self.made[request]]])
 

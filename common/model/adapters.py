@@ -79,8 +79,6 @@ def add_adapters(network: PreTrainedModel, lora: LoraConfig, task_type: str) -> 
 
 @dataclass(frozen=True)
 class _Targets:
-    """The names in `model.lora.targets`, as peft wants them."""
-
     modules: list[str]
     parameters: list[str]
     doubled: list[str]  # patterns of parameters that hold two matrices: they have twice the rank and alpha

@@ -55,7 +55,6 @@ class HeadSpec:
 
     @property
     def transformers_class(self) -> Any:
-        """The class of transformers that makes or loads it."""
         import transformers
 
         return getattr(transformers, self.auto_class)
@@ -144,7 +143,6 @@ def attention_for(config: PreTrainedConfig, head: HeadSpec) -> str | None:
 
 
 def _class_for(config: PreTrainedConfig, head: HeadSpec) -> Any:
-    """transformers' class for the config; None where it has none."""
     try:
         kind = head.transformers_class._model_mapping[type(config)]
     except KeyError:

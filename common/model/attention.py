@@ -194,7 +194,6 @@ class Scores(NamedTuple):
         return float(q.shape[-1] ** -0.5) if self.scaling is None else self.scaling
 
     def capped(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores, none larger than the cap."""
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 

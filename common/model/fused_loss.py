@@ -221,7 +221,6 @@ class _Gradients(NamedTuple):
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody asked."""
         return any(gradient is not None for gradient in self)
 
     def add(self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor) -> None:
@@ -243,7 +242,6 @@ class _Head(NamedTuple):
     temperature: float
 
     def dtypes(self, hidden: torch.Tensor) -> tuple[torch.dtype | None, ...]:
-        """Of the gradients by hidden, weight and bias."""
         return hidden.dtype, self.weight.dtype, None if self.bias is None else self.bias.dtype
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

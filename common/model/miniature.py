@@ -222,5 +222,4 @@ def is_exact(dtype: torch.dtype) -> bool:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model is fed."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.device

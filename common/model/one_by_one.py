@@ -101,7 +101,9 @@ class _DocumentBounds:
         ids = args[0] if args else kwargs["input_ids"]
         starts, lengths = boundaries[:-1].tolist(), boundaries.diff().tolist()
         parts, places = [], []
-        for group in side_by_side(lengths, in_one_pass=_is_partitioned(self._decoder)):
+        # under ZeRO-3 each module's call is a collective
+        is_partitioned = any(hasattr(parameter, "ds_id") for parameter in self._decoder.parameters())
+        for group in side_by_side(lengths, in_one_pass=is_partitioned):
             index, is_padding = _places([starts[i] for i in group], [lengths[i] for i in group])
             output = self._forward(input_ids=ids[0, index.to(ids.device)], use_cache=False)
             parts.append(output[0].flatten(0, 1)[(~is_padding).flatten().nonzero()[:, 0].to(ids.device)])
@@ -130,8 +132,3 @@ def _places(starts: Sequence[int], lengths: Sequence[int]) -> tuple[torch.Tensor
     begin, length = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
     within = torch.arange(max(lengths))[None]
     return begin + within.clamp(max=length - 1), within >= length
-
-
-def _is_partitioned(model: nn.Module) -> bool:
-    """Whether each module's call is a collective (ZeRO-3)."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

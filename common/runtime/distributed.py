@@ -83,7 +83,6 @@ def _limit_every_group(timeout: timedelta) -> None:
 
 
 def close_world() -> None:
-    """Leave the process group."""
     global _heartbeat
     if _heartbeat is not None:
         _heartbeat.stop()
@@ -142,7 +141,6 @@ def all_gather_or_raise(make: Callable[[], T]) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
     all_reduce_sum([0.0])
 
 

@@ -102,7 +102,6 @@ class HeartbeatMonitor:
         return stalled_among([heartbeat for heartbeat, _ in self._last.values()], self._stalled)
 
     def of(self, rank: int) -> Heartbeat | None:
-        """The last heartbeat of a rank."""
         last = self._last.get(rank)
         return None if last is None else last[0]
 

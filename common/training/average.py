@@ -49,7 +49,6 @@ class ExponentialAverage:
             self._swap()
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share into `folder`."""
         tensors = {str(number): average for number, average in enumerate(self._averages)}
         rank = dist.get_rank()
         (folder / _name(rank)).write_bytes(save(tensors))  # safetensors itself hides why a disk refuses

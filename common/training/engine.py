@@ -41,8 +41,6 @@ STATE_TAG = "zero"
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did."""
-
     applied: bool  # False: a gradient was not finite, weights and optimizer state are untouched
     grad_norm: float  # global, before clipping; nan when the step was not applied
 

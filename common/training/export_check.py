@@ -217,7 +217,6 @@ def _free_memory() -> int:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has any of its layers."""
     return any(child._compiled_call_impl is not None for child in module.modules())
 
 

@@ -140,7 +140,6 @@ def _with_adapters(
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Tensors that are one, by the model's config."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {*tied, *tied.values()}
 

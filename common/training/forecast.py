@@ -97,12 +97,10 @@ def to_read(job: JobConfig, data: DataConfig) -> Reading:
     """All rows where the sources are small; else a sample, kept in a folder of its own."""
     if size_of(data.all_sources()) <= LARGE_BYTES:
         return Reading(data, (1.0,) * len(data.all_sources()))
-    every = [_rows_of(source) for source in data.all_sources()]
-    taken = [min(count, SAMPLED_ROWS, source.max_rows or count) for count, source in every]
-    wanted = [min(count, source.max_rows or count) for count, source in every]
-    sampled = [
-        dataclasses.replace(source, max_rows=rows) for (_, source), rows in zip(every, taken, strict=True)
-    ]
+    every = data.all_sources()
+    wanted = [min(count := sources.count_rows(source), source.max_rows or count) for source in every]
+    taken = [min(count, SAMPLED_ROWS) for count in wanted]
+    sampled = [dataclasses.replace(source, max_rows=rows) for source, rows in zip(every, taken, strict=True)]
     folder = Path(job.output_dir) / ".cache" / "plan"
     reading = dataclasses.replace(data, path=None, sources=sampled, cache_dir=str(folder))
     factors = tuple(rows / max(read, 1) for rows, read in zip(wanted, taken, strict=True))
@@ -199,10 +197,6 @@ def _counts(
         scale=scale,
         seen=round(seen * scale),
     )
-
-
-def _rows_of(source: SourceConfig) -> tuple[int, SourceConfig]:
-    return sum(1 for records in sources.open_source(source) for _ in records.rows()), source
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ class Counters:
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
-    """The counters after one more step."""
     return replace(
         counters,
         step=counters.step + 1,

@@ -50,7 +50,10 @@ def rehearse_export(model: ModelConfig, head: HeadSpec, say: Callable[[str], Non
             network = add_adapters(network, model.lora, head.task_type)
         _move_weights(network)
         with tempfile.TemporaryDirectory(prefix="rehearsal_") as folder:
-            fault = _fault(network, Path(folder))
+            try:
+                fault = try_export(network, Path(folder))
+            except Exception as error:  # peft and transformers raise what they like
+                fault = told(error)
     if fault is None:
         return
     adapted = f" with adapters on {list(model.lora.targets)}" if model.lora.enabled else ""
@@ -58,13 +61,6 @@ def rehearse_export(model: ModelConfig, head: HeadSpec, say: Callable[[str], Non
         f"model_type={config.model_type}{adapted} could be trained, but not be exported: {fault}",
         hint="use model.lora.targets=[q_proj,k_proj,v_proj,o_proj]" if adapted else "use another model",
     )
-
-
-def _fault(network: PreTrainedModel, folder: Path) -> str | None:
-    try:
-        return try_export(network, folder)
-    except Exception as error:  # peft and transformers raise what they like
-        return told(error)
 
 
 def _small(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreTrainedModel:

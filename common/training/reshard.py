@@ -51,7 +51,6 @@ class Shard:
         return self.wholes if key == MOMENTUM and self.wholes is not None else self.pieces
 
     def size_of(self, key: str) -> int:
-        """Its elements."""
         if key == MOMENTUM and self.wholes is not None:
             return sum(piece.length for piece in self.wholes)
         return self.size
@@ -92,7 +91,6 @@ class Layout:
         ]
 
     def write(self, folder: Path) -> None:
-        """Write it beside the state."""
         ranks = [
             [[shard.size, shard.first, shard.pieces, shard.wholes] for shard in shards]
             for shards in self.ranks

@@ -84,7 +84,6 @@ class SaveClock:
         return self._decides and self._now() - self._last >= self._seconds
 
     def restart(self) -> None:
-        """There is a checkpoint of this moment."""
         self._last = self._now()
 
 
@@ -158,7 +157,6 @@ class Session:
         broadcast_from_rank0(self.world, lambda: rehearse_export(model, head, self.say))
 
     def say_adapted_layers(self, network: PreTrainedModel) -> None:
-        """Say which layers have adapters, where there are any."""
         if reached := reach(network):
             self.say(reached)
 

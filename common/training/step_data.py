@@ -52,7 +52,6 @@ class StepData(Generic[Rows]):
 
 
 def cache_dir(job: JobConfig, data: DataConfig) -> Path:
-    """Where tokenized rows are kept."""
     return Path(data.cache_dir or Path(job.output_dir) / ".cache" / "data")
 
 
