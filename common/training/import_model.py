@@ -21,17 +21,18 @@ from common.config import Dtype, ModelConfig
 from common.data.chat import check_template
 from common.errors import UserError
 from common.files import commit_folder
-from common.model.architecture import read_config
+from common.model.architecture import CAUSAL_LM, HeadSpec, read_config
 from common.model.hub import fetch, loading_errors
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM
-from common.model.scalar_head import PackedScalarModel, load_reward_model
+from common.model.packed import PackedCausalLM, PackedModel
+from common.model.probes import Shortcuts
+from common.model.scalar_head import REWARD_MODEL, PackedScalarModel
 from common.model.tokenizer import load_tokenizer, terminators_of
 from common.notices import listen
 from common.redact import shown
 from common.runtime.logs import open_rank_log, run_and_report
 from common.stage import Role
-from common.training.export import export_policy, export_reward_model, noise_of
+from common.training.export import ExportMismatch, ask_live, export_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 DTYPES = {"F32": Dtype.fp32, "BF16": Dtype.bf16, "F16": Dtype.fp16}
 HEADS = {Role.policy: "ForCausalLM", Role.reward_model: "ForSequenceClassification"}
 """How transformers' class of a role's models ends; a config names it under `architectures`."""
+PACKED: dict[Role, tuple[HeadSpec, type[PackedModel]]] = {
+    Role.policy: (CAUSAL_LM, PackedCausalLM), Role.reward_model: (REWARD_MODEL, PackedScalarModel),
+}  # fmt: skip
 SAMPLE = "The capital of France is Paris, and the capital of Italy is Rome."
 """What the exported model is compared with the loaded one on."""
 
@@ -70,32 +74,28 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
         "imported": {"from": named, "weights": {path.name: file_sha256(path) for path in weights}},
     }
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        commit_folder(_export(model, role, tokenizer, Path(beside) / "export", details), out)
+        try:
+            made = _export(model, role, tokenizer, Path(beside) / "export", details)
+        except ExportMismatch as error:
+            fault = error.message.partition("; ")[0]
+            raise UserError(f"what is read back of it differs: {fault}", hint="use another model") from error
+        commit_folder(made, out)
     return out
 
 
 def _export(
     model: ModelConfig, role: Role, tokenizer: PreTrainedTokenizerFast, folder: Path, details: dict[str, Any]
 ) -> Path:
-    device = torch.device("cpu")
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
     document = torch.tensor([*ids, terminators_of(tokenizer)[0]])
-    known: dict[str, Any] = {"details": details, "say": lambda line: print(line, flush=True)}
-    if role is Role.policy:
-        policy = PackedCausalLM(load_model(model, tokenizer, seed=0, device=device).eval())
-        with torch.no_grad():
-            logits = policy.logits(document[None])
-        noise, network = noise_of(policy, [document], logits), policy.base()
-        return export_policy(
-            network, None, tokenizer, folder, probe=document[None], live_logits=logits, noise=noise, **known
-        )
-    scorer = PackedScalarModel(load_reward_model(model, tokenizer, seed=0, device=device).eval())
-    with torch.no_grad():
-        scores = scorer.scores([document])
-    noise, network = noise_of(scorer, [document], scores), scorer.base()
-    return export_reward_model(
-        network, None, tokenizer, folder, probe=[document], live_scores=scores, noise=noise, **known
-    )
+    head, packed = PACKED[role]
+    network: Any = load_model(model, tokenizer, head, seed=0, device=torch.device("cpu")).eval()
+    probe = ask_live(packed(network, Shortcuts()), [document])
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    return export_model(network, None, tokenizer, folder, probe, details=details, say=say)
 
 
 def stored_dtype(weights: list[Path]) -> Dtype:
