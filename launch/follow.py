@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.deadline import within
 from common.errors import UserError
 from common.launch_config import LaunchConfig
 from launch.agent import STOPPED
@@ -26,7 +27,7 @@ from launch.supervise import POLL_SECONDS, Running, Say, StopRequests
 SHARED_SECONDS = 60.0
 """How long a file that machine 0 wrote may take to be seen by another: what NFS remembers, and some."""
 ANSWER_SECONDS = 5.0
-"""How long machine 0 may take to prove itself, and to answer."""
+"""How long machine 0 may take to be reached, to prove itself, and to answer."""
 
 
 def follow(launch: LaunchConfig, own: Hello, folder: Path, jobs: Mapping[str, Job], say: Say) -> int:
@@ -129,7 +130,9 @@ def _connect(
     proof_by: float | None = None  # from when on machine 0 was reached
     while not requests.received:
         try:
-            connection = socket.create_connection((address, port), timeout=5.0)
+            connection = within(
+                ANSWER_SECONDS, lambda: socket.create_connection((address, port), ANSWER_SECONDS)
+            )
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(

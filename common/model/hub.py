@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.deadline import within
 from common.errors import UserError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -77,7 +78,7 @@ def hub_answers(seconds: float = 5.0) -> bool:
     endpoint = urllib.parse.urlsplit(ENDPOINT)
     port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     try:
-        socket.create_connection((endpoint.hostname or "", port), seconds).close()
+        within(seconds, lambda: socket.create_connection((endpoint.hostname or "", port), seconds).close())
     except OSError:
         return False
     return True

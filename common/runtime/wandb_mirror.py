@@ -8,6 +8,7 @@ wandb, and only when the mirror is on. It holds nothing that is not in the files
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import TrackingConfig, WandbMode
+from common.deadline import within
 from common.redact import has_wandb_key, redact, redact_text
 from common.runtime.json_lines import strict
 
@@ -167,14 +169,14 @@ def choose_mode(requested: WandbMode, environ: Mapping[str, str], has_key: bool)
 def server_answers(server: str, seconds: float = PROBE_SECONDS) -> bool:
     """Whether anything at all answers there in time, through the proxy that the environment names."""
     try:
-        with urllib.request.urlopen(server, timeout=seconds):
-            return True
+        within(seconds, lambda: urllib.request.urlopen(server, timeout=seconds).close())
+        return True
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
         # certificates are W&B's own business: it may be told to trust more than Python does
         return isinstance(error.reason, ssl.SSLError)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 

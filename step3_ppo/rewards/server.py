@@ -23,9 +23,8 @@ import os
 import re
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -33,6 +32,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
+from common.deadline import within
 from common.errors import UserError
 from common.redact import redact_text
 from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url, is_this_machine
@@ -42,6 +42,7 @@ log = logging.getLogger("rlhf.ppo")
 
 LARGEST_ANSWER = 16 * 2**20
 """Bytes of an answer; ten thousand rewards take about 0.2 MiB."""
+READ_BYTES = 2**16
 ANSWER = 'expected: {"rewards": [a finite number for every completion, in their order]}'
 
 
@@ -57,7 +58,7 @@ class _Passing(Exception):
 class RewardServer:
     """One server, checked when it is made.
 
-    timeout: seconds for an attempt, from connecting to the answer's last byte. retries: further attempts.
+    timeout: seconds for an attempt, from looking up the name to the answer's last byte. retries: further attempts.
     token: sent as a bearer token, never unencrypted over a network. UserError for a URL that is not allowed.
     """
 
@@ -126,34 +127,43 @@ class RewardServer:
 
     def _attempt(self, body: bytes) -> bytes:
         """One POST. Raises _Passing for a failure that may pass, UserError for any other."""
-        parts = urlsplit(self.url)
-        connection = _connection(parts, self.timeout)
-        late, ends = threading.Event(), time.monotonic() + self.timeout
+        connection = _connection(urlsplit(self.url), self.timeout)
         try:
-            connection.connect()
-            with _cut_off(max(ends - time.monotonic(), 0.0), connection, late):
-                connection.request("POST", _target(parts), body, self._headers())
-                response = connection.getresponse()
-                content = response.read(LARGEST_ANSWER + 1)
+            response, content = within(
+                self.timeout, lambda: self._exchange(connection, body), lambda: _hang_up(connection)
+            )
         except ssl.SSLCertVerificationError as error:
             raise UserError(
                 f"{self.key}: {self.url} has no certificate that holds: {error.verify_message}",
                 hint="SSL_CERT_FILE names the certificates that are trusted",
             ) from None
+        except TimeoutError:
+            raise _Passing(f"no whole answer within {self.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            if late.is_set() or isinstance(error, TimeoutError):
-                raise _Passing(f"no whole answer within {self.timeout:g} s") from None
             raise _Passing(f"{type(error).__name__}: {error}") from None
-        finally:
-            connection.close()
-        if late.is_set():
-            raise _Passing(f"no whole answer within {self.timeout:g} s")
         self._check_status(response, content)
         if len(content) > LARGEST_ANSWER:
             self._refuse(f"is larger than {LARGEST_ANSWER / 2**20:g} MiB")
-        if response.length:  # announced, and not come: read() with a size does not say so
+        if response.length:  # announced, and not come: reading with a size does not say so
             raise _Passing(f"the answer broke off {response.length} bytes before its end")
         return content
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, body: bytes
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Send the body and read the answer, of which no more than is too large."""
+        with contextlib.closing(connection):
+            connection.request("POST", _target(urlsplit(self.url)), body, self._headers())
+            response = connection.getresponse()
+            lengths = response.headers.get_all("Content-Length", [])
+            if lengths and not (len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", lengths[0])):
+                said = _excerpt(", ".join(lengths).encode())
+                self._refuse(f"has the Content-Length {said}: expected one whole number")
+            content = bytearray()
+            # not read(), which takes a chunk of negative length for one without an end
+            while len(content) <= LARGEST_ANSWER and (block := response.read1(READ_BYTES)):
+                content += block
+            return response, bytes(content)
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
@@ -234,27 +244,12 @@ def _proxy_credentials(proxy: SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode("ascii")}
 
 
-@contextlib.contextmanager
-def _cut_off(seconds: float, connection: http.client.HTTPConnection, late: threading.Event) -> Iterator[None]:
-    """Cut the connection after `seconds` and set `late`.
-
-    A socket's own timeout begins anew with every byte, so a slow enough server would never end.
-    """
-    opened = connection.sock
-
-    def cut() -> None:
-        late.set()
-        with contextlib.suppress(OSError):  # closed already
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    """End what another thread is doing with the connection."""
+    if (connected := connection.sock) is not None:
+        with contextlib.suppress(OSError):  # closed by now
             # not SSLSocket.shutdown, which would take TLS away under the thread that reads
-            socket.socket.shutdown(opened, socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+            socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _target(parts: SplitResult) -> str:

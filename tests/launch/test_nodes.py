@@ -133,6 +133,16 @@ def test_a_machine_0_that_never_answers_is_named() -> None:
         follow(launch, Hello(1, 1, COMMAND, "b"), Path(), {}, print)
 
 
+def test_a_name_that_is_looked_up_for_ever_ends_the_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_known = threading.Event()  # never, while it is asked
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_known.wait(10) and [])
+    monkeypatch.setattr("launch.follow.ANSWER_SECONDS", 0.1)
+    launch = LaunchConfig(nnodes=2, node_rank=1, rdzv_endpoint="a:1234", join_seconds=0)
+    with pytest.raises(UserError, match="machine 0 did not answer at a:1234 for 0 s"):
+        follow(launch, Hello(1, 1, COMMAND, "b"), Path(), {}, print)
+    is_known.set()
+
+
 def test_a_machine_0_that_vanished_ends_the_others(folder: Path, launch: LaunchConfig) -> None:
     with follower(launch, folder) as process:
         machines = gather(launch, own(), folder, print)

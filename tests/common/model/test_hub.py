@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -33,3 +34,11 @@ def test_whether_the_hub_answers_is_known_without_its_clients_retries(
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         assert hub.hub_answers()
     assert not hub.hub_answers()
+
+
+def test_a_hub_whose_name_cannot_be_looked_up_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_known = threading.Event()  # never, while it is asked
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_known.wait(10) and [])
+    assert not hub.hub_answers(seconds=0.1)
+    is_known.set()

@@ -18,6 +18,7 @@ from common.redact import has_wandb_key
 from common.runtime import wandb_mirror
 from common.runtime.tracking import read_metrics
 from common.runtime.wandb_mirror import choose_mode, server_answers
+from tests.dripping import dripping, saying
 from tests.fake_wandb import FakeWandb, running
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -61,6 +62,10 @@ def test_a_server_answers_or_does_not() -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         assert not server_answers(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.2)
+    with saying(dripping(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")) as (port, _):
+        assert not server_answers(f"http://127.0.0.1:{port}", seconds=0.2)
+    with saying(lambda: iter([b"SSH-2.0\r\n"])) as (port, _):
+        assert not server_answers(f"http://127.0.0.1:{port}")
 
 
 def test_off_never_imports_wandb(tmp_path: Path) -> None:
