@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 from common.text import printable
 
 HIDDEN = "[redacted]"
+LONGEST_SHOWN = 20_000
+"""Characters of an error or a line; a row may have a key of megabytes."""
 
 _ALWAYS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"}
 _ALWAYS |= {"authorization", "apikey", "bearer", "cookie"}
@@ -89,8 +91,13 @@ def redact_text(text: str) -> str:
 
 
 def shown(text: object) -> str:
-    """What is quoted in an error, a log or a line of progress: without credentials and control codes."""
-    return redact_text(printable(str(text)))
+    """What is quoted in an error, a log or a line of progress: without credentials and control codes, and
+    without the middle of what nobody would read."""
+    said = str(text)
+    if (left_out := len(said) - LONGEST_SHOWN) > 0:
+        half = LONGEST_SHOWN // 2
+        said = f"{said[:half]} ... ({left_out} characters left out) ... {said[-half:]}"
+    return redact_text(printable(said))
 
 
 def names_a_credential(key: str) -> bool:

@@ -222,7 +222,7 @@ def context_length(model: ModelConfig) -> int | None:
             config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{model.path}/config.json cannot be read: {error}", hint="restore the model's folder"
             ) from None

@@ -1,7 +1,7 @@
 """One file -> its rows, in order, each with its place: JSONL, JSON, CSV, Parquet, Arrow.
 
 JSONL is read strictly: a line that is not one object is a bad row, named by line and reason. Memory stays
-flat, but for a `.json` array, which is read whole, as its form asks. `sources.py` says which files a source
+flat: a row has a longest length, whatever it is packed or written in. `sources.py` says which files a source
 has.
 """
 
@@ -14,12 +14,13 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from common.data.outcomes import RowError
+from common.data.json_document import elements_of
+from common.data.outcomes import LONGEST_ROW, TOO_LONG, RowError
 from common.data.strict_json import strict_json
 from common.data.types import Place
 from common.errors import UserError
@@ -27,8 +28,12 @@ from common.errors import UserError
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 COLUMNAR_SUFFIXES = (".parquet", ".arrow")
 SUFFIXES = (*JSONL_SUFFIXES, ".json", ".csv", *COLUMNAR_SUFFIXES)
-READ_ROWS = 1024
-"""Rows read from a columnar file at once."""
+READ_ROWS = 64
+"""Rows read from a columnar file at once, at the most."""
+MOST_UNPACKED = 200
+"""How many times its packed form a group of rows of a Parquet file may be, if it is longer than a row may."""
+PACKED_BYTES = 2**9
+"""Bytes of a zstd file unpacked at once: they may come to 16 MiB, since a block of 4 holds up to 128 KiB."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,14 @@ def opened(path: Path) -> BinaryIO:
 # JSONL
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[Place, bytes]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[Place, object]]:
     """Lines that are not blank, numbered from 1 as an editor does."""
     number = 0
     try:
         for number, line in enumerate(_lines(path), start=1):
-            if number == 1:
+            if number == 1 and isinstance(line, bytes):
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
+            if line and not (isinstance(line, bytes) and line.isspace()):
                 yield Place(str(path), number), line
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(
@@ -78,15 +83,23 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[Place, bytes]]:
         ) from error
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    with opened(path) as stream:
-        if path.name.endswith(".gz"):
-            with gzip.open(stream) as unpacked:
-                yield from unpacked
-        elif path.name.endswith(".zst"):
-            yield from io.BufferedReader(_ZstdStream(stream), 1 << 16)
-        else:
-            yield from stream
+def _lines(path: Path) -> Iterator[object]:
+    """The lines as bytes; of one that is too long that it is, before the rest of it is read and forgotten."""
+    with opened(path) as stream, _unpacked(path, stream) as text:
+        while line := text.readline(LONGEST_ROW):
+            yield line if len(line) < LONGEST_ROW else Faulty(f"the line is {TOO_LONG}")
+            while len(line) == LONGEST_ROW and not line.endswith(b"\n"):
+                line = text.readline(LONGEST_ROW)
+
+
+def _unpacked(path: Path, stream: BinaryIO) -> BinaryIO:
+    if path.name.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(stream))
+    return (
+        cast(BinaryIO, io.BufferedReader(_ZstdStream(stream), 1 << 16))
+        if path.name.endswith(".zst")
+        else stream
+    )
 
 
 class _ZstdStream(io.RawIOBase):
@@ -96,19 +109,19 @@ class _ZstdStream(io.RawIOBase):
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._unpacker: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._stream.read(1 << 16)
+            packed = self._stream.read(PACKED_BYTES)
             if not packed:
                 if self._unpacker is not None:
                     raise EOFError("compressed file ended before its end marker")
                 return 0
-            self._ready = self._unpack(packed)
+            self._ready = memoryview(self._unpack(packed))
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
@@ -130,7 +143,9 @@ class _ZstdStream(io.RawIOBase):
         return b"".join(parts)
 
 
-def _parse_json_row(line: bytes) -> Mapping[str, object]:
+def _parse_json_row(line: object) -> Mapping[str, object]:
+    if not isinstance(line, bytes):
+        return check_row(line)
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -145,14 +160,14 @@ def _parse_json_row(line: bytes) -> Mapping[str, object]:
 
 
 @dataclass(frozen=True)
-class _Faulty:
+class Faulty:
     """A row that its reader found wrong, carried to where bad rows are decided on."""
 
     reason: str
 
 
 def check_row(row: object) -> Mapping[str, object]:
-    if isinstance(row, _Faulty):
+    if isinstance(row, Faulty):
         raise RowError(row.reason)
     if not isinstance(row, dict):
         kind = {list: "an array", str: "a string", type(None): "null"}.get(type(row), "a number")
@@ -164,52 +179,42 @@ def check_row(row: object) -> Mapping[str, object]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[Place, object]]:
-    """Rows of an array, or of an object's only array such as {"data": [...]}."""
     with opened(path) as stream:
-        raw = stream.read()
-    try:
-        value = strict_json(raw.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
-            hint="if it has one object per line, name it .jsonl",
-        ) from error
-    except (RowError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}", hint="correct the file") from error
-    if isinstance(value, dict):
-        lists = [inner for inner in value.values() if isinstance(inner, list)]
-        value = lists[0] if len(lists) == 1 else None
-    if not isinstance(value, list):
-        raise UserError(
-            f"{path}: expected an array of rows", hint='either [...], or {"data": [...]} with one array'
-        )
-    for index, row in enumerate(value, start=1):
-        yield Place(str(path), index), row
+        yield from _numbered(path, elements_of(path, stream))
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[Place, object]]:
     csv.field_size_limit(sys.maxsize)  # the library's 128 KiB is shorter than many documents
-    number = 1
+    number, length = 1, 0
+
+    def lines(text: io.TextIOWrapper) -> Iterator[str]:
+        nonlocal length
+        while line := text.readline(LONGEST_ROW + 1 - length):
+            length += len(line)
+            if length > LONGEST_ROW:
+                raise csv.Error(f"the row is {TOO_LONG}: is a quote not closed?")
+            yield line
+
     with opened(path) as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
+        reader = csv.reader(lines(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")), strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise UserError(
                     f"{path}:1: a column name appears twice", hint=f"columns: {', '.join(header)}"
                 )
-            number = reader.line_num + 1
+            number, length = reader.line_num + 1, 0
             for cells in reader:
                 if cells:
                     yield Place(str(path), number), _csv_row(header, cells)
-                number = reader.line_num + 1
+                number, length = reader.line_num + 1, 0
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}:{number}: not valid CSV: {error}", hint="correct the file") from error
 
 
 def _csv_row(header: list[str], cells: list[str]) -> object:
     if len(cells) != len(header):
-        return _Faulty(f"{len(cells)} cells in a table of {len(header)} columns")
+        return Faulty(f"{len(cells)} cells in a table of {len(header)} columns")
     return dict(zip(header, cells, strict=True))
 
 
@@ -218,10 +223,26 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Place, object]]:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(READ_ROWS)
-        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
-    except (pyarrow.ArrowException, OSError) as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        yield from _numbered(path, _rows_of_batches(_parquet_batches(path, file)))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}", hint="correct data.path") from error
+
+
+def _parquet_batches(path: Path, file: Any) -> Iterator[Any]:
+    """Batches of a file, of as many rows as come to the longest on average. UserError for a group of rows
+    that unpacks to much more than text does."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        packed = sum(group.column(index).total_compressed_size for index in range(group.num_columns))
+        size, average = group.total_byte_size, group.total_byte_size / max(1, group.num_rows)
+        if average > LONGEST_ROW or size > max(LONGEST_ROW, MOST_UNPACKED * packed):
+            raise UserError(
+                f"{path}: group {number + 1} of its rows unpacks {packed} bytes to {size}",
+                hint=f"expected: at most {LONGEST_ROW // 2**20} MiB for a row, packed {MOST_UNPACKED} to 1",
+            )
+        rows = min(READ_ROWS, int(LONGEST_ROW / max(1, average)))
+        yield from file.iter_batches(max(1, rows), row_groups=[number])
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[Place, object]]:
@@ -235,9 +256,53 @@ def _arrow_rows(path: Path) -> Iterator[tuple[Place, object]]:
         except pyarrow.ArrowInvalid:
             mapped.seek(0)
             batches = pyarrow.ipc.open_stream(mapped)
-        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
-    except (pyarrow.ArrowException, OSError) as error:
+        yield from _numbered(path, _rows_of_batches(batches))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Arrow file: {error}", hint="correct data.path") from error
+
+
+def _rows_of_batches(batches: Iterable[Any]) -> Iterator[object]:
+    for batch in batches:
+        yield from in_blocks(batch.num_rows, functools.partial(_rows_of_batch, batch))
+
+
+def _rows_of_batch(batch: Any, start: int, count: int) -> list[object]:
+    return list(checked_columns(batch.slice(start, count)).to_pylist())
+
+
+def checked_columns(rows: Any) -> Any:
+    """Rows of an Arrow table. ArrowInvalid for invalid UTF-8 and for what points out of its file. RowError
+    for rows that are too long together."""
+    import pyarrow
+
+    # the words of a dictionary column are those of all rows
+    columns = [column for column in rows.columns if not pyarrow.types.is_dictionary(column.type)]
+    if sum(column.nbytes for column in columns) > LONGEST_ROW:
+        raise RowError(f"the row is {TOO_LONG}")
+    rows.validate(full=True)
+    return rows
+
+
+def in_blocks(count: int, read: Callable[[int, int], Sequence[object]]) -> Iterator[object]:
+    """So many rows, by what reads some of them from the first on; those of which one is faulty one by one."""
+    for start in range(0, count, READ_ROWS):
+        yield from _block(start, min(READ_ROWS, count - start), read)
+
+
+def _block(start: int, count: int, read: Callable[[int, int], Sequence[object]]) -> Iterator[object]:
+    import pyarrow
+
+    try:
+        rows = read(start, count)
+    except (pyarrow.ArrowException, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        if count > 1:
+            for index in range(start, start + count):
+                yield from _block(index, 1, read)
+        else:
+            said = " ".join(str(error).split())
+            yield Faulty(said if isinstance(error, RowError) else f"not readable: {said}")
+    else:
+        yield from rows
 
 
 def _numbered(path: Path, rows: Iterator[object]) -> Iterator[tuple[Place, object]]:

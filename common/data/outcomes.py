@@ -13,6 +13,10 @@ from common.data.types import Place
 
 Record = TypeVar("Record")
 
+LONGEST_ROW = 64 * 2**20
+"""Bytes of a row in a file, or characters where text is read: more is no row, and is not held in memory."""
+TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MiB"
+
 
 class RowError(ValueError):
     """One row cannot be used; the text says why. `BadRows` decides what happens."""

@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from common.config import SourceConfig
-from common.data.files import Records, check_row
+from common.data.files import Records, check_row, checked_columns, in_blocks
 from common.data.types import Place
 from common.errors import UserError
 
 
 def saved_records(dataset: Any, name: str) -> Records:
     def rows() -> Iterator[tuple[Place, object]]:
-        for index, row in enumerate(_undecoded(dataset), start=1):
+        decoded = _undecoded(dataset)
+        stored = decoded.with_format("arrow")
+
+        def read(start: int, count: int) -> list[object]:
+            checked_columns(stored[start : start + count])
+            columns = decoded[start : start + count]
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+        for index, row in enumerate(in_blocks(len(decoded), read), start=1):
             yield Place(name, index), row
 
     return Records(rows, check_row, columnar=True)

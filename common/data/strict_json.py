@@ -7,30 +7,48 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from common.data.outcomes import RowError
 
+WHITESPACE = re.compile(r"[ \t\n\r]*")
 MAX_DEPTH = 100
 """Of objects and arrays inside each other: what reads and renders rows descends as deep."""
+MOST_COMMAS = 2**22
+"""In a text, also in its strings: many values are told by them before they are made."""
+TOO_MANY = f"more than {MOST_COMMAS} values, or commas"
 
 
 def strict_json(text: str) -> Any:
     """The value of a JSON text. RowError for what JSON does not know (NaN, a key twice), for lone surrogates
-    and for values nested too deep, JSONDecodeError."""
+    and for values nested too deep or too many, JSONDecodeError."""
+    if has_too_many(text):
+        raise RowError(TOO_MANY)
+    value, end = first_json(text, WHITESPACE.match(text).end())  # type: ignore[union-attr]
+    if (end := WHITESPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
+
+
+def first_json(text: str, start: int) -> tuple[Any, int]:
+    """The same of the value that begins at `start`, and where it ends."""
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
-        )
+        value, end = _DECODER.raw_decode(text, start)
     except (json.JSONDecodeError, RowError):
         raise
     except (RecursionError, ValueError) as error:
         raise RowError(f"not valid JSON: {error}") from error
-    if "\\u" in text:  # only an escape can bring a lone surrogate into text
-        _refuse_surrogates(value)
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
         _refuse_depth(value)
-    return value
+    if text.find("\\u", start, end) >= 0:  # only an escape can bring a lone surrogate into text
+        _refuse_surrogates(value)
+    return value, end
+
+
+def has_too_many(text: str) -> bool:
+    """Whether a text has more values than should be made of it, each of which takes a hundred bytes."""
+    return len(text) > MOST_COMMAS and text.count(",") > MOST_COMMAS
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -51,6 +69,11 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise RowError(f"number {text} is out of range")
     return number
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite
+)
 
 
 def _refuse_depth(value: object) -> None:

@@ -19,7 +19,7 @@ from common.config import ModelConfig
 from common.data.chat import find_terminators
 from common.errors import UserError
 from common.files import disk_errors
-from common.model.hub import loading_errors, locate
+from common.model.hub import check_tokenizer_files, loading_errors, locate
 from common.notices import notice
 from common.text import nearest
 
@@ -31,6 +31,8 @@ log = logging.getLogger("rlhf.models")
 TEMPLATE_FOLDER = Path(__file__).resolve().parents[2] / "conf" / "chat_template"
 TRAINED_SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+MOST_UNUSED_IDS = 2**17
+"""Ids that a vocabulary may leave out."""
 
 # Tokens that tokenizers ship for padding, or for nothing yet, or to end a text that is not a turn; in
 # the order in which they are taken for padding.
@@ -139,6 +141,8 @@ def _read_tokenizer(path: str, revision: str | None, key: str, model: ModelConfi
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     where, commit = locate(path, revision, key)
+    if commit is None:
+        check_tokenizer_files(Path(where), key)
     with loading_errors(path, key):
         tokenizer = AutoTokenizer.from_pretrained(
             where, revision=commit, trust_remote_code=model.trust_remote_code
@@ -147,6 +151,12 @@ def _read_tokenizer(path: str, revision: str | None, key: str, model: ModelConfi
         raise UserError(
             f"{key}={path} has a slow tokenizer ({type(tokenizer).__name__})",
             hint="character offsets are needed to place masks: name a tokenizer with a tokenizer.json",
+        )
+    last, id = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if id >= len(tokenizer) + MOST_UNUSED_IDS:
+        raise UserError(
+            f"{key}={path} gives {last[:60]!r} the id {id}, and has {len(tokenizer)} tokens",
+            hint="a model has an embedding for every id up to the last: name one whose ids are in use",
         )
     return tokenizer
 

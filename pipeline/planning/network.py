@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import LoraConfig, ModelConfig
+from common.model.hub import check_tokenizer_files
 
 WITH_QKV_BIAS = ("qwen2",)
 WITH_QK_NORM = ("qwen3",)
@@ -74,7 +75,7 @@ def network_of(model: ModelConfig, vocabulary: int | None = None) -> Network | N
     if folder is not None:
         try:
             fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
     found = from_fields(fields, vocabulary or _vocabulary_of(model))
     if found is None or folder is None:
@@ -116,7 +117,7 @@ def _numbers_in(file: Path) -> int:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(min(length, LONGEST_HEADER)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return 0
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
@@ -127,9 +128,10 @@ def _vocabulary_of(model: ModelConfig) -> int | None:
         return model.tokenizer.train_vocab_size
     if model.tokenizer.path is None:
         return None
+    check_tokenizer_files(Path(model.tokenizer.path), "model.tokenizer.path")
     try:
         content = json.loads((Path(model.tokenizer.path) / "tokenizer.json").read_text(encoding="utf-8"))
         added = {entry["content"] for entry in content.get("added_tokens", [])}
         return len(added | set(content["model"]["vocab"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

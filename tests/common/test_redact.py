@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from common.redact import HIDDEN, credentials_in, is_credential, names_a_credential, redact, redact_text
+from common.redact import (
+    HIDDEN,
+    credentials_in,
+    is_credential,
+    names_a_credential,
+    redact,
+    redact_text,
+    shown,
+)
 
 HEX_40 = "0123456789abcdef0123456789abcdef01234567"
 HUB = "hf_" + "abcdefghijklmnopqrstuvwxyz01234567"
@@ -113,3 +121,10 @@ def test_an_unset_credential_still_reads_as_unset() -> None:
         "api_key": "",
         "use_token": False,
     }
+
+
+def test_of_what_nobody_would_read_the_middle_is_left_out() -> None:
+    assert shown("x" * 20_000) == "x" * 20_000
+    said = shown("begins " + "x" * 10**6 + " ends")
+    assert said.startswith("begins x") and said.endswith("x ends") and len(said) < 20_100
+    assert " ... (980012 characters left out) ... " in said

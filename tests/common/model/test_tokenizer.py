@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from common.config import ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.model.tokenizer import load_tokenizer, read_template, terminators_of, train_tokenizer
+from pipeline.planning.network import network_of
 from tests.tiny import CHATML, tiny_tokenizer
 
 TEXTS = ["Two hens lay 12 eggs a day.", "Twelve hens lay 72 eggs a day.", "How many eggs do 3 hens lay?"] * 9
@@ -156,3 +159,39 @@ def test_a_template_can_be_a_file(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(CHATML)
     assert read_template(str(path)) == CHATML
+
+
+def test_a_tokenizer_of_absurd_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    folder = saved_tokenizer(tmp_path / "t", tiny_tokenizer())
+    model = ModelConfig(tokenizer=TokenizerConfig(path=str(folder)))
+    with open(folder / "tokenizer.json", "ab") as file:
+        file.truncate(300 * 2**20)  # a hole, which takes no place on the disk
+    for read in (load_tokenizer, network_of_fields):
+        with pytest.raises(UserError, match=r"model\.tokenizer\.path=.*: tokenizer.json has 300 MiB"):
+            read(model)
+
+
+def network_of_fields(model: ModelConfig) -> object:
+    """As the plan reads it."""
+    return network_of(dataclasses.replace(model, config={"hidden_size": 8}))
+
+
+@pytest.mark.parametrize("id", [10**6, 2**31, 2**32 - 1, 2**32, -1])
+def test_a_vocabulary_with_absurd_ids_is_refused(id: int, tmp_path: Path) -> None:
+    folder = saved_tokenizer(tmp_path / "t", tiny_tokenizer())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zz"] = id
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"model\.tokenizer\.path=.*{id}"):
+        load_tokenizer(ModelConfig(tokenizer=TokenizerConfig(path=str(folder))))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe"])
+def test_a_damaged_tokenizer_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = saved_tokenizer(tmp_path / "t", tiny_tokenizer())
+    (folder / name).write_bytes(content)
+    model = ModelConfig(tokenizer=TokenizerConfig(path=str(folder)))
+    network_of_fields(model)
+    with pytest.raises(UserError, match=r"model\.tokenizer\.path="):
+        load_tokenizer(model)
