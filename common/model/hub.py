@@ -22,9 +22,6 @@ from common.errors import UserError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 """What is read of a hub model; no pickles."""
-TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
-LARGEST_TOKENIZER = 2**27
-"""Bytes of such a file; those of the largest vocabularies have 35 MiB."""
 
 
 def locate(path: str, revision: str | None, key: str) -> tuple[str, str | None]:
@@ -104,16 +101,6 @@ def check_folder(folder: Path) -> None:
             hint="convert it to safetensors: load it where you trust it and call save_pretrained",
         )
     raise UserError(f"model.path={folder} has no weights (*.safetensors)", hint="get the model again")
-
-
-def check_tokenizer_files(folder: Path, key: str) -> None:
-    """UserError for a tokenizer that would take gigabytes of memory to read."""
-    for file in sorted(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
-        if (size := file.stat().st_size) > LARGEST_TOKENIZER:
-            raise UserError(
-                f"{key}={folder}: {file.name} has {size / 2**20:.0f} MiB",
-                hint=f"expected the file of a tokenizer, of at most {LARGEST_TOKENIZER // 2**20} MiB",
-            )
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from common.config import ModelConfig
 from common.data.chat import find_terminators
 from common.errors import UserError
 from common.files import disk_errors
-from common.model.hub import check_tokenizer_files, loading_errors, locate
+from common.model.hub import loading_errors, locate
 from common.notices import notice
 from common.text import nearest
+from common.tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import LoraConfig, ModelConfig
-from common.model.hub import check_tokenizer_files
+from common.tokenizer_files import check_tokenizer_files
 
 WITH_QKV_BIAS = ("qwen2",)
 WITH_QK_NORM = ("qwen3",)

@@ -58,8 +58,9 @@ class _Passing(Exception):
 class RewardServer:
     """One server, checked when it is made.
 
-    timeout: seconds for an attempt, from looking up the name to the answer's last byte. retries: further attempts.
-    token: sent as a bearer token, never unencrypted over a network. UserError for a URL that is not allowed.
+    timeout: seconds for an attempt, from looking up the name to the answer's last byte. retries: further
+    attempts. token: sent as a bearer token, never unencrypted over a network. UserError for a URL that is not
+    allowed.
     """
 
     url: str

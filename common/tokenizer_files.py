@@ -1,0 +1,21 @@
+"""The files of a tokenizer, before they are read: none is larger than one of a tokenizer can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.errors import UserError
+
+TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
+LARGEST_TOKENIZER = 2**27
+"""Bytes of such a file; those of the largest vocabularies have 35 MiB."""
+
+
+def check_tokenizer_files(folder: Path, key: str) -> None:
+    """UserError for a tokenizer that would take gigabytes of memory to read."""
+    for file in sorted(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
+        if (size := file.stat().st_size) > LARGEST_TOKENIZER:
+            raise UserError(
+                f"{key}={folder}: {file.name} has {size / 2**20:.0f} MiB",
+                hint=f"expected the file of a tokenizer, of at most {LARGEST_TOKENIZER // 2**20} MiB",
+            )
