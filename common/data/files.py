@@ -242,7 +242,7 @@ def _parquet_batches(path: Path, file: Any) -> Iterator[Any]:
                 hint=f"expected: at most {LONGEST_ROW // 2**20} MiB for a row, packed {MOST_UNPACKED} to 1",
             )
         rows = min(READ_ROWS, int(LONGEST_ROW / max(1, average)))
-        yield from file.iter_batches(max(1, rows), row_groups=[number])
+        yield from file.iter_batches(rows, row_groups=[number])
 
 
 def _arrow_rows(path: Path) -> Iterator[tuple[Place, object]]:

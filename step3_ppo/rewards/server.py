@@ -145,8 +145,10 @@ class RewardServer:
         self._check_status(response, content)
         if len(content) > LARGEST_ANSWER:
             self._refuse(f"is larger than {LARGEST_ANSWER / 2**20:g} MiB")
-        if response.length:  # announced, and not come: reading with a size does not say so
-            raise _Passing(f"the answer broke off {response.length} bytes before its end")
+        if response.length is not None:  # it was announced; read1() does not say what has not come
+            missing = int(response.headers["Content-Length"]) - len(content)
+            if missing:
+                raise _Passing(f"the answer broke off {missing} bytes before its end")
         return content
 
     def _exchange(
