@@ -1,4 +1,5 @@
-"""Values as people and JSON read them: the nearest known name, text a terminal can show, and plain values.
+"""Values as people and JSON read them: the nearest known name, text a terminal can show, errors in a line,
+and plain values.
 
 Imports nothing heavy.
 """
@@ -27,6 +28,20 @@ def printable(text: str) -> str:
     writing, and halves of characters their escapes.
     """
     return text.translate(_ACTED_ON)
+
+
+def one_line(error: BaseException, width: int = 300) -> str:
+    """An error's text, cut to `width` characters."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # it may hold anything, such as a number with more digits than Python writes
+        text = "(cannot be shown)"
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, with its type: a KeyError's text alone is a key."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:

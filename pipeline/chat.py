@@ -14,8 +14,10 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from common import chat_template
 from common.artifacts import UNVERIFIED, Artifact
 from common.errors import UserError
 from common.fields import as_schema, number
@@ -271,19 +273,15 @@ class Policy:
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """The conversation up to where the answer begins, as token ids [T], in the words of the template."""
-        from jinja2 import TemplateError
-
         if not self.has_template:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+        name, hint = "the policy's chat template", "without a system message it may work: /system"
+        options = {**self.tokenizer.special_tokens_map, **self.variables, "add_generation_prompt": True}
+        fill_in = partial(chat_template.fill_in, name, self.tokenizer.get_chat_template(), options=options)
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self.variables
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the policy's chat template does not take this conversation: {error}",
-                hint="without a system message it may: /system",
-            ) from None
+            ((text, _),) = chat_template.limit(fill_in, [list(messages)], name, hint=hint)
+        except chat_template.RenderError as error:
+            raise UserError(str(error), hint=hint) from None
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer(self, ids: Sequence[int], settings: Settings, answer: Answer) -> None:

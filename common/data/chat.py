@@ -9,17 +9,19 @@ text, where a document really ends. Does not read files or pack.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.chat_template import TEMPLATE_HINT, RenderError, Span, limit
 from common.config import Truncation
 from common.data import parts
 from common.data.encoder import Encoder, one_bos, whole_document
 from common.data.outcomes import Drop, Made
 from common.data.prompt_rule import NOTHING_TRAINED, Document, refuse_loss, write
-from common.data.render import TEMPLATE_HINT, ChatTemplate, RenderError, Span, read_template, render
+from common.data.render import ChatTemplate, read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
 
@@ -36,9 +38,11 @@ def tokenize(
 
     Raises UserError when the template cannot be used, or its tags differ from the turns it writes.
     """
-    only_text = all(row.text is not None for row in conversations)
-    template = None if only_text else read_template(tokenizer)
-    written = [_written(row, template) for row in conversations]
+    if all(row.text is not None for row in conversations):
+        written = [_written(row, None) for row in conversations]
+    else:
+        template, places = read_template(tokenizer), [row.place for row in conversations]
+        written = limit(functools.partial(_written, template=template), conversations, template.name, places)
     encoder = Encoder(tokenizer)
     made = [result for result in written if isinstance(result, Made)]
     encodings = iter(encoder.batch([document.text for each in made for document in each.records]))
@@ -65,21 +69,24 @@ def tokenize_questions(
     These are the tokens with which a document begins that has the assistant's turn, before what it trains
     there. UserError when there is no chat template.
     """
-    template = read_template(tokenizer)
-    texts: list[str | Drop] = []
-    for turns, context, place in questions:
-        try:
-            text, _ = render(turns, template, context, prompt=True)
-            refuse_loss(parts.lost_by_template(turns, context, template, prompt=True))
-            texts.append(text)
-        except RenderError as error:
-            texts.append(Drop(str(error), place, faulty=True))
+    template, places = read_template(tokenizer), [place for _, _, place in questions]
+    texts = limit(functools.partial(_asked, template=template), questions, template.name, places)
     encoder = Encoder(tokenizer)
     encodings = iter(encoder.batch([text for text in texts if isinstance(text, str)]))
     return [
         text if isinstance(text, Drop) else one_bos(np.array(next(encodings).ids, np.int32), encoder.bos)
         for text in texts
     ]
+
+
+def _asked(question: tuple[Sequence[Message], TemplateContext, Place], template: ChatTemplate) -> str | Drop:
+    turns, context, place = question
+    try:
+        text, _ = render(turns, template, context, prompt=True)
+        refuse_loss(parts.lost_by_template(turns, context, template, prompt=True))
+    except RenderError as error:
+        return Drop(str(error), place, faulty=True)
+    return text
 
 
 def fit(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.data.render import read_template
 from common.data.types import Conversation, Message, Preference, Prompt, Row, TemplateContext
 from common.errors import UserError
 
@@ -116,18 +117,12 @@ def spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, *, marked: b
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
     """The tokenizer's special tokens, and other added tokens with which its template surrounds contents."""
     added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-    around = _around_turns(tokenizer)
+    try:
+        around = read_template(tokenizer).around
+    except UserError:  # there is none, or its use says what is wrong with it
+        around = ""
     found = [token for token, special in added.items() if token.strip() and (special or token in around)]
     return ControlTokens(tuple(found))
-
-
-def _around_turns(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What the chat template writes around made-up turns; nothing when there is none that can be used."""
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception:  # a template refuses in as many ways as Python has; its use says so later
-        return ""
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,8 +13,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from common.chat_template import RenderError
 from common.data.canonical import REASONING_KEYS
-from common.data.render import ChatTemplate, RenderError, render
+from common.data.render import ChatTemplate, render
 from common.data.types import Message, TemplateContext
 
 START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"

@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.chat_template import RenderError, Span
 from common.data import parts
 from common.data.outcomes import Drop, Made
-from common.data.render import PROBE, ChatTemplate, RenderError, Span, render
+from common.data.render import PROBE, ChatTemplate, render
 from common.data.types import Conversation, Message, Place, TemplateContext
 from common.errors import UserError
 

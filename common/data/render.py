@@ -1,17 +1,20 @@
 """Turns -> text: what the chat template writes for them, and how it ends an assistant turn.
 
-Renders as transformers does, with the tools and variables of the row (`TemplateContext`). Knows nothing of
-tokens and does not say what is trained.
+With the tools and variables of the row (`TemplateContext`). `read_template` tries a template in
+`chat_template.limit`; who renders rows calls it there, too. Knows nothing of tokens and does not say what is
+trained.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from common import chat_template
+from common.chat_template import TEMPLATE_HINT, RenderError, Span
 from common.data import forms
 from common.data.forms import Forms, Turn
 from common.data.types import NO_CONTEXT, Message, TemplateContext
@@ -20,34 +23,28 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]
-"""Characters [start, end) of a rendered conversation."""
-
-TEMPLATE_HINT = "give another template: model.chat_template=chatml, or a file"
-
-
-class RenderError(ValueError):
-    """The template refuses a conversation; the text says why."""
-
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's template: Jinja text, the special tokens it may write, whether it has `{% generation %}`
     tags, and how it ends an assistant turn.
 
-    added: the tokenizer's added tokens, as text. terminator: what ends a turn, through its special tokens;
-    empty when there is nothing. behind: what follows the terminator where the conversation ends. call_end:
-    the added token with which a turn ends that calls; empty when it is none, or such a turn is not trained.
+    name: what errors call it, with where it comes from. added: the tokenizer's added tokens, as text.
+    terminator: what ends a turn, through its special tokens; empty when there is nothing. behind: what
+    follows the terminator where the conversation ends. call_end: the added token with which a turn ends that
+    calls; empty when it is none, or such a turn is not trained. around: what it writes for short turns.
     forms: how it wants contents and calls.
     """
 
+    name: str
     text: str
     special: tuple[tuple[str, str], ...]
     tagged: bool
     added: tuple[str, ...]
-    terminator: str
-    behind: str
+    terminator: str = ""
+    behind: str = ""
     call_end: str = ""
+    around: str = ""
     forms: Forms = field(default_factory=Forms)
 
     def through_terminator(self, turn: str) -> str:
@@ -77,15 +74,29 @@ def read_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
         raise UserError(
             f"the tokenizer's chat template cannot be chosen: {error}", hint=TEMPLATE_HINT
         ) from error
+    if not isinstance(text, str):
+        raise UserError(f"the tokenizer's chat template is no text: {text!r:.100}", hint=TEMPLATE_HINT)
+    origin = getattr(tokenizer, "chat_template_file", tokenizer.name_or_path)
+    name = f"the chat template of {origin}" if origin else "the chat template"
+    tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
     special = tuple((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
     added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
-    return _read(text, special, added)
+    found = _tried(ChatTemplate(name, text, special, tagged, added))
+    if isinstance(found, UserError):
+        raise UserError(found.message, hint=found.hint)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
-def _read(text: str, special: tuple[tuple[str, str], ...], added: tuple[str, ...]) -> ChatTemplate:
-    tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
-    bare = ChatTemplate(text, special, tagged, added, "", "")
+def _tried(bare: ChatTemplate) -> ChatTemplate | UserError:
+    """The template with what rendering shows; an error is kept as well, which may have taken seconds."""
+    try:
+        return chat_template.limit(_try, [bare], bare.name)[0]
+    except UserError as error:
+        return error
+
+
+def _try(bare: ChatTemplate) -> ChatTemplate:
     template = replace(bare, forms=forms.find(lambda turns: _attempt(turns, bare)))
     question, answer = Message("user", "b"), Message("assistant", PROBE)
     try:
@@ -99,10 +110,11 @@ def _read(text: str, special: tuple[tuple[str, str], ...], added: tuple[str, ...
         inner = render([question, answer, question], template)[0].rpartition(PROBE)[2]
     except RenderError:
         inner = None
-    terminator = _terminator(tail, inner, added)
+    terminator = _terminator(tail, inner, bare.added)
     behind = tail[tail.find(terminator) + len(terminator) :]
     template = replace(template, terminator=terminator, behind=behind)
-    return replace(template, call_end=_call_end(template))
+    short = [template.forms.turn(Message(role, "a")) for role in ("user", "assistant", "user")]
+    return replace(template, call_end=_call_end(template), around=_attempt(short, template, prompt=True))
 
 
 def _call_end(template: ChatTemplate) -> str:
@@ -157,29 +169,11 @@ def render(
 def _render(
     turns: list[Turn], template: ChatTemplate, context: TemplateContext, *, prompt: bool
 ) -> tuple[str, list[Span]]:
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    options: dict[str, Any] = {
+    options = {
         **dict(template.special),
         **context.variables,
-        "chat_template": template.text,
+        "tools": [dict(tool) for tool in context.tools] or None,
         "add_generation_prompt": prompt,
         "return_assistant_tokens_mask": template.tagged and not prompt,
     }
-    rendered: Any
-    try:
-        rendered = render_jinja_template([turns], tools=_tools(context.tools), **options)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
-            hint="correct the template, or set model.chat_template=chatml",
-        ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise RenderError(f"the chat template refuses it: {error}") from error
-    texts, blocks = rendered
-    return texts[0], blocks[0] if blocks else []
-
-
-def _tools(tools: Sequence[Mapping[str, Any]]) -> Any:
-    return [dict(tool) for tool in tools] or None
+    return chat_template.fill_in(template.name, template.text, turns, options)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from common.config import ModelConfig
 from common.errors import UserError
 from common.model import attention
-from common.model.hub import check_folder, loading_errors, locate, told
+from common.model.hub import check_folder, loading_errors, locate
 from common.model.last_layer import WHOLE_LAYER
 from common.notices import notice
-from common.text import did_you_mean
+from common.text import did_you_mean, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

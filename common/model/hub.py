@@ -19,6 +19,7 @@ from typing import Any
 
 from common.deadline import within
 from common.errors import UserError
+from common.text import one_line, told
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 """What is read of a hub model; no pickles."""
@@ -153,14 +154,3 @@ def _hub_error(at: str, key: str, error: Exception) -> UserError:
         f"{key}={at} cannot be loaded from the hub: {one_line(error)}",
         hint="check the name, the revision, and (gated models) that you are logged in: hf auth login",
     )
-
-
-def one_line(error: BaseException, width: int = 300) -> str:
-    """An error's text, cut to `width` characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def told(error: BaseException) -> str:
-    """An error in one line, with its type: a KeyError's text alone is a key."""
-    return f"{type(error).__name__}: {one_line(error)}"

@@ -33,11 +33,12 @@ from common.model.architecture import (
     read_config,
     say_what_differs,
 )
-from common.model.hub import loading_errors, one_line, told
+from common.model.hub import loading_errors
 from common.model.one_by_one import decoder_of
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
+from common.text import one_line, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

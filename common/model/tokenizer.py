@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import disk_errors
 from common.model.hub import loading_errors, locate
 from common.notices import notice
-from common.text import nearest
+from common.text import nearest, one_line
 from common.tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:
@@ -119,7 +119,10 @@ def read_template(name: str) -> str:
             f"model.chat_template={name} is neither a template nor a file",
             hint=(f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}",
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"model.chat_template={name} cannot be read: {one_line(error)}") from error
 
 
 def terminators_of(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -206,6 +209,7 @@ def _set_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Non
         notice("the tokenizer's own chat template is not used", f"model.chat_template={name} is set")
     text = read_template(name)
     tokenizer.chat_template = text
+    tokenizer.chat_template_file = name  # for errors
     known = tokenizer.get_vocab()
     missing = [token for token in CHATML_TOKENS if token in text and token not in known]
     if missing:

@@ -299,7 +299,7 @@ def test_an_option_that_cannot_be_is_the_users_to_fix(policy: Path, options: lis
 def test_a_template_that_refuses_a_system_message_is_the_users_to_work_around(policy: Path) -> None:
     model = chat.Policy(load_named(str(policy), Role.policy, "PATH"), "cpu")
     model.tokenizer.chat_template = "{{ raise_exception('no system message') }}"
-    with pytest.raises(UserError, match="does not take this conversation: no system message"):
+    with pytest.raises(UserError, match="refuses it: no system message"):
         model.render([{"role": "system", "content": "s"}])
 
 
