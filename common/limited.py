@@ -1,6 +1,6 @@
 """Calls over what strangers wrote, such as chat templates, in a child process with bounds on time and memory.
 
-In a process of its own because one instruction can take an hour (`7 ** 7 ** 11`) while no handler of a signal
+In a process of its own because one instruction can take an hour (`10 ** 10 ** 9`) while no handler of signals
 runs, and because a limit on memory holds for all of a process. The child is forked at the first call and
 serves those that follow, until `end` or the end of this process. Does not know what is called.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import mmap
 import os
 import resource
 import signal
@@ -43,26 +44,21 @@ def each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
 
     Raises LimitError where an item takes longer than `SECONDS`, needs more than `MEMORY`, or crashes.
     """
-    results: list[Result] = []
-    error: Exception | None = None
     with _lock:
         child = _child or _start()
         try:
             child.calls.send((SECONDS, MEMORY, function, items))
-            while error is None and len(results) < len(items):
-                result, error = child.answers.recv()
-                if error is None:
-                    results.append(result)
+            results, error = child.answers.recv()
         except (EOFError, OSError):
-            raise LimitError(_way_it_ended(end()), len(results)) from None
+            raise LimitError(_way_it_ended(end()), child.at[0]) from None
         except BaseException:
             end()
             raise
     if isinstance(error, MemoryError):
-        raise LimitError(f"needs more than {MEMORY / 2**30:g} GiB of memory", len(results))
+        raise LimitError(f"needs more than {MEMORY / 2**30:g} GiB of memory", child.at[0])
     if error is not None:
         raise error
-    return results
+    return list(results)
 
 
 def end() -> int:
@@ -89,6 +85,8 @@ class _Child:
     pid: int
     calls: Connection
     answers: Connection
+    at: memoryview
+    """which item it is given, shared with it"""
 
 
 _child: _Child | None = None
@@ -99,14 +97,15 @@ def _start() -> _Child:
     global _child
     calls, ours = Pipe(duplex=False)
     theirs, answers = Pipe(duplex=False)
+    at = memoryview(mmap.mmap(-1, 8)).cast("q")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = os.fork()
     if pid == 0:
-        _serve(calls, answers)
+        _serve(calls, answers, at)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     calls.close()
     answers.close()
-    _child = _Child(pid, ours, theirs)
+    _child = _Child(pid, ours, theirs, at)
     return _child
 
 
@@ -119,21 +118,21 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _serve(calls: Connection, answers: Connection) -> NoReturn:
+def _serve(calls: Connection, answers: Connection, at: memoryview) -> NoReturn:
     """All that the child does, until its parent is gone."""
     try:
         _leave_alone({calls.fileno(), answers.fileno()})
         while True:
             seconds, memory, function, items = calls.recv()
             _limit_memory(memory)
-            for item in items:
-                signal.setitimer(signal.ITIMER_PROF, seconds)
-                try:
-                    result = function(item)
-                except Exception as error:
-                    answers.send((None, error))
-                    break
-                answers.send((result, None))
+            results = []
+            try:
+                for at[0], item in enumerate(items):
+                    signal.setitimer(signal.ITIMER_PROF, seconds)
+                    results.append(function(item))
+                answers.send((results, None))
+            except Exception as error:
+                answers.send((None, error))
     finally:
         os._exit(0)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import limited
 from common.config import DataConfig
 from common.data import cache
 from common.data.kinds import DEMONSTRATIONS, Kind, Opened
@@ -67,6 +68,7 @@ def build(
         with cache.new_folder(folder) as unfinished:
             Writer(Reader(data, kind, split, seed, report), tokenizer).fill(unfinished)
             cache.seal(unfinished, key)
+    limited.end()  # in which the rows were rendered
     train, held_out, ledger = load(folder, kind)
     if data.eval_path is not None and held_out is None:
         raise UserError(
