@@ -46,6 +46,7 @@ def each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Resu
     """
     with _lock:
         child = _child or _start()
+        child.at[0] = 0
         try:
             child.calls.send((SECONDS, MEMORY, function, items))
             results, error = child.answers.recv()
@@ -99,10 +100,11 @@ def _start() -> _Child:
     theirs, answers = Pipe(duplex=False)
     at = memoryview(mmap.mmap(-1, 8)).cast("q")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    pid = os.fork()
-    if pid == 0:
-        _serve(calls, answers, at)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:  # no signal comes to the child before it has left this process's handlers
+        if (pid := os.fork()) == 0:
+            _serve(calls, answers, at)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     calls.close()
     answers.close()
     _child = _Child(pid, ours, theirs, at)
@@ -144,11 +146,9 @@ def _leave_alone(files: set[int]) -> None:
     for number in set(map(int, os.listdir("/proc/self/fd"))) - files - {0, 1, 2}:
         with contextlib.suppress(OSError):
             os.close(number)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to a group they are for the parent, with which it ends
-        signal.signal(number, signal.SIG_IGN)
+    # a group's signals are for the parent, with which this process ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
