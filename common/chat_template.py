@@ -6,6 +6,7 @@ Renders as transformers does. Does not know what is trained.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -74,6 +75,7 @@ def limit(
     """
     if not items:
         return []
+    importlib.import_module("transformers.utils.chat_template_utils")  # a second; the child has it then
     try:
         return limited.each(function, items)
     except limited.LimitError as error:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limited, "SECONDS", 0.1)
+    monkeypatch.setattr(limited, "SECONDS", 0.3)
     monkeypatch.setattr(limited, "MEMORY", 2**28)
 
 
@@ -70,8 +70,8 @@ def test_an_exception_is_raised_here_and_the_child_goes_on() -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("loops", "takes more than 0.1 s"),
-        ("counts", "takes more than 0.1 s"),
+        ("loops", "takes more than 0.3 s"),
+        ("counts", "takes more than 0.3 s"),
         ("grows", "needs more than 0.25 GiB of memory"),
         ("crashes", r"ends the process that it runs in \(SIGSEGV\)"),
     ],

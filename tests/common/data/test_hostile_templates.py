@@ -49,9 +49,12 @@ NAME = "the chat template of models/stranger"
 
 
 @pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limited, "SECONDS", 0.3)
+def small_limits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Time is short only where the test waits for its end."""
     monkeypatch.setattr(limited, "MEMORY", 2**26)
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "takes more" in USES_UP.get(given.get("template", ""), ""):
+        monkeypatch.setattr(limited, "SECONDS", 0.3)
 
 
 def row(question: str) -> Conversation:
@@ -112,6 +115,7 @@ def test_a_template_that_is_no_text_is_refused() -> None:
 
 
 def test_what_it_took_to_refuse_a_template_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limited, "SECONDS", 0.3)
     tokenizer = stranger("{{ 10 ** (10 ** 9 + 1) }}")
     with pytest.raises(UserError, match="takes more than"):
         check_template(tokenizer)
