@@ -2,6 +2,7 @@
 # make test   the test suite, one worker per core
 # make check  what CI runs: style, types, import contracts, tests, also those that train for minutes or a real model
 # make pretrained  a small real model, SmolLM2-135M-Instruct, in models/smollm2 (93 MB are downloaded); make real tests with it
+# make audit  known vulnerabilities of the pinned versions; says so when it cannot look them up
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
 # make docs   the pages of docs/ as a site, in site/
@@ -12,7 +13,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser pretrained real check style faults docs bench clean
+.PHONY: demo test slow browser pretrained real check style audit faults docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -26,7 +27,8 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder
 
-check: browser style test slow real
+# The audit is last: what it could not look up is read.
+check: browser style test slow real audit
 
 # What is there already is left alone.
 pretrained: models/smollm2
@@ -53,6 +55,9 @@ style: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+audit: $(VENV)/.dev
+	$(RUN) -m tests.audit
 
 # What is not there is skipped and named. The installed services are not started: the tests start their own.
 CLUSTER := slurmctld slurmd slurm-client openssh-server openssh-client iproute2

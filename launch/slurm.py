@@ -60,7 +60,7 @@ def render(config: LaunchConfig, arguments: Sequence[str], run_dir: Path, folder
 
     check_time(config.slurm)
     logs = run_dir / FOLDER
-    environment = Environment(
+    environment = Environment(  # noqa: S701 - a shell script: its values go through shlex.quote
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     given = config.rdzv_endpoint

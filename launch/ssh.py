@@ -96,7 +96,8 @@ def launch(config: LaunchConfig, overrides: Sequence[str], run_dir: Path, say: S
     hosts = hosts_of(config)
     if shutil.which("ssh") is None and not all(host.is_here for host in hosts):
         raise UserError("there is no ssh on this machine", hint="install an OpenSSH client, or launch=local")
-    endpoint = config.rdzv_endpoint or f"{hosts[0].address}:{random.randrange(20000, 32000, 2)}"
+    port = random.randrange(20000, 32000, 2)  # noqa: S311 - to be free, not to be secret
+    endpoint = config.rdzv_endpoint or f"{hosts[0].address}:{port}"
     shared = machine_arguments(overrides, len(hosts), {"run_name": run_dir.name})
     shared.append(override("launch.rdzv_endpoint", endpoint))
     say(f"ssh       {', '.join(host.name for host in hosts)}; they meet at {endpoint}")

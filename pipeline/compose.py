@@ -34,7 +34,7 @@ SHARED_GROUPS = {DataConfig: "data", OptimConfig: "optim"}  # mounted once per s
 DEFAULT_STEPS = ("sft",)
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
-NAME_OF_A_SECRET = "launch.k8s.secret"
+NAME_OF_A_SECRET = "launch.k8s.secret"  # noqa: S105 - a key
 """A key whose value only names where credentials are."""
 
 
@@ -259,7 +259,7 @@ def _content(file: Path) -> dict[str, Any]:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was compiled
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return yaml.load(text, Loader=loader) or {}
+    return yaml.load(text, Loader=loader) or {}  # noqa: S506 - a safe loader, see above
 
 
 def _mounted(override: Override) -> str:

@@ -100,9 +100,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    trained = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    trained = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
     trained.chat_template = read_template("chatml")
     return trained
 

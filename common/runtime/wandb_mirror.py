@@ -169,7 +169,8 @@ def choose_mode(requested: WandbMode, environ: Mapping[str, str], has_key: bool)
 def server_answers(server: str, seconds: float = PROBE_SECONDS) -> bool:
     """Whether anything at all answers there in time, through the proxy that the environment names."""
     try:
-        within(seconds, lambda: urllib.request.urlopen(server, timeout=seconds).close())
+        # W&B takes http(s) alone
+        within(seconds, lambda: urllib.request.urlopen(server, timeout=seconds).close())  # noqa: S310
         return True
     except urllib.error.HTTPError:
         return True

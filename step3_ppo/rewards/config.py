@@ -15,7 +15,7 @@ from common.redact import redact_text
 
 FORM = "package.module:function(prompts, completions, **columns) -> list[float]"
 """Signature of a function that scores responses."""
-TOKEN = "RLHF_REWARD_TOKEN"
+TOKEN = "RLHF_REWARD_TOKEN"  # noqa: S105 - its name
 """Environment variable with the bearer token for a server."""
 FIRST_PAUSE = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""

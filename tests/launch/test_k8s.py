@@ -157,7 +157,7 @@ def test_the_output_folder_is_the_one_that_is_set_on_the_volume(typed: list[str]
     assert [text for text in trainer["args"] if "output_dir" in text] == ["output_dir=/runs/mine"]
 
 
-@pytest.mark.parametrize("elsewhere", ["mine", "/runsx", "/tmp/runs"])
+@pytest.mark.parametrize("elsewhere", ["mine", "/runsx", "/tmp/runs"])  # noqa: S108 - is not written to
 def test_an_output_folder_that_is_not_on_the_volume_is_refused(tmp_path: Path, elsewhere: str) -> None:
     with pytest.raises(UserError, match=f"output_dir={elsewhere} is not on the volume"):
         k8s.launch(config(), TYPED, Path(elsewhere) / "a", print)
