@@ -76,13 +76,16 @@ def meeting_options(nnodes: int, node_rank: int, endpoint: str | None) -> dict[s
     rendezvous named `c10d` would number them by the order of their names, and rank 0, which has the terminal,
     could be on any.
     """
-    if nnodes == 1:
-        from launch import rendezvous
+    from launch import rendezvous
 
-        rendezvous.register()
-        return {"rdzv_backend": rendezvous.BACKEND, "rdzv_endpoint": rendezvous.LOOPBACK}
-    options = {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": {"rank": node_rank}}
-    return {**options, "min_nodes": nnodes, "max_nodes": nnodes}
+    rendezvous.register()
+    return {
+        "rdzv_backend": rendezvous.BACKEND if node_rank == 0 else "static",
+        "rdzv_endpoint": endpoint or rendezvous.LOOPBACK,
+        "rdzv_configs": {"rank": node_rank},
+        "min_nodes": nnodes,
+        "max_nodes": nnodes,
+    }
 
 
 def run_ranks(ranks: int, arguments: Sequence[str], meeting: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -100,8 +103,6 @@ def run_ranks(ranks: int, arguments: Sequence[str], meeting: Mapping[str, Any]) 
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     with tempfile.TemporaryDirectory(prefix="rlhf_agent_") as folder:
         options: dict[str, Any] = {
-            "min_nodes": 1,
-            "max_nodes": 1,
             "nproc_per_node": ranks,
             "max_restarts": 0,
             "logs_specs": DefaultLogsSpecs(log_dir=folder),

@@ -75,8 +75,9 @@ class _Other:
 class Machines:
     """The other machines of a run, as machine 0 sees them; leaving the context sends them home."""
 
-    def __init__(self, own: Hello, endpoint: tuple[str, int]) -> None:
-        self._own, self._endpoint = own, endpoint
+    def __init__(self, own: Hello, port: int) -> None:
+        """port: of the rendezvous; the ranks meet at the next one."""
+        self._own, self._port = own, port
         self._others: list[_Other] = []
         self._files: Mapping[Path, Path] = {}
         self.status = 1
@@ -126,6 +127,11 @@ class Machines:
                     f"two machines have launch.node_rank={hello.node_rank}: {hello.host} and {host}",
                     hint=f"number them from 0 to {command['launch.nnodes'] - 1}",
                 )
+        if len(reached := sorted({other.channel.own_address for other in self._others})) > 1:
+            raise UserError(
+                f"the other machines reach machine 0 at several addresses: {', '.join(reached)}",
+                hint="launch.rdzv_endpoint=ADDRESS:PORT with one of them, the same on every machine",
+            )
         channel.send("welcome")
         return other.name
 
@@ -147,14 +153,13 @@ class Machines:
 
     def begin(self, name: str) -> Meeting:
         """Have them start their part of the job `name`; where all ranks meet."""
-        address, port = self._endpoint
         run_id = f"{name}_{secrets.token_hex(4)}"
         files = {str(relative): sha256_of(path) for relative, path in self._files.items()}
         for other in self._others:
             other.is_running, other.must_end_by = True, None
             other.channel.send("job", name=name, run_id=run_id, files=files)
-        interface = interface_of(self._others[0].channel.own_address)
-        return Meeting(len(self.ranks), 0, address, port + 1, run_id, interface)
+        address = self._others[0].channel.own_address
+        return Meeting(len(self.ranks), 0, address, self._port + 1, run_id, interface_of(address))
 
     def ended(self) -> list[Outcome]:
         """How the job ended on those machines where it ended since the last call."""
@@ -190,7 +195,7 @@ class Machines:
 def gather(launch: LaunchConfig, own: Hello, folder: Path, say: Say) -> Machines:
     """Wait for the other machines, which share the parent of the run's `folder`; UserError without them."""
     address, port = endpoint_of(launch)
-    machines = Machines(own, (address, port))
+    machines = Machines(own, port)
     with contextlib.ExitStack() as sent_home, contextlib.ExitStack() as stack:
         sent_home.push(machines)
         listeners = [stack.enter_context(listener) for listener in _listen(address, port)]

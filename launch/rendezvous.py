@@ -1,20 +1,22 @@
-"""Where the ranks of one machine meet: a store that listens on the loopback interface alone.
+"""Where ranks meet: a store that listens at one address alone.
 
 torchrun's own rendezvous open a port on every interface, and read what comes in there as pickles (`c10d`) or
-as the ranks' own messages. Nobody outside of the machine has to reach the ranks of one machine. Several
-machines meet at torchrun's `static` rendezvous instead (`launch/agent.py`). Imports torch.
+as the ranks' own messages. Of one machine it is the loopback address; of several the one at which the others
+reached machine 0, whose agent holds the store: they come to it by torchrun's `static` (`launch/agent.py`).
+Imports torch.
 """
 
 from __future__ import annotations
 
 import socket
 
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 LOOPBACK = "127.0.0.1"
-BACKEND = "loopback"
+BACKEND = "one_address"
 STORE_SECONDS = 600
 WAITING = 4096
 """Connections that may wait to be accepted: every rank has a few."""
@@ -22,18 +24,23 @@ WAITING = 4096
 
 def register() -> None:
     """Make `BACKEND` known to torchrun's agent. Called once in a process."""
-    rendezvous_handler_registry.register(BACKEND, Loopback)
+    rendezvous_handler_registry.register(BACKEND, OneAddress)
 
 
-class Loopback(StaticTCPRendezvous):
-    """torchrun's own of one agent, whose store its ranks use, too; only that store listens elsewhere."""
+class OneAddress(StaticTCPRendezvous):
+    """torchrun's own of the agent that holds the store; only that store listens elsewhere."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        listener = socket.create_server((LOOPBACK, 0), backlog=WAITING)
+        address, port = parse_rendezvous_endpoint(parameters.endpoint, 0)  # 0: any that is free
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            listener = socket.create_server((address, port), family=family, backlog=WAITING)
+        except OSError as error:
+            raise DistNetworkError(f"cannot listen at {address}:{port}: {error.strerror}") from None
         port = int(listener.getsockname()[1])
-        super().__init__(LOOPBACK, port, 0, 1, parameters.run_id, STORE_SECONDS)
+        super().__init__(address, port, 0, parameters.max_nodes, parameters.run_id, STORE_SECONDS)
         self._store = TCPStore(
-            LOOPBACK,
+            address,
             port,
             is_master=True,
             timeout=self.timeout,

@@ -12,6 +12,7 @@ import pytest
 from launch import local
 from launch.local import Job, Meeting, environment
 from tests import tiny_run
+from tests.forked import free_port
 
 pytestmark = pytest.mark.slow  # whole runs of a process each
 
@@ -107,3 +108,19 @@ def test_only_ranks_of_one_machine_are_kept_to_the_loopback_interface(
     assert together["GLOO_SOCKET_IFNAME"] == "eth0" and "NCCL_SOCKET_IFNAME" not in together
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     assert "NCCL_SOCKET_IFNAME" not in environment(Job("m", (), ranks=2))
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1", "127.0.0.2"])
+def test_the_store_of_several_machines_listens_at_one_address_alone(endpoint: str) -> None:
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    from launch.rendezvous import OneAddress
+
+    parameters = RendezvousParameters("static", f"{endpoint}:{free_port()}", "sft_1", 2, 2)
+    held = OneAddress(parameters)
+    at = {address for addresses in addresses_listened_on(os.getpid()).values() for address in addresses}
+    assert at == {"0100007F" if endpoint == "127.0.0.1" else "0200007F"}
+    with pytest.raises(DistNetworkError, match=f"cannot listen at {endpoint}.*in use"):
+        OneAddress(parameters)
+    del held

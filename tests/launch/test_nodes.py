@@ -9,6 +9,8 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,17 @@ def test_two_machines_with_one_number_are_refused(folder: Path) -> None:
         with pytest.raises(UserError, match=r"two machines have launch\.node_rank=1: b and b"):
             gather(launch, own(), folder, print)
         assert {first.wait(30), second.wait(30)} == {2}
+
+
+def test_machine_0_that_is_reached_at_several_addresses_is_told_to_name_one() -> None:
+    machines = nodes.Machines(own(), 29500)
+    for number, address in enumerate(["10.0.0.1", "10.0.1.1"], start=1):
+        channel: Any = SimpleNamespace(own_address=address, send=lambda *_, **__: None, close=lambda: None)
+        message = {"node_rank": number, "ranks": 1, "command": COMMAND, "host": "b"}
+        refused = pytest.raises(UserError, match="several addresses: 10.0.0.1, 10.0.1.1")
+        with contextlib.nullcontext() if number == 1 else refused:
+            machines.admit(channel, message)
+    assert machines.begin("sft").address == "10.0.0.1"
 
 
 def test_another_command_is_refused_with_the_difference_on_both_sides(
