@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.sockets import address_in, listening
 from launch import local
 from launch.local import Job, Meeting, environment
 from tests import tiny_run
@@ -16,63 +17,28 @@ from tests.forked import free_port
 
 pytestmark = pytest.mark.slow  # whole runs of a process each
 
-LISTENS = "0A"
-
-
-def family_of(parent: int) -> Iterator[int]:
-    """A process and everything below it."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                ancestor = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(ancestor, []).append(int(folder.name))
-    found = [parent]
-    for process in found:
-        found += children.get(process, [])
-    return iter(found)
-
-
-def sockets_of(process: int) -> set[str]:
-    """Inodes of the sockets that a process holds."""
-    found = set()
-    try:
-        for descriptor in Path(f"/proc/{process}/fd").iterdir():
-            kind, _, inode = os.readlink(descriptor).partition(":")
-            found |= {inode.strip("[]")} if kind == "socket" else set()
-    except OSError:
-        pass
-    return found
-
 
 def addresses_listened_on(parent: int) -> dict[int, list[str]]:
     """Addresses of the listening TCP sockets of a process and everything below it, by process."""
-    rows = []
-    for name in ("tcp", "tcp6"):
-        lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        rows += [line.split() for line in lines]
-    listening = {row[9]: row[1].partition(":")[0] for row in rows if row[3] == LISTENS}
-    found = {}
-    for process in family_of(parent):
-        found[process] = [listening[inode] for inode in sockets_of(process) & listening.keys()]
+    found = {
+        process: [place[0] for place in places if not isinstance(place, str)]
+        for process, places in listening(parent).items()
+    }
     return {process: addresses for process, addresses in found.items() if addresses}
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address of /proc/net, words in the machine's own order of bytes, is the loopback's."""
-    raw = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8))
-    text = socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
-    return text.startswith("127.") or text in ("::1", "::ffff:127.0.0.1")
+    ip = ipaddress.ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def test_addresses_of_proc_are_read_as_they_are_meant() -> None:
-    assert is_loopback("0100007F") and is_loopback("00000000000000000000000001000000")
-    assert not is_loopback("00000000") and not is_loopback("0" * 32) and not is_loopback("0100000A")
+    assert address_in("0100007F") == "127.0.0.1" and address_in("0" * 24 + "01000000") == "::1"
+    assert is_loopback("127.0.0.2") and is_loopback("::1") and is_loopback("::ffff:127.0.0.1")
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1"]))
     with socket.create_server(("", 0)):
         (addresses,) = addresses_listened_on(os.getpid()).values()
-        assert "00000000" in addresses
+        assert "0.0.0.0" in addresses
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -120,7 +86,7 @@ def test_the_store_of_several_machines_listens_at_one_address_alone(endpoint: st
     parameters = RendezvousParameters("static", f"{endpoint}:{free_port()}", "sft_1", 2, 2)
     held = OneAddress(parameters)
     at = {address for addresses in addresses_listened_on(os.getpid()).values() for address in addresses}
-    assert at == {"0100007F" if endpoint == "127.0.0.1" else "0200007F"}
+    assert at == {endpoint}
     with pytest.raises(DistNetworkError, match=f"cannot listen at {endpoint}.*in use"):
         OneAddress(parameters)
     del held

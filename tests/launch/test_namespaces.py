@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.namespaces import NoNamespaces, ip, network
 from pipeline.verify import verify_path
 from tests.forked import ENVIRONMENT, ROOT
 
@@ -22,37 +22,17 @@ TINY = (
     "sft.sampling.num_prompts=4", "sft.train.max_steps=4", "reward.train.max_steps=4",
     "ppo.train.max_steps=2", "sft.train.save_every=2", "tracking.wandb=off",
 )  # fmt: skip
-ADDRESS = "10.91.7.1"
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+ADDRESS = "10.91.0.1"
 
 
 @pytest.fixture
 def namespaces() -> Iterator[tuple[str, str]]:
     """Two namespaces; `ip -n SECOND link set cable1 down` cuts the cable."""
-    names = (f"rlhf{os.getpid()}a", f"rlhf{os.getpid()}b")
-    if shutil.which("ip") is None:
-        pytest.skip("needs iproute2")
     try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "cable1", "netns", names[1])
-        for number, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.91.7.{number + 1}/24", "dev", f"cable{number}")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", f"cable{number}", "up")
-    except subprocess.CalledProcessError as error:
-        remove(names)
-        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-    yield names
-    remove(names)
-
-
-def remove(names: Sequence[str]) -> None:
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        with network({"cable": ("a", "b")}) as machines:
+            yield machines["a"], machines["b"]
+    except NoNamespaces as why:
+        pytest.skip(str(why))
 
 
 @contextlib.contextmanager
