@@ -92,7 +92,7 @@ class Stranger:
     @property
     def report(self) -> dict[str, Any]:
         """After the last round that he told of."""
-        lines = self._told.read_text(encoding="utf-8").splitlines()
+        *lines, _ = self._told.read_text(encoding="utf-8").split("\n")
         return json.loads(lines[-1]) if lines else {"rounds": 0}
 
 

@@ -80,3 +80,22 @@ def test_files_that_tell_a_secret_or_can_be_written_are_named(tmp_path: Path) ->
         f"{folder}/log tells a secret",
         *(f"{folder}/{name} can be written" for name in ("log", "other", "stranger")),
     }
+
+
+def test_whatever_they_got_or_heard_or_had_run_is_a_fault_and_so_is_an_attack_that_was_none(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "canary").mkdir()
+    (tmp_path / "canary" / "ran").touch()
+    run = attack.Attacked(tmp_path, 2, {})
+    report = {"got_at": ["a file"], "most_at_once": 1100, "connections": {"start": 1, "training": 1}}
+    heard = [b"the bearer-of-the-reward-server is".hex()]
+    run.result.strangers = {"user": {**report, "heard": heard}}
+    attack.judge(run, tmp_path)
+    assert run.result.faults == [
+        "the losses differ",  # there are none
+        "what a stranger sent was run",
+        "user: a file",
+        "user was told b'the bearer-of-the-reward-server is'",
+        "user did not attack during shutdown",
+    ]
