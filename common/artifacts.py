@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import is_damage, write_text
 from common.stage import Role
 from common.text import plain
 
@@ -27,7 +27,12 @@ VARIABLES = "chat_template_kwargs"
 UNVERIFIED = "unverified"
 """Kind of an artifact that failed its check when it was exported; its details say why, under this name."""
 
-KINDS = ("artifact", "checkpoint", UNVERIFIED)
+KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED)
+_SHAPES: Mapping[str, type] = {
+    "data": dict, f"data.{VARIABLES}": dict, "data.stage_split": dict, "data.stage_split.shares": dict,
+    "metrics": dict, "calibration": dict, "parents": list,
+}  # fmt: skip
+"""Types of the details that are looked into, where they are there."""
 
 # Files that a loader might pick up although nobody recorded them: a stray shard or adapter changes
 # what is loaded. Other extra files (a README, a plot) are harmless.
@@ -114,6 +119,14 @@ def content_sha256(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. OSError where it cannot be read, ValueError where it is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Replace the file at `path` by the canonical JSON of `value`, in one step that survives a crash."""
     write_text(path, canonical_json(value))
@@ -150,23 +163,21 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        version = body["format_version"]
-        if version != FORMAT_VERSION:
+        body = read_json(path)
+        if type(version := body["format_version"]) is int and version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
                 hint="use the version of this program that wrote it",
             )
-        recorded, kind, role = body.pop("checksum"), body["kind"], body["role"]
-        files = {str(name): _record(entry) for name, entry in body["files"].items()}
-        details = dict(body["details"])
+        recorded = body.pop("checksum")
+        if recorded != content_sha256(body):
+            raise ValueError("its checksum does not match its content")
+        return _manifest(**body)
     except OSError as error:
         _raise_unreadable(path, error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is damaged: {error!r}", hint=_RESTORE) from None
-    if recorded != content_sha256(body):
-        raise Damaged(f"{path} is damaged: its checksum does not match its content", hint=_RESTORE)
-    return Manifest(kind, None if role is None else Role(role), files, details, version)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else repr(error)
+        raise Damaged(f"{path} is damaged: {why:.200}", hint=_RESTORE) from None
 
 
 def verify(folder: str | os.PathLike[str]) -> Manifest:
@@ -187,44 +198,93 @@ def verify(folder: str | os.PathLike[str]) -> Manifest:
 _RESTORE = "restore it from a copy, or make it again; a damaged one is never used"
 
 
-def _raise_unreadable(path: Path, error: OSError) -> None:
+def _raise_unreadable(path: Path, error: OSError) -> NoReturn:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         there = "there is no such folder" if not path.parent.is_dir() else f"it has no {MANIFEST}"
         raise Damaged(
             f"{path.parent} is not finished: {there}", hint="the manifest is written last: run the step again"
         ) from None
-    found = f"{path} cannot be read: {error.strerror}"
-    if isinstance(error, PermissionError):
-        raise UserError(found, hint="check its permissions") from None
-    raise Damaged(found, hint=_RESTORE) from None
+    if is_damage(error):
+        raise Damaged(f"{path} cannot be read: {error.strerror}", hint=_RESTORE) from None
+    raise not_readable(path, error) from None
 
 
-def _record(entry: Any) -> FileRecord:
-    return FileRecord(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+def not_readable(path: Path, error: OSError) -> UserError:
+    """What is said of a file that may be whole, but cannot be opened or read here and now."""
+    hint = "check its permissions" if isinstance(error, PermissionError) else None
+    return UserError(f"{path} cannot be read: {error.strerror}", hint=hint)
+
+
+def _manifest(format_version: Any, kind: Any, role: Any, files: Any, details: Any) -> Manifest:
+    """The parts of a manifest's content, looked at; ValueError or the like where one is of no use."""
+    if type(format_version) is not int or kind not in KINDS:
+        raise ValueError(f"format version {format_version!r:.40}, kind {kind!r:.40}")
+    found = {name: _detail(details, name) or shape() for name, shape in _SHAPES.items()}
+    if wrong := [name for name, shape in _SHAPES.items() if not isinstance(found[name], shape)]:
+        raise ValueError(f"details of another type: {', '.join(wrong)}")
+    for name in ("calibration", "data.stage_split.shares"):
+        if not all(isinstance(value, int | float) for value in found[name].values()):
+            raise ValueError(f"details that are no numbers: {name}")
+    for parent in found["parents"]:
+        if not all(isinstance(parent[name], str) for name in ("role", "path", "manifest_sha256")):
+            raise ValueError("a parent that is not named by texts")
+    records = {name: _record(name, entry) for name, entry in files.items()}
+    return Manifest(kind, None if role is None else Role(role), records, dict(details), format_version)
+
+
+def _detail(details: Any, name: str) -> Any:
+    """What is at a dotted name; None where that is nothing."""
+    for part in name.split("."):
+        details = (details or {}).get(part)
+    return details
+
+
+def _record(name: str, entry: Any) -> FileRecord:
+    size, sha256 = entry["bytes"], entry["sha256"]
+    if type(size) is not int or not isinstance(sha256, str) or "\0" in name:
+        raise ValueError(f"{name!r:.80} has no record of a file")
+    return FileRecord(sha256=sha256, bytes=size)
 
 
 def _file_names(root: Path) -> list[str]:
+    """All that is not a folder, by path relative to `root`; a link to a folder is one of them."""
     names = []
-    for folder, _, files in os.walk(root):
-        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
+    for folder, below, files in os.walk(root):
+        links = [name for name in below if os.path.islink(os.path.join(folder, name))]
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in [*files, *links]]
     return sorted(name for name in names if name != MANIFEST)
 
 
 def fault_of(path: Path, size: int, sha256: str | None) -> str | None:
-    """How a file differs from what was recorded of it; None when it does not. sha256: None for unknown."""
-    if not path.is_file():
-        return "missing"
-    if (found := path.stat().st_size) != size:
-        return f"{found} bytes, recorded {size}"
-    if sha256 is not None and (content := file_sha256(path)) != sha256:
-        return f"content differs (sha256 {content[:12]}, recorded {sha256[:12]})"
+    """How a file differs from what was recorded of it; None when it does not. sha256: None for unknown.
+
+    UserError where it may be whole, but cannot be read here and now.
+    """
+    try:
+        if not path.is_file():
+            return "missing"
+        if (found := path.stat().st_size) != size:
+            return f"{found} bytes, recorded {size}"
+        if sha256 is not None and (content := file_sha256(path)) != sha256:
+            return f"content differs (sha256 {content[:12]}, recorded {sha256[:12]})"
+    except OSError as error:
+        if not is_damage(error):
+            raise not_readable(path, error) from None
+        return f"cannot be read: {error.strerror}"
     return None
+
+
+def unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
+    """What lies below a finished folder and is not in its manifest, by path; links to folders, too."""
+    return [name for name in _file_names(Path(folder)) if name not in manifest.files]
 
 
 def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
     for name, record in sorted(manifest.files.items()):
         if fault := fault_of(root / name, record["bytes"], record["sha256"]):
             yield f"{name}: {fault}"
-    for name in sorted(set(_file_names(root)) - set(manifest.files)):
-        if name.endswith(LOADED_SUFFIXES):
+    for name in unlisted(root, manifest):
+        if (root / name).is_dir():
+            yield f"{name}: a link to a folder, which nobody recorded"
+        elif name.endswith(LOADED_SUFFIXES):
             yield f"{name}: not recorded, yet a loader could read it"

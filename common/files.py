@@ -83,27 +83,74 @@ def set_aside(folder: Path, into: Path | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a full, read-only or forbidden disk raises inside into a UserError naming `path`."""
+def disk_errors(path: str | os.PathLike[str], way_out: str = "output_dir=DIR") -> Iterator[None]:
+    """Turn what a full, broken, read-only or forbidden disk raises inside into a UserError naming `path`.
+
+    way_out: the setting with which to write elsewhere. What is no fault of the place that is written to (too
+    many open files, a connection, a file of others) stays what it is.
+    """
     try:
         yield
     except OSError as error:
-        reason = _DISK_REASONS.get(error.errno or 0)
-        if reason is None:
+        if (refused := refused_by_disk(error, Path(path), way_out)) is None:
             raise
-        what, way_out = reason
-        raise UserError(f"cannot write {path}: {what}", hint=way_out) from error
+        raise refused from error
 
 
+def refused_by_disk(error: OSError, path: Path, way_out: str) -> UserError | None:
+    """What the disk said to writing at or beside `path`; None for an error that is not of this disk."""
+    number, names = error.errno or 0, (error.filename, error.filename2)
+    named = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | os.PathLike)]
+    if number == errno.ENOENT and not path.parent.exists():
+        return UserError(
+            f"cannot write {path}: the folder {path.parent} is gone",
+            hint="a run needs its folder until it ends; the same command goes on with what is left",
+        )
+    if named and not any(_is_near(file, path) for file in named):
+        return None
+    if number in _OF_A_NAMED_FILE and not named:
+        return None  # of a socket or a process
+    if number not in _DISK_REASONS:
+        return None
+    what, first = _DISK_REASONS[number]
+    return UserError(f"cannot write {path}: {what}", hint=f"{first}write elsewhere with {way_out}")
+
+
+def is_of_disk(error: OSError) -> bool:
+    """Whether an error can be of nothing but a disk, whatever it does not name."""
+    return error.errno in _DISK_REASONS and error.errno not in _OF_A_NAMED_FILE
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether a file that cannot be read is damaged, and not we who may or can open no file."""
+    return error.errno in _DAMAGE
+
+
+_FREE = "free some space, or "
 _DISK_REASONS = {
-    errno.ENOSPC: ("the disk is full", "free some space, or write elsewhere with output_dir=DIR"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, or write elsewhere with output_dir=DIR"),
-    errno.EROFS: ("the file system is read-only", "write elsewhere with output_dir=DIR"),
-    errno.EACCES: ("permission denied", "write elsewhere with output_dir=DIR"),
-    errno.EPERM: ("operation not permitted", "write elsewhere with output_dir=DIR"),
-    errno.EEXIST: ("it is there already", "remove it, or write elsewhere with output_dir=DIR"),
-    errno.ENOTDIR: ("a file is in the way of a folder", "write elsewhere with output_dir=DIR"),
+    errno.ENOSPC: ("the disk is full", _FREE),
+    errno.EDQUOT: ("the disk quota is used up", _FREE),
+    errno.EIO: ("the disk does not work (input/output error)", "check it, or "),
+    errno.ESTALE: ("the file server has lost it (stale file handle)", "check the mount, or "),
+    errno.EROFS: ("the file system is read-only", ""),
+    errno.EACCES: ("permission denied", ""),
+    errno.EPERM: ("operation not permitted", ""),
+    errno.EEXIST: ("it is there already", "remove it, or "),
+    errno.ENOTEMPTY: ("it is there already", "remove it, or "),
+    errno.ENOTDIR: ("a file is in the way of a folder", ""),
 }
+_OF_A_NAMED_FILE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+"""Errors of the disk only where they name a file."""
+_DAMAGE = {
+    errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EBADMSG,
+    errno.EUCLEAN,
+}  # fmt: skip
+
+
+def _is_near(file: Path, path: Path) -> bool:
+    """Whether a file is at, below, above or beside `path`."""
+    file, path = Path(os.path.abspath(file)), Path(os.path.abspath(path))
+    return file.is_relative_to(path.parent) or path.is_relative_to(file)
 
 
 def _fsync(path: Path) -> None:

@@ -87,7 +87,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if verb == "verify":
         from pipeline.verify import verify_path
 
-        return verify_path(Path(only(verb, rest)))
+        return verify_path(Path(only(verb, rest)), say=say)
     if verb == "report":
         from pipeline.report import report
 

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import text
-from common.artifacts import file_sha256
+from common.artifacts import file_sha256, read_json
 from common.config import DataConfig, SourceConfig
 from common.data import encoder, sources
 from common.data.stored import ROWS_FILE
 from common.errors import UserError
+from common.files import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.npz", "ledger.json", "key.json"
+FILES = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
 
 Report = Callable[[str], None]
 
@@ -127,11 +129,12 @@ def digest(key: Mapping[str, Any]) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder was finished, and its files have the sizes they had then."""
+    """Whether the folder was finished under its name, and its files have the sizes they had then."""
     try:
-        sizes = json.loads((folder / KEY_FILE).read_text())["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        body = read_json(folder / KEY_FILE)
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
+        return digest(body["key"]) == folder.name and body["bytes"] == sizes
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -140,22 +143,25 @@ def is_intact(folder: Path) -> bool:
     if not is_whole(folder):
         return False
     with suppress(OSError):  # another process may be replacing it
-        hashes = json.loads((folder / KEY_FILE).read_text()).get("sha256") or {ROWS_FILE: None}
-        return all(file_sha256(folder / name) == recorded for name, recorded in hashes.items())
+        return hashes_in(folder) == read_json(folder / KEY_FILE).get("sha256")
     return False
 
 
 def rows_sha256(folder: Path) -> str:
     """Hash of the rows of a folder, as it was recorded when they were written."""
-    return str(json.loads((folder / KEY_FILE).read_text())["sha256"][ROWS_FILE])
+    return str(read_json(folder / KEY_FILE)["sha256"][ROWS_FILE])
 
 
 def seal(folder: Path, key: Mapping[str, Any]) -> None:
     """Write the key last: with it the folder is whole."""
-    names = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    hashes = {name: file_sha256(folder / name) for name in names}
-    (folder / KEY_FILE).write_text(json.dumps({"key": key, "bytes": sizes, "sha256": hashes}, indent=1))
+    sizes = {name: (folder / name).stat().st_size for name in FILES}
+    body = {"key": key, "bytes": sizes, "sha256": hashes_in(folder)}
+    (folder / KEY_FILE).write_text(json.dumps(body, indent=1))
+
+
+def hashes_in(folder: Path) -> dict[str, str]:
+    """Hash of each file of a folder; reads all of them."""
+    return {name: file_sha256(folder / name) for name in FILES}
 
 
 def why_missed(root: Path, key: Mapping[str, Any]) -> str:
@@ -163,10 +169,10 @@ def why_missed(root: Path, key: Mapping[str, Any]) -> str:
     entries = sorted(root.glob(f"*/{KEY_FILE}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(entries):
         try:
-            cached = json.loads(path.read_text())["key"]
+            cached = read_json(path)["key"]
             if any(cached[name] != key[name] for name in ("kind", "stage")):
                 continue  # other rows, for another step
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         before, now = _flat(cached), _flat(key)
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
@@ -220,25 +226,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
     here = f"{socket.gethostname()}-"
     unfinished = folder.parent / f"{folder.name}.tmp-{here}{os.getpid()}"
     try:
-        for left in _unfinished(folder):  # by builders on this machine that were killed
-            owner = left.name.rpartition("-")[2]
-            if f".tmp-{here}" in left.name and owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                shutil.rmtree(left, ignore_errors=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if folder.exists() and not is_intact(folder):
-            shutil.rmtree(folder)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            if not is_whole(folder):  # else another process was faster, with the same rows
-                raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"data.cache_dir={folder.parent}: tokenized rows cannot be written: {reason}",
-            hint="make room or choose another folder with data.cache_dir",
-        ) from error
+        with disk_errors(folder, "data.cache_dir=DIR"):
+            for left in _unfinished(folder):  # by builders on this machine that were killed
+                owner = left.name.rpartition("-")[2]
+                if f".tmp-{here}" in left.name and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                    shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            if folder.exists() and not is_intact(folder):
+                shutil.rmtree(folder)
+            try:
+                os.rename(unfinished, folder)
+            except OSError:
+                if not is_whole(folder):  # else another process was faster, with the same rows
+                    raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -26,19 +26,22 @@ def rows_of(
 ) -> Iterator[RawExample]:
     """The rows of a source in order; with `max_rows` a seeded sample. bad_row: is told place and reason."""
     name = source_name(source)
-    keep = _sampled_rows(source, seed)
     index = -1
-    for records in open_source(source):
-        for place, row in records.rows():
-            index += 1
-            if keep is not None and index not in keep:
-                continue
-            try:
-                columns = records.parse(row)
-            except RowError as error:
-                bad_row(place, str(error))
-                continue
-            yield RawExample(columns, name, place, records.columnar)
+    try:
+        keep = _sampled_rows(source, seed)
+        for records in open_source(source):
+            for place, row in records.rows():
+                index += 1
+                if keep is not None and index not in keep:
+                    continue
+                try:
+                    columns = records.parse(row)
+                except RowError as error:
+                    bad_row(place, str(error))
+                    continue
+                yield RawExample(columns, name, place, records.columnar)
+    except OSError as error:  # of a disk or a server; it must not be taken for one of what is being written
+        raise UserError(f"data.path={source.path} cannot be read: {error}") from error
     if index < 0:
         raise UserError(f"{source.path}: no rows", hint="name a file with at least one row")
 

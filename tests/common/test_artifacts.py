@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common import artifacts
 from common.artifacts import (
     MANIFEST,
     Artifact,
@@ -16,6 +20,7 @@ from common.artifacts import (
     content_sha256,
     hash_files,
     read_manifest,
+    unlisted,
     verify,
     write_manifest,
 )
@@ -104,6 +109,121 @@ def test_a_manifest_that_is_no_manifest_is_called_damaged(tmp_path: Path, conten
     path.write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         read_manifest(path.parent)
+
+
+BODY: dict[str, Any] = {
+    "format_version": 1, "kind": "artifact", "role": "policy", "details": {},
+    "files": {"model.safetensors": {"sha256": HELLO, "bytes": 5}},
+}  # fmt: skip
+PARENT = {"role": "policy", "path": "sft/export", "manifest_sha256": HELLO}
+
+
+def with_body(folder: Path, changes: dict[str, Any]) -> Path:
+    """A folder with a manifest of any content, under its right checksum."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"hello")
+    body = {**BODY, **changes}
+    (folder / MANIFEST).write_text(json.dumps({**body, "checksum": content_sha256(body)}))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"details": {"parents": [PARENT], "data": None, "new": [1]}}])
+def test_what_the_following_manifests_are_made_from_is_whole(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert verify(with_body(tmp_path / "export", changes)).role is Role.policy
+
+
+NAN = float("nan")
+NONSENSE: list[dict[str, Any]] = [
+    {"role": "judge"}, {"role": 7}, {"role": ["policy"]}, {"kind": "cake"}, {"kind": 1}, {"kind": ["a"]},
+    {"format_version": "1"}, {"format_version": NAN}, {"format_version": True}, {"format_version": None},
+    {"files": 5}, {"files": [["model.safetensors", {}]]}, {"files": {"a": 5}}, {"files": {"a": {}}},
+    {"files": {"a": {"sha256": 5, "bytes": 5}}}, {"files": {"a": {"sha256": HELLO, "bytes": "5"}}},
+    {"files": {"a": {"sha256": HELLO, "bytes": NAN}}}, {"files": {"a": {"sha256": HELLO, "bytes": 1e400}}},
+    {"files": {"a\0b": {"sha256": HELLO, "bytes": 5}}},
+    {"details": 5}, {"details": "text"}, {"details": [["data", 1]]}, {"details": {"data": 7}},
+    {"details": {"data": {"chat_template_kwargs": 1}}}, {"details": {"data": {"stage_split": "all"}}},
+    {"details": {"data": {"stage_split": {"shares": {"sft": "half"}}}}}, {"details": {"metrics": [1]}},
+    {"details": {"calibration": 1}}, {"details": {"calibration": {"accuracy": "high"}}},
+    {"details": {"parents": {"role": "policy"}}}, {"details": {"parents": [5]}},
+    {"details": {"parents": [{**PARENT, "path": 5}]}}, {"details": {"parents": [{"role": "policy"}]}},
+    {"extra": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", NONSENSE, ids=map(ascii, NONSENSE))
+def test_nonsense_under_a_right_checksum_is_called_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(Damaged, match=r"manifest\.json is damaged") as caught:
+        verify(with_body(tmp_path / "export", changes))
+    assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("depth", [100, 400, 5_000, 200_000])
+@pytest.mark.parametrize("nested", ["[", '{"a":'])
+def test_a_manifest_of_any_depth_is_called_damaged(tmp_path: Path, depth: int, nested: str) -> None:
+    closing = {"[": "]", "{": "}"}[nested[0]]
+    value = f"{nested * depth}1{closing * depth}"
+    whole = json.dumps({**BODY, "checksum": "0"})
+    for text in (value, whole.replace('"details": {}', f'"details": {value}')):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(Damaged, match="is damaged"):
+            verify(tmp_path)
+
+
+def test_a_manifest_that_is_not_utf_8_is_called_damaged_in_few_words(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(b'{"kind": "' + b"\xff" * 9999)
+    with pytest.raises(Damaged, match="is damaged: 'utf-8' codec can't decode byte 0xff") as caught:
+        verify(tmp_path)
+    assert len(caught.value.message) < 400
+    (tmp_path / MANIFEST).write_text(json.dumps({**BODY, "kind": "\ud800", "checksum": "0"}))
+    with pytest.raises(Damaged, match="is damaged: 'utf-8' codec can't encode"):
+        verify(tmp_path)
+
+
+def test_a_manifest_of_very_many_files_is_read_and_ten_of_them_are_named(tmp_path: Path) -> None:
+    many = {f"{number}.bin": {"sha256": HELLO, "bytes": 5} for number in range(2_000)}
+    with pytest.raises(Damaged, match="and 1990 more") as caught:
+        verify(with_body(tmp_path / "export", {"files": {**BODY["files"], **many}}))
+    assert caught.value.message.count(".bin: missing") == 10
+
+
+def test_nothing_below_a_finished_folder_goes_unlisted(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "export")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "modeling.py").write_text("run()")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "loss.svg").write_text("")
+    os.mkfifo(folder / "pipe")
+    (folder / "nowhere").symlink_to(tmp_path / "nothing there")
+    assert unlisted(folder, verify(folder)) == ["nowhere", "pipe", "plots/loss.svg"]
+    (folder / "plots" / "code").symlink_to(elsewhere)
+    with pytest.raises(Damaged, match="plots/code: a link to a folder, which nobody recorded"):
+        verify(folder)
+
+
+def test_a_folder_that_became_a_link_is_found_though_all_its_files_are_as_recorded(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "export")
+    (folder / "adapter").rename(tmp_path / "adapter")
+    (folder / "adapter").symlink_to(tmp_path / "adapter")
+    with pytest.raises(Damaged, match="adapter: a link to a folder"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_damaged"), [(errno.EIO, True), (errno.EMFILE, False), (errno.EACCES, False)]
+)
+def test_a_file_that_we_cannot_open_here_and_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_damaged: bool
+) -> None:
+    folder = finished(tmp_path / "export")
+
+    def refuse(path: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(artifacts, "file_sha256", refuse)
+    with pytest.raises(UserError, match=f"cannot be read: {os.strerror(number)}") as caught:
+        verify(folder)
+    assert isinstance(caught.value, Damaged) == is_damaged
 
 
 def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path) -> None:

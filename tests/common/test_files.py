@@ -11,7 +11,14 @@ import pytest
 
 from common.artifacts import hash_files, write_json
 from common.errors import UserError
-from common.files import commit_folder, set_aside, write_atomically
+from common.files import (
+    commit_folder,
+    disk_errors,
+    is_damage,
+    is_of_disk,
+    set_aside,
+    write_atomically,
+)
 
 
 def filled(folder: Path) -> Path:
@@ -90,3 +97,72 @@ def test_what_is_set_aside_gets_the_first_free_name(tmp_path: Path) -> None:
     bad = [set_aside(filled(tmp_path / "step_2"), tmp_path / "quarantine").name for _ in range(3)]
     assert old == ["sft.old-1", "sft.old-2"] and bad == ["step_2", "step_2-2", "step_2-3"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quarantine", *old]
+
+
+CACHE = "data.cache_dir=DIR"
+
+
+def said_of(error: OSError, path: Path, way_out: str = "output_dir=DIR") -> str | None:
+    """What a person is told of it; None where it stays what it is."""
+    try:
+        with disk_errors(path, way_out):
+            raise error
+    except UserError as refused:
+        return str(refused)
+    except OSError as same:
+        assert same is error
+        return None
+
+
+def system_error(number: int, *named: object) -> OSError:
+    """As the system raises it. named: its file; for a renaming both of them."""
+    first, *second = [*named, None]
+    return OSError(number, os.strerror(number), first, None, *[name for name in second if name])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+def test_what_only_a_disk_can_say_is_said_of_the_place_that_is_written(tmp_path: Path, number: int) -> None:
+    place = tmp_path / "step_1"
+    said = said_of(system_error(number), place, CACHE)
+    assert said is not None and said.startswith(f"cannot write {place}: ")
+    assert f"write elsewhere with {CACHE}" in said
+    assert said == said_of(system_error(number, str(place / "zero.pt")), place, CACHE)
+    assert is_of_disk(system_error(number))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR])
+def test_what_others_say_too_is_the_disks_where_it_names_a_file_there(tmp_path: Path, number: int) -> None:
+    place = tmp_path / "runs" / "a" / "export"
+    place.parent.mkdir(parents=True)
+    for file in (place / "model.safetensors", place, place.with_name("export.tmp"), tmp_path / "runs"):
+        assert "cannot write" in str(said_of(system_error(number, str(file)), place)), file
+    assert "cannot write" in str(said_of(system_error(number, str(tmp_path / "b"), str(place)), place))
+    assert said_of(system_error(number), place) is None  # of a socket, or a process that is not ours
+    assert said_of(system_error(number, str(tmp_path / "another" / "cache")), place) is None
+    assert not is_of_disk(system_error(number))
+
+
+OF_NO_DISK = [
+    errno.EMFILE, errno.ENFILE, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOMEM, errno.EAGAIN,
+    errno.EINVAL, errno.ETIMEDOUT, errno.ENOENT,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", OF_NO_DISK, ids=[errno.errorcode[number] for number in OF_NO_DISK])
+def test_what_is_no_error_of_a_disk_is_not_called_one(tmp_path: Path, number: int) -> None:
+    for named in ((), (str(tmp_path / "export" / "file"),)):
+        assert said_of(system_error(number, *named), tmp_path / "export") is None
+    assert not is_of_disk(system_error(number))
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "sft" / "state.json"
+    said = f"cannot write {path}: the folder {path.parent} is gone"
+    with pytest.raises(UserError, match=said):
+        write_json(path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_damaged_where_the_disk_lost_it_and_not_where_we_cannot_open_it() -> None:
+    assert is_damage(system_error(errno.EIO)) and is_damage(system_error(errno.EISDIR))
+    assert not any(is_damage(system_error(number)) for number in (errno.EMFILE, errno.EACCES, errno.ESTALE))

@@ -268,7 +268,7 @@ def test_who_waits_does_not_take_rows_that_were_overwritten(tmp_path: Path) -> N
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"data.cache_dir=.*cache: .*\n.*data.cache_dir"):
+    with pytest.raises(UserError, match=r"cannot write .*cache/.*: a file is in .*\n.*data.cache_dir"):
         made(tmp_path)
 
 
