@@ -60,6 +60,8 @@ ACTIONS = {
     "freeze": "waits for ever in a function that keeps the interpreter's lock, so that no thread runs",
     "raise": "raises an error that is nobody's",
     "enospc": "raises what a full disk raises",
+    "eio": "raises what a broken disk raises",
+    "emfile": "raises what too many open files raise, which is not the disk's fault",
     "nan": "makes the loss NaN; at the phase backward only",
 }
 """Every fault that can be injected."""
@@ -202,6 +204,6 @@ def _happen(fault: Fault, step: int | None) -> bool:
         ctypes.PyDLL(None).sleep(10**6)
     elif fault.do == "raise":
         raise InjectedError(line)
-    elif fault.do == "enospc":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif number := getattr(errno, fault.do.upper(), None):
+        raise OSError(number, os.strerror(number))
     return fault.do == "nan"

@@ -4,20 +4,19 @@ Takes nothing and returns nothing but types: values come from `conf/` and the co
 `pipeline/compose.py`). A new step adds one key here and one line in `pipeline/plan.py`.
 """
 
-import functools
-from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import List, Optional
 
 from common.config import DeepSpeedConfig, ModelConfig, TrackingConfig, to_plain
 from common.errors import UserError
-from common.fields import fields_of, number, require
+from common.fields import number, require
 from common.launch_config import LaunchConfig
 from common.stage import Step
 from step1_sft.config import SFTConfig
 from step2_dpo.config import DPOConfig
 from step2_reward.config import RewardConfig
-from step3_ppo.config import PPOConfig
+from step3_ppo.config import KLPlacement, PPOConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, `conf/` and `demo/`."""
@@ -83,7 +82,6 @@ def _check_run_name(name: str) -> None:
         )
 
 
-@functools.cache
 def register() -> None:
     """Make the schema's defaults known to Hydra, and `${project:PATH}`, relative to the project's folder.
 
@@ -92,23 +90,10 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="pipeline_schema", node=_declared(PipelineConfig))
+    defaults = to_plain(PipelineConfig())
+    defaults["ppo"]["kl"]["placement"] = KLPlacement.auto.value  # settled only once the estimator is known
+    ConfigStore.instance().store(name="pipeline_schema", node=defaults)
     OmegaConf.register_new_resolver("project", _project_path, replace=True)
-
-
-def _declared(group: type) -> dict[str, Any]:
-    """Defaults as the fields of a group declare them, plain.
-
-    An object of the group would not do: it has settled what follows from other keys, `auto` among them.
-    """
-    declared: dict[str, Any] = {}
-    for known in fields_of(group).values():
-        made = known.default_factory
-        if isinstance(made, type) and is_dataclass(made):
-            declared[known.name] = _declared(made)
-        else:
-            declared[known.name] = to_plain(known.default if made is MISSING else made())
-    return declared
 
 
 def _project_path(relative: str) -> str:

@@ -157,6 +157,8 @@ def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Pat
 
 def make_report(run_dir: Path, say: Say) -> None:
     """Bring the run's report up to date. A report that cannot be made is worth a line, never the run."""
+    if not run_dir.exists():
+        return
     try:
         from pipeline.report import report
 
@@ -269,6 +271,10 @@ def conclude(
     """Record how a step ended, and tell the user what there is now. Returns the exit status to pass on."""
     name = wired.stage.name.value
     folder = run_dir / name
+    if not folder.exists():  # and is not made again
+        if status != UserError.EXIT_CODE:
+            print(f"{name} failed: {folder} was removed while it was running", file=sys.stderr)
+        return status or UserError.EXIT_CODE
     ended = {**current, "exit_status": status, "ended": state.now()}
     if status == 0:
         try:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from common.data.stored import PromptDataset
 from common.phases import enter
-from common.runtime.distributed import STOPPED_EXIT_CODE, all_reduce_sum, seed_everything
+from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
 from common.training.average import ExponentialAverage, swapped_in
 from common.training.checkpoint import State, States
 from common.training.loop import is_due
@@ -94,7 +94,7 @@ class Iterations:
     def agree(self) -> None:
         """Before an update all ranks agree on whether to save or to stop, and seed it."""
         session, counters = self._session, self.counters
-        stopping, saving = all_reduce_sum([session.stop.received, session.save_clock.asks])
+        _, stopping, saving = session.all_reduce()
         if stopping:
             self.leave()
         if saving:

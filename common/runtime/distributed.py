@@ -6,6 +6,7 @@ Small host-side values travel over gloo, so that a collective never waits for th
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -28,6 +29,7 @@ from common.runtime.logs import STOPPED_EXIT_CODE
 HEARTBEAT_FIRST = 60.0
 """A collective's own timeout comes so many seconds after the heartbeat's, whose message says more."""
 T = TypeVar("T")
+log = logging.getLogger("rlhf.distributed")
 _heartbeat: HeartbeatThreads | None = None
 
 
@@ -121,23 +123,30 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 and broadcast its result; a UserError raised there is raised on every rank."""
+    """Run `make` on rank 0 and broadcast its result; what `_made` catches there is raised on every rank."""
     made: list[Any] = all_gather_or_raise(make if world.is_rank0 else lambda: None)
     return made[0]
 
 
 def all_gather_or_raise(make: Callable[[], T]) -> list[T]:
-    """Run `make` on every rank and all-gather the results; a UserError of one rank is raised on all."""
-    made: Any = None
-    try:
-        made = make()
-    except UserError as error:
-        made = error
-    gathered = all_gather_objects(made)
+    """Run `make` on every rank and all-gather the results; what `_made` catches on one is raised on all."""
+    gathered = all_gather_objects(_made(make))
     for value in gathered:
         if isinstance(value, UserError):
             raise value
     return gathered
+
+
+def _made(make: Callable[[], T]) -> T | UserError:
+    """What `make` returns; else what all ranks are to hear: a UserError, or what the system refused here."""
+    try:
+        return make()
+    except UserError as error:
+        return error
+    except OSError as error:
+        log.warning("this rank ends all others", exc_info=True)
+        rank = os.environ.get("RANK", "0")
+        return UserError(f"rank {rank}: {error}", hint=f"where it met that is in logs/rank_{rank}.log")
 
 
 def barrier() -> None:

@@ -29,12 +29,13 @@ from common.artifacts import (
     Damaged,
     FileRecord,
     Manifest,
+    fault_of,
     file_sha256,
     read_manifest,
     write_manifest,
 )
 from common.errors import UserError
-from common.files import commit_folder, disk_errors, set_aside
+from common.files import commit_folder, disk_errors, is_damage, set_aside
 from common.phases import enter
 from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
 
@@ -161,7 +162,7 @@ class Checkpoints:
     def _start(self, partial: Path) -> None:
         self._remove_unfinished()
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # a run's folder that was removed is not made again
         self._check_room()
         with disk_errors(partial):
             partial.mkdir()  # not into what could not be removed
@@ -188,9 +189,12 @@ class Checkpoints:
 
     def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
         """Hash every world_size-th file; return all ranks' records."""
-        enter("commit.hash")
-        listed = [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
-        names = sorted(set().union(*all_gather_objects(listed)))  # a client's listing may be behind
+
+        def listed() -> list[str]:
+            enter("commit.hash")
+            return [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
+
+        names = sorted(set().union(*all_gather_or_raise(listed)))  # a client's listing may be behind
         own = names[self._world.rank :: self._world.size]
         shares = all_gather_or_raise(lambda: {name: self._record(partial / name) for name in own})
         return {name: record for share in shares for name, record in share.items()}
@@ -199,9 +203,10 @@ class Checkpoints:
         try:
             return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
         except OSError as error:
+            way_out = "all ranks need one disk that works: check it, or use another one with output_dir=DIR"
             raise UserError(
                 f"{path} was written, but rank {self._world.rank} cannot read it: {error.strerror}",
-                hint="all ranks need one disk that works: check it, or use another one with output_dir=DIR",
+                hint=way_out if is_damage(error) else None,
             ) from None
 
     def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
@@ -235,7 +240,9 @@ class Checkpoints:
         except Damaged as error:
             return [error.message]
         names = sorted(manifest.files)[self._world.rank :: self._world.size]
-        return [fault for name in names if (fault := _fault(path, name, manifest.files[name]))]
+        own = [(name, manifest.files[name]) for name in names]
+        faults = [(name, fault_of(path / name, record["bytes"], record["sha256"])) for name, record in own]
+        return [f"{name}: {fault}" for name, fault in faults if fault]
 
     def _check_base(self, path: Path) -> None:
         revision = read_manifest(path).details.get("base_revision")
@@ -248,21 +255,22 @@ class Checkpoints:
 
     def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
         """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
-        refused: UserError | None = None
-        try:
-            with disk_errors(partial):
-                action()
-        except UserError as error:
-            refused = error
-        except RuntimeError as error:
-            if (refused := _refused_write(partial, error)) is None:
+
+        def attempt() -> None:
+            try:
+                with disk_errors(partial):
+                    action()
+            except RuntimeError as error:
+                if (refused := _refused_write(partial, error)) is not None:
+                    raise refused from error
                 raise
-        # all ranks learn of it before anything is removed under those that still write
-        errors = [error for error in all_gather_objects(refused) if error is not None]
-        if errors:
+
+        try:
+            all_gather_or_raise(attempt)
+        except UserError:  # all ranks have learnt of it: nothing is removed under those that still write
             if self._world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise errors[0]
+            raise
 
 
 @contextlib.contextmanager
@@ -296,17 +304,3 @@ def _no_room(place: Path, free: int, reason: str) -> UserError:
         f"cannot write {place}: {reason}, {free / 2**20:.1f} MiB are free",
         hint="what was saved before is untouched: free space and run the same command again",
     )
-
-
-def _fault(folder: Path, name: str, record: FileRecord) -> str | None:
-    path = folder / name
-    try:
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != record["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, recorded {record['bytes']}"
-        return None if file_sha256(path) == record["sha256"] else f"{name} differs from its recorded hash"
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"

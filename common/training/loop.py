@@ -18,7 +18,7 @@ from common.data.batches import Batches
 from common.errors import UserError
 from common.model.packed import PackedModel
 from common.phases import enter
-from common.runtime.distributed import STOPPED_EXIT_CODE, all_reduce_sum, seed_everything
+from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
 from common.runtime.progress import Progress
 from common.stage import Step
@@ -131,14 +131,13 @@ class Loop(Generic[Rows]):
         by SystemExit.
         """
         session = self._session
-        *sums, stopping, saving = all_reduce_sum([*counts, session.stop.received, session.save_clock.asks])
+        sums, stopping, self._saving = session.all_reduce(counts)
         if stopping:
             self._save()
             session.progress.log(
                 f"told to stop: saved at step {self.counters.step}; the same command goes on from there"
             )
             raise SystemExit(STOPPED_EXIT_CODE)
-        self._saving = bool(saving)
         return sums
 
     def update(self, tokens: float, trained: float | None = None) -> None:

@@ -30,6 +30,7 @@ from common.data.batches import BatchPlan
 from common.data.kinds import Kind
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
+from common.errors import UserError
 from common.handoff import load_named, parent_record
 from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
@@ -40,6 +41,7 @@ from common.phases import enter
 from common.runtime.distributed import (
     StopSignal,
     World,
+    all_reduce_sum,
     broadcast_from_rank0,
     close_world,
     init_world,
@@ -107,6 +109,21 @@ class Session:
         self.stop = StopSignal()
         seed_everything(job.seed)
         self.say = print if self.world.is_rank0 else logging.getLogger(f"rlhf.{step.value}").info
+
+    def all_reduce(self, counts: Sequence[float] = ()) -> tuple[list[float], bool, bool]:
+        """The sums of `counts` over all ranks, whether to stop, and whether to save: the same on all of them.
+
+        UserError on all ranks where the step's folder was removed: nothing of what they do would be kept.
+        """
+        is_removed = self.world.is_rank0 and not self.folder.exists()
+        flags = (self.stop.received, self.save_clock.asks, is_removed)
+        *sums, stopping, saving, removed = all_reduce_sum([*counts, *flags])
+        if removed:
+            raise UserError(
+                f"{self.folder} was removed while the step was running",
+                hint="a run needs its folder until it ends; the same command begins again",
+            )
+        return sums, bool(stopping), bool(saving)
 
     def load_artifact(self, named: str | None, role: Role, key: str) -> Artifact:
         """The verified artifact at `named`, the value of `key`: the controller has written down where an

@@ -129,11 +129,3 @@ def test_where_the_kl_penalty_goes_follows_from_the_estimator_that_is_typed(
     typed: list[str], where: KLPlacement
 ) -> None:
     assert compose(prepare(["experiment=demo", *typed]).overrides).ppo.kl.placement is where
-
-
-def test_rows_to_evaluate_demonstrations_on_are_refused_and_no_key_that_nobody_typed_is_named() -> None:
-    typed = ["steps=[ppo]", "ppo.policy=P", "ppo.reward_model=R", "ppo.data.path=prompts.jsonl"]
-    typed.append("ppo.ptx_data.path=rows.jsonl")
-    assert compose(prepare(typed).overrides).ppo.ptx_data.eval_fraction == 0.0
-    with pytest.raises(UserError, match=r"ppo\.ptx_data\.eval_path=more\.jsonl has no effect"):
-        compose(prepare([*typed, "ppo.ptx_data.eval_path=more.jsonl"]).overrides)

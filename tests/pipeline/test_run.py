@@ -203,6 +203,18 @@ def test_a_failure_after_a_signal_is_not_called_stopped() -> None:
     assert status()["status"] == "stopped"
 
 
+@pytest.mark.parametrize("ended", [0, 1, 2])
+def test_a_folder_that_was_removed_while_its_step_ran_is_said_and_not_made_again(
+    ended: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wired = plan.wire([Step.sft])[0]
+    said = "sft failed: runs/a/sft was removed while it was running\n"
+    assert run.conclude(Path("runs/a"), wired, {}, ended, False, print) == (ended or 2)
+    assert capsys.readouterr().err == ("" if ended == 2 else said)  # else the rank said so
+    MAKE_REPORT(Path("runs/a"), pytest.fail)
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     ("needed", "is_certain", "ways"),
     [("needs 9 GB and has 8 GB: 1 GB short", False, 1), ("needs 1 GB", False, 0), ("needs 1 GB", True, 1)],

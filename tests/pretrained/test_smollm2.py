@@ -105,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def bf16_where_bearable() -> str:
+def half() -> str:
     """bf16; fp32, with a warning, on a CPU whose products in bf16 would take the tier an hour."""
     speed = products("cpu")
     if speed["bf16"] > speed["fp32"] / BEARABLE:
@@ -121,13 +121,13 @@ def full_fp32(folder: Path) -> Ran:
 
 
 @pytest.fixture(scope="module")
-def full_bf16(folder: Path, bf16_where_bearable: str) -> Ran:
-    return run(folder, "full_bf16", bf16_where_bearable, "steps=[sft,dpo]")
+def full_bf16(folder: Path, half: str) -> Ran:
+    return run(folder, "full_bf16", half, "steps=[sft,dpo]")
 
 
 @pytest.fixture(scope="module")
-def lora_bf16(folder: Path, bf16_where_bearable: str) -> Ran:
-    return run(folder, "lora_bf16", bf16_where_bearable, *ADAPTERS, *GROUPS, "steps=[sft,ppo]")
+def lora_bf16(folder: Path, half: str) -> Ran:
+    return run(folder, "lora_bf16", half, *ADAPTERS, *GROUPS, "steps=[sft,ppo]")
 
 
 @pytest.fixture(scope="module")

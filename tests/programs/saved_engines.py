@@ -57,6 +57,7 @@ def every_end(folder: str) -> int:
     for dtype, stage in ((Dtype.fp32, 1), (Dtype.bf16, 2), (Dtype.fp32, 3), (Dtype.bf16, 3)):
         for name in ("whole", "stopped"):
             where = Path(folder) / f"{dtype.value}-{stage}" / name
+            where.parent.mkdir(parents=True, exist_ok=True)
             end(where, stage, dtype, stop=name == "stopped")
     return 0
 
@@ -64,6 +65,7 @@ def every_end(folder: str) -> int:
 def refused(folder: str, victim: int) -> int:
     """On rank `victim` the disk takes the actor's part and refuses the critic's."""
     world = init_world()
+    Path(folder).mkdir(exist_ok=True)
     for stage in (1, 2, 3):
         checkpoints = Checkpoints(Path(folder) / str(stage), keep=9, world=world)
         trained = Trained(stage, Dtype.fp32, world)

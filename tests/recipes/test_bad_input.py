@@ -189,8 +189,8 @@ def test_a_flipped_bit_and_a_missing_shard_cost_two_checkpoints_and_no_result(
     flip_a_bit(shard(stopped, 3))
     shard(stopped, 2).unlink()
     printed = finish(stopped, 1)
-    assert f"step_00000003: zero/{shard(whole, 3).name} differs from its recorded hash" in printed
-    assert f"step_00000002: zero/{shard(whole, 2).name} is missing" in printed
+    assert f"step_00000003: zero/{shard(whole, 3).name}: content differs" in printed
+    assert f"step_00000002: zero/{shard(whole, 2).name}: missing" in printed
     assert "resuming from" in printed and "step_00000001" in printed
     quarantine = stopped / "sft" / "checkpoints" / "quarantine"
     assert sorted(path.name for path in quarantine.iterdir()) == ["step_00000002", "step_00000003"]

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
+from common.errors import UserError
 from common.runtime.distributed import World
 from common.training.checkpoint import Checkpoints
-from common.training.session import SaveClock, restore
+from common.training.session import SaveClock, Session, restore
 
 
 def save_clock(rank: int, minutes: float) -> tuple[SaveClock, list[float]]:
@@ -33,6 +38,22 @@ def test_only_the_first_rank_s_clock_counts_and_zero_minutes_mean_never() -> Non
         clock, seconds = save_clock(rank, minutes)
         seconds.append(1e9)
         assert not clock.asks
+
+
+def test_all_ranks_end_where_the_steps_folder_was_removed_and_it_is_not_made_again(tmp_path: Path) -> None:
+    session = Session.__new__(Session)
+    session.world, session.folder = World(0, 1, 0, torch.device("cpu")), tmp_path / "runs" / "a" / "sft"
+    flags: Any = (SimpleNamespace(received=False), SimpleNamespace(asks=True))
+    session.stop, session.save_clock = flags
+    session.folder.mkdir(parents=True)
+    assert session.all_reduce([2.0, 0.5]) == ([2.0, 0.5], False, True)
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(UserError, match=f"{session.folder} was removed while the step was running"):
+        session.all_reduce([2.0])
+    checkpoints = Checkpoints(session.folder / "checkpoints", keep=2, world=session.world)
+    with pytest.raises(UserError, match=f"the folder {session.folder} is gone"):
+        checkpoints.save(1, Nothing(), {}, best_step=None)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Nothing:
