@@ -30,7 +30,7 @@ UNVERIFIED = "unverified"
 KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED)
 _SHAPES: Mapping[str, type] = {
     "data": dict, f"data.{VARIABLES}": dict, "data.stage_split": dict, "data.stage_split.shares": dict,
-    "metrics": dict, "calibration": dict, "parents": list,
+    "metrics": dict, "calibration": dict, "reference": dict, "parents": list,
 }  # fmt: skip
 """Types of the details that are looked into, where they are there."""
 
@@ -249,9 +249,12 @@ def _record(name: str, entry: Any) -> FileRecord:
 def _file_names(root: Path) -> list[str]:
     """All that is not a folder, by path relative to `root`; a link to a folder is one of them."""
     names = []
-    for folder, below, files in os.walk(root):
+    refused: list[OSError] = []
+    for folder, below, files in os.walk(root, onerror=refused.append):
         links = [name for name in below if os.path.islink(os.path.join(folder, name))]
         names += [(Path(folder) / name).relative_to(root).as_posix() for name in [*files, *links]]
+    if refused:
+        raise not_readable(Path(refused[0].filename or root), refused[0])
     return sorted(name for name in names if name != MANIFEST)
 
 

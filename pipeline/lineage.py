@@ -7,13 +7,12 @@ another one than the step was given.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, Artifact, Manifest, read_manifest, write_json
+from common.artifacts import MANIFEST, Artifact, Manifest, read_json, read_manifest, write_json
 from common.config import TokenizerConfig
 from common.errors import UserError
 from common.handoff import check_same_tokens, load_named
@@ -99,7 +98,10 @@ def entry_of(step: str, manifest: Manifest, sha256: str, ended: Mapping[str, Any
 def read_lineage(path: Path) -> dict[str, Any]:
     """The artifacts of a run by step; empty when there are none yet."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["artifacts"])
+        artifacts = read_json(path)["artifacts"]
+        if not isinstance(artifacts, dict):
+            raise TypeError("its artifacts are no object")
+        return artifacts
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import Artifact, FileRecord, content_sha256, file_sha256, write_json
+from common.artifacts import Artifact, FileRecord, content_sha256, file_sha256, read_json, write_json
 from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
 from common.files import disk_errors, write_text
@@ -111,7 +111,7 @@ def _is_dead(holder: str) -> bool:
     if number.isdecimal() and holder == _holder(int(number)):
         try:
             os.kill(int(number), 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return True
         except PermissionError:  # of another user
             return False
@@ -201,7 +201,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """A step's state; None when it was never started. UserError when the file is damaged."""
     path = folder / STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         state["status"], state["config"], state["inputs"]
     except FileNotFoundError:
         return None
@@ -334,3 +334,19 @@ def write_resolved(config: PipelineConfig, folder: Path) -> Path:
     path = folder / RESOLVED
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain)))
     return path
+
+
+def read_resolved(run_dir: Path) -> dict[Any, Any]:
+    """The configuration that was written for the run's ranks last, as plain values."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = run_dir / RESOLVED
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(resolved, dict):
+        raise UserError(f"{path} holds no settings")
+    return resolved

@@ -6,18 +6,26 @@ matches, 2 otherwise. What is unfinished, set aside or interrupted is a note: no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, content_sha256, fault_of, file_sha256, read_manifest, verify
+from common.artifacts import (
+    MANIFEST,
+    content_sha256,
+    fault_of,
+    file_sha256,
+    read_json,
+    read_manifest,
+    unlisted,
+    verify,
+)
 from common.errors import UserError
 from common.stage import Step
+from pipeline.caches import CACHE_KEY, REFERENCES, used_by, verify_cached, verify_used
 from pipeline.lineage import LINEAGE, entry_of, read_lineage
 from pipeline.plan import EXPORT
 from pipeline.state import (
@@ -30,13 +38,11 @@ from pipeline.state import (
     STATE,
     is_abandoned,
     is_run,
+    read_resolved,
     read_state,
 )
 
-CACHE_KEY = "key.json"
-"""Written last into a folder of tokenized rows (see common/data/cache.py)."""
-REFERENCES = "reference"
-"""Folder with what DPO's starting policies say of pairs (see step2_dpo/reference.py)."""
+PROVES = "this finds damage, not malice: who can write a file can write its hash (docs/security.md)"
 STATUSES = ("running", "stopped", "failed", "done")
 STEPS = tuple(step.value for step in Step)
 SPELLED = ("NaN", "Infinity", "-Infinity")
@@ -62,7 +68,7 @@ def verify_path(path: Path, *, say: Say = print) -> int:
     faults = sum(not _check(work, name, say) for name, work in checks)
     for place, what in notes:
         say(f"note     {place}: {what}")
-    say("all is as it was written" if not faults else f"{faults} of them differ")
+    say(f"{'all is as it was written' if not faults else f'{faults} of them differ'}; {PROVES}")
     return 0 if not faults else UserError.EXIT_CODE
 
 
@@ -70,7 +76,12 @@ def look_for(path: Path) -> tuple[list[Check], list[tuple[Path, str]]]:
     """Everything to check at or below `path`, and what is unfinished or was set aside and why."""
     checks: list[Check] = []
     notes: list[tuple[Path, str]] = []
-    for name, below, files in os.walk(path):
+    cached: dict[Path, Check] = {}  # by where it is, whoever names it
+
+    def refused(error: OSError) -> None:
+        checks.append((error.filename, partial(_raise, error)))
+
+    for name, below, files in os.walk(path, onerror=refused):
         folder = Path(name)
         if MANIFEST in files:
             below.clear()
@@ -78,7 +89,7 @@ def look_for(path: Path) -> tuple[list[Check], list[tuple[Path, str]]]:
             continue
         if CACHE_KEY in files and folder.name not in STEPS:
             below.clear()
-            checks.append((folder, partial(verify_cache, folder)))
+            cached[folder.resolve()] = (folder, partial(verify_cached, folder))
             continue
         if LINEAGE in files or is_run(folder):
             checks += _of_run(folder)
@@ -86,12 +97,18 @@ def look_for(path: Path) -> tuple[list[Check], list[tuple[Path, str]]]:
                 notes.append((folder, note))
         if STATE in files or (folder.name in STEPS and METRICS in files):
             checks += _of_step(folder)
+            for used in used_by(folder):
+                checks.append((f"{folder / EXPORT} {used.what}", partial(verify_used, used)))
+                if os.path.exists(used.place):
+                    cached.setdefault(used.place.resolve(), (used.place, partial(verify_cached, used.place)))
         if folder.name == REFERENCES:
             parts = [folder / file for file in sorted(files) if file.endswith(".npz")]
-            checks += [(file, partial(verify_reference, file)) for file in parts]
+            cached |= {file.resolve(): (file, partial(verify_cached, file)) for file in parts}
         notes += [(folder / other, why) for other in sorted([*below, *files]) if (why := _why_not(other))]
+        links = [folder / other for other in sorted(below) if (folder / other).is_symlink()]
+        notes += [(link, f"a link to {os.readlink(link)}, which is verified by that name") for link in links]
         below[:] = sorted(other for other in below if not _why_not(other) and other not in OTHERS)
-    return checks, notes
+    return [*checks, *cached.values()], notes
 
 
 def _of_run(run_dir: Path) -> Iterator[Check]:
@@ -156,7 +173,10 @@ def verify_folder(folder: Path) -> str:
     manifest = verify(folder)
     size = sum(record["bytes"] for record in manifest.files.values())
     role = f" ({manifest.role.value})" if manifest.role is not None else ""
-    return f"{manifest.kind}{role}, {len(manifest.files)} files, {size:,} bytes"
+    extra = unlisted(folder, manifest)
+    more = f"; beside them, in no record: {', '.join(extra[:5])}" if extra else ""
+    more += f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+    return f"{manifest.kind}{role}, {len(manifest.files)} files, {size:,} bytes{more}"
 
 
 def verify_lineage_file(run_dir: Path) -> str:
@@ -218,17 +238,7 @@ def _is_recorded(folder: Path, recorded: str, what: str) -> None:
 
 def verify_resolved(run_dir: Path) -> str:
     """Hold resolved.yaml against what the step that was launched last has recorded of it."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    place = run_dir / RESOLVED
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.load(place))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{place} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(resolved, dict):
-        raise UserError(f"{place} holds no settings")
+    place, resolved = run_dir / RESOLVED, read_resolved(run_dir)
     states = {run_dir / name: state for name in STEPS if (state := read_state(run_dir / name)) is not None}
     if not states:
         return "readable; no step has begun"
@@ -347,7 +357,7 @@ def _not_strict(name: str) -> float:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
@@ -355,35 +365,8 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-# --- Caches ----------------------------------------------------------------------------------------
-
-
-def verify_cache(folder: Path) -> str:
-    """Hold a folder of tokenized rows against its key: the folder's name, and the hashes of its files."""
-    place = folder / CACHE_KEY
-    body = _json_object(place)
-    key = json.dumps(body["key"], sort_keys=True).encode()
-    if hashlib.blake2b(key, digest_size=12).hexdigest() != folder.name:
-        raise UserError(f"{place} is damaged: {folder.name} is not the hash of its key")
-    if strange := body.keys() - {"key", "bytes", "sha256"}:
-        raise UserError(f"{place} is damaged: unknown entry {', '.join(sorted(strange))}")
-    hashes = body.get("sha256", {})
-    for name, size in body["bytes"].items():
-        if fault := fault_of(folder / name, size, hashes[name] if hashes else None):
-            raise UserError(f"{folder / name}: {fault}; rm -r {folder} has it made anew")
-    total = sum(body["bytes"].values())
-    return f"tokenized rows, {total:,} bytes{'' if hashes else ' (of an older version, without hashes)'}"
-
-
-def verify_reference(path: Path) -> str:
-    """The parts of a file of reference log-probabilities have the checksums that the file itself records."""
-    try:
-        with zipfile.ZipFile(path) as parts:
-            if (damaged := parts.testzip()) is not None:
-                raise ValueError(f"{damaged} differs from its checksum")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: {error}; rm {path} has it computed anew") from None
-    return f"reference log-probabilities, {path.stat().st_size:,} bytes"
+def _raise(error: OSError) -> str:
+    raise error
 
 
 def _check(work: Callable[[], str], name: object, say: Say) -> bool:
@@ -392,7 +375,7 @@ def _check(work: Callable[[], str], name: object, say: Say) -> bool:
         return True
     except UserError as error:
         say(f"DIFFERS  {error.message}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         say(f"DIFFERS  {name}: damaged entry ({error!r})")
     except OSError as error:
         say(f"DIFFERS  {name}: cannot be read ({error.strerror})")

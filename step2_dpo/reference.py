@@ -19,7 +19,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,10 +72,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reference:
-    """log π_ref, float64 [pairs, 2], chosen and rejected; NaN for pairs that the run never sees."""
+    """log π_ref, float64 [pairs, 2], chosen and rejected; NaN for pairs that the run never sees.
+
+    record: name and hash of the file that holds them in the cache, for the manifest.
+    """
 
     train: np.ndarray
     held_out: np.ndarray
+    record: Mapping[str, str] = field(default_factory=dict)
 
     def of_train(self, batch: PairBatch) -> Answers:
         """Of a training batch's pairs, in its order."""
@@ -189,8 +193,9 @@ def load_or_compute(
 
     found = broadcast_from_rank0(world, look)
     if found is None:
-        computed = found = _compute(engine, batches, held_out, steps, say)
-        broadcast_from_rank0(world, lambda: _write(folder, key, computed))
+        computed = _compute(engine, batches, held_out, steps, say)
+        record = broadcast_from_rank0(world, lambda: _write(folder, key, computed))
+        found = replace(computed, record=record)
     return found
 
 
@@ -281,22 +286,30 @@ def _read(folder: Path, key: Mapping[str, Any]) -> tuple[Reference | None, str]:
     path = _path(folder, key)
     if path.exists():
         try:
-            return _unpacked(path.read_bytes()), ""
+            return _unpacked(path), ""
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
             return None, "the cached ones are damaged"
     return None, _why_missed(folder, key)
 
 
-def _unpacked(content: bytes) -> Reference:
+def _unpacked(path: Path) -> Reference:
+    content = path.read_bytes()
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        reference, checksum = Reference(stored["train"], stored["held_out"]), str(stored["checksum"])
+        reference = Reference(stored["train"], stored["held_out"], _record_of(path, content))
+        checksum, key = str(stored["checksum"]), json.loads(str(stored["key"]))
     if checksum != _checksum(reference):
         raise ValueError("the checksum does not match")
+    if _path(path.parent, key) != path:
+        raise ValueError("it was written under another key")
     return reference
 
 
-def _write(folder: Path, key: Mapping[str, Any], reference: Reference) -> None:
-    """Put the numbers under their key by a rename: readers find the whole file or none."""
+def _record_of(path: Path, content: bytes) -> dict[str, str]:
+    return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _write(folder: Path, key: Mapping[str, Any], reference: Reference) -> dict[str, str]:
+    """Put the numbers under their key by a rename: readers find the whole file or none. Its record."""
     path = _path(folder, key)
     content = io.BytesIO()
     np.savez(
@@ -310,6 +323,7 @@ def _write(folder: Path, key: Mapping[str, Any], reference: Reference) -> None:
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, [content.getbuffer()])
+    return _record_of(path, content.getvalue())
 
 
 def _checksum(reference: Reference) -> str:

@@ -112,6 +112,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
                     final, f"{part}rewards/accuracies", f"{part}rewards/margins", step=Step.dpo, pairs=pairs
                 )
             ],
+            extra_details=lambda final: {"reference": reference.record},
         )  # fmt: skip
     return 0
 

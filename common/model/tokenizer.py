@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from common.artifacts import MANIFEST, Damaged, Manifest, hash_files, verify, write_manifest
 from common.config import ModelConfig
 from common.data.chat import find_terminators
 from common.errors import UserError
@@ -53,7 +54,7 @@ def load_tokenizer(
 
     From `model.tokenizer.path`, else trained on `training_texts()` to `model.tokenizer.train_vocab_size`,
     else from `model.path`. A trained one is kept in `save_to` and taken from there the next time, so that
-    ranks and resumed runs agree. UserError: not found, not a fast tokenizer, no eos, no network.
+    ranks and resumed runs agree. UserError: damaged, not found, not a fast tokenizer, no eos, no network.
     """
     size = model.tokenizer.train_vocab_size
     if model.tokenizer.path is not None:
@@ -169,7 +170,8 @@ def _trained_tokenizer(
 ) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    if save_to is not None and (save_to / "tokenizer.json").is_file():
+    if save_to is not None and save_to.exists():
+        _check_kept(save_to)
         return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(save_to))
     if texts is None:
         raise ValueError("training a tokenizer needs texts")
@@ -191,12 +193,25 @@ def _keep(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     with disk_errors(folder):
         partial.mkdir(parents=True)
         tokenizer.save_pretrained(partial)
+        write_manifest(partial, Manifest("tokenizer", None, hash_files(partial)))
         try:
             os.replace(partial, folder)
         except OSError:
             shutil.rmtree(partial)
             if not (folder / "tokenizer.json").is_file():
                 raise
+
+
+def _check_kept(folder: Path) -> None:
+    """UserError for a kept tokenizer that is damaged: all rows would be read with it."""
+    if not (folder / MANIFEST).exists() and (folder / "tokenizer.json").is_file():
+        notice(f"{folder} is not checked for damage", "it was kept by a version that recorded no hashes")
+        return
+    try:
+        verify(folder)
+    except Damaged as error:
+        way_out = f"restore it from a copy, or rm -r {folder}: it is trained again on the same rows"
+        raise UserError(error.message, hint=way_out) from None
 
 
 def _set_template(tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> None:

@@ -22,7 +22,7 @@ from common.stage import Role, Step
 from pipeline import run, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import wire_run
-from pipeline.verify import verify_path
+from pipeline.verify import PROVES, verify_path
 
 ROLES = {"sft": Role.policy, "reward": Role.reward_model}
 
@@ -128,7 +128,7 @@ def differing(path: Path) -> str:
 def test_whole_runs_are_whole_from_wherever_one_looks(runs: Path) -> None:
     for place in (runs, runs / "a", runs / "a/sft", runs / "a/sft/export", runs / ".cache"):
         code, said = verified(place)
-        assert code == 0 and said[-1] == "all is as it was written", said
+        assert code == 0 and said[-1] == f"all is as it was written; {PROVES}", said
         assert not any(line.startswith(("DIFFERS", "note")) for line in said)
     named = "\n".join(verified(runs)[1])
     files = {path for path in runs.rglob("*") if path.is_file()}

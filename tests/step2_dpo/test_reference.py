@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.artifacts import MANIFEST, Artifact, Manifest, hash_files, write_manifest
+from common.artifacts import MANIFEST, Artifact, Manifest, file_sha256, hash_files, write_manifest
 from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.errors import UserError
@@ -325,6 +325,24 @@ def test_damaged_numbers_are_computed_anew(cached: Cached, damage: str) -> None:
     assert cached.said == ["computing the reference log-probabilities (the cached ones are damaged)"]
     np.testing.assert_array_equal(again.train, first.train)
     assert path.read_bytes() == content
+
+
+def test_numbers_that_were_written_under_another_key_are_computed_anew(cached: Cached) -> None:
+    first = cached.get(PlainEngine(tiny_llama()))
+    (path,) = cached.folder.glob("*.npz")
+    cached.get(PlainEngine(tiny_llama()), steps=2)
+    (other,) = set(cached.folder.glob("*.npz")) - {path}
+    path.write_bytes(other.read_bytes())  # whole, of the same size, and of another run
+    again = cached.get(PlainEngine(tiny_llama()))
+    assert cached.said == ["computing the reference log-probabilities (the cached ones are damaged)"]
+    np.testing.assert_array_equal(again.train, first.train)
+
+
+def test_the_file_of_the_numbers_is_recorded_by_hash_whether_computed_or_found(cached: Cached) -> None:
+    computed = cached.get(PlainEngine(tiny_llama()))
+    found = cached.get(PlainEngine(tiny_llama()))
+    (path,) = cached.folder.glob("*.npz")
+    assert computed.record == found.record == {"file": path.name, "sha256": file_sha256(path)}
 
 
 def test_steps_whose_pairs_are_all_known_are_skipped(cached: Cached) -> None:

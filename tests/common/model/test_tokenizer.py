@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from common.artifacts import MANIFEST
 from common.config import ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.model.tokenizer import load_tokenizer, read_template, terminators_of, train_tokenizer
@@ -62,6 +63,29 @@ def test_the_same_texts_give_the_same_tokenizer_and_a_kept_one_is_not_trained_ag
     assert kept.get_vocab() == made.get_vocab() == first.get_vocab()
     assert kept.chat_template == first.chat_template
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_kept_tokenizer_that_was_damaged_is_refused_and_one_without_hashes_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, kept = ModelConfig(tokenizer=TokenizerConfig(train_vocab_size=280)), tmp_path / "tokenizer"
+    load_tokenizer(model, lambda: iter(TEXTS), kept)
+    file = kept / "tokenizer.json"
+    whole = file.read_text()
+    file.write_text(whole.replace('"e": ', '"E": ', 1))
+    assert len(file.read_text()) == len(whole) and file.read_text() != whole
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json: content differs.*\n.*rm -r .*tokenizer: it is trained"
+    ):
+        load_tokenizer(model, None, kept)
+    file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
+        load_tokenizer(model, None, kept)
+    file.write_text(whole)
+    (kept / MANIFEST).unlink()
+    with caplog.at_level(logging.INFO, "rlhf"):
+        assert len(load_tokenizer(model, None, kept)) == 280
+    assert f"{kept} is not checked for damage" in caplog.text
 
 
 def test_of_two_nodes_that_train_the_tokenizer_the_first_one_wins(tmp_path: Path) -> None:
