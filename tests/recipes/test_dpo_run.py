@@ -112,6 +112,9 @@ def test_the_artifact_verifies_and_names_its_parent_by_hash(folder: Path, run_di
         "manifest_sha256": file_sha256(policy / "manifest.json"),
     }
     assert manifest.details["metrics"]["eval/loss"] == series(run_dir, "eval/loss")[-1]
+    reference = manifest.details["reference"]
+    (cached,) = folder.rglob(f"reference/{reference['file']}")
+    assert reference["sha256"] == file_sha256(cached)
     for name in ("tokenizer_hash", "chat_template_hash", "terminators", "pad_token_id", "eos_token_id"):
         assert manifest.details[name] == read_manifest(policy).details[name]
     weights = "model.safetensors"
