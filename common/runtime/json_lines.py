@@ -57,7 +57,7 @@ class JsonLines:
             raise OSError(f"wrote {written} of {len(line)} bytes")
 
     def _warn(self, error: OSError) -> None:
-        if not self._warned:
+        if not self._warned and not isinstance(error, FileNotFoundError):  # a folder removed ends the run
             self._warned = True
             self._say(f"warning: {self._path} cannot be written ({error}); training goes on without it")
 
