@@ -222,9 +222,11 @@ def _manifest(format_version: Any, kind: Any, role: Any, files: Any, details: An
     found = {name: _detail(details, name) or shape() for name, shape in _SHAPES.items()}
     if wrong := [name for name, shape in _SHAPES.items() if not isinstance(found[name], shape)]:
         raise ValueError(f"details of another type: {', '.join(wrong)}")
-    for name in ("calibration", "data.stage_split.shares"):
-        if not all(isinstance(value, int | float) for value in found[name].values()):
-            raise ValueError(f"details that are no numbers: {name}")
+    measured = [value for value in found["calibration"].values() if value is not None]  # null: was NaN
+    if not all(
+        isinstance(value, int | float) for value in [*measured, *found["data.stage_split.shares"].values()]
+    ):
+        raise ValueError("details that are no numbers: of the calibration, or shares of the data")
     for parent in found["parents"]:
         if not all(isinstance(parent[name], str) for name in ("role", "path", "manifest_sha256")):
             raise ValueError("a parent that is not named by texts")

@@ -127,7 +127,11 @@ def with_body(folder: Path, changes: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("changes", [{}, {"details": {"parents": [PARENT], "data": None, "new": [1]}}])
+MEASURED = {"accuracy": None, "std": 2, "mean": -0.5}
+RECORDED = {"parents": [PARENT], "data": None, "new": [1], "calibration": MEASURED}
+
+
+@pytest.mark.parametrize("changes", [{}, {"details": RECORDED}])
 def test_what_the_following_manifests_are_made_from_is_whole(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert verify(with_body(tmp_path / "export", changes)).role is Role.policy
 
@@ -144,6 +148,7 @@ NONSENSE: list[dict[str, Any]] = [
     {"details": {"data": {"chat_template_kwargs": 1}}}, {"details": {"data": {"stage_split": "all"}}},
     {"details": {"data": {"stage_split": {"shares": {"sft": "half"}}}}}, {"details": {"metrics": [1]}},
     {"details": {"calibration": 1}}, {"details": {"calibration": {"accuracy": "high"}}},
+    {"details": {"data": {"stage_split": {"shares": {"sft": None}}}}},
     {"details": {"parents": {"role": "policy"}}}, {"details": {"parents": [5]}},
     {"details": {"parents": [{**PARENT, "path": 5}]}}, {"details": {"parents": [{"role": "policy"}]}},
     {"extra": 1},
