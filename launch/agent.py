@@ -61,12 +61,12 @@ def main() -> int:
     except ConnectionError as error:
         print(f"the ranks could not meet at {args.rdzv_endpoint}: {error}", file=sys.stderr)
         return 1
-    first = first_failure(failures)
+    first = first_failure([(rank, as_told(code, stopping=bool(stopping))) for rank, code in failures])
     if first is None:
         return 0
     if args.report is not None:
         os.write(args.report, "{} {}".format(*first).encode())
-    return exit_status(first[1], stopping=bool(stopping))
+    return exit_status(first[1])
 
 
 def meeting_options(nnodes: int, node_rank: int, endpoint: str | None) -> dict[str, Any]:
@@ -89,9 +89,10 @@ def meeting_options(nnodes: int, node_rank: int, endpoint: str | None) -> dict[s
 
 
 def run_ranks(ranks: int, arguments: Sequence[str], meeting: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Run `python ARGUMENTS` in every rank; (rank, exit code) of those that failed, the earliest first.
+    """Run `python ARGUMENTS` in every rank; (rank, exit code) of those that failed, in their order.
 
-    ConnectionError when the machines cannot meet.
+    Without those that torch has killed because another one failed. ConnectionError when the machines cannot
+    meet.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -100,6 +101,7 @@ def run_ranks(ranks: int, arguments: Sequence[str], meeting: Mapping[str, Any]) 
 
     # The agent reports a failed rank at length; what matters is said by the controller in two lines.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    failed_before = note_what_fails_first()
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     with tempfile.TemporaryDirectory(prefix="rlhf_agent_") as folder:
         options: dict[str, Any] = {
@@ -115,18 +117,38 @@ def run_ranks(ranks: int, arguments: Sequence[str], meeting: Mapping[str, Any]) 
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            found = sorted(error.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
-            return [(rank, failure.exitcode) for rank, failure in found]
+            return [
+                (rank, failure.exitcode)
+                for rank, failure in sorted(error.failures.items())
+                if failure.pid in failed_before or -failure.exitcode not in (signal.SIGTERM, signal.SIGKILL)
+            ]
         except DistError as error:
             raise ConnectionError(str(error).splitlines()[0]) from None
     return []
 
 
-def first_failure(failures: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """The failure that explains the others, which are given in the order they were seen.
+def note_what_fails_first() -> set[int]:
+    """A set that will have the ranks, by process id, that have failed when torch begins to end the others."""
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-    A message to the user, then death by a signal that none of us sends (the others fail because that rank
-    is gone, and may be seen first), then the earliest; last, ranks that were merely told to stop.
+    failed: set[int] = set()
+    close = SubprocessContext.close
+
+    def note_and_close(context: SubprocessContext, *how: Any, **more: Any) -> None:
+        if not failed:  # torch closes more than once
+            processes = [handler.proc for handler in context.subprocess_handlers.values()]
+            failed.update(process.pid for process in processes if process.poll())
+        close(context, *how, **more)
+
+    SubprocessContext.close = note_and_close  # type: ignore[method-assign,assignment]
+    return failed
+
+
+def first_failure(failures: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The failure that explains the others.
+
+    A message to the user, then death by a signal that none of us sent (the others fail because that rank
+    is gone), then any other; last, ranks that were merely told to stop.
     """
     return min(failures, key=lambda failure: gravity(failure[1]), default=None)
 
@@ -135,18 +157,24 @@ def gravity(exit_code: int) -> int:
     """How little a failure explains: 0 for a cause, more for what may be its consequence."""
     if exit_code in (UserError.EXIT_CODE, STALLED):
         return 0
-    if exit_code in (STOPPED, -signal.SIGTERM, -signal.SIGUSR1):
+    if exit_code == STOPPED:
         return 3
     return 1 if exit_code < 0 else 2
 
 
-def exit_status(exit_code: int, *, stopping: bool) -> int:
+def as_told(exit_code: int, *, stopping: bool) -> int:
+    """The exit code of a rank that we told to stop, if so, and that may have died of it.
+
+    One that died of a signal to stop from elsewhere keeps its code: the others fail because it is gone.
+    """
+    return STOPPED if stopping and -exit_code in STOP_SIGNALS else exit_code
+
+
+def exit_status(exit_code: int) -> int:
     """A rank's exit code as ours: death by signal as 128 + signal, by a signal to stop as told to stop."""
-    if exit_code >= 0:
-        return exit_code
-    if stopping and -exit_code in STOP_SIGNALS:
+    if -exit_code in STOP_SIGNALS:
         return STOPPED
-    return 128 - exit_code
+    return exit_code if exit_code >= 0 else 128 - exit_code
 
 
 def forward_signals() -> list[int]:

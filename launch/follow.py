@@ -108,7 +108,8 @@ class _Follower:
                     running.halt(float(order["seconds"]))
             if not channel.is_open:
                 running.halt(0.0)
-        channel.send("ended", status=outcome.status, cause=outcome.cause, stopped=outcome.stopped)
+        told = {name: getattr(outcome, name) for name in ("status", "cause", "stopped", "oom_killed")}
+        channel.send("ended", **told)
 
 
 def _end(message: Mapping[str, Any]) -> int:

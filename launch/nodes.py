@@ -276,7 +276,8 @@ def _outcome(message: Message, where: str) -> Outcome:
     cause, said = message.get("cause"), message.get("message")
     rank_and_code = None if cause is None else (int(cause[0]), int(cause[1]))
     lost = None if said is None else f"{where}: {said}"
-    return Outcome(message["status"], rank_and_code, message.get("stopped", False), where, lost)
+    told = {name: message.get(name, False) for name in ("stopped", "oom_killed")}
+    return Outcome(message["status"], rank_and_code, where=where, lost=lost, **told)
 
 
 def sha256_of(path: Path) -> str:

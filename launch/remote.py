@@ -42,7 +42,7 @@ def main() -> int:
     code = process.wait()
     for thread in pumps:
         thread.join(10)  # a grandchild that lives on keeps the pipe open
-    return exit_status(code, stopping=False)
+    return exit_status(code)
 
 
 def obey(process: subprocess.Popen[bytes]) -> None:

@@ -242,7 +242,7 @@ class Run:
         while running:
             for machine in [machine for machine in running if machine.process.poll() is not None]:
                 running.remove(machine)
-                code = exit_status(machine.process.returncode, stopping=False)
+                code = exit_status(machine.process.returncode)
                 if code != 0 and status == 0:
                     status, end = code, time.monotonic() + SAVE_SECONDS
                     self.explain(machine.host, code)

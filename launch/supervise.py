@@ -20,7 +20,8 @@ from types import FrameType
 from typing import Protocol
 
 from common.errors import UserError
-from launch.agent import GRACE_SECONDS, STALLED, STOPPED, exit_status, gravity
+from common.shortage import oom_kills
+from launch.agent import GRACE_SECONDS, STALLED, STOPPED, as_told, exit_status, gravity
 from launch.local import Job, Meeting, start
 
 POLL_SECONDS = 0.05
@@ -39,6 +40,7 @@ class Outcome:
     stopped: bool = False  # the machine was told to stop
     where: str | None = None  # which machine, where it is not this one
     lost: str | None = None  # what happened to the machine itself, which no restart brings back
+    oom_killed: bool = False  # a rank was killed while the kernel there killed for want of memory
 
     @property
     def gravity(self) -> int:
@@ -140,6 +142,7 @@ class Running:
             self._process = start(job, keep_open=keep_open, report=report)
         finally:
             os.close(report)
+        self._oom_kills = oom_kills()
         self._killed_at: float | None = None
         self._outcome: Outcome | None = None
         requests.pass_on_to(self._process.send_signal)
@@ -169,11 +172,11 @@ class Running:
         os.close(self._report)
         if self._killed_at is not None and code == -signal.SIGKILL:
             return Outcome(STOPPED, stopped=told)
-        status = exit_status(code, stopping=told or self._killed_at is not None)
-        if words:
-            return Outcome(status, (int(words[0]), int(words[1])), told)
-        is_rank = code != 0 and self._is_rank  # else it is torchrun's agent that failed, not a rank
-        return Outcome(status, (0, code) if is_rank else None, told)
+        cause = (int(words[0]), int(words[1])) if words else None
+        if cause is None and code != 0 and self._is_rank:  # else torchrun's agent failed, not a rank
+            cause = (0, as_told(code, stopping=told or self._killed_at is not None))
+        killed = code == -signal.SIGKILL or (cause is not None and cause[1] == -signal.SIGKILL)
+        return Outcome(exit_status(code), cause, told, oom_killed=killed and oom_kills() > self._oom_kills)
 
 
 def supervise(
@@ -184,12 +187,11 @@ def supervise(
     others: Others | None = None,
     restarts: int = 0,
     say: Say = print,
-) -> tuple[int, bool]:
+) -> Outcome:
     """Run a job to its end, passing each signal to stop on to it once.
 
     keep_open: see `launch.local.start`. name: what the job is called in messages, and by the other machines.
-    restarts: how often it is started again when a rank died. Returns its exit status (128 + N when signal N
-    killed it) and whether it was told to stop.
+    restarts: how often it is started again when a rank died. Returns how it ended the last time.
     """
     with StopRequests() as requests:
         for number in range(restarts + 1):
@@ -199,7 +201,7 @@ def supervise(
                 break
             say(f"{name}: {died(outcome)}; starting again from the last checkpoint, "
                 f"restart {number + 1} of {restarts}")  # fmt: skip
-        return outcome.status, outcome.stopped or bool(requests.received)
+        return replace(outcome, stopped=outcome.stopped or bool(requests.received))
 
 
 def run_once(
@@ -259,9 +261,10 @@ def died(outcome: Outcome) -> str:
     if outcome.code >= 0:
         return f"{_who(outcome)} failed (exit status {outcome.code})"
     try:
-        return f"{_who(outcome)} died ({signal.Signals(-outcome.code).name})"
+        of = signal.Signals(-outcome.code).name
     except ValueError:
-        return f"{_who(outcome)} died (signal {-outcome.code})"
+        of = f"signal {-outcome.code}"
+    return f"{_who(outcome)} died ({of}{', out of memory' if outcome.oom_killed else ''})"
 
 
 def _who(outcome: Outcome) -> str:

@@ -30,7 +30,6 @@ def preview(config: PipelineConfig) -> int:
             to_read = readable(config, step, wired, trained if trained.exists() else None)
             resolved = state.write_resolved(to_read, Path(folder))
             job = Job(step.stage.module, ("--preview", "--config", str(resolved)))
-            status, _ = supervise(job, ())
-            if status != 0:
+            if (status := supervise(job).status) != 0:
                 return status
     return 0

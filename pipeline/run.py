@@ -30,7 +30,7 @@ from launch.agent import STOPPED
 from launch.follow import follow
 from launch.local import Job, count_gpus, ranks_of
 from launch.nodes import Hello, Machines, gather
-from launch.supervise import leaving_when_told, supervise
+from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.lineage import check_parents, load_sources, record_lineage
@@ -151,8 +151,8 @@ def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Pat
     with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
         resolved = state.write_resolved(config, Path(folder))
         job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
-        status, stopped = supervise(job, ())
-    return STOPPED if stopped else status
+        ended = supervise(job)
+    return STOPPED if ended.stopped else ended.status
 
 
 def make_report(run_dir: Path, say: Say) -> None:
@@ -227,7 +227,7 @@ def run_step(
     state.write_state(folder, current)
     if machines is not None:
         machines.expect(run_dir, [resolved])
-    status, stopped = supervise(
+    outcome = supervise(
         jobs_of([wired], run_dir, ranks)[name],
         (lock,),
         name=name,
@@ -236,9 +236,10 @@ def run_step(
         say=say,
     )
     try:
-        ended = conclude(run_dir, wired, current, status, stopped, say)
+        ended = conclude(run_dir, wired, current, outcome, say)
         if ended in OF_MEMORY:
-            show_ways_out(config, wired.stage.name, total, ranks, is_certain=ended == OUT_OF_MEMORY)
+            is_certain = ended == OUT_OF_MEMORY or outcome.oom_killed
+            show_ways_out(config, wired.stage.name, total, ranks, is_certain=is_certain)
         return ended
     finally:
         make_report(run_dir, say)
@@ -265,11 +266,9 @@ def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:
     return lines
 
 
-def conclude(
-    run_dir: Path, wired: Wired, current: Mapping[str, Any], status: int, stopped: bool, say: Say
-) -> int:
+def conclude(run_dir: Path, wired: Wired, current: Mapping[str, Any], outcome: Outcome, say: Say) -> int:
     """Record how a step ended, and tell the user what there is now. Returns the exit status to pass on."""
-    name = wired.stage.name.value
+    name, status = wired.stage.name.value, outcome.status
     folder = run_dir / name
     if not folder.exists():  # and is not made again
         if status != UserError.EXIT_CODE:
@@ -286,7 +285,7 @@ def conclude(
         say(f"  artifact  {folder / EXPORT} ({sha256[:12]})")
         if (folder / state.SAMPLES).exists():
             say(f"  samples   {folder / state.SAMPLES}")
-        return STOPPED if stopped else 0
+        return STOPPED if outcome.stopped else 0
     state.write_state(folder, {**ended, "status": "stopped" if status == STOPPED else "failed"})
     if status == STOPPED:
         say(f"{name}: stopped; the same command goes on from here")
@@ -295,9 +294,9 @@ def conclude(
         logs = f"; its logs are in {folder / 'logs'}" if (folder / "logs").is_dir() else ""
         print(f"{name} failed ({died}){logs}", file=sys.stderr)
         if status - 128 == signal.SIGKILL:
-            print(
-                "  perhaps it ran out of memory; the same command goes on from its last save", file=sys.stderr
-            )
+            why = "the machine was out of memory: its kernel killed a process meanwhile"
+            perhaps = why if outcome.oom_killed else "perhaps it ran out of memory"
+            print(f"  {perhaps}; the same command goes on from its last save", file=sys.stderr)
     return status
 
 

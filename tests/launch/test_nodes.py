@@ -265,10 +265,10 @@ def test_ranks_are_numbered_by_machine_and_all_are_started_again_when_one_died(
     with follower(launch, folder, ranks=1) as process:
         with gather(launch, own(2), folder, print) as machines:
             job = Job("some_module", (str(folder),), 2)
-            status = supervise(job, name="sft", others=machines, restarts=1, say=lines.append)
+            outcome = supervise(job, name="sft", others=machines, restarts=1, say=lines.append)
             machines.leave_with(0)
         assert process.wait(60) == 0
-    assert status == (0, False)
+    assert (outcome.status, outcome.stopped) == (0, False)
     assert lines == [
         "sft: rank 2 on machine 1 (b) died (SIGKILL); starting again from the last checkpoint, restart 1 of 1"
     ]
@@ -296,7 +296,8 @@ def test_a_machine_that_vanishes_takes_its_ranks_along_and_ends_those_of_the_oth
 
         thread = threading.Thread(target=kill, daemon=True)
         thread.start()
-        assert supervise(Job("some_module", (str(folder),), 1), name="sft", others=machines) == (1, False)
+        outcome = supervise(Job("some_module", (str(folder),), 1), name="sft", others=machines)
+        assert (outcome.status, outcome.stopped) == (1, False)
         thread.join()
     assert "machine 1 (b) is gone: its connection was closed" in capfd.readouterr().err
     end = time.monotonic() + 30

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launch.local import Job
+from launch.local import PROJECT, Job
 from launch.supervise import Outcome, died, supervise
 
 PROGRAM = """
@@ -34,9 +39,9 @@ def go(end: str, times: int, restarts: int, ranks: int = 1) -> tuple[int, int, l
     """Exit status, how often the last rank was started, and what was said."""
     lines: list[str] = []
     job = Job("some_module", (".", end, str(times)), ranks)
-    status, stopped = supervise(job, name="sft", restarts=restarts, say=lines.append)
-    assert not stopped
-    return status, len(Path(f"starts_{ranks - 1}").read_text()), lines
+    outcome = supervise(job, name="sft", restarts=restarts, say=lines.append)
+    assert not outcome.stopped
+    return outcome.status, len(Path(f"starts_{ranks - 1}").read_text()), lines
 
 
 def test_a_rank_that_was_killed_is_started_again_and_each_restart_is_said() -> None:
@@ -52,6 +57,63 @@ def test_all_ranks_are_started_again_when_one_of_several_was_killed() -> None:
     status, starts, lines = go("killed", 1, restarts=1, ranks=2)
     assert (status, starts, len(Path("starts_0").read_text())) == (0, 2, 2)
     assert lines == ["sft: rank 1 died (SIGKILL); starting again from the last checkpoint, restart 1 of 1"]
+
+
+@pytest.mark.parametrize(
+    ("end", "before", "after", "oom_killed"),
+    [("killed", 3, 4, True), ("killed", 3, 3, False), ("1", 3, 4, False)],
+)
+def test_a_rank_that_dies_while_the_kernel_kills_for_want_of_memory_was_out_of_it(
+    end: str, before: int, after: int, oom_killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([before, after])
+    monkeypatch.setattr("launch.supervise.oom_kills", lambda: next(counts))
+    assert supervise(Job("some_module", (".", end, "1"))).oom_killed is oom_killed
+
+
+LIMITED = """
+import os, signal, sys
+from pathlib import Path
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+from launch.local import Job
+from launch.supervise import died, supervise
+print(died(supervise(Job("hungry_module", ()))))
+"""
+
+
+@pytest.fixture
+def limited() -> Iterator[Path]:
+    """A control group whose processes may have 256 MB; removed at the end."""
+    own = Path("/proc/self/cgroup").read_text()
+    old = re.search(r":memory:(.*)$", own, re.MULTILINE)
+    root = Path("/sys/fs/cgroup", *(["memory", old[1].lstrip("/")] if old is not None else []))
+    group = root / f"rlhf_test_{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group can be made here")
+    try:
+        limit = group / ("memory.max" if old is None else "memory.limit_in_bytes")
+        if not limit.exists():
+            pytest.skip("control groups do not limit memory here")
+        limit.write_text(str(256 * 2**20))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_from_one_that_somebody_killed(
+    limited: Path,
+) -> None:
+    Path("hungry_module.py").write_text("held = b'x' * 2**30\n")
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limited)],
+        env={**os.environ, "PYTHONPATH": f"{PROJECT}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == "rank 0 died (SIGKILL, out of memory)\n"
 
 
 def test_after_the_last_restart_the_status_is_that_of_the_failure() -> None:
@@ -80,5 +142,7 @@ def test_of_several_machines_the_one_whose_rank_was_killed_explains_the_others()
     hanging = Outcome(75, (0, 75))  # its message names the rank, which the agent has killed meanwhile
     assert min([killed, hanging], key=lambda outcome: outcome.gravity) is hanging
     assert died(hanging) == "a rank hangs" and hanging.is_restartable
+    starved = Outcome(137, (1, -9), oom_killed=True)
+    assert died(starved) == "rank 1 died (SIGKILL, out of memory)"
     agent = Outcome(137, where="machine 1 (b)")
     assert died(agent) == "torchrun's agent on machine 1 (b) died (SIGKILL)"

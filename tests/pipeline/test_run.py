@@ -18,6 +18,7 @@ import yaml
 from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Stage, Step
+from launch.supervise import Outcome
 from pipeline import plan, preview, run, state
 from pipeline.config import PROJECT, PipelineConfig
 from pipeline.verify import verify_path
@@ -197,9 +198,9 @@ def test_a_failure_after_a_signal_is_not_called_stopped() -> None:
     wired = plan.wire([Step.sft])[0]
     Path("runs/a/sft").mkdir(parents=True)
     current = {"step": "sft", "config": {}, "config_hash": "", "inputs": {}, "started": "", "launched": ""}
-    assert run.conclude(Path("runs/a"), wired, current, 2, True, print) == 2
+    assert run.conclude(Path("runs/a"), wired, current, Outcome(2, stopped=True), print) == 2
     assert status()["status"] == "failed"
-    assert run.conclude(Path("runs/a"), wired, current, 143, True, print) == 143
+    assert run.conclude(Path("runs/a"), wired, current, Outcome(143, stopped=True), print) == 143
     assert status()["status"] == "stopped"
 
 
@@ -213,6 +214,27 @@ def test_a_folder_that_was_removed_while_its_step_ran_is_said_and_not_made_again
     assert capsys.readouterr().err == ("" if ended == 2 else said)  # else the rank said so
     MAKE_REPORT(Path("runs/a"), pytest.fail)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("oom_killed", "said"),
+    [
+        (True, "the machine was out of memory: its kernel killed a process meanwhile"),
+        (False, "perhaps it ran out of memory"),
+    ],
+)
+def test_a_rank_that_was_killed_is_said_to_have_been_out_of_memory_where_the_kernel_counted_it(
+    oom_killed: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(run, "supervise", lambda *job, **how: Outcome(137, (1, -9), oom_killed=oom_killed))
+    monkeypatch.setattr(run, "show_ways_out", lambda *run, is_certain: asked.append(is_certain))
+    assert go()[0] == 137
+    assert asked == [oom_killed]
+    assert capsys.readouterr().err.splitlines() == [
+        "sft failed (killed by signal 9)",
+        f"  {said}; the same command goes on from its last save",
+    ]
 
 
 @pytest.mark.parametrize(
