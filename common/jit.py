@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -77,7 +78,7 @@ def look_at(path: Path) -> Lock | None:
     """What is known of a lock; None when there is none (any more)."""
     holder = holder_of(path)  # before looking whether it is there: it may be released between the two
     try:
-        now, made = time.time(), path.stat().st_mtime
+        now, made = _clock_of(path.parent.parent), path.stat().st_mtime
         written = [made]
         for entry in os.scandir(path.parent):
             with suppress(OSError):
@@ -86,6 +87,13 @@ def look_at(path: Path) -> Lock | None:
         return None
     is_shared = file_system_of(path).startswith(SHARED)
     return Lock(path, max(0.0, now - made), max(0.0, now - max(written)), holder, is_shared)
+
+
+def _clock_of(folder: Path) -> float:
+    """What its file system takes for now: this machine's clock may differ from a server's, or be set."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+    return time.time()  # noqa: TID251
 
 
 def holder_of(path: Path) -> int | None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -41,6 +41,7 @@ class Outcome:
     where: str | None = None  # which machine, where it is not this one
     lost: str | None = None  # what happened to the machine itself, which no restart brings back
     oom_killed: bool = False  # a rank was killed while the kernel there killed for want of memory
+    seconds: float = field(default=0.0, compare=False)  # that the job took, with its restarts
 
     @property
     def gravity(self) -> int:
@@ -193,6 +194,7 @@ def supervise(
     keep_open: see `launch.local.start`. name: what the job is called in messages, and by the other machines.
     restarts: how often it is started again when a rank died. Returns how it ended the last time.
     """
+    began = time.monotonic()
     with StopRequests() as requests:
         for number in range(restarts + 1):
             outcome = run_once(job, keep_open, requests, name, others)
@@ -201,7 +203,8 @@ def supervise(
                 break
             say(f"{name}: {died(outcome)}; starting again from the last checkpoint, "
                 f"restart {number + 1} of {restarts}")  # fmt: skip
-        return replace(outcome, stopped=outcome.stopped or bool(requests.received))
+        stopped = outcome.stopped or bool(requests.received)
+        return replace(outcome, stopped=stopped, seconds=time.monotonic() - began)
 
 
 def run_once(

@@ -223,6 +223,7 @@ def run_step(
         "inputs": inputs,
         "started": before["started"] if before is not None else launched,
         "launched": launched,
+        "launch": state.next_launch(run_dir),
     }
     state.write_state(folder, current)
     if machines is not None:
@@ -274,7 +275,7 @@ def conclude(run_dir: Path, wired: Wired, current: Mapping[str, Any], outcome: O
         if status != UserError.EXIT_CODE:
             print(f"{name} failed: {folder} was removed while it was running", file=sys.stderr)
         return status or UserError.EXIT_CODE
-    ended = {**current, "exit_status": status, "ended": state.now()}
+    ended = {**current, "exit_status": status, "ended": state.now(), "seconds": round(outcome.seconds)}
     if status == 0:
         try:
             sha256 = finish(run_dir, wired, ended)

@@ -7,6 +7,7 @@ records the configuration and inputs it was started with and how it ended. Decid
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -237,8 +238,25 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def now() -> str:
-    """The time, in UTC, to the microsecond: it tells which of two steps was launched last."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    """The time, in UTC, for people: clocks are set, so that it orders and measures nothing."""
+    return datetime.now(UTC).isoformat(timespec="seconds")  # noqa: TID251
+
+
+def next_launch(run_dir: Path) -> int:
+    """A number that is larger than that of every launch of a step of this run before."""
+    return 1 + max(_launch_in(run_dir / step.value) for step in Step)
+
+
+def launch_of(state: Mapping[str, Any]) -> int:
+    """Its number among the launches of the run; 0 where none is recorded."""
+    number = state.get("launch")
+    return number if isinstance(number, int) else 0
+
+
+def _launch_in(folder: Path) -> int:
+    with contextlib.suppress(UserError):  # a damaged one is said where its step is run
+        return launch_of(read_state(folder) or {})
+    return 0
 
 
 def inputs_of(

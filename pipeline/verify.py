@@ -38,6 +38,7 @@ from pipeline.state import (
     STATE,
     is_abandoned,
     is_run,
+    launch_of,
     read_resolved,
     read_state,
 )
@@ -242,7 +243,7 @@ def verify_resolved(run_dir: Path) -> str:
     states = {run_dir / name: state for name in STEPS if (state := read_state(run_dir / name)) is not None}
     if not states:
         return "readable; no step has begun"
-    folder, last = max(states.items(), key=lambda found: str(found[1].get("launched", "")))
+    folder, last = max(states.items(), key=lambda found: launch_of(found[1]))
     if last["status"] == "done":
         made_with = read_manifest(folder / EXPORT).details.get("resolved_config_hash")
         if made_with not in (None, file_sha256(place)):

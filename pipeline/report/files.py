@@ -83,7 +83,9 @@ class StepFiles:
     """What is known of one step."""
 
     name: str
-    state: Mapping[str, str]  # status, started, launched, ended, exit_status; empty when never started
+    state: Mapping[
+        str, str
+    ]  # status, started, launched, ended, seconds, exit_status; empty when never started
     metrics: Mapping[str, Series]
     errors: Mapping[str, Series]  # standard errors of some of them, by the metric's name
     samples: Samples
@@ -143,7 +145,7 @@ def check_is_run(folder: Path) -> None:
 def read_step(reader: Reader, name: str) -> StepFiles:
     """Everything in one step's folder."""
     state = reader.json(f"{name}/{STATE}")
-    keys = ("status", "started", "launched", "ended", "exit_status")
+    keys = ("status", "started", "launched", "ended", "seconds", "exit_status")
     metrics, errors = errors_apart(reader.metrics(f"{name}/{METRICS}"))
     if state.get("status") == "done" and not metrics:
         reader.problems.append((f"{name}/{METRICS}", "holds no numbers, although the step is done"))

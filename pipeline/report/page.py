@@ -132,7 +132,7 @@ def facts_of(run: RunFiles, step: StepFiles) -> list[tuple[str, str]]:
         "started": None if begun is None else shown.moment(begun),
         "ended": None if ended is None else shown.moment(ended),
         "took" if launched == begun else "took since it was resumed": shown.duration(
-            launched or "", ended or ""
+            step.state.get("seconds", "")
         ),
         "progress": progress_of(run, step),
         "parameters": None if parameters is None else f"{parameters:,.0f}",

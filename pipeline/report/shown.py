@@ -107,13 +107,11 @@ def moment(iso: str) -> str:
     return iso if at is None else at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def duration(begin: str, end: str) -> str | None:
-    """1 h 02 min, 3 min 20 s, 42 s; None when one of the times is none."""
-    start, stop = _parsed(begin), _parsed(end)
-    if start is None or stop is None or stop < start:
+def duration(recorded: str) -> str | None:
+    """Seconds as 1 h 02 min, 3 min 20 s, 42 s; None for what is no number of them."""
+    if not recorded.isdecimal() or len(recorded) > 9:
         return None
-    seconds = round((stop - start).total_seconds())
-    minutes, seconds = divmod(seconds, 60)
+    minutes, seconds = divmod(int(recorded), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"

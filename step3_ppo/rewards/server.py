@@ -179,7 +179,7 @@ class RewardServer:
             return
         said = f"{status} {response.reason}: {_excerpt(content)}".rstrip(": ")
         if status == 429 or status >= 500:
-            pause = _retry_after(response.headers.get("Retry-After"))
+            pause = _retry_after(response.headers)
             raise _Passing(f"{said} (to be asked again in {pause:.3g} s)" if pause else said, pause)
         if 300 <= status < 400:
             where = _excerpt((response.headers.get("Location") or "").encode())
@@ -259,15 +259,15 @@ def _target(parts: SplitResult) -> str:
     return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 when there is none."""
-    if value is None:
-        return 0.0
+def _retry_after(headers: http.client.HTTPMessage) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date by the server's clock; 0 without."""
+    value = headers.get("Retry-After", "")
     try:
         if value.strip().isdecimal():
             return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
+        until, now = map(email.utils.parsedate_to_datetime, (value, headers.get("Date", "")))
+        return max(0.0, (until - now).total_seconds())
+    except (ValueError, TypeError, OverflowError):
         return 0.0
 
 

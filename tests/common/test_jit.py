@@ -89,13 +89,27 @@ def test_where_other_machines_build_only_silence_tells() -> None:
 def test_anything_written_beside_a_lock_breaks_its_silence(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     (tmp_path / "op.o").touch()
-    hour_ago = time.time() - 3600
+    hour_ago = (tmp_path / "op.o").stat().st_mtime - 3600
     os.utime(tmp_path / "lock", (hour_ago, hour_ago))
     seen = look_at(tmp_path / "lock")
     assert seen is not None and seen.age > 3000 > 1000 > seen.quiet
     os.utime(tmp_path / "op.o", (hour_ago, hour_ago))
     seen = look_at(tmp_path / "lock")
     assert seen is not None and seen.quiet > 3000
+
+
+def test_a_clock_that_is_set_ahead_makes_no_shared_lock_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "op" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    now = lock.stat().st_mtime
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    monkeypatch.setattr(jit, "file_system_of", lambda path: "nfs4")
+    seen = look_at(lock)
+    assert seen is not None and seen.is_shared and not seen.is_stale
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["lock", "op"]
 
 
 def test_who_waits_for_a_builder_that_lives_goes_on_when_it_is_done(tmp_path: Path) -> None:

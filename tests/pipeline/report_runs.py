@@ -52,7 +52,11 @@ def make_run(
 def write_state(folder: Path, status: str = "done", **more: Any) -> None:
     found = {"step": folder.name, "status": status, "config": {}, "inputs": {}, "config_hash": "c" * 64}
     times = {"started": "2026-11-21T13:18:09+00:00", "launched": "2026-11-21T13:18:09+00:00"}
-    ended = {} if status == "running" else {"ended": "2026-11-21T13:19:51+00:00", "exit_status": 0}
+    ended = (
+        {}
+        if status == "running"
+        else {"ended": "2026-11-21T13:19:51+00:00", "seconds": 102, "exit_status": 0}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     state.write_state(folder, {**found, **times, **ended, **more})
 

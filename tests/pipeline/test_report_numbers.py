@@ -118,8 +118,10 @@ def test_numbers_of_one_measure_have_the_same_decimals() -> None:
 
 def test_times_are_said_in_words() -> None:
     begin = "2026-11-21T13:18:09+00:00"
-    assert shown.duration(begin, "2026-11-21T13:18:51+00:00") == "42 s"
-    assert shown.duration(begin, "2026-11-21T14:20:09+01:00") == "2 min 00 s"
-    assert shown.duration(begin, "2026-11-21T14:20:09+00:00") == "1 h 02 min"
-    assert shown.duration(begin, "yesterday") is None
+    assert [shown.duration(text) for text in ("42", "120", "3720", "", "-3", "1.5", "9" * 5000)] == [
+        "42 s",
+        "2 min 00 s",
+        "1 h 02 min",
+        *4 * [None],
+    ]
     assert shown.moment(begin) == "2026-11-21 13:18:09 UTC"

@@ -170,6 +170,21 @@ def test_a_step_that_crashed_goes_on_with_the_same_command(
     assert "going on" in lines[0]
 
 
+def test_launches_are_in_order_and_a_step_has_its_length_whatever_the_clock_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter(f"2026-01-01T{hour:02d}:00:00+00:00" for hour in range(23, 0, -1))
+    monkeypatch.setattr(state, "now", lambda: next(times))  # set back an hour whenever it is looked at
+    monkeypatch.setenv("FAKE_STEP", "crash")
+    assert go()[0] == 1 and status()["launch"] == 1
+    monkeypatch.setenv("FAKE_STEP", "done")
+    assert go()[0] == 0 and status()["launch"] == 2
+    assert status()["launched"] > status()["ended"]  # type: ignore[operator]
+    seconds = status()["seconds"]
+    assert isinstance(seconds, int) and 0 <= seconds < PATIENCE_SECONDS
+    assert state.next_launch(Path("runs/a")) == 3
+
+
 def test_a_step_that_fails_is_started_again_as_often_as_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -71,7 +71,8 @@ def make_step(runs: Path, name: str, begun: int) -> None:
         inputs["reward.policy"] = {"path": "sft/export", "sha256": parents[0]["manifest_sha256"]}  # type: ignore[dict-item]
     ended = {
         "step": name, "status": "running", "config": part, "config_hash": content_sha256(part),
-        "inputs": inputs, "started": "2026-01-01", "launched": f"2026-01-0{begun}", "exit_status": 0,
+        "inputs": inputs, "started": "2026-01-01", "launched": "2026-01-01", "launch": begun,
+        "exit_status": 0,
     }  # fmt: skip
     run.finish(run_dir, wired, ended)
 

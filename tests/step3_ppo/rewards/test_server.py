@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -180,9 +181,17 @@ def test_an_answer_that_comes_byte_by_byte_must_be_whole_in_time() -> None:
         ask(served.url, timeout=0.2, retries=0)
 
 
+def test_when_to_ask_again_is_read_from_the_servers_own_clock() -> None:
+    headers = HTTPMessage()
+    headers["Date"], headers["Retry-After"] = formatdate(10_000, usegmt=True), formatdate(10_007, usegmt=True)
+    assert module._retry_after(headers) == 7.0
+    del headers["Date"]
+    assert module._retry_after(headers) == 0.0
+
+
 def test_a_server_that_asks_to_be_left_alone_is_left_alone_within_the_time_there_is() -> None:
     pauses: list[float] = []
-    in_7_seconds = formatdate(time.time() + 7.9, usegmt=True)
+    in_7_seconds = formatdate(time.time() + 7, usegmt=True)  # noqa: TID251
     with serving(answer("", 429, Retry_After="5"), answer("", 503, Retry_After=in_7_seconds), OK) as served:
         ask(served.url, pauses)
     assert pauses[0] == 5.0 and 4.0 < pauses[1] < 8.0
