@@ -1,25 +1,30 @@
 """What a cluster does to a run, many times over: nothing that was committed may be lost, no bit may differ.
 
-    python -m benchmarks.fault_matrix --trials 100
-    python -m benchmarks.fault_matrix --trials 4 --steps sft --stages 3        (a look whether it works)
+    python -m benchmarks.fault_matrix --trials 200
+    python -m benchmarks.fault_matrix --trials 2 --steps sft --stages 3 --length 16  (a look whether it works)
 
-For SFT and PPO on two ranks, ZeRO 2 and 3, three kinds of trials, each against a run that nobody touched:
+For every step on two ranks under torchrun's agent, ZeRO 2 and 3, three kinds of trials, each against a run
+that nobody touched:
 
 * kill: SIGKILL to one rank, drawn anew each time, at a moment drawn anew (start-up, in a step, in each phase
-  of PPO's iterations, while a checkpoint is written); the other has to end by itself within SECONDS, but for
-  start-up, where the agent, which is not here, would end it.
+  of PPO's iterations, while a checkpoint is written).
 * commit: SIGKILL to each rank at every boundary of a commit (the points `commit.*` of RLHF_FAULT).
-* term: SIGTERM to one rank, or to both, once or twice in a row, at moments drawn likewise; all ranks have to
-  save and end with 143.
+* term: SIGTERM to one rank, or to both, once or twice in a row, at moments drawn likewise; at start-up
+  before a rank can hear it.
 
+Within SECONDS all ranks have to be gone, with the status that says why: 137 after a kill, 143 after SIGTERM.
 After every trial each checkpoint that has a name must verify, and the newest must not be older than before.
 At the end of a run its weights, optimizers' states, counters, artifact, metrics and samples are compared bit
-by bit. Exit status 1 when anything differs, was lost, or was waited for in vain.
+by bit. Exit status 1 when anything differs, was lost, ended otherwise or was waited for in vain.
+
+The same command goes on where it was interrupted, after the last kind of trials that it finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import random
@@ -31,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,7 @@ from benchmarks.kill_resume import (
     Point,
     Windows,
     await_moment,
+    is_alive,
     last_checkpoint,
     last_step,
     make_policy,
@@ -52,12 +58,15 @@ from benchmarks.kill_resume import (
     write_config,
     write_rows,
 )
-from benchmarks.measure import write_results
+from benchmarks.measure import machine, write_results
+from common.artifacts import MANIFEST
+from launch.agent import STOPPED
 
 SECONDS = 60.0
-"""How long a rank may go on after another one was killed."""
+"""How long a rank may go on after another one was killed, or told to stop."""
+KILLED = 128 + signal.SIGKILL
 KINDS = ("kill", "commit", "term")
-STEPS = {"sft": 160, "ppo": 60}
+STEPS = {"sft": 160, "reward": 160, "dpo": 160, "ppo": 60}
 BOUNDARIES = [
     (point, rank)
     for point, ranks in {
@@ -76,7 +85,7 @@ class Seen:
     hits: Counter[str] = field(default_factory=Counter)
     missed: int = 0  # attempts that ended before their moment came
     faults: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # from a rank's death to the other's end
+    seconds: list[float] = field(default_factory=list)  # from the signal to the end of all
 
     def as_json(self) -> dict[str, Any]:
         """Counts; seconds as median and most."""
@@ -85,7 +94,7 @@ class Seen:
         )
         return {
             "trials": self.hits.total(), "hits": dict(self.hits), "missed": self.missed,
-            "seconds_until_the_other_ended": {name: round(value, 2) for name, value in waited.items()},
+            "seconds_until_all_had_ended": {name: round(value, 2) for name, value in waited.items()},
             "faults": self.faults,
         }  # fmt: skip
 
@@ -104,79 +113,58 @@ class Run:
 
     def kill_one(self) -> None:
         """SIGKILL to a rank at a random moment."""
-        attempt = Attempt(self.config, self.point)
-        kind = await_moment(attempt, self.folder, self.generator, self.windows)
+        attempt, ranks = self._start()
+        moment = await_moment(attempt, self.folder, self.generator, self.windows)
         victim = self.generator.randrange(self.point.ranks)
-        if attempt.is_running():
-            os.kill(attempt.processes[victim].pid, signal.SIGKILL)
-            self.seen.hits[f"{kind}, rank {victim}"] += 1
-            if kind == "startup":  # the ranks may not have met: in a run the agent ends the other
-                attempt.kill()
-            else:
-                self._await_end(attempt, f"{kind}, rank {victim} killed")
-        else:
-            self._missed(attempt)
-        self._look(kind)
+        signal_to(ranks[victim], signal.SIGKILL)
+        self._judge(attempt, f"{moment}, rank {victim}", KILLED)
 
     def kill_at(self, point: str, rank: int) -> None:
         """SIGKILL to a rank at a boundary of its second commit."""
-        fault = {"RLHF_FAULT": f"point={point},rank={rank},nth=2,do=kill"}
-        attempt = Attempt(self.config, self.point, fault)
-        end = time.monotonic() + 600
-        while attempt.processes[rank].poll() is None and time.monotonic() < end:
+        attempt, ranks = self._start({"RLHF_FAULT": f"point={point},rank={rank},nth=2,do=kill"})
+        while attempt.is_running() and is_alive(ranks[rank]):
             time.sleep(0.01)
-        if attempt.processes[rank].poll() != -signal.SIGKILL:
-            self._missed(attempt)
-        else:
-            self.seen.hits[f"{point}, rank {rank}"] += 1
-            self._await_end(attempt, f"{point}, rank {rank} killed")
-        self._look(point)
+        self._judge(attempt, f"{point}, rank {rank}", KILLED)
 
     def tell(self) -> None:
-        """SIGTERM to one rank or to all, once or twice, at a random moment after the start."""
-        from common.runtime.distributed import STOPPED_EXIT_CODE
-
-        attempt = Attempt(self.config, self.point)
-        before = last_step(self.folder)
-        while attempt.is_running() and last_step(self.folder) <= before:
-            time.sleep(0.005)  # what is told to stop while it starts has nothing to save
-        kind = await_moment(attempt, self.folder, self.generator, self.windows)
+        """SIGTERM to one rank or to all, once or twice, at a random moment."""
+        attempt, ranks = self._start()
+        moment = await_moment(attempt, self.folder, self.generator, self.windows)
         told = self.generator.choice([[0], [1], [0, 1]])
         times = self.generator.choice([1, 2])
-        if not attempt.is_running():
-            return self._missed(attempt)
         for _ in range(times):
             for rank in told:
-                attempt.processes[rank].send_signal(signal.SIGTERM)
+                signal_to(ranks[rank], signal.SIGTERM)
             time.sleep(self.generator.choice([0.0, 0.02]))
-        codes = wait(attempt, SECONDS)
-        what = f"rank {' and '.join(map(str, told))} told {times} times"
-        if codes == [0] * self.point.ranks:
-            self.seen.missed += 1  # it was in its last step
+        what = f"{moment}, rank {' and '.join(map(str, told))} told {times} times"
+        self._judge(attempt, what, STOPPED)
+
+    def _start(self, environment: Mapping[str, str] | None = None) -> tuple[Attempt, Mapping[int, int]]:
+        """An attempt and the processes of its ranks, as soon as they are there."""
+        attempt = Attempt(self.config, self.point, environment)
+        while len(ranks := attempt.ranks()) < self.point.ranks:
+            if not attempt.is_running():
+                raise RuntimeError((self.config.parent / "output.log").read_text()[-3000:])
+            time.sleep(0.01)
+        return attempt, ranks
+
+    def _judge(self, attempt: Attempt, what: str, wanted: int) -> None:
+        """Wait for the end after a signal, and note how it came about."""
+        began = time.monotonic()
+        try:
+            status = attempt.finish(SECONDS)
+        except subprocess.TimeoutExpired:
+            self.seen.faults.append(f"{what}: a rank was there after {SECONDS:.0f} s")
         else:
-            self.seen.hits[f"{kind}, {what}"] += 1
-            if codes != [STOPPED_EXIT_CODE] * self.point.ranks:
-                self.seen.faults.append(f"{kind}, {what}: ended with {codes}")
+            if status == 0 and self.is_done:  # it was over before
+                self.seen.missed += 1
+            else:
+                self.seen.hits[what] += 1
+                self.seen.seconds.append(time.monotonic() - began)
+                if status != wanted:
+                    self.seen.faults.append(f"{what}: ended with {status}")
         attempt.kill()
         self._look(what)
-
-    def _missed(self, attempt: Attempt) -> None:
-        self.seen.missed += 1
-        codes = wait(attempt, SECONDS)
-        if codes != [0] * self.point.ranks:
-            self.seen.faults.append(f"ended by itself with {codes}")
-        attempt.kill()
-
-    def _await_end(self, attempt: Attempt, what: str) -> None:
-        began = time.monotonic()
-        codes = wait(attempt, SECONDS)
-        if None in codes:
-            self.seen.faults.append(f"{what}: another rank was there after {SECONDS:.0f} s")
-        elif any(code in (0, 2) for code in codes if code != -signal.SIGKILL) and not self.is_done:
-            self.seen.faults.append(f"{what}: ended with {codes}")
-        else:
-            self.seen.seconds.append(time.monotonic() - began)
-        attempt.kill()
 
     def _look(self, what: str) -> None:
         """Whatever has a checkpoint's name must verify, and no newer one may have gone."""
@@ -194,15 +182,10 @@ class Run:
         self._newest = newest
 
 
-def wait(attempt: Attempt, seconds: float) -> list[int | None]:
-    """Exit statuses; None for a rank that is still there after so many seconds."""
-    end = time.monotonic() + seconds
-    for process in attempt.processes:
-        try:
-            process.wait(max(0.01, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            continue
-    return [process.poll() for process in attempt.processes]
+def signal_to(process: int, number: int) -> None:
+    """Send it, unless the process has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
 
 
 def trials(run: Run, kind: str, count: int) -> None:
@@ -216,50 +199,71 @@ def trials(run: Run, kind: str, count: int) -> None:
         act()
 
 
-def measured(folder: Path, point: Point, counts: dict[str, int], seed: int) -> Iterator[dict[str, Any]]:
-    """Every kind of trial for one combination, against the same undisturbed run."""
+def measured(folder: Path, point: Point, counts: Mapping[str, int], seed: int) -> Iterator[dict[str, Any]]:
+    """These kinds of trials for one combination, against the same undisturbed run."""
     rows, policy = folder / "rows.jsonl", folder / "policy"
-    if not rows.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "reward_model" / MANIFEST).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         write_rows(rows, point.step_name)
         make_policy(policy, rows)
         make_reward_model(folder / "reward_model", policy)
-    whole = write_config(folder / f"zero{point.stage}-whole", point, rows, policy)
-    run_to_the_end(whole, point)
-    windows = phase_windows(whole.parent / point.step_name)
-    last = last_checkpoint(whole.parent / point.step_name)
+    whole = folder / f"zero{point.stage}-whole"
+    if not (whole / point.step_name / "export" / MANIFEST).exists():
+        shutil.rmtree(whole, ignore_errors=True)
+        run_to_the_end(write_config(whole, point, rows, policy), point)
+    windows = phase_windows(whole / point.step_name)
+    last = last_checkpoint(whole / point.step_name)
     for kind, count in counts.items():
-        config = write_config(folder / f"zero{point.stage}-{kind}", point, rows, policy)
+        disturbed = folder / f"zero{point.stage}-{kind}"
+        shutil.rmtree(disturbed, ignore_errors=True)
+        config = write_config(disturbed, point, rows, policy)
         run = Run(config, point, windows, seed)
         trials(run, kind, count)
         run_to_the_end(config, point)
-        differences = state_differences(whole.parent, config.parent, last, point.step_name)
-        differences += metric_differences(whole.parent, config.parent, point.step_name)
+        differences = state_differences(whole, disturbed, last, point.step_name)
+        differences += metric_differences(whole, disturbed, point.step_name)
         yield {"kind": kind, **vars(point), **run.seen.as_json(), "differences": differences}
-        shutil.rmtree(config.parent)
+        shutil.rmtree(disturbed)
+
+
+def folder_of(arguments: Sequence[str]) -> Path:
+    """Where the same command of the same commit keeps what it has done."""
+    key = hashlib.sha256(json.dumps([machine()["commit"], *arguments]).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"fault_matrix_{key}"
 
 
 def main() -> int:
     """Run the matrix; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=100, help="kills at random moments, in all")
+    parser.add_argument("--trials", type=int, default=200, help="kills at random moments, in all")
     parser.add_argument("--told", type=int, help="SIGTERM in all; by default a fifth as many")
     parser.add_argument("--steps", choices=tuple(STEPS), nargs="+", default=list(STEPS))
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="of ZeRO")
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--length", type=int, help="steps of each run; by default 160, of PPO 60")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     combinations = [(step, stage) for step in arguments.steps for stage in arguments.stages]
     told = max(1, arguments.trials // 5) if arguments.told is None else arguments.told
     shares = {"kill": -(-arguments.trials // len(combinations)), "term": -(-told // len(combinations))}
-    counts = {kind: shares.get(kind, 0) for kind in arguments.kinds}
-    folder = Path(tempfile.mkdtemp(prefix="fault_matrix_"))
-    results = []
+    folder = folder_of(sys.argv[1:])
+    folder.mkdir(exist_ok=True)
+    done = folder / "done.jsonl"
+    results = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    for result in results:
+        print(json.dumps(result), flush=True)
+    known = {(result["step_name"], result["stage"], result["kind"]) for result in results}
     for number, (step, stage) in enumerate(combinations):
-        point = Point(2, stage, STEPS[step], step)
+        counts = {kind: shares.get(kind, 0) for kind in arguments.kinds if (step, stage, kind) not in known}
+        if not counts:
+            continue
+        point = Point(2, stage, arguments.length or STEPS[step], step)
         for result in measured(folder / step, point, counts, arguments.seed + number):
             results.append(result)
             print(json.dumps(result), flush=True)
+            with done.open("a") as file:
+                file.write(json.dumps(result) + "\n")
     write_results("fault_matrix", {"results": results})
     shutil.rmtree(folder)
     return int(any(result["differences"] or result["faults"] for result in results))

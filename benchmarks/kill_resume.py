@@ -15,12 +15,11 @@ times) must be the same bits. Exit status 1 when any differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import write_results
+from launch import local
+from launch.agent import children, exit_status
+from launch.local import Job
 
-ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 2
 
 
@@ -179,49 +180,54 @@ def new_job(step_name: str, **identity: Any) -> Any:
 
 
 class Attempt:
-    """All ranks of one start of the run, in a process group of their own."""
+    """One start of the run, as the controller starts it: several ranks under torchrun's agent."""
 
     def __init__(self, config: Path, point: Point, environment: Mapping[str, str] | None = None) -> None:
         """environment: what the ranks have beside this process's."""
-        ranks = point.ranks
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        shared = {
-            **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {}),
-        }  # fmt: skip
+        logs = config.parent / point.step_name / "logs"
+        job = Job(MODULES[point.step_name], ("--config", str(config)), point.ranks, logs)
+        own = {**local.environment(job), "OMP_NUM_THREADS": "1", **(environment or {})}
         with (config.parent / "output.log").open("a") as output:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, "-m", MODULES[point.step_name], "--config", str(config)],
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )  # fmt: skip
-                for rank in range(ranks)
-            ]
+            self._process = subprocess.Popen(
+                local.command(job), env={**os.environ, **own}, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True,
+            )  # fmt: skip
 
     def is_running(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
+        return self._process.poll() is None
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank that is alive, where they are several."""
+        found = {}
+        for process in children(self._process.pid):
+            with contextlib.suppress(OSError):
+                values = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+                found.update({int(value[5:]): process for value in values if value.startswith(b"RANK=")})
+        return found
 
     def kill(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+        """SIGKILL to what watches the ranks: they die with it."""
+        left = set(self.ranks().values())
+        self._process.kill()
+        self._process.wait()
+        while any(is_alive(process) for process in left):
+            time.sleep(0.01)
 
-    def stop(self) -> list[int]:
-        """Tell all ranks to save their state and leave; returns their exit statuses."""
-        for process in self.processes:
-            process.terminate()
+    def stop(self) -> int:
+        """Tell all ranks to save their state and leave; returns the exit status."""
+        self._process.terminate()
         return self.finish()
 
-    def finish(self) -> list[int]:
-        return [process.wait(timeout=600) for process in self.processes]
+    def finish(self, seconds: float = 600.0) -> int:
+        """The exit status: 128 + N where signal N killed a rank. subprocess.TimeoutExpired."""
+        return exit_status(self._process.wait(seconds))
+
+
+def is_alive(process: int) -> bool:
+    """Whether the process is there and has not ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def last_step(folder: Path) -> int:
@@ -280,16 +286,15 @@ def strike(attempt: Attempt, folder: Path, generator: random.Random, kills: Kill
     if not attempt.is_running():
         kills.missed += 1
     elif kind == "stop":
-        kills.stopped += set(attempt.stop()) == {STOPPED_EXIT_CODE}
+        kills.stopped += attempt.stop() == STOPPED_EXIT_CODE
     else:
         kills.hits[kind] += 1
     attempt.kill()
 
 
 def run_to_the_end(config: Path, point: Point) -> None:
-    codes = Attempt(config, point).finish()
-    if any(codes):
-        raise RuntimeError(f"exit status {codes}:\n" + (config.parent / "output.log").read_text()[-3000:])
+    if (status := Attempt(config, point).finish()) != 0:
+        raise RuntimeError(f"exit status {status}:\n" + (config.parent / "output.log").read_text()[-3000:])
 
 
 def run_and_kill(config: Path, point: Point, count: int, seed: int, windows: Windows) -> Kills:

@@ -34,6 +34,8 @@ VARIABLE = "RLHF_FAULT"
 
 PHASES = {
     "start": "starting",
+    "data": "preparing its data",
+    "model": "loading its model",
     "load": "loading a checkpoint",
     "step": "training",
     "backward": "the backward pass",

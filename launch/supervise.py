@@ -123,12 +123,12 @@ class StopRequests(contextlib.ExitStack):
 
 @contextlib.contextmanager
 def leaving_when_told() -> Iterator[None]:
-    """While no job runs, SIGTERM and SIGUSR1 end this process with 143: nothing is lost between two jobs."""
+    """While no job runs, what asks to stop ends this process with 143: nothing is lost between two jobs."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(STOPPED)
 
-    with handling((signal.SIGTERM, signal.SIGUSR1), leave):
+    with handling(StopRequests.NUMBERS, leave):
         yield
 
 

@@ -66,6 +66,7 @@ def main() -> None:
         print(f"error: {shown(error)}", file=sys.stderr)
         status = UserError.EXIT_CODE
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         status = INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,8 +49,14 @@ Say = Callable[[str], None]
 
 def run(config: PipelineConfig, *, say: Say = print) -> int:
     """Run every step of `config`. Returns 0 when all are done, else the status of the one that was not."""
-    with leaving_when_told():
-        return run_as_machine(config, say)
+    try:
+        with leaving_when_told():
+            return run_as_machine(config, say)
+    except SystemExit as left:
+        if left.code != STOPPED:
+            raise
+        say("stopped while no step was running; the same command goes on from here")
+        return STOPPED
 
 
 def run_as_machine(config: PipelineConfig, say: Say) -> int:

@@ -170,7 +170,8 @@ class Session:
         return network
 
     def rehearse_export(self, model: ModelConfig, head: HeadSpec) -> None:
-        """UserError when a trained model could not be exported; see `rehearsal`."""
+        """UserError when a trained model could not be exported; see `rehearsal`. Loading it begins here."""
+        enter("model")
         broadcast_from_rank0(self.world, lambda: rehearse_export(model, head, self.say))
 
     def say_adapted_layers(self, network: PreTrainedModel) -> None:

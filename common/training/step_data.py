@@ -19,6 +19,7 @@ from common.data.kinds import Kind
 from common.data.ledger import Ledger
 from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 from common.errors import with_step
+from common.phases import enter
 from common.runtime.distributed import World
 from common.stage import Step
 
@@ -92,6 +93,7 @@ def load_data(
     policy: what the step starts from; a line says so when that shared out its rows in another way, or gave
     its chat template other variables.
     """
+    enter("data")
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
     if world.is_rank0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def unarmed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("point=saving,do=kill", r"there is no point 'saving'; known: start, load, .*commit\.rename"),
+        ("point=saving,do=kill", r"there is no point 'saving'; known: start, data, .*commit\.rename"),
         ("do=kill", "it names no point; known: start"),
         ("point=save", "it names no do; known: kill, term, stop"),
         ("point=save,do=explode", "there is no do 'explode'; known: kill"),
