@@ -138,6 +138,9 @@ _DISK_REASONS = {
     errno.EEXIST: ("it is there already", "remove it, or "),
     errno.ENOTEMPTY: ("it is there already", "remove it, or "),
     errno.ENOTDIR: ("a file is in the way of a folder", ""),
+    # what is renamed has a file system of its own: a mount, or a layer of a container's image
+    errno.EXDEV: ("it is on another file system", "move it by hand, or "),
+    errno.EBUSY: ("it is a mount", "move it by hand, or "),
 }
 _OF_A_NAMED_FILE = {errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 """Errors of the disk only where they name a file."""

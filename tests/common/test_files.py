@@ -62,6 +62,26 @@ def test_a_full_disk_during_commit_leaves_neither_half(
     assert not tmp.exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EXDEV, "it is on another file system"), (errno.EBUSY, "it is a mount")]
+)
+def test_what_cannot_be_renamed_because_it_is_mounted_is_named_and_left_as_it_was(
+    number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp, run = filled(tmp_path / "export.tmp"), filled(tmp_path / "sft")
+    before = hash_files(tmp), hash_files(run)
+
+    def refuse(source: object, target: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match=f"cannot write .*export: {said}"):
+        commit_folder(tmp, tmp_path / "export")
+    with pytest.raises(UserError, match=f"cannot write .*sft.old-1: {said}"):
+        set_aside(run)
+    assert (hash_files(tmp), hash_files(run)) == before
+
+
 def test_a_read_only_disk_is_named_and_the_old_file_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,11 +49,9 @@ def test_ctrl_c_while_the_configuration_is_composed_ends_with_a_word_and_leaves_
 
 PHASES = {
     "imports": None,
-    "start": None,
     "data": None,
     "model": None,
-    "step": 1,
-    "backward": 2,
+    "backward": 1,
     "evaluate": 4,
     "commit.write": 6,
     "export": 8,
@@ -62,12 +60,11 @@ PHASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_interrupted_in_every_phase_ends_each_time_as_stopped_and_goes_on(
-    ranks: int, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     settings = [
-        "steps=[sft]", "run_name=a", f"output_dir={tmp_path}", f"launch.nproc_per_node={ranks}",
+        "steps=[sft]", "run_name=a", f"output_dir={tmp_path}", "launch.nproc_per_node=2",
         "tracking.wandb=off", "model.dtype=fp32", "sft.train.max_steps=8", "sft.train.eval_every=4",
         "sft.train.save_every=6", "sft.train.global_batch_size=4", "sft.train.micro_batch_size=2",
         "sft.sampling.num_prompts=0",
@@ -92,7 +89,7 @@ def test_a_run_that_is_interrupted_in_every_phase_ends_each_time_as_stopped_and_
         assert "sft: stopped; the same command goes on from here" in said and "Traceback" not in said, phase
         saved = sorted(path.name for path in checkpoints.glob("step_*"))
         assert (saved[-1] if saved else None) == (None if newest is None else f"step_{newest:08d}"), phase
-        assert (f"told to stop: saved at step {newest}" in said) == (newest in (1, 2, 4, 6)), (phase, said)
+        assert (f"told to stop: saved at step {newest}" in said) == (newest in (1, 4, 6)), (phase, said)
         assert state.read_state(tmp_path / "a" / "sft")["status"] == "stopped"  # type: ignore[index]
     ended = start("")
     assert ended.returncode == 0, ended.stderr
