@@ -235,8 +235,8 @@ class Session:
 
     def begin_export(self) -> None:
         """Training is over and saved: a stop ends the process at once from here on."""
-        enter("export")
         self.stop.deferred = False
+        enter("export")
 
     def export(
         self,
