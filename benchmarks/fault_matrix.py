@@ -154,6 +154,7 @@ class Run:
         try:
             status = attempt.finish(SECONDS)
         except subprocess.TimeoutExpired:
+            self.seen.hits[what] += 1
             self.seen.faults.append(f"{what}: a rank was there after {SECONDS:.0f} s")
         else:
             if status == 0 and self.is_done:  # it was over before
