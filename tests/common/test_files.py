@@ -19,6 +19,7 @@ from common.files import (
     set_aside,
     write_atomically,
 )
+from tests import mounts
 
 
 def filled(folder: Path) -> Path:
@@ -80,6 +81,14 @@ def test_what_cannot_be_renamed_because_it_is_mounted_is_named_and_left_as_it_wa
     with pytest.raises(UserError, match=f"cannot write .*sft.old-1: {said}"):
         set_aside(run)
     assert (hash_files(tmp), hash_files(run)) == before
+
+
+def test_a_folder_that_is_a_mount_is_not_set_aside(tmp_path: Path) -> None:
+    with mounts.small_disk(tmp_path / "sft", 2**20) as run:
+        (run / "state.json").write_text("{}")
+        with pytest.raises(UserError, match="cannot write .*sft.old-1: it is a mount"):
+            set_aside(run)
+        assert (run / "state.json").read_text() == "{}"
 
 
 def test_a_read_only_disk_is_named_and_the_old_file_survives(
