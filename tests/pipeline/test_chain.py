@@ -509,7 +509,7 @@ def test_functions_are_looked_at_when_there_are_some(
     monkeypatch.setitem(plan.STAGES, PPO, dataclasses.replace(plan.STAGES[PPO], module="step3_ppo"))  # type: ignore[arg-type]
     supervise = run.supervise
     monkeypatch.setattr(
-        run, "supervise", lambda job, held, **more: jobs.append(job) or supervise(job, held, **more)
+        run, "supervise", lambda job, *held, **more: jobs.append(job) or supervise(job, *held, **more)
     )
     made = config(SFT, REWARD, PPO)
     made.ppo.evaluation.functions = references
