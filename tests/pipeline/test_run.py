@@ -170,21 +170,6 @@ def test_a_step_that_crashed_goes_on_with_the_same_command(
     assert "going on" in lines[0]
 
 
-def test_launches_are_in_order_and_a_step_has_its_length_whatever_the_clock_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    times = iter(f"2026-01-01T{hour:02d}:00:00+00:00" for hour in range(23, 0, -1))
-    monkeypatch.setattr(state, "now", lambda: next(times))  # set back an hour whenever it is looked at
-    monkeypatch.setenv("FAKE_STEP", "crash")
-    assert go()[0] == 1 and status()["launch"] == 1
-    monkeypatch.setenv("FAKE_STEP", "done")
-    assert go()[0] == 0 and status()["launch"] == 2
-    assert status()["launched"] > status()["ended"]  # type: ignore[operator]
-    seconds = status()["seconds"]
-    assert isinstance(seconds, int) and 0 <= seconds < PATIENCE_SECONDS
-    assert state.next_launch(Path("runs/a")) == 3
-
-
 def test_a_step_that_fails_is_started_again_as_often_as_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -229,27 +214,6 @@ def test_a_folder_that_was_removed_while_its_step_ran_is_said_and_not_made_again
     assert capsys.readouterr().err == ("" if ended == 2 else said)  # else the rank said so
     MAKE_REPORT(Path("runs/a"), pytest.fail)
     assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("oom_killed", "said"),
-    [
-        (True, "the machine was out of memory: its kernel killed a process meanwhile"),
-        (False, "perhaps it ran out of memory"),
-    ],
-)
-def test_a_rank_that_was_killed_is_said_to_have_been_out_of_memory_where_the_kernel_counted_it(
-    oom_killed: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(run, "supervise", lambda *job, **how: Outcome(137, (1, -9), oom_killed=oom_killed))
-    monkeypatch.setattr(run, "show_ways_out", lambda *run, is_certain: asked.append(is_certain))
-    assert go()[0] == 137
-    assert asked == [oom_killed]
-    assert capsys.readouterr().err.splitlines() == [
-        "sft failed (killed by signal 9)",
-        f"  {said}; the same command goes on from its last save",
-    ]
 
 
 @pytest.mark.parametrize(
