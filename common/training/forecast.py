@@ -84,7 +84,7 @@ class Reading:
 
     def weights(self, weights: Mapping[str, float]) -> dict[str, float]:
         """By source: how often a row of the sample is seen, so that times `scale` it stands for all rows."""
-        pairs = zip(weights.items(), self.factors, strict=True)
+        pairs = zip(weights.items(), self.factors, strict=False)  # the last, data.eval_path, has no factor
         return {name: weight * factor / self.scale for (name, weight), factor in pairs}
 
     def total(self, built: StepData[Any], values: np.ndarray | None = None) -> int:

@@ -63,6 +63,14 @@ def test_a_sample_of_sources_of_different_sizes_stands_for_all_their_rows(
     assert some.tokens == pytest.approx(every.tokens, rel=0.02)
 
 
+def test_rows_of_a_file_for_evaluation_are_counted_beside_those_of_the_sources(base: Base) -> None:
+    job = weighted(base, (0.5, 2.0))
+    job.sft.data.eval_path, job.sft.data.eval_fraction = str(base.sources[0]), None
+    job.sft.data.sources, job.sft.data.packing = job.sft.data.sources[1:], False
+    counts = forecast_sft(base.write("eval path", job) / "resolved.yaml")
+    assert (counts.documents, counts.seen, counts.held_out) == (24, 48, 40)
+
+
 def test_weights_that_leave_nothing_of_an_epoch_are_refused(base: Base) -> None:
     job = weighted(base, (0.001, 0.001))
     with pytest.raises(UserError, match="an epoch has none of 51 rows by the weights of their sources"):
