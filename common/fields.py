@@ -82,8 +82,8 @@ def as_schema(schema: type[T], written: Mapping[str, Any], at: str = "") -> T:
     values = {}
     for name, value in written.items():
         if name not in known:
-            hint = did_you_mean(name, known, f"known{' below ' + at[:-1] if at else ''}: {', '.join(known)}")
-            raise UnknownKey(f"{at}{name}", hint)
+            listed = f"known{' below ' + at[:-1] if at else ''}: {', '.join(known)}"
+            raise UnknownKey(f"{at}{name}", did_you_mean(str(name), known, listed))
         values[name] = _value(f"{at}{name}", types[name], value, known[name].metadata)
     made = schema(**values)
     if hasattr(made, "check"):

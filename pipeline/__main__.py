@@ -6,6 +6,7 @@ status 2 and no traceback. Hydra's own flags (-m, --cfg, --help, --info, ...) ar
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {shown(error.filename)}: no file can have so long a name", file=sys.stderr)
+        status = UserError.EXIT_CODE
     sys.exit(status)
 
 

@@ -34,6 +34,9 @@ SHARED_GROUPS = {DataConfig: "data", OptimConfig: "optim"}  # mounted once per s
 DEFAULT_STEPS = ("sft",)
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
+MAX_DEPTH = 20
+"""Of lists and mappings inside each other in an override; Hydra descends as deep, several frames for each."""
+TOO_DEEP = f"lists or mappings nested deeper than {MAX_DEPTH}"
 NAME_OF_A_SECRET = "launch.k8s.secret"  # noqa: S105 - a key
 """A key whose value only names where credentials are."""
 
@@ -76,7 +79,7 @@ def compose(overrides: Sequence[str]) -> PipelineConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             node = hydra_compose("config", overrides=list(overrides))
         return to_config(node, overrides)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise explain(error) from error
 
 
@@ -155,6 +158,8 @@ def explain(error: BaseException) -> UserError:
         return _unknown_option(error)
     below = error.__cause__ or error.__context__  # Hydra chains an error of a file's content implicitly
     cause = below if isinstance(below, OmegaConfBaseException) else error
+    if isinstance(cause, RecursionError):
+        return UserError(f"a file that was named holds {TOO_DEEP}")
     first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         key = str(cause.full_key or cause.key)
@@ -180,11 +185,18 @@ def parse(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    key, equals, value = text.partition("=")
     try:
-        return OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(text)
+        if _is_deeper(override.value(), MAX_DEPTH):
+            raise RecursionError
+        return override
+    except RecursionError:
+        raise UserError(f"{key} cannot be read: {TOO_DEEP}") from None
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{key} cannot be read: {str(error).partition(';')[0]}") from None
     except HydraException as error:
         reason = (str(error).splitlines() or ["not understood"])[0].rpartition("': ")[2]
-        key, equals, value = text.partition("=")
         if not equals:
             names = text.strip("[]").split(",")
             is_steps = all(name.strip() in Step.__members__ for name in names)
@@ -200,6 +212,11 @@ def parse(text: str) -> Override:
         inner = value.replace("\\", "\\\\").replace('"', '\\"')
         quoted = shlex.quote(f'{key}="{inner}"')
         raise UserError(f"{text} cannot be read: {reason}", hint=f"quote the value: {quoted}") from None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deeper(each, levels - 1) for each in inner)
 
 
 def _raise_for_entries(text: str, key: str, value: str, reason: str) -> NoReturn:
@@ -300,15 +317,16 @@ def _check_key(override: Override) -> None:
 def _rewritten(override: Override) -> str:
     """The override as Hydra should see it: text stays text, free-form keys may be new."""
     text, key = override.input_line or "", override.key_or_group
+    as_text = isinstance(override.value(), bool | int | float) and (schema.is_text(key) or key in _groups())
+    if as_text:  # run_name=12e45678 is a name, not infinity
+        name, _, value = text.lstrip("+").partition("=")
+        return f'{name}="{value}"'
     if override.package is not None or key.startswith("hydra") or override.is_delete():
         return text
     if schema.is_free_form(key) or (isinstance(override.value(), dict) and schema.is_free_form(f"{key}.any")):
         return "++" + text.lstrip("+")
     if override.is_add():
         return text.lstrip("+")  # every key of the schema is there already
-    if schema.is_text(key) and isinstance(override.value(), bool | int | float):
-        name, _, value = text.partition("=")
-        return f'{name}="{value}"'  # run_name=12e45678 is a name, not infinity
     return text
 
 

@@ -14,6 +14,9 @@ from typing import Any
 from common.fields import types_of, without_none
 from pipeline.config import PipelineConfig
 
+LONGEST_KEY = 200
+"""Characters up to which a key is compared with known ones: likeness takes the square of their number."""
+
 
 def known_keys() -> list[str]:
     """Every dotted key of the schema that can be set, groups included, in the schema's order."""
@@ -86,6 +89,8 @@ def nearest(key: str, candidates: list[str] | None = None) -> str | None:
     The last part counts most: whoever writes sft.lr means sft.optim.lr.
     """
     known = known_keys() if candidates is None else candidates
+    if len(key) > LONGEST_KEY:
+        return None
     parent = key.rpartition(".")[0]
     best: tuple[float, str] | None = None
     for other in known:

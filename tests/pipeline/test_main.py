@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.artifacts import Manifest, write_manifest
 from pipeline.config import PROJECT
 from tests.conftest import Command
 
@@ -66,6 +67,13 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         (("chat",), "the following arguments are required: PATH"),
         (("chat", "nowhere"), "PATH=nowhere: no such folder"),
         (("cat", "nowhere"), "did you mean chat?"),
+        (("verify", "a" * 300), "aaa: no file can have so long a name"),
+        (("run", "model=llama_4m", f"sft.data.path={'a' * 300}"), "aaa: no file can have so long a name"),
+        (("run", f"seed={'9' * 5_000}"), "seed cannot be read: Exceeds the limit (4300 digits)"),
+        (("run", f"seed={'[' * 30}{']' * 30}"), "seed cannot be read: lists or mappings nested deeper"),
+        (("run", f"seed={'[' * 900}{']' * 900}"), "seed cannot be read: lists or mappings nested deeper"),
+        (("run", "deepspeed=2"), "deepspeed=2 is unknown"),
+        (("run", f"{'x' * 300}.lr=1"), "known keys: steps, run_name"),
         (("run", "steps=[sft]", "ppo.reward_model=R"), "ppo.reward_model=R has no effect: ppo is not among"),
         (
             ("run", "steps=[sft,ppo]", "ppo.reward_model=R", "ppo.rewards=[{url: 'https://h'}]"),
@@ -104,6 +112,13 @@ def test_what_an_error_quotes_cannot_steer_the_terminal(
     done = command(*arguments, folder=tmp_path)
     assert done.returncode == 2 and "error: " in done.stderr
     assert not set(done.stderr + done.stdout) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_what_verify_finds_cannot_steer_the_terminal(tmp_path: Path, command: Command) -> None:
+    write_manifest(tmp_path, Manifest("checkpoint", None, {}))
+    (tmp_path / "no\x1b[2Jwhere.json").touch()
+    done = command("verify", str(tmp_path), folder=tmp_path)
+    assert done.returncode == 2 and "no\u241b[2Jwhere.json: not recorded" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import yaml
 
 from common.config import load_resolved, to_plain
 from common.errors import UserError
-from common.fields import fields_of, types_of, without_none
+from common.fields import as_schema, fields_of, types_of, without_none
 from pipeline import schema
 from pipeline.compose import compose, prepare
+from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOJob
 
 JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
@@ -131,6 +132,11 @@ def test_a_value_of_another_type_is_told_what_the_key_takes(
     error = refused(override)
     assert error.message == message
     assert expected in (error.hint or "")
+
+
+def test_a_key_that_is_a_number_is_unknown_as_any_other() -> None:
+    with pytest.raises(UserError, match=r"unknown key optim\.1"):
+        as_schema(SFTConfig, {"optim": {1: 2}})
 
 
 @pytest.mark.parametrize(("field", "allowed"), SIZES)
