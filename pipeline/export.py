@@ -61,7 +61,7 @@ def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
         run = Path(beside) / found.run.name
         lay_out(found, run)
         job = Job(STAGES[found.step].module, ("--config", str(run / RESOLVED), "--run-dir", str(run)))
-        status, _ = supervise(job)
+        status = supervise(job).status
         made = run / found.step.value / EXPORT
         for folder, target in ((made, out), (made.with_name(f"{EXPORT}.{UNVERIFIED}"), out)):
             if folder.exists():

@@ -15,6 +15,7 @@ from common.data.kinds import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
 from common.decoding.foresight import foresee
 from common.model.architecture import CAUSAL_LM
+from common.runtime import progress
 from common.stage import Step
 from common.training.forecast import of_documents, to_read
 from common.training.preview import a_few, document_runs, show_preview
@@ -38,8 +39,8 @@ def forecast(resolved: Path) -> DataCounts:
 
 def preview(job: SFTJob, folder: Path) -> None:
     """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model."""
-    tokenizer = load_sft_tokenizer(job, folder, local_rank=0, say=print)
-    data = build_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, print)
+    tokenizer = load_sft_tokenizer(job, folder, local_rank=0, say=progress.say)
+    data = build_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, progress.say)
     train = data.train
     show_preview(
         a_few(

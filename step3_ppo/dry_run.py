@@ -19,6 +19,7 @@ from common.handoff import model_of, model_to_preview
 from common.model.architecture import CAUSAL_LM
 from common.model.scalar_head import NEW_REWARD_MODEL
 from common.model.tokenizer import load_tokenizer
+from common.runtime import progress
 from common.stage import Role, Step
 from common.training.forecast import of_prompts, to_read
 from common.training.preview import a_few, show_preview
@@ -56,7 +57,7 @@ def preview(job: PPOJob, folder: Path) -> None:
     Before an earlier step of the run has made the policy, the base model's tokenizer counts.
     """
     tokenizer = load_tokenizer(model_to_preview(job.model, job.ppo.policy, "ppo.policy"))
-    built = build_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, print)
+    built = build_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, progress.say)
     prompts = built.train
     show_preview(
         a_few(prompts, job.seed, lambda index, marked: prompt_runs(prompts[index], tokenizer, marked=marked)),

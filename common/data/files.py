@@ -11,6 +11,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib

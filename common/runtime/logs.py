@@ -100,8 +100,8 @@ def run_and_report(work: Callable[[], int], folder: Path) -> int:
 
 
 def _refused(folder: Path, error: Exception) -> int:
-    if _is_first(folder, str(error)):
-        print(f"error: {shown(error)}", file=sys.stderr, flush=True)
+    if _is_first(folder, said := shown(error)):
+        print(f"error: {said}", file=sys.stderr, flush=True)
     return UserError.EXIT_CODE
 
 

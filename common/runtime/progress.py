@@ -30,6 +30,11 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """Print a line, without credentials and control codes."""
+    console().print(shown(line), markup=False)
+
+
 class Progress:
     """How far a long piece of work has come, with loss, speed and the time left.
 

@@ -56,7 +56,7 @@ def show_preview(
         out.print(progress.styled(_marked(runs, brackets)))
     share = [] if trained_share is None else [f"trained share: {trained_share:.1%} of the tokens"]
     for line in ["", *histogram_lines(lengths, max_length), *share, *ledger_lines]:
-        out.print(line, markup=False)
+        progress.say(line)
 
 
 def a_few(
@@ -98,7 +98,7 @@ def preview_pairs(job: JobConfig, step: Step, data: DataConfig, policy: str | No
     policy: the artifact whose tokenizer counts; None before an earlier step of the run has made it.
     """
     tokenizer = load_tokenizer(model_to_preview(job.model, policy, f"{step.value}.policy"))
-    built = build_data(job, step, data, PREFERENCES, tokenizer, print)
+    built = build_data(job, step, data, PREFERENCES, tokenizer, progress.say)
     pairs = built.train
     lengths = np.concatenate([pairs.chosen_lengths, pairs.lengths - pairs.chosen_lengths])
     show_preview(
@@ -128,10 +128,9 @@ def pair_runs(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast, *, marked
 
 
 def _marked(runs: Sequence[Run], brackets: tuple[str, str]) -> list[tuple[str, str]]:
+    begin, end = brackets
     return [
-        (f"{brackets[0]}{printable(text)}{brackets[1]}", "bold green")
-        if is_trained
-        else (printable(text), "dim")
+        (f"{begin}{printable(text)}{end}", "bold green") if is_trained else (printable(text), "dim")
         for text, is_trained in runs
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,34 @@ def test_pictures_and_sound_are_read_as_stored_without_the_libraries_that_decode
     (saved.to_parquet if form == "parquet" else saved.save_to_disk)(str(path))
     (row,) = read_source(SourceConfig(path=str(path)))
     assert row.columns == {"prompt": "q", "seen": PICTURE, "more": [{"x": PICTURE}]} and row.columnar
+
+
+LENGTHS = struct.pack("<3i", 0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "written", "damaged"),
+    [
+        (".arrow", b"ab", b"a\xff"),
+        (".arrow", LENGTHS, LENGTHS[:4] + b"\0\0\0\x40" + LENGTHS[8:]),
+        (".parquet", b"\1\0\0\0a\1\0\0\0b", b"\1\0\0\0a\1\0\0\0\xff"),
+    ],
+)
+def test_columns_that_hold_no_text_or_point_outside_of_their_memory_are_refused(
+    tmp_path: Path, suffix: str, written: bytes, damaged: bytes
+) -> None:
+    """Read as they are they end in a traceback, or end the process."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path, table = tmp_path / f"rows{suffix}", pyarrow.table({"text": ["a", "b"]})
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="none")
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as out:
+            out.write_table(table)
+    content = path.read_bytes()
+    assert written in content
+    path.write_bytes(content.replace(written, damaged))
+    with pytest.raises(UserError, match="not a readable (Arrow|Parquet) file"):
+        read(path)

@@ -58,6 +58,17 @@ def test_a_user_error_of_several_ranks_is_printed_once_with_its_way_out(
     assert "key=1 is not allowed" in (tmp_path / "rank_1.log").read_text()
 
 
+def test_an_error_that_quotes_half_a_character_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> int:
+        raise UserError("no column \ud800")
+
+    open_rank_log(tmp_path, 0)
+    assert run_and_report(refuse, tmp_path) == 2
+    assert capfd.readouterr().err == "error: no column \\ud800\n"
+
+
 def test_the_next_start_prints_its_error_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         open_rank_log(tmp_path, 0)

@@ -175,8 +175,12 @@ def test_an_output_without_those_brackets_gets_plain_ones() -> None:
 
 
 def test_data_cannot_steer_the_terminal(pipe: io.StringIO) -> None:
-    show_preview([[("a\x1b[31mb\r\u202ec\né漢\u3000👩\u200d🔬\ud83d", False)]], [3], [], None, 8)
-    assert "a␛[31mb␍\\u202ec\né漢\u3000👩\u200d🔬\\ud83d" in pipe.getvalue()
+    show_preview(
+        [[("a\x1b[31mb\r\u202ec\n\té漢👩\u200d🔬\ud83d", True)]], [1], ["column \x1b]0;owned\x07"], 1, 8
+    )
+    assert "⟦a␛[31mb␍\\u202ec\n        é漢👩\u200d🔬\\ud83d⟧" in pipe.getvalue()
+    progress.say("skipped rows\x9b2J.jsonl:1")
+    assert pipe.getvalue().endswith("column ␛]0;owned␇\nskipped rows\\x9b2J.jsonl:1\n")
 
 
 def test_long_rows_are_not_folded_in_a_pipe(pipe: io.StringIO) -> None:
