@@ -5,6 +5,7 @@
 # make audit  known vulnerabilities of the pinned versions; says so when it cannot look them up
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
+# make fuzz   50,000 odd settings, rows, artifacts, checkpoints and runs, recorded (a quarter of an hour)
 # make docs   the pages of docs/ as a site, in site/
 # make bench  the CPU benchmarks (long)
 
@@ -13,7 +14,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser pretrained real check style audit faults docs bench clean
+.PHONY: demo test slow browser pretrained real check style audit faults fuzz docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -68,6 +69,10 @@ faults: $(VENV)/.dev
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CLUSTER); } } >/dev/null 2>&1; } || \
 	echo 'not all is here: install $(CLUSTER)'
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -m cluster -rs
+
+# What is found is named by its number: .venv/bin/python -m tests.fuzz --case NUMBER
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --cases 50000
 
 docs: $(VENV)/.dev
 	$(PIP) --editable '.[docs]'

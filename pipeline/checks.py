@@ -8,13 +8,13 @@ could be a hub name passes.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import read_json
 from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
 from common.errors import UserError
 from common.handoff import model_of, similar
@@ -219,7 +219,7 @@ def context_length(model: ModelConfig) -> int | None:
     config: Any = model.config
     if model.path is not None:
         try:
-            config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+            config = read_json(Path(model.path) / "config.json")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:

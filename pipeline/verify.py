@@ -343,7 +343,7 @@ def _json_lines(path: Path, *, is_done: bool) -> Iterator[tuple[int, dict[str, A
             is_torn = not line.endswith(b"\n")
             try:
                 record = json.loads(line, parse_constant=_not_strict)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if is_torn and not is_done:
                     return
                 raise UserError(f"{path}:{number} is no JSON: {error}") from None

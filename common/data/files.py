@@ -11,7 +11,6 @@ import csv
 import functools
 import gzip
 import io
-import itertools
 import json
 import sys
 import zlib

@@ -7,7 +7,6 @@ UserErrors that name the key. Loads nothing itself.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import urllib.parse
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import read_json
 from common.deadline import within
 from common.errors import UserError
 from common.text import one_line, told
@@ -90,8 +90,8 @@ def check_folder(folder: Path) -> None:
     if not config.is_file():
         raise UserError(f"model.path={folder} has no config.json", hint="name the folder of a saved model")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        read_json(config)
+    except ValueError as error:
         raise UserError(f"{config} is not JSON: {error}", hint="get the model again") from error
     if any(folder.glob("*.safetensors")):
         return

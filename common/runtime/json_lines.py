@@ -68,7 +68,7 @@ def records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield line, record

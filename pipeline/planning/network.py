@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import read_json
 from common.config import LoraConfig, ModelConfig
 from common.tokenizer_files import check_tokenizer_files
 
@@ -74,10 +75,13 @@ def network_of(model: ModelConfig, vocabulary: int | None = None) -> Network | N
     fields: Any = model.config
     if folder is not None:
         try:
-            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            fields = read_json(folder / "config.json")
+        except (OSError, ValueError):
             return None
-    found = from_fields(fields, vocabulary or _vocabulary_of(model))
+    try:
+        found = from_fields(fields, vocabulary or _vocabulary_of(model))
+    except (AttributeError, TypeError, ValueError, OverflowError):  # no fields of a config
+        return None
     if found is None or folder is None:
         return found
     counted = parameters_in(folder)
@@ -117,9 +121,9 @@ def _numbers_in(file: Path) -> int:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(min(length, LONGEST_HEADER)))
-    except (OSError, ValueError, RecursionError):
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 0
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def _vocabulary_of(model: ModelConfig) -> int | None:
@@ -130,8 +134,8 @@ def _vocabulary_of(model: ModelConfig) -> int | None:
         return None
     check_tokenizer_files(Path(model.tokenizer.path), "model.tokenizer.path")
     try:
-        content = json.loads((Path(model.tokenizer.path) / "tokenizer.json").read_text(encoding="utf-8"))
+        content = read_json(Path(model.tokenizer.path) / "tokenizer.json")
         added = {entry["content"] for entry in content.get("added_tokens", [])}
         return len(added | set(content["model"]["vocab"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -207,6 +207,12 @@ def rewrite(folder: Path, **changes: object) -> None:
     state.write_state(folder, {**known, **changes})
 
 
+@pytest.mark.parametrize("name", ["sft/state.json", "lineage.json"])
+def test_a_file_of_endless_brackets_is_found(runs: Path, name: str) -> None:
+    (runs / "a" / name).write_text("[" * 100_000)
+    assert f"{name} is damaged" in differing(runs / "a")
+
+
 def test_an_artifact_that_nobody_recorded_yet_is_no_fault(runs: Path) -> None:
     body = json.loads((runs / "a/lineage.json").read_text())
     del body["artifacts"]["reward"]
@@ -247,6 +253,7 @@ def test_a_configuration_that_is_not_the_recorded_one_is_found_also_before_an_ex
         ('{"step": 1, "loss": "1.0"}\n', "metrics.jsonl:1: loss is no number"),
         ('{"step": 1}\n{"st\n{"step": 2}\n', "metrics.jsonl:2 is no JSON"),
         ("[1]\n", "metrics.jsonl:1 is no JSON object"),
+        ("[" * 100_000 + "\n", "metrics.jsonl:1 is no JSON"),
     ],
 )
 def test_metrics_that_cannot_be_read_or_go_back_are_found_while_a_step_is_not_done(
