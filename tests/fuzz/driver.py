@@ -150,7 +150,7 @@ def _tried(target: Target, case: Any, number: int) -> tuple[str, Finding | None]
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `Hang` in what takes longer: of processor time, or six times as long where the machine is busy."""
+    """Raise `Hang` in what takes more processor time, or six times as long on a busy machine."""
 
     def end(*_: Any) -> None:
         raise Hang
