@@ -109,8 +109,12 @@ def _value(key: str, declared: Any, value: Any, about: Mapping[str, Any]) -> Any
         way_out = about.get("way_out", "").format(at=key.rpartition(".")[0] + ".")
         shown = "null" if value is None else repr(value)
         raise UserError(f"{key}: invalid value {shown}", hint=way_out or expected(key, declared, allowed))
-    if isinstance(found, str) and not about.get("empty_too"):
-        require(bool(found.strip()), key, repr(found), "a text that is not empty")
+    if isinstance(found, str):
+        require(
+            bool(found.strip()) or bool(about.get("empty_too")), key, repr(found), "a text that is not empty"
+        )
+        # bytes of a command line that are no UTF-8 come as halves of characters, which no file can hold
+        require(not any("\ud800" <= sign <= "\udfff" for sign in found), key, ascii(found), "text in UTF-8")
     if allowed is not None:
         require(allowed.holds(found), key, found, str(allowed))
     return found

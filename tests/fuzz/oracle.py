@@ -77,7 +77,7 @@ def _leaf(declared: Any, value: Any, key: str, about: Mapping[str, Any]) -> Any:
                 return value
         elif declared is str:
             if isinstance(value, str | int | float) and (str(value).strip() or about.get("empty_too")):
-                return str(value)
+                return str(value).encode().decode()
         elif declared is bool:
             if isinstance(value, str | int) and str(value).lower() in SWITCHES:
                 return SWITCHES[str(value).lower()]
@@ -85,7 +85,7 @@ def _leaf(declared: Any, value: Any, key: str, about: Mapping[str, Any]) -> Any:
             number = declared(value)
             if within(about["range"], number):
                 return number
-    except (ValueError, OverflowError):  # no number, or one of too many digits
+    except (ValueError, OverflowError):  # no number, one of too many digits, half a character
         pass
     raise No(key)
 

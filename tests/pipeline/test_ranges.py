@@ -74,6 +74,8 @@ REFUSED = [  # what is written, the key and value that are named, and what is al
     ("launch.slurm.gpus_per_node=-1", "launch.slurm.gpus_per_node=-1", "allowed: 0 to 1,024"),
     ("launch.k8s.gpus_per_node=-1", "launch.k8s.gpus_per_node=-1", "allowed: 0 to 1,024"),
     ("launch.node_rank=1", "launch.node_rank=1", "allowed: 0 to 0"),
+    ("run_name='\udcff'", "run_name='\\udcff'", "allowed: text in UTF-8"),
+    ("output_dir='a\udcff'", "output_dir='a\\udcff'", "allowed: text in UTF-8"),
     *(
         (f"{key}=''", f"{key}=''", "allowed: a text that is not empty")
         for key in (
