@@ -17,7 +17,7 @@ from tests.runs import Base, finish
 @pytest.fixture
 def elsewhere(base: Base) -> Iterator[Path]:
     """A folder on a file system in memory."""
-    memory = Path("/dev/shm")
+    memory = Path("/dev/shm")  # noqa: S108 - in a folder of its own
     if not memory.is_dir() or memory.stat().st_dev == base.folder.stat().st_dev:
         pytest.skip("no other file system to write to")
     with tempfile.TemporaryDirectory(dir=memory) as folder:
