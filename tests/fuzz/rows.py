@@ -220,15 +220,17 @@ def _csv(rows: Sequence[Any]) -> bytes:
 
 def _columns(rows: Sequence[Any], suffix: str) -> tuple[bytes, bool]:
     try:
-        table, is_exact = pyarrow.Table.from_pylist(list(rows)), True
+        return _table(list(rows), suffix), True
     except (pyarrow.ArrowException, TypeError, AttributeError, ValueError, OverflowError):
-        cells = [{str(name): str(cell) for name, cell in dict(row or {}).items()} for row in rows[:1]]
-        table, is_exact = pyarrow.Table.from_pylist(cells), False
-    out = pyarrow.BufferOutputStream()
+        return _table([{name: str(cell) for name, cell in rows[0].items()}], suffix), False
+
+
+def _table(rows: list[Any], suffix: str) -> bytes:
+    table, out = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
     if suffix == ".parquet":
         pyarrow.parquet.write_table(table, out)
     else:
         new = pyarrow.ipc.new_stream if suffix.startswith(".stream") else pyarrow.ipc.new_file
         with new(out, table.schema) as writer:
             writer.write_table(table)
-    return out.getvalue().to_pybytes(), is_exact
+    return bytes(out.getvalue().to_pybytes())
