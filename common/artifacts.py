@@ -215,6 +215,10 @@ def not_readable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read: {error.strerror}", hint=hint)
 
 
+_CALIBRATION = ("mean", "std", "accuracy", "pairs")
+"""Numbers of a reward model's calibration that are read."""
+
+
 def _manifest(format_version: Any, kind: Any, role: Any, files: Any, details: Any) -> Manifest:
     """The parts of a manifest's content, looked at; ValueError or the like where one is of no use."""
     if type(format_version) is not int or kind not in KINDS:
@@ -222,7 +226,8 @@ def _manifest(format_version: Any, kind: Any, role: Any, files: Any, details: An
     found = {name: _detail(details, name) or shape() for name, shape in _SHAPES.items()}
     if wrong := [name for name, shape in _SHAPES.items() if not isinstance(found[name], shape)]:
         raise ValueError(f"details of another type: {', '.join(wrong)}")
-    measured = [value for value in found["calibration"].values() if value is not None]  # null: was NaN
+    read = [found["calibration"].get(name) for name in _CALIBRATION]
+    measured = [value for value in read if value is not None]  # null: was NaN
     if not all(
         isinstance(value, int | float) for value in [*measured, *found["data.stage_split.shares"].values()]
     ):

@@ -168,9 +168,12 @@ def choose_mode(requested: WandbMode, environ: Mapping[str, str], has_key: bool)
 
 def server_answers(server: str, seconds: float = PROBE_SECONDS) -> bool:
     """Whether anything at all answers there in time, through the proxy that the environment names."""
+
+    def ask() -> None:
+        urllib.request.urlopen(server, timeout=seconds).close()  # noqa: S310 - W&B takes http(s) alone
+
     try:
-        # W&B takes http(s) alone
-        within(seconds, lambda: urllib.request.urlopen(server, timeout=seconds).close())  # noqa: S310
+        within(seconds, ask)
         return True
     except urllib.error.HTTPError:
         return True

@@ -78,14 +78,14 @@ def test_padding_changes_nothing(made: ppo_workload.PPOWorkload) -> None:
         with torch.no_grad():
             logits = actor.logits(document[None])[len(prompt) - 1 : -1]
             prefixes = [document[: len(prompt) + t] for t in range(len(said))]
-            values = (judge.scores(prefixes) - trainer.reward_mean) / trainer.reward_std
+            values = (judge.answers(prefixes) - trainer.reward_mean) / trainer.reward_std
         expected = logits.log_softmax(-1).gather(-1, said[:, None])[:, 0]
         count = len(said)
         torch.testing.assert_close(known.logprobs[row, :count], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(known.values[row, :count], values, atol=1e-4, rtol=0)
         assert not known.logprobs[row, count:].any() and not known.advantages[row, count:].any()
     with torch.no_grad():
-        scores = judge.scores(documents_of(sequences))
+        scores = judge.answers(documents_of(sequences))
     rewards = (scores - trainer.reward_mean) / trainer.reward_std - (~sequences.stopped).float()
     # without KL the returns of the last token are its reward, whatever the values
     last = sequences.response_mask.sum(1) - 1

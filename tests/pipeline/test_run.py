@@ -210,7 +210,7 @@ def test_a_folder_that_was_removed_while_its_step_ran_is_said_and_not_made_again
 ) -> None:
     wired = plan.wire([Step.sft])[0]
     said = "sft failed: runs/a/sft was removed while it was running\n"
-    assert run.conclude(Path("runs/a"), wired, {}, ended, False, print) == (ended or 2)
+    assert run.conclude(Path("runs/a"), wired, {}, Outcome(ended), print) == (ended or 2)
     assert capsys.readouterr().err == ("" if ended == 2 else said)  # else the rank said so
     MAKE_REPORT(Path("runs/a"), pytest.fail)
     assert not Path("runs").exists()

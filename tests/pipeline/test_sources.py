@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,6 +10,7 @@ from common.artifacts import Artifact, Manifest, hash_files, write_manifest
 from common.errors import UserError
 from common.stage import Role, Step
 from launch.local import Job
+from launch.supervise import Outcome
 from pipeline import chat, sources
 from pipeline.__main__ import dispatch
 from pipeline.config import PipelineConfig
@@ -40,11 +40,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     told: list[tuple[str, ...]] = []
 
-    def supervise(job: Job, *_: Any) -> tuple[int, bool]:
+    def supervise(job: Job) -> Outcome:
         assert job.module == import_model.__name__
         told.append(job.arguments)
         monkeypatch.setattr(sys, "argv", ["import", *job.arguments])
-        return import_model.main(), False
+        return Outcome(import_model.main())
 
     monkeypatch.setattr(sources, "supervise", supervise)
     return told
@@ -104,7 +104,7 @@ def test_a_revision_goes_to_the_importer_with_the_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jobs: list[Job] = []
-    monkeypatch.setattr(sources, "supervise", lambda job: jobs.append(job) or (7, False))
+    monkeypatch.setattr(sources, "supervise", lambda job: jobs.append(job) or Outcome(7))
     with pytest.raises(SystemExit) as ended:
         artifact_of("org/name@v1", Role.reward_model, "ppo.reward_model", tmp_path)
     assert ended.value.code == 7
