@@ -152,6 +152,7 @@ def test_what_cannot_be_imported_is_said_with_what_was_typed(
     here: list[tuple[str, ...]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = published(tmp_path / "model", template=None)
+    capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
         artifact_of(str(folder), Role.policy, KEY, tmp_path / "models")
     assert ended.value.code == 2
