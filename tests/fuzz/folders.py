@@ -152,10 +152,10 @@ class Copied:
         copy = Path(shutil.copytree(self.whole, folder / "copy"))
         before = (copy / case.file).read_bytes()
         differs = case.make(copy)
+        is_same = case.act == "damage" and (copy / case.file).read_bytes() == before
         outcome = self.read(case, copy)
         if differs and outcome == "accepted":
             raise Silent(f"a folder that differs from what was written is taken: {_files(copy)}")
-        is_same = case.act == "damage" and (copy / case.file).read_bytes() == before
         if outcome == "refused" and is_same:
             raise Silent("a folder that is as it was written is refused")
         return outcome
