@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from pipeline.state import (
 )
 
 PROVES = "this finds damage, not malice: who can write a file can write its hash (docs/security.md)"
+CHECKPOINTS, COMMITTED = "checkpoints", re.compile(r"step_\d{8}")
 STATUSES = ("running", "stopped", "failed", "done")
 STEPS = tuple(step.value for step in Step)
 SPELLED = ("NaN", "Infinity", "-Infinity")
@@ -84,7 +86,8 @@ def look_for(path: Path) -> tuple[list[Check], list[tuple[Path, str]]]:
 
     for name, below, files in os.walk(path, onerror=refused):
         folder = Path(name)
-        if MANIFEST in files:
+        # a checkpoint is renamed into its place with its manifest: without one, that was lost
+        if MANIFEST in files or (folder.parent.name == CHECKPOINTS and COMMITTED.fullmatch(folder.name)):
             below.clear()
             checks.append((folder, partial(verify_folder, folder)))
             continue

@@ -233,10 +233,7 @@ class Saved(Copied):
         if resumed is None or state.value != resumed.counters["step"] or state.value not in (10.0, 20.0):
             raise Silent(f"resumed with {state.value} from {resumed}")
         is_newest = state.value == 20.0
-        # what is beside the listed files is not loaded; what has no manifest is not finished
-        is_judged = (
-            case.act not in ("add", "linked folder") and (folder / "step_00000020" / MANIFEST).is_file()
-        )
+        is_judged = case.act not in ("add", "linked folder")  # what is beside the listed files is not loaded
         if is_judged and is_newest != (verified == "accepted"):
             raise Silent(f"verify says {verified}, and it is resumed from {resumed.path}")
         return verified

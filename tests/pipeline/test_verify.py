@@ -188,6 +188,12 @@ def test_a_file_that_is_gone_is_missed(runs: Path, name: str) -> None:
     assert path.name in differing(runs)
 
 
+def test_a_checkpoint_whose_manifest_is_gone_is_damage(runs: Path) -> None:
+    checkpoint = runs / "a" / "sft" / "checkpoints" / "step_00000012"
+    (checkpoint / "manifest.json").unlink()
+    assert f"{checkpoint} is not finished: it has no manifest.json" in differing(runs)
+
+
 def test_a_step_that_says_done_without_an_artifact_is_found(runs: Path) -> None:
     (runs / "a/sft/export").rename(runs / "elsewhere")
     said = differing(runs / "a")
