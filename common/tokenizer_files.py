@@ -12,8 +12,10 @@ LARGEST_TOKENIZER = 2**27
 
 
 def check_tokenizer_files(folder: Path, key: str) -> None:
-    """UserError for a tokenizer that would take gigabytes of memory to read."""
+    """UserError for a tokenizer that would take gigabytes of memory to read, or cannot be read."""
     for file in sorted(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
+        if not file.is_file():
+            raise UserError(f"{key}={folder}: {file.name} is no file", hint="get the model again")
         if (size := file.stat().st_size) > LARGEST_TOKENIZER:
             raise UserError(
                 f"{key}={folder}: {file.name} has {size / 2**20:.0f} MiB",

@@ -93,7 +93,10 @@ def check_folder(folder: Path) -> None:
         read_json(config)
     except ValueError as error:
         raise UserError(f"{config} is not JSON: {error}", hint="get the model again") from error
-    if any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if strange := [file.name for file in weights if not file.is_file()]:  # a pipe would be waited for
+        raise UserError(f"model.path={folder}: {strange[0]} is no file", hint="get the model again")
+    if weights:
         return
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:

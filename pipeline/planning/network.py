@@ -112,7 +112,7 @@ def from_fields(fields: Mapping[str, Any], vocabulary: int | None = None) -> Net
 
 def parameters_in(folder: Path) -> int:
     """Numbers in the safetensors files of a folder, by their headers; 0 without such files."""
-    return sum(_numbers_in(file) for file in folder.glob("*.safetensors"))
+    return sum(_numbers_in(file) for file in folder.glob("*.safetensors") if file.is_file())
 
 
 def _numbers_in(file: Path) -> int:

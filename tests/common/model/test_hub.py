@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 from common.config import ModelConfig
 from common.errors import UserError
 from common.model import hub
+from common.model.hub import check_folder
 from common.model.tokenizer import load_tokenizer
+from common.tokenizer_files import check_tokenizer_files
+from pipeline.planning.network import parameters_in
 
 
 def test_a_missing_folder_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
@@ -42,3 +46,14 @@ def test_a_hub_whose_name_cannot_be_looked_up_does_not_answer(monkeypatch: pytes
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_known.wait(10) and [])
     assert not hub.hub_answers(seconds=0.1)
     is_known.set()
+
+
+def test_a_pipe_or_a_link_to_itself_in_a_models_folder_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is no file"):
+        check_folder(tmp_path)
+    assert parameters_in(tmp_path) == 0
+    (tmp_path / "chat_template.jinja").symlink_to("chat_template.jinja")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is no file"):
+        check_tokenizer_files(tmp_path, "model.path")
