@@ -45,7 +45,8 @@ from pipeline.state import (
 )
 
 PROVES = "this finds damage, not malice: who can write a file can write its hash (docs/security.md)"
-CHECKPOINTS, COMMITTED = "checkpoints", re.compile(r"step_\d{8}")
+COMMITTED = re.compile(r"step_\d{8}")
+"""Name of a checkpoint's folder."""
 STATUSES = ("running", "stopped", "failed", "done")
 STEPS = tuple(step.value for step in Step)
 SPELLED = ("NaN", "Infinity", "-Infinity")
@@ -87,7 +88,7 @@ def look_for(path: Path) -> tuple[list[Check], list[tuple[Path, str]]]:
     for name, below, files in os.walk(path, onerror=refused):
         folder = Path(name)
         # a checkpoint is renamed into its place with its manifest: without one, that was lost
-        if MANIFEST in files or (folder.parent.name == CHECKPOINTS and COMMITTED.fullmatch(folder.name)):
+        if MANIFEST in files or COMMITTED.fullmatch(folder.name):
             below.clear()
             checks.append((folder, partial(verify_folder, folder)))
             continue
