@@ -23,7 +23,7 @@ from common.runtime.tracking import read_metrics
 
 STEPS = ("sft", "reward", "ppo")
 FRESH_SEEDS = (30, 31, 32)
-"""No setting of the demo was chosen on these; trials were on 0, 1, 2, 10 to 12, and 20 to 22 recorded before."""
+"""No setting of the demo was chosen on these; trials were on 0, 1, 2, 10 to 12; 20 to 22 are older."""
 SECONDS = 180
 SCORES = ("gold", "correct", "style", "reward", "length", "stop_rate", "kl")
 
