@@ -1,9 +1,9 @@
 """`python -m pipeline chat PATH`: talk to a policy in the terminal.
 
-Takes a policy's artifact (or the folder of a step or a run that holds one) and lines of text; prints the
-answers, as they come, to standard output and everything else to standard error, so that a pipe gets answers
-alone. The model is read by plain transformers, as anybody would, and asked in the words of its own chat
-template. Keeps nothing on disk and trains nothing; torch is imported when there is a model to load.
+Takes a policy's artifact (or a step, a run or a published model, which is imported) and lines of text; prints
+the answers, as they come, to standard output and everything else to standard error, so that a pipe gets
+answers alone. The model is read by plain transformers, as anybody would, and asked in the words of its own
+chat template. Keeps nothing of what is said and trains nothing; torch is imported when there is a model to load.
 """
 
 from __future__ import annotations

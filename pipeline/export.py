@@ -8,7 +8,6 @@ that checkpoint is its last step. It resumes, has nothing left to train, and exp
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, UNVERIFIED, Artifact
+from common.artifacts import MANIFEST, UNVERIFIED, Artifact, read_json
 from common.config import WandbMode
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
@@ -27,7 +26,7 @@ from launch.local import Job
 from launch.supervise import supervise
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES
-from pipeline.state import METRICS, RESOLVED
+from pipeline.state import METRICS, RESOLVED, read_resolved
 
 CHECKPOINTS, COUNTERS = "checkpoints", "counters.json"
 TOKENIZER = "tokenizer"
@@ -50,7 +49,7 @@ def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     """The verb. Returns the exit status: that of the step's process where it could not export."""
     given = export_options(arguments)
     found = checkpoint_of(Path(given.path), given.step)
-    number = int(found.counters["step"])
+    number = found.counters["step"]
     out = given.out or found.run / found.step.value / f"{EXPORT}.step_{number}"
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten", hint="--out NEW_FOLDER, or remove it")
@@ -62,10 +61,9 @@ def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
         lay_out(found, run)
         job = Job(STAGES[found.step].module, ("--config", str(run / RESOLVED), "--run-dir", str(run)))
         status = supervise(job).status
-        made = run / found.step.value / EXPORT
-        for folder, target in ((made, out), (made.with_name(f"{EXPORT}.{UNVERIFIED}"), out)):
-            if folder.exists():
-                commit_folder(folder, target)
+        for made in (EXPORT, f"{EXPORT}.{UNVERIFIED}"):
+            if (run / found.step.value / made).exists():
+                commit_folder(run / found.step.value / made, out)
     if status == 0:
         artifact = Artifact.load(out, STAGES[found.step].produces)
         say(f"  artifact  {out} ({artifact.sha256[:12]})")
@@ -129,9 +127,10 @@ def listed(kept: Iterable[int]) -> str:
 def read(folder: Path) -> dict[str, Any]:
     """Where the step was at a checkpoint. UserError where its files cannot be read."""
     try:
-        return dict(json.loads((folder / COUNTERS).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is damaged: {error}", hint="name another checkpoint") from None
+        counters = read_json(folder / COUNTERS)
+        return {**counters, "step": int(counters["step"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} is damaged: {error!r}", hint="name another checkpoint") from None
 
 
 def lay_out(found: Checkpoint, run: Path) -> None:
@@ -139,7 +138,7 @@ def lay_out(found: Checkpoint, run: Path) -> None:
     from omegaconf import OmegaConf
 
     name, step = found.step.value, run / found.step.value
-    resolved = OmegaConf.load(found.run / RESOLVED)
+    resolved = OmegaConf.create(read_resolved(found.run))
     OmegaConf.update(resolved, f"{name}.train.max_steps", found.counters["step"])
     OmegaConf.update(resolved, "deepspeed.hpz_partition_size", 1)
     OmegaConf.update(resolved, "tracking.wandb", WandbMode.off.value)

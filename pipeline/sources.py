@@ -41,8 +41,9 @@ def settle_sources(
     """
     models = models_below(config.output_dir)
     config = replace(config, run_name=run_name(config))  # of what was typed, on all machines
+    options = ["--trust-remote-code"] if config.model.trust_remote_code else []
     for (step, role), named in named_sources(config).items():
-        path = artifact_of(named, role, f"{step.value}.{role.value}", models, say)
+        path = artifact_of(named, role, f"{step.value}.{role.value}", models, say, options=options)
         settled = replace(getattr(config, step.value), **{role.value: path})
         config = replace(config, **{step.value: settled})
     if config.model.path is not None and (found := artifacts_in(Path(config.model.path), Role.policy)):
@@ -66,14 +67,27 @@ def models_below(output_dir: str) -> Path:
     return Path(output_dir) / ".cache" / "models"
 
 
-def artifact_of(named: str, role: Role, key: str, models: Path, say: Say = print) -> str:
+def artifact_of(
+    named: str, role: Role, key: str, models: Path, say: Say = print, *, options: Sequence[str] = ()
+) -> str:
     """The folder of the artifact that `key=named` means: of a run or step the newest with this role, of a
-    published model what is made of it below `models`. As it was named where it is neither."""
+    published policy what is made of it below `models`. As it was named where it is neither.
+
+    options: of the importer. UserError for a published reward model: PPO needs to know the mean and the
+    standard deviation of its scores.
+    """
     path = Path(named)
     if found := artifacts_in(path, role):
         return str(found[0])
+    if is_published(named) and role is Role.reward_model:
+        raise UserError(
+            f"{key}={named} is not a reward model of this pipeline: the mean and the standard deviation of "
+            "its scores are not known",
+            hint="train one: add reward to steps; or score with this one in a function of your own: "
+            "'ppo.rewards=[{function: package.module:function}]'",
+        )
     if is_published(named):
-        return str(import_model(named, role, f"{key}={named}", models, say))
+        return str(import_model(named, f"{key}={named}", models, say, options))
     is_run = any((path / step.value).is_dir() for step in Step)
     below = sorted(path.iterdir()) if named and path.is_dir() and not is_run else []
     if runs := [folder for folder in below if artifacts_in(folder, role)]:
@@ -101,20 +115,20 @@ def is_published(named: str) -> bool:
     return is_hub_name and not path.parent.exists()
 
 
-def import_model(named: str, role: Role, typed: str, models: Path, say: Say = print) -> Path:
-    """The artifact that is made of a published model, found again by its content (a hub model: its name).
+def import_model(named: str, typed: str, models: Path, say: Say, options: Sequence[str]) -> Path:
+    """The policy that is made of a published model, found again by its content (a hub model: its name).
 
-    typed: what messages call it.
+    typed: what messages call it. options: of the importer.
     """
     path = Path(named).expanduser()
     content = fingerprint(path)["sha256"] if path.exists() else named
-    name = Path(named.partition("@")[0]).name or role.value
-    out = models / f"{name}-{content_sha256([content, role.value])[:12]}"
+    name = Path(named.partition("@")[0]).name or "model"
+    out = models / f"{name}-{content_sha256([content, *options])[:12]}"
     if (out / MANIFEST).exists():
         say(f"{typed} was imported before: {out}")
         return out
     say(f"{typed} is imported as an artifact: {out}")
-    start_import(named, role, typed, out)
+    start_import(named, Role.policy, typed, out, options)
     return out
 
 

@@ -1,7 +1,7 @@
 """`python -m pipeline plan`: all that is known of a run before a device is touched, as plain text.
 
 Takes a finished configuration and the overrides it was made from; prints, and returns the exit status. Starts
-no step and writes nothing but tokenized rows into the cache.
+no step and writes nothing but tokenized rows, and published models that it imports, into the cache.
 """
 
 from __future__ import annotations

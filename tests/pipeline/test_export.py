@@ -53,8 +53,16 @@ def test_what_is_no_checkpoint_is_refused_with_those_that_there_are(tmp_path: Pa
     checkpoint(sft, 2), checkpoint(sft, 4)
     assert refusal(tmp_path, "3").hint == "kept are 2, 4; or best, last"
     assert refusal(tmp_path, "lst").hint == "did you mean --step last?"
-    (sft / "checkpoints" / "step_00000004" / "counters.json").write_text("{")
-    assert "step_00000004 is damaged" in refusal(tmp_path).message
+    for damaged in ("{", "[]", '{"step": null}', "{}"):
+        (sft / "checkpoints" / "step_00000004" / "counters.json").write_text(damaged)
+        assert "step_00000004 is damaged" in refusal(tmp_path).message
+
+
+def test_a_run_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "sft", 2)
+    with pytest.raises(UserError, match=r"resolved\.yaml cannot be read"):
+        dispatch(["export", str(tmp_path)])
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == ["checkpoints"]
 
 
 def test_a_checkpoint_within_an_iteration_is_not_exported(tmp_path: Path) -> None:

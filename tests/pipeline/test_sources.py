@@ -17,7 +17,7 @@ from pipeline.config import PipelineConfig
 from pipeline.sources import artifact_of, artifacts_in, is_published, settle_sources
 from pipeline.state import config_hash
 from step2_dpo.config import DPOConfig
-from tests.common.training.test_import_model import published
+from tests.common.training.exporting import published
 
 KEY = "dpo.policy"
 
@@ -106,11 +106,29 @@ def test_a_revision_goes_to_the_importer_with_the_name(
     jobs: list[Job] = []
     monkeypatch.setattr(sources, "supervise", lambda job: jobs.append(job) or Outcome(7))
     with pytest.raises(SystemExit) as ended:
-        artifact_of("org/name@v1", Role.reward_model, "ppo.reward_model", tmp_path)
+        artifact_of("org/name@v1", Role.policy, KEY, tmp_path, options=["--trust-remote-code"])
     assert ended.value.code == 7
     (job,) = jobs
-    assert job.arguments[0] == "org/name" and job.arguments[-2:] == ("--revision", "v1")
-    assert job.arguments[3:7] == ("--role", "reward_model", "--named", "ppo.reward_model=org/name@v1")
+    arguments = job.arguments
+    assert arguments[0] == "org/name"
+    assert arguments[3:7] == ("--role", "policy", "--named", "dpo.policy=org/name@v1")
+    assert arguments[-3:] == ("--trust-remote-code", "--revision", "v1")
+
+
+def test_a_published_reward_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for named in (str(tmp_path / "model"), "org/name"):
+        with pytest.raises(UserError, match="is not a reward model of this pipeline") as error:
+            artifact_of(named, Role.reward_model, "ppo.reward_model", tmp_path / "models")
+        assert "add reward to steps" in str(error.value.hint)
+
+
+def test_trust_in_remote_code_reaches_the_importer(here: list[tuple[str, ...]], tmp_path: Path) -> None:
+    typed = PipelineConfig([Step.dpo], output_dir=str(tmp_path / "runs"))
+    typed.dpo.policy, typed.model.trust_remote_code = str(published(tmp_path / "model")), True
+    settle_sources(typed)
+    assert "--trust-remote-code" in here[0]
 
 
 def test_a_run_has_the_name_of_what_was_typed(here: list[tuple[str, ...]], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.config import Dtype, LoraConfig, ModelConfig
+from common.model.architecture import build_config
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM
 from common.training.export import ask_live, export_model
@@ -46,6 +47,26 @@ MIXTURES: dict[str, dict[str, Any]] = {
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TIED = {"model_type": "llama", "tie_word_embeddings": True}
 BF16_LORA = {"dtype": Dtype.bf16, "lora": LoraConfig(enabled=True, r=4, alpha=8)}
+
+
+def published(
+    folder: Path,
+    make: Any = AutoModelForCausalLM,
+    dtype: torch.dtype = torch.bfloat16,
+    template: str | None = CHATML,
+    labels: int | None = None,
+    **fields: Any,
+) -> Path:
+    """A model as others publish it: `save_pretrained` of network and tokenizer."""
+    torch.manual_seed(1)
+    tokenizer = tiny_tokenizer(template)
+    fields = {"model_type": "llama", "vocab_size": len(tokenizer), "pad_token_id": 0, **SHAPE, **fields}
+    config = build_config(fields)
+    if labels is not None:
+        config.num_labels = labels
+    make.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def trained(

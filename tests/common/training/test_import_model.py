@@ -12,33 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.artifacts import Artifact, file_sha256
 from common.config import Dtype, ModelConfig
 from common.errors import UserError
-from common.model.architecture import build_config
 from common.stage import Role
 from common.training.import_model import import_model
-from tests.common.training.exporting import MIXTURES, SHAPE
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.common.training.exporting import MIXTURES, published
 
 SCORER = AutoModelForSequenceClassification
-
-
-def published(
-    folder: Path,
-    make: Any = AutoModelForCausalLM,
-    dtype: torch.dtype = torch.bfloat16,
-    template: str | None = CHATML,
-    labels: int | None = None,
-    **fields: Any,
-) -> Path:
-    """A model as others publish it: `save_pretrained` of network and tokenizer."""
-    torch.manual_seed(1)
-    tokenizer = tiny_tokenizer(template)
-    fields = {"model_type": "llama", "vocab_size": len(tokenizer), "pad_token_id": 0, **SHAPE, **fields}
-    config = build_config(fields)
-    if labels is not None:
-        config.num_labels = labels
-    make.from_config(config, dtype=dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def imported(folder: Path, role: Role = Role.policy, **changes: Any) -> Artifact:
