@@ -3,7 +3,8 @@
 Takes a policy's artifact (or a step, a run or a published model, which is imported) and lines of text; prints
 the answers, as they come, to standard output and everything else to standard error, so that a pipe gets
 answers alone. The model is read by plain transformers, as anybody would, and asked in the words of its own
-chat template. Keeps nothing of what is said and trains nothing; torch is imported when there is a model to load.
+chat template. Keeps nothing of what is said and trains nothing; torch is imported when there is a model to
+load.
 """
 
 from __future__ import annotations
