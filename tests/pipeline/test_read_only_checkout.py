@@ -70,7 +70,9 @@ def test_every_verb_works_from_a_read_only_checkout_and_leaves_nothing_in_it(
     settings = ["steps=[sft]", "run_name=a", "sft.train.max_steps=2", "launch.nproc_per_node=2"]
     for verb in (
         ["run", *settings],
+        ["plan", *settings],
         ["preview", *settings],
+        ["export", "runs/a", "--step", "last"],
         ["verify", "runs/a"],
         ["report", "runs/a"],
         ["doctor"],
