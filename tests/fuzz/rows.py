@@ -221,7 +221,7 @@ def _csv(rows: Sequence[Any]) -> bytes:
 def _columns(rows: Sequence[Any], suffix: str) -> tuple[bytes, bool]:
     try:
         return _table(list(rows), suffix), True
-    except (pyarrow.ArrowException, TypeError, AttributeError, ValueError, OverflowError):
+    except (pyarrow.ArrowException, OSError, TypeError, AttributeError, ValueError, OverflowError):
         return _table([{name: str(cell) for name, cell in rows[0].items()}], suffix), False
 
 
@@ -229,6 +229,7 @@ def _table(rows: list[Any], suffix: str) -> bytes:
     table, out = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
     if suffix == ".parquet":
         pyarrow.parquet.write_table(table, out)
+        pyarrow.parquet.ParquetFile(pyarrow.BufferReader(out.getvalue()))  # it writes deeper than it reads
     else:
         new = pyarrow.ipc.new_stream if suffix.startswith(".stream") else pyarrow.ipc.new_file
         with new(out, table.schema) as writer:
