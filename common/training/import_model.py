@@ -21,6 +21,7 @@ from common.config import Dtype, ModelConfig
 from common.data.chat import check_template
 from common.errors import UserError
 from common.files import commit_folder
+from common.handoff import PAD
 from common.model.architecture import CAUSAL_LM, HeadSpec, read_config
 from common.model.hub import fetch, loading_errors
 from common.model.loading import load_model
@@ -66,12 +67,17 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
         raise UserError(
             "it has no chat template", hint="python -m pipeline import ... --chat-template chatml"
         )
-    check_template(tokenizer)
+    if role is Role.policy:
+        check_template(tokenizer)
     details: dict[str, Any] = {
         "parents": [],
         "base_model": named,
         "base_revision": commit,
-        "imported": {"from": named, "weights": {path.name: file_sha256(path) for path in weights}},
+        "imported": {
+            "from": named,
+            "weights": {path.name: file_sha256(path) for path in weights},
+            PAD: read_config(model).pad_token_id,
+        },
     }
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         try:

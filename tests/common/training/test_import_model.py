@@ -44,6 +44,7 @@ def test_a_policy_has_the_published_weights_bit_for_bit(
         assert tensor.dtype == taken[name].dtype == dtype and torch.equal(tensor, taken[name]), name
     assert artifact.manifest.details["imported"] == {
         "from": str(folder), "weights": {"model.safetensors": file_sha256(folder / "model.safetensors")},
+        "pad_token_id": 0,
     }  # fmt: skip
     assert artifact.manifest.details["base_model"] == str(folder)
     assert artifact.manifest.details["terminators"] == [4]  # <|im_end|>
