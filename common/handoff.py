@@ -56,14 +56,17 @@ def model_to_preview(model: ModelConfig, policy: str | None, key: str) -> ModelC
 
 
 def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
-    """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest.
+    """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest,
+    and of a model that others published where it is from and the hashes of its weights.
 
     The path is relative to the run's folder for an artifact inside of it, so that a run can be moved.
     """
     folder, run = artifact.resolve(), run_dir.resolve()
     path = folder.relative_to(run).as_posix() if folder.is_relative_to(run) else str(folder)
-    role = read_manifest(folder).role
-    return {"role": role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
+    manifest = read_manifest(folder)
+    record = {"role": manifest.role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
+    imported = manifest.details.get("imported")
+    return record if imported is None else {**record, "imported": imported}
 
 
 def load_named(path: str, role: Role, key: str, *, allow_unverified: bool = False) -> Artifact:
