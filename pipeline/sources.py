@@ -28,6 +28,7 @@ from pipeline.state import fingerprint, run_name
 from step3_ppo.config import CriticStart
 
 IMPORTER = "common.training.import_model"
+ADAPTER_CONFIG = "adapter_config.json"
 
 Say = Callable[[str], None]
 
@@ -121,10 +122,10 @@ def artifacts_in(path: Path, role: Role) -> list[Path]:
 
 
 def is_published(named: str) -> bool:
-    """Whether it is a folder that transformers reads, or can be a hub model's name, ORG/NAME@REVISION."""
+    """Whether it is a folder that transformers or peft reads, or can be a hub model's name, ORG/NAME@REV."""
     path = Path(named).expanduser()
     if path.exists():
-        return (path / "config.json").exists()
+        return any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     is_hub_name = named.count("/") == 1 and not named.startswith((".", "/", "~")) and not named.endswith("/")
     return is_hub_name and not path.parent.exists()
 
