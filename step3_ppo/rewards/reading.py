@@ -6,7 +6,9 @@ where plain transformers reads it of the same conversation alone. Knows no netwo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +19,7 @@ from common.config import ModelConfig
 from common.data import control
 from common.data.encoder import Encoder, one_bos
 from common.data.prompts import turns_again
-from common.data.render import read_template, render
+from common.data.render import ChatTemplate, read_template, render
 from common.data.types import Conversation, Message, Place
 from common.errors import UserError
 from common.handoff import PAD, model_of, scores_text
@@ -58,22 +60,14 @@ class TextReader:
             said = (*turns, Message("assistant", completion))
             conversations.append(Conversation(said, None, "", Place("responses", number + 1), 0, context))
         name, places = self._template.name, [conversation.place for conversation in conversations]
-        texts = limit(self._rendered, conversations, name, places)
+        guarded = [self._control.guarded(conversation) for conversation in conversations]
+        render_one = functools.partial(_rendered, template=self._template, path=self._path)
+        texts = limit(render_one, guarded, name, places)
         found = [
             one_bos(np.array(encoding.ids, np.int32), self._encoder.bos)
             for encoding in self._encoder.batch(texts)
         ]
         return [self._to_scored(ids, text) for ids, text in zip(found, texts, strict=True)]
-
-    def _rendered(self, conversation: Conversation) -> str:
-        guarded = self._control.guarded(conversation)
-        try:
-            return render(guarded.messages, self._template, guarded.context)[0]
-        except RenderError as error:
-            raise UserError(
-                f"the reward model {self._path} cannot read a response: {error}",
-                hint="name one whose chat template takes the roles and tools of your prompts",
-            ) from error
 
     def _to_scored(self, ids: np.ndarray, text: str) -> np.ndarray:
         """Through the last token that is not the pad of the model's own config."""
@@ -88,3 +82,13 @@ class TextReader:
                 hint="lower ppo.data.max_length, or name another reward model",
             )
         return ids[:end]
+
+
+def _rendered(conversation: Conversation, template: ChatTemplate, path: Path) -> str:
+    try:
+        return render(conversation.messages, template, conversation.context)[0]
+    except RenderError as error:
+        raise UserError(
+            f"the reward model {path} cannot read a response: {error}",
+            hint="name one whose chat template takes the roles and tools of your prompts",
+        ) from error
