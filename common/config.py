@@ -157,7 +157,8 @@ class ModelConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """where the tokenizer comes from"""
     chat_template: Optional[str] = None
-    """chatml, alpaca, plain, or a .jinja file; only needed when the tokenizer has none"""
+    """chatml, alpaca, tulu, zephyr, transcript, user_assistant, plain, or a .jinja file; only needed when the
+    tokenizer has none"""
     dtype: Dtype = Dtype.auto
     """of the weights in the forward pass; auto: bf16 on GPUs, fp32 on CPUs. The optimizer's copy is fp32"""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -209,6 +210,8 @@ class SourceConfig:
     """file (.jsonl[.gz|.zst], .json, .csv, .parquet, .arrow), folder, saved data set, or hub name"""
     name: Optional[str] = None
     """how the source is called in logs; by default its path's last part"""
+    subset: Optional[str] = None
+    """configuration of a hub data set that has several"""
     split: str = "train"
     """split of a hub or saved data set"""
     revision: Optional[str] = None
@@ -323,6 +326,8 @@ class OptimConfig:
     """shape after warm-up"""
     warmup_ratio: float = number(0.03, 0, 1)
     """share of the steps with rising learning rate"""
+    warmup_steps: Optional[int] = number(None, 0, 10**9)
+    """steps with rising learning rate; takes the place of warmup_ratio"""
     min_lr_ratio: float = number(0.1, 0, 1)
     """floor of cosine and wsd, as a share of the peak"""
     max_grad_norm: float = number(1.0, 0, 1_000_000)

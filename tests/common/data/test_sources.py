@@ -262,7 +262,9 @@ def test_no_network_for_a_hub_name_names_it_and_the_way_out(monkeypatch: pytest.
     assert error.value.hint is not None and "download it first" in error.value.hint
 
 
-def test_a_hub_data_set_is_asked_for_at_its_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_asked_for_at_its_pinned_revision_and_by_its_subset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     asked: list[Any] = []
@@ -272,9 +274,10 @@ def test_a_hub_data_set_is_asked_for_at_its_pinned_revision(monkeypatch: pytest.
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", loaded)
-    source = SourceConfig(path="someone/something", revision="abc123", split="test")
+    source = SourceConfig(path="someone/something", subset="maths", revision="abc123", split="test")
     assert [dict(row.columns) for row in read_source(source)] == ROWS
-    assert asked == [(("someone/something",), {"split": "test", "revision": "abc123"})]
+    options = {"name": "maths", "split": "test", "revision": "abc123"}
+    assert asked == [(("someone/something",), options)]
 
 
 def test_names_and_hashes_of_sources(tmp_path: Path) -> None:
