@@ -313,7 +313,9 @@ def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str,
         return dict(known)
     if path.is_file():
         return {**found, "sha256": file_sha256(path)}
-    hashes = {os.path.relpath(file, path) if path.is_dir() else str(file): file_sha256(file) for file in files}
+    hashes = {
+        os.path.relpath(file, path) if path.is_dir() else str(file): file_sha256(file) for file in files
+    }
     return {**found, "sha256": content_sha256(hashes)}
 
 
