@@ -17,9 +17,9 @@ from typing import Any
 from common.artifacts import read_json
 from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
 from common.errors import UserError
-from common.globs import files_of, is_glob
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
+from common.paths import files_of, is_glob
 from common.stage import Role, Step
 from common.text import did_you_mean
 from launch.local import count_gpus

@@ -24,7 +24,7 @@ from common.artifacts import Artifact, FileRecord, content_sha256, file_sha256, 
 from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
 from common.files import disk_errors, write_text
-from common.globs import files_of
+from common.paths import files_of
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
 

@@ -22,6 +22,7 @@ from common.data.outcomes import RowError, RowUnused
 from common.data.splits import question
 from common.data.stages import OTHER_STAGE, StageSplit
 from common.data.types import Conversation, Message, Preference, RawExample, Row
+from common.download import origin_of
 from common.errors import UserError
 
 Report = Callable[[str], None]
@@ -70,7 +71,9 @@ class Reader:
         other steps.
         """
         named = named_sources(self.data)
-        self.ledger.sources[:] = [SourceLedger(name, source.path) for name, source in named]
+        self.ledger.sources[:] = [
+            SourceLedger(name, origin_of(source.path) or source.path) for name, source in named
+        ]
         count = len(self.data.all_sources())
         for number in [*range(count, len(named)), *range(count)]:
             entry, for_eval = self.ledger.sources[number], number >= count

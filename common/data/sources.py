@@ -18,7 +18,7 @@ from common.data.outcomes import RowError
 from common.data.saved import load_hub, load_saved, saved_records
 from common.data.types import Place, RawExample
 from common.errors import UserError
-from common.globs import files_of, is_glob, name_of
+from common.paths import files_of, is_glob, name_of
 from common.text import nearest
 
 

@@ -32,9 +32,9 @@ from common.data.kinds import PREFERENCES
 from common.data.packing import pack
 from common.data.stored import PromptDataset, TokenizedDataset
 from common.errors import UserError
-from common.globs import files_of
 from common.model.tokenizer import load_tokenizer
 from common.notices import listen
+from common.paths import files_of
 from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import StepData, batch_plan, build_data

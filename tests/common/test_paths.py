@@ -9,7 +9,7 @@ import pytest
 from common.config import DataConfig, SourceConfig
 from common.data.sources import content_hash, source_name
 from common.errors import UserError
-from common.globs import files_of, is_glob
+from common.paths import files_of, is_glob
 from pipeline.checks import check_data
 from pipeline.state import fingerprint
 from tests.common.data.reading import read_source

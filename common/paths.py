@@ -1,4 +1,7 @@
-"""Paths with `*`, `?` or `[...]` in them: the files that they name. Reads the folder anew each time."""
+"""What a path names: a file, a folder, files by a pattern (`*`, `?`, `[...]`), or a place elsewhere.
+
+Reads folders anew each time, and nothing of what files hold.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,14 @@ import re
 from pathlib import Path
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path names a place elsewhere, by its scheme: https://, s3://, gs://, hf://."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
 def is_glob(path: str) -> bool:
     """Whether a path names files by a pattern: one that is there under its very name does not."""
-    return glob.has_magic(path) and "://" not in path and not os.path.lexists(path)
+    return glob.has_magic(path) and not is_remote(path) and not os.path.lexists(path)
 
 
 def files_of(path: str) -> list[Path]:
