@@ -207,7 +207,8 @@ class SourceConfig:
     """One source of rows."""
 
     path: str = ""
-    """file (.jsonl[.gz|.zst], .json, .csv, .parquet, .arrow), folder, saved data set, or hub name"""
+    """file (.jsonl[.gz|.zst], .json, .csv, .parquet, .arrow), pattern (data/*.jsonl), folder, saved data set,
+    hub name, or a place elsewhere: https://, s3://, gs://, hf://"""
     name: Optional[str] = None
     """how the source is called in logs; by default its path's last part"""
     subset: Optional[str] = None

@@ -198,7 +198,7 @@ class Server:
             ) from None
 
     def _check_status(self, response: http.client.HTTPResponse) -> None:
-        status, said = response.status, f"{response.status} {response.reason}"
+        status, said = response.status, f"{response.status} {response.reason}"[:100]
         if status in (200, 206):
             return
         if status == 416:
@@ -271,6 +271,8 @@ def _asked(ask: Callable[[], Result], seconds: float, path: str, key: str) -> Re
     except OSError as error:
         raise Passing(redact_text(told(error))) from None
     except Exception as error:
+        if any(sign in kind.__name__ for kind in type(error).__mro__ for sign in ("Connect", "Timeout")):
+            raise Passing(redact_text(told(error))) from None
         raise UserError(f"{named} cannot be had: {redact_text(told(error))}", hint=_CREDENTIALS) from None
 
 

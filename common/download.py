@@ -28,6 +28,7 @@ from common.doors import BLOCK_BYTES, Changed, Door, Passing, Version, door_to, 
 from common.errors import UserError
 from common.files import disk_errors, write_text
 from common.redact import redact_text
+from common.text import printable
 
 Say = Callable[[str], None]
 
@@ -113,7 +114,7 @@ class Kept:
             except UserError as error:
                 if before is None:
                     raise
-                self.say(f"notice: {error.message}; the copy of before is used: {before}")
+                self.say(printable(f"notice: {error.message}; the copy of before is used: {before}"))
                 return before
             if before is not None and version.mark and asdict(version) == self._record().get("version"):
                 self.say(f"{self._named}: as it was, {_size(version.size)}, in {before}")

@@ -31,6 +31,7 @@ class Files:
     files: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     sent: dict[str, str] = field(default_factory=dict)
+    reason: str | None = None
     marks: bool = True
     whole: bool = False
     cuts: list[int] = field(default_factory=list)
@@ -78,7 +79,7 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _head(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
+        self.send_response(status, self.served.reason)
         for name, value in {**headers, **self.served.headers}.items():
             if value is not None:
                 self.send_header(name, value)

@@ -150,6 +150,13 @@ def test_a_copy_stands_for_a_place_that_cannot_be_reached_and_that_is_said(
     assert fetching.said[-1].startswith("notice: ")
 
 
+def test_what_a_server_says_cannot_steer_a_terminal(files: Files, fetching: Fetching) -> None:
+    fetching(f"{files.url}/rows.jsonl")
+    files.statuses, files.reason = [404], "no\x1b[2Jsuch" + "x" * 2_000
+    fetching(f"{files.url}/rows.jsonl")
+    assert "\x1b" not in fetching.said[-1] and len(fetching.said[-1]) < 600
+
+
 def test_a_copy_that_is_damaged_is_fetched_again(files: Files, fetching: Fetching) -> None:
     first = fetching(f"{files.url}/rows.jsonl")
     first.write_bytes(ROWS[:-1] + b" ")
@@ -336,6 +343,24 @@ def test_a_store_that_refuses_says_where_credentials_are_looked_for(
         fetching("s3://team/rows.jsonl")
     assert "is refused" in error.value.message and "AKIA" not in str(error.value)
     assert "environment variables" in str(error.value.hint)
+
+
+def test_a_store_that_cannot_be_reached_is_asked_again(
+    bucket: Bucket, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ConnectError(Exception):
+        """As the hub's client has it: no OSError."""
+
+    def unreachable(*arguments: Any, **options: Any) -> Any:
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(Bucket, "info", unreachable)
+    with pytest.raises(UserError, match="cannot be fetched: ConnectError: Name or service not known"):
+        fetching("s3://team/rows.jsonl")
+    assert len(fetching.pauses) == download.ATTEMPTS - 1
+    monkeypatch.setattr(Bucket, "glob", unreachable)
+    with pytest.raises(UserError, match=r"\*\.jsonl: ConnectError"):
+        fetching("s3://team/*.jsonl")
 
 
 @pytest.mark.parametrize(
