@@ -258,6 +258,8 @@ class DataConfig:
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None
     """held-out rows from a file of their own"""
+    eval_split: Optional[str] = None
+    """split of eval_path where that is a hub or saved data set; by default train"""
     stage_split: Dict[str, float] = number({}, 1e-6, 1_000_000)
     """shares of the rows by step, e.g. {sft: 2, reward: 4, ppo: 4}: each step sees its own part only"""
     on_bad_row: OnBadRow = OnBadRow.error
@@ -273,6 +275,11 @@ class DataConfig:
             raise UserError(f"{at}path and {at}sources are both set", hint="keep one of them")
         if self.eval_path is not None and self.eval_fraction is not None:
             raise UserError(f"{at}eval_path and {at}eval_fraction are both set", hint="keep one of them")
+        if self.eval_split is not None and self.eval_path is None:
+            raise UserError(
+                f"{at}eval_split={self.eval_split} has no effect without {at}eval_path",
+                hint=f"{at}eval_path=HUB_NAME, or leave it out",
+            )
         taken = TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()
         require(not taken, f"{at}chat_template_kwargs", sorted(taken), "variables that are not given anyway")
 

@@ -240,7 +240,9 @@ def test_zephyr_dpo_reads_sides_that_repeat_the_prompt(tmp_path: Path, base: Bas
         "sft.data.sources": f"[{{path: {file_of(tmp_path, ultrachat)}}}]",
         "dpo.data.sources": f"[{{path: {file_of(tmp_path, ultrafeedback, 'pairs')}}}]",
     }
-    ran = Ran(tmp_path, base, "zephyr_dpo", rows)
+    held_out = compose(prepare(["experiment=zephyr_dpo"]).overrides).dpo.data
+    assert (held_out.eval_path, held_out.eval_split) == (held_out.sources[0].path, "test_prefs")
+    ran = Ran(tmp_path, base, "zephyr_dpo", rows, "dpo.data.eval_path=null", "dpo.data.eval_split=null")
     ran.check(Step.sft)
     ran.check(Step.dpo)
     assert ran.template("dpo") == read_template("zephyr")
