@@ -88,10 +88,19 @@ def _folder(cache: Path, path: str, files: list[Path]) -> Path:
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
         for file, name in zip(files, names, strict=True):
-            with suppress(FileExistsError):
-                os.link(file, folder / name)
+            if not (folder / name).exists() or not file.samefile(folder / name):
+                (folder / name).unlink(missing_ok=True)
+                _linked(file, folder / name)
         write_text(folder / ORIGIN, redact_text(path) + "\n")
     return folder
+
+
+def _linked(file: Path, name: Path) -> None:
+    """Another name for a file; a copy where the disk has no such links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,9 @@ class Kept:
         """Bytes of this version that are there; what is of another one, or of none that can be told, goes."""
         record = self._place(".begun.json")
         with disk_errors(partial):
-            begun = read_json(record) if record.exists() and partial.exists() else None
+            begun = None
+            with suppress(FileNotFoundError, ValueError):
+                begun = read_json(record) if partial.exists() else None
             if begun == asdict(version) and version.mark and partial.stat().st_size <= version.size:
                 return partial.stat().st_size
             partial.unlink(missing_ok=True)

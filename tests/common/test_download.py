@@ -298,6 +298,8 @@ def test_a_pattern_or_folder_of_a_store_is_a_folder_in_order(
     assert rows == ["00000-a.jsonl", "00001-b.jsonl", "00002-c.jsonl"]
     assert (folder / rows[1]).read_bytes() == b'{"text": "b"}\n'
     assert fetching(path) == folder and origin_of(str(folder)) == path
+    (folder / rows[1]).write_bytes(b"damaged")
+    assert fetching(path) == folder and (folder / rows[1]).read_bytes() == b'{"text": "b"}\n'
     bucket.pipe_file("/team/day/b.jsonl", b'{"text": "other"}\n')
     assert fetching(path) != folder
 
