@@ -320,12 +320,25 @@ def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old, new) of every leaf in which two configurations differ; a list is one leaf."""
+    """(key, old, new) of every leaf in which two configurations differ; a list is one leaf. A key that is not
+    there, as in what an older version wrote, says the same as null."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({**old, **new}):
             yield from differing(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    elif old != new:
+    elif _without_nulls(old) != _without_nulls(new):
         yield prefix, old, new
+
+
+def _without_nulls(value: Any) -> Any:
+    """Entries of a list without their keys that are null."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: inner for key, inner in entry.items() if inner is not None}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
