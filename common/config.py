@@ -157,7 +157,8 @@ class ModelConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """where the tokenizer comes from"""
     chat_template: Optional[str] = None
-    """chatml, alpaca, plain, or a .jinja file; only needed when the tokenizer has none"""
+    """chatml, alpaca, tulu, zephyr, transcript, user_assistant, plain, or a .jinja file; only needed when the
+    tokenizer has none"""
     dtype: Dtype = Dtype.auto
     """of the weights in the forward pass; auto: bf16 on GPUs, fp32 on CPUs. The optimizer's copy is fp32"""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -206,9 +207,12 @@ class SourceConfig:
     """One source of rows."""
 
     path: str = ""
-    """file (.jsonl[.gz|.zst], .json, .csv, .parquet, .arrow), folder, saved data set, or hub name"""
+    """file (.jsonl[.gz|.zst], .json, .csv, .parquet, .arrow), pattern (data/*.jsonl), folder, saved data set,
+    hub name, or a place elsewhere: https://, s3://, gs://, hf://"""
     name: Optional[str] = None
     """how the source is called in logs; by default its path's last part"""
+    subset: Optional[str] = None
+    """configuration of a hub data set that has several"""
     split: str = "train"
     """split of a hub or saved data set"""
     revision: Optional[str] = None
@@ -254,6 +258,8 @@ class DataConfig:
     """share of the rows held out (0.05 unless eval_path is given)"""
     eval_path: Optional[str] = None
     """held-out rows from a file of their own"""
+    eval_split: Optional[str] = None
+    """split of eval_path where that is a hub or saved data set; by default train"""
     stage_split: Dict[str, float] = number({}, 1e-6, 1_000_000)
     """shares of the rows by step, e.g. {sft: 2, reward: 4, ppo: 4}: each step sees its own part only"""
     on_bad_row: OnBadRow = OnBadRow.error
@@ -269,6 +275,11 @@ class DataConfig:
             raise UserError(f"{at}path and {at}sources are both set", hint="keep one of them")
         if self.eval_path is not None and self.eval_fraction is not None:
             raise UserError(f"{at}eval_path and {at}eval_fraction are both set", hint="keep one of them")
+        if self.eval_split is not None and self.eval_path is None:
+            raise UserError(
+                f"{at}eval_split={self.eval_split} has no effect without {at}eval_path",
+                hint=f"{at}eval_path=HUB_NAME, or leave it out",
+            )
         taken = TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys()
         require(not taken, f"{at}chat_template_kwargs", sorted(taken), "variables that are not given anyway")
 
@@ -323,6 +334,8 @@ class OptimConfig:
     """shape after warm-up"""
     warmup_ratio: float = number(0.03, 0, 1)
     """share of the steps with rising learning rate"""
+    warmup_steps: Optional[int] = number(None, 0, 10**9)
+    """steps with rising learning rate; takes the place of warmup_ratio"""
     min_lr_ratio: float = number(0.1, 0, 1)
     """floor of cosine and wsd, as a share of the peak"""
     max_grad_norm: float = number(1.0, 0, 1_000_000)

@@ -29,7 +29,7 @@ class Rates:
     @classmethod
     def of(cls, optim: OptimConfig, peak: float, steps: int) -> Rates:
         shape = optim.scheduler
-        warmup = 0 if shape is SchedulerName.constant else warmup_steps(optim.warmup_ratio, steps)
+        warmup = 0 if shape is SchedulerName.constant else warmup_of(optim, steps)
         floor = {
             SchedulerName.linear: 0.0,
             SchedulerName.cosine: optim.min_lr_ratio,
@@ -46,6 +46,13 @@ class Rates:
             return f"{rise}, constant"
         shape = "constant and in the last fifth" if self.shape is SchedulerName.wsd else self.shape.value
         return f"{rise}, then {shape} down to {self.floor:.3g} at step {self.steps:,}"
+
+
+def warmup_of(optim: OptimConfig, total_steps: int) -> int:
+    """Optimizer steps with rising learning rate: `warmup_steps` where it is set, else by `warmup_ratio`."""
+    if optim.warmup_steps is None:
+        return warmup_steps(optim.warmup_ratio, total_steps)
+    return min(optim.warmup_steps, total_steps - 1)
 
 
 def warmup_steps(ratio: float, total_steps: int) -> int:

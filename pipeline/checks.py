@@ -19,6 +19,7 @@ from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, Optimizer
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
+from common.paths import files_of, is_glob
 from common.stage import Role, Step
 from common.text import did_you_mean
 from launch.local import count_gpus
@@ -342,6 +343,9 @@ def _check_readable(path: str, key: str) -> None:
             raise UserError(f"{key}={path} cannot be read", hint="check its permissions")
         if place.is_file() and place.stat().st_size == 0:
             raise UserError(f"{key}={path} is empty", hint="name a file with rows in it")
+    elif is_glob(path):
+        if not files_of(path):
+            raise UserError(f"{key}={path}: no file matches", hint="correct the pattern, or name a folder")
     elif _must_be_local(path) or path.endswith(DATA_SUFFIXES):
         raise UserError(f"{key}={path}: no such file or folder", hint=similar(place))
 

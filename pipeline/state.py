@@ -24,6 +24,7 @@ from common.artifacts import Artifact, FileRecord, content_sha256, file_sha256, 
 from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
 from common.files import disk_errors, write_text
+from common.paths import files_of
 from common.stage import Role, Stage, Step
 from pipeline.config import PipelineConfig
 
@@ -286,7 +287,7 @@ def inputs_of(
     files = {
         key: fingerprint(Path(path), known.get(key))
         for key, path in paths.items()
-        if path is not None and Path(path).exists()
+        if path is not None and (Path(path).exists() or files_of(path))
     }
     return {**files, **consumed}
 
@@ -299,8 +300,9 @@ def data_of(config: PipelineConfig, step: Step) -> dict[str, DataConfig]:
 
 
 def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Bytes, newest modification time and content hash of a file, or of all files below a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    """Bytes, newest modification time and content hash of a file, or of all files below a folder, or of those
+    that a pattern matches."""
+    files = files_of(str(path))
     stats = [file.stat() for file in files]
     found: dict[str, Any] = {
         "bytes": sum(stat.st_size for stat in stats),
@@ -309,17 +311,34 @@ def fingerprint(path: Path, known: Mapping[str, Any] | None = None) -> dict[str,
     }
     if known is not None and all(known.get(name) == value for name, value in found.items()):
         return dict(known)
-    hashes = {"" if file == path else file.relative_to(path).as_posix(): file_sha256(file) for file in files}
-    return {**found, "sha256": hashes[""] if path.is_file() else content_sha256(hashes)}
+    if path.is_file():
+        return {**found, "sha256": file_sha256(path)}
+    hashes = {
+        os.path.relpath(file, path) if path.is_dir() else str(file): file_sha256(file) for file in files
+    }
+    return {**found, "sha256": content_sha256(hashes)}
 
 
 def differing(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old, new) of every leaf in which two configurations differ; a list is one leaf."""
+    """(key, old, new) of every leaf in which two configurations differ; a list is one leaf. A key that is not
+    there, as in what an older version wrote, says the same as null."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({**old, **new}):
             yield from differing(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    elif old != new:
+    elif _without_nulls(old) != _without_nulls(new):
         yield prefix, old, new
+
+
+def _without_nulls(value: Any) -> Any:
+    """Entries of a list without their keys that are null."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: inner for key, inner in entry.items() if inner is not None}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

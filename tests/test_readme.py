@@ -15,7 +15,7 @@ from pipeline.sources import import_options
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES if page.name != "launchers.md")  # has a test of its own
 COMMANDS = re.findall(r"^    (?:\$ )?python -m pipeline (\w+)([^\n]*)$", TEXT, re.MULTILINE)
 TARGETS = re.findall(r"^    (?:\$ )?make (\w+)", TEXT, re.MULTILINE)

@@ -80,6 +80,7 @@ def cache_key(
     """
     reading = {
         name: {
+            "subset": source.subset,
             "split": source.split,
             "revision": source.revision,
             "max_rows": source.max_rows,

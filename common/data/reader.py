@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from common.data.outcomes import RowError, RowUnused
 from common.data.splits import question
 from common.data.stages import OTHER_STAGE, StageSplit
 from common.data.types import Conversation, Message, Preference, RawExample, Row
+from common.download import origin_of
 from common.errors import UserError
 
 Report = Callable[[str], None]
@@ -31,7 +32,7 @@ def named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     """The training sources, then eval_path if any, each with a name of its own."""
     every = data.all_sources()
     if data.eval_path is not None:
-        every.append(_eval_source(data.eval_path, every))
+        every.append(_eval_source(data, data.eval_path))
     named: list[tuple[str, SourceConfig]] = []
     for source in every:
         name = sources.source_name(source)
@@ -41,12 +42,17 @@ def named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     return named
 
 
-def _eval_source(path: str, training: Sequence[SourceConfig]) -> SourceConfig:
-    """The held-out file, to be read as the training sources are when these are all read alike."""
-    first, *others = training
+def _eval_source(data: DataConfig, path: str) -> SourceConfig:
+    """The held-out rows, to be read as the training sources are when these are all read alike; of a hub data
+    set that is trained on too, the same subset and revision."""
+    first, *others = data.all_sources()
+    same = next((source for source in (first, *others) if source.path == path), SourceConfig())
+    source = SourceConfig(
+        path=path, subset=same.subset, revision=same.revision, split=data.eval_split or "train"
+    )
     if any((other.format, other.columns) != (first.format, first.columns) for other in others):
-        return SourceConfig(path=path)
-    return SourceConfig(path=path, format=first.format, columns=first.columns)
+        return source
+    return dataclasses.replace(source, format=first.format, columns=first.columns)
 
 
 @dataclass
@@ -70,7 +76,9 @@ class Reader:
         other steps.
         """
         named = named_sources(self.data)
-        self.ledger.sources[:] = [SourceLedger(name, source.path) for name, source in named]
+        self.ledger.sources[:] = [
+            SourceLedger(name, origin_of(source.path) or source.path) for name, source in named
+        ]
         count = len(self.data.all_sources())
         for number in [*range(count, len(named)), *range(count)]:
             entry, for_eval = self.ledger.sources[number], number >= count

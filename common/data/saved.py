@@ -74,11 +74,13 @@ def load_hub(source: SourceConfig) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, split=source.split, revision=source.revision)
+        return datasets.load_dataset(
+            source.path, name=source.subset, split=source.split, revision=source.revision
+        )
     except Exception as error:  # the library raises a dozen kinds for "not there" and "no network"
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"data.path={source.path}: no such file here, and the hub data set could not be loaded: {reason}",
-            hint="check the name, revision and split; without a network, download it first and give data.path"
-            " its folder",
+            hint="check the name, subset, revision and split; without a network, download it first and give"
+            " data.path its folder",
         ) from error

@@ -18,6 +18,7 @@ from common.data.outcomes import RowError
 from common.data.saved import load_hub, load_saved, saved_records
 from common.data.types import Place, RawExample
 from common.errors import UserError
+from common.paths import files_of, is_glob, name_of
 from common.text import nearest
 
 
@@ -48,10 +49,7 @@ def rows_of(
 
 def source_name(source: SourceConfig) -> str:
     """What the source is called in logs: its `name`, else its path's last part without suffix."""
-    if source.name:
-        return source.name
-    last = source.path.rstrip("/").rsplit("/", 1)[-1]
-    return last.split(".", 1)[0] or last
+    return source.name or name_of(source.path)
 
 
 def content_hash(source: SourceConfig) -> str:
@@ -60,9 +58,8 @@ def content_hash(source: SourceConfig) -> str:
         dataset = load_hub(source)
         return f"hub:{source.path}@{source.revision}:{source.split}:{dataset._fingerprint}"
     total = hashlib.blake2b(digest_size=16)
-    root = _existing(source.path)
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    for path in files:
+    _check_is_there(source.path)
+    for path in files_of(source.path):
         total.update(path.name.encode())
         with opened(path) as stream:
             while block := stream.read(1 << 20):
@@ -83,12 +80,12 @@ def open_source(source: SourceConfig) -> list[Records]:
     path = Path(source.path)
     if not path.exists() and is_hub_name(source.path):
         return [saved_records(load_hub(source), source.path)]
-    path = _existing(source.path)
-    if path.is_file():
-        return [file_records(path)]
+    _check_is_there(source.path)
+    if path.is_file() or is_glob(source.path):
+        return [file_records(file) for file in files_of(source.path)]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return [saved_records(load_saved(path, source.split), str(path))]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+    files = [file for file in files_of(source.path) if file.name.endswith(SUFFIXES)]
     if not files:
         found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
         raise UserError(
@@ -117,10 +114,13 @@ def _sampled_rows(source: SourceConfig, seed: int) -> set[int] | None:
     return set(chosen.tolist())
 
 
-def _existing(path: str) -> Path:
+def _check_is_there(path: str) -> None:
+    """UserError where a path, or a pattern of paths, names nothing."""
     found = Path(path)
-    if found.exists():
-        return found
+    if found.exists() or files_of(path):
+        return
+    if is_glob(path):
+        raise UserError(f"data.path={path}: no file matches", hint="correct the pattern, or name a folder")
     folder = found.parent
     near: list[str] = []
     if folder.is_dir():

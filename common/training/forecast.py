@@ -34,6 +34,7 @@ from common.data.stored import PromptDataset, TokenizedDataset
 from common.errors import UserError
 from common.model.tokenizer import load_tokenizer
 from common.notices import listen
+from common.paths import files_of
 from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import StepData, batch_plan, build_data
@@ -108,13 +109,12 @@ def to_read(job: JobConfig, data: DataConfig) -> Reading:
 
 
 def size_of(every: Sequence[SourceConfig]) -> int:
-    """Bytes of the sources that are files or folders here; packed ones count fourfold."""
+    """Bytes of the sources that are files here; packed ones count fourfold."""
     total = 0
     for source in every:
-        root = Path(source.path)
-        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
         total += sum(
-            file.stat().st_size * (4 if file.name.endswith(PACKED_SUFFIXES) else 1) for file in files
+            file.stat().st_size * (4 if file.name.endswith(PACKED_SUFFIXES) else 1)
+            for file in files_of(source.path)
         )
     return total
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
 from common.model.adapters import dimensions
-from common.rates import warmup_steps
+from common.rates import warmup_of
 
 if TYPE_CHECKING:
     import torch
@@ -126,13 +126,13 @@ def _bitsandbytes(
 def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """Applied steps so far -> share of the peak learning rate for the next one (transformers' schedules).
 
-    Linear warm-up over `warmup_steps`, then the named shape: the first step has learning rate 0 when
+    Linear warm-up over `warmup_of` steps, then the named shape: the first step has learning rate 0 when
     there is a warm-up. A pure function, so that a resumed run needs no scheduler state.
     """
     import torch
     from transformers import get_scheduler
 
-    warmup = warmup_steps(optim.warmup_ratio, total_steps)
+    warmup = warmup_of(optim, total_steps)
     extra: dict[str, object] = {}
     name = optim.scheduler.value
     if optim.scheduler is SchedulerName.cosine and optim.min_lr_ratio > 0:

@@ -4,11 +4,11 @@ Raises a UserError for what cannot work. Imports neither numpy nor functions and
 the controller checks the same before anything is launched or written.
 """
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Optional
 from urllib.parse import SplitResult, urlsplit
 
+from common.addresses import is_this_machine
 from common.errors import UserError
 from common.fields import number
 from common.redact import redact_text
@@ -96,14 +96,6 @@ def check_url(url: str, key: str, *, allow_http: bool) -> SplitResult:
             hint="use https, a server on this machine, or allow it beside the url: allow_http: true",
         )
     return parts
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether a host name or address is the loopback interface. Asks no name server."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def longest_wait(timeout: float, retries: int) -> float:

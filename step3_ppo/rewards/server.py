@@ -13,7 +13,6 @@ proxy (`https_proxy`, `no_proxy`); this machine and plain http are always reache
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import email.utils
 import http.client
@@ -21,21 +20,21 @@ import json
 import logging
 import os
 import re
-import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
-from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from common.addresses import is_this_machine
 from common.deadline import within
 from common.errors import UserError
+from common.https import connection_to, hang_up, target
 from common.redact import redact_text
-from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url, is_this_machine
+from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url
 from step3_ppo.rewards.functions import Columns, Prompts, finite_scores
 
 log = logging.getLogger("rlhf.ppo")
@@ -128,10 +127,10 @@ class RewardServer:
 
     def _attempt(self, body: bytes) -> bytes:
         """One POST. Raises _Passing for a failure that may pass, UserError for any other."""
-        connection = _connection(urlsplit(self.url), self.timeout)
+        connection = connection_to(urlsplit(self.url), self.timeout)
         try:
             response, content = within(
-                self.timeout, lambda: self._exchange(connection, body), lambda: _hang_up(connection)
+                self.timeout, lambda: self._exchange(connection, body), lambda: hang_up(connection)
             )
         except ssl.SSLCertVerificationError as error:
             raise UserError(
@@ -156,7 +155,7 @@ class RewardServer:
     ) -> tuple[http.client.HTTPResponse, bytes]:
         """Send the body and read the answer, of which no more than is too large."""
         with contextlib.closing(connection):
-            connection.request("POST", _target(urlsplit(self.url)), body, self._headers())
+            connection.request("POST", target(urlsplit(self.url)), body, self._headers())
             response = connection.getresponse()
             lengths = response.headers.get_all("Content-Length", [])
             if lengths and not (len(lengths) == 1 and re.fullmatch("[0-9]{1,18}", lengths[0])):
@@ -221,42 +220,6 @@ def token_of(name: str, *, is_only_server: bool) -> str | None:
             hint=f"a token for each: {own}",
         )
     return (os.environ.get(TOKEN) or "").strip() or None
-
-
-def _connection(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
-    """To the server; https to another machine goes through the environment's proxy."""
-    host = parts.hostname or ""
-    if parts.scheme == "http":
-        return http.client.HTTPConnection(host, parts.port, timeout=timeout)
-    context = ssl.create_default_context()
-    proxy = None if is_this_machine(host) or proxy_bypass(host) else getproxies().get("https")
-    if not proxy:
-        return http.client.HTTPSConnection(host, parts.port, timeout=timeout, context=context)
-    through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    connection = http.client.HTTPSConnection(
-        through.hostname or "", through.port or 80, timeout=timeout, context=context
-    )
-    connection.set_tunnel(host, parts.port, headers=_proxy_credentials(through))
-    return connection
-
-
-def _proxy_credentials(proxy: SplitResult) -> dict[str, str]:
-    if proxy.username is None:
-        return {}
-    pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode("ascii")}
-
-
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    """End what another thread is doing with the connection."""
-    if (connected := connection.sock) is not None:
-        with contextlib.suppress(OSError):  # closed by now
-            # not SSLSocket.shutdown, which would take TLS away under the thread that reads
-            socket.socket.shutdown(connected, socket.SHUT_RDWR)
-
-
-def _target(parts: SplitResult) -> str:
-    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> float:

@@ -28,7 +28,7 @@ from common.data.types import IGNORE, TokenizedExample
 from tests import field_templates
 
 CONF = Path(__file__).parents[2] / "conf" / "chat_template"
-OURS = {name: (CONF / f"{name}.jinja").read_text() for name in ("chatml", "alpaca", "plain")}
+OURS = {path.stem: path.read_text() for path in sorted(CONF.glob("*.jinja"))}
 
 
 def row_of(kinds: dict[str, Cell]) -> str:
@@ -52,6 +52,10 @@ def test_every_kind_of_template_trains_what_it_renders_or_says_why_not() -> None
         "chatml": "= = = = = = = = = = = = = = = = = =",
         "alpaca": "= = = = = = r r r r r r r r r r r =",
         "plain": "= = = = = = r r r r r r r r r r r =",
+        "transcript": "= = = = = = r r r r r r r r r r r =",
+        "tulu": "= = = = = = r r r r r r r r r r r =",
+        "user_assistant": "= = = = = = r r r r r r r r r r r =",
+        "zephyr": "= = = = = = r r r r r r r r r r r =",
     }
     assert all(cell.detail for cells in table.values() for cell in cells.values() if cell.kind == REFUSED)
 

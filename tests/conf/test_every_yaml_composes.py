@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,16 @@ def test_every_yaml_begins_with_a_comment_that_explains_it(path: Path) -> None:
 def test_every_experiment_begins_with_the_command_that_runs_it(path: Path) -> None:
     first = [line for line in (CONF / path).read_text().splitlines() if line != "# @package _global_"][0]
     assert first == f"# python -m pipeline run experiment={path.stem}"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+def test_every_command_above_an_experiment_composes(path: Path) -> None:
+    head = re.findall(
+        r"^# (python -m pipeline run .*?)(?:   \(.*)?$", (CONF / path).read_text(), re.MULTILINE
+    )
+    assert head
+    for command in head:
+        assert composed(*shlex.split(command)[4:]).steps
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -163,6 +163,8 @@ def _data(data: Mapping[str, Any]) -> Iterator[str]:
         yield "two ways to name rows"
     if data["eval_path"] is not None and data["eval_fraction"] is not None:
         yield "two ways to hold out rows"
+    if data["eval_split"] is not None and data["eval_path"] is None:
+        yield "a split of nothing"
     if set(data["chat_template_kwargs"]) & {
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
     }:  # fmt: skip

@@ -37,7 +37,8 @@ PAIRS = (
     ("dpo.loss_type", "dpo.label_smoothing"), ("ppo.kl.controller", "ppo.kl.coef"),
     ("ppo.estimator", "ppo.rollout.samples_per_prompt"), ("ppo.estimator", "ppo.critic.warmup_iterations"),
     ("ppo.data.max_length", "ppo.rollout.max_new_tokens"), ("sft.data.path", "sft.data.sources"),
-    ("dpo.data.eval_path", "dpo.data.eval_fraction"), ("ppo.rewards[].model", "ppo.rewards[].url"),
+    ("dpo.data.eval_path", "dpo.data.eval_fraction"), ("dpo.data.eval_path", "dpo.data.eval_split"),
+    ("ppo.rewards[].model", "ppo.rewards[].url"),
 )  # fmt: skip
 """Keys with a rule between them; other pairs are drawn."""
 

@@ -20,6 +20,16 @@ def test_how_deepspeed_divides_a_run_may_change_and_nothing_else() -> None:
     assert config_differences(before, changed) == ["seed: 1 -> 2", "sft.train.epochs: 1 -> 2"]
 
 
+def test_a_key_that_an_older_version_did_not_have_is_no_difference_while_it_is_null() -> None:
+    before = {"sft": {"data": {"sources": [{"path": "a", "weight": 1.0}]}, "optim": {"lr": None}}}
+    entry = {"path": "a", "weight": 1.0, "subset": None}
+    after = {"sft": {"data": {"sources": [entry]}, "optim": {"lr": None, "warmup_steps": None}}}
+    assert config_differences(before, after) == config_differences(after, before) == []
+    entry["subset"] = "maths"
+    (line,) = config_differences(before, after)
+    assert line.startswith("sft.data.sources: ")
+
+
 @pytest.mark.parametrize(("gpu", "chosen", "why"), [(False, "fp32", "CPU"), (True, "bf16", "GPUs")])
 def test_auto_is_settled_by_the_kind_of_device_alone(
     tmp_path: Path, gpu: bool, chosen: str, why: str

@@ -83,6 +83,10 @@ def test_every_assistant_turn_is_trained_with_its_terminator(
         ("chatml", ["hello<|im_end|>", "ok<|im_end|>"]),
         ("alpaca", ["hello</s>", "ok</s>"]),
         ("plain", ["hello</s>", "ok</s>"]),
+        ("tulu", ["hello</s>", "ok</s>"]),
+        ("zephyr", ["hello</s>", "ok</s>"]),
+        ("transcript", [" hello</s>", " ok</s>"]),
+        ("user_assistant", [" hello</s>", " ok</s>"]),
     ],
 )
 def test_the_shipped_templates_train_answers_and_terminators(name: str, expected: list[str]) -> None:
@@ -104,6 +108,17 @@ def test_the_shipped_templates_write_exactly_this() -> None:
     )
     assert text("alpaca") == "<s>S\n\n### Instruction:\nQ\n\n### Response:\nA</s>\n\n"
     assert text("plain") == "<s>S\nQ\nA</s>"
+    assert text("tulu") == "<s><|system|>\nS\n<|user|>\nQ\n<|assistant|>\nA</s>\n"
+    assert text("zephyr") == "<s><|system|>\nS</s>\n<|user|>\nQ</s>\n<|assistant|>\nA</s>\n"
+    assert text("transcript") == "<s>S\n\nHuman: Q\n\nAssistant: A</s>"
+    assert text("user_assistant") == "<s>S\nUser: Q\nAssistant: A</s>\n"
+
+
+@pytest.mark.parametrize("name", ["transcript", "user_assistant"])
+def test_an_answer_that_was_sampled_with_a_space_before_it_is_written_with_one(name: str) -> None:
+    template = (TEMPLATES / f"{name}.jinja").read_text()
+    once, sampled = (conversation(("user", "Q"), ("assistant", said)) for said in ("ok", " ok"))
+    assert trained(once, template) == trained(sampled, template) == [" ok</s>"]
 
 
 def test_the_shipped_templates_write_no_bos_that_is_also_the_eos() -> None:

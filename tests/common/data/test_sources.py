@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import struct
@@ -11,9 +12,12 @@ from typing import Any
 
 import pytest
 
-from common.config import OnBadRow, SourceConfig
+from common.config import DataConfig, OnBadRow, SourceConfig
+from common.data.reader import named_sources
 from common.data.sources import content_hash, is_hub_name, source_name
 from common.errors import UserError
+from common.fields import as_schema
+from step1_sft.config import SFTConfig
 from tests.common.data.reading import read_source
 
 ROWS: list[dict[str, Any]] = [{"text": "a", "n": 1}, {"text": "ü\u2028b", "n": 2}, {"text": "c", "n": 3}]
@@ -262,7 +266,9 @@ def test_no_network_for_a_hub_name_names_it_and_the_way_out(monkeypatch: pytest.
     assert error.value.hint is not None and "download it first" in error.value.hint
 
 
-def test_a_hub_data_set_is_asked_for_at_its_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_asked_for_at_its_pinned_revision_and_by_its_subset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets
 
     asked: list[Any] = []
@@ -272,9 +278,26 @@ def test_a_hub_data_set_is_asked_for_at_its_pinned_revision(monkeypatch: pytest.
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", loaded)
-    source = SourceConfig(path="someone/something", revision="abc123", split="test")
+    source = SourceConfig(path="someone/something", subset="maths", revision="abc123", split="test")
     assert [dict(row.columns) for row in read_source(source)] == ROWS
-    assert asked == [(("someone/something",), {"split": "test", "revision": "abc123"})]
+    options = {"name": "maths", "split": "test", "revision": "abc123"}
+    assert asked == [(("someone/something",), options)]
+
+
+def test_held_out_rows_of_a_hub_data_set_are_those_of_their_split() -> None:
+    alike: dict[str, Any] = {"format": "chosen", "columns": {"prompt": "q"}}
+    training = SourceConfig(path="a/b", subset="maths", revision="abc", **alike)
+    data = DataConfig(sources=[training], eval_path="a/b", eval_split="test")
+    (_, first), (name, held_out) = named_sources(data)
+    assert first == training and name == "b-2"
+    assert held_out == dataclasses.replace(training, split="test")
+    elsewhere = dataclasses.replace(data, eval_path="c/d", eval_split=None)
+    assert named_sources(elsewhere)[1][1] == SourceConfig(path="c/d", **alike)
+
+
+def test_a_split_without_held_out_rows_is_refused() -> None:
+    with pytest.raises(UserError, match=r"sft\.data\.eval_split=test has no effect without"):
+        as_schema(SFTConfig, {"data": {"path": "a/b", "eval_split": "test"}}, "sft.")
 
 
 def test_names_and_hashes_of_sources(tmp_path: Path) -> None:

@@ -169,7 +169,9 @@ def test_a_named_template_is_set_and_brings_its_tokens(tmp_path: Path) -> None:
     assert loaded.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [3, 4]
 
 
-@pytest.mark.parametrize("name", ["chatml", "alpaca", "plain"])
+@pytest.mark.parametrize(
+    "name", ["chatml", "alpaca", "tulu", "zephyr", "transcript", "user_assistant", "plain"]
+)
 def test_every_named_template_is_shipped(name: str) -> None:
     assert "messages" in read_template(name)
 

@@ -81,6 +81,15 @@ def test_warmup_is_rounded_up_and_free_of_float_noise() -> None:
     assert warmup_steps(0.0, 10) == 0
 
 
+def test_warmup_steps_take_the_place_of_the_ratio_and_never_all_of_a_run() -> None:
+    optim = OptimConfig(scheduler=SchedulerName.linear, warmup_ratio=0.5, warmup_steps=4)
+    share = build_schedule(optim, 12)
+    assert [share(step) for step in range(5)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert Rates.of(optim, 1.0, 12).warmup == 4
+    assert Rates.of(optim, 1.0, 3).warmup == 2  # the last step has the peak
+    assert Rates.of(OptimConfig(warmup_steps=0), 1.0, 100).warmup == 0
+
+
 def test_a_run_of_one_step_trains() -> None:
     assert build_schedule(OptimConfig(), 1)(0) == 1.0
 
