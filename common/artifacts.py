@@ -23,6 +23,8 @@ from common.text import plain
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The model card of an artifact: for people to fill in, so that it may differ from what was recorded."""
 VARIABLES = "chat_template_kwargs"
 UNVERIFIED = "unverified"
 """Kind of an artifact that failed its check when it was exported; its details say why, under this name."""
@@ -30,7 +32,8 @@ UNVERIFIED = "unverified"
 KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED)
 _SHAPES: Mapping[str, type] = {
     "data": dict, f"data.{VARIABLES}": dict, "data.stage_split": dict, "data.stage_split.shares": dict,
-    "metrics": dict, "calibration": dict, "reference": dict, "parents": list,
+    "metrics": dict, "calibration": dict, "reference": dict, "origin": dict, "training": dict,
+    "parents": list,
 }  # fmt: skip
 """Types of the details that are looked into, where they are there."""
 
@@ -284,6 +287,12 @@ def fault_of(path: Path, size: int, sha256: str | None) -> str | None:
     return None
 
 
+def is_card_edited(folder: str | os.PathLike[str], manifest: Manifest) -> bool:
+    """Whether the model card is not as it was written: somebody filled it in, or removed it."""
+    record = manifest.files.get(CARD)
+    return record is not None and fault_of(Path(folder) / CARD, record["bytes"], record["sha256"]) is not None
+
+
 def unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
     """What lies below a finished folder and is not in its manifest, by path; links to folders, too."""
     return [name for name in _file_names(Path(folder)) if name not in manifest.files]
@@ -291,6 +300,8 @@ def unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
 
 def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
     for name, record in sorted(manifest.files.items()):
+        if name == CARD:
+            continue
         if fault := fault_of(root / name, record["bytes"], record["sha256"]):
             yield f"{name}: {fault}"
     for name in unlisted(root, manifest):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from common.artifacts import CARD
 from common.model.adapters import ADAPTER, base_name, is_adapter, is_of_base, merged_weights, unwrapped
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def rebuild(module: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: 
     tied = _tied_names(beside)
     adapted = _with_adapters(module, beside, state)
     cast(Any, adapted).save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
+    (folder / ADAPTER_FOLDER / CARD).unlink(missing_ok=True)  # peft's, with blanks and the base's path
     config, differences = plain_config(base), {}
     for name, merged, difference in merged_weights(adapted):
         differences[name] = difference

@@ -32,6 +32,7 @@ from common.notices import listen
 from common.redact import shown
 from common.runtime.logs import open_rank_log, run_and_report
 from common.stage import Role
+from common.training.account import origin_of_model
 from common.training.export import ExportMismatch, ask_live, export_model
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
         "parents": [],
         "base_model": named,
         "base_revision": commit,
+        "origin": origin_of_model(named, commit),
         "imported": {"from": named, "weights": {path.name: file_sha256(path) for path in weights}},
     }
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
