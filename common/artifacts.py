@@ -29,7 +29,10 @@ VARIABLES = "chat_template_kwargs"
 UNVERIFIED = "unverified"
 """Kind of an artifact that failed its check when it was exported; its details say why, under this name."""
 
-KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED)
+ADAPTER_FOLDER = "adapter"
+"""Kind of an artifact's form that holds adapters alone, and the folder of adapters beside merged weights."""
+
+KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED, ADAPTER_FOLDER)
 _SHAPES: Mapping[str, type] = {
     "data": dict, f"data.{VARIABLES}": dict, "data.stage_split": dict, "data.stage_split.shares": dict,
     "metrics": dict, "calibration": dict, "reference": dict, "origin": dict, "training": dict,
@@ -85,6 +88,11 @@ class Artifact:
             raise UserError(
                 f"{folder} failed its check when it was exported: {manifest.details.get(UNVERIFIED)}",
                 hint=f"no step takes it; look at it with: python -m pipeline chat {folder}",
+            )
+        if manifest.kind == ADAPTER_FOLDER:
+            raise UserError(
+                f"{folder} holds adapters alone, where a {role.value} is needed",
+                hint="name the folder that was exported without --adapter",
             )
         found = f"a {manifest.kind}" if manifest.role is None else f"a {manifest.role.value}"
         if manifest.kind != "artifact" or manifest.role is not role:

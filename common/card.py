@@ -39,11 +39,8 @@ ERROR = "_se"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(role: Role, details: Mapping[str, Any], *, adapter_of: str | None = None) -> str:
-    """The text of a card. details: of the artifact's manifest; what it lacks is left out.
-
-    adapter_of: the base model, for the card of adapters alone.
-    """
+def model_card(role: Role, details: Mapping[str, Any]) -> str:
+    """The text of a card. details: of the artifact's manifest; what it lacks is left out."""
     import jinja2
 
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -51,11 +48,12 @@ def model_card(role: Role, details: Mapping[str, Any], *, adapter_of: str | None
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"cell": cell, "code": code, "figure": figure}
-    return environment.from_string(template).render(told(role, details, adapter_of))
+    return environment.from_string(template).render(told(role, details))
 
 
-def told(role: Role, details: Mapping[str, Any], adapter_of: str | None) -> dict[str, Any]:
-    """What the template shows, by name."""
+def told(role: Role, details: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template shows, by name. Adapters alone name the base model that they are of."""
+    adapter_of = details.get("adapter_of")
     training, origin, data = (dict(details.get(name) or {}) for name in ("training", "origin", "data"))
     variables = data.get(VARIABLES) or {}
     named, link = (cell(origin.get(name) or "") for name in ("license_name", "license_link"))

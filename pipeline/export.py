@@ -1,8 +1,10 @@
-"""`python -m pipeline export PATH`: any kept checkpoint of any step as an artifact.
+"""`python -m pipeline export PATH`: any kept checkpoint of any step as an artifact, in any form.
 
 Takes a run, a step's folder or a checkpoint; leaves an artifact as the step itself would have, had it ended
 there: the step is started by one process, on whatever ranks it was trained, in a folder of its own in which
-that checkpoint is its last step. It resumes, has nothing left to train, and exports with its own checks.
+that checkpoint is its last step. It resumes, has nothing left to train, and exports with its own checks. In
+another dtype it does so in fp32, the optimizer's own, and the artifact is rounded once. An artifact's folder
+is taken as it is. Uploading is that of `publish.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +12,33 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, UNVERIFIED, Artifact, read_json
-from common.config import WandbMode
+from common.artifacts import (
+    ADAPTER_FOLDER,
+    CARD,
+    MANIFEST,
+    UNVERIFIED,
+    Manifest,
+    file_sha256,
+    hash_files,
+    read_json,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from common.card import HUB_NAME, model_card
+from common.config import Dtype, WandbMode
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
 from common.handoff import similar
 from common.stage import Step
 from common.text import nearest
-from launch.local import Job
+from launch.local import Job, count_gpus
 from launch.supervise import supervise
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES
@@ -31,6 +47,11 @@ from pipeline.state import METRICS, RESOLVED, read_resolved
 CHECKPOINTS, COUNTERS = "checkpoints", "counters.json"
 TOKENIZER = "tokenizer"
 """Of a step's folder: one that was trained on its rows."""
+ROUNDING = "common.training.rounding"
+OF_WHOLE_MODEL = (MANIFEST, CARD, "config.json")
+"""Files of an artifact that adapters alone have not, beside the weights."""
+NAMES = {"float32": Dtype.fp32, "bfloat16": Dtype.bf16, "float16": Dtype.fp16}
+"""Dtypes as manifests call them."""
 
 Say = Callable[[str], None]
 
@@ -45,40 +66,177 @@ class Checkpoint:
     counters: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Form:
+    """What an artifact should be like. dtype: None as it was trained. adapters: LoRA's alone, not merged."""
+
+    dtype: Dtype | None = None
+    adapters: bool = False
+
+    @property
+    def ending(self) -> str:
+        """Of the folder's name."""
+        dtype = f".{self.dtype.value}" if self.dtype is not None else ""
+        return dtype + (f".{ADAPTER_FOLDER}" if self.adapters else "")
+
+
+def dtype_of(manifest: Manifest) -> Dtype | None:
+    """The dtype of an artifact's weights; None where it is another one."""
+    return NAMES.get(str(manifest.details.get("dtype")))
+
+
 def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     """The verb. Returns the exit status: that of the step's process where it could not export."""
     given = export_options(arguments)
-    found = checkpoint_of(Path(given.path), given.step)
-    number = found.counters["step"]
-    out = given.out or found.run / found.step.value / f"{EXPORT}.step_{number}"
-    if out.exists():
-        raise UserError(f"{out} exists, and nothing is overwritten", hint="--out NEW_FOLDER, or remove it")
-    say(f"{found.step.value}: exporting {found.folder}, step {number}")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=out.parent) as beside:
-        run = Path(beside) / found.run.name
-        lay_out(found, run)
-        job = Job(STAGES[found.step].module, ("--config", str(run / RESOLVED), "--run-dir", str(run)))
-        status = supervise(job).status
-        for made in (EXPORT, f"{EXPORT}.{UNVERIFIED}"):
-            if (run / found.step.value / made).exists():
-                commit_folder(run / found.step.value / made, out)
-    if status == 0:
-        artifact = Artifact.load(out, STAGES[found.step].produces)
-        say(f"  artifact  {out} ({artifact.sha256[:12]})")
-    elif out.exists():
-        say(f"  what failed its check is kept in {out}; no step takes it")
-    return status
+    path, form = Path(given.path), Form(Dtype(given.dtype) if given.dtype else None, given.adapter)
+    if is_artifact(path):
+        return export_artifact(path, given.out, form, say)
+    return export_checkpoint(checkpoint_of(path, given.step), given.out, form, say)
 
 
 def export_options(arguments: Sequence[str]) -> argparse.Namespace:
     """What was typed after `export`. UserError for what cannot be read."""
     parser = Options("export", "PATH --step best", "Make an artifact of a checkpoint.")
-    parser.add_argument("path", metavar="PATH", help="a run, the folder of a step, or a checkpoint")
+    parser.add_argument(
+        "path", metavar="PATH", help="a run, the folder of a step, a checkpoint or an artifact"
+    )
     parser.add_argument("--step", default="best", metavar="N", help="best (default), last, or a number")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: STEP/export.step_N in the run")
+    parser.add_argument(
+        "--dtype", choices=[dtype.value for dtype in NAMES.values()],
+        help="rounded once from the optimizer's fp32 weights; default: as it was trained",
+    )  # fmt: skip
+    lora = parser.add_mutually_exclusive_group()
+    lora.add_argument("--merge", action="store_true", help="LoRA: merged into the base (default)")
+    lora.add_argument("--adapter", action="store_true", help="LoRA: the adapters alone, as peft loads them")
     return parser.parse_args(list(arguments))
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether it is an artifact's folder, or that of a published form of one."""
+    return (path / MANIFEST).exists() and read_manifest(path).kind in ("artifact", ADAPTER_FOLDER)
+
+
+def export_checkpoint(found: Checkpoint, out: Path | None, form: Form, say: Say) -> int:
+    """Make an artifact of a checkpoint. out: None for a folder beside the step's own export."""
+    number, name = found.counters["step"], found.step.value
+    out = out or found.run / name / f"{EXPORT}.step_{number}{form.ending}"
+    check_is_new(out)
+    resolved = read_resolved(found.run)["model"]
+    if form.adapters and not resolved["lora"]["enabled"]:
+        raise no_adapters(found.run)
+    trained = Dtype(resolved["dtype"])
+    if form.dtype is None and trained is Dtype.fp16 and not count_gpus():  # CPUs train in fp32 and bf16
+        form = replace(form, dtype=Dtype.fp16)
+    say(f"{name}: exporting {found.folder}, step {number}")
+    with beside(out) as folder:
+        run = folder / found.run.name
+        lay_out(found, run, Dtype.fp32 if form.dtype is not None else trained)
+        job = Job(STAGES[found.step].module, ("--config", str(run / RESOLVED), "--run-dir", str(run)))
+        status = supervise(job).status
+        failed = run / name / f"{EXPORT}.{UNVERIFIED}"
+        if failed.exists():
+            commit_folder(failed, out)
+            say(f"  what failed its check is kept in {out}; no step takes it")
+        if status == 0:
+            status = commit_as(run / name / EXPORT, out, form, folder, say)
+    return status
+
+
+def export_artifact(path: Path, out: Path | None, form: Form, say: Say) -> int:
+    """Make another form of an artifact. UserError where it has that form already."""
+    manifest = verify(path)
+    is_asked = form.adapters and manifest.kind != ADAPTER_FOLDER
+    if form.dtype in (None, dtype_of(manifest)) and not is_asked:
+        raise UserError(
+            f"{path} is an artifact already",
+            hint="name a run or a checkpoint to make one, or another form of it: --dtype, --adapter",
+        )
+    form = replace(form, adapters=form.adapters or manifest.kind == ADAPTER_FOLDER)
+    if form.adapters and manifest.kind != ADAPTER_FOLDER and not (path / ADAPTER_FOLDER).is_dir():
+        raise no_adapters(path)
+    out = out or path.with_name(path.name + form.ending)
+    check_is_new(out)
+    with beside(out) as folder:
+        made = shutil.copytree(path, folder / path.name) if form.adapters else path
+        return commit_as(made, out, form, folder, say)
+
+
+def check_is_new(out: Path) -> None:
+    """UserError for a folder that is there."""
+    if out.exists():
+        raise UserError(f"{out} exists, and nothing is overwritten", hint="--out NEW_FOLDER, or remove it")
+
+
+def no_adapters(path: Path) -> UserError:
+    """What is said of weights that were all trained."""
+    return UserError(
+        f"--adapter: {path} was trained without LoRA: all its weights changed", hint="leave --adapter out"
+    )
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """A folder for what is not finished, on the disk of `out`."""
+    with disk_errors(out, "--out FOLDER"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export.", dir=out.parent) as folder:
+            yield Path(folder)
+
+
+def commit_as(made: Path, out: Path, form: Form, folder: Path, say: Say) -> int:
+    """Bring a whole artifact into a form, and commit it. Returns the status of the process that rounds.
+
+    folder: for what is not finished; what lies there may be changed.
+    """
+    if form.adapters and (made / ADAPTER_FOLDER).is_dir():
+        keep_adapters(made)
+    if form.dtype not in (None, dtype_of(read_manifest(made))):
+        assert form.dtype is not None
+        rounded = folder / "rounded"
+        arguments = (str(made), "--dtype", form.dtype.value, "--out", str(rounded))
+        if status := supervise(Job(ROUNDING, arguments)).status:
+            return status
+        made = rounded
+    commit_folder(made, out)
+    say(f"  {'adapters' if form.adapters else 'artifact'}  {out} ({file_sha256(out / MANIFEST)[:12]})")
+    return 0
+
+
+def keep_adapters(folder: Path) -> None:
+    """Leave of an artifact its adapters, as peft and transformers load them on their base, and the tokenizer.
+
+    UserError where tokens were added: the base's embeddings have no rows for them.
+    """
+    manifest = read_manifest(folder)
+    base = read_json(folder / ADAPTER_FOLDER / "adapter_config.json")["base_model_name_or_path"]
+    if not base:
+        raise UserError(
+            "--adapter: the base was initialised at random, and is nowhere to load from", hint="leave it out"
+        )
+    check_same_vocabulary(folder / "config.json", Path(base) / "config.json")
+    for path in folder.iterdir():
+        if path.name in OF_WHOLE_MODEL or ".safetensors" in path.suffixes:
+            path.unlink()
+    for path in (folder / ADAPTER_FOLDER).iterdir():
+        path.rename(folder / path.name)
+    (folder / ADAPTER_FOLDER).rmdir()
+    assert manifest.role is not None
+    details = {**manifest.details, "adapter_of": base if HUB_NAME.fullmatch(base) else Path(base).name}
+    write_text(folder / CARD, model_card(manifest.role, details))
+    write_manifest(folder, Manifest(ADAPTER_FOLDER, manifest.role, hash_files(folder), details))
+
+
+def check_same_vocabulary(made: Path, base: Path) -> None:
+    """UserError where the base is at hand and has another number of tokens."""
+    if not base.exists():
+        return
+    ours, theirs = (read_json(path).get("vocab_size") for path in (made, base))
+    if ours != theirs:
+        raise UserError(
+            f"--adapter: the model has {ours} tokens and its base {base.parent} {theirs}",
+            hint="adapters hold no embeddings: leave --adapter out, for merged weights",
+        )
 
 
 def checkpoint_of(path: Path, wanted: str) -> Checkpoint:
@@ -133,13 +291,18 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is damaged: {error!r}", hint="name another checkpoint") from None
 
 
-def lay_out(found: Checkpoint, run: Path) -> None:
-    """Write a run's folder in which the checkpoint is the last that the step can do, on one rank."""
+def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
+    """Write a run's folder in which the checkpoint is the last that the step can do, on one rank.
+
+    dtype: None for that of the run.
+    """
     from omegaconf import OmegaConf
 
     name, step = found.step.value, run / found.step.value
     resolved = OmegaConf.create(read_resolved(found.run))
     OmegaConf.update(resolved, f"{name}.train.max_steps", found.counters["step"])
+    if dtype is not None:
+        OmegaConf.update(resolved, "model.dtype", dtype.value)
     OmegaConf.update(resolved, "deepspeed.hpz_partition_size", 1)
     OmegaConf.update(resolved, "tracking.wandb", WandbMode.off.value)
     (step / CHECKPOINTS).mkdir(parents=True)

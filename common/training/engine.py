@@ -21,7 +21,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +145,17 @@ class Engine:
                 f"{self._world_size}",
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
-        if stored is not None and stored != self.layout:
-            self._load_resharded(folder / STATE_TAG, stored)
-            return f"{stored} -> {self.layout}"
+        before, now = (
+            _dtype_of(_read(files[0], mmap=True)["ds_config"]),
+            _dtype_of(self._engine._config._param_dict),
+        )
+        if stored is not None and (stored != self.layout or before != now):
+            self._load_resharded(folder / STATE_TAG, stored, same_dtype=before == now)
+            return (
+                f"{stored} -> {self.layout}"
+                if before == now
+                else f"{stored} in {before} -> {self.layout} in {now}"
+            )
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=STATE_TAG, load_module_strict=not self._has_frozen()
         )
@@ -222,8 +230,11 @@ class Engine:
             for number, (master, group, found) in enumerate(shards)
         )
 
-    def _load_resharded(self, folder: Path, stored: Layout) -> None:
-        """Restore a state that other ranks, or another stage, wrote into `folder`."""
+    def _load_resharded(self, folder: Path, stored: Layout, *, same_dtype: bool) -> None:
+        """Restore a state that other ranks, another stage, or a run in another dtype wrote into `folder`.
+
+        The fp32 weights are what is restored; the module's are these, rounded once.
+        """
         own, refused = self.layout.ranks[dist.get_rank()], None
         try:
             held = reshard(stored, own, lambda rank: _held_by(folder, rank))
@@ -234,7 +245,8 @@ class Engine:
                 raise refusal
         weights = [values.pop(WEIGHTS) for values in held]
         self._load_buffers(folder)
-        self._load_optimizer(held, _stored_optimizer(folder, 0).get("loss_scaler"))
+        scaler = _stored_optimizer(folder, 0).get("loss_scaler") if same_dtype else None
+        self._load_optimizer(held, scaler)
         for master, values in zip(self.master_weights(), weights, strict=True):
             master.copy_(values)
         self.publish_master_weights()
@@ -311,6 +323,11 @@ def _wholes(zero: Any, number: int, names: dict[int, str]) -> tuple[Piece, ...] 
         pieces.append(Piece(names[id(parameter)], 0, offset, parameter.numel()))
         offset += parameter.numel()
     return tuple(pieces)
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    """Of the weights in the forward pass, by DeepSpeed's configuration."""
+    return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
 
 
 def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ def _save_weights(saved: PreTrainedModel, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     saved.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # written for the owner alone, whatever the umask
+    for path in folder.rglob("*.safetensors"):  # written for the owner alone, whatever the umask
         path.chmod((folder / "config.json").stat().st_mode)
 
 

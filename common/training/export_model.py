@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from common.artifacts import CARD
+from common.artifacts import ADAPTER_FOLDER, CARD
 from common.model.adapters import ADAPTER, base_name, is_adapter, is_of_base, merged_weights, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
