@@ -36,12 +36,13 @@ from common.config import Dtype, WandbMode
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
 from common.handoff import similar
-from common.stage import Step
+from common.stage import Role, Step
 from common.text import nearest
 from launch.local import Job, count_gpus
 from launch.supervise import supervise
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES
+from pipeline.publish import Destination, check_gguf, find_converter, write_gguf
 from pipeline.state import METRICS, RESOLVED, read_resolved
 
 CHECKPOINTS, COUNTERS = "checkpoints", "counters.json"
@@ -50,6 +51,8 @@ TOKENIZER = "tokenizer"
 ROUNDING = "common.training.rounding"
 OF_WHOLE_MODEL = (MANIFEST, CARD, "config.json")
 """Files of an artifact that adapters alone have not, beside the weights."""
+OF_FORM = ("dtype", "rounded", "adapter_of")
+"""Details of a manifest that differ between the forms of an artifact."""
 NAMES = {"float32": Dtype.fp32, "bfloat16": Dtype.bf16, "float16": Dtype.fp16}
 """Dtypes as manifests call them."""
 
@@ -79,10 +82,46 @@ class Form:
         dtype = f".{self.dtype.value}" if self.dtype is not None else ""
         return dtype + (f".{ADAPTER_FOLDER}" if self.adapters else "")
 
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether an artifact has this form."""
+        is_kind = (manifest.kind == ADAPTER_FOLDER) == self.adapters
+        return is_kind and self.dtype in (None, dtype_of(manifest))
+
 
 def dtype_of(manifest: Manifest) -> Dtype | None:
     """The dtype of an artifact's weights; None where it is another one."""
     return NAMES.get(str(manifest.details.get("dtype")))
+
+
+@dataclass(frozen=True)
+class Further:
+    """What is done with an artifact beside making it; all that can be asked before has been."""
+
+    destination: Destination | None = None
+    gguf: Path | None = None
+    converter: Path | None = None
+
+    @classmethod
+    def of(cls, given: argparse.Namespace, role: Role | None) -> Further:
+        """UserError for what cannot be done with an artifact of this role."""
+        if given.private and not given.push:
+            raise UserError("--private is of a push", hint="--push ORG/NAME --private")
+        if given.gguf and given.adapter:
+            raise UserError("--gguf takes a whole model, and --adapter leaves a part", hint="leave one out")
+        if given.gguf:
+            check_gguf(given.gguf, role)
+        destination = Destination.of(given.push, private=given.private) if given.push else None
+        return cls(destination, given.gguf, find_converter() if given.gguf else None)
+
+    def __bool__(self) -> bool:
+        return bool(self.destination or self.gguf)
+
+    def do(self, artifact: Path, say: Say) -> None:
+        """Convert and push what lies at `artifact`."""
+        if self.gguf is not None and self.converter is not None:
+            write_gguf(artifact, self.gguf, self.converter, say)
+        if self.destination is not None:
+            self.destination.upload(artifact, say)
 
 
 def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
@@ -90,8 +129,15 @@ def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     given = export_options(arguments)
     path, form = Path(given.path), Form(Dtype(given.dtype) if given.dtype else None, given.adapter)
     if is_artifact(path):
-        return export_artifact(path, given.out, form, say)
-    return export_checkpoint(checkpoint_of(path, given.step), given.out, form, say)
+        further = Further.of(given, read_manifest(path).role)
+        status, artifact = export_artifact(path, given.out, form, say, further=bool(further))
+    else:
+        found = checkpoint_of(path, given.step)
+        further = Further.of(given, STAGES[found.step].produces)
+        status, artifact = export_checkpoint(found, given.out, form, say, further=bool(further))
+    if status == 0:
+        further.do(artifact, say)
+    return status
 
 
 def export_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -109,6 +155,9 @@ def export_options(arguments: Sequence[str]) -> argparse.Namespace:
     lora = parser.add_mutually_exclusive_group()
     lora.add_argument("--merge", action="store_true", help="LoRA: merged into the base (default)")
     lora.add_argument("--adapter", action="store_true", help="LoRA: the adapters alone, as peft loads them")
+    parser.add_argument("--push", metavar="ORG/NAME", help="upload it to the hub as well")
+    parser.add_argument("--private", action="store_true", help="of a push: for those alone whom you let")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="convert it for llama.cpp as well")
     return parser.parse_args(list(arguments))
 
 
@@ -117,10 +166,18 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).exists() and read_manifest(path).kind in ("artifact", ADAPTER_FOLDER)
 
 
-def export_checkpoint(found: Checkpoint, out: Path | None, form: Form, say: Say) -> int:
-    """Make an artifact of a checkpoint. out: None for a folder beside the step's own export."""
+def export_checkpoint(
+    found: Checkpoint, out: Path | None, form: Form, say: Say, *, further: bool = False
+) -> tuple[int, Path]:
+    """Make an artifact of a checkpoint; returns the exit status, and where it is.
+
+    out: None for a folder beside the step's own export. further: one that is there from before will do.
+    """
     number, name = found.counters["step"], found.step.value
     out = out or found.run / name / f"{EXPORT}.step_{number}{form.ending}"
+    if further and is_made_of(out, found, form):
+        say(f"{name}: step {number} was exported before: {out}")
+        return 0, out
     check_is_new(out)
     resolved = read_resolved(found.run)["model"]
     if form.adapters and not resolved["lora"]["enabled"]:
@@ -140,26 +197,56 @@ def export_checkpoint(found: Checkpoint, out: Path | None, form: Form, say: Say)
             say(f"  what failed its check is kept in {out}; no step takes it")
         if status == 0:
             status = commit_as(run / name / EXPORT, out, form, folder, say)
-    return status
+    return status, out
 
 
-def export_artifact(path: Path, out: Path | None, form: Form, say: Say) -> int:
-    """Make another form of an artifact. UserError where it has that form already."""
+def is_made_of(out: Path, found: Checkpoint, form: Form) -> bool:
+    """Whether a folder holds the artifact of a checkpoint, in this form."""
+    made = read_manifest(out) if is_artifact(out) else None
+    if made is None or not form.fits(made):
+        return False
+    progress = dict(made.details.get("progress") or {}, watchdogs=found.counters.get("watchdogs"))
+    return all(found.counters.get(name) == value for name, value in progress.items())
+
+
+def is_form_of(out: Path, manifest: Manifest, form: Form) -> bool:
+    """Whether a folder holds this form of an artifact."""
+    made = read_manifest(out) if is_artifact(out) else None
+    if made is None or not form.fits(made):
+        return False
+    ours, theirs = (
+        {name: value for name, value in side.details.items() if name not in OF_FORM}
+        for side in (made, manifest)
+    )
+    return ours == theirs
+
+
+def export_artifact(
+    path: Path, out: Path | None, form: Form, say: Say, *, further: bool = False
+) -> tuple[int, Path]:
+    """Make another form of an artifact; returns the exit status, and where it is.
+
+    further: what has the form already will do; otherwise that is a UserError.
+    """
     manifest = verify(path)
-    is_asked = form.adapters and manifest.kind != ADAPTER_FOLDER
-    if form.dtype in (None, dtype_of(manifest)) and not is_asked:
+    form = replace(form, adapters=form.adapters or manifest.kind == ADAPTER_FOLDER)
+    if form.fits(manifest):
+        if further and out is None:
+            return 0, path
         raise UserError(
             f"{path} is an artifact already",
             hint="name a run or a checkpoint to make one, or another form of it: --dtype, --adapter",
         )
-    form = replace(form, adapters=form.adapters or manifest.kind == ADAPTER_FOLDER)
     if form.adapters and manifest.kind != ADAPTER_FOLDER and not (path / ADAPTER_FOLDER).is_dir():
         raise no_adapters(path)
     out = out or path.with_name(path.name + form.ending)
+    if further and is_form_of(out, manifest, form):
+        say(f"{path} was exported before: {out}")
+        return 0, out
     check_is_new(out)
     with beside(out) as folder:
         made = shutil.copytree(path, folder / path.name) if form.adapters else path
-        return commit_as(made, out, form, folder, say)
+        return commit_as(made, out, form, folder, say), out
 
 
 def check_is_new(out: Path) -> None:

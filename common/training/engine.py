@@ -145,17 +145,12 @@ class Engine:
                 f"{self._world_size}",
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
-        before, now = (
-            _dtype_of(_read(files[0], mmap=True)["ds_config"]),
-            _dtype_of(self._engine._config._param_dict),
-        )
+        own_config = self._engine._config._param_dict
+        before, now = map(_dtype_of, (_read(files[0], mmap=True).get("ds_config", own_config), own_config))
         if stored is not None and (stored != self.layout or before != now):
             self._load_resharded(folder / STATE_TAG, stored, same_dtype=before == now)
-            return (
-                f"{stored} -> {self.layout}"
-                if before == now
-                else f"{stored} in {before} -> {self.layout} in {now}"
-            )
+            of_before, of_now = ("", "") if before == now else (f" in {before}", f" in {now}")
+            return f"{stored}{of_before} -> {self.layout}{of_now}"
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=STATE_TAG, load_module_strict=not self._has_frozen()
         )
