@@ -75,6 +75,11 @@ class WandbMode(Enum):
     off = "off"
 
 
+class Exported(Enum):
+    best = "best"
+    last = "last"
+
+
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
@@ -303,6 +308,16 @@ class TrainConfig:
     """and one after so many minutes without; 0: never"""
     keep_checkpoints: int = number(2, 1, 1_000_000)
     """newest checkpoints kept, beside the best one"""
+    export: Exported = Exported.last
+    """the weights that the step exports: of its last step, or best on held-out rows (not in ppo)"""
+
+    def check(self, at: str) -> None:
+        """The best of one is no choice."""
+        if self.export is Exported.best and not self.eval_every:
+            raise UserError(
+                f"{at}export=best compares evaluations, and with {at}eval_every=0 there is one, at the end",
+                hint=f"set {at}eval_every, e.g. to a tenth of the steps",
+            )
 
 
 @dataclass

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import read_json
-from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
+from common.config import (
+    DataConfig,
+    Dtype,
+    Exported,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    Quantize,
+    TrainConfig,
+)
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
@@ -86,6 +95,7 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
     for role, model in models.items():
         check_length(model, part.data.max_length, f"{name}.data.max_length", role)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
+    check_exported(part.train, part.data, name)
     trained = {f"{name}.optim": (models[Role.policy], part.optim)}
     if step is Step.ppo:
         check_ptx(part, models[Role.policy], ranks)
@@ -96,6 +106,15 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
             check_gpu(f"{key}.name={optim.name.value}", f"{key}.name=adamw or adafactor")
         check_muon(config, optim, key)
     check_disk(config, [model for model, _ in trained.values()])
+
+
+def check_exported(train: TrainConfig, data: DataConfig, name: str) -> None:
+    """What is best is judged by held-out rows."""
+    if train.export is Exported.best and data.eval_path is None and not data.held_out_fraction():
+        raise UserError(
+            f"{name}.train.export=best needs held-out rows, and {name}.data.eval_fraction=0 leaves none",
+            hint=f"{name}.data.eval_fraction=0.05, or {name}.data.eval_path=FILE",
+        )
 
 
 def check_ppo(ppo: PPOConfig) -> None:

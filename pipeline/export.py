@@ -32,7 +32,7 @@ from common.artifacts import (
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
-from common.config import Dtype, WandbMode
+from common.config import Dtype, Exported, WandbMode
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
 from common.handoff import similar
@@ -388,6 +388,7 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
     name, step = found.step.value, run / found.step.value
     resolved = OmegaConf.create(read_resolved(found.run))
     OmegaConf.update(resolved, f"{name}.train.max_steps", found.counters["step"])
+    OmegaConf.update(resolved, f"{name}.train.export", Exported.last.value)
     if dtype is not None:
         OmegaConf.update(resolved, "model.dtype", dtype.value)
     OmegaConf.update(resolved, "deepspeed.hpz_partition_size", 1)

@@ -23,7 +23,7 @@ ALWAYS = ("global_batch_size", "max_length", "epochs", "scheduler", "warmup_rati
 """Settings that are told although they are the default."""
 NOT_TOLD = (
     "sampling", "evaluation", "micro_batch_size", "eval_every", "save_every", "save_minutes",
-    "keep_checkpoints", "max_bad_rows", "compile", "gradient_checkpointing", "trust_remote_code",
+    "keep_checkpoints", "export", "max_bad_rows", "compile", "gradient_checkpointing", "trust_remote_code",
     "offload_frozen", "slots",
 )  # fmt: skip
 """Settings that change what is measured or how fast, and not what is trained."""

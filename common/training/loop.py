@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import torch
 
 from common.artifacts import Artifact
-from common.config import Dtype
+from common.config import Dtype, Exported
 from common.data.batches import Batches
 from common.errors import UserError
 from common.model.packed import PackedModel
@@ -213,16 +213,32 @@ class Loop(Generic[Rows]):
         final_lines: FinalLines = lambda final: [],
         extra_details: ExtraDetails = lambda final: {},
     ) -> None:
-        """Export what was trained; see `Session.export`."""
+        """Export what was trained, of the step that `train.export` names; see `Session.export`."""
         session = self._session
+        self._take_exported()
         session.export(
-            module, self._learner.engine, tokenizer, documents, steps=self.total_steps, parents=parents,
+            module, self._learner.engine, tokenizer, documents, steps=self.counters.step, parents=parents,
             data=self._data.fingerprints(), counters=asdict(self.counters),
             final_lines=lambda final: [
                 *final_lines(final), skipped_warning(self.counters, session.job.model.dtype, session.step),
             ],
             extra_details=extra_details,
         )  # fmt: skip
+
+    def _take_exported(self) -> None:
+        """With `train.export=best` go back to the checkpoint of the best step. A collective."""
+        best, session = self.counters.best_step, self._session
+        if session.train_config.export is Exported.last or best == self.counters.step:
+            return
+        if best is None:
+            session.progress.log(
+                "warning: no held-out loss is finite, so that no step is best: the last is exported"
+            )
+            return
+        self.counters = Counters(**self._checkpoints.load(best, self._learner.engine))
+        session.progress.log(
+            f"exporting step {best}, the best on held-out rows: loss {self.counters.best_loss:.4f}"
+        )
 
     def _save(self) -> None:
         """Commit a checkpoint of this moment, unless there is one."""

@@ -140,6 +140,9 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
     for step in ("sft", "reward", "dpo", "ppo"):
         yield from _data(settings[step]["data"])
         yield from _optimizer(settings[step]["optim"])
+        train = settings[step]["train"]
+        if train["export"] == "best" and (train["eval_every"] == 0 or step == "ppo"):
+            yield "the best of one, or of what cannot be compared"
     if settings["dpo"]["label_smoothing"] > 0 and settings["dpo"]["loss_type"] != "sigmoid":
         yield "labels that nothing smooths"
     yield from _ppo(settings["ppo"])

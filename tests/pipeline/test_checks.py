@@ -13,6 +13,7 @@ import pytest
 from common.config import (
     DataConfig,
     Dtype,
+    Exported,
     ModelConfig,
     OptimConfig,
     OptimizerName,
@@ -21,6 +22,7 @@ from common.config import (
     TokenizerConfig,
 )
 from common.errors import UserError
+from common.fields import as_schema
 from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
@@ -390,3 +392,22 @@ def test_reward_functions_are_not_imported_by_the_controller(ppo: PipelineConfig
     ppo.ppo.rewards = [RewardSourceConfig(function="no.such.module:function")]
     ppo.steps = [Step.sft, Step.ppo]
     checks.check(ppo, ranks=1)
+
+
+def test_the_best_step_needs_rows_to_be_judged_by(config: PipelineConfig) -> None:
+    config.sft.train.export, config.sft.data.eval_fraction = Exported.best, 0.0
+    assert error_of(config).message == (
+        "sft.train.export=best needs held-out rows, and sft.data.eval_fraction=0 leaves none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ("dpo", "dpo.train.export=best compares evaluations, and with dpo.train.eval_every=0"),
+        ("ppo", "ppo.train.export=best"),
+    ],
+)
+def test_what_has_no_best_step_is_refused_when_composing(step: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        as_schema(PipelineConfig, {step: {"train": {"export": "best"}}})

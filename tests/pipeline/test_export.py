@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from common.artifacts import CARD, Artifact, Manifest, hash_files, verify, write_manifest
-from common.config import Dtype, LoraConfig, ModelConfig, SchedulerName
+from common.config import Dtype, Exported, LoraConfig, ModelConfig, SchedulerName
 from common.errors import UserError
 from common.model.loading import load_model
 from common.stage import Role, Step
@@ -113,6 +113,22 @@ def test_a_step_of_two_ranks_under_zero_3_is_exported_by_one_as_the_run_had_it(t
         made, kept = (dict(verify(folder / "sft" / "export").files) for folder in (out, wanted))
         assert made.pop(CARD) and kept.pop(CARD)  # at step 2 the run was not evaluated
         assert made == kept
+
+
+def test_the_best_step_is_exported_where_the_step_is_told_so(tmp_path: Path) -> None:
+    base = runs.Base.make(tmp_path)
+    job = base.job(max_steps=6, eval_every=1, export=Exported.best)
+    job.sft.optim.lr, job.sft.optim.scheduler = 0.3, SchedulerName.constant  # it gets worse at once
+    run = base.run("best", job)
+    losses = {line["step"]: line["eval/loss"] for line in runs.evaluation_lines(run) if line["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 6
+    lay_out(checkpoint_of(run, "best"), tmp_path / "again")
+    assert runs.finish(tmp_path / "again", 1)
+    own, again = (verify(folder / "sft" / "export") for folder in (run, tmp_path / "again"))
+    assert own.files["model.safetensors"] == again.files["model.safetensors"]
+    assert own.details["progress"]["step"] == best and own.details["metrics"]["eval/loss"] == losses[best]
+    assert f"exporting step {best}, the best on held-out rows" in (run / "output.txt").read_text()
 
 
 @pytest.mark.slow
