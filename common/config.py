@@ -289,6 +289,22 @@ class DataConfig:
 
 
 @dataclass
+class StopWhenConfig:
+    """Early stopping."""
+
+    metric: Optional[str] = None
+    """of the evaluations, e.g. eval/loss; the step ends when it is no longer better. null: off"""
+    patience: int = number(3, 1, 1_000_000)
+    """evaluations in a row without a better one"""
+
+    @property
+    def falls(self) -> bool:
+        """Whether a smaller value is better, by the metric's name."""
+        last = (self.metric or "").rpartition("/")[2]
+        return any(word in last for word in ("loss", "perplexity", "error", "kl"))
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
@@ -311,11 +327,16 @@ class TrainConfig:
     export: Exported = Exported.last
     """the weights that the step exports: of its last step, or best on held-out rows (not in ppo)"""
 
+    stop_when: StopWhenConfig = field(default_factory=StopWhenConfig)
+    """early stopping"""
+
     def check(self, at: str) -> None:
         """The best of one is no choice."""
-        if self.export is Exported.best and not self.eval_every:
+        judged = [f"{at}export=best"] if self.export is Exported.best else []
+        judged += [f"{at}stop_when.metric={self.stop_when.metric}"] if self.stop_when.metric else []
+        if judged and not self.eval_every:
             raise UserError(
-                f"{at}export=best compares evaluations, and with {at}eval_every=0 there is one, at the end",
+                f"{judged[0]} compares evaluations, and with {at}eval_every=0 there is one, at the end",
                 hint=f"set {at}eval_every, e.g. to a tenth of the steps",
             )
 

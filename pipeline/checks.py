@@ -109,10 +109,12 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
 
 
 def check_exported(train: TrainConfig, data: DataConfig, name: str) -> None:
-    """What is best is judged by held-out rows."""
-    if train.export is Exported.best and data.eval_path is None and not data.held_out_fraction():
+    """What is best, and whether it gets better, is judged by held-out rows."""
+    judged = [f"{name}.train.export=best"] if train.export is Exported.best else []
+    judged += [f"{name}.train.stop_when.metric={train.stop_when.metric}"] if train.stop_when.metric else []
+    if judged and data.eval_path is None and not data.held_out_fraction():
         raise UserError(
-            f"{name}.train.export=best needs held-out rows, and {name}.data.eval_fraction=0 leaves none",
+            f"{judged[0]} needs held-out rows, and {name}.data.eval_fraction=0 leaves none",
             hint=f"{name}.data.eval_fraction=0.05, or {name}.data.eval_path=FILE",
         )
 

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, Artifact, content_sha256, verify
+from common.artifacts import MANIFEST, Artifact, content_sha256, file_sha256, verify
 from common.errors import UserError
 from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
@@ -33,11 +33,14 @@ from launch.nodes import Hello, Machines, gather
 from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
+from pipeline.going_on import Changes, changes
 from pipeline.lineage import check_parents, load_sources, record_lineage
 from pipeline.plan import EXPORT, Wired, wire_run, with_sources
 from pipeline.sources import settle_sources
 
 REPORT = "report.html"
+CONTINUES = "continues"
+"""Of a state: the artifact that the step had made before it went on."""
 OF_MEMORY = (OUT_OF_MEMORY, 128 + signal.SIGKILL)
 """Exit statuses of a step that ran out of memory: of a device, and perhaps of the machine."""
 KEEP_OR_START_OVER = (
@@ -199,14 +202,20 @@ def run_step(
     if before is not None and not holds_work(folder):
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # trained on rows that may have changed
         before = {**before, "config": part, "inputs": inputs}
-    if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, wired, run_dir)):
+    moved = Changes()
+    if before is not None:
+        was_done = is_finished(folder, before)
+        moved = changes(before["config"], part, wired.stage.name, folder, ended=was_done)
+    if folder.exists() and (refused := reasons_to_refuse(before, inputs, wired, run_dir, moved)):
         if not config.force:
             listed = "".join(f"\n    {line}" for line in refused)
             raise UserError(f"{name} in {folder} was made differently:{listed}", hint=KEEP_OR_START_OVER)
         say(f"{name}: starting over; the old folder is kept as {set_aside(folder)}")
-        before = None
-    if before is not None and is_finished(folder, before):
+        before, moved = None, Changes()
+    if before is not None and is_finished(folder, before) and not moved.is_work:
         sha256 = finish(run_dir, wired, before)
+        for line in moved.taken:
+            say(f"{name}: {line}, which changes nothing of a step that is done")
         say(f"{name}: done already, verified: {folder / EXPORT} ({sha256[:12]})")
         return 0
 
@@ -217,6 +226,8 @@ def run_step(
     total = ranks if machines is None else sum(machines.ranks)
     size = f"{total} rank(s){f' on {len(machines.ranks)} machines' if machines is not None else ''}"
     say(f"{name}: {begins} in {folder}, {size}{start_from}")
+    for line in moved.taken:
+        say(f"{name}: changed since it was begun: {line}")
     if Role.reward_model in sources:
         for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
             say(f"{name}: {line}")
@@ -230,6 +241,7 @@ def run_step(
         "started": before["started"] if before is not None else launched,
         "launched": launched,
         "launch": state.next_launch(run_dir),
+        CONTINUES: artifact_continued(folder, before),
     }
     state.write_state(folder, current)
     if machines is not None:
@@ -324,17 +336,19 @@ def show_ways_out(
 
 def reasons_to_refuse(
     before: Mapping[str, Any] | None,
-    part: Mapping[str, Any],
     inputs: Mapping[str, Any],
     wired: Wired,
     run_dir: Path,
+    moved: Changes,
 ) -> list[str]:
-    """Why the step cannot go on in its folder with this configuration; empty when it can."""
+    """Why the step cannot go on in its folder with this configuration; empty when it can.
+
+    moved: what changed of the configuration.
+    """
     folder = run_dir / wired.stage.name.value
     if before is None:
         return [f"{folder} holds files, but no usable {state.STATE}"] if any(folder.iterdir()) else []
-    changed = state.config_differences(before["config"], part)
-    changed += state.input_differences(before["inputs"], inputs)
+    changed = [*moved.refused, *state.input_differences(before["inputs"], inputs)]
     if not changed and is_finished(folder, before):
         try:
             check_parents(Artifact(folder / EXPORT, verify(folder / EXPORT)), wired, run_dir, inputs)
@@ -349,8 +363,22 @@ def holds_work(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, before: Mapping[str, Any]) -> bool:
-    """Whether the export is complete: it appears by one rename, as the last thing a step does."""
-    return before["status"] == "done" or (folder / EXPORT / MANIFEST).exists()
+    """Whether the export is complete: it appears by one rename, as the last thing a step does.
+
+    One that the step went on from is not what it makes.
+    """
+    if before["status"] == "done":
+        return True
+    manifest = folder / EXPORT / MANIFEST
+    return manifest.exists() and file_sha256(manifest) != before.get(CONTINUES)
+
+
+def artifact_continued(folder: Path, before: Mapping[str, Any] | None) -> str | None:
+    """Hash of the manifest of an artifact that the step had made, and goes on from; None without one."""
+    if before is None:
+        return None
+    manifest = folder / EXPORT / MANIFEST
+    return file_sha256(manifest) if is_finished(folder, before) else before.get(CONTINUES)
 
 
 def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:

@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 
 from common.artifacts import Artifact
-from common.config import Dtype, Exported
+from common.config import Dtype, Exported, StopWhenConfig
 from common.data.batches import Batches
 from common.errors import UserError
 from common.model.packed import PackedModel
@@ -22,6 +22,7 @@ from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
 from common.runtime.progress import Progress
 from common.stage import Step
+from common.text import did_you_mean
 from common.training.engine import StepOutcome
 from common.training.learner import Learner
 from common.training.session import ExtraDetails, FinalLines, Session, restore
@@ -35,6 +36,34 @@ log = logging.getLogger("rlhf.loop")
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What early stopping knows: the best value of its metric, and evaluations since."""
+
+    metric: str | None = None
+    best: float | None = None
+    waited: int = 0
+
+    def after(self, stop_when: StopWhenConfig, metrics: Mapping[str, float]) -> Watched:
+        """After an evaluation. UserError naming its metrics, where the one to be watched is none of them."""
+        if (metric := stop_when.metric) is None:
+            return self
+        if (value := metrics.get(metric)) is None:
+            raise UserError(
+                f"train.stop_when.metric={metric} is not measured on held-out rows",
+                hint=did_you_mean(metric, metrics, f"measured are {', '.join(sorted(metrics))}"),
+            )
+        if self.metric != metric or self.best is None:
+            return Watched(metric, value)
+        is_better = value < self.best if stop_when.falls else value > self.best
+        return Watched(metric, value) if is_better else Watched(metric, self.best, self.waited + 1)
+
+    def is_over(self, stop_when: StopWhenConfig) -> bool:
+        """Whether the step ends here."""
+        is_watched = stop_when.metric is not None and self.metric == stop_when.metric
+        return is_watched and self.waited >= stop_when.patience
+
+
+@dataclass(frozen=True)
 class Counters:
     """Where the run is; part of every checkpoint."""
 
@@ -45,6 +74,12 @@ class Counters:
     num_trained_tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    watched: Watched = field(default_factory=lambda: Watched())
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Counters:
+        """As a checkpoint has them; one of an earlier version watches nothing."""
+        return cls(**{**stored, "watched": Watched(**stored.get("watched", {}))})
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
@@ -101,7 +136,17 @@ class Loop(Generic[Rows]):
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, if there is one. A collective."""
-        self.counters = Counters(**restore(self._checkpoints, self._learner.engine, self._session.say))
+        self.counters = Counters.of(restore(self._checkpoints, self._learner.engine, self._session.say))
+        check_length(self.counters.step, self.total_steps, self._session.step)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step: not after the last, nor when the evaluations got no better."""
+        return self.counters.step < self.total_steps and not self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.counters.watched.is_over(self._session.train_config.stop_when)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -190,6 +235,8 @@ class Loop(Generic[Rows]):
             return math.inf
         enter("evaluate")
         metrics, line = self._evaluate_held_out(self._data.held_out, self.counters.step)
+        watched = self.counters.watched.after(self._session.train_config.stop_when, metrics)
+        self.counters = replace(self.counters, watched=watched)
         self._session.tracker.log(metrics, self.counters.step)
         self._session.progress.log(line)
         return metrics["eval/loss"]
@@ -199,9 +246,13 @@ class Loop(Generic[Rows]):
         train, step = self._session.train_config, self.counters.step
         is_last = step == self.total_steps
         if is_due(step, train.eval_every) or is_last:
-            self.counters = with_best(self.counters, self._evaluate())
+            held_out_loss = self._evaluate()  # which counts, too
+            self.counters = with_best(self.counters, held_out_loss)
+        is_last = is_last or self._is_over
         if is_due(step, train.save_every) or self._saving or self.counters.best_step == step or is_last:
             self._save()
+        if self._is_over:
+            self._session.progress.log(stopping_line(step, train.stop_when))
 
     def export(
         self,
@@ -235,7 +286,7 @@ class Loop(Generic[Rows]):
                 "warning: no held-out loss is finite, so that no step is best: the last is exported"
             )
             return
-        self.counters = Counters(**self._checkpoints.load(best, self._learner.engine))
+        self.counters = Counters.of(self._checkpoints.load(best, self._learner.engine))
         session.progress.log(
             f"exporting step {best}, the best on held-out rows: loss {self.counters.best_loss:.4f}"
         )
@@ -247,6 +298,21 @@ class Loop(Generic[Rows]):
             counters.step, self._learner.engine, asdict(counters), best_step=counters.best_step
         )
         self._session.save_clock.restart()
+
+
+def stopping_line(step: int, stop_when: StopWhenConfig, *, unit: str = "step") -> str:
+    """What is said where a step of the chain ends early."""
+    waited = f"{stop_when.metric} was not better in {stop_when.patience} evaluation(s)"
+    return f"stopping after {unit} {step}: {waited} (train.stop_when)"
+
+
+def check_length(done: int, total: int, step: Step, *, unit: str = "steps") -> None:
+    """UserError where more is done than is asked for."""
+    if done > total:
+        raise UserError(
+            f"{done} {unit} of {step.value} are done, and {total} are asked for",
+            hint=f"{step.value}.train.max_steps={done}, or export an earlier checkpoint that is kept",
+        )
 
 
 def report_skipped(

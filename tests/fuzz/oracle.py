@@ -143,6 +143,8 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
         train = settings[step]["train"]
         if train["export"] == "best" and (train["eval_every"] == 0 or step == "ppo"):
             yield "the best of one, or of what cannot be compared"
+        if train["stop_when"]["metric"] is not None and train["eval_every"] == 0:
+            yield "one evaluation is waited for"
     if settings["dpo"]["label_smoothing"] > 0 and settings["dpo"]["loss_type"] != "sigmoid":
         yield "labels that nothing smooths"
     yield from _ppo(settings["ppo"])
