@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from common.artifacts import CARD, verify
 from common.config import SchedulerName, StopWhenConfig
+from common.stage import Step
 from step1_sft.config import SFTJob
+from step2_dpo.config import DPOJob
+from step2_reward.config import RewardJob
+from step3_ppo.config import PPOJob
 from tests.runs import Base, evaluation_lines, finish, training_lines
+from tests.step2_dpo import runs as dpo_runs
+from tests.step2_reward import runs as reward_runs
+from tests.step3_ppo import runs as ppo_runs
 
 
 def job_of(base: Base, **train: object) -> SFTJob:
@@ -68,3 +78,48 @@ def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(base: Ba
         "train.stop_when.metric=eval/los is not measured" in printed and "did you mean eval/loss?" in printed
     )
     assert not (run_dir / "sft" / "metrics.jsonl").exists()
+
+
+def weights_of(run_dir: Path, step: str) -> str:
+    return verify(run_dir / step / "export").files["model.safetensors"]["sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [Step.reward, Step.dpo, Step.ppo])
+def test_every_step_made_longer_is_as_one_that_was_as_long_from_the_start(
+    step: Step, base: Base, tmp_path: Path
+) -> None:
+    artifacts = ppo_runs.make_artifacts(tmp_path, base.tokenizer)
+
+    def job(steps: int) -> RewardJob | DPOJob | PPOJob:
+        train = {"max_steps": steps, "eval_every": 0, "save_every": 0}
+        if step is Step.ppo:
+            made: Any = ppo_runs.make_job(tmp_path, artifacts, **train)
+            made.ppo.critic.optim.scheduler = SchedulerName.constant
+        else:
+            runs = dpo_runs if step is Step.dpo else reward_runs
+            made = runs.make_job(tmp_path, artifacts.policy, **train)
+        getattr(made, step.value).optim.scheduler = SchedulerName.constant
+        return made
+
+    program: Any = {Step.reward: reward_runs.reward, Step.dpo: dpo_runs.dpo, Step.ppo: ppo_runs.ppo}[step]
+    whole = dpo_runs.write_job(job(4), tmp_path / "whole")
+    finish(whole, 1, program)
+    run_dir = dpo_runs.write_job(job(2), tmp_path / "parts")
+    finish(run_dir, 1, program)
+    short = weights_of(run_dir, step.value)
+    dpo_runs.write_job(job(4), tmp_path / "parts")
+    finish(run_dir, 1, program)
+    assert short != weights_of(run_dir, step.value) == weights_of(whole, step.value)
+
+
+@pytest.mark.slow
+def test_ppo_stops_when_its_evaluations_get_no_better(base: Base, tmp_path: Path) -> None:
+    job = ppo_runs.make_job(tmp_path, ppo_runs.make_artifacts(tmp_path, base.tokenizer), max_steps=6)
+    job.ppo.train.eval_every, job.ppo.train.stop_when = 1, StopWhenConfig("eval/greedy/reward", 1)
+    for optim in (job.ppo.optim, job.ppo.critic.optim):
+        optim.lr = 1e-30  # which changes no weight: greedy responses stay the same
+    run_dir = dpo_runs.write_job(job, tmp_path / "stops")
+    printed = finish(run_dir, 1, ppo_runs.ppo)
+    assert "stopping after iteration 1: eval/greedy/reward was not better in 1 evaluation(s)" in printed
+    assert verify(run_dir / "ppo" / "export").details["progress"]["step"] == 1
