@@ -297,12 +297,6 @@ class StopWhenConfig:
     patience: int = number(3, 1, 1_000_000)
     """evaluations in a row without a better one"""
 
-    @property
-    def falls(self) -> bool:
-        """Whether a smaller value is better, by the metric's name."""
-        last = (self.metric or "").rpartition("/")[2]
-        return any(word in last for word in ("loss", "perplexity", "error", "kl"))
-
 
 @dataclass
 class TrainConfig:
@@ -329,16 +323,6 @@ class TrainConfig:
 
     stop_when: StopWhenConfig = field(default_factory=StopWhenConfig)
     """early stopping"""
-
-    def check(self, at: str) -> None:
-        """The best of one is no choice."""
-        judged = [f"{at}export=best"] if self.export is Exported.best else []
-        judged += [f"{at}stop_when.metric={self.stop_when.metric}"] if self.stop_when.metric else []
-        if judged and not self.eval_every:
-            raise UserError(
-                f"{judged[0]} compares evaluations, and with {at}eval_every=0 there is one, at the end",
-                hint=f"set {at}eval_every, e.g. to a tenth of the steps",
-            )
 
 
 @dataclass

@@ -109,9 +109,14 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
 
 
 def check_exported(train: TrainConfig, data: DataConfig, name: str) -> None:
-    """What is best, and whether it gets better, is judged by held-out rows."""
+    """What is best, and whether it gets better, is judged by several evaluations of held-out rows."""
     judged = [f"{name}.train.export=best"] if train.export is Exported.best else []
     judged += [f"{name}.train.stop_when.metric={train.stop_when.metric}"] if train.stop_when.metric else []
+    if judged and not train.eval_every:
+        raise UserError(
+            f"{judged[0]} compares evaluations, and with {name}.train.eval_every=0 there is one, at the end",
+            hint=f"set {name}.train.eval_every, e.g. to a tenth of the steps",
+        )
     if judged and data.eval_path is None and not data.held_out_fraction():
         raise UserError(
             f"{judged[0]} needs held-out rows, and {name}.data.eval_fraction=0 leaves none",

@@ -58,20 +58,19 @@ def changes(
     free |= {key for key in found if key.startswith(f"{step.value}.sampling.")}
     lines = {key: f"{key}: {shown(was)} -> {shown(now)}" for key, (was, now) in found.items()}
     refused = {key: lines[key] for key in sorted(found.keys() - length - work - free)}
-    if length and (why := why_not(old[step.value], new[step.value], step, folder, ended=ended)):
+    if length and (why := why_not(dig(old, step.value), new[step.value], step, folder, ended=ended)):
         refused |= {key: f"{lines[key]}: {why}" for key in sorted(length)}
     taken = tuple(lines[key] for key in sorted(found.keys() - refused.keys()))
     return Changes(tuple(refused.values()), taken, bool(length | work))
 
 
-def why_not(
-    old: Mapping[str, Any], new: Mapping[str, Any], step: Step, folder: Path, *, ended: bool
-) -> str | None:
+def why_not(old: Any, new: Mapping[str, Any], step: Step, folder: Path, *, ended: bool) -> str | None:
     """Why a step cannot go on to another length; None where it can. old, new: the step's own settings."""
     counters = newest_counters(folder)
     done, after = int(counters.get("step", 0)), new["train"]["max_steps"]
-    before = old["train"]["max_steps"] or (done if ended else None)
-    if after is None and (old["train"]["max_steps"] or new["train"]["epochs"] < old["train"]["epochs"]):
+    asked, passes = dig(old, "train.max_steps"), dig(old, "train.epochs")
+    before = asked or (done if ended else None)
+    if after is None and (asked or not passes or new["train"]["epochs"] < passes):
         return "set max_steps: only then it is known whether fewer steps are asked for than are done"
     if after is not None and after < done:
         return f"{done:,} are done; python -m pipeline export has earlier ones that are kept"

@@ -202,10 +202,7 @@ def run_step(
     if before is not None and not holds_work(folder):
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # trained on rows that may have changed
         before = {**before, "config": part, "inputs": inputs}
-    moved = Changes()
-    if before is not None:
-        was_done = is_finished(folder, before)
-        moved = changes(before["config"], part, wired.stage.name, folder, ended=was_done)
+    moved = moved_since(before, part, wired.stage.name, folder)
     if folder.exists() and (refused := reasons_to_refuse(before, inputs, wired, run_dir, moved)):
         if not config.force:
             listed = "".join(f"\n    {line}" for line in refused)
@@ -213,11 +210,7 @@ def run_step(
         say(f"{name}: starting over; the old folder is kept as {set_aside(folder)}")
         before, moved = None, Changes()
     if before is not None and is_finished(folder, before) and not moved.is_work:
-        sha256 = finish(run_dir, wired, before)
-        for line in moved.taken:
-            say(f"{name}: {line}, which changes nothing of a step that is done")
-        say(f"{name}: done already, verified: {folder / EXPORT} ({sha256[:12]})")
-        return 0
+        return leave_as_it_is(run_dir, wired, before, moved, say)
 
     resolved = state.write_resolved(config, run_dir)
     policy = sources.get(Role.policy)
@@ -226,11 +219,11 @@ def run_step(
     total = ranks if machines is None else sum(machines.ranks)
     size = f"{total} rank(s){f' on {len(machines.ranks)} machines' if machines is not None else ''}"
     say(f"{name}: {begins} in {folder}, {size}{start_from}")
-    for line in moved.taken:
-        say(f"{name}: changed since it was begun: {line}")
+    lines = [f"changed since it was begun: {line}" for line in moved.taken]
     if Role.reward_model in sources:
-        for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
-            say(f"{name}: {line}")
+        lines += lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy)
+    for line in lines:
+        say(f"{name}: {line}")
     launched = state.now()
     current = {
         "step": name,
@@ -262,6 +255,24 @@ def run_step(
         return ended
     finally:
         make_report(run_dir, say)
+
+
+def moved_since(
+    before: Mapping[str, Any] | None, part: Mapping[str, Any], step: Step, folder: Path
+) -> Changes:
+    """What changed of a step's configuration since it was begun."""
+    if before is None:
+        return Changes()
+    return changes(before["config"], part, step, folder, ended=is_finished(folder, before))
+
+
+def leave_as_it_is(run_dir: Path, wired: Wired, before: Mapping[str, Any], moved: Changes, say: Say) -> int:
+    """Verify a step that is done, and say so. Returns 0."""
+    name, sha256 = wired.stage.name.value, finish(run_dir, wired, before)
+    for line in moved.taken:
+        say(f"{name}: {line}, which changes nothing of a step that is done")
+    say(f"{name}: done already, verified: {run_dir / name / EXPORT} ({sha256[:12]})")
+    return 0
 
 
 def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:

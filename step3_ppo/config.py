@@ -216,6 +216,12 @@ class PPOConfig:
                 hint=f"look at eval/ in the report, and python -m pipeline export RUN/ppo --step N; "
                 f"{at}train.export=last",
             )
+        if self.train.stop_when.metric is not None and not self.evaluation.num_prompts:
+            raise UserError(
+                f"{at}train.stop_when.metric={self.train.stop_when.metric} watches evaluations, and with "
+                f"{at}evaluation.num_prompts=0 there are none",
+                hint=f"{at}evaluation.num_prompts=256",
+            )
         if self.ptx_data.eval_path is not None:
             raise UserError(
                 f"{at}ptx_data.eval_path={self.ptx_data.eval_path} has no effect: demonstrations are not "

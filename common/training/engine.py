@@ -21,7 +21,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +145,8 @@ class Engine:
                 f"{self._world_size}",
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
-        own_config = self._engine._config._param_dict
-        before, now = map(_dtype_of, (_read(files[0], mmap=True).get("ds_config", own_config), own_config))
+        now = _dtype_of(self._engine._config._param_dict)
+        before = _dtype_of(_read(files[0], mmap=True).get("ds_config"), now)
         if stored is not None and (stored != self.layout or before != now):
             self._load_resharded(folder / STATE_TAG, stored, same_dtype=before == now)
             of_before, of_now = ("", "") if before == now else (f" in {before}", f" in {now}")
@@ -226,10 +226,7 @@ class Engine:
         )
 
     def _load_resharded(self, folder: Path, stored: Layout, *, same_dtype: bool) -> None:
-        """Restore a state that other ranks, another stage, or a run in another dtype wrote into `folder`.
-
-        The fp32 weights are what is restored; the module's are these, rounded once.
-        """
+        """Restore a state of other ranks, of another stage or of another dtype: its fp32 weights, rounded."""
         own, refused = self.layout.ranks[dist.get_rank()], None
         try:
             held = reshard(stored, own, lambda rank: _held_by(folder, rank))
@@ -320,9 +317,10 @@ def _wholes(zero: Any, number: int, names: dict[int, str]) -> tuple[Piece, ...] 
     return tuple(pieces)
 
 
-def _dtype_of(config: Mapping[str, Any]) -> str:
+def _dtype_of(config: Any, unknown: str = "fp32") -> str:
     """Of the weights in the forward pass, by DeepSpeed's configuration."""
-    return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+    enabled = [name for name in ("bf16", "fp16") if config and config.get(name, {}).get("enabled")]
+    return (enabled or ["fp32" if config else unknown])[0]
 
 
 def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:

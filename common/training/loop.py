@@ -18,7 +18,7 @@ from common.data.batches import Batches
 from common.errors import UserError
 from common.model.packed import PackedModel
 from common.phases import enter
-from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
+from common.runtime.distributed import STOPPED_EXIT_CODE, broadcast_from_rank0, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
 from common.runtime.progress import Progress
 from common.stage import Step
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 5
 log = logging.getLogger("rlhf.loop")
+
+
+SMALLER_IS_BETTER = ("loss", "perplexity", "error", "kl")
+"""In the last part of a metric's name."""
+
+
+def falls(metric: str) -> bool:
+    """Whether a smaller value of a metric is better, by its name."""
+    return any(word in metric.rpartition("/")[2] for word in SMALLER_IS_BETTER)
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,9 @@ class Watched:
                 f"train.stop_when.metric={metric} is not measured on held-out rows",
                 hint=did_you_mean(metric, metrics, f"measured are {', '.join(sorted(metrics))}"),
             )
-        if self.metric != metric or self.best is None:
+        if self.metric != metric or self.best is None or math.isnan(self.best):
             return Watched(metric, value)
-        is_better = value < self.best if stop_when.falls else value > self.best
+        is_better = value < self.best if falls(metric) else value > self.best
         return Watched(metric, value) if is_better else Watched(metric, self.best, self.waited + 1)
 
     def is_over(self, stop_when: StopWhenConfig) -> bool:
@@ -235,7 +244,7 @@ class Loop(Generic[Rows]):
             return math.inf
         enter("evaluate")
         metrics, line = self._evaluate_held_out(self._data.held_out, self.counters.step)
-        watched = self.counters.watched.after(self._session.train_config.stop_when, metrics)
+        watched = watched_by_all(self._session, self.counters.watched, metrics)
         self.counters = replace(self.counters, watched=watched)
         self._session.tracker.log(metrics, self.counters.step)
         self._session.progress.log(line)
@@ -298,6 +307,14 @@ class Loop(Generic[Rows]):
             counters.step, self._learner.engine, asdict(counters), best_step=counters.best_step
         )
         self._session.save_clock.restart()
+
+
+def watched_by_all(session: Session, before: Watched, metrics: Mapping[str, float]) -> Watched:
+    """`Watched.after` as rank 0 has it, so that no rank goes on alone. A collective where one is watched."""
+    stop_when = session.train_config.stop_when
+    if stop_when.metric is None:
+        return before
+    return broadcast_from_rank0(session.world, lambda: before.after(stop_when, metrics))
 
 
 def stopping_line(step: int, stop_when: StopWhenConfig, *, unit: str = "step") -> str:

@@ -140,11 +140,6 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
     for step in ("sft", "reward", "dpo", "ppo"):
         yield from _data(settings[step]["data"])
         yield from _optimizer(settings[step]["optim"])
-        train = settings[step]["train"]
-        if train["export"] == "best" and (train["eval_every"] == 0 or step == "ppo"):
-            yield "the best of one, or of what cannot be compared"
-        if train["stop_when"]["metric"] is not None and train["eval_every"] == 0:
-            yield "one evaluation is waited for"
     if settings["dpo"]["label_smoothing"] > 0 and settings["dpo"]["loss_type"] != "sigmoid":
         yield "labels that nothing smooths"
     yield from _ppo(settings["ppo"])
@@ -181,6 +176,10 @@ def _optimizer(optim: Mapping[str, Any]) -> Iterator[str]:
 
 def _ppo(ppo: Mapping[str, Any]) -> Iterator[str]:
     yield from _optimizer(ppo["critic"]["optim"])
+    if ppo["train"]["export"] == "best":
+        yield "the best of what cannot be compared"
+    if ppo["train"]["stop_when"]["metric"] is not None and ppo["evaluation"]["num_prompts"] == 0:
+        yield "no evaluation is waited for"
     demonstrations = {**ppo["ptx_data"], "eval_fraction": None}
     yield from _data(demonstrations)
     if demonstrations["eval_path"] is not None:

@@ -38,7 +38,7 @@ PAIRS = (
     ("ppo.estimator", "ppo.rollout.samples_per_prompt"), ("ppo.estimator", "ppo.critic.warmup_iterations"),
     ("ppo.data.max_length", "ppo.rollout.max_new_tokens"), ("sft.data.path", "sft.data.sources"),
     ("dpo.data.eval_path", "dpo.data.eval_fraction"), ("ppo.rewards[].model", "ppo.rewards[].url"),
-    ("sft.train.export", "sft.train.eval_every"),
+    ("ppo.train.stop_when.metric", "ppo.evaluation.num_prompts"),
 )  # fmt: skip
 """Keys with a rule between them; other pairs are drawn."""
 

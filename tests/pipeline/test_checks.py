@@ -394,20 +394,25 @@ def test_reward_functions_are_not_imported_by_the_controller(ppo: PipelineConfig
     checks.check(ppo, ranks=1)
 
 
-def test_the_best_step_needs_rows_to_be_judged_by(config: PipelineConfig) -> None:
-    config.sft.train.export, config.sft.data.eval_fraction = Exported.best, 0.0
+@pytest.mark.parametrize("judged", ["export=best", "stop_when.metric=eval/loss"])
+def test_what_is_judged_needs_rows_and_several_evaluations(config: PipelineConfig, judged: str) -> None:
+    train = config.sft.train
+    if judged == "export=best":
+        train.export = Exported.best
+    else:
+        train.stop_when.metric = "eval/loss"
     assert error_of(config).message == (
-        "sft.train.export=best needs held-out rows, and sft.data.eval_fraction=0 leaves none"
+        f"sft.train.{judged} compares evaluations, and with sft.train.eval_every=0 there is one, at the end"
+    )
+    train.eval_every, config.sft.data.eval_fraction = 5, 0.0
+    assert error_of(config).message == (
+        f"sft.train.{judged} needs held-out rows, and sft.data.eval_fraction=0 leaves none"
     )
 
 
-@pytest.mark.parametrize(
-    ("step", "says"),
-    [
-        ("dpo", "dpo.train.export=best compares evaluations, and with dpo.train.eval_every=0"),
-        ("ppo", "ppo.train.export=best"),
-    ],
-)
-def test_what_has_no_best_step_is_refused_when_composing(step: str, says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        as_schema(PipelineConfig, {step: {"train": {"export": "best"}}})
+def test_ppo_has_no_best_step_and_watches_only_what_is_evaluated() -> None:
+    with pytest.raises(UserError, match=r"ppo\.train\.export=best: PPO has no loss"):
+        as_schema(PipelineConfig, {"ppo": {"train": {"export": "best"}}})
+    watched = {"train": {"stop_when": {"metric": "eval/reward"}}, "evaluation": {"num_prompts": 0}}
+    with pytest.raises(UserError, match=r"ppo\.train\.stop_when\.metric=eval/reward watches evaluations"):
+        as_schema(PipelineConfig, {"ppo": watched})

@@ -46,6 +46,15 @@ def test_ten_steps_and_ten_more_are_twenty(base: Base, ranks: int) -> None:
     assert verify(run_dir / "sft" / "export.old-1").details["progress"]["step"] == 10
 
 
+def test_another_micro_batch_changes_the_order_of_sums_alone(base: Base) -> None:
+    whole = base.run("four-whole", job_of(base, max_steps=4))
+    run_dir = base.run("two-by-two", job_of(base, max_steps=2))
+    base.write("two-by-two", job_of(base, max_steps=4, micro_batch_size=1))
+    finish(run_dir, 1)
+    ours, theirs = ([line["loss"] for line in training_lines(folder)] for folder in (run_dir, whole))
+    assert len(ours) == 4 and ours == pytest.approx(theirs, rel=2e-5)  # fp32, in another order
+
+
 def test_a_shorter_run_than_what_is_done_is_refused_by_the_step_too(base: Base) -> None:
     run_dir = base.run("four", job_of(base, max_steps=4))
     base.write("four", job_of(base, max_steps=2))
