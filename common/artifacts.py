@@ -23,14 +23,20 @@ from common.text import plain
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""The model card of an artifact: for people to fill in, so that it may differ from what was recorded."""
 VARIABLES = "chat_template_kwargs"
 UNVERIFIED = "unverified"
 """Kind of an artifact that failed its check when it was exported; its details say why, under this name."""
 
-KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED)
+ADAPTER_FOLDER = "adapter"
+"""Kind of an artifact's form that holds adapters alone, and the folder of adapters beside merged weights."""
+
+KINDS = ("artifact", "checkpoint", "tokenizer", UNVERIFIED, ADAPTER_FOLDER)
 _SHAPES: Mapping[str, type] = {
     "data": dict, f"data.{VARIABLES}": dict, "data.stage_split": dict, "data.stage_split.shares": dict,
-    "metrics": dict, "calibration": dict, "reference": dict, "parents": list,
+    "metrics": dict, "calibration": dict, "reference": dict, "origin": dict, "training": dict,
+    "parents": list,
 }  # fmt: skip
 """Types of the details that are looked into, where they are there."""
 
@@ -82,6 +88,11 @@ class Artifact:
             raise UserError(
                 f"{folder} failed its check when it was exported: {manifest.details.get(UNVERIFIED)}",
                 hint=f"no step takes it; look at it with: python -m pipeline chat {folder}",
+            )
+        if manifest.kind == ADAPTER_FOLDER:
+            raise UserError(
+                f"{folder} holds adapters alone, where a {role.value} is needed",
+                hint="name the folder that was exported without --adapter",
             )
         found = f"a {manifest.kind}" if manifest.role is None else f"a {manifest.role.value}"
         if manifest.kind != "artifact" or manifest.role is not role:
@@ -284,6 +295,12 @@ def fault_of(path: Path, size: int, sha256: str | None) -> str | None:
     return None
 
 
+def is_card_edited(folder: str | os.PathLike[str], manifest: Manifest) -> bool:
+    """Whether the model card is not as it was written: somebody filled it in, or removed it."""
+    record = manifest.files.get(CARD)
+    return record is not None and fault_of(Path(folder) / CARD, record["bytes"], record["sha256"]) is not None
+
+
 def unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
     """What lies below a finished folder and is not in its manifest, by path; links to folders, too."""
     return [name for name in _file_names(Path(folder)) if name not in manifest.files]
@@ -291,6 +308,8 @@ def unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
 
 def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
     for name, record in sorted(manifest.files.items()):
+        if name == CARD:
+            continue
         if fault := fault_of(root / name, record["bytes"], record["sha256"]):
             yield f"{name}: {fault}"
     for name in unlisted(root, manifest):

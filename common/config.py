@@ -75,6 +75,11 @@ class WandbMode(Enum):
     off = "off"
 
 
+class Exported(Enum):
+    best = "best"
+    last = "last"
+
+
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
@@ -295,6 +300,16 @@ class DataConfig:
 
 
 @dataclass
+class StopWhenConfig:
+    """Early stopping."""
+
+    metric: Optional[str] = None
+    """of the evaluations, e.g. eval/loss; the step ends when it is no longer better. null: off"""
+    patience: int = number(3, 1, 1_000_000)
+    """evaluations in a row without a better one"""
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
@@ -314,6 +329,11 @@ class TrainConfig:
     """and one after so many minutes without; 0: never"""
     keep_checkpoints: int = number(2, 1, 1_000_000)
     """newest checkpoints kept, beside the best one"""
+    export: Exported = Exported.last
+    """the weights that the step exports: of its last step, or best on held-out rows (not in ppo)"""
+
+    stop_when: StopWhenConfig = field(default_factory=StopWhenConfig)
+    """early stopping"""
 
 
 @dataclass

@@ -59,3 +59,23 @@ def warmup_steps(ratio: float, total_steps: int) -> int:
     """Optimizer steps with rising learning rate, never all of them: the first one has rate 0."""
     warmup = math.ceil(ratio * total_steps - 1e-9)  # 0.07 * 100 is a little over 7 in binary
     return min(warmup, total_steps - 1)
+
+
+def same_until(optim: OptimConfig, before: int, after: int) -> int | None:
+    """The first step, from 0, at which a run of `before` optimizer steps has another learning rate than one
+    of `after`; None where all that both have are the same."""
+    shape, warmups = optim.scheduler, [warmup_of(optim, steps) for steps in (before, after)]
+    if before == after or shape is SchedulerName.constant:
+        return None
+    if warmups[0] != warmups[1]:
+        return 1 if all(warmups) else 0
+    if shape in (SchedulerName.constant_with_warmup, SchedulerName.inverse_sqrt):
+        return None
+    if shape is SchedulerName.wsd:
+        return 1 + min(steps - decay_steps(steps, warmups[0]) for steps in (before, after))
+    return 1 + warmups[0]
+
+
+def decay_steps(total_steps: int, warmup: int) -> int:
+    """Optimizer steps of wsd with falling learning rate: the last fifth."""
+    return max(1, (total_steps - warmup) // 5)

@@ -31,7 +31,7 @@ usage: python -m pipeline VERB ...
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
-  export PATH [options] an artifact of a checkpoint: the best, the last, any that is kept
+  export PATH [options] an artifact of a checkpoint: the best, the last, any; other dtypes, the hub, GGUF
   import MODEL --out F  an artifact of a model that others published
   doctor                what this machine can do, and what would stop a run on it
   explain KEY           type, default and meaning of a key, or of all keys of a group

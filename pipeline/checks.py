@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import read_json
-from common.config import DataConfig, Dtype, ModelConfig, OptimConfig, OptimizerName, Quantize
+from common.config import (
+    DataConfig,
+    Dtype,
+    Exported,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    Quantize,
+    TrainConfig,
+)
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
@@ -87,6 +96,7 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
     for role, model in models.items():
         check_length(model, part.data.max_length, f"{name}.data.max_length", role)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
+    check_exported(part.train, part.data, name)
     trained = {f"{name}.optim": (models[Role.policy], part.optim)}
     if step is Step.ppo:
         check_ptx(part, models[Role.policy], ranks)
@@ -97,6 +107,22 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
             check_gpu(f"{key}.name={optim.name.value}", f"{key}.name=adamw or adafactor")
         check_muon(config, optim, key)
     check_disk(config, [model for model, _ in trained.values()])
+
+
+def check_exported(train: TrainConfig, data: DataConfig, name: str) -> None:
+    """What is best, and whether it gets better, is judged by several evaluations of held-out rows."""
+    judged = [f"{name}.train.export=best"] if train.export is Exported.best else []
+    judged += [f"{name}.train.stop_when.metric={train.stop_when.metric}"] if train.stop_when.metric else []
+    if judged and not train.eval_every:
+        raise UserError(
+            f"{judged[0]} compares evaluations, and with {name}.train.eval_every=0 there is one, at the end",
+            hint=f"set {name}.train.eval_every, e.g. to a tenth of the steps",
+        )
+    if judged and data.eval_path is None and not data.held_out_fraction():
+        raise UserError(
+            f"{judged[0]} needs held-out rows, and {name}.data.eval_fraction=0 leaves none",
+            hint=f"{name}.data.eval_fraction=0.05, or {name}.data.eval_path=FILE",
+        )
 
 
 def check_ppo(ppo: PPOConfig) -> None:

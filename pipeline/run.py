@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, Artifact, content_sha256, verify
+from common.artifacts import MANIFEST, Artifact, content_sha256, file_sha256, verify
 from common.errors import UserError
 from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
@@ -34,11 +34,14 @@ from launch.nodes import Hello, Machines, gather
 from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
+from pipeline.going_on import Changes, changes
 from pipeline.lineage import check_parents, load_sources, record_lineage
 from pipeline.plan import EXPORT, Wired, wire_run, with_sources
 from pipeline.sources import settle_sources
 
 REPORT = "report.html"
+CONTINUES = "continues"
+"""Of a state: the artifact that the step had made before it went on."""
 OF_MEMORY = (OUT_OF_MEMORY, 128 + signal.SIGKILL)
 """Exit statuses of a step that ran out of memory: of a device, and perhaps of the machine."""
 KEEP_OR_START_OVER = (
@@ -200,16 +203,15 @@ def run_step(
     if before is not None and not holds_work(folder):
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # trained on rows that may have changed
         before = {**before, "config": part, "inputs": inputs}
-    if folder.exists() and (refused := reasons_to_refuse(before, part, inputs, wired, run_dir)):
+    moved = moved_since(before, part, wired.stage.name, folder)
+    if folder.exists() and (refused := reasons_to_refuse(before, inputs, wired, run_dir, moved)):
         if not config.force:
             listed = "".join(f"\n    {line}" for line in refused)
             raise UserError(f"{name} in {folder} was made differently:{listed}", hint=KEEP_OR_START_OVER)
         say(f"{name}: starting over; the old folder is kept as {set_aside(folder)}")
-        before = None
-    if before is not None and is_finished(folder, before):
-        sha256 = finish(run_dir, wired, before)
-        say(f"{name}: done already, verified: {folder / EXPORT} ({sha256[:12]})")
-        return 0
+        before, moved = None, Changes()
+    if before is not None and is_finished(folder, before) and not moved.is_work:
+        return leave_as_it_is(run_dir, wired, before, moved, say)
 
     resolved = state.write_resolved(config, run_dir)
     policy = sources.get(Role.policy)
@@ -218,9 +220,11 @@ def run_step(
     total = ranks if machines is None else sum(machines.ranks)
     size = f"{total} rank(s){f' on {len(machines.ranks)} machines' if machines is not None else ''}"
     say(f"{name}: {begins} in {folder}, {size}{start_from}")
+    lines = [f"changed since it was begun: {line}" for line in moved.taken]
     if Role.reward_model in sources:
-        for line in lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy):
-            say(f"{name}: {line}")
+        lines += lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy)
+    for line in lines:
+        say(f"{name}: {line}")
     launched = state.now()
     current = {
         "step": name,
@@ -231,6 +235,7 @@ def run_step(
         "started": before["started"] if before is not None else launched,
         "launched": launched,
         "launch": state.next_launch(run_dir),
+        CONTINUES: artifact_continued(folder, before),
     }
     state.write_state(folder, current)
     if machines is not None:
@@ -251,6 +256,24 @@ def run_step(
         return ended
     finally:
         make_report(run_dir, say)
+
+
+def moved_since(
+    before: Mapping[str, Any] | None, part: Mapping[str, Any], step: Step, folder: Path
+) -> Changes:
+    """What changed of a step's configuration since it was begun."""
+    if before is None:
+        return Changes()
+    return changes(before["config"], part, step, folder, ended=is_finished(folder, before))
+
+
+def leave_as_it_is(run_dir: Path, wired: Wired, before: Mapping[str, Any], moved: Changes, say: Say) -> int:
+    """Verify a step that is done, and say so. Returns 0."""
+    name, sha256 = wired.stage.name.value, finish(run_dir, wired, before)
+    for line in moved.taken:
+        say(f"{name}: {line}, which changes nothing of a step that is done")
+    say(f"{name}: done already, verified: {run_dir / name / EXPORT} ({sha256[:12]})")
+    return 0
 
 
 def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:
@@ -327,17 +350,19 @@ def show_ways_out(
 
 def reasons_to_refuse(
     before: Mapping[str, Any] | None,
-    part: Mapping[str, Any],
     inputs: Mapping[str, Any],
     wired: Wired,
     run_dir: Path,
+    moved: Changes,
 ) -> list[str]:
-    """Why the step cannot go on in its folder with this configuration; empty when it can."""
+    """Why the step cannot go on in its folder with this configuration; empty when it can.
+
+    moved: what changed of the configuration.
+    """
     folder = run_dir / wired.stage.name.value
     if before is None:
         return [f"{folder} holds files, but no usable {state.STATE}"] if any(folder.iterdir()) else []
-    changed = state.config_differences(before["config"], part)
-    changed += state.input_differences(before["inputs"], inputs)
+    changed = [*moved.refused, *state.input_differences(before["inputs"], inputs)]
     if not changed and is_finished(folder, before):
         try:
             check_parents(Artifact(folder / EXPORT, verify(folder / EXPORT)), wired, run_dir, inputs)
@@ -352,8 +377,22 @@ def holds_work(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, before: Mapping[str, Any]) -> bool:
-    """Whether the export is complete: it appears by one rename, as the last thing a step does."""
-    return before["status"] == "done" or (folder / EXPORT / MANIFEST).exists()
+    """Whether the export is complete: it appears by one rename, as the last thing a step does.
+
+    One that the step went on from is not what it makes.
+    """
+    if before["status"] == "done":
+        return True
+    manifest = folder / EXPORT / MANIFEST
+    return manifest.exists() and file_sha256(manifest) != before.get(CONTINUES)
+
+
+def artifact_continued(folder: Path, before: Mapping[str, Any] | None) -> str | None:
+    """Hash of the manifest of an artifact that the step had made, and goes on from; None without one."""
+    if before is None:
+        return None
+    manifest = folder / EXPORT / MANIFEST
+    return file_sha256(manifest) if is_finished(folder, before) else before.get(CONTINUES)
 
 
 def finish(run_dir: Path, wired: Wired, ended: Mapping[str, Any]) -> str:

@@ -341,13 +341,6 @@ def _without_nulls(value: Any) -> Any:
     ]
 
 
-def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for what a step was started with. DeepSpeed's settings may change: they decide
-    only the order of sums, and checkpoints are resharded."""
-    before, after = ({key: value for key, value in side.items() if key != "deepspeed"} for side in (old, new))
-    return [f"{key}: {_shown(was)} -> {_shown(now)}" for key, was, now in differing(before, after)]
-
-
 def input_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines for every input whose content changed; paths and times do not count."""
     lines = []
@@ -358,7 +351,8 @@ def input_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     return lines
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as messages have it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else text[:197] + "..."
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import (
+    CARD,
     MANIFEST,
     content_sha256,
     fault_of,
     file_sha256,
+    is_card_edited,
     read_json,
     read_manifest,
     unlisted,
@@ -181,6 +183,7 @@ def verify_folder(folder: Path) -> str:
     extra = unlisted(folder, manifest)
     more = f"; beside them, in no record: {', '.join(extra[:5])}" if extra else ""
     more += f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+    more += f"; {CARD} was edited" if is_card_edited(folder, manifest) else ""
     return f"{manifest.kind}{role}, {len(manifest.files)} files, {size:,} bytes{more}"
 
 

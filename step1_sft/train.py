@@ -59,7 +59,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
     loop.resume()
     with loop.training():
         # Loop ----------------------------------------------------------------------------------
-        while loop.counters.step < total_steps:
+        while loop.goes_on:
             step = loop.begin()
             micro_batches = batches.micro_batches(step)
             tokens, trained, padding = loop.all_reduce(count_tokens(micro_batches))

@@ -84,7 +84,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
     loop.resume()
     with loop.training():
         # Loop ----------------------------------------------------------------------------------
-        while loop.counters.step < total_steps:
+        while loop.goes_on:
             step = loop.begin()
             micro_batches = batches.micro_batches(step)
             _, tokens, computed, padding, *counted = loop.all_reduce(

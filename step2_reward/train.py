@@ -68,7 +68,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
     loop.resume()
     with loop.training():
         # Loop ----------------------------------------------------------------------------------
-        while loop.counters.step < total_steps:
+        while loop.goes_on:
             step = loop.begin()
             micro_batches = batches.micro_batches(step)
             pairs, tokens, computed, padding = loop.all_reduce(count_pairs(micro_batches))

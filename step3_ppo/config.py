@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
-from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
+from common.config import DataConfig, Exported, JobConfig, OptimConfig, TrainConfig
 from common.errors import UserError
 from common.fields import number
 from common.limits import collective_seconds
@@ -210,6 +210,18 @@ class PPOConfig:
 
     def check(self, at: str) -> None:
         """The parts of an iteration go together."""
+        if self.train.export is Exported.best:
+            raise UserError(
+                f"{at}train.export=best: PPO has no loss on held-out rows, and its rewards can be gamed",
+                hint=f"look at eval/ in the report, and python -m pipeline export RUN/ppo --step N; "
+                f"{at}train.export=last",
+            )
+        if self.train.stop_when.metric is not None and not self.evaluation.num_prompts:
+            raise UserError(
+                f"{at}train.stop_when.metric={self.train.stop_when.metric} watches evaluations, and with "
+                f"{at}evaluation.num_prompts=0 there are none",
+                hint=f"{at}evaluation.num_prompts=256",
+            )
         if self.ptx_data.eval_path is not None:
             raise UserError(
                 f"{at}ptx_data.eval_path={self.ptx_data.eval_path} has no effect: demonstrations are not "

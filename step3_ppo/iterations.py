@@ -15,7 +15,7 @@ from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
 from common.training.average import ExponentialAverage, swapped_in
 from common.training.checkpoint import State, States
-from common.training.loop import is_due
+from common.training.loop import check_length, is_due, stopping_line, watched_by_all
 from common.training.session import Session, restore
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluate import Evaluation
@@ -60,9 +60,10 @@ class Iterations:
         self._state = States(**{name: part for name, part in parts.items() if part is not None})
         self._checkpoints = session.checkpoints()
         restored = restore(
-            self._checkpoints, self._state, session.say, lambda stored: PPOCounters(**stored).place
+            self._checkpoints, self._state, session.say, lambda stored: PPOCounters.of(stored).place
         )
-        self.counters = PPOCounters(**restored or {"kl_coef": ppo.kl.coef})
+        self.counters = PPOCounters.of(restored or {"kl_coef": ppo.kl.coef})
+        check_length(self.counters.step, total_steps, session.step, unit="iterations")
         self.learned = UpdateSums(**self.counters.sums)
         self._watchdogs = Watchdogs(ppo, session.job.model.dtype, self.counters.watchdogs)
 
@@ -74,6 +75,15 @@ class Iterations:
     @experience.setter
     def experience(self, filled_in: Experience | None) -> None:
         self._unfinished.experience = filled_in
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another iteration: not after the last, nor when the evaluations got no better."""
+        return self.counters.step < self._total_steps and not self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.counters.watched.is_over(self._ppo.train.stop_when)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -151,8 +161,10 @@ class Iterations:
         is_last = step == self._total_steps
         if is_due(step, session.train_config.eval_every) or is_last:
             self._evaluate()
-        if is_due(step, session.train_config.save_every) or is_last:
+        if is_due(step, session.train_config.save_every) or is_last or self._is_over:
             self._save()
+        if self._is_over:
+            session.progress.log(stopping_line(step, self._ppo.train.stop_when, unit="iteration"))
 
     def _evaluate(self) -> None:
         """Measure on held-out prompts what would be exported now."""
@@ -163,6 +175,8 @@ class Iterations:
         self._networks.eval()
         with swapped_in(self.average):
             held_out, samples = self._evaluation(self._networks, self._sampler)
+        watched = watched_by_all(session, self.counters.watched, held_out)
+        self.counters = replace(self.counters, watched=watched)
         session.tracker.log(held_out, step)
         session.tracker.log_samples(samples, step)
         session.progress.log(held_out_line(step, held_out))

@@ -52,6 +52,20 @@ def fetch(path: str, revision: str | None, key: str) -> tuple[Path, str | None]:
     return Path(folder), commit
 
 
+def cached_card(name: str, revision: str | None) -> Path | None:
+    """The model card of a hub model, from the hub where it answers, else from the cache; None without one."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        file = cached_file(
+            name, "README.md", revision=revision, local_files_only=not hub_answers(),
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError):
+        return None
+    return None if file is None else Path(file)
+
+
 def _hub_commit(name: str, revision: str | None, key: str) -> str:
     """The commit behind a branch, or behind the default branch: everything is then loaded from it."""
     from transformers.utils.hub import cached_file, extract_commit_hash

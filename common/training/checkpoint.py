@@ -154,6 +154,16 @@ class Checkpoints:
             )
         return None
 
+    def load(self, step: int, state: State) -> dict[str, Any]:
+        """Restore the checkpoint of a step, which is kept; its counters. UserError where it is damaged."""
+        path = self.folder / f"step_{step:08d}"
+        if faults := self._vote(path):
+            raise UserError(
+                f"{path} cannot be verified: {'; '.join(faults)}", hint="restore it from a copy of the run"
+            )
+        state.load(path)
+        return dict(json.loads((path / COUNTERS).read_text()))
+
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint; the same list on every rank."""
         own = [int(m.group(1)) for p in self.folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]

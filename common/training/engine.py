@@ -145,9 +145,12 @@ class Engine:
                 f"{self._world_size}",
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
-        if stored is not None and stored != self.layout:
-            self._load_resharded(folder / STATE_TAG, stored)
-            return f"{stored} -> {self.layout}"
+        now = _dtype_of(self._engine._config._param_dict)
+        before = _dtype_of(_read(files[0], mmap=True).get("ds_config"), now)
+        if stored is not None and (stored != self.layout or before != now):
+            self._load_resharded(folder / STATE_TAG, stored, same_dtype=before == now)
+            of_before, of_now = ("", "") if before == now else (f" in {before}", f" in {now}")
+            return f"{stored}{of_before} -> {self.layout}{of_now}"
         path, _ = self._engine.load_checkpoint(
             str(folder), tag=STATE_TAG, load_module_strict=not self._has_frozen()
         )
@@ -222,8 +225,8 @@ class Engine:
             for number, (master, group, found) in enumerate(shards)
         )
 
-    def _load_resharded(self, folder: Path, stored: Layout) -> None:
-        """Restore a state that other ranks, or another stage, wrote into `folder`."""
+    def _load_resharded(self, folder: Path, stored: Layout, *, same_dtype: bool) -> None:
+        """Restore a state of other ranks, of another stage or of another dtype: its fp32 weights, rounded."""
         own, refused = self.layout.ranks[dist.get_rank()], None
         try:
             held = reshard(stored, own, lambda rank: _held_by(folder, rank))
@@ -234,7 +237,8 @@ class Engine:
                 raise refusal
         weights = [values.pop(WEIGHTS) for values in held]
         self._load_buffers(folder)
-        self._load_optimizer(held, _stored_optimizer(folder, 0).get("loss_scaler"))
+        scaler = _stored_optimizer(folder, 0).get("loss_scaler") if same_dtype else None
+        self._load_optimizer(held, scaler)
         for master, values in zip(self.master_weights(), weights, strict=True):
             master.copy_(values)
         self.publish_master_weights()
@@ -311,6 +315,12 @@ def _wholes(zero: Any, number: int, names: dict[int, str]) -> tuple[Piece, ...] 
         pieces.append(Piece(names[id(parameter)], 0, offset, parameter.numel()))
         offset += parameter.numel()
     return tuple(pieces)
+
+
+def _dtype_of(config: Any, unknown: str = "fp32") -> str:
+    """Of the weights in the forward pass, by DeepSpeed's configuration."""
+    enabled = [name for name in ("bf16", "fp16") if config and config.get(name, {}).get("enabled")]
+    return (enabled or ["fp32" if config else unknown])[0]
 
 
 def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 Takes the live module, its gathered weights, a tokenizer and what the live model says to a probe (logits of a
 policy, scores of a reward model); writes `<folder>.tmp` (safetensors, tokenizer, chat template, generation
-config, adapters beside merged weights), has it checked, and only then writes the manifest and renames. What
-fails the check is committed too, under a name that no step takes: a training is never thrown away. Runs on
-one rank; neither gathers weights nor changes the live module.
+config, adapters beside merged weights, a model card), has it checked, and only then writes the manifest and
+renames. What fails the check is committed too, under a name that no step takes: a training is never thrown
+away. Runs on one rank; neither gathers weights nor changes the live module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from common.artifacts import UNVERIFIED, Manifest, hash_files, read_manifest, verify, write_manifest
+from common.artifacts import (
+    CARD,
+    UNVERIFIED,
+    Manifest,
+    hash_files,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from common.card import model_card
 from common.data.encoder import template_hash, tokenizer_hash
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, set_aside
@@ -104,6 +113,7 @@ def export_model(
         if checked.fault:
             kind, target = UNVERIFIED, folder.with_name(f"{folder.name}.{UNVERIFIED}")
             known[UNVERIFIED] = checked.fault
+        write_card(partial, probe.role, known)
         _commit(partial, target, Manifest(kind, probe.role, hash_files(partial), known))
         if checked.fault:
             raise ExportMismatch(
@@ -111,6 +121,10 @@ def export_model(
                 hint=f"look at it with: python -m pipeline chat {target}; the checkpoints are unharmed",
             )
     return target
+
+
+def write_card(folder: Path, role: Role, details: Mapping[str, Any]) -> None:
+    (folder / CARD).write_text(model_card(role, details), encoding="utf-8")
 
 
 def _head_norm(state: Mapping[str, torch.Tensor]) -> float:
@@ -164,7 +178,7 @@ def _save_weights(saved: PreTrainedModel, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     saved.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # written for the owner alone, whatever the umask
+    for path in folder.rglob("*.safetensors"):  # written for the owner alone, whatever the umask
         path.chmod((folder / "config.json").stat().st_mode)
 
 

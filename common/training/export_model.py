@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from common.artifacts import ADAPTER_FOLDER, CARD
 from common.model.adapters import ADAPTER, base_name, is_adapter, is_of_base, merged_weights, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ def rebuild(module: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: 
     tied = _tied_names(beside)
     adapted = _with_adapters(module, beside, state)
     cast(Any, adapted).save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
+    (folder / ADAPTER_FOLDER / CARD).unlink(missing_ok=True)  # peft's, with blanks and the base's path
     config, differences = plain_config(base), {}
     for name, merged, difference in merged_weights(adapted):
         differences[name] = difference

@@ -35,6 +35,7 @@ from common.notices import listen
 from common.redact import shown
 from common.runtime.logs import open_rank_log, run_and_report
 from common.stage import Role
+from common.training.account import origin_of_model
 from common.training.export import ExportMismatch, ask_live, export_model
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
         "parents": [],
         "base_model": base,
         "base_revision": commit,
+        "origin": origin_of_model(base, commit),
         "imported": {
             "from": named,
             "weights": {

@@ -7,21 +7,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 
 from common.artifacts import Artifact
-from common.config import Dtype
+from common.config import Dtype, Exported, StopWhenConfig
 from common.data.batches import Batches
 from common.errors import UserError
 from common.model.packed import PackedModel
 from common.phases import enter
-from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
+from common.runtime.distributed import STOPPED_EXIT_CODE, broadcast_from_rank0, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
 from common.runtime.progress import Progress
 from common.stage import Step
+from common.text import did_you_mean
 from common.training.engine import StepOutcome
 from common.training.learner import Learner
 from common.training.session import ExtraDetails, FinalLines, Session, restore
@@ -32,6 +33,43 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 5
 log = logging.getLogger("rlhf.loop")
+
+
+SMALLER_IS_BETTER = ("loss", "perplexity", "error", "kl")
+"""In the last part of a metric's name."""
+
+
+def falls(metric: str) -> bool:
+    """Whether a smaller value of a metric is better, by its name."""
+    return any(word in metric.rpartition("/")[2] for word in SMALLER_IS_BETTER)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What early stopping knows: the best value of its metric, and evaluations since."""
+
+    metric: str | None = None
+    best: float | None = None
+    waited: int = 0
+
+    def after(self, stop_when: StopWhenConfig, metrics: Mapping[str, float]) -> Watched:
+        """After an evaluation. UserError naming its metrics, where the one to be watched is none of them."""
+        if (metric := stop_when.metric) is None:
+            return self
+        if (value := metrics.get(metric)) is None:
+            raise UserError(
+                f"train.stop_when.metric={metric} is not measured on held-out rows",
+                hint=did_you_mean(metric, metrics, f"measured are {', '.join(sorted(metrics))}"),
+            )
+        if self.metric != metric or self.best is None or math.isnan(self.best):
+            return Watched(metric, value)
+        is_better = value < self.best if falls(metric) else value > self.best
+        return Watched(metric, value) if is_better else Watched(metric, self.best, self.waited + 1)
+
+    def is_over(self, stop_when: StopWhenConfig) -> bool:
+        """Whether the step ends here."""
+        is_watched = stop_when.metric is not None and self.metric == stop_when.metric
+        return is_watched and self.waited >= stop_when.patience
 
 
 @dataclass(frozen=True)
@@ -45,6 +83,12 @@ class Counters:
     num_trained_tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    watched: Watched = field(default_factory=lambda: Watched())
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Counters:
+        """As a checkpoint has them; one of an earlier version watches nothing."""
+        return cls(**{**stored, "watched": Watched(**stored.get("watched", {}))})
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
@@ -101,7 +145,17 @@ class Loop(Generic[Rows]):
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, if there is one. A collective."""
-        self.counters = Counters(**restore(self._checkpoints, self._learner.engine, self._session.say))
+        self.counters = Counters.of(restore(self._checkpoints, self._learner.engine, self._session.say))
+        check_length(self.counters.step, self.total_steps, self._session.step)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step: not after the last, nor when the evaluations got no better."""
+        return self.counters.step < self.total_steps and not self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.counters.watched.is_over(self._session.train_config.stop_when)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -190,6 +244,8 @@ class Loop(Generic[Rows]):
             return math.inf
         enter("evaluate")
         metrics, line = self._evaluate_held_out(self._data.held_out, self.counters.step)
+        watched = watched_by_all(self._session, self.counters.watched, metrics)
+        self.counters = replace(self.counters, watched=watched)
         self._session.tracker.log(metrics, self.counters.step)
         self._session.progress.log(line)
         return metrics["eval/loss"]
@@ -199,9 +255,13 @@ class Loop(Generic[Rows]):
         train, step = self._session.train_config, self.counters.step
         is_last = step == self.total_steps
         if is_due(step, train.eval_every) or is_last:
-            self.counters = with_best(self.counters, self._evaluate())
+            held_out_loss = self._evaluate()  # which counts, too
+            self.counters = with_best(self.counters, held_out_loss)
+        is_last = is_last or self._is_over
         if is_due(step, train.save_every) or self._saving or self.counters.best_step == step or is_last:
             self._save()
+        if self._is_over:
+            self._session.progress.log(stopping_line(step, train.stop_when))
 
     def export(
         self,
@@ -213,16 +273,32 @@ class Loop(Generic[Rows]):
         final_lines: FinalLines = lambda final: [],
         extra_details: ExtraDetails = lambda final: {},
     ) -> None:
-        """Export what was trained; see `Session.export`."""
+        """Export what was trained, of the step that `train.export` names; see `Session.export`."""
         session = self._session
+        self._take_exported()
         session.export(
-            module, self._learner.engine, tokenizer, documents, steps=self.total_steps, parents=parents,
+            module, self._learner.engine, tokenizer, documents, steps=self.counters.step, parents=parents,
             data=self._data.fingerprints(), counters=asdict(self.counters),
             final_lines=lambda final: [
                 *final_lines(final), skipped_warning(self.counters, session.job.model.dtype, session.step),
             ],
             extra_details=extra_details,
         )  # fmt: skip
+
+    def _take_exported(self) -> None:
+        """With `train.export=best` go back to the checkpoint of the best step. A collective."""
+        best, session = self.counters.best_step, self._session
+        if session.train_config.export is Exported.last or best == self.counters.step:
+            return
+        if best is None:
+            session.progress.log(
+                "warning: no held-out loss is finite, so that no step is best: the last is exported"
+            )
+            return
+        self.counters = Counters.of(self._checkpoints.load(best, self._learner.engine))
+        session.progress.log(
+            f"exporting step {best}, the best on held-out rows: loss {self.counters.best_loss:.4f}"
+        )
 
     def _save(self) -> None:
         """Commit a checkpoint of this moment, unless there is one."""
@@ -231,6 +307,29 @@ class Loop(Generic[Rows]):
             counters.step, self._learner.engine, asdict(counters), best_step=counters.best_step
         )
         self._session.save_clock.restart()
+
+
+def watched_by_all(session: Session, before: Watched, metrics: Mapping[str, float]) -> Watched:
+    """`Watched.after` as rank 0 has it, so that no rank goes on alone. A collective where one is watched."""
+    stop_when = session.train_config.stop_when
+    if stop_when.metric is None:
+        return before
+    return broadcast_from_rank0(session.world, lambda: before.after(stop_when, metrics))
+
+
+def stopping_line(step: int, stop_when: StopWhenConfig, *, unit: str = "step") -> str:
+    """What is said where a step of the chain ends early."""
+    waited = f"{stop_when.metric} was not better in {stop_when.patience} evaluation(s)"
+    return f"stopping after {unit} {step}: {waited} (train.stop_when)"
+
+
+def check_length(done: int, total: int, step: Step, *, unit: str = "steps") -> None:
+    """UserError where more is done than is asked for."""
+    if done > total:
+        raise UserError(
+            f"{done} {unit} of {step.value} are done, and {total} are asked for",
+            hint=f"{step.value}.train.max_steps={done}, or export an earlier checkpoint that is kept",
+        )
 
 
 def report_skipped(

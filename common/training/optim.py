@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
 from common.model.adapters import dimensions
-from common.rates import warmup_of
+from common.rates import decay_steps, warmup_of
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], floa
         name, extra = "cosine_with_min_lr", {"min_lr_rate": optim.min_lr_ratio}
     if optim.scheduler is SchedulerName.wsd:
         name = "warmup_stable_decay"
-        extra = {"num_decay_steps": max(1, (total_steps - warmup) // 5), "min_lr_ratio": optim.min_lr_ratio}
+        extra = {"num_decay_steps": decay_steps(total_steps, warmup), "min_lr_ratio": optim.min_lr_ratio}
     carrier = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     return get_scheduler(name, carrier, warmup, total_steps, scheduler_specific_kwargs=extra).lr_lambdas[0]
 

@@ -51,6 +51,7 @@ from common.runtime.distributed import (
 from common.runtime.progress import Progress
 from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
 from common.stage import Role, Step
+from common.training.account import account_of, origin_of
 from common.training.checkpoint import Checkpoints, State
 from common.training.engine import Engine
 from common.training.export import ask_live, export_model
@@ -263,7 +264,7 @@ class Session:
         probe = ask_live(module, documents)
         weights = engine.full_state_dict()
         if weights is not None:
-            final = metrics_of_step(self.folder / METRICS_FILE, steps)
+            before, final = (metrics_of_step(self.folder / METRICS_FILE, step) for step in (0, steps))
             for line in filter(None, final_lines(final)):
                 self.progress.log(line)
             details = {
@@ -272,6 +273,10 @@ class Session:
                 "data": data,
                 "progress": counters,
                 "metrics": final,
+                "origin": origin_of(self.job.model, self._base_revision, parents),
+                "training": account_of(
+                    self.job, self.step, self.folder, before, adapters=hasattr(model, "peft_config")
+                ),
                 **extra_details(final),
             }
             folder, say = self.folder / "export", self.progress.log

@@ -178,6 +178,10 @@ def _optimizer(optim: Mapping[str, Any]) -> Iterator[str]:
 
 def _ppo(ppo: Mapping[str, Any]) -> Iterator[str]:
     yield from _optimizer(ppo["critic"]["optim"])
+    if ppo["train"]["export"] == "best":
+        yield "the best of what cannot be compared"
+    if ppo["train"]["stop_when"]["metric"] is not None and ppo["evaluation"]["num_prompts"] == 0:
+        yield "no evaluation is waited for"
     demonstrations = {**ppo["ptx_data"], "eval_fraction": None}
     yield from _data(demonstrations)
     if demonstrations["eval_path"] is not None:

@@ -39,6 +39,7 @@ PAIRS = (
     ("ppo.data.max_length", "ppo.rollout.max_new_tokens"), ("sft.data.path", "sft.data.sources"),
     ("dpo.data.eval_path", "dpo.data.eval_fraction"), ("dpo.data.eval_path", "dpo.data.eval_split"),
     ("ppo.rewards[].model", "ppo.rewards[].url"),
+    ("ppo.train.stop_when.metric", "ppo.evaluation.num_prompts"),
 )  # fmt: skip
 """Keys with a rule between them; other pairs are drawn."""
 

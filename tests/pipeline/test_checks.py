@@ -13,6 +13,7 @@ import pytest
 from common.config import (
     DataConfig,
     Dtype,
+    Exported,
     ModelConfig,
     OptimConfig,
     OptimizerName,
@@ -21,6 +22,7 @@ from common.config import (
     TokenizerConfig,
 )
 from common.errors import UserError
+from common.fields import as_schema
 from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
@@ -390,3 +392,27 @@ def test_reward_functions_are_not_imported_by_the_controller(ppo: PipelineConfig
     ppo.ppo.rewards = [RewardSourceConfig(function="no.such.module:function")]
     ppo.steps = [Step.sft, Step.ppo]
     checks.check(ppo, ranks=1)
+
+
+@pytest.mark.parametrize("judged", ["export=best", "stop_when.metric=eval/loss"])
+def test_what_is_judged_needs_rows_and_several_evaluations(config: PipelineConfig, judged: str) -> None:
+    train = config.sft.train
+    if judged == "export=best":
+        train.export = Exported.best
+    else:
+        train.stop_when.metric = "eval/loss"
+    assert error_of(config).message == (
+        f"sft.train.{judged} compares evaluations, and with sft.train.eval_every=0 there is one, at the end"
+    )
+    train.eval_every, config.sft.data.eval_fraction = 5, 0.0
+    assert error_of(config).message == (
+        f"sft.train.{judged} needs held-out rows, and sft.data.eval_fraction=0 leaves none"
+    )
+
+
+def test_ppo_has_no_best_step_and_watches_only_what_is_evaluated() -> None:
+    with pytest.raises(UserError, match=r"ppo\.train\.export=best: PPO has no loss"):
+        as_schema(PipelineConfig, {"ppo": {"train": {"export": "best"}}})
+    watched = {"train": {"stop_when": {"metric": "eval/reward"}}, "evaluation": {"num_prompts": 0}}
+    with pytest.raises(UserError, match=r"ppo\.train\.stop_when\.metric=eval/reward watches evaluations"):
+        as_schema(PipelineConfig, {"ppo": watched})

@@ -1,17 +1,33 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 
-from common.artifacts import Manifest, hash_files, verify, write_manifest
-from common.config import SchedulerName
+from common.artifacts import CARD, Artifact, Manifest, hash_files, verify, write_manifest
+from common.config import Dtype, Exported, LoraConfig, ModelConfig, SchedulerName
 from common.errors import UserError
-from common.stage import Step
+from common.model.loading import load_model
+from common.stage import Role, Step
 from pipeline.__main__ import dispatch
 from pipeline.export import checkpoint_of, lay_out
 from tests import runs, tiny_run
+from tests.common.training.exporting import (
+    CPU,
+    KINDS,
+    PROBE,
+    exported,
+    published,
+    reloaded_logits,
+    trained,
+)
+from tests.packed import packed_lm
+from tests.tiny import CHATML, tiny_tokenizer
 
 PPO_STEPS = {2: {"step": 1, "update": 0}, 3: {"step": 1, "update": 1}, 4: {"step": 2, "update": 0}}
 
@@ -94,7 +110,25 @@ def test_a_step_of_two_ranks_under_zero_3_is_exported_by_one_as_the_run_had_it(t
         out = tmp_path / f"step_{number}"
         lay_out(checkpoint_of(run, str(number)), out)
         runs.finish(out, 1)
-        assert verify(out / "sft" / "export").files == verify(wanted / "sft" / "export").files
+        made, kept = (dict(verify(folder / "sft" / "export").files) for folder in (out, wanted))
+        assert made.pop(CARD) and kept.pop(CARD)  # at step 2 the run was not evaluated
+        assert made == kept
+
+
+def test_the_best_step_is_exported_where_the_step_is_told_so(tmp_path: Path) -> None:
+    base = runs.Base.make(tmp_path)
+    job = base.job(max_steps=6, eval_every=1, export=Exported.best)
+    job.sft.optim.lr, job.sft.optim.scheduler = 0.3, SchedulerName.constant  # it gets worse at once
+    run = base.run("best", job)
+    losses = {line["step"]: line["eval/loss"] for line in runs.evaluation_lines(run) if line["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 6
+    lay_out(checkpoint_of(run, "best"), tmp_path / "again")
+    assert runs.finish(tmp_path / "again", 1)
+    own, again = (verify(folder / "sft" / "export") for folder in (run, tmp_path / "again"))
+    assert own.files["model.safetensors"] == again.files["model.safetensors"]
+    assert own.details["progress"]["step"] == best and own.details["metrics"]["eval/loss"] == losses[best]
+    assert f"exporting step {best}, the best on held-out rows" in (run / "output.txt").read_text()
 
 
 @pytest.mark.slow
@@ -111,3 +145,83 @@ def test_the_last_checkpoint_of_each_step_gives_the_artifact_that_the_step_left(
         made, own = (verify(tmp_path / "r" / step / name) for name in ("export.step_2", "export"))
         assert made.files == own.files
         assert made.details["metrics"] == own.details["metrics"]
+
+
+def test_another_dtype_is_rounded_once_from_the_weights_that_the_optimizer_kept(tmp_path: Path) -> None:
+    base = runs.Base.make(tmp_path)
+    job = base.job(max_steps=3)
+    job.model.dtype = Dtype.bf16
+    run = base.run("bf16", job)
+    lay_out(checkpoint_of(run, "last"), tmp_path / "fp32", Dtype.fp32)
+    assert "ZeRO-2 on 1 rank in bf16 -> ZeRO-2 on 1 rank in fp32" in runs.finish(tmp_path / "fp32", 1)
+    own, kept = (
+        load_file(folder / "sft" / "export" / "model.safetensors") for folder in (run, tmp_path / "fp32")
+    )
+    assert all(torch.equal(kept[name].bfloat16(), tensor) for name, tensor in own.items())
+    assert any(not torch.equal(kept[name], tensor.float()) for name, tensor in own.items())
+
+
+def adapted(folder: Path) -> Path:
+    """An artifact of trained adapters merged into a base in `folder`/base."""
+    config = ModelConfig(path=str(published(folder / "base", dtype=torch.float32)), dtype=Dtype.fp32)
+    config.lora = LoraConfig(enabled=True, r=4, alpha=8)
+    model = load_model(config, tiny_tokenizer(CHATML), seed=0, device=CPU)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return exported(packed_lm(model.eval()), folder / "export")
+
+
+def test_adapters_alone_load_on_their_base_and_answer_as_the_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = adapted(tmp_path)
+    assert dispatch(["export", str(merged), "--adapter"]) == 0
+    alone = tmp_path / "export.adapter"
+    assert verify(alone).kind == "adapter" and not list(alone.glob("model*"))
+    with torch.no_grad():
+        (answer,) = AutoPeftModelForCausalLM.from_pretrained(alone)(PROBE).logits
+    assert torch.allclose(answer, reloaded_logits(merged), atol=1e-5)
+    card = (alone / CARD).read_text()
+    assert "library_name: peft" in card and str(tmp_path) not in card
+    monkeypatch.chdir(alone)
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})  # noqa: S102
+    with pytest.raises(UserError, match="holds adapters alone, where a policy is needed"):
+        Artifact.load(alone, Role.policy)
+    with pytest.raises(UserError, match="is an artifact already"):
+        dispatch(["export", str(alone)])
+
+
+def test_adapters_of_a_model_with_further_tokens_are_refused(tmp_path: Path) -> None:
+    merged = adapted(tmp_path)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    with pytest.raises(UserError, match=r"has \d+ tokens and its base .*base 7"):
+        dispatch(["export", str(merged), "--adapter"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "export"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "is an artifact already"),
+        (["--dtype", "fp32"], "is an artifact already"),
+        (["--adapter"], "was trained without LoRA"),
+        (["--adapter", "--merge"], "not allowed with"),
+        (["--dtype", "f16"], "invalid choice: 'f16'"),
+    ],
+)
+def test_forms_that_an_artifact_cannot_have_are_refused(
+    options: list[str], says: str, tmp_path: Path
+) -> None:
+    folder = exported(trained(KINDS["llama"]), tmp_path / "export")
+    with pytest.raises(UserError, match=says):
+        dispatch(["export", str(folder), *options])
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_artifact_can_be_had_in_another_dtype(tmp_path: Path) -> None:
+    folder = exported(trained(KINDS["llama"]), tmp_path / "export")
+    assert dispatch(["export", str(folder), "--dtype", "fp16", "--out", str(tmp_path / "half")]) == 0
+    assert Artifact.load(tmp_path / "half", Role.policy).manifest.details["dtype"] == "float16"

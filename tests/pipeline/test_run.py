@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
+from common.config import DataConfig, Dtype, ModelConfig, SchedulerName, TokenizerConfig
 from common.errors import UserError
 from common.stage import Role, Stage, Step
 from launch.supervise import Outcome
@@ -488,3 +489,36 @@ def test_a_report_that_cannot_be_made_costs_one_line_and_not_the_run(
     code, lines = go()
     assert code == 0
     assert [line for line in lines if "report" in line] == [f"warning: no report of runs/a: {said}"]
+
+
+def longer(steps: int) -> PipelineConfig:
+    made = config()
+    made.sft.train.max_steps, made.sft.optim.scheduler = steps, SchedulerName.constant
+    return made
+
+
+def test_a_step_that_is_done_goes_on_when_more_steps_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    go(longer(10))
+    first = status()["manifest_sha256"]
+    monkeypatch.setenv("FAKE_STEP", "crash")
+    for number in (2, 3):  # the artifact of the shorter run is not taken for what it makes
+        assert go(longer(20))[0] == 1
+        assert launches() == number and status()["continues"] == first
+    monkeypatch.delenv("FAKE_STEP")
+    monkeypatch.setenv("FAKE_WEIGHTS", '{"longer": true}')
+    shutil.rmtree("runs/a/sft/export")
+    code, lines = go(longer(20))
+    assert (code, launches()) == (0, 4) and status()["manifest_sha256"] != first
+    code, lines = go(longer(20))
+    assert (code, launches()) == (0, 4) and "done already" in lines[-1]
+
+
+def test_a_note_says_what_changed_and_settings_that_do_nothing_to_a_finished_step_start_nothing() -> None:
+    go(longer(10))
+    made = longer(10)
+    made.sft.train.save_every = 5
+    code, lines = go(made)
+    assert (code, launches()) == (0, 1)
+    assert lines[0] == "sft: sft.train.save_every: 0 -> 5, which changes nothing of a step that is done"
+    _, lines = go(longer(20))
+    assert any("changed since it was begun: sft.train.max_steps: 10 -> 20" in line for line in lines)

@@ -34,7 +34,14 @@ CHECKPOINT = (
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
 )
 TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-EXPORT = (*TOKENIZER, "config.json", "generation_config.json", "manifest.json", "model.safetensors")
+EXPORT = (
+    *TOKENIZER,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "model.safetensors",
+)
 PREFERENCE = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "entropy", "mean_token_accuracy",

@@ -34,8 +34,8 @@ CHECKPOINT = (
     "counters.json", "manifest.json", *(f"{part}/{name}" for part in ("actor", "critic") for name in STATE),
 )  # fmt: skip
 EXPORT = (
-    "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json",
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 TRAINING = {
     "step", "reward/reward_model", "objective/scores", "objective/scores_std", "objective/kl",

@@ -24,7 +24,7 @@ CHECKPOINT = (
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
 )
 EXPORT = (
-    "chat_template.jinja", "config.json", "manifest.json", "model.safetensors", "tokenizer.json",
+    "README.md", "chat_template.jinja", "config.json", "manifest.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json",
 )  # fmt: skip
 

@@ -26,7 +26,14 @@ CHECKPOINT = (
     "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
 )
 TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-EXPORT = (*TOKENIZER, "config.json", "generation_config.json", "manifest.json", "model.safetensors")
+EXPORT = (
+    *TOKENIZER,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "manifest.json",
+    "model.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +188,16 @@ def test_a_run_that_goes_on_from_an_artifact_names_it_as_its_parent(
     (first / "config.json").write_text("{}")
     run_dir = base.write("third", job)
     assert f"error: model.path={first}: does not match its manifest" in finish(run_dir, 1, code=2)
+
+
+def test_the_card_tells_of_the_training_and_of_no_folder_of_this_machine(
+    base: Base, job: SFTJob, run_dir: Path
+) -> None:
+    card = (run_dir / "sft" / "export" / "README.md").read_text()
+    assert str(base.folder) not in card and job.run_name not in card.split("---\n")[2]
+    ledger = json.loads((run_dir / "sft" / "ledger.json").read_text())
+    for source in ledger["sources"]:
+        assert f"| {source['name']} | {source['rows_read']} | {source['rows_kept']} |" in card
+    first, last = (evaluation_lines(run_dir)[at]["eval/loss"] for at in (0, -1))
+    assert f"| `eval/loss` | {first:.4g} | {last:.4g} |" in card
+    assert f"| `sft.optim.lr` | {job.sft.optim.lr:g} |" in card and "8 steps, " in card

@@ -74,7 +74,7 @@ def test_counters_survive_json_exactly() -> None:
     counters = PPOCounters(
         step=3, update=1, kl_coef=0.1 + 0.2, sums={"loss": 1 / 3}, watchdogs={"a": [1.5, None]}
     )
-    assert PPOCounters(**json.loads(json.dumps(asdict(counters)))) == counters
+    assert PPOCounters.of(json.loads(json.dumps(asdict(counters)))) == counters
 
 
 def test_the_place_of_a_checkpoint_is_told_by_its_iteration() -> None:

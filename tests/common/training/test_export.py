@@ -36,6 +36,7 @@ from tests.tiny import CHATML, tiny_tokenizer
 def test_the_artifact_has_exactly_the_files_that_plain_transformers_needs(tmp_path: Path) -> None:
     folder = exported(trained(KINDS["tied"]), tmp_path / "export")
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
