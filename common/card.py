@@ -71,7 +71,10 @@ def told(role: Role, details: Mapping[str, Any]) -> dict[str, Any]:
         "origin": origin,
         "licence": (named or cell(origin.get("license") or "")) + (f" ({link})" if link else ""),
         "parents": details.get("parents") or [],
-        "imported": "imported" in details,
+        "imported": details.get("imported"),
+        "merged": any(
+            name.startswith("adapter") for name in (details.get("imported") or {}).get("weights", ())
+        ),
         "training": training,
         "rows_sha256": data.get("rows_sha256"),
         "progress": details.get("progress"),

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.artifacts import CARD, Artifact, read_manifest, verify
 from common.card import addressed, figure, license_in, model_card
-from common.config import LoraConfig
+from common.config import LoraConfig, ModelConfig
 from common.errors import UserError
 from common.stage import Role
+from common.training.import_model import import_model
 from pipeline.__main__ import dispatch
-from tests.common.training.exporting import KINDS, exported, trained
+from tests.common.training.exporting import KINDS, exported, published, trained
 from tests.common.training.test_export import exported_scorer, trained_scorer
+from tests.tiny import CHATML
 
 DETAILS: dict[str, Any] = {
     "training": {
@@ -77,6 +79,24 @@ def test_the_program_of_a_reward_models_card_scores_at_the_terminator(
     document = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     with torch.no_grad():
         assert score(messages) == pytest.approx(float(packed.answers([document])[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize(("pad", "newline"), [(0, True), (0, False), (4, True), (4, False)])
+def test_the_program_of_a_published_reward_models_card_scores_as_it_does_itself(
+    pad: int, newline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = AutoModelForSequenceClassification
+    template = CHATML if newline else CHATML.replace("{{ '\n' }}", "")
+    assert newline or template != CHATML
+    folder = published(
+        tmp_path / "model", scorer, torch.float32, labels=1, pad_token_id=pad, template=template
+    )
+    out = import_model(ModelConfig(path=str(folder)), Role.reward_model, tmp_path / "imported")
+    said = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
+    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(said, return_dict=False)
+    with torch.no_grad():
+        plain = scorer.from_pretrained(folder).eval()(torch.tensor([ids])).logits[0, 0].item()
+    assert run(out, monkeypatch)["score"](said) == pytest.approx(plain, abs=1e-6)
 
 
 def test_the_head_is_what_the_hub_reads() -> None:
