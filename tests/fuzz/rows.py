@@ -220,9 +220,19 @@ def _csv(rows: Sequence[Any]) -> bytes:
 
 def _columns(rows: Sequence[Any], suffix: str) -> tuple[bytes, bool]:
     try:
-        return _table(list(rows), suffix), True
+        content = _table(list(rows), suffix)
+        return content, _kinds(pyarrow.Table.from_pylist(list(rows)).to_pylist()) == _kinds(rows)
     except (pyarrow.ArrowException, OSError, TypeError, AttributeError, ValueError, OverflowError):
         return _table([{name: str(cell) for name, cell in rows[0].items()}], suffix), False
+
+
+def _kinds(value: Any) -> Any:
+    """The value with the kind of each part, without nulls. A column has one kind, and makes 1.0 of True."""
+    if isinstance(value, dict):
+        return {name: _kinds(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_kinds(inner) for inner in value]
+    return type(value), repr(value)
 
 
 def _table(rows: list[Any], suffix: str) -> bytes:
