@@ -3,8 +3,7 @@
 Takes a configuration in which `STEP.policy` or `STEP.reward_model` is an artifact, a run, a folder that
 transformers reads, or a hub model; returns it with artifacts in their place. A published model is imported
 once, by a process of its own, and kept by content under `<output_dir>/.cache/models`. In `model.path` only a
-run is replaced: SFT starts from published models as they are. Rows that lie elsewhere (https://, s3://, gs://,
-hf://) are fetched before anything reads them, and kept by content under `<output_dir>/.cache/rows`.
+run is replaced: SFT starts from published models as they are. Rows are settled in `rows.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,14 @@ from common.artifacts import MANIFEST, Artifact, content_sha256
 from common.errors import UserError
 from common.files import disk_errors
 from common.handoff import check_same_tokens, load_named, scores_text, similar
-from common.paths import is_remote
-from common.redact import redact_text
 from common.stage import Role, Step
 from launch.local import Job
 from launch.supervise import supervise
-from pipeline.checks import DATA_SUFFIXES
 from pipeline.config import PipelineConfig
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES, named_sources, start_of, wire_run
-from pipeline.state import data_of, fingerprint, run_name
+from pipeline.rows import settle_rows
+from pipeline.state import fingerprint, run_name
 from step3_ppo.config import CriticStart
 
 IMPORTER = "common.training.import_model"
@@ -70,32 +67,6 @@ def settle_sources(
     return settle_rows(config, say)
 
 
-def settle_rows(config: PipelineConfig, say: Say = print) -> PipelineConfig:
-    """The configuration with a file here for every https://, s3://, gs:// or hf:// path of rows, fetched once
-    and kept by content. UserError naming the key where that cannot be."""
-    fetched: dict[str, str] = {}
-
-    def here(path: str, key: str) -> str:
-        if is_remote(path) and path not in fetched:
-            fetched[path] = fetched_rows(path, key, rows_below(config.output_dir), say)
-        return fetched.get(path, path)
-
-    for step in config.steps:
-        for key, data in data_of(config, step).items():
-            paths = data.all_sources()
-            if data.path is not None:
-                data = replace(data, path=here(data.path, f"{key}.path"))
-            else:
-                named = [here(source.path, f"{key}.sources[{at}].path") for at, source in enumerate(paths)]
-                sources = [replace(source, path=path) for source, path in zip(paths, named, strict=True)]
-                data = replace(data, sources=sources)
-            if data.eval_path is not None:
-                data = replace(data, eval_path=here(data.eval_path, f"{key}.eval_path"))
-            part = replace(getattr(config, step.value), **{key.partition(".")[2]: data})
-            config = replace(config, **{step.value: part})
-    return config
-
-
 def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
     """The critic begins as the policy where the reward model is given text: it reads the policy's tokens.
 
@@ -113,24 +84,6 @@ def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
     say("note: the critic begins as the policy, with a new head: the reward model reads other tokens")
     critic = replace(critic, start=CriticStart.policy)
     return replace(config, ppo=replace(config.ppo, critic=critic))
-
-
-def fetched_rows(path: str, key: str, cache: Path, say: Say) -> str:
-    """Where the rows of a place elsewhere lie now."""
-    from common.download import fetch, file_name  # what it takes to ask a server is loaded where one is asked
-
-    name = file_name(path)
-    if "." in name and not name.endswith(DATA_SUFFIXES):
-        raise UserError(
-            f"{key}={redact_text(path)}: {name} is not a known kind of file",
-            hint=f"expected one of {', '.join(DATA_SUFFIXES)}",
-        )
-    return str(fetch(path, key, cache, say))
-
-
-def rows_below(output_dir: str) -> Path:
-    """Where fetched rows are kept."""
-    return Path(output_dir) / ".cache" / "rows"
 
 
 def models_below(output_dir: str) -> Path:

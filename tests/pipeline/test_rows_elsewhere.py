@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.plan import STAGES
-from pipeline.sources import settle_rows
+from pipeline.rows import settle_rows
 from pipeline.state import differing, step_config
 from tests.files_server import serving
 

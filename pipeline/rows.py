@@ -1,0 +1,64 @@
+"""Rows that lie elsewhere (https://, s3://, gs://, hf://), settled as files here before anything reads them.
+
+Takes a configuration; returns it with the files in place of the paths, kept by content under
+`<output_dir>/.cache/rows`: ranks need no network, and another content is another configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from common.errors import UserError
+from common.paths import is_remote
+from common.redact import redact_text
+from pipeline.checks import DATA_SUFFIXES
+from pipeline.config import PipelineConfig
+from pipeline.state import data_of
+
+Say = Callable[[str], None]
+
+
+def settle_rows(config: PipelineConfig, say: Say = print) -> PipelineConfig:
+    """The configuration with a file here for every https://, s3://, gs:// or hf:// path of rows, fetched once
+    and kept by content. UserError naming the key where that cannot be."""
+    fetched: dict[str, str] = {}
+
+    def here(path: str, key: str) -> str:
+        if is_remote(path) and path not in fetched:
+            fetched[path] = fetched_rows(path, key, rows_below(config.output_dir), say)
+        return fetched.get(path, path)
+
+    for step in config.steps:
+        for key, data in data_of(config, step).items():
+            paths = data.all_sources()
+            if data.path is not None:
+                data = replace(data, path=here(data.path, f"{key}.path"))
+            else:
+                named = [here(source.path, f"{key}.sources[{at}].path") for at, source in enumerate(paths)]
+                sources = [replace(source, path=path) for source, path in zip(paths, named, strict=True)]
+                data = replace(data, sources=sources)
+            if data.eval_path is not None:
+                data = replace(data, eval_path=here(data.eval_path, f"{key}.eval_path"))
+            part = replace(getattr(config, step.value), **{key.partition(".")[2]: data})
+            config = replace(config, **{step.value: part})
+    return config
+
+
+def fetched_rows(path: str, key: str, cache: Path, say: Say) -> str:
+    """Where the rows of a place elsewhere lie now."""
+    from common.download import fetch, file_name  # what it takes to ask a server is loaded where one is asked
+
+    name = file_name(path)
+    if "." in name and not name.endswith(DATA_SUFFIXES):
+        raise UserError(
+            f"{key}={redact_text(path)}: {name} is not a known kind of file",
+            hint=f"expected one of {', '.join(DATA_SUFFIXES)}",
+        )
+    return str(fetch(path, key, cache, say))
+
+
+def rows_below(output_dir: str) -> Path:
+    """Where fetched rows are kept."""
+    return Path(output_dir) / ".cache" / "rows"
