@@ -29,6 +29,7 @@ from common.artifacts import (
     read_json,
     read_manifest,
     verify,
+    write_json,
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
@@ -296,7 +297,8 @@ def keep_adapters(folder: Path) -> None:
     UserError where tokens were added: the base's embeddings have no rows for them.
     """
     manifest = read_manifest(folder)
-    base = read_json(folder / ADAPTER_FOLDER / "adapter_config.json")["base_model_name_or_path"]
+    settings = read_json(folder / ADAPTER_FOLDER / "adapter_config.json")
+    base = settings["base_model_name_or_path"]
     if not base:
         raise UserError(
             "--adapter: the base was initialised at random, and is nowhere to load from", hint="leave it out"
@@ -305,6 +307,9 @@ def keep_adapters(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name in OF_WHOLE_MODEL or ".safetensors" in path.suffixes:
             path.unlink()
+    if Path(base).is_dir():  # found from any working directory
+        found = {**settings, "base_model_name_or_path": str(Path(base).resolve())}
+        write_json(folder / ADAPTER_FOLDER / "adapter_config.json", found)
     for path in (folder / ADAPTER_FOLDER).iterdir():
         path.rename(folder / path.name)
     (folder / ADAPTER_FOLDER).rmdir()
