@@ -206,8 +206,8 @@ def is_made_of(out: Path, found: Checkpoint, form: Form) -> bool:
     made = read_manifest(out) if is_artifact(out) else None
     if made is None or not form.fits(made):
         return False
-    progress = dict(made.details.get("progress") or {}, watchdogs=found.counters.get("watchdogs"))
-    return all(found.counters.get(name) == value for name, value in progress.items())
+    progress = made.details.get("progress") or {"step": None}
+    return all(found.counters.get(name) == value for name, value in progress.items() if name != "watchdogs")
 
 
 def is_form_of(out: Path, manifest: Manifest, form: Form) -> bool:

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.model.loading import load_model
 from common.stage import Role, Step
 from pipeline.__main__ import dispatch
-from pipeline.export import checkpoint_of, lay_out
+from pipeline.export import Form, checkpoint_of, is_made_of, lay_out
 from tests import runs, tiny_run
 from tests.common.training.exporting import (
     CPU,
@@ -221,6 +221,21 @@ def test_forms_that_an_artifact_cannot_have_are_refused(
     with pytest.raises(UserError, match=says):
         dispatch(["export", str(folder), *options])
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_what_was_made_of_the_same_checkpoint_in_the_same_form_is_not_made_again(tmp_path: Path) -> None:
+    progress = {"step": 4, "num_tokens": 9, "watchdogs": {}}
+    made = exported(trained(KINDS["llama"]), tmp_path / "export", details={"progress": progress})
+    checkpoint(tmp_path / "sft", 4, num_tokens=9)
+    found = checkpoint_of(tmp_path, "4")
+    assert is_made_of(made, found, Form()) and is_made_of(made, found, Form(Dtype.fp32))
+    other = exported(trained(KINDS["llama"]), tmp_path / "other")  # says nothing of a training
+    for folder, form in (
+        (made, Form(Dtype.fp16)), (made, Form(adapters=True)), (tmp_path / "none", Form()), (other, Form()),
+    ):  # fmt: skip
+        assert not is_made_of(folder, found, form)
+    checkpoint(tmp_path / "sft", 6, num_tokens=10)
+    assert not is_made_of(made, checkpoint_of(tmp_path, "6"), Form())
 
 
 def test_an_artifact_can_be_had_in_another_dtype(tmp_path: Path) -> None:
