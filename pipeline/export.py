@@ -307,14 +307,15 @@ def keep_adapters(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name in OF_WHOLE_MODEL or ".safetensors" in path.suffixes:
             path.unlink()
-    if Path(base).is_dir():  # found from any working directory
+    if Path(base).is_dir():  # to be found from any working directory
         found = {**settings, "base_model_name_or_path": str(Path(base).resolve())}
         write_json(folder / ADAPTER_FOLDER / "adapter_config.json", found)
     for path in (folder / ADAPTER_FOLDER).iterdir():
         path.rename(folder / path.name)
     (folder / ADAPTER_FOLDER).rmdir()
     assert manifest.role is not None
-    details = {**manifest.details, "adapter_of": base if HUB_NAME.fullmatch(base) else Path(base).name}
+    is_published = HUB_NAME.fullmatch(base) and not Path(base).exists()
+    details = {**manifest.details, "adapter_of": base if is_published else Path(base).name}
     write_text(folder / CARD, model_card(manifest.role, details))
     write_manifest(folder, Manifest(ADAPTER_FOLDER, manifest.role, hash_files(folder), details))
 

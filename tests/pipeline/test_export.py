@@ -177,16 +177,16 @@ def test_adapters_alone_load_on_their_base_and_answer_as_the_merged_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    merged = adapted(Path())  # by relative paths
+    merged = adapted(Path("models"))  # a path that looks like a name on the hub
     assert dispatch(["export", str(merged), "--adapter"]) == 0
-    alone = tmp_path / "export.adapter"
+    alone = tmp_path / "models" / "export.adapter"
     assert verify(alone).kind == "adapter" and not list(alone.glob("model*"))
     with torch.no_grad():
         (answer,) = AutoPeftModelForCausalLM.from_pretrained(alone)(PROBE).logits
     assert torch.allclose(answer, reloaded_logits(merged), atol=1e-5)
     card = (alone / CARD).read_text()
     assert "library_name: peft" in card and str(tmp_path) not in card
-    assert 'from_pretrained(model_path, dtype="float32")' in card
+    assert 'from_pretrained(model_path, dtype="float32")' in card and "base_model:" not in card
     monkeypatch.chdir(alone)
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})  # noqa: S102
     with pytest.raises(UserError, match="holds adapters alone, where a policy is needed"):
