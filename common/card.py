@@ -18,6 +18,7 @@ from common.artifacts import VARIABLES
 from common.evidence import Z, share_interval
 from common.redact import shown
 from common.stage import Role, Step
+from common.text import plain
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 HERE = 'model_path = "."'
@@ -48,7 +49,7 @@ def model_card(role: Role, details: Mapping[str, Any]) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"cell": cell, "code": code, "figure": figure}
-    return environment.from_string(template).render(told(role, details))
+    return environment.from_string(template).render(told(role, plain(details)))  # as the manifest has them
 
 
 def told(role: Role, details: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def told(role: Role, details: Mapping[str, Any]) -> dict[str, Any]:
         "adapter_of": adapter_of,
         "how": STEPS.get(training.get("step", "")),
         "size": size_of(details),
+        # the base may be stored in another one, in which the adapters were not trained
+        "trained_dtype": f', dtype="{details["dtype"]}"' if adapter_of and details.get("dtype") else "",
         "here": HERE,
         "variables": "".join(f", {name}={value!r}" for name, value in variables.items()),
         "answer_length": min(LONGEST_ANSWER, (details.get("context_length") or 2 * LONGEST_ANSWER) // 2),

@@ -29,6 +29,7 @@ from common.artifacts import (
     read_json,
     read_manifest,
     verify,
+    write_json,
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
@@ -205,8 +206,8 @@ def is_made_of(out: Path, found: Checkpoint, form: Form) -> bool:
     made = read_manifest(out) if is_artifact(out) else None
     if made is None or not form.fits(made):
         return False
-    progress = dict(made.details.get("progress") or {}, watchdogs=found.counters.get("watchdogs"))
-    return all(found.counters.get(name) == value for name, value in progress.items())
+    progress = made.details.get("progress") or {"step": None}
+    return all(found.counters.get(name) == value for name, value in progress.items() if name != "watchdogs")
 
 
 def is_form_of(out: Path, manifest: Manifest, form: Form) -> bool:
@@ -296,7 +297,8 @@ def keep_adapters(folder: Path) -> None:
     UserError where tokens were added: the base's embeddings have no rows for them.
     """
     manifest = read_manifest(folder)
-    base = read_json(folder / ADAPTER_FOLDER / "adapter_config.json")["base_model_name_or_path"]
+    settings = read_json(folder / ADAPTER_FOLDER / "adapter_config.json")
+    base = settings["base_model_name_or_path"]
     if not base:
         raise UserError(
             "--adapter: the base was initialised at random, and is nowhere to load from", hint="leave it out"
@@ -305,11 +307,15 @@ def keep_adapters(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name in OF_WHOLE_MODEL or ".safetensors" in path.suffixes:
             path.unlink()
+    if Path(base).is_dir():  # to be found from any working directory
+        found = {**settings, "base_model_name_or_path": str(Path(base).resolve())}
+        write_json(folder / ADAPTER_FOLDER / "adapter_config.json", found)
     for path in (folder / ADAPTER_FOLDER).iterdir():
         path.rename(folder / path.name)
     (folder / ADAPTER_FOLDER).rmdir()
     assert manifest.role is not None
-    details = {**manifest.details, "adapter_of": base if HUB_NAME.fullmatch(base) else Path(base).name}
+    is_published = HUB_NAME.fullmatch(base) and not Path(base).exists()
+    details = {**manifest.details, "adapter_of": base if is_published else Path(base).name}
     write_text(folder / CARD, model_card(manifest.role, details))
     write_manifest(folder, Manifest(ADAPTER_FOLDER, manifest.role, hash_files(folder), details))
 

@@ -100,7 +100,7 @@ def export_model(
             )
         probe = replace(probe, unit=_head_norm(state))
     partial = folder.with_name(folder.name + ".tmp")
-    with _disk_errors(folder):
+    with disk_errors_of_weights(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         rebuilt = rebuild(module, state, partial)
@@ -247,7 +247,7 @@ def _is_same(folder: Path, manifest: Manifest) -> bool:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors_of_weights(folder: Path) -> Iterator[None]:
     """A full disk is an OSError, or a SafetensorError with the same in its text."""
     from safetensors import SafetensorError
 

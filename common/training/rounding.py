@@ -24,6 +24,7 @@ from common.card import model_card
 from common.config import Dtype
 from common.errors import UserError
 from common.runtime.logs import open_rank_log, run_and_report
+from common.training.export import disk_errors_of_weights
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
@@ -56,7 +57,15 @@ class Loss:
 
 
 def round_artifact(artifact: Path, dtype: Dtype, out: Path) -> str:
-    """Write `artifact` in another dtype to the new folder `out`; returns what was lost, in words."""
+    """Write `artifact` in another dtype to the new folder `out`; returns what was lost, in words.
+
+    UserError where a weight cannot be held, or the disk refuses.
+    """
+    with disk_errors_of_weights(out):
+        return _rounded(artifact, dtype, out)
+
+
+def _rounded(artifact: Path, dtype: Dtype, out: Path) -> str:
     manifest = verify(artifact)
     before, wanted = str(manifest.details.get("dtype")), DTYPES[dtype]
     after = str(wanted).removeprefix("torch.")

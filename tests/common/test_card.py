@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,10 @@ def test_a_card_can_be_filled_in_and_the_artifact_stays_whole(tmp_path: Path) ->
 
 
 def test_the_card_of_an_artifact_follows_from_its_manifest(tmp_path: Path) -> None:
-    folder = exported(trained(KINDS["tied"]), tmp_path / "export", details=DETAILS)
+    parents = [{"role": Role.policy, "path": "sft/export", "manifest_sha256": "abc"}]
+    details = {**DETAILS, "parents": parents, "metrics": {"eval/loss": math.nan}}
+    folder = exported(trained(KINDS["tied"]), tmp_path / "export", details=details)
+    assert "* Policy that training started from: manifest `abc`" in (folder / CARD).read_text()
     assert model_card(Role.policy, read_manifest(folder).details) == (folder / CARD).read_text()
 
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.model.loading import load_model
 from common.stage import Role, Step
 from pipeline.__main__ import dispatch
-from pipeline.export import checkpoint_of, lay_out
+from pipeline.export import Form, checkpoint_of, is_made_of, lay_out
 from tests import runs, tiny_run
 from tests.common.training.exporting import (
     CPU,
@@ -176,15 +176,17 @@ def adapted(folder: Path) -> Path:
 def test_adapters_alone_load_on_their_base_and_answer_as_the_merged_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merged = adapted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    merged = adapted(Path("models"))  # a path that looks like a name on the hub
     assert dispatch(["export", str(merged), "--adapter"]) == 0
-    alone = tmp_path / "export.adapter"
+    alone = tmp_path / "models" / "export.adapter"
     assert verify(alone).kind == "adapter" and not list(alone.glob("model*"))
     with torch.no_grad():
         (answer,) = AutoPeftModelForCausalLM.from_pretrained(alone)(PROBE).logits
     assert torch.allclose(answer, reloaded_logits(merged), atol=1e-5)
     card = (alone / CARD).read_text()
     assert "library_name: peft" in card and str(tmp_path) not in card
+    assert 'from_pretrained(model_path, dtype="float32")' in card and "base_model:" not in card
     monkeypatch.chdir(alone)
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})  # noqa: S102
     with pytest.raises(UserError, match="holds adapters alone, where a policy is needed"):
@@ -219,6 +221,21 @@ def test_forms_that_an_artifact_cannot_have_are_refused(
     with pytest.raises(UserError, match=says):
         dispatch(["export", str(folder), *options])
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_what_was_made_of_the_same_checkpoint_in_the_same_form_is_not_made_again(tmp_path: Path) -> None:
+    progress = {"step": 4, "num_tokens": 9, "watchdogs": {}}
+    made = exported(trained(KINDS["llama"]), tmp_path / "export", details={"progress": progress})
+    checkpoint(tmp_path / "sft", 4, num_tokens=9)
+    found = checkpoint_of(tmp_path, "4")
+    assert is_made_of(made, found, Form()) and is_made_of(made, found, Form(Dtype.fp32))
+    other = exported(trained(KINDS["llama"]), tmp_path / "other")  # says nothing of a training
+    for folder, form in (
+        (made, Form(Dtype.fp16)), (made, Form(adapters=True)), (tmp_path / "none", Form()), (other, Form()),
+    ):  # fmt: skip
+        assert not is_made_of(folder, found, form)
+    checkpoint(tmp_path / "sft", 6, num_tokens=10)
+    assert not is_made_of(made, checkpoint_of(tmp_path, "6"), Form())
 
 
 def test_an_artifact_can_be_had_in_another_dtype(tmp_path: Path) -> None:

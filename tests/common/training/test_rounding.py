@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -61,6 +62,16 @@ def test_weights_that_fp16_cannot_hold_are_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"model\.norm\.weight has weights up to 7e\+04, which torch.float16 cannot"
     ):
+        round_artifact(whole, Dtype.fp16, tmp_path / "rounded")
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    whole = exported(trained(KINDS["llama"]), tmp_path / "export")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
         round_artifact(whole, Dtype.fp16, tmp_path / "rounded")
 
 
