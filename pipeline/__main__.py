@@ -31,6 +31,7 @@ usage: python -m pipeline VERB ...
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
+  generate MODEL ...    completions of a file of prompts, resumable
   export PATH [options] an artifact of a checkpoint: the best, the last, any that is kept
   import MODEL --out F  an artifact of a model that others published
   doctor                what this machine can do, and what would stop a run on it
@@ -45,10 +46,13 @@ usage: python -m pipeline VERB ...
       reward.data.path=PAIRS.jsonl ppo.data.path=PROMPTS.jsonl        the whole chain
   python -m pipeline run 'steps=[ppo]' ppo.policy=FOLDER ppo.reward_model=FOLDER ppo.data.path=PROMPTS.jsonl
   python -m pipeline chat runs/NAME                                   its newest policy
+  python -m pipeline generate runs/NAME --prompts PROMPTS.jsonl --out COMPLETIONS.jsonl
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "plan", "preview", "verify", "report", "chat", "export", "import", "doctor", "explain")
+VERBS = (
+    "run", "plan", "preview", "verify", "report", "chat", "generate", "export", "import", "doctor", "explain",
+)  # fmt: skip
 TAKES = {
     "verify": ("one path", "runs/NAME"),
     "report": ("the folder of one run", "runs/NAME"),
@@ -104,6 +108,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.chat import chat
 
         return chat(rest)
+    if verb == "generate":
+        from pipeline.generate import generate_verb
+
+        return generate_verb(rest, say=say)
     if verb == "export":
         from pipeline.export import export_verb
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from common import chat_template
 from common.artifacts import UNVERIFIED, Artifact
 from common.errors import UserError
-from common.fields import as_schema, number
 from common.handoff import load_named
+from common.inference_config import Settings
 from common.stage import Role
 from common.text import did_you_mean, printable
 from pipeline.config import PipelineConfig
-from pipeline.options import Options
+from pipeline.options import Options, fields_given
 from pipeline.sources import artifact_of, models_below
 
 if TYPE_CHECKING:
@@ -44,31 +43,10 @@ COMMANDS = """\
 Message = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How answers are sampled."""
-
-    temperature: float = number(0.7, 0.001, 100, zero="greedy")
-    top_p: float = number(1.0, 0, 1, above=True, note="1: all tokens")
-    top_k: int = number(0, 0, 10_000_000, note="0: all tokens")
-    max_new_tokens: int = number(256, 1, 10_000_000)
-    seed: int = number(0, 0, 2**63 - 1)
-
-    def changed(self, name: str, text: str) -> Settings:
-        """With one setting as it was typed. UserError for an unknown name, or a value that it cannot have."""
-        return as_schema(Settings, {**dataclasses.asdict(self), name.replace("-", "_"): text})
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
-
-
 def chat(arguments: Sequence[str]) -> int:
     """The verb: load, say what was loaded, and answer until there is nothing more to answer."""
     options = parse(arguments)
-    settings = Settings()
-    for known in dataclasses.fields(Settings):
-        if (text := getattr(options, known.name)) is not None:
-            settings = settings.changed(known.name, text)
+    settings = fields_given(Settings, options)
     place = artifact_of(options.path, Role.policy, "PATH", models_below(PipelineConfig().output_dir), note)
     artifact = load_named(place, Role.policy, "PATH", allow_unverified=True)
     if fault := artifact.manifest.details.get(UNVERIFIED):
@@ -115,9 +93,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options as text; `Settings` checks the values. UserError for an option that does not exist."""
     parser = Options("chat", "PATH", "Talk to a policy in the terminal.")
     parser.add_argument("path", metavar="PATH", help="an artifact, a run, a model's folder, a hub model")
-    for known in dataclasses.fields(Settings):
-        option = "--" + known.name.replace("_", "-")
-        parser.add_argument(option, metavar="N", help=f"default {known.default}")
+    parser.add_fields(Settings)
     parser.add_argument("--system", metavar="TEXT", help="how the policy should behave")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; by default a GPU where there is one")
     return parser.parse_args(list(arguments))
