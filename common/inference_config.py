@@ -5,6 +5,7 @@ The controller checks them as it checks `config.py`, and hands them on as JSON. 
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Dict, List, Optional
 
 from common.config import DataConfig, Dtype
 from common.fields import as_schema, number
@@ -54,3 +55,34 @@ class GenerateJob:
     """file that the completions are appended to"""
     whole_context: bool = True
     """whether a prompt and its completion may fill the model's context, in place of data.max_length"""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(ManySettings):
+    """How prompts are answered that are evaluated on: greedily, unless a temperature is named."""
+
+    temperature: float = number(0.0, 0.001, 100, zero="greedy")
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """What `evaluation` is told."""
+
+    model: str = ""
+    """folder of the artifact that is evaluated"""
+    against: Optional[str] = None
+    """folder of another, measured on the same rows"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """where the rows are"""
+    functions: List[str] = field(default_factory=list)
+    """package.module:function that score completions"""
+    reward_model: Optional[str] = None
+    """folder of a reward model that scores completions"""
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """how prompts are answered"""
+    out: Optional[str] = None
+    """file that gets the numbers, in all and by row"""
+    whole_context: bool = True
+    """as in GenerateJob"""
+    names: Dict[str, str] = field(default_factory=dict)
+    """what the user typed for model, against and reward_model"""

@@ -32,6 +32,7 @@ usage: python -m pipeline VERB ...
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
   generate MODEL ...    completions of a file of prompts, resumable
+  evaluate MODEL ...    loss, ordered pairs or rewards on rows, with intervals; two models side by side
   export PATH [options] an artifact of a checkpoint: the best, the last, any that is kept
   import MODEL --out F  an artifact of a model that others published
   doctor                what this machine can do, and what would stop a run on it
@@ -47,11 +48,13 @@ usage: python -m pipeline VERB ...
   python -m pipeline run 'steps=[ppo]' ppo.policy=FOLDER ppo.reward_model=FOLDER ppo.data.path=PROMPTS.jsonl
   python -m pipeline chat runs/NAME                                   its newest policy
   python -m pipeline generate runs/NAME --prompts PROMPTS.jsonl --out COMPLETIONS.jsonl
+  python -m pipeline evaluate runs/NAME --data ROWS.jsonl --against FOLDER
   python -m pipeline run --help                                       all settings
 """
 
 VERBS = (
-    "run", "plan", "preview", "verify", "report", "chat", "generate", "export", "import", "doctor", "explain",
+    "run", "plan", "preview", "verify", "report", "chat", "generate", "evaluate", "export", "import",
+    "doctor", "explain",
 )  # fmt: skip
 TAKES = {
     "verify": ("one path", "runs/NAME"),
@@ -112,6 +115,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.generate import generate_verb
 
         return generate_verb(rest, say=say)
+    if verb == "evaluate":
+        from pipeline.evaluate import evaluate_verb
+
+        return evaluate_verb(rest, say=say)
     if verb == "export":
         from pipeline.export import export_verb
 

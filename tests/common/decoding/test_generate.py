@@ -152,11 +152,11 @@ def test_other_settings_prompts_and_weights_are_refused_with_what_differs(
     with pytest.raises(UserError, match=r"seed=6 \(it was 5\), temperature=0.5 \(it was 1.0\)"):
         generate(job(tmp_path, policy, seed=6, temperature=0.5))
     other = make_policy(tmp_path / "other", policy.parent / "tokenizer", seed=1)
-    with pytest.raises(UserError, match=r"now there is another model\\n") as error:
+    with pytest.raises(UserError, match=r"now there is another model\n") as error:
         generate(job(tmp_path, other))
     assert "--out NEW_FILE" in str(error.value.hint)
     write_rows(tmp_path / "prompts.jsonl", PROMPTS[1:])
-    with pytest.raises(UserError, match=r"now there is other prompts\\n"):
+    with pytest.raises(UserError, match=r"now there is other prompts\n"):
         generate(given)
     assert Path(given.out).read_bytes() == before
 
