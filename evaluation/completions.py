@@ -26,7 +26,7 @@ from common.inference_config import EvaluationSettings
 from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
 from evaluation.subject import Say, Subject, keys_of
-from evaluation.values import Values
+from evaluation.values import Measured, Values
 from step3_ppo.rewards.functions import ScoreFunction, load_function
 
 REWARD_MODEL = "reward_model"
@@ -44,17 +44,18 @@ class Answers:
     texts: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-    def values(self) -> Values:
+    def measured(self) -> Measured:
         """Means over the samples of each prompt."""
         samples: dict[str, Mapping[str, Sequence[float]]] = {
             **self.scores,
             "length": {key: [len(each.tokens) for each in found] for key, found in self.completions.items()},
             "stop_rate": {key: [each.stopped for each in found] for key, found in self.completions.items()},
         }
-        return {
+        means = {
             name: {key: float(np.mean(of_prompt)) for key, of_prompt in found.items()}
             for name, found in samples.items()
         }
+        return Measured(means, means)
 
 
 def named_functions(references: Sequence[str]) -> dict[str, ScoreFunction]:

@@ -14,12 +14,15 @@ from common.data.batches import collate
 from common.data.stored import TokenizedDataset
 from common.runtime.progress import Progress
 from evaluation.subject import Subject
-from evaluation.values import Values, of_ratio
+from evaluation.values import Measured, of_ratio
 from step1_sft.loss import score
+
+PER_ROW = "loss_per_row"
+"""Metric in nats per row, for models that make other tokens of it."""
 
 
 @torch.no_grad()
-def measure(subject: Subject, rows: TokenizedDataset, keys: Collection[str]) -> Values:
+def measure(subject: Subject, rows: TokenizedDataset, keys: Collection[str]) -> Measured:
     """`loss` (nats per token) and `mean_token_accuracy` of the rows `keys`; of several sources each, too.
 
     A row that was split into several documents counts as one row.
@@ -43,10 +46,11 @@ def measure(subject: Subject, rows: TokenizedDataset, keys: Collection[str]) -> 
             progress.update(index + 1)
     parts = {"loss": loss, "mean_token_accuracy": correct}
     found = {name: of_ratio(part, tokens) for name, part in parts.items()}
-    found["loss_per_row"] = loss
+    found[PER_ROW] = loss
     names = sorted(set(source.values()))
     for each in names if len(names) > 1 else ():
         for name, part in parts.items():
             of_source = {key: value for key, value in part.items() if source[key] == each}
             found[f"{each}/{name}"] = of_ratio(of_source, {key: tokens[key] for key in of_source})
-    return found
+    by_row = {name: {key: part[key] / tokens[key] for key in part} for name, part in parts.items()}
+    return Measured(found, {**by_row, PER_ROW: loss, "tokens": tokens})

@@ -26,15 +26,15 @@ from common.inference_config import EvaluateJob
 from common.stage import Role
 from evaluation import completions, demonstrations, preferences
 from evaluation.subject import Subject, keys_of, load_subject
-from evaluation.values import Values, by_row, changes, estimates, plain, table
+from evaluation.values import Measured, Values, by_row, changes, estimates, plain, table
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured. values: of each model. between: of both together. texts: what was said, by row."""
+    """What was measured. models: of each. between: of both together. texts: what each said, by row."""
 
     keys: Sequence[str]
-    values: Sequence[Values]
+    models: Sequence[Measured]
     between: Values = field(default_factory=dict)
     texts: Sequence[Mapping[str, list[str]]] = ()
 
@@ -97,16 +97,11 @@ def on_demonstrations(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
     """Loss and accuracy of each model."""
     read = [_rows(job, subject, DEMONSTRATIONS) for subject in subjects]
     keys = _common([dict.fromkeys(map(rows.place, range(len(rows)))) for rows in read])
-    values = [
-        dict(demonstrations.measure(subject, rows, set(keys)))
-        for subject, rows in zip(subjects, read, strict=True)
-    ]
-    if all(subject.reads_as(subjects[0]) for subject in subjects):
-        for each in values:
-            del each["loss_per_row"]
-    else:
+    if any(not subject.reads_as(subjects[0]) for subject in subjects):
         say("note: the two models make other tokens of a text: compare loss_per_row, not losses per token")
-    return Outcome(keys, values)
+    wanted = set(keys)
+    pairs = zip(subjects, read, strict=True)
+    return Outcome(keys, [demonstrations.measure(subject, rows, wanted) for subject, rows in pairs])
 
 
 def on_pairs(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
@@ -114,11 +109,12 @@ def on_pairs(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
     read = [_rows(job, subject, PREFERENCES) for subject in subjects]
     places = [{key: index for index, key in enumerate(keys_of(rows))} for rows in read]
     keys = _common(places)
-    values = [
+    models = [
         preferences.measure(subject, rows, {key: found[key] for key in keys})
         for subject, rows, found in zip(subjects, read, places, strict=True)
     ]
-    return Outcome(keys, values, preferences.compared(*values) if len(values) > 1 else {})
+    between = preferences.compared(*(each.values for each in models)) if len(models) > 1 else {}
+    return Outcome(keys, models, between)
 
 
 def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.device) -> Outcome:
@@ -143,7 +139,7 @@ def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.devi
     if judge is not None:
         completions.score_by_model(judge, judged[-1], list(zip(subjects, answers, strict=True)))
     between = completions.wins(*answers) if len(answers) > 1 else {}
-    return Outcome(keys, [each.values() for each in answers], between, [each.texts for each in answers])
+    return Outcome(keys, [each.measured() for each in answers], between, [each.texts for each in answers])
 
 
 def _rows(job: EvaluateJob, subject: Subject, kind: Kind[Any]) -> Any:
@@ -165,11 +161,12 @@ def _common(places: Sequence[Iterable[str]]) -> list[str]:
 
 def tell(job: EvaluateJob, kind: Kind[Any], subjects: Sequence[Subject], outcome: Outcome) -> None:
     """Print the table, and write the file."""
-    found = [estimates(values) for values in outcome.values]
+    values = [measured.values for measured in outcome.models]
+    found = [estimates(each) for each in values]
     heads, columns = [subject.named for subject in subjects], [*found]
     between = estimates(outcome.between)
     if len(found) > 1:
-        heads, columns = [*heads, "change"], [*columns, changes(*outcome.values)]
+        heads, columns = [*heads, "change"], [*columns, changes(*values)]
     say(f"\n{kind.name}: {len(outcome.keys):,} rows; in brackets 95% intervals")
     say("\n".join(table(heads, columns)))
     if between:
@@ -188,8 +185,9 @@ def tell(job: EvaluateJob, kind: Kind[Any], subjects: Sequence[Subject], outcome
 
 def _rows_of(outcome: Outcome) -> list[dict[str, Any]]:
     """What is known of each row: of MODEL as it is, of the other below `against`."""
-    rows = by_row({**outcome.values[0], **outcome.between}, outcome.keys)
-    for number, values in enumerate(outcome.values[1:]):
+    first, *others = (measured.rows for measured in outcome.models)
+    rows = by_row({**first, **outcome.between}, outcome.keys)
+    for number, values in enumerate(others):
         for row, other in zip(rows, by_row(values, outcome.keys), strict=True):
             row["against"] = {**other, **_said(outcome, number + 1, row["row"])}
     return [{**row, **_said(outcome, 0, row["row"])} for row in rows]

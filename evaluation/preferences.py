@@ -18,7 +18,7 @@ from common.model.packed import batch_arguments
 from common.runtime.progress import Progress
 from common.stage import Role
 from evaluation.subject import Subject
-from evaluation.values import Values
+from evaluation.values import Measured, Values
 from step2_dpo.loss import Answers, answer_sums, count_answers
 from step2_reward.evaluate import by_length, by_pair, by_source, score_pairs
 from step2_reward.loss import in_order
@@ -27,13 +27,13 @@ IMPLICIT = ("log_ratio/accuracy", "log_ratio/margin")
 """What the log-ratios of two policies are measured by."""
 
 
-def measure(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Values:
+def measure(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
     """The metrics of these pairs; keys: indices into `rows`, by key."""
     measured = _rewards if subject.role is Role.reward_model else _log_probabilities
     return measured(subject, rows, keys)
 
 
-def _rewards(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Values:
+def _rewards(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
     pairs = score_pairs(subject.packed(), _batches(rows, keys), subject.device)
     of_pair, names = by_pair(pairs), {index: key for key, index in keys.items()}
     order = [names[index] for index in pairs.pair_ids.tolist()]
@@ -43,11 +43,15 @@ def _rewards(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Va
         is_in = zip(order, members.tolist(), strict=True)
         if chosen := {key: found["accuracy"][key] for key, is_member in is_in if is_member}:
             found[name] = chosen
-    return found
+    chosen_rewards, rejected_rewards = (
+        dict(zip(order, side, strict=True)) for side in pairs.scores.T.tolist()
+    )
+    kept = {name: found[name] for name in ("accuracy", "margin")}
+    return Measured(found, {"chosen_reward": chosen_rewards, "rejected_reward": rejected_rewards, **kept})
 
 
 @torch.no_grad()
-def _log_probabilities(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Values:
+def _log_probabilities(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
     module, names = subject.packed(), ("logps/chosen", "logps/rejected", "accuracy", "accuracy_per_token")
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for key, batch in zip(keys, _batches(rows, keys), strict=True):
@@ -58,7 +62,7 @@ def _log_probabilities(subject: Subject, rows: PairDataset, keys: Mapping[str, i
         found["logps/chosen"][key], found["logps/rejected"][key] = map(float, logps)
         found["accuracy"][key] = float(in_order(torch.stack(tuple(logps), 1)))
         found["accuracy_per_token"][key] = float(in_order(torch.stack(per_token, 1)))
-    return found
+    return Measured(found, found)
 
 
 def _batches(rows: PairDataset, keys: Mapping[str, int]) -> Iterator[PairBatch]:

@@ -7,12 +7,23 @@ Wilson's of shares, Student's of means and of the changes of the same rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from common.estimates import Estimate, of_change, of_mean
 
 Values = Mapping[str, Mapping[str, float]]
 """Of each metric, by its name: the rows that have a part in it, by their key, and that part."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model was measured by. values: what its metrics are means of, which need not be what a row is by
+    itself. rows: that, as it is kept."""
+
+    values: Values
+    rows: Values
+
 
 NO_SHARES = ("length", "loss", "margin")
 """Metrics that are no shares even where all of their values are 0 or 1, by the last part of their names."""
