@@ -125,9 +125,9 @@ def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.devi
     judge, judged = None, list(places)
     if job.reward_model is not None:
         typed = job.names.get("reward_model", job.reward_model)
-        judge = load_subject(job.reward_model, typed, "--reward-model", job.settings.dtype, device)
-        if judge.role is not Role.reward_model:
-            raise UserError(f"--reward-model {typed} is a {judge.role.value}", hint="name a reward model")
+        judge = load_subject(
+            job.reward_model, typed, "--reward-model", job.settings.dtype, device, Role.reward_model
+        )
         judged.append(
             completions.judges_rows(judge, job.data, job.settings, whole_context=job.whole_context, say=say)
         )

@@ -84,9 +84,14 @@ class Subject:
         return all(name in ours and ours[name] == theirs.get(name) for name in TOKEN_FIELDS)
 
 
-def load_subject(path: str, named: str, key: str, dtype: Dtype, device: torch.device) -> Subject:
-    """The verified artifact at `path`, whatever its role. UserError naming `key` where there is none."""
-    role = read_manifest(path).role or Role.policy
+def load_subject(
+    path: str, named: str, key: str, dtype: Dtype, device: torch.device, role: Role | None = None
+) -> Subject:
+    """The verified artifact at `path`. role: that it must have; by default whatever it has.
+
+    UserError naming `key` where there is none.
+    """
+    role = role or read_manifest(path).role or Role.policy
     return Subject(load_named(path, role, key), named, key, dtype, device)
 
 

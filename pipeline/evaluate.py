@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.artifacts import read_manifest
 from common.errors import UserError
+from common.handoff import check_is_artifact
 from common.inference_config import EvaluateJob, EvaluationSettings
 from common.stage import Role
 from pipeline.config import PipelineConfig
@@ -68,7 +70,9 @@ def artifact_of_any(named: str, key: str, models: Path, say: Say) -> str:
     for role in (Role.policy, Role.reward_model):
         if found := artifacts_in(Path(named), role):
             return str(found[0])
-    return artifact_of(named, Role.policy, key, models, say)
+    path = artifact_of(named, Role.policy, key, models, say)
+    check_is_artifact(path, Role.policy, key)
+    return path
 
 
 def judge_of(named: str, models: Path, say: Say) -> str:
@@ -78,4 +82,8 @@ def judge_of(named: str, models: Path, say: Say) -> str:
             f"--reward-model {named} is no artifact",
             hint=f"python -m pipeline import {named} --as reward_model --out FOLDER, and name that folder",
         )
-    return artifact_of(named, Role.reward_model, "--reward-model", models, say)
+    path = artifact_of(named, Role.reward_model, "--reward-model", models, say)
+    check_is_artifact(path, Role.reward_model, "--reward-model")
+    if (role := read_manifest(path).role) is not Role.reward_model:
+        raise UserError(f"--reward-model {named} is a {role and role.value}", hint="name a reward model")
+    return path

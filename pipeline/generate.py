@@ -14,6 +14,7 @@ from typing import Any
 
 from common.artifacts import write_json
 from common.config import to_plain
+from common.handoff import check_is_artifact
 from common.inference_config import GenerateJob, ManySettings
 from common.stage import Role
 from launch.local import Job
@@ -34,6 +35,7 @@ def generate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     data = data_of(given.prompts, "--prompts", typed, cached_rows(output_dir))
     settings = fields_given(ManySettings, given)
     policy = artifact_of(given.model, Role.policy, "MODEL", models_below(output_dir), say)
+    check_is_artifact(policy, Role.policy, "MODEL")
     say(f"policy    {policy}")
     return work(GENERATOR, GenerateJob(policy, data, settings, given.out, "max_length" not in typed))
 
