@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import DataConfig
-from common.data.kinds import prompts_with_room
 from common.data.stored import PromptDataset
 from common.decoding.decoder import Decoder
 from common.decoding.generate import CHUNK_REQUESTS, complete, rule_of, text_of
@@ -25,7 +23,7 @@ from common.errors import UserError
 from common.inference_config import EvaluationSettings
 from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
-from evaluation.subject import Say, Subject, keys_of
+from evaluation.subject import Subject
 from evaluation.values import Measured, Values
 from step3_ppo.rewards.functions import ScoreFunction, load_function
 
@@ -109,15 +107,6 @@ def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction])
         answers.scores[name] = {
             key: [float(next(scores)) for _ in texts] for key, texts in answers.texts.items()
         }
-
-
-def judges_rows(
-    judge: Subject, data: DataConfig, settings: EvaluationSettings, *, whole_context: bool, say: Say
-) -> dict[str, np.ndarray]:
-    """The prompts as the reward model reads them, int32 [T] by key: those with room for a completion."""
-    kind = prompts_with_room(settings.max_new_tokens)
-    rows = judge.rows(data, kind, whole_context=whole_context, say=say)
-    return {key: rows[index].input_ids for index, key in enumerate(keys_of(rows))}
 
 
 @torch.no_grad()

@@ -18,14 +18,13 @@ from common.artifacts import write_json
 from common.config import DataConfig, to_plain
 from common.data import sources
 from common.data.columns import rename
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, Kind, prompts_with_room
-from common.data.stored import StoredRecords
+from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, Kind, Opened, prompts_with_room
 from common.decoding.generate import say
 from common.errors import UserError
 from common.inference_config import EvaluateJob
 from common.stage import Role
 from evaluation import completions, demonstrations, preferences
-from evaluation.subject import Subject, keys_of, load_subject
+from evaluation.subject import Subject, load_subject, places_of
 from evaluation.values import Measured, Values, by_row, changes, estimates, plain, table
 
 
@@ -95,7 +94,7 @@ def check_roles(subjects: Sequence[Subject], kind: Kind[Any]) -> None:
 
 def on_demonstrations(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
     """Loss and accuracy of each model."""
-    read = [_rows(job, subject, DEMONSTRATIONS) for subject in subjects]
+    read = _read(job, subjects, DEMONSTRATIONS)
     keys = _common([dict.fromkeys(map(rows.place, range(len(rows)))) for rows in read])
     if any(not subject.reads_as(subjects[0]) for subject in subjects):
         say("note: the two models make other tokens of a text: compare loss_per_row, not losses per token")
@@ -106,8 +105,8 @@ def on_demonstrations(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
 
 def on_pairs(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
     """How each model orders the pairs, and the log-ratios of two policies."""
-    read = [_rows(job, subject, PREFERENCES) for subject in subjects]
-    places = [{key: index for index, key in enumerate(keys_of(rows))} for rows in read]
+    read = _read(job, subjects, PREFERENCES)
+    places = list(map(places_of, read))
     keys = _common(places)
     models = [
         preferences.measure(subject, rows, {key: found[key] for key in keys})
@@ -120,31 +119,39 @@ def on_pairs(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
 def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.device) -> Outcome:
     """Scores of completions of each model, and how often those of the first win."""
     functions = completions.named_functions(job.functions)
-    read = [_rows(job, subject, prompts_with_room(job.settings.max_new_tokens)) for subject in subjects]
-    places: list[Mapping[str, Any]] = [{key: at for at, key in enumerate(keys_of(rows))} for rows in read]
-    judge, judged = None, list(places)
+    judges = []
     if job.reward_model is not None:
         typed = job.names.get("reward_model", job.reward_model)
-        judge = load_subject(
-            job.reward_model, typed, "--reward-model", job.settings.dtype, device, Role.reward_model
+        judges.append(
+            load_subject(
+                job.reward_model, typed, "--reward-model", job.settings.dtype, device, Role.reward_model
+            )
         )
-        judged.append(
-            completions.judges_rows(judge, job.data, job.settings, whole_context=job.whole_context, say=say)
-        )
-    keys = _common(judged)
+    read = _read(job, [*subjects, *judges], prompts_with_room(job.settings.max_new_tokens))
+    places = list(map(places_of, read))
+    keys = _common(places)
     answers = []
-    for subject, rows, found in zip(subjects, read, places, strict=True):
+    for subject, rows, found in zip(subjects, read, places, strict=False):
         answers.append(completions.answer(subject, rows, {key: found[key] for key in keys}, job.settings))
         completions.score_by_functions(answers[-1], functions)
-    if judge is not None:
-        completions.score_by_model(judge, judged[-1], list(zip(subjects, answers, strict=True)))
+    for judge in judges:
+        prompts = {key: read[-1][places[-1][key]].input_ids for key in keys}
+        completions.score_by_model(judge, prompts, list(zip(subjects, answers, strict=True)))
     between = completions.wins(*answers) if len(answers) > 1 else {}
     return Outcome(keys, [each.measured() for each in answers], between, [each.texts for each in answers])
 
 
-def _rows(job: EvaluateJob, subject: Subject, kind: Kind[Any]) -> Any:
-    rows: StoredRecords = subject.rows(job.data, kind, whole_context=job.whole_context, say=say)
-    return rows
+def _read(job: EvaluateJob, subjects: Sequence[Subject], kind: Kind[Opened]) -> list[Opened]:
+    """The rows as each model reads them. What became of them is said once for models that read alike."""
+    heard: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in heard:
+            heard.add(line)
+            say(line)
+
+    whole = job.whole_context
+    return [subject.rows(job.data, kind, whole_context=whole, say=say_once) for subject in subjects]
 
 
 def _common(places: Sequence[Iterable[str]]) -> list[str]:

@@ -16,10 +16,9 @@ import torch
 
 from common.artifacts import Artifact, read_manifest
 from common.config import DataConfig, Dtype, ModelConfig, dtype_on
-from common.data.dataset import build_whole
 from common.data.kinds import Kind, Opened
 from common.data.stored import StoredRecords
-from common.decoding.generate import as_trained
+from common.decoding.generate import read_rows
 from common.handoff import TOKEN_FIELDS, load_named
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
@@ -73,10 +72,7 @@ class Subject:
 
     def rows(self, data: DataConfig, kind: Kind[Opened], *, whole_context: bool, say: Say) -> Opened:
         """All rows of `data`, as this model reads them; says what became of them."""
-        data = as_trained(data, self.artifact, whole_context=whole_context)
-        rows, ledger = build_whole(data, self.tokenizer, kind, cache_dir=str(data.cache_dir), report=say)
-        say("\n".join(ledger.lines()))
-        return rows
+        return read_rows(data, self.artifact, self.tokenizer, kind, whole_context=whole_context, say=say)
 
     def reads_as(self, other: Subject) -> bool:
         """Whether both make the same tokens of a text."""
@@ -95,12 +91,12 @@ def load_subject(
     return Subject(load_named(path, role, key), named, key, dtype, device)
 
 
-def keys_of(rows: StoredRecords) -> list[str]:
-    """A name for each record that it has in every model's rows: its place, and which of its row's it is."""
+def places_of(rows: StoredRecords) -> dict[str, int]:
+    """Indices by a key that the record has in every model's rows: its place, and which of its row's it is."""
     seen: Counter[str] = Counter()
-    keys = []
+    found = {}
     for index in range(len(rows)):
         place = rows.place(index)
         seen[place] += 1
-        keys.append(place if seen[place] == 1 else f"{place}#{seen[place]}")
-    return keys
+        found[place if seen[place] == 1 else f"{place}#{seen[place]}"] = index
+    return found

@@ -34,6 +34,8 @@ def evaluate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     output_dir = PipelineConfig().output_dir
     data = data_of(given.data, "--data", typed, cached_rows(output_dir))
     settings = fields_given(EvaluationSettings, given)
+    if given.out is not None and Path(given.out).exists():
+        raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new file")
     for reference in given.functions:
         check_reference(reference, "--functions")
     models = models_below(output_dir)

@@ -22,7 +22,7 @@ from common.artifacts import LOADED_SUFFIXES, Artifact, content_sha256
 from common.config import DataConfig, Dtype, ModelConfig, dtype_on
 from common.data import cache
 from common.data.dataset import build_whole
-from common.data.kinds import prompts_with_room
+from common.data.kinds import Kind, Opened, prompts_with_room
 from common.data.stored import PromptDataset
 from common.decoding.completions import CompletionsFile
 from common.decoding.decoder import Decoder
@@ -67,7 +67,8 @@ def generate(job: GenerateJob) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ModelConfig(path=job.model, dtype=dtype_on(settings.dtype, gpu=device.type == "cuda"))
     tokenizer = load_tokenizer(model)
-    rows = read_prompts(job.data, artifact, tokenizer, settings, whole_context=job.whole_context, say=say)
+    kind = prompts_with_room(settings.max_new_tokens)
+    rows = read_rows(job.data, artifact, tokenizer, kind, whole_context=job.whole_context, say=say)
     made_with = {
         **dataclasses.asdict(settings),
         "dtype": model.dtype.value, "device": device.type,
@@ -140,28 +141,26 @@ def _line(
 # --- What evaluating shares -------------------------------------------------------------------------
 
 
-def read_prompts(
+def read_rows(
     data: DataConfig,
-    policy: Artifact,
+    model: Artifact,
     tokenizer: PreTrainedTokenizerFast,
-    settings: ManySettings,
+    kind: Kind[Opened],
     *,
     whole_context: bool,
     say: Say,
-) -> PromptDataset:
-    """All prompts of `data`, as the policy reads them, with room for a completion; says what became of them.
+) -> Opened:
+    """All rows of `data`, as the model reads them; says what became of them.
 
-    Variables of the chat template are those that the policy was trained with, unless `data` names some.
+    Variables of the chat template are those that the model was trained with, unless `data` names some.
     UserError where none is left.
     """
-    data = as_trained(data, policy, whole_context=whole_context)
-    room = settings.max_new_tokens
-    if room >= data.max_length:
+    data = as_trained(data, model, whole_context=whole_context)
+    if kind.room >= data.max_length:
         raise UserError(
-            f"--max-new-tokens {room} leaves no room for a prompt in {data.max_length} tokens",
+            f"--max-new-tokens {kind.room} leaves no room for a prompt in {data.max_length} tokens",
             hint="fewer new tokens" + ("" if whole_context else ", or a larger data.max_length"),
         )
-    kind = prompts_with_room(room)
     rows, ledger = build_whole(data, tokenizer, kind, cache_dir=str(data.cache_dir), report=say)
     say("\n".join(ledger.lines()))
     return rows

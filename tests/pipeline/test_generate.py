@@ -111,6 +111,10 @@ def test_a_step_or_a_run_without_a_policy_means_its_reward_model(run: Path, jobs
         (["generate", "first", "--prompts", "p", "--out", "o", "data.sources=[{path: q}]"], "are both set"),
         (["generate", "first", "--prompts", "p", "--out", "o", "data.columns={a"], "cannot be read"),
         (["generate", "none", "--prompts", "p", "--out", "o"], "none: no such folder"),
+        (
+            ["evaluate", "first", "--data", "p", "--out", "prompts.jsonl"],
+            "exists, and nothing is overwritten",
+        ),
         (["evaluate", "first"], "no rows are named: --data FILE"),
         (["evaluate", "first", "--data", "p", "--functions", "a.b"], "a.b does not name a function"),
         (["evaluate", "first", "--data", "p", "--reward-model", "published"], "published is no artifact"),
