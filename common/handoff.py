@@ -27,6 +27,15 @@ TOKEN_FIELDS = {
 }
 """What of a manifest's details decides how text becomes tokens and where a turn ends; its name in words."""
 
+PAD = "pad_token_id"
+"""Of a published reward model's own config: transformers reads its score at the last token that is no pad."""
+
+
+def scores_text(artifact: Artifact) -> bool:
+    """Whether it is a reward model that others published: it is given responses as text, which it reads with
+    its own tokenizer and chat template. Ours are given the policy's tokens."""
+    return artifact.manifest.role is Role.reward_model and "imported" in artifact.manifest.details
+
 
 def model_of(model: ModelConfig, policy: Path) -> ModelConfig:
     """`model` with the weights, tokenizer and chat template of the artifact at `policy`.
@@ -47,14 +56,17 @@ def model_to_preview(model: ModelConfig, policy: str | None, key: str) -> ModelC
 
 
 def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
-    """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest.
+    """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest,
+    and of a model that others published where it is from and the hashes of its weights.
 
     The path is relative to the run's folder for an artifact inside of it, so that a run can be moved.
     """
     folder, run = artifact.resolve(), run_dir.resolve()
     path = folder.relative_to(run).as_posix() if folder.is_relative_to(run) else str(folder)
-    role = read_manifest(folder).role
-    return {"role": role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
+    manifest = read_manifest(folder)
+    record = {"role": manifest.role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
+    imported = manifest.details.get("imported")
+    return record if imported is None else {**record, "imported": imported}
 
 
 def load_named(path: str, role: Role, key: str, *, allow_unverified: bool = False) -> Artifact:
@@ -75,7 +87,12 @@ def load_named(path: str, role: Role, key: str, *, allow_unverified: bool = Fals
 
 
 def check_same_tokens(left: Artifact, right: Artifact) -> None:
-    """UserError naming both artifacts and each field in which they read text differently."""
+    """UserError naming both artifacts and each field in which they read text differently.
+
+    None of it matters where one of them is given text.
+    """
+    if scores_text(left) or scores_text(right):
+        return
     ours, theirs = left.manifest.details, right.manifest.details
     differing = [
         f"\n    {words}: {_shown(ours.get(name))} against {_shown(theirs.get(name))}"

@@ -24,6 +24,7 @@ from common.artifacts import MANIFEST, Artifact, content_sha256, verify
 from common.errors import UserError
 from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
+from common.handoff import scores_text
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Step
 from launch.agent import STOPPED
@@ -261,6 +262,8 @@ def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:
     named = f"reward model {artifact.path} ({artifact.sha256[:12]})"
     measured = details.get("calibration") or {}
     accuracy, pairs = measured.get("accuracy"), measured.get("pairs", 0)
+    if scores_text(artifact):
+        return [f"{named} is given text, which it reads in its own tokens: {details['imported']['from']}"]
     if accuracy is None:
         return [f"warning: {named} says nothing of its accuracy"]
     which = "held-out" if "eval/accuracy" in (details.get("metrics") or {}) else "training"

@@ -17,7 +17,7 @@ from pathlib import Path
 from common.artifacts import MANIFEST, Artifact, content_sha256
 from common.errors import UserError
 from common.files import disk_errors
-from common.handoff import check_same_tokens, load_named, similar
+from common.handoff import check_same_tokens, load_named, scores_text, similar
 from common.stage import Role, Step
 from launch.local import Job
 from launch.supervise import supervise
@@ -25,8 +25,10 @@ from pipeline.config import PipelineConfig
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES, named_sources, start_of, wire_run
 from pipeline.state import fingerprint, run_name
+from step3_ppo.config import CriticStart
 
 IMPORTER = "common.training.import_model"
+ADAPTER_CONFIG = "adapter_config.json"
 
 Say = Callable[[str], None]
 
@@ -54,12 +56,33 @@ def settle_sources(
         for role, source in each.sources.items():
             if not isinstance(source, Step) and (source, role) not in loaded:
                 loaded[source, role] = load_named(source, role, f"{each.stage.name.value}.{role.value}")
+    if any(scores_text(artifact) for artifact in loaded.values()):
+        config = with_critic_of_policy(config, say)
     for each in wired:
         starts = [(start_of(each.stage.name, wired, role), role) for role in each.sources]
         met = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
         for left, right in itertools.combinations(filter(None, met), 2):
             check_same_tokens(left, right)
     return config
+
+
+def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
+    """The critic begins as the policy where the reward model is given text: it reads the policy's tokens.
+
+    UserError where it was told to begin as the reward model.
+    """
+    critic = config.ppo.critic
+    if not config.ppo.has_critic or critic.start is CriticStart.policy:
+        return config
+    if critic.start is CriticStart.reward_model:
+        raise UserError(
+            "ppo.critic.start=reward_model cannot be: a critic reads the policy's tokens, and this reward "
+            "model is given text",
+            hint="ppo.critic.start=policy, or leave it out",
+        )
+    say("note: the critic begins as the policy, with a new head: the reward model reads other tokens")
+    critic = replace(critic, start=CriticStart.policy)
+    return replace(config, ppo=replace(config.ppo, critic=critic))
 
 
 def models_below(output_dir: str) -> Path:
@@ -71,23 +94,15 @@ def artifact_of(
     named: str, role: Role, key: str, models: Path, say: Say = print, *, options: Sequence[str] = ()
 ) -> str:
     """The folder of the artifact that `key=named` means: of a run or step the newest with this role, of a
-    published policy what is made of it below `models`. As it was named where it is neither.
+    published model what is made of it below `models`. As it was named where it is neither.
 
-    options: of the importer. UserError for a published reward model: PPO needs to know the mean and the
-    standard deviation of its scores.
+    options: of the importer.
     """
     path = Path(named)
     if found := artifacts_in(path, role):
         return str(found[0])
-    if is_published(named) and role is Role.reward_model:
-        raise UserError(
-            f"{key}={named} is not a reward model of this pipeline: the mean and the standard deviation of "
-            "its scores are not known",
-            hint="train one: add reward to steps; or score with this one in a function of your own: "
-            "'ppo.rewards=[{function: package.module:function}]'",
-        )
     if is_published(named):
-        return str(import_model(named, f"{key}={named}", models, say, options))
+        return str(import_model(named, role, f"{key}={named}", models, say, options))
     is_run = any((path / step.value).is_dir() for step in Step)
     below = sorted(path.iterdir()) if named and path.is_dir() and not is_run else []
     if runs := [folder for folder in below if artifacts_in(folder, role)]:
@@ -107,28 +122,28 @@ def artifacts_in(path: Path, role: Role) -> list[Path]:
 
 
 def is_published(named: str) -> bool:
-    """Whether it is a folder that transformers reads, or can be a hub model's name, ORG/NAME@REVISION."""
+    """Whether it is a folder that transformers or peft reads, or can be a hub model's name, ORG/NAME@REV."""
     path = Path(named).expanduser()
     if path.exists():
-        return (path / "config.json").exists()
+        return any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     is_hub_name = named.count("/") == 1 and not named.startswith((".", "/", "~")) and not named.endswith("/")
     return is_hub_name and not path.parent.exists()
 
 
-def import_model(named: str, typed: str, models: Path, say: Say, options: Sequence[str]) -> Path:
-    """The policy that is made of a published model, found again by its content (a hub model: its name).
+def import_model(named: str, role: Role, typed: str, models: Path, say: Say, options: Sequence[str]) -> Path:
+    """The artifact that is made of a published model, found again by its content (a hub model: its name).
 
     typed: what messages call it. options: of the importer.
     """
     path = Path(named).expanduser()
     content = fingerprint(path)["sha256"] if path.exists() else named
     name = Path(named.partition("@")[0]).name or "model"
-    out = models / f"{name}-{content_sha256([content, *options])[:12]}"
+    out = models / f"{name}-{content_sha256([content, role.value, *options])[:12]}"
     if (out / MANIFEST).exists():
         say(f"{typed} was imported before: {out}")
         return out
     say(f"{typed} is imported as an artifact: {out}")
-    start_import(named, Role.policy, typed, out, options)
+    start_import(named, role, typed, out, options)
     return out
 
 

@@ -24,7 +24,7 @@ class DPOConfig:
     """The `dpo` group."""
 
     policy: Optional[str] = None
-    """folder of the policy artifact to start from; by default what an earlier step of this run made"""
+    """artifact, run, model's folder or ORG/NAME@REVISION to start from; by default the run's own"""
     data: DataConfig = field(default_factory=DataConfig)
     """pairs of answers to train on; max_length is that of one answer with its prompt"""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,11 @@ class Objective:
             return (delta - 1 / (2 * self.beta)) ** 2
         if self.loss_type is LossType.hinge:
             return torch.relu(1 - self.beta * delta)
-        smoothing = self.label_smoothing
-        right, wrong = F.logsigmoid(self.beta * delta), F.logsigmoid(-self.beta * delta)
-        return -(1 - smoothing) * right - smoothing * wrong
+        if self.loss_type is LossType.sigmoid:
+            smoothing = self.label_smoothing
+            right, wrong = F.logsigmoid(self.beta * delta), F.logsigmoid(-self.beta * delta)
+            return -(1 - smoothing) * right - smoothing * wrong
+        assert_never(self.loss_type)
 
     def at_reference(self) -> float:
         """The loss of a policy that is its reference: log 2 for sigmoid."""

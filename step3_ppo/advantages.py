@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import numpy as np
 
@@ -165,10 +166,12 @@ def estimate(
         to_go = reward_to_go(of_tokens, offsets, gamma=gamma)
         white = whitened(to_go) if np.ptp(rewards) else np.zeros_like(to_go)
         return Advantages(_fp32(white), None, non_score)
-    if values is None:
-        raise ValueError("gae without values")
-    found, returns = gae(of_tokens, values, offsets, gamma=gamma, lam=lam)
-    return Advantages(_fp32(whitened(found) if whiten else found), _fp32(returns), non_score)
+    if estimator is Estimator.gae:
+        if values is None:
+            raise ValueError("gae without values")
+        found, returns = gae(of_tokens, values, offsets, gamma=gamma, lam=lam)
+        return Advantages(_fp32(whitened(found) if whiten else found), _fp32(returns), non_score)
+    assert_never(estimator)
 
 
 def token_rewards(

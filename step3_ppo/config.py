@@ -148,9 +148,9 @@ class PPOConfig:
     """The `ppo` group."""
 
     policy: Optional[str] = None
-    """folder of the policy artifact to start from; by default what an earlier step of this run made"""
+    """artifact, run, model's folder or ORG/NAME@REVISION to start from; by default the run's own"""
     reward_model: Optional[str] = None
-    """folder of the reward model artifact; by default what an earlier step of this run made"""
+    """artifact, run, model's folder or ORG/NAME@REVISION; by default the run's own"""
     data: DataConfig = field(default_factory=DataConfig)
     """prompts; max_length is that of a prompt with its response"""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -21,13 +21,14 @@ import torch
 from common.artifacts import Artifact
 from common.config import LoraConfig, ModelConfig, OptimConfig, Quantize
 from common.data.types import Batch
-from common.handoff import model_of
+from common.handoff import model_of, scores_text
 from common.model.adapters import adapters_off
 from common.model.fused_loss import TokenLoss
 from common.model.loading import disable_dropout, load_model
 from common.model.packed import PackedCausalLM, PackedModel, batch_arguments, document_arguments
 from common.model.probes import Shortcuts, find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
+from common.model.tokenizer import load_tokenizer
 from common.runtime.distributed import World
 from common.stage import Role
 from common.training.frozen import Frozen
@@ -235,6 +236,8 @@ def load_frozen_reward_model(
 ) -> Frozen:
     """The reward model: a frozen `PackedScalarModel`, whose scores are not calibrated."""
     settings = _frozen(model_of(job.model, reward_model.path))
+    if scores_text(reward_model):
+        tokenizer = load_tokenizer(settings)
     network = load_model(settings, tokenizer, REWARD_MODEL, seed=job.seed, device=world.device)
     return _hold(PackedScalarModel(network, find_shortcuts(network)), job, world)
 

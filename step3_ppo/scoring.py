@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.artifacts import Artifact
+from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
 from common.data.types import Batch
 from common.errors import UserError
 from common.runtime.distributed import World, broadcast_from_rank0
 from step3_ppo.config import PPOConfig
-from step3_ppo.minibatches import per_response
+from step3_ppo.minibatches import batches_in, per_response
 from step3_ppo.networks import Networks
 from step3_ppo.rewards.functions import ScoreFunction, load_functions
+from step3_ppo.rewards.reading import TextReader
 from step3_ppo.rewards.sources import Calibration, RewardSources
 from step3_ppo.rollout import Experience, Response
 
@@ -62,17 +64,26 @@ class Scoring:
         reward_model: Artifact | None,
         tokenizer: PreTrainedTokenizerFast,
         world: World,
+        reader: TextReader | None = None,
+        plan: BatchPlan | None = None,
     ) -> None:
+        """tokenizer: the policy's. reader: of a reward model that is given text; plan: of what it reads."""
         self._ppo, self._tokenizer, self._world = ppo, tokenizer, world
+        self._reader, self._plan = reader, plan
         self._sources = RewardSources(ppo.rewards)
         self._functions: dict[str, ScoreFunction] = load_functions(
             ppo.evaluation.functions, "ppo.evaluation.functions"
         )
         self._known: set[str] = set()  # columns, also where no row of a batch has one
-        self._calibration = None
-        if self._sources.has_model:
+        self.calibration: Calibration | None = None
+        if self._sources.has_model and reader is None:
             assert reward_model is not None
-            self._calibration = Calibration.of(reward_model.manifest.details, reward_model.path)
+            self.calibration = Calibration.of(reward_model.manifest.details, reward_model.path)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the reward model is a source, and nobody has told the mean and deviation of its scores."""
+        return self._sources.has_model and self.calibration is None
 
     def check(self, rows: PromptDataset, *, held_out: bool = False) -> None:
         """UserError when a function needs a column that no source of the rows has.
@@ -96,11 +107,7 @@ class Scoring:
         self, experience: Experience, texts: Texts, batches: Sequence[Batch], networks: Networks
     ) -> Experience:
         """The experience with scores and rewards. texts: of its responses. batches: this rank's."""
-        by_model = None
-        if networks.reward_model is not None:
-            with networks.reward_model.present():
-                scored = per_response(experience, batches, networks.document_scores)
-                by_model = same_of_the_same(experience.responses, scored)
+        by_model = self.by_model(experience, texts, networks, batches)
         scores = broadcast_from_rank0(
             self._world,
             lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, by_model),
@@ -110,9 +117,41 @@ class Scoring:
             np.array([response.stopped for response in experience.responses]),
             missing_eos_penalty=self._ppo.missing_eos_penalty,
             reward_clip=self._ppo.reward_clip,
-            calibration=self._calibration,
+            calibration=self.calibration,
         )
         return replace(experience, scores=scores, rewards=rewards)
+
+    def by_model(
+        self, experience: Experience, texts: Texts, networks: Networks, batches: Sequence[Batch] = ()
+    ) -> np.ndarray | None:
+        """The reward model's raw scores, float64 [B]; None where it is no source.
+
+        Arguments as of `score`. batches: needed by one that is given tokens.
+        """
+        if networks.reward_model is None:
+            return None
+        asked = experience
+        if self._reader is not None:
+            assert self._plan is not None
+            asked = self._read(experience, texts, self._reader)
+            longest = max(len(response.prompt) + 1 for response in asked.responses)
+            plan = replace(self._plan, max_length=max(longest, self._plan.max_length))
+            batches = batches_in(asked, replace(plan, share_prefix=networks.share_prefix))
+        with networks.reward_model.present():
+            scored = per_response(asked, batches, networks.document_scores)
+        return same_of_the_same(experience.responses, scored)
+
+    def _read(self, experience: Experience, texts: Texts, reader: TextReader) -> Experience:
+        """The same responses in the tokens of a reward model that is given text."""
+        documents = broadcast_from_rank0(
+            self._world, lambda: reader(texts.prompts, texts.completions, texts.columns)
+        )
+        return Experience(
+            [
+                replace(response, prompt=ids[:-1], tokens=ids[-1:])
+                for response, ids in zip(experience.responses, documents, strict=True)
+            ]
+        )
 
     def look(self, texts: Texts) -> dict[str, np.ndarray]:
         """Scores by the functions of `ppo.evaluation`, float64 [B] each."""

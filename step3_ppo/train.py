@@ -30,6 +30,7 @@ from common.stage import Role, Step
 from common.training.average import swapped_in
 from common.training.session import Session, probe_of
 from step3_ppo.advantages import next_coef, with_advantages
+from step3_ppo.calibrate import calibrate
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.data import PromptOrder, kind_of
 from step3_ppo.evaluate import evaluation_of
@@ -38,6 +39,7 @@ from step3_ppo.loss import UpdateSums
 from step3_ppo.metrics import Stopwatch, of_iteration, speed
 from step3_ppo.minibatches import all_minibatches, first_pass, updates_in
 from step3_ppo.networks import build_networks
+from step3_ppo.rewards.reading import reader_of
 from step3_ppo.rollout import Experience, Sampler
 from step3_ppo.scoring import Scoring
 from step3_ppo.update import skipped_warnings, update
@@ -55,11 +57,12 @@ def train(job: PPOJob, run_dir: Path) -> int:
     parents, reward_model = [policy], None
     if ppo.needs(Role.reward_model):
         reward_model = session.load_artifact(ppo.reward_model, Role.reward_model, "ppo.reward_model")
-        check_same_tokens(policy, reward_model)  # it is given the policy's token ids
+        check_same_tokens(policy, reward_model)  # it is given the policy's token ids, or text
         parents.append(reward_model)
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
     data = session.load_data(ppo.data, kind_of(job), tokenizer, policy=policy)
-    scoring = Scoring(ppo, reward_model, tokenizer, world)
+    plan = session.batch_plan(ppo.data)
+    scoring = Scoring(ppo, reward_model, tokenizer, world, reader_of(job.model, reward_model), plan)
     scoring.check(data.train)
     if data.held_out is not None:
         scoring.check(data.held_out, held_out=True)
@@ -70,7 +73,6 @@ def train(job: PPOJob, run_dir: Path) -> int:
     if filling := ppo.filling(order.prompts_per_epoch):
         session.say(f"note: {filling}")
     check_actor_learns(ppo, total_steps)
-    plan = session.batch_plan(ppo.data)
     updates = updates_in(ppo.responses_per_iteration, plan, ppo.ppo_epochs)  # of an iteration, at most
     demonstrations, fingerprints = None, data.fingerprints()
     if ppo.ptx_weight:
@@ -96,6 +98,11 @@ def train(job: PPOJob, run_dir: Path) -> int:
     actor, flops_per_token = networks.actor.engine, training_flops_per_token(networks.model)
     terminators = terminators_of(tokenizer)
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators, world, session.stop)
+    if reward_model is not None and scoring.needs_calibration:
+        calibrate(
+            scoring, reward_model, sampler, data.train, order.prompts_of(0), networks, folder, world,
+            seed=job.seed, samples=ppo.rollout.samples_per_prompt, say=session.say,
+        )  # fmt: skip
     run = Iterations(session, ppo, networks, sampler, evaluation, total_steps=total_steps, updates=updates)
     with run.open():
         # Loop ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import text
+from common import chat_template, text
 from common.artifacts import file_sha256, read_json
 from common.config import DataConfig, SourceConfig
 from common.data import encoder, sources
@@ -118,7 +118,7 @@ def _code_version() -> str:
     """Hash of the modules that turn rows into tokens: a change of code is a miss, with no number to bump."""
     total = hashlib.blake2b(digest_size=16)
     modules = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.name not in NOT_OF_ROWS]
-    for path in [*modules, Path(str(text.__file__))]:
+    for path in [*modules, *(Path(str(module.__file__)) for module in (chat_template, text))]:
         total.update(path.read_bytes())
     return total.hexdigest()
 

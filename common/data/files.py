@@ -275,6 +275,7 @@ def checked_columns(rows: Any) -> Any:
     for rows that are too long together."""
     import pyarrow
 
+    rows.validate()  # cheap; sizes are computed from offsets, which are trusted there
     # the words of a dictionary column are those of all rows
     columns = [column for column in rows.columns if not pyarrow.types.is_dictionary(column.type)]
     if sum(column.nbytes for column in columns) > LONGEST_ROW:

@@ -20,7 +20,7 @@ from common.data import chat, formats, preferences
 from common.data import columns as cells
 from common.data.columns import Columns
 from common.data.outcomes import Drop, RowError
-from common.data.types import Message, Place, Prompt, RawExample, TokenizedPrompt
+from common.data.types import Message, Place, Prompt, RawExample, TemplateContext, TokenizedPrompt
 from common.errors import UserError
 from common.text import did_you_mean, plain
 
@@ -118,6 +118,20 @@ def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, s
         if name not in format.asks and not _holds_bytes(value)
     }
     return Prompt(turns, as_given, others, raw.source, raw.place, cells.context(columns))
+
+
+def turns_again(
+    as_given: str | list[dict[str, object]], others: Mapping[str, object]
+) -> tuple[Turns, TemplateContext]:
+    """The turns of a `Prompt`, and what else its template is given, from what it kept of its row.
+
+    others: its other columns, None for those that the row does not have.
+    """
+    columns = {**others, "prompt": as_given}
+    if isinstance(as_given, str) and columns.get("history"):
+        turns = (*cells.history(columns), Message("user", as_given))
+        return cells.behind_system(columns, turns), cells.context(columns)
+    return cells.asked(columns, "prompt", empty=False), cells.context(columns)
 
 
 def tokenize_prompts(

@@ -132,7 +132,8 @@ def _with_adapters(
     with torch.random.fork_rng(devices=[]):
         adapted = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     adapters = {name: tensor for name, tensor in state.items() if is_adapter(name)}
-    unknown = adapted.load_state_dict(adapters, strict=False).unexpected_keys
+    # in the dtype that they have: an adapter in fp32 may stand beside a base in half precision
+    unknown = adapted.load_state_dict(adapters, strict=False, assign=True).unexpected_keys
     expected = {name for name in adapted.state_dict() if is_adapter(name)}
     if unknown or expected != set(adapters):
         raise ValueError(f"adapters do not fit: {sorted(set(unknown) | (expected ^ set(adapters)))[:3]}")

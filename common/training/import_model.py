@@ -1,9 +1,10 @@
 """`python -m common.training.import_model MODEL --out FOLDER --role ROLE`: a published model as an artifact.
 
 Takes a folder or a hub model that transformers reads: any causal LM as a policy, any sequence classifier with
-one label as a reward model. Loads it in the dtype that its weights have, settles tokenizer and terminators as
-a step would, and exports it with the same checks; no weight changes. Trains nothing. A process of its own,
-since the controller imports no torch.
+one label as a reward model; or the folder of a LoRA adapter of a policy, which is merged into its base. Loads
+it in the dtype that its weights have, settles tokenizer and terminators as a step would, and exports it with
+the same checks; no weight changes. Trains nothing. A process of its own, since the controller imports no
+torch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.artifacts import file_sha256
-from common.config import Dtype, ModelConfig
+from common.config import Dtype, ModelConfig, TokenizerConfig
 from common.data.chat import check_template
 from common.errors import UserError
 from common.files import commit_folder
+from common.handoff import PAD
+from common.model.adapter_folder import Adapter, adapters_base, read_adapter
 from common.model.architecture import CAUSAL_LM, HeadSpec, read_config
 from common.model.hub import fetch, loading_errors
 from common.model.loading import load_model
@@ -54,11 +57,15 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
     UserError for what the pipeline cannot train from or score with.
     """
     named = str(model.path)
-    folder, commit = fetch(named, model.revision, "model")
+    adapter = read_adapter(Path(named).expanduser(), role)
+    base, revision = (named, model.revision) if adapter is None else (adapter.base, adapter.revision)
+    with adapters_base(adapter):
+        folder, commit = fetch(base, revision, "model")
     weights = sorted(folder.glob("*.safetensors"))
     model = ModelConfig(
         path=str(folder), dtype=stored_dtype(weights), chat_template=model.chat_template,
         trust_remote_code=model.trust_remote_code,
+        tokenizer=TokenizerConfig(path=None if adapter is None else adapter.tokenizer),
     )  # fmt: skip
     check_head(model, role)
     tokenizer = load_tokenizer(model)
@@ -66,16 +73,23 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
         raise UserError(
             "it has no chat template", hint="python -m pipeline import ... --chat-template chatml"
         )
-    check_template(tokenizer)
+    if role is Role.policy:
+        check_template(tokenizer)
     details: dict[str, Any] = {
         "parents": [],
-        "base_model": named,
+        "base_model": base,
         "base_revision": commit,
-        "imported": {"from": named, "weights": {path.name: file_sha256(path) for path in weights}},
+        "imported": {
+            "from": named,
+            "weights": {
+                path.name: file_sha256(path) for path in [*weights, *(adapter.files if adapter else ())]
+            },
+            PAD: read_config(model).pad_token_id,
+        },
     }
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         try:
-            made = _export(model, role, tokenizer, Path(beside) / "export", details)
+            made = _export(model, adapter, role, tokenizer, Path(beside) / "export", details)
         except ExportMismatch as error:
             fault = error.message.partition("; ")[0]
             raise UserError(f"what is read back of it differs: {fault}", hint="use another model") from error
@@ -84,12 +98,18 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
 
 
 def _export(
-    model: ModelConfig, role: Role, tokenizer: PreTrainedTokenizerFast, folder: Path, details: dict[str, Any]
+    model: ModelConfig,
+    adapter: Adapter | None,
+    role: Role,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    details: dict[str, Any],
 ) -> Path:
     ids = tokenizer(SAMPLE, add_special_tokens=False).input_ids
     document = torch.tensor([*ids, terminators_of(tokenizer)[0]])
     head, packed = PACKED[role]
-    network: Any = load_model(model, tokenizer, head, seed=0, device=torch.device("cpu")).eval()
+    network: Any = load_model(model, tokenizer, head, seed=0, device=torch.device("cpu"))
+    network = (network if adapter is None else adapter.around(network)).eval()
     probe = ask_live(packed(network, Shortcuts()), [document])
 
     def say(line: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from common.artifacts import MANIFEST, Artifact, Manifest, file_sha256, hash_files, write_manifest
 from common.config import Dtype, LoraConfig, ModelConfig, TokenizerConfig
 from common.errors import UserError
-from common.handoff import check_same_tokens, load_named, model_of, parent_record
+from common.handoff import check_same_tokens, load_named, model_of, parent_record, scores_text
 from common.stage import Role
 
 TOKENS = {
@@ -65,6 +65,23 @@ def test_the_record_of_a_parent_is_relative_inside_the_run_and_absolute_outside(
     assert inside == {"role": Role.policy, "path": "sft/export", "manifest_sha256": sha256}
     outside = parent_record(Path("runs/a/sft/export"), Path("runs/b"))
     assert outside["path"] == str(tmp_path / "runs/a/sft/export")
+
+
+def test_the_record_of_a_published_parent_says_where_it_is_from(tmp_path: Path) -> None:
+    imported = {"from": "org/name", "weights": {"model.safetensors": "ab" * 32}, "pad_token_id": 0}
+    made = artifact(tmp_path / "policy", imported=imported)
+    assert parent_record(made.path, tmp_path)["imported"] == imported
+
+
+def test_only_a_published_reward_model_is_given_text_and_may_read_it_otherwise(tmp_path: Path) -> None:
+    imported, otherwise = {"from": "org/name"}, {"tokenizer_hash": "cccccccccccccccc"}
+    policy = artifact(tmp_path / "policy", imported=imported)
+    ours = artifact(tmp_path / "ours", Role.reward_model, **otherwise)
+    theirs = artifact(tmp_path / "theirs", Role.reward_model, imported=imported, **otherwise)
+    assert [scores_text(each) for each in (policy, ours, theirs)] == [False, False, True]
+    check_same_tokens(policy, theirs)
+    with pytest.raises(UserError, match="do not read text alike"):
+        check_same_tokens(policy, ours)
 
 
 def test_artifacts_that_read_text_alike_pass(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from common.artifacts import Artifact, Manifest, hash_files, write_manifest
 from common.errors import UserError
@@ -17,9 +18,11 @@ from pipeline.config import PipelineConfig
 from pipeline.sources import artifact_of, artifacts_in, is_published, settle_sources
 from pipeline.state import config_hash
 from step2_dpo.config import DPOConfig
+from step3_ppo.config import CriticStart
 from tests.common.training.exporting import published
 
 KEY = "dpo.policy"
+OTHER_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
 
 
 def artifact(folder: Path, role: Role = Role.policy) -> Path:
@@ -115,13 +118,40 @@ def test_a_revision_goes_to_the_importer_with_the_name(
     assert arguments[-3:] == ("--trust-remote-code", "--revision", "v1")
 
 
-def test_a_published_reward_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    for named in (str(tmp_path / "model"), "org/name"):
-        with pytest.raises(UserError, match="is not a reward model of this pipeline") as error:
-            artifact_of(named, Role.reward_model, "ppo.reward_model", tmp_path / "models")
-        assert "add reward to steps" in str(error.value.hint)
+def with_published_reward_model(tmp_path: Path) -> PipelineConfig:
+    typed = PipelineConfig([Step.ppo], output_dir=str(tmp_path / "runs"))
+    typed.ppo.policy = str(published(tmp_path / "model"))
+    scorer = AutoModelForSequenceClassification
+    typed.ppo.reward_model = str(published(tmp_path / "scorer", scorer, labels=1, template=OTHER_TEMPLATE))
+    return typed
+
+
+def test_a_published_reward_model_need_not_read_the_policys_tokens(
+    here: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    settled = settle_sources(with_published_reward_model(tmp_path), said.append)
+    assert [told[4] for told in here] == ["policy", "reward_model"]
+    assert Artifact.load(Path(str(settled.ppo.reward_model)), Role.reward_model)
+    assert settled.ppo.critic.start is CriticStart.policy
+    assert any("the critic begins as the policy" in line for line in said)
+
+
+def test_a_critic_cannot_begin_as_a_reward_model_that_is_given_text(
+    here: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    typed = with_published_reward_model(tmp_path)
+    typed.ppo.critic.start = CriticStart.reward_model
+    with pytest.raises(UserError, match="ppo.critic.start=reward_model cannot be") as error:
+        settle_sources(typed)
+    assert error.value.hint == "ppo.critic.start=policy, or leave it out"
+
+
+def test_ours_must_read_the_policys_tokens(here: list[tuple[str, ...]], tmp_path: Path) -> None:
+    typed = with_published_reward_model(tmp_path)
+    typed.ppo.reward_model = str(artifact(tmp_path / "reward", Role.reward_model))
+    with pytest.raises(UserError, match="do not read text alike"):
+        settle_sources(typed)
 
 
 def test_trust_in_remote_code_reaches_the_importer(here: list[tuple[str, ...]], tmp_path: Path) -> None:

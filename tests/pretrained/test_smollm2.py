@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
+from common.artifacts import read_json
 from common.runtime.tracking import read_metrics
 from pipeline.doctor.torch_probe import products
 from tests.pretrained import desk
@@ -77,9 +79,14 @@ class Ran:
 
 def command(folder: Path, name: str, *overrides: str) -> list[str]:
     return [
-        sys.executable, "-m", "pipeline", "run", *SMALL, *desk.write(folder), f"model.path={find()}",
+        sys.executable, "-m", "pipeline", "run", *SMALL, *desk.write(folder), *base_model(overrides),
         f"output_dir={folder}", f"run_name={name}", *overrides,
     ]  # fmt: skip
+
+
+def base_model(overrides: Sequence[str]) -> list[str]:
+    """Of SFT; a run without it names its policy."""
+    return [f"model.path={find()}"] if any("=[sft" in override for override in overrides) else []
 
 
 def run(folder: Path, name: str, *overrides: str) -> Ran:
@@ -194,6 +201,39 @@ def test_grpo_with_adapters_learns_and_ends_with_a_merged_policy(lora_bf16: Ran)
     assert lora_bf16.lines("ppo", "policy/approxkl_avg")[-1]["policy/approxkl_avg"] >= 0
     assert (lora_bf16.folder / "ppo" / "export" / "adapter").is_dir()
     assert ask(lora_bf16.folder / "ppo" / "export", "Do you lend games?")
+
+
+def test_ppo_and_dpo_start_from_the_plain_folder_and_leave_it_as_their_reference(folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from tests.common.training.exporting import published
+
+    scorer = published(  # of another tokenizer
+        folder / "scorer", AutoModelForSequenceClassification, torch.float32, labels=1,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    plain = str(find())
+    ppo = run(
+        folder, "plain_ppo", "model.dtype=fp32", "steps=[ppo]", f"ppo.policy={plain}",
+        f"ppo.reward_model={scorer}", "ppo.train.max_steps=1",
+    )  # fmt: skip
+    assert "is given text, which it reads in its own tokens" in ppo.printed
+    assert abs(ppo.lines("ppo", "eval/kl")[0]["eval/kl"]) < 1e-3
+    dpo = run(
+        folder, "plain_dpo", "model.dtype=fp32", "steps=[dpo]", f"dpo.policy={plain}", "dpo.train.max_steps=2"
+    )
+    assert dpo.lines("dpo", "loss")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    given = load_file(Path(plain) / "model.safetensors")
+    for ran, step in ((ppo, "ppo"), (dpo, "dpo")):
+        (policy,) = (
+            p
+            for p in read_json(ran.folder / "lineage.json")["artifacts"][step]["parents"]
+            if p["role"] == "policy"
+        )
+        reference = load_file(Path(policy["path"]) / "model.safetensors")
+        assert given.keys() == reference.keys()
+        assert all(torch.equal(tensor, reference[name]) for name, tensor in given.items())
 
 
 def test_the_chat_answers_as_the_policy_was_taught(full_fp32: Ran) -> None:

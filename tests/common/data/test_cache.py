@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import threading
@@ -179,6 +180,25 @@ def test_changed_code_is_a_miss_that_says_so(tmp_path: Path, monkeypatch: pytest
     said = Said()
     made(tmp_path, said=said)
     assert said[0] == "tokenizing; changed since the last time: code"
+
+
+def test_all_code_that_decides_tokens_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what lies outside of the package: all that it imports, but for what only bounds and reads."""
+    read: set[Path] = set()
+    plain = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or plain(path))
+    cache._code_version()
+    folder = Path(str(cache.__file__)).parent
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common"):
+                names = [alias.name for alias in node.names] if node.module == "common" else [node.module[7:]]
+                found |= {name for name in names if not name.startswith("data")}
+    decides = found - {"artifacts", "config", "errors", "files", "limited"}
+    assert decides == {"chat_template", "text"}
+    assert {folder.parent / f"{name}.py" for name in decides} <= read
+    assert {path for path in folder.glob("*.py") if path.name not in cache.NOT_OF_ROWS} <= read
 
 
 def test_weights_and_the_pad_token_do_not_cost_a_new_build(tmp_path: Path) -> None:

@@ -361,3 +361,19 @@ def test_columns_that_hold_no_text_or_point_outside_of_their_memory_are_refused(
     path.write_bytes(content.replace(written, damaged))
     with pytest.raises(UserError, match="(not a readable (Arrow|Parquet) file|:2: not readable)"):
         read(path)
+
+
+def test_lists_that_point_outside_of_their_file_are_refused(tmp_path: Path) -> None:
+    """Their size is computed from such numbers: trusted, they end the process."""
+    import pyarrow
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    table, path = pyarrow.table({"messages": [turns, turns]}), tmp_path / "rows.arrow"
+    with pyarrow.ipc.new_stream(path, table.schema) as out:
+        out.write_table(table)
+    content, written = path.read_bytes(), struct.pack("<3i", 0, 2, 4)
+    assert content.count(written) == 1
+    for first, last in ((0, 0x40000000), (0x40000000, 0x40000002), (-0x40000000, 4)):
+        path.write_bytes(content.replace(written, struct.pack("<3i", first, 2, last)))
+        with pytest.raises(UserError, match="(not a readable Arrow file|: not readable)"):
+            read(path)

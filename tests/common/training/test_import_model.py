@@ -44,6 +44,7 @@ def test_a_policy_has_the_published_weights_bit_for_bit(
         assert tensor.dtype == taken[name].dtype == dtype and torch.equal(tensor, taken[name]), name
     assert artifact.manifest.details["imported"] == {
         "from": str(folder), "weights": {"model.safetensors": file_sha256(folder / "model.safetensors")},
+        "pad_token_id": 0,
     }  # fmt: skip
     assert artifact.manifest.details["base_model"] == str(folder)
     assert artifact.manifest.details["terminators"] == [4]  # <|im_end|>
@@ -125,3 +126,71 @@ def test_the_dtype_of_a_run_has_no_part_in_it(tmp_path: Path) -> None:
     folder = published(tmp_path / "model")
     taken = load_file(imported(folder, dtype=Dtype.fp32).path / "model.safetensors")
     assert {tensor.dtype for tensor in taken.values()} == {torch.bfloat16}
+
+
+def adapter_for(base: Path, folder: Path, **changes: Any) -> Path:
+    """A LoRA adapter as peft saves it, whose weights have moved."""
+    import peft
+
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**saved, "base_model_name_or_path": str(base), **changes})
+    )
+    return folder
+
+
+def test_an_adapter_is_merged_into_its_base_in_fp32_and_rounded_once(tmp_path: Path) -> None:
+    import peft
+
+    base = published(tmp_path / "base")
+    folder = adapter_for(base, tmp_path / "adapter")
+    artifact = imported(folder)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(plain, folder).merge_and_unload().state_dict()
+    taken = load_file(artifact.path / "model.safetensors")
+    moved = 0
+    for name, tensor in load_file(base / "model.safetensors").items():
+        moved += not torch.equal(tensor, taken[name])
+        expected = merged[name].to(torch.bfloat16)
+        # a sum in another order may round to the neighbour
+        assert torch.allclose(taken[name].float(), expected.float(), rtol=2**-7), name
+        assert (taken[name] != expected).float().mean() < 0.01
+    assert moved == 4  # two matrices in each of two layers
+    details = artifact.manifest.details
+    assert details["base_model"] == str(base) and details["imported"]["from"] == str(folder)
+    assert set(details["imported"]["weights"]) == {"model.safetensors", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"base_model_name_or_path": "/no/such/base"}, "its base /no/such/base cannot be had: "),
+        ({"base_model_name_or_path": None}, "does not name its base"),
+        ({"peft_type": "IA3"}, "is of the kind IA3, where LORA is merged"),
+        ({"modules_to_save": ["lm_head"]}, "changes more than matrices (modules_to_save)"),
+        ({"bias": "all"}, "changes biases"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused_by_what_it_lacks(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    base = published(tmp_path / "base")
+    assert says in refusal(adapter_for(base, tmp_path / "here" / "adapter", **changes)).message
+
+
+def test_an_adapter_of_another_model_or_without_weights_is_refused(tmp_path: Path) -> None:
+    base, other = published(tmp_path / "base"), published(tmp_path / "other", hidden_size=64)
+    (tmp_path / "here").mkdir()
+    folder = adapter_for(base, tmp_path / "here" / "adapter", base_model_name_or_path=str(other))
+    assert f"does not fit {other}" in refusal(folder).message
+    (folder / "adapter_model.safetensors").unlink()
+    assert "has no adapter_model.safetensors" in refusal(folder).message
+    assert "only adapters of policies" in refusal(folder, Role.reward_model).message
