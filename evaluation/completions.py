@@ -1,9 +1,8 @@
 """Completions of prompts, and their scores by functions and by a reward model.
 
 Prompts are answered as `generate` answers them. Functions are those of PPO
-(`step3_ppo/rewards/functions.py`). A reward model that reads text as the policy does is given the sampled
-tokens, as in PPO; another one is given the prompt in its own chat template, the completion as text, and its
-own terminator.
+(`step3_ppo/rewards/functions.py`). As in PPO a reward model is given the sampled tokens, and text where it
+reads others than the policy (`step3_ppo/rewards/reading.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from common.decoding.decoder import Decoder
 from common.decoding.generate import CHUNK_REQUESTS, complete, rule_of, text_of
 from common.decoding.requests import Completion
 from common.errors import UserError
+from common.handoff import scores_text
 from common.inference_config import EvaluationSettings
 from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
 from evaluation.subject import Subject
 from evaluation.values import Measured, Values
 from step3_ppo.rewards.functions import ScoreFunction, load_function
+from step3_ppo.rewards.reading import TextReader
 
 REWARD_MODEL = "reward_model"
 MEASURED = ("length", "stop_rate", REWARD_MODEL)
@@ -41,6 +42,19 @@ class Answers:
     completions: dict[str, list[Completion]] = field(default_factory=dict)
     texts: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def given(self) -> tuple[list[Any], list[str], dict[str, list[Any]]]:
+        """Prompts, completions and columns as reward functions get them: a prompt's samples side by side."""
+        prompts = [self.rows[self.keys[key]] for key, texts in self.texts.items() for _ in texts]
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        completions = [text for texts in self.texts.values() for text in texts]
+        return [prompt.prompt for prompt in prompts], completions, columns
+
+    def note(self, name: str, scores: Sequence[float]) -> None:
+        """Keep the scores of a scorer, in the order of `given`."""
+        of_all = iter(scores)
+        self.scores[name] = {key: [next(of_all) for _ in texts] for key, texts in self.texts.items()}
 
     def measured(self) -> Measured:
         """Means over the samples of each prompt."""
@@ -97,50 +111,36 @@ def answer(
 
 def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction]) -> None:
     """Add what each function says of the completions. UserError for a column that it needs and no row has."""
-    prompts = {key: answers.rows[index] for key, index in answers.keys.items()}
-    said = [(prompts[key], text) for key, texts in answers.texts.items() for text in texts]
-    names = sorted({name for prompt, _ in said for name in prompt.columns})
-    columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in said] for name in names}
+    prompts, completions, columns = answers.given()
     for name, function in functions.items():
-        function.check(names)
-        scores = iter(function([prompt.prompt for prompt, _ in said], [text for _, text in said], columns))
-        answers.scores[name] = {
-            key: [float(next(scores)) for _ in texts] for key, texts in answers.texts.items()
-        }
+        function.check(columns)
+        answers.note(name, function(prompts, completions, columns).tolist())
 
 
 @torch.no_grad()
-def score_by_model(
-    judge: Subject, prompts: Mapping[str, np.ndarray], asked: Sequence[tuple[Subject, Answers]]
-) -> None:
+def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, Answers]]) -> None:
     """Add the raw scores of a reward model, read at the last token of each completion."""
-    module = judge.packed()
-    total = sum(len(texts) for _, answers in asked for texts in answers.texts.values())
-    with Progress(total, label="judge") as progress:
-        done = 0
-        for policy, answers in asked:
-            found = answers.scores.setdefault(REWARD_MODEL, {})
-            for key, completions in answers.completions.items():
-                said = zip(completions, answers.texts[key], strict=True)
-                found[key] = [
-                    float(module.answers([_document(judge, policy, prompts[key], each, text)])[0])
-                    for each, text in said
-                ]
-                progress.update(done := done + len(completions))
+    module, done = judge.packed(), 0
+    read = [_documents(judge, policy, answers) for policy, answers in asked]
+    with Progress(sum(map(len, read)), label="judge") as progress:
+        for (_, answers), documents in zip(asked, read, strict=True):
+            scores = []
+            for ids in documents:
+                document = torch.from_numpy(ids.astype(np.int64)).to(judge.device)
+                scores.append(float(module.answers([document])[0]))
+                progress.update(done := done + 1)
+            answers.note(REWARD_MODEL, scores)
 
 
-def _document(
-    judge: Subject, policy: Subject, prompt: np.ndarray, completion: Completion, text: str
-) -> torch.Tensor:
-    """Prompt and completion as the reward model reads them: int64 [T] on its device."""
-    if judge.reads_as(policy):
-        ids = completion.tokens.tolist()
-    else:
-        ids = [
-            *judge.tokenizer(text, add_special_tokens=False)["input_ids"],
-            terminators_of(judge.tokenizer)[0],
-        ]
-    return torch.tensor([*prompt.tolist(), *ids], dtype=torch.int64, device=judge.device)
+def _documents(judge: Subject, policy: Subject, answers: Answers) -> list[np.ndarray]:
+    """Prompts with completions as the reward model reads them: int [T] each, in the order of `given`."""
+    if scores_text(judge.artifact) or not judge.reads_as(policy):
+        return TextReader(judge.artifact, judge.tokenizer)(*answers.given())
+    return [
+        np.concatenate([answers.rows[answers.keys[key]].input_ids, completion.tokens])
+        for key, completions in answers.completions.items()
+        for completion in completions
+    ]
 
 
 def wins(ours: Answers, theirs: Answers) -> Values:

@@ -127,16 +127,15 @@ def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.devi
                 job.reward_model, typed, "--reward-model", job.settings.dtype, device, Role.reward_model
             )
         )
-    read = _read(job, [*subjects, *judges], prompts_with_room(job.settings.max_new_tokens))
+    read = _read(job, subjects, prompts_with_room(job.settings.max_new_tokens))
     places = list(map(places_of, read))
     keys = _common(places)
     answers = []
-    for subject, rows, found in zip(subjects, read, places, strict=False):
+    for subject, rows, found in zip(subjects, read, places, strict=True):
         answers.append(completions.answer(subject, rows, {key: found[key] for key in keys}, job.settings))
         completions.score_by_functions(answers[-1], functions)
     for judge in judges:
-        prompts = {key: read[-1][places[-1][key]].input_ids for key in keys}
-        completions.score_by_model(judge, prompts, list(zip(subjects, answers, strict=True)))
+        completions.score_by_model(judge, list(zip(subjects, answers, strict=True)))
     between = completions.wins(*answers) if len(answers) > 1 else {}
     return Outcome(keys, [each.measured() for each in answers], between, [each.texts for each in answers])
 

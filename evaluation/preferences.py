@@ -1,20 +1,23 @@
 """What a reward model or a policy makes of pairs: whether chosen answers come out above rejected ones.
 
-A reward model is measured as its step measures it (`step2_reward/evaluate.py`). A policy has the
-log-probabilities of both answers; two of them have the log-ratios between them, which order pairs as DPO's
-implicit rewards do, with the second as the reference.
+A reward model is measured as its step measures it (`step2_reward/evaluate.py`), one that others published
+where plain transformers reads it. A policy has the log-probabilities of both answers; two of them have the
+log-ratios between them, which order pairs as DPO's implicit rewards do, with the second as the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from common.data.batches import collate_pairs
 from common.data.stored import PairDataset
-from common.data.types import PairBatch
+from common.data.types import IGNORE, PairBatch, TokenizedExample, TokenizedPair
+from common.handoff import scores_text
 from common.model.packed import batch_arguments
+from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
 from common.stage import Role
 from evaluation.subject import Subject
@@ -22,6 +25,7 @@ from evaluation.values import Measured, Values
 from step2_dpo.loss import Answers, answer_sums, count_answers
 from step2_reward.evaluate import by_length, by_pair, by_source, score_pairs
 from step2_reward.loss import in_order
+from step3_ppo.rewards.reading import TextReader
 
 IMPLICIT = ("log_ratio/accuracy", "log_ratio/margin")
 """What the log-ratios of two policies are measured by."""
@@ -34,7 +38,8 @@ def measure(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Mea
 
 
 def _rewards(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
-    pairs = score_pairs(subject.packed(), _batches(rows, keys), subject.device)
+    batches = _batches(rows, keys, _tail_of(subject))
+    pairs = score_pairs(subject.packed(), batches, subject.device)
     of_pair, names = by_pair(pairs), {index: key for key, index in keys.items()}
     order = [names[index] for index in pairs.pair_ids.tolist()]
     found = {name: dict(zip(order, each.tolist(), strict=True)) for name, each in of_pair.items()}
@@ -65,12 +70,28 @@ def _log_probabilities(subject: Subject, rows: PairDataset, keys: Mapping[str, i
     return Measured(found, found)
 
 
-def _batches(rows: PairDataset, keys: Mapping[str, int]) -> Iterator[PairBatch]:
-    """A pair at a time: what a pair is scored does not depend on those beside it."""
+def _batches(rows: PairDataset, keys: Mapping[str, int], tail: Sequence[int] = ()) -> Iterator[PairBatch]:
+    """A pair at a time: what a pair is scored does not depend on those beside it. tail: see `_tail_of`."""
     with Progress(len(keys), label="evaluate") as progress:
         for done, index in enumerate(keys.values()):
-            yield collate_pairs([rows[index]], [index], [int(rows.source_ids[index])], share_prefix=False)
+            sides = (_extended(side, tail) for side in (rows[index].chosen, rows[index].rejected))
+            pair = TokenizedPair(*sides, margin=float(rows.margins[index]))
+            yield collate_pairs([pair], [index], [int(rows.source_ids[index])], share_prefix=False)
             progress.update(done + 1)
+
+
+def _tail_of(subject: Subject) -> list[int]:
+    """What the chat template writes behind the last terminator: there a published reward model is read."""
+    if not scores_text(subject.artifact):
+        return []
+    (ids,) = TextReader(subject.artifact, subject.tokenizer)(["a"], ["b"], {})
+    last = np.flatnonzero(np.isin(ids, terminators_of(subject.tokenizer)))[-1]
+    return ids[last + 1 :].tolist()
+
+
+def _extended(side: TokenizedExample, tail: Sequence[int]) -> TokenizedExample:
+    ids, labels = (np.append(side.input_ids, tail), np.append(side.labels, [IGNORE] * len(tail)))
+    return TokenizedExample(ids.astype(np.int32), labels.astype(np.int32), side.source)
 
 
 def compared(ours: Values, theirs: Values) -> Values:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import read_manifest
+from common.artifacts import read_json, read_manifest
 from common.errors import UserError
 from common.handoff import check_is_artifact
 from common.inference_config import EvaluateJob, EvaluationSettings
@@ -20,7 +20,7 @@ from common.stage import Role
 from pipeline.config import PipelineConfig
 from pipeline.generate import cached_rows, work
 from pipeline.options import Options, data_given, data_of, fields_given
-from pipeline.sources import artifact_of, artifacts_in, is_published, models_below
+from pipeline.sources import artifact_of, artifacts_in, models_below
 from step3_ppo.rewards.config import check_reference
 
 EVALUATOR = "evaluation"
@@ -68,22 +68,29 @@ def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict
 
 
 def artifact_of_any(named: str, key: str, models: Path, say: Say) -> str:
-    """The artifact that was named: of a run its newest policy, else its reward model."""
+    """The artifact that was named: of a run its newest policy, else its reward model; of a folder that
+    transformers reads what its config says."""
     for role in (Role.policy, Role.reward_model):
         if found := artifacts_in(Path(named), role):
             return str(found[0])
-    path = artifact_of(named, Role.policy, key, models, say)
-    check_is_artifact(path, Role.policy, key)
+    role = role_of_published(Path(named).expanduser())
+    path = artifact_of(named, role, key, models, say)
+    check_is_artifact(path, role, key)
     return path
 
 
+def role_of_published(folder: Path) -> Role:
+    """A reward model where its config names a sequence classifier; else a policy."""
+    try:
+        heads = read_json(folder / "config.json")["architectures"]
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in heads)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Role.policy
+    return Role.reward_model if is_classifier else Role.policy
+
+
 def judge_of(named: str, models: Path, say: Say) -> str:
-    """The artifact of a reward model. UserError for one that others published, which is imported first."""
-    if not artifacts_in(Path(named), Role.reward_model) and is_published(named):
-        raise UserError(
-            f"--reward-model {named} is no artifact",
-            hint=f"python -m pipeline import {named} --as reward_model --out FOLDER, and name that folder",
-        )
+    """The artifact of a reward model. UserError where it is none."""
     path = artifact_of(named, Role.reward_model, "--reward-model", models, say)
     check_is_artifact(path, Role.reward_model, "--reward-model")
     if (role := read_manifest(path).role) is not Role.reward_model:

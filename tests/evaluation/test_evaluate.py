@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from common.artifacts import read_manifest, write_manifest
 from common.config import DataConfig, Dtype, ModelConfig, SourceConfig
 from common.data.batches import BatchPlan, evaluation_batches, evaluation_pair_batches
 from common.data.kinds import DEMONSTRATIONS, PREFERENCES
@@ -37,17 +40,22 @@ PLAN = BatchPlan(max_length=200, packing=True, global_batch_size=1, micro_batch_
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two policies, a reward model that reads as they do, and one with a template of its own."""
+    """Two policies; reward models that read as they do and with a template of their own, each published and,
+    as if a step had made it, ours."""
     folder = tmp_path_factory.mktemp("models")
     tiny_tokenizer(CHATML).save_pretrained(folder / "tokenizer")
     for seed, name in enumerate(("policy", "other")):
         make_policy(folder / name, folder / "tokenizer", seed=seed, initializer_range=0.3)
-    for name, template in (("judge", CHATML), ("stranger", OTHER_TEMPLATE)):
+    for name, template in (("alike", CHATML), ("stranger", OTHER_TEMPLATE)):
         made = published(
-            folder / f"{name}_published", AutoModelForSequenceClassification, template=template, labels=1,
+            folder / f"plain_{name}", AutoModelForSequenceClassification, template=template, labels=1,
             dtype=torch.float32, max_position_embeddings=512,
         )  # fmt: skip
-        import_model(ModelConfig(path=str(made)), Role.reward_model, folder / name)
+        taken = import_model(ModelConfig(path=str(made)), Role.reward_model, folder / f"published_{name}")
+        ours = shutil.copytree(taken, folder / f"our_{name}")
+        manifest = read_manifest(ours)
+        details = {key: each for key, each in manifest.details.items() if key != "imported"}
+        write_manifest(ours, dataclasses.replace(manifest, details=details))
     return folder
 
 
@@ -143,8 +151,8 @@ def test_with_other_tokens_rows_are_compared_whole(
 
 
 def test_a_reward_model_is_measured_as_its_step_measures_it(models: Path, rows: Path) -> None:
-    found = measured(models, rows, "pairs", model="judge")
-    judge = subject(models, "judge")
+    found = measured(models, rows, "pairs", model="our_alike")
+    judge = subject(models, "our_alike")
     read = judge.rows(data(rows, "pairs"), PREFERENCES, whole_context=False, say=str)
     scored = score_pairs(judge.packed(), evaluation_pair_batches(read, PLAN), CPU)
     logged = held_out_metrics(scored, read.sources, 0.0)
@@ -154,6 +162,29 @@ def test_a_reward_model_is_measured_as_its_step_measures_it(models: Path, rows: 
     assert by_length == {f"eval/{name}" for name in found["metrics"] if name.startswith("accuracy_")} != set()
     assert all(value(found, name.removeprefix("eval/")) == pytest.approx(logged[name]) for name in by_length)
     assert found["kind"] == "preferences" and found["metrics"]["accuracy"]["count"] == 12
+
+
+@pytest.mark.parametrize("judge", ["published_alike", "published_stranger"])
+def test_a_published_reward_model_is_read_where_plain_transformers_reads_it(
+    judge: str, models: Path, rows: Path
+) -> None:
+    found = measured(models, rows, "pairs", model=judge)
+    for row, pair in zip(found["rows"][:4], PAIRS, strict=False):
+        for side in ("chosen", "rejected"):
+            ids = conversation(models / judge, pair["prompt"], pair[side])
+            assert row[f"{side}_reward"] == pytest.approx(
+                plain_score(models / judge, ids), rel=1e-4, abs=1e-5
+            )
+
+
+def conversation(folder: Path, prompt: str, answer: str) -> list[int]:
+    """As the folder's own template writes it, up to its last sign."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text.endswith("|>\n")
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
 
 
 def test_a_policy_orders_pairs_by_the_log_probabilities_of_plain_transformers(
@@ -220,25 +251,22 @@ def test_samples_of_a_prompt_are_averaged_first(models: Path, rows: Path) -> Non
 def test_a_reward_model_that_reads_as_the_policy_is_given_the_sampled_tokens(
     models: Path, rows: Path
 ) -> None:
-    found = measured(models, rows, "prompts", reward_model="judge")
+    found = measured(models, rows, "prompts", reward_model="our_alike")
     for row, prompt in zip(found["rows"], PROMPTS, strict=True):
         asked, said, _ = greedy(models / "policy", prompt["prompt"])
-        assert row["reward_model"] == pytest.approx(plain_score(models / "judge", asked + said), rel=1e-4)
+        assert row["reward_model"] == pytest.approx(plain_score(models / "our_alike", asked + said), rel=1e-4)
 
 
+@pytest.mark.parametrize("judge", ["published_alike", "published_stranger", "our_stranger"])
 def test_another_one_is_given_the_conversation_as_its_own_template_writes_it(
-    models: Path, rows: Path
+    judge: str, models: Path, rows: Path
 ) -> None:
-    found = measured(models, rows, "prompts", reward_model="stranger")
-    tokenizer: Any = AutoTokenizer.from_pretrained(models / "stranger")
+    found = measured(models, rows, "prompts", reward_model=judge)
     for row, prompt in zip(found["rows"], PROMPTS, strict=True):
-        turns = [("user", prompt["prompt"]), ("assistant", row["completions"][0])]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
-        assert text.endswith("<|eot_id|>")
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        score = plain_score(models / "stranger", ids)
-        assert row["reward_model"] == pytest.approx(score, rel=1e-4, abs=1e-5)
+        ids = conversation(models / judge, prompt["prompt"], row["completions"][0])
+        if judge.startswith("our"):  # read at the terminator, not at the newline behind it
+            ids = ids[:-1]
+        assert row["reward_model"] == pytest.approx(plain_score(models / judge, ids), rel=1e-4, abs=1e-5)
 
 
 def greedy(folder: Path, prompt: str) -> tuple[list[int], list[int], str]:
@@ -262,11 +290,11 @@ def plain_score(folder: Path, ids: list[int]) -> float:
 
 
 def test_a_judge_counts_wins_and_the_same_policy_ties_with_itself(models: Path, rows: Path) -> None:
-    found = measured(models, rows, "prompts", reward_model="judge", against="other")
+    found = measured(models, rows, "prompts", reward_model="our_alike", against="other")
     won = [row["reward_model"] > row["against"]["reward_model"] for row in found["rows"]]
     assert [row["win_rate"] for row in found["rows"]] == won
     assert value(found, "win_rate", "between") == sum(won) / 6
-    same = measured(models, rows, "prompts", reward_model="judge", against="policy")
+    same = measured(models, rows, "prompts", reward_model="our_alike", against="policy")
     assert value(same, "win_rate", "between") == 0.5 and value(same, "reward_model", "change") == 0
 
 
@@ -277,8 +305,8 @@ def test_a_judge_counts_wins_and_the_same_policy_ties_with_itself(models: Path, 
     ("names", "changes", "said"),
     [
         (["prompts"], {}, "is neither a pair nor a demonstration"),
-        (["sums"], {"model": "judge"}, "is a reward model, which is measured on pairs"),
-        (["pairs"], {"against": "judge"}, "is a reward_model, MODEL a policy"),
+        (["sums"], {"model": "our_alike"}, "is a reward model, which is measured on pairs"),
+        (["pairs"], {"against": "our_alike"}, "is a reward_model, MODEL a policy"),
         (["prompts"], {"reward_model": "other"}, "is a policy, where a reward_model is needed"),
         (["prompts"], {"functions": [*FUNCTIONS, FUNCTIONS[0]]}, "the second number called characters"),
         (["prompts"], {"functions": ["tests.evaluation.scorers:length"]}, "second number called length"),

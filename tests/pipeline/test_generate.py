@@ -15,8 +15,9 @@ from common.inference_config import EvaluateJob, GenerateJob
 from common.stage import Role
 from launch.local import Job
 from launch.supervise import Outcome
-from pipeline import generate
+from pipeline import generate, sources
 from pipeline.__main__ import dispatch
+from pipeline.evaluate import artifact_of_any
 
 
 def artifact(folder: Path, role: Role = Role.policy) -> Path:
@@ -90,6 +91,24 @@ def test_a_step_or_a_run_without_a_policy_means_its_reward_model(run: Path, jobs
     assert [told["model"] for _, told in jobs] == ["first/reward/export", "judges/reward/export"]
 
 
+def test_a_published_classifier_is_taken_as_a_reward_model(
+    run: Path, jobs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = artifact(Path("imported"), Role.reward_model)
+    asked: list[Role] = []
+
+    def import_model(named: str, role: Role, *_: Any) -> Path:
+        asked.append(role)
+        return made
+
+    monkeypatch.setattr(sources, "import_model", import_model)
+    Path("published").mkdir()
+    for heads in (["LlamaForSequenceClassification"], ["LlamaForCausalLM"], None, 3):
+        (Path("published") / "config.json").write_text(json.dumps({"architectures": heads}))
+        assert artifact_of_any("published", "MODEL", Path("models"), print) == str(made)
+    assert asked == [Role.reward_model, Role.policy, Role.policy, Role.policy]
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
@@ -117,7 +136,7 @@ def test_a_step_or_a_run_without_a_policy_means_its_reward_model(run: Path, jobs
         ),
         (["evaluate", "first"], "no rows are named: --data FILE"),
         (["evaluate", "first", "--data", "p", "--functions", "a.b"], "a.b does not name a function"),
-        (["evaluate", "first", "--data", "p", "--reward-model", "published"], "published is no artifact"),
+        (["evaluate", "first", "--data", "p", "--reward-model", "nobody"], "nobody: no such folder"),
         (["evaluate", "first", "--data", "p", "--reward-model", "first/sft"], "is a policy"),
         (["evaluate", "first", "--data", "p", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
     ],
@@ -125,8 +144,6 @@ def test_a_step_or_a_run_without_a_policy_means_its_reward_model(run: Path, jobs
 def test_a_slip_is_said_with_a_way_out_before_anything_starts(
     typed: list[str], said: str, run: Path, jobs: list[Any]
 ) -> None:
-    Path("published").mkdir()
-    (Path("published") / "config.json").write_text("{}")
     with pytest.raises(UserError, match=said) as error:
         dispatch(typed)
     assert error.value.hint and not jobs
