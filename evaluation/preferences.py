@@ -74,8 +74,9 @@ def _batches(rows: PairDataset, keys: Mapping[str, int], tail: Sequence[int] = (
     """A pair at a time: what a pair is scored does not depend on those beside it. tail: see `_tail_of`."""
     with Progress(len(keys), label="evaluate") as progress:
         for done, index in enumerate(keys.values()):
-            sides = (_extended(side, tail) for side in (rows[index].chosen, rows[index].rejected))
-            pair = TokenizedPair(*sides, margin=float(rows.margins[index]))
+            pair = rows[index]
+            chosen, rejected = (_extended(side, tail) for side in (pair.chosen, pair.rejected))
+            pair = TokenizedPair(chosen, rejected, pair.margin)
             yield collate_pairs([pair], [index], [int(rows.source_ids[index])], share_prefix=False)
             progress.update(done + 1)
 
@@ -85,8 +86,8 @@ def _tail_of(subject: Subject) -> list[int]:
     if not scores_text(subject.artifact):
         return []
     (ids,) = TextReader(subject.artifact, subject.tokenizer)(["a"], ["b"], {})
-    last = np.flatnonzero(np.isin(ids, terminators_of(subject.tokenizer)))[-1]
-    return ids[last + 1 :].tolist()
+    ends = np.flatnonzero(np.isin(ids, terminators_of(subject.tokenizer)))
+    return ids[ends[-1] + 1 :].tolist() if len(ends) else []
 
 
 def _extended(side: TokenizedExample, tail: Sequence[int]) -> TokenizedExample:
