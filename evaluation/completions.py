@@ -7,7 +7,7 @@ reads others than the policy (`step3_ppo/rewards/reading.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,15 @@ def named_functions(references: Sequence[str]) -> dict[str, ScoreFunction]:
     return found
 
 
+def check_columns(
+    rows: PromptDataset, indices: Iterable[int], functions: Mapping[str, ScoreFunction]
+) -> None:
+    """UserError when a function needs a column that none of these rows has; before anything is sampled."""
+    columns = sorted({name for index in indices for name in rows[index].columns})
+    for function in functions.values():
+        function.check(columns)
+
+
 def answer(
     subject: Subject, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
 ) -> Answers:
@@ -110,10 +119,9 @@ def answer(
 
 
 def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction]) -> None:
-    """Add what each function says of the completions. UserError for a column that it needs and no row has."""
+    """Add what each function says of the completions."""
     prompts, completions, columns = answers.given()
     for name, function in functions.items():
-        function.check(columns)
         answers.note(name, function(prompts, completions, columns).tolist())
 
 

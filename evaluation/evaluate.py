@@ -130,6 +130,8 @@ def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.devi
     read = _read(job, subjects, prompts_with_room(job.settings.max_new_tokens))
     places = list(map(places_of, read))
     keys = _common(places)
+    for rows, found in zip(read, places, strict=True):
+        completions.check_columns(rows, (found[key] for key in keys), functions)
     answers = []
     for subject, rows, found in zip(subjects, read, places, strict=True):
         answers.append(completions.answer(subject, rows, {key: found[key] for key in keys}, job.settings))

@@ -22,6 +22,7 @@ from common.estimates import student_quantile
 from common.inference_config import EvaluateJob, EvaluationSettings
 from common.stage import Role
 from common.training.import_model import import_model
+from evaluation import completions
 from evaluation.evaluate import evaluate
 from evaluation.subject import Subject, load_subject
 from step1_sft.evaluate import evaluate as sft_evaluate
@@ -311,7 +312,6 @@ def test_a_judge_counts_wins_and_the_same_policy_ties_with_itself(models: Path, 
         (["prompts"], {"functions": [*FUNCTIONS, FUNCTIONS[0]]}, "the second number called characters"),
         (["prompts"], {"functions": ["tests.evaluation.scorers:length"]}, "second number called length"),
         (["prompts"], {"functions": ["tests.evaluation.scorers:nose"]}, "has no nose"),
-        (["sums"], {"functions": FUNCTIONS[1:]}, "takes answer, which is neither"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_name(
@@ -320,6 +320,14 @@ def test_what_makes_no_sense_is_refused_by_name(
     with pytest.raises(UserError, match=said) as error:
         measured(models, rows, *names, **changes)
     assert error.value.hint and not (rows / "out.json").exists()
+
+
+def test_a_column_that_a_function_needs_is_missed_before_anything_is_sampled(
+    models: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "answer", lambda *given: pytest.fail("sampled"))
+    with pytest.raises(UserError, match="takes answer, which is neither"):
+        measured(models, rows, "sums", functions=FUNCTIONS[1:])
 
 
 def test_rows_that_one_of_them_cannot_read_are_left_out_and_counted(

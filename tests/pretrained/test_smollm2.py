@@ -292,27 +292,18 @@ def test_a_file_of_completions_of_the_plain_folder_is_gone_on_with_after_a_kill(
 
 def test_evaluate_sees_what_sft_taught_beside_the_plain_folder(full_fp32: Ran, tmp_path: Path) -> None:
     desk.write(tmp_path)
-    shared = [f"data.cache_dir={tmp_path / 'cache'}", "--out"]
-    sft = str(full_fp32.folder / "sft")
-    against = ["--against", str(full_fp32.folder / "ppo")]
-    rows, pairs = (str(tmp_path / f"{name}.jsonl") for name in ("rows", "pairs"))
+    sft, reward, ppo = (str(full_fp32.folder / step) for step in ("sft", "reward", "ppo"))
     asked = {
-        "loss": [sft, "--data", rows, "--against", str(find())],
-        "pairs": [str(full_fp32.folder / "reward"), "--data", pairs],
+        "loss": [sft, "--data", "rows.jsonl", "--against", str(find())],
+        "pairs": [reward, "--data", "pairs.jsonl"],
         "judged": [
-            sft,
-            "--data",
-            pairs,
-            "--reward-model",
-            str(full_fp32.folder),
-            "--max-new-tokens",
-            "8",
-            *against,
+            sft, "--data", "prompts.jsonl", "--against", ppo, "--reward-model", reward,
+            "--max-new-tokens", "8",
         ],
-    }
+    }  # fmt: skip
     found = {}
     for name, arguments in asked.items():
-        done = pipeline("evaluate", *arguments, *shared, str(tmp_path / f"{name}.json"))
+        done = pipeline("evaluate", *arguments, "--out", f"{name}.json", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["loss"]["change"]["loss"]["high"] < -0.5
@@ -321,10 +312,10 @@ def test_evaluate_sees_what_sft_taught_beside_the_plain_folder(full_fp32: Ran, t
     assert 0 <= found["judged"]["between"]["win_rate"]["value"] <= 1
 
 
-def pipeline(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+def pipeline(*arguments: str, typed: str = "", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments], cwd=ROOT, input=typed, capture_output=True, text=True,
-        timeout=SECONDS, check=False,
+        [sys.executable, "-m", "pipeline", *arguments], cwd=folder, input=typed, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
 
 
