@@ -78,7 +78,7 @@ def load_named(path: str, role: Role, key: str, *, allow_unverified: bool = Fals
     folder = Path(path)
     if not path:
         raise UserError(f"{key} is empty", hint=f"{key}=FOLDER of a {role.value} artifact, or leave it out")
-    _check_is_artifact(path, role, key)
+    check_is_artifact(path, role, key)
     try:
         return Artifact.load(folder, role, allow_unverified=allow_unverified)
     except UserError as error:
@@ -117,8 +117,8 @@ def similar(place: Path) -> str:
     return f"did you mean {place.parent / near[0]}?" if near else otherwise
 
 
-def _check_is_artifact(path: str, role: Role, key: str) -> None:
-    """UserError in the user's terms for a path that is no folder with a manifest."""
+def check_is_artifact(path: str, role: Role, key: str) -> None:
+    """UserError in the user's terms for a path that is no folder with a manifest; hashes nothing."""
     folder, named = Path(path), f"{key}={path}"
     if not folder.exists():
         raise UserError(f"{named}: no such folder", hint=similar(folder))

@@ -31,6 +31,8 @@ usage: python -m pipeline VERB ...
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN            write the run's report.html: curves, samples, lineage
   chat PATH [options]   talk to a policy in the terminal
+  generate MODEL ...    completions of a file of prompts, resumable
+  evaluate MODEL ...    loss, ordered pairs or rewards on rows, with intervals; two models side by side
   export PATH [options] an artifact of a checkpoint: the best, the last, any; other dtypes, the hub, GGUF
   import MODEL --out F  an artifact of a model that others published
   doctor                what this machine can do, and what would stop a run on it
@@ -45,10 +47,15 @@ usage: python -m pipeline VERB ...
       reward.data.path=PAIRS.jsonl ppo.data.path=PROMPTS.jsonl        the whole chain
   python -m pipeline run 'steps=[ppo]' ppo.policy=FOLDER ppo.reward_model=FOLDER ppo.data.path=PROMPTS.jsonl
   python -m pipeline chat runs/NAME                                   its newest policy
+  python -m pipeline generate runs/NAME --prompts PROMPTS.jsonl --out COMPLETIONS.jsonl
+  python -m pipeline evaluate runs/NAME --data ROWS.jsonl --against FOLDER
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "plan", "preview", "verify", "report", "chat", "export", "import", "doctor", "explain")
+VERBS = (
+    "run", "plan", "preview", "verify", "report", "chat", "generate", "evaluate", "export", "import",
+    "doctor", "explain",
+)  # fmt: skip
 TAKES = {
     "verify": ("one path", "runs/NAME"),
     "report": ("the folder of one run", "runs/NAME"),
@@ -104,6 +111,14 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.chat import chat
 
         return chat(rest)
+    if verb == "generate":
+        from pipeline.generate import generate_verb
+
+        return generate_verb(rest, say=say)
+    if verb == "evaluate":
+        from pipeline.evaluate import evaluate_verb
+
+        return evaluate_verb(rest, say=say)
     if verb == "export":
         from pipeline.export import export_verb
 

@@ -1,4 +1,4 @@
-"""`python -m pipeline chat PATH`: talk to a policy in the terminal.
+"""`python -m pipeline chat PATH`: talk to a policy in the terminal, or to two of them side by side.
 
 Takes a policy's artifact (or a step, a run or a published model, which is imported) and lines of text; prints
 the answers, as they come, to standard output and everything else to standard error, so that a pipe gets
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from common import chat_template
 from common.artifacts import UNVERIFIED, Artifact
 from common.errors import UserError
-from common.fields import as_schema, number
 from common.handoff import load_named
+from common.inference_config import Settings
 from common.stage import Role
 from common.text import did_you_mean, printable
 from pipeline.config import PipelineConfig
-from pipeline.options import Options
+from pipeline.options import Options, fields_given
 from pipeline.sources import artifact_of, models_below
 
 if TYPE_CHECKING:
@@ -44,46 +43,21 @@ COMMANDS = """\
 Message = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How answers are sampled."""
-
-    temperature: float = number(0.7, 0.001, 100, zero="greedy")
-    top_p: float = number(1.0, 0, 1, above=True, note="1: all tokens")
-    top_k: int = number(0, 0, 10_000_000, note="0: all tokens")
-    max_new_tokens: int = number(256, 1, 10_000_000)
-    seed: int = number(0, 0, 2**63 - 1)
-
-    def changed(self, name: str, text: str) -> Settings:
-        """With one setting as it was typed. UserError for an unknown name, or a value that it cannot have."""
-        return as_schema(Settings, {**dataclasses.asdict(self), name.replace("-", "_"): text})
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
-
-
 def chat(arguments: Sequence[str]) -> int:
     """The verb: load, say what was loaded, and answer until there is nothing more to answer."""
     options = parse(arguments)
-    settings = Settings()
-    for known in dataclasses.fields(Settings):
-        if (text := getattr(options, known.name)) is not None:
-            settings = settings.changed(known.name, text)
-    place = artifact_of(options.path, Role.policy, "PATH", models_below(PipelineConfig().output_dir), note)
-    artifact = load_named(place, Role.policy, "PATH", allow_unverified=True)
-    if fault := artifact.manifest.details.get(UNVERIFIED):
-        note(f"warning: it failed its check when it was exported: {fault}")
-    policy = Policy(artifact, options.device)
-    note(f"policy {artifact.path}, verified ({artifact.sha256[:12]}), on {policy.device}")
-    if policy.variables:
-        note(f"variables of its chat template, as it was trained: {policy.variables}")
-    if not policy.has_template:
-        note("it has no chat template: it goes on with what you type, each line by itself")
+    settings = fields_given(Settings, options)
+    if options.against == options.path:
+        raise UserError(f"--against {options.against} is the policy itself", hint="name another one")
+    named = {"PATH": options.path, **({} if options.against is None else {"--against": options.against})}
+    chats = {
+        path: Chat(policy_of(key, path, options.device), settings, options.system or "")
+        for key, path in named.items()
+    }
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    conversation = Chat(policy, settings, options.system or "")
-    conversation.reseed()
+    conversation = SideBySide(chats)
     if sys.stdin.isatty() and sys.stdout.isatty():
         note("/help lists the commands")
         return talk(conversation)
@@ -93,7 +67,22 @@ def chat(arguments: Sequence[str]) -> int:
     return 0
 
 
-def talk(conversation: Chat) -> int:
+def policy_of(key: str, path: str, device: str | None) -> Policy:
+    """The policy that was named, loaded; says which one it is, and what is to be known of it."""
+    place = artifact_of(path, Role.policy, key, models_below(PipelineConfig().output_dir), note)
+    artifact = load_named(place, Role.policy, key, allow_unverified=True)
+    if fault := artifact.manifest.details.get(UNVERIFIED):
+        note(f"warning: it failed its check when it was exported: {fault}")
+    policy = Policy(artifact, device)
+    note(f"policy {artifact.path}, verified ({artifact.sha256[:12]}), on {policy.device}")
+    if policy.variables:
+        note(f"variables of its chat template, as it was trained: {policy.variables}")
+    if not policy.has_template:
+        note("it has no chat template: it goes on with what you type, each line by itself")
+    return policy
+
+
+def talk(conversation: SideBySide) -> int:
     """At a terminal: a prompt, and errors that end nothing."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (editing and history, for input)
@@ -115,9 +104,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options as text; `Settings` checks the values. UserError for an option that does not exist."""
     parser = Options("chat", "PATH", "Talk to a policy in the terminal.")
     parser.add_argument("path", metavar="PATH", help="an artifact, a run, a model's folder, a hub model")
-    for known in dataclasses.fields(Settings):
-        option = "--" + known.name.replace("_", "-")
-        parser.add_argument(option, metavar="N", help=f"default {known.default}")
+    parser.add_fields(Settings)
+    parser.add_argument("--against", metavar="PATH", help="another policy, which answers everything too")
     parser.add_argument("--system", metavar="TEXT", help="how the policy should behave")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda; by default a GPU where there is one")
     return parser.parse_args(list(arguments))
@@ -139,6 +127,7 @@ class Chat:
     settings: Settings
     system: str = ""
     turns: list[Message] = field(default_factory=list)
+    answered: int = 0  # since the random numbers were started over
 
     def take(self, line: str, *, keep_interrupted: bool = True) -> bool:
         """Answer a line or obey a command; false when that is to leave.
@@ -148,7 +137,7 @@ class Chat:
         text = line.strip()
         if not text:
             return True
-        if text.startswith("/") and not text.startswith("//"):
+        if is_command(text):
             return self.obey(text)
         self.turns.append({"role": "user", "content": text.removeprefix("/") if text[0] == "/" else text})
         try:
@@ -162,6 +151,7 @@ class Chat:
     def say(self, ids: list[int], keep_interrupted: bool) -> None:
         """Print the answer as it comes, and remember it."""
         answer = Answer(self.policy.decode)
+        self.seed()
         try:
             self.policy.answer(ids, self.settings, answer)
         except KeyboardInterrupt:
@@ -206,7 +196,7 @@ class Chat:
             note(COMMANDS)
         elif name == "reset":
             self.turns.clear()
-            self.reseed()
+            self.answered = 0
             note("(all is forgotten)")
         elif name == "system":
             self.system = rest
@@ -218,6 +208,14 @@ class Chat:
             raise UserError(f"unknown command /{name}", hint=did_you_mean(name, known, "/help", prefix="/"))
         return True
 
+    def follow(self, other: Chat) -> None:
+        """Be told what another conversation was told: settings, system message, a new beginning."""
+        self.settings, self.system = other.settings, other.system
+        if other.answered == 0:
+            self.answered = 0
+            if not other.turns:
+                self.turns.clear()
+
     def set(self, rest: str) -> None:
         """`/set`, `/set NAME VALUE` or `/set NAME=VALUE`."""
         words = rest.replace("=", " ", 1).split()
@@ -226,14 +224,43 @@ class Chat:
         if words:
             self.settings = self.settings.changed(*words)
         if words and words[0] == "seed":
-            self.reseed()
+            self.answered = 0
         note(str(self.settings))
 
-    def reseed(self) -> None:
-        """Start the random numbers over."""
+    def seed(self) -> None:
+        """The random numbers of an answer follow from the seed and its number, whoever else is asked."""
         import torch
 
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed + self.answered)
+        self.answered += 1
+
+
+@dataclass
+class SideBySide:
+    """Conversations by the name of their policy, usually one: each is told the same, and remembers its own
+    answers. Where there are several, a name stands before each answer."""
+
+    chats: Mapping[str, Chat]
+
+    def take(self, line: str, *, keep_interrupted: bool = True) -> bool:
+        """As `Chat.take`. A command is obeyed once, and followed by the others."""
+        first, *others = self.chats.values()
+        if not others or not line.strip():
+            return first.take(line, keep_interrupted=keep_interrupted)
+        if is_command(line.strip()):
+            goes_on = first.take(line)
+            for chat in others:
+                chat.follow(first)
+            return goes_on
+        for name, chat in self.chats.items():
+            note(f"{name}:")
+            chat.take(line, keep_interrupted=keep_interrupted)
+        return True
+
+
+def is_command(text: str) -> bool:
+    """Whether a line, without white space around it, is none that the policy is told."""
+    return text.startswith("/") and not text.startswith("//")
 
 
 # --- The policy ------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def start_import(named: str, role: Role, typed: str, out: Path, options: Sequenc
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     path, _, revision = named.partition("@") if not Path(named).expanduser().exists() else (named, "", "")
-    arguments = [path, "--out", str(out), "--role", role.value, "--named", typed, *options]
+    arguments = [path, "--out", str(out), "--role", role.value, f"--named={typed}", *options]
     outcome = supervise(Job(IMPORTER, (*arguments, *(["--revision", revision] if revision else []))))
     if outcome.status != 0:
         raise SystemExit(outcome.status)

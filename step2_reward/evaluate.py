@@ -14,7 +14,7 @@ import torch
 from common.data.types import PairBatch
 from common.evidence import share_interval
 from common.training.engine import Engine
-from step2_reward.loss import ScoredPairs, in_order, score, step_metrics
+from step2_reward.loss import ScoredPairs, correlation, in_order, pair_losses, score, step_metrics
 
 CALIBRATION_BINS = 10
 
@@ -55,13 +55,48 @@ def expected_calibration_error(scores: torch.Tensor) -> float:
     of a bin that are in order (ties count half) is compared with their mean confidence (arXiv 1706.04599).
     scores: [P, 2], chosen and rejected.
     """
+    gaps, bins = _gaps(scores)
+    # of each bin: its share of the pairs times |accuracy − confidence|, whose common divisor cancels
+    return float(_by_bin(gaps, bins).abs().sum() / len(scores))
+
+
+def by_pair(pairs: ScoredPairs, centering: float = 0.0) -> dict[str, torch.Tensor]:
+    """Metrics of `held_out_metrics` as a float64 number of each pair [P] whose mean the metric is.
+
+    For intervals. The calibration error and the correlation are sums of pairs only about where they are: each
+    pair gets its influence on them (of the correlation: z_a z_b − r (z_a² + z_b²) / 2, averaged over both
+    answers).
+    """
+    scores = pairs.scores.double()
+    gaps, bins = _gaps(scores)
+    rewards, lengths = scores.flatten(), pairs.lengths.flatten().double()
+    r = correlation(rewards, lengths)
+    a, b = _standardised(rewards), _standardised(lengths)
+    return {
+        "loss": pair_losses(scores, pairs.margins.double(), centering),
+        "accuracy": in_order(scores),
+        "margin": scores[:, 0] - scores[:, 1],
+        "expected_calibration_error": _by_bin(gaps, bins).sign()[bins] * gaps,
+        "reward_length_correlation": (a * b - r * (a * a + b * b) / 2 + r).view(-1, 2).mean(1),
+    }
+
+
+def _gaps(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each pair what it was right by less its confidence, float64 [P], and its bin, int64 [P]."""
     chosen, rejected = scores.double().unbind(1)
     confidence = torch.sigmoid((chosen - rejected).abs())
-    correct = in_order(scores)
     bins = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
-    # of each bin: its share of the pairs times |accuracy − confidence|, whose common divisor cancels
-    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence)
-    return float(gaps.abs().sum() / len(scores))
+    return in_order(scores) - confidence, bins
+
+
+def _by_bin(gaps: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, gaps)
+
+
+def _standardised(values: torch.Tensor) -> torch.Tensor:
+    """Less their mean, in standard deviations; zeros where they do not vary."""
+    spread = values.std(correction=0)
+    return (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
 
 
 def by_length(lengths: torch.Tensor) -> dict[str, torch.Tensor]:

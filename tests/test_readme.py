@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.chat import parse
 from pipeline.compose import compose, prepare
+from pipeline.evaluate import evaluate_options
 from pipeline.export import export_options
+from pipeline.generate import generate_options
 from pipeline.reference import explain
 from pipeline.sources import import_options
 
@@ -29,7 +32,16 @@ def test_the_commands_were_found() -> None:
 @pytest.mark.parametrize(("verb", "rest"), COMMANDS, ids=lambda text: text.strip()[:40])
 def test_every_command_composes(verb: str, rest: str) -> None:
     arguments = shlex.split(rest, comments=True)
-    if verb in ("verify", "report", "chat"):
+    if verb == "chat":
+        assert parse(arguments).path
+        return
+    if verb == "generate":
+        assert generate_options(arguments)[0].prompts
+        return
+    if verb == "evaluate":
+        assert evaluate_options(arguments)[0].data
+        return
+    if verb in ("verify", "report"):
         assert len(arguments) == 1
         return
     if verb == "explain":

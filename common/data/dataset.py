@@ -9,6 +9,7 @@ few numbers per row). Does not pack and does not make batches.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from array import array
 from collections.abc import Callable, Iterator
@@ -76,6 +77,23 @@ def build(
             hint="\n  ".join(["see what became of them:", *ledger.lines()]),
         )
     return train, held_out, ledger
+
+
+def build_whole(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: Kind[Opened],
+    *,
+    cache_dir: Path | str,
+    report: Report = print,
+) -> tuple[Opened, Ledger]:
+    """Every usable row of the sources, where nothing is trained: none is held out. As `build` otherwise."""
+    data = dataclasses.replace(data, eval_fraction=0.0)
+    try:
+        rows, _, ledger = build(data, tokenizer, kind, seed=0, cache_dir=cache_dir, report=report)
+    except UserError as error:
+        raise UserError(error.message.replace(" to train on", ""), hint=error.hint) from error
+    return rows, ledger
 
 
 def load(folder: Path, kind: Kind[Opened]) -> tuple[Opened, Opened | None, Ledger]:

@@ -59,10 +59,12 @@ class Decoder:
         rule: SamplingRule,
         *,
         should_stop: Callable[[], bool] | None = None,
+        ready: Callable[[int, Completion], None] | None = None,
         lockstep: bool = False,
     ) -> list[Completion] | None:
         """Completions in the order of the requests; None as soon as `should_stop` was seen to be true.
 
+        ready: is given each completion as it ends, with the number of its request.
         lockstep: forward passes are collectives, so every rank (with requests or without) makes as many as
         the one that needs most, and all leave when one is told to. Leaves the modes and the attention of the
         model and all generators as they were. UserError for a prompt that leaves the model's context no room,
@@ -72,12 +74,18 @@ class Decoder:
         run = Run(requests, rule, self.slots, getattr(config, "max_position_embeddings", None))
         with sampling_from(self.model, self.has_cache) as base:
             passes = SlotPasses(base, run.slots, run.capacity) if self.has_cache else WholePasses(base)
-            finished = _until_done(run, passes, should_stop, lockstep)
+            finished = _until_done(run, passes, should_stop, ready, lockstep)
         self.counts = DecodingCounts(run.steps, int(run.made.sum()), run.computed_rows)
         return run.completions() if finished else None
 
 
-def _until_done(run: Run, passes: Passes, should_stop: Callable[[], bool] | None, lockstep: bool) -> bool:
+def _until_done(
+    run: Run,
+    passes: Passes,
+    should_stop: Callable[[], bool] | None,
+    ready: Callable[[int, Completion], None] | None,
+    lockstep: bool,
+) -> bool:
     """Forward passes until nothing is left to do; false when told to stop.
 
     lockstep: what goes wrong on one rank is raised when the others know, so that none waits for it in a pass.
@@ -94,8 +102,12 @@ def _until_done(run: Run, passes: Passes, should_stop: Callable[[], bool] | None
         if stop or not busy:
             return not stop
         try:
-            run.step(passes)
+            ended = run.step(passes)
         except UserError as error:
             if not lockstep:
                 raise
             failed = error
+            continue
+        if ready is not None:
+            for request in ended:
+                ready(request, run.completion(request))

@@ -91,8 +91,11 @@ class Run:
     def busy(self) -> bool:
         return bool(self.queue) or bool((self.request >= 0).any())
 
-    def step(self, passes: Passes) -> None:
-        """One forward pass: the next token of every response under way, the first of those that begin."""
+    def step(self, passes: Passes) -> list[int]:
+        """One forward pass: the next token of every response under way, the first of those that begin.
+
+        Returns the requests whose responses have ended with it.
+        """
         self._tidy(passes)
         going_on = np.flatnonzero(self.request >= 0)
         begun, joined = self._admit(passes)
@@ -113,11 +116,11 @@ class Run:
             slots += joined
             chosen += [len(logits) - 1] * len(joined)
         if not slots:  # a pass that only keeps step with other ranks
-            return
+            return []
         self._hold(begun, logits, len(going_on))
         if chosen != list(range(len(logits))):
             logits = logits[torch.tensor(chosen, device=logits.device)]
-        self._draw(np.array(slots), logits)
+        return self._draw(np.array(slots), logits)
 
     def _admit(self, passes: Passes) -> tuple[list[tuple[int, list[int]]], list[int]]:
         """Fill free slots: prompts to compute with their slots, and slots whose prompt is computed."""
@@ -155,8 +158,8 @@ class Run:
         elif self.held is not None and self.held.prompt != head:
             self.held = None
 
-    def _draw(self, slots: np.ndarray, logits: torch.Tensor) -> None:
-        """Choose a token for each of these slots and note what has become of its request."""
+    def _draw(self, slots: np.ndarray, logits: torch.Tensor) -> list[int]:
+        """Choose a token for each of these slots and note what has become of its request; those that end."""
         requests = self.request[slots]
         made = self.made[requests]
         numbers = torch.from_numpy(self.draws[slots, made]).to(logits.device)
@@ -175,6 +178,7 @@ class Run:
         self.stopped[requests] = np.isin(tokens, self.rule.terminators)
         done = self.stopped[requests] | (made + 1 >= self.limit[requests])
         self.request[slots[done]] = -1
+        return requests[done].tolist()
 
     def _tidy(self, passes: Passes) -> None:
         """Move the longest responses to the front where that saves more than it costs."""
@@ -217,10 +221,13 @@ class Run:
 
     def completions(self) -> list[Completion]:
         """Of all requests, in their order."""
-        return [
-            Completion(self.tokens[i, :made].copy(), self.logprobs[i, :made].copy(), bool(self.stopped[i]))
-            for i, made in enumerate(self.made.tolist())
-        ]
+        return [self.completion(request) for request in range(len(self.requests))]
+
+    def completion(self, request: int) -> Completion:
+        """What has become of a request so far."""
+        made = int(self.made[request])
+        tokens, logprobs = (found[request, :made].copy() for found in (self.tokens, self.logprobs))
+        return Completion(tokens, logprobs, bool(self.stopped[request]))
 
 
 def _queued(requests: Sequence[Request]) -> tuple[list[np.ndarray], deque[tuple[int, int]]]:

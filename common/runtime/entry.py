@@ -11,18 +11,22 @@ import argparse
 import dataclasses
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from common.artifacts import read_json
 from common.config import Dtype, JobConfig, dtype_on, load_resolved
 from common.errors import UserError
+from common.fields import as_schema
 from common.jit import refuse_to_wait_for_ever
 from common.notices import listen
 from common.redact import shown
 from common.runtime.logs import open_rank_log, run_and_report
 
 Job = TypeVar("Job", bound=JobConfig)
+Work = TypeVar("Work")
 
 
 def on_this_device(job: Job) -> Job:
@@ -79,3 +83,14 @@ def step_main(
             raise error.in_step(name) from error
 
     return run_and_report(work, logs)
+
+
+def job_main(schema: type[Work], work: Callable[[Work], int]) -> int:
+    """`python -m MODULE job.json`: one process that trains nothing; its exit status is as that of a step.
+
+    schema: of the job in that file, beside which the log is kept.
+    """
+    path = Path(sys.argv[1])
+    open_rank_log(path.parent, 0)
+    listen(lambda line: print(f"notice: {shown(line)}", flush=True))
+    return run_and_report(lambda: work(as_schema(schema, read_json(path))), path.parent)

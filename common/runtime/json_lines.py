@@ -6,6 +6,7 @@ one line and fails nothing. What a record means is not known here.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -39,27 +40,31 @@ class JsonLines:
         body = {"step": step, **{name: strict(value) for name, value in record.items()}}
         line = (json.dumps(body, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "replace")
         try:
-            self._write_whole(line)
+            with self._path.open("ab", buffering=0) as file:
+                write_whole(file, line)
         except OSError as error:
             self._warn(error)
-
-    def _write_whole(self, line: bytes) -> None:
-        """One write per line, undone when it was cut short: the next line must begin on a line of its own."""
-        with self._path.open("ab", buffering=0) as file:
-            begin = file.seek(0, os.SEEK_END)
-            written = -1
-            try:
-                written = file.write(line)
-            finally:
-                if written != len(line):
-                    file.truncate(begin)
-        if written != len(line):
-            raise OSError(f"wrote {written} of {len(line)} bytes")
 
     def _warn(self, error: OSError) -> None:
         if not self._warned and not isinstance(error, FileNotFoundError):  # a folder removed ends the run
             self._warned = True
             self._say(f"warning: {self._path} cannot be written ({error}); training goes on without it")
+
+
+def write_whole(file: io.FileIO, line: bytes) -> None:
+    """One write per line, undone when it was cut short: the next line must begin on a line of its own.
+
+    file: open for appending, without a buffer. OSError where the disk takes less than the line.
+    """
+    begin = file.seek(0, os.SEEK_END)
+    written = -1
+    try:
+        written = file.write(line)
+    finally:
+        if written != len(line):
+            file.truncate(begin)
+    if written != len(line):
+        raise OSError(f"wrote {written} of {len(line)} bytes")
 
 
 def records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

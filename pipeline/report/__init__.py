@@ -1,6 +1,6 @@
 """`report(run)`: one self-contained HTML page about a run, made from the files in its folder.
 
-The way of the data: `files.py` reads what is there, `estimates.py` and `glance.py` compare before with after,
+The way of the data: `files.py` reads what is there, `glance.py` compares before with after,
 `charts.py` lays out curves, `page.py` gathers everything for the template `report.html.jinja`.
 Trains nothing, imports no torch and asks no network; the page needs none either.
 """

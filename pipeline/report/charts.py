@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from common.evidence import Z
 from pipeline.report import shown
-from pipeline.report.estimates import Z
 from pipeline.report.files import Series
 
 WIDTH, HEIGHT = 340, 192

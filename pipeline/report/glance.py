@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from common import estimates
+from common.estimates import Estimate
 from common.stage import Step
-from pipeline.report import estimates, shown
-from pipeline.report.estimates import Estimate
+from pipeline.report import shown
 from pipeline.report.files import RunFiles, StepFiles, mapping, whole
 from step3_ppo.config import MEASURED
 

@@ -1,7 +1,8 @@
-"""Responses as a reward model reads them that others published: as text, with its own template and tokenizer.
+"""Responses as a reward model with another tokenizer or template reads them: as text, in its own.
 
-Takes prompts and completions as text; returns token ids whose last one is where the score is read: the token
-where plain transformers reads it of the same conversation alone. Knows no network and no rank.
+Takes prompts and completions as text; returns token ids whose last one is where the score is read: of a model
+that others published the token where plain transformers reads it of the same conversation alone, of ours the
+terminator. Knows no network and no rank.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ def reader_of(model: ModelConfig, reward_model: Artifact | None) -> TextReader |
 
 
 class TextReader:
-    """What an imported reward model makes of a prompt and its completion."""
+    """What a reward model makes of a prompt and its completion."""
 
     def __init__(self, artifact: Artifact, tokenizer: PreTrainedTokenizerFast) -> None:
         """tokenizer: the artifact's."""
         details = artifact.manifest.details
-        self._path, self._pad = artifact.path, details["imported"].get(PAD)
+        self._path, self._pad = artifact.path, details.get("imported", {}).get(PAD)
+        self._ends = None if scores_text(artifact) else details["terminators"]
         self._context: int | None = details.get("context_length")
         self._template, self._encoder = read_template(tokenizer), Encoder(tokenizer)
         self._control = control.control_tokens(tokenizer)
@@ -70,8 +72,11 @@ class TextReader:
         return [self._to_scored(ids, text) for ids, text in zip(found, texts, strict=True)]
 
     def _to_scored(self, ids: np.ndarray, text: str) -> np.ndarray:
-        """Through the last token that is not the pad of the model's own config."""
-        read = np.flatnonzero(ids != self._pad) if self._pad is not None else np.arange(len(ids))
+        """Through the last terminator, or the last token that is not the pad of the model's own config."""
+        if self._ends is not None:
+            read = np.flatnonzero(np.isin(ids, self._ends))
+        else:
+            read = np.flatnonzero(ids != self._pad) if self._pad is not None else np.arange(len(ids))
         if not len(read):
             raise UserError(f"the reward model {self._path} reads nothing in {text[:60]!r}")
         end = int(read[-1]) + 1
@@ -79,7 +84,7 @@ class TextReader:
             raise UserError(
                 f"the reward model {self._path} reads at most {self._context:,} tokens, and a prompt with "
                 f"its response has {end:,} of its own",
-                hint="lower ppo.data.max_length, or name another reward model",
+                hint="lower data.max_length, or name another reward model",
             )
         return ids[:end]
 

@@ -225,6 +225,67 @@ def test_what_is_no_policy_is_refused_in_words(
     assert said in caught.value.message and caught.value.hint
 
 
+# --- Two policies ------------------------------------------------------------------------------------
+
+
+def side_by_side(*says: str) -> tuple[chat.SideBySide, list[Echo]]:
+    made = [conversation(each) for each in says]
+    return chat.SideBySide({f"policy {n}": talk for n, (talk, _) in enumerate(made)}), [e for _, e in made]
+
+
+def test_both_answer_each_line_under_their_names_and_remember_their_own_answers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both, (left, right) = side_by_side("yes", "no")
+    assert both.take("one") and both.take("two")
+    printed = capsys.readouterr()
+    assert printed.out == "yes\nno\n" * 2
+    assert printed.err.splitlines() == ["policy 0:", "policy 1:"] * 2
+    assert (left.seen, right.seen) == ("<u>one<a>yes<u>two", "<u>one<a>no<u>two")
+
+
+def test_a_command_is_obeyed_by_both_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    both, (left, right) = side_by_side("yes", "no")
+    both.take("/system be brief")
+    both.take("one")
+    assert left.seen == right.seen == "<s>be brief<u>one"
+    capsys.readouterr()
+    both.take("/set temperature 0.5")
+    assert capsys.readouterr().err.count("temperature=0.5") == 1
+    assert {talk.settings.temperature for talk in both.chats.values()} == {0.5}
+    both.take("/help")
+    both.take("two")
+    assert right.seen == "<s>be brief<u>one<a>no<u>two"  # nothing is forgotten by a command
+    both.take("/reset")
+    both.take("three")
+    assert left.seen == right.seen == "<s>be brief<u>three"
+    assert not both.take("/quit")
+
+
+def test_an_answer_has_the_random_numbers_that_it_has_alone() -> None:
+    import torch
+
+    drawn: list[float] = []
+    alone, _ = conversation()
+    both, _ = side_by_side("yes", "no")
+    for talk in (alone, *both.chats.values()):
+        answer = talk.policy.answer
+        talk.policy.answer = lambda *given, answer=answer: (  # type: ignore[method-assign]
+            drawn.append(float(torch.rand(()))) or answer(*given)
+        )
+    for line in ("one", "two"):
+        alone.take(line)
+    for line in ("one", "two"):
+        both.take(line)
+    first, second = drawn[:2]
+    assert first != second and drawn[2:] == [first, first, second, second]
+
+
+def test_a_policy_is_not_compared_with_itself() -> None:
+    with pytest.raises(UserError, match="is the policy itself"):
+        chat.chat(["runs/first", "--against", "runs/first"])
+
+
 # --- For real --------------------------------------------------------------------------------------
 
 

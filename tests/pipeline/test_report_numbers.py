@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from common.estimates import Estimate, of_change, of_mean, of_share, student_quantile
 from pipeline.report import shown
-from pipeline.report.estimates import Estimate, of_change, of_mean, of_share, student_quantile
 
 
 def test_wilsons_interval_is_the_textbooks() -> None:

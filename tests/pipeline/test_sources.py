@@ -114,7 +114,7 @@ def test_a_revision_goes_to_the_importer_with_the_name(
     (job,) = jobs
     arguments = job.arguments
     assert arguments[0] == "org/name"
-    assert arguments[3:7] == ("--role", "policy", "--named", "dpo.policy=org/name@v1")
+    assert arguments[3:6] == ("--role", "policy", "--named=dpo.policy=org/name@v1")
     assert arguments[-3:] == ("--trust-remote-code", "--revision", "v1")
 
 
@@ -152,6 +152,12 @@ def test_ours_must_read_the_policys_tokens(here: list[tuple[str, ...]], tmp_path
     typed.ppo.reward_model = str(artifact(tmp_path / "reward", Role.reward_model))
     with pytest.raises(UserError, match="do not read text alike"):
         settle_sources(typed)
+
+
+def test_a_model_that_an_option_names_is_imported(here: list[tuple[str, ...]], tmp_path: Path) -> None:
+    folder = published(tmp_path / "model")
+    made = artifact_of(str(folder), Role.policy, "--against", tmp_path / "models")
+    assert Artifact.load(made, Role.policy)
 
 
 def test_trust_in_remote_code_reaches_the_importer(here: list[tuple[str, ...]], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ answers, artifacts load in plain transformers, and a run that was killed ends wi
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -262,10 +263,59 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_weights(folder: Pa
     assert weights(ran.folder) == weights(lora_fp32.folder)
 
 
-def pipeline(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+def test_a_file_of_completions_of_the_plain_folder_is_gone_on_with_after_a_kill(tmp_path: Path) -> None:
+    desk.write(tmp_path)
+    files = [tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"]
+    commands = [
+        [
+            sys.executable, "-m", "pipeline", "generate", str(find()), "--prompts", "prompts.jsonl",
+            "--out", file.name, "--max-new-tokens", "8", "--slots", "4", "--samples", "2", "--dtype", "fp32",
+        ]
+        for file in files
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        commands[0], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + SECONDS
+    while not files[0].exists() or files[0].read_bytes().count(b"\n") < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for command in commands:
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=SECONDS)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes().count(b"\n") == len(desk.ANSWERS)
+
+
+def test_evaluate_sees_what_sft_taught_beside_the_plain_folder(full_fp32: Ran, tmp_path: Path) -> None:
+    desk.write(tmp_path)
+    sft, reward, ppo = (str(full_fp32.folder / step) for step in ("sft", "reward", "ppo"))
+    asked = {
+        "loss": [sft, "--data", "rows.jsonl", "--against", str(find())],
+        "pairs": [reward, "--data", "pairs.jsonl"],
+        "judged": [
+            sft, "--data", "prompts.jsonl", "--against", ppo, "--reward-model", reward,
+            "--max-new-tokens", "8",
+        ],
+    }  # fmt: skip
+    found = {}
+    for name, arguments in asked.items():
+        done = pipeline("evaluate", *arguments, "--out", f"{name}.json", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["loss"]["change"]["loss"]["high"] < -0.5
+    assert found["pairs"]["metrics"]["accuracy"]["value"] > 0.5
+    assert found["judged"]["metrics"]["reward_model"]["count"] == len(desk.ANSWERS)
+    assert 0 <= found["judged"]["between"]["win_rate"]["value"] <= 1
+
+
+def pipeline(*arguments: str, typed: str = "", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments], cwd=ROOT, input=typed, capture_output=True, text=True,
-        timeout=SECONDS, check=False,
+        [sys.executable, "-m", "pipeline", *arguments], cwd=folder, input=typed, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from step2_reward.evaluate import calibration, expected_calibration_error, held_out_metrics
+from step2_reward.evaluate import by_pair, calibration, expected_calibration_error, held_out_metrics
 from tests.step2_reward.test_loss import pairs
 
 
@@ -67,3 +67,36 @@ def test_the_calibration_of_a_manifest_is_that_of_all_rewards() -> None:
     assert kept["mean"] == 1.0 and kept["std"] == pytest.approx(2**0.5) and kept["pairs"] == 2
     assert kept["accuracy"] == 1.0
     assert kept["expected_calibration_error"] == pytest.approx(1 - 1 / (1 + math.exp(-2)))
+
+
+def test_every_metric_is_the_mean_of_what_each_pair_has_of_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 2, generator=generator) * 2
+    lengths = torch.randint(3, 50, (40, 2), generator=generator)
+    scored = pairs(scores.tolist(), lengths=lengths.tolist())
+    scored.scores[3] = scored.scores[3, 0]  # a tie
+    found, parts = held_out_metrics(scored, ["a"], 0.1), by_pair(scored, 0.1)
+    assert {name: float(each.mean()) for name, each in parts.items()} == pytest.approx(
+        {name: found[f"eval/{name}"] for name in parts}
+    )
+
+
+def test_a_pairs_part_in_the_correlation_is_what_leaving_it_out_changes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(300, 2, generator=generator)
+    lengths = (20 + 4 * scores + 5 * torch.randn(300, 2, generator=generator)).round().long()
+    scored = pairs(scores.tolist(), lengths=lengths.tolist())
+    parts = by_pair(scored)["reward_length_correlation"]
+    r = held_out_metrics(scored, ["a"], 0.0)["eval/reward_length_correlation"]
+    for left_out in (0, 7, 100):
+        kept = [index for index in range(300) if index != left_out]
+        without = held_out_metrics(pairs(scores[kept].tolist(), lengths=lengths[kept].tolist()), ["a"], 0.0)[
+            "eval/reward_length_correlation"
+        ]
+        # to first order in 1/P: of a step of 1/300, an error of the order of (1/300)²
+        assert float(parts[left_out]) - r == pytest.approx(299 * (r - without), abs=0.05)
+
+
+def test_where_nothing_varies_the_correlation_is_zero_in_every_pair() -> None:
+    parts = by_pair(pairs([[1.0, 1.0], [1.0, 1.0]]))
+    assert parts["reward_length_correlation"].tolist() == [0.0, 0.0]
