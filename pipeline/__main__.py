@@ -29,7 +29,7 @@ usage: python -m pipeline VERB ...
   plan [overrides]      steps, data, schedule, memory and launch command, before a device is touched
   preview [overrides]   rows as the model sees them, with the trained tokens marked
   verify PATH           re-hash an artifact, a checkpoint or a whole run
-  report RUN            write the run's report.html: curves, samples, lineage
+  report RUN [RUN ...]  one HTML page: curves, samples, lineage; of several runs side by side
   chat PATH [options]   talk to a policy in the terminal
   export PATH [options] an artifact of a checkpoint: the best, the last, any that is kept
   import MODEL --out F  an artifact of a model that others published
@@ -51,7 +51,6 @@ usage: python -m pipeline VERB ...
 VERBS = ("run", "plan", "preview", "verify", "report", "chat", "export", "import", "doctor", "explain")
 TAKES = {
     "verify": ("one path", "runs/NAME"),
-    "report": ("the folder of one run", "runs/NAME"),
     "explain": ("one key", "sft.optim.lr"),
 }
 """What a verb with one argument takes, and an example."""
@@ -96,10 +95,9 @@ def dispatch(arguments: Sequence[str]) -> int:
 
         return verify_path(Path(only(verb, rest)), say=say)
     if verb == "report":
-        from pipeline.report import report
+        from pipeline.report.verb import report_verb
 
-        say(f"report    {report(Path(only(verb, rest)))}")
-        return 0
+        return report_verb(rest, say=say)
     if verb == "chat":
         from pipeline.chat import chat
 

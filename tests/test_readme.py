@@ -11,6 +11,7 @@ import pytest
 from pipeline.compose import compose, prepare
 from pipeline.export import export_options
 from pipeline.reference import explain
+from pipeline.report.verb import report_options
 from pipeline.sources import import_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +30,11 @@ def test_the_commands_were_found() -> None:
 @pytest.mark.parametrize(("verb", "rest"), COMMANDS, ids=lambda text: text.strip()[:40])
 def test_every_command_composes(verb: str, rest: str) -> None:
     arguments = shlex.split(rest, comments=True)
-    if verb in ("verify", "report", "chat"):
+    if verb in ("verify", "chat"):
         assert len(arguments) == 1
+        return
+    if verb == "report":
+        assert report_options(arguments).runs
         return
     if verb == "explain":
         assert explain(arguments[0])

@@ -62,7 +62,7 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         (("verify",), "verify takes one path"),
         (("verify", "nowhere"), "nowhere: no such folder"),
         (("verify", __file__), "test_main.py: a file"),
-        (("report",), "report takes the folder of one run"),
+        (("report",), "arguments are required: RUN"),
         (("report", "nowhere"), "nowhere"),
         (("chat",), "the following arguments are required: PATH"),
         (("chat", "nowhere"), "PATH=nowhere: no such folder"),
