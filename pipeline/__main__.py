@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from pipeline.config import PipelineConfig
+    from pipeline.sweep import Ended
 
 USAGE = """\
 usage: python -m pipeline VERB ...
@@ -174,6 +175,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     from pipeline.compose import compose, jobs_of, prepare, share_a_name
     from pipeline.config import CONF, register
     from pipeline.effects import check_effects
+    from pipeline.sweep import conclude
 
     args = get_args_parser().parse_args(list(arguments))
     prepared = prepare(args.overrides, multirun=args.multirun)
@@ -192,10 +194,12 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     flags = [text for text in arguments if text not in args.overrides]
     # overrides first: after a flag with an optional value (--info) the first one would be taken for it
     sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *beside, *flags]
-    task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
-        _Task(verb, is_sweep=args.multirun, shared_name=args.multirun and share_a_name(configs))
-    )
-    task()
+    task = _Task(verb, is_sweep=args.multirun, shared_name=args.multirun and share_a_name(configs))
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    finally:
+        if task.ended:
+            conclude(task.ended, task.judged_by, say)
     return 0
 
 
@@ -204,6 +208,8 @@ class _Task:
 
     def __init__(self, verb: str, *, is_sweep: bool, shared_name: bool) -> None:
         self.verb, self.is_sweep, self.shared_name = verb, is_sweep, shared_name
+        self.ended: list[Ended] = []  # runs of a sweep, as far as this process starts them
+        self.judged_by = ""
         self.__name__ = verb
 
     def __call__(self, node: DictConfig) -> float | None:
@@ -212,8 +218,9 @@ class _Task:
 
         from common.launch_config import Launcher
         from pipeline.compose import name_of_sweep_job, to_config
+        from pipeline.state import run_folder
         from pipeline.submit import is_for_other_machines
-        from pipeline.sweep import objective_of, run_in_child
+        from pipeline.sweep import Ended, name_of_objective, objective_of, run_in_child
 
         try:
             hydra = HydraConfig.get()
@@ -224,7 +231,11 @@ class _Task:
                 config = name_of_sweep_job(config)
             is_judged = self.verb == "run" and self.is_sweep
             if is_judged and not is_for_other_machines(config):
-                return run_in_child(config)
+                self.judged_by = name_of_objective(config)
+                self.ended.append(Ended(run_folder(config), None))
+                objective = run_in_child(config)
+                self.ended[-1] = Ended(run_folder(config), objective)
+                return objective
             launcher, sweeper = config.launch.kind, hydra.runtime.choices["hydra/sweeper"]
             if is_judged and launcher is not Launcher.ssh and sweeper != "basic":
                 raise UserError(
