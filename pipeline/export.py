@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import MANIFEST, UNVERIFIED, Artifact, read_json
-from common.config import WandbMode
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
 from common.handoff import similar
@@ -141,7 +140,7 @@ def lay_out(found: Checkpoint, run: Path) -> None:
     resolved = OmegaConf.create(read_resolved(found.run))
     OmegaConf.update(resolved, f"{name}.train.max_steps", found.counters["step"])
     OmegaConf.update(resolved, "deepspeed.hpz_partition_size", 1)
-    OmegaConf.update(resolved, "tracking.wandb", WandbMode.off.value)
+    OmegaConf.update(resolved, "tracking", {"to": [], "webhook": None})
     (step / CHECKPOINTS).mkdir(parents=True)
     (step / CHECKPOINTS / found.folder.name).symlink_to(found.folder.resolve())
     write_text(run / RESOLVED, OmegaConf.to_yaml(resolved))

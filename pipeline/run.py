@@ -26,6 +26,8 @@ from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Step
+from common.tracking_config import AlertKind
+from common.webhook import Webhook
 from launch.agent import STOPPED
 from launch.follow import follow
 from launch.local import Job, count_gpus, ranks_of
@@ -105,10 +107,11 @@ def run_checked(
         return status
     lock = state.lock_run(folder)
     try:
-        for step in wired:
-            status = run_step(config, step, folder, ranks, lock, say, machines)
-            if status != 0:
-                break
+        with Webhook(config.tracking, state.run_name(config), say) as webhook:
+            for step in wired:
+                status = run_step(config, step, folder, ranks, lock, say, machines, webhook)
+                if status != 0:
+                    break
     finally:
         os.close(lock)
     if (folder / REPORT).exists():
@@ -182,6 +185,7 @@ def run_step(
     lock: int,
     say: Say,
     machines: Machines | None,
+    webhook: Webhook,
 ) -> int:
     """Run one step, or find that there is nothing to do. Returns its exit status."""
     name = wired.stage.name.value
@@ -247,9 +251,19 @@ def run_step(
         if ended in OF_MEMORY:
             is_certain = ended == OUT_OF_MEMORY or outcome.oom_killed
             show_ways_out(config, wired.stage.name, total, ranks, is_certain=is_certain)
+        alert_end(webhook, run_dir, name, ended)
         return ended
     finally:
         make_report(run_dir, say)
+
+
+def alert_end(webhook: Webhook, run_dir: Path, step: str, status: int) -> None:
+    """Tell the webhook how a step ended: also one whose ranks were killed, which tell nobody."""
+    if status in (0, STOPPED):
+        webhook.post(AlertKind.end, step, f"{step} of {run_dir} {'finished' if status == 0 else 'stopped'}")
+    else:
+        died = f"killed by signal {status - 128}" if status > 128 else f"exit status {status}"
+        webhook.post(AlertKind.failure, step, f"{step} of {run_dir} failed ({died})")
 
 
 def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:

@@ -25,6 +25,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.upserts: list[dict[str, Any]] = []
         self.operations: list[str] = []
         self.artifacts: list[dict[str, Any]] = []
+        self.alerts: list[tuple[str, str, str]] = []  # title, text, level
         self.uploads: dict[str, bytes] = {}
         self.exit_codes: dict[str, int] = {}
         self.hang = threading.Event()  # set: POST requests wait until `release`
@@ -48,6 +49,9 @@ class FakeWandb(ThreadingHTTPServer):
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
+        if operation == "NotifyScriptableRunAlert":
+            self.alerts.append((variables["title"], variables["text"], variables["severity"]))
+            return {"notifyScriptableRunAlert": {"success": True}}
         return self._artifact_answer(operation, variables)
 
     def _resume_status(self, name: str) -> dict[str, Any]:

@@ -32,10 +32,11 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
+from common.addresses import is_this_machine
 from common.deadline import within
 from common.errors import UserError
 from common.redact import redact_text
-from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url, is_this_machine
+from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url
 from step3_ppo.rewards.functions import Columns, Prompts, finite_scores
 
 log = logging.getLogger("rlhf.ppo")

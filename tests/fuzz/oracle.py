@@ -17,7 +17,7 @@ from common.fields import Range
 from pipeline.config import PipelineConfig
 
 DEFAULTS = to_plain(PipelineConfig())
-FREE_TEXT = ("run_name", "objective", "function", "functions", "url")
+FREE_TEXT = ("run_name", "objective", "function", "functions", "url", "webhook")
 """Texts with a form of their own, of which nothing is known here: they may be refused."""
 SWITCHES = {"true": True, "yes": True, "on": True, "y": True, "1": True}
 SWITCHES |= {"false": False, "no": False, "off": False, "n": False, "0": False}

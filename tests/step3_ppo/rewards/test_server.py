@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.addresses import is_this_machine
 from common.errors import UserError
 from step3_ppo.rewards import server as module
-from step3_ppo.rewards.config import check_url, is_this_machine
+from step3_ppo.rewards.config import check_url
 from step3_ppo.rewards.server import RewardServer, token_of
 
 KEY = "ppo.rewards[0].url"
