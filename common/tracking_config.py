@@ -50,9 +50,7 @@ class TrackingConfig:
     alerts: List[AlertKind] = field(default_factory=lambda: list(AlertKind))
     """what W&B and the webhook are told: a number that looks wrong, a step that failed, one that ended"""
     webhook: Optional[str] = None
-    """https address, or http on this machine, that alerts are posted to as JSON; env:NAME takes it from
-    there
-    """
+    """address that alerts are posted to as JSON, https or on this machine; env:NAME: of that variable"""
 
     def check(self, at: str) -> None:
         """A mirror is named once; the webhook can be asked."""

@@ -109,7 +109,12 @@ def run_checked(
     try:
         with Webhook(config.tracking, state.run_name(config), say) as webhook:
             for step in wired:
-                status = run_step(config, step, folder, ranks, lock, say, machines, webhook)
+                try:
+                    status = run_step(config, step, folder, ranks, lock, say, machines, webhook)
+                except UserError as error:
+                    name = step.stage.name.value
+                    webhook.post(AlertKind.failure, name, f"{name} of {folder} failed: {error.message}")
+                    raise
                 if status != 0:
                     break
     finally:
