@@ -1,5 +1,6 @@
 """Schema of `tracking`: where numbers go beside metrics.jsonl, and who is told what happens."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import List, Optional
@@ -63,3 +64,8 @@ class TrackingConfig:
             require(name.isidentifier(), f"{at}webhook", self.webhook, "env: and the name of a variable")
         else:
             check_url(self.webhook, f"{at}webhook", WEBHOOK)
+
+
+def artifact_name(run_name: str, step: str) -> str:
+    """What a step's artifact is called in a tracker."""
+    return re.sub(r"[^\w.-]+", "-", f"{run_name}-{step}")[:100]

@@ -31,6 +31,7 @@ usage: python -m pipeline VERB ...
   preview [overrides]   rows as the model sees them, with the trained tokens marked
   verify PATH           re-hash an artifact, a checkpoint or a whole run
   report RUN [RUN ...]  one HTML page: curves, samples, lineage; of several runs side by side
+  dashboard [PROJECT]   the same sections on W&B: a workspace and a report
   chat PATH [options]   talk to a policy in the terminal
   export PATH [options] an artifact of a checkpoint: the best, the last, any that is kept
   import MODEL --out F  an artifact of a model that others published
@@ -49,7 +50,19 @@ usage: python -m pipeline VERB ...
   python -m pipeline run --help                                       all settings
 """
 
-VERBS = ("run", "plan", "preview", "verify", "report", "chat", "export", "import", "doctor", "explain")
+VERBS = (
+    "run",
+    "plan",
+    "preview",
+    "verify",
+    "report",
+    "dashboard",
+    "chat",
+    "export",
+    "import",
+    "doctor",
+    "explain",
+)
 TAKES = {
     "verify": ("one path", "runs/NAME"),
     "explain": ("one key", "sft.optim.lr"),
@@ -111,6 +124,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.sources import import_verb
 
         return import_verb(rest, say=say)
+    if verb == "dashboard":
+        from pipeline.dashboard import dashboard_verb
+
+        return dashboard_verb(rest, say=say)
     if verb == "doctor":
         from pipeline.doctor import doctor
 

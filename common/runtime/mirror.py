@@ -56,10 +56,11 @@ class Mirror:
         values = self._prefixed(metrics)
         self._attempt(lambda: self._sink.log(values, step))
 
-    def log_table(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """name: of the file that the rows are in, without its suffix."""
         self._attempt(
-            lambda: self._sink.table(f"{self._prefix}/samples", rows, step),
-            otherwise="the samples are in samples.jsonl only",
+            lambda: self._sink.table(f"{self._prefix}/{name}", rows, step),
+            otherwise=f"the {name} are in the run's folder only",
         )
 
     def log_artifact(self, name: str, folder: Path, role: str, digest: str) -> None:

@@ -8,7 +8,9 @@ is measured nor how often.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 import re
 import time
@@ -21,11 +23,13 @@ from common.runtime import tensorboard_mirror, wandb_mirror
 from common.runtime.json_lines import JsonLines, records
 from common.runtime.logs import STOPPED_EXIT_CODE
 from common.runtime.mirror import Mirror
-from common.tracking_config import AlertKind, MirrorName, TrackingConfig
+from common.tracking_config import AlertKind, MirrorName, TrackingConfig, artifact_name
 from common.webhook import Webhook
 
 METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+SAMPLES = "samples"
+SAMPLES_FILE = f"{SAMPLES}.jsonl"
+LEDGER_FILE = "ledger.json"
 ALERT_AGAIN_SECONDS = 60.0
 
 
@@ -92,7 +96,11 @@ class Tracker:
         if (folder / SAMPLES_FILE).exists():
             rows = (record for _, record in records(folder / SAMPLES_FILE))
             for step, of_step in itertools.groupby(rows, key=lambda row: row.pop("step")):
-                mirror.log_table(list(of_step), step)
+                mirror.log_table(SAMPLES, list(of_step), step)
+        if (folder / LEDGER_FILE).exists():
+            with contextlib.suppress(OSError, ValueError, KeyError):  # damage is said by the report
+                sources = json.loads((folder / LEDGER_FILE).read_text(encoding="utf-8"))["sources"]
+                mirror.log_table("ledger", sources, 0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append `{"step": step, **metrics}` to metrics.jsonl. NaN and infinities are written as the strings
@@ -111,14 +119,14 @@ class Tracker:
         for row in rows:
             self._samples.append(step, row)
         for mirror in self._mirrors:
-            mirror.log_table([dict(row) for row in rows], step)
+            mirror.log_table(SAMPLES, [dict(row) for row in rows], step)
 
     def log_artifact(self, folder: Path, role: str, digest: str) -> str:
         """Record a finished artifact (its manifest and its place, no weights); returns its W&B name.
 
         digest: hash of its manifest; its first 12 digits are the version's alias.
         """
-        name = re.sub(r"[^\w.-]+", "-", f"{self._run_name}-{self._step_name}")[:100]
+        name = artifact_name(self._run_name, self._step_name)
         for mirror in self._mirrors:
             mirror.log_artifact(name, folder, role, digest)
         return f"{name}:{digest[:12]}"

@@ -121,7 +121,7 @@ def curves(
     metrics = list(dict.fromkeys(metric for run in logged for metric in run.metrics))
     plans = list(MAIN[step])
     if step == Step.ppo.value:
-        plans = [*_evaluations(metrics, functions), *_sources(metrics), *plans]
+        plans = [*evaluations(metrics, functions), *_sources(metrics), *plans]
     rest = _rest(metrics, {metric for plan in plans for metric in plan.lines})
     if not is_alone:
         plans, rest = list(_apart(plans)), list(_apart(rest))
@@ -156,7 +156,7 @@ def _apart(plans: Sequence[Plan]) -> Iterator[Plan]:
             yield Plan(title, {metric: name}, plan.unit)
 
 
-def _evaluations(metrics: Collection[str], functions: Sequence[str]) -> list[Plan]:
+def evaluations(metrics: Collection[str], functions: Sequence[str]) -> list[Plan]:
     """A chart per evaluation of PPO: sampled and greedy."""
     return [
         Plan(
