@@ -89,7 +89,9 @@ def compare(sides: Sequence[Side], functions: Sequence[str] = ()) -> Comparison 
     asked = dict.fromkeys(key for side in (found if is_of_runs else found[-1:]) for key in side)
     rows = [[side.get(key) for side in found] for key in asked]
     if is_of_runs:
-        rows = [row for row in rows if sum(sample is not None for sample in row) > 1]
+        counts = [sum(sample is not None for sample in row) for row in rows]
+        shared = [(-count, row) for count, row in zip(counts, rows, strict=True) if count > 1]
+        rows = [row for _, row in sorted(shared, key=lambda item: item[0])]  # of most runs first
     prompts = [Answers(next(filter(None, reversed(row))).prompt, row) for row in rows]
     if not prompts:
         return None
