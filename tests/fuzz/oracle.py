@@ -135,6 +135,8 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "parameters that are not sharded are elsewhere"
     if launch["node_rank"] is not None and launch["node_rank"] >= launch["nnodes"]:
         yield "a machine too many"
+    if len(set(settings["tracking"]["to"])) < len(settings["tracking"]["to"]):
+        yield "a mirror twice"
     if not settings["steps"] or len(settings["steps"]) > len(set(settings["steps"])):
         yield "steps twice, or none"
     for step in ("sft", "reward", "dpo", "ppo"):
