@@ -216,7 +216,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     finally:
         if task.ended:
-            conclude(task.ended, task.judged_by, say)
+            conclude(task.ended, say)
     return 0
 
 
@@ -226,7 +226,6 @@ class _Task:
     def __init__(self, verb: str, *, is_sweep: bool, shared_name: bool) -> None:
         self.verb, self.is_sweep, self.shared_name = verb, is_sweep, shared_name
         self.ended: list[Ended] = []  # runs of a sweep, as far as this process starts them
-        self.judged_by = ""
         self.__name__ = verb
 
     def __call__(self, node: DictConfig) -> float | None:
@@ -237,7 +236,7 @@ class _Task:
         from pipeline.compose import name_of_sweep_job, to_config
         from pipeline.state import run_folder
         from pipeline.submit import is_for_other_machines
-        from pipeline.sweep import Ended, name_of_objective, objective_of, run_in_child
+        from pipeline.sweep import Ended, judged, objective_of, run_in_child
 
         try:
             hydra = HydraConfig.get()
@@ -248,10 +247,9 @@ class _Task:
                 config = name_of_sweep_job(config)
             is_judged = self.verb == "run" and self.is_sweep
             if is_judged and not is_for_other_machines(config):
-                self.judged_by = name_of_objective(config)
-                self.ended.append(Ended(run_folder(config), None))
+                self.ended.append(Ended(run_folder(config)))
                 objective = run_in_child(config)
-                self.ended[-1] = Ended(run_folder(config), objective)
+                self.ended[-1] = Ended(run_folder(config), judged(config))
                 return objective
             launcher, sweeper = config.launch.kind, hydra.runtime.choices["hydra/sweeper"]
             if is_judged and launcher is not Launcher.ssh and sweeper != "basic":

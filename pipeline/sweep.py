@@ -1,5 +1,4 @@
-"""One run of a sweep: a process of its own, and the number that the sweeper learns from. And its end: a
-table.
+"""A run of a sweep: a process of its own, and the number that the sweeper learns from. Its end: a table.
 
 Takes a finished PipelineConfig; starts `python -m pipeline.sweep FILE`, which runs it, and returns the value
 of its `objective`. A run leaves nothing behind in the sweeper's process, and a sweeper that starts several at
@@ -64,13 +63,13 @@ def write(config: PipelineConfig, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(to_plain(config)), path)
 
 
-def name_of_objective(config: PipelineConfig) -> str:
-    """What a run is judged by, as `objective` names it."""
-    return config.objective or f"{config.steps[-1].value}:{DEFAULTS[config.steps[-1]][0]}"
-
-
 def objective_of(config: PipelineConfig) -> float:
     """The last value of what `objective` names, or of what the last step is measured by."""
+    return judged(config)[1]
+
+
+def judged(config: PipelineConfig) -> tuple[str, float]:
+    """What a run is judged by, as `objective` would name it, and what it came to."""
     run_dir = state.run_folder(config)
     if config.objective is None:
         step = config.steps[-1]
@@ -82,25 +81,25 @@ def objective_of(config: PipelineConfig) -> float:
     with open(run_dir / step.value / state.METRICS, encoding="utf-8") as lines:
         for line in lines:
             last |= json.loads(line)
-    found = next((last[name] for name in names if name in last), None)
+    name, found = next(((name, last[name]) for name in names if name in last), (names[0], None))
     if not isinstance(found, int | float) or not math.isfinite(found):
         raise UserError(
-            f"objective={name_of_objective(config)} is {found} in {run_dir}",
+            f"objective={step.value}:{name} is {found} in {run_dir}",
             hint=f"a run of {step.value} has: {', '.join(sorted(last))}",
         )
-    return float(found)
+    return f"{step.value}:{name}", float(found)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A run of a sweep. objective: what it came to; None where it did not end well."""
+    """A run of a sweep: what it is judged by, and what it came to; None where it did not end well."""
 
     folder: Path
-    objective: float | None
+    judged: tuple[str, float] | None = None
 
 
-def conclude(runs: Sequence[Ended], name: str, say: Callable[[str], None]) -> None:
-    """Say what each run had of its own and came to, and put them on one page. name: of the objective.
+def conclude(runs: Sequence[Ended], say: Callable[[str], None]) -> None:
+    """Say what each run had of its own and came to, and put them on one page.
 
     A page that cannot be made is worth a line, never the sweep.
     """
@@ -120,10 +119,11 @@ def conclude(runs: Sequence[Ended], name: str, say: Callable[[str], None]) -> No
         say(f"warning: no table of the sweep: {' '.join(words.split())}")
         return
     shown = differing[:COLUMNS]
-    header = ["run", *(row.key for row in shown), name]
+    names = dict.fromkeys(run.judged[0] for run in there if run.judged is not None)
+    header = ["run", *(row.key for row in shown), ", ".join(names) or "objective"]
     rows = [
         [run.folder.name, *(row.values[index] or "–" for row in shown),
-         "did not end well" if run.objective is None else figure(run.objective)]
+         "did not end well" if run.judged is None else figure(run.judged[1])]
         for index, run in enumerate(there)
     ]  # fmt: skip
     for line in table([header, *rows]):

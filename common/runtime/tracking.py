@@ -140,9 +140,7 @@ class Tracker:
         self.finish(exit_code=code if isinstance(code, int) else 1, error=error)
 
     def alert(self, text: str) -> None:
-        """Tell mirrors and webhook of a number that looks wrong; one that differs in numbers alone once a
-        minute.
-        """
+        """Tell mirrors and webhook of a number that looks wrong; the same with other digits once a minute."""
         now, words = time.monotonic(), re.sub(r"[\d.]+", "", text)
         if now - self._said_at.get(words, -math.inf) >= ALERT_AGAIN_SECONDS:
             self._said_at[words] = now

@@ -236,7 +236,7 @@ class Session:
     def warn(self, line: str) -> None:
         """Show that a number looks wrong, and alert who asked for it."""
         self.progress.log(line)
-        self.tracker.alert(line)
+        self.tracker.alert(line.removeprefix("warning: "))
 
     def begin_export(self) -> None:
         """Training is over and saved: a stop ends the process at once from here on."""

@@ -8,7 +8,6 @@ then it loads itself anew every few seconds.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +95,9 @@ class Section:
 def report(*runs: Path, out: Path | None = None) -> Path:
     """Write the page of one run, or of several beside each other, from the files there; returns its path.
 
-    out: by default `report.html` in the folder of the run, of several in the one that holds them all. A run
-    may be going on, and its files may be damaged: the page says what could not be read. UserError when a
-    folder is none of a run, or is named twice, or the page cannot be written.
+    out: by default `page_of` them. A run may be going on, and its files may be damaged: the page says what
+    could not be read. UserError when a folder is none of a run, or is named twice, or the page cannot be
+    written.
     """
     places = [run.resolve() for run in runs]
     if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
@@ -110,11 +109,11 @@ def report(*runs: Path, out: Path | None = None) -> Path:
 
 
 def page_of(runs: Sequence[Path]) -> Path:
-    """Where the page of these runs is written."""
+    """Where the page of these runs is written: of several beside them if they lie together, else here."""
     if len(runs) == 1:
         return runs[0] / REPORT
-    common = Path(os.path.commonpath([run.resolve().parent for run in runs]))
-    return (Path(os.path.relpath(common)) if common.is_relative_to(Path.cwd()) else common) / REPORT
+    lie_together = len({run.resolve().parent for run in runs}) == 1
+    return (runs[0].parent if lie_together else Path()) / REPORT
 
 
 def render(files: Sequence[RunFiles]) -> str:
@@ -192,9 +191,7 @@ def functions_of(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def samples_of(runs: Sequence[RunFiles]) -> Comparison | None:
-    """Of one run the samples of its last step that has any, over time; of several those that each ends
-    with.
-    """
+    """Of one run the samples of its last step that has any, over time; of several the last ones of each."""
     last = [next((step for step in reversed(run.steps) if step.samples), None) for run in runs]
     functions = functions_of(runs)
     if len(runs) == 1:
@@ -210,9 +207,7 @@ def samples_of(runs: Sequence[RunFiles]) -> Comparison | None:
 
 
 def is_going_on(run: RunFiles) -> bool:
-    """Whether more is to be expected of the run: a step runs, or is yet to run, in a process that is
-    there.
-    """
+    """Whether more is to come of the run: a step runs, or is yet to run, and its process is there."""
     if state.is_abandoned(run.folder):
         return False
     status = {step.state.get("status", "") for step in run.steps}

@@ -99,9 +99,7 @@ def _text(value: Any) -> str:
 
 
 def final_numbers(runs: Sequence[RunFiles], tables: Sequence[Sequence[Measure]]) -> list[FinalRow]:
-    """Every measure that a run has, in the order of the first run that has it. tables: a run's measures
-    each.
-    """
+    """Every measure that a run has, in the order in which they come. tables: the measures of each run."""
     by_run = [{(m.step, m.name, m.mode): m for m in table} for table in tables]
     keys = dict.fromkeys(key for found in by_run for key in found)
     return [_row(runs, [found.get(key) for found in by_run]) for key in keys]
@@ -141,14 +139,3 @@ def _above_first(
 def _by_prompt(run: RunFiles, measure: Measure) -> Mapping[str, list[float]]:
     step = next(step for step in run.steps if step.name == measure.step)
     return values_of(step, measure.after_step, measure.name, measure.mode)
-
-
-def table_rows(rows: Sequence[FinalRow]) -> list[list[str]]:
-    """The final numbers as text, a row per measure: for a terminal."""
-    return [
-        [
-            f"{row.measure.step} {row.measure.title}{f' ({row.measure.mode})' if row.measure.mode else ''}",
-            *("–" if number is None else number.value for number in row.numbers),
-        ]
-        for row in rows
-    ]

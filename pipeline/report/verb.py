@@ -1,6 +1,4 @@
-"""`python -m pipeline report RUN [RUN ...]`: the page of one run or of several, once or as long as they go
-on.
-"""
+"""`python -m pipeline report RUN [RUN ...]`: the page of runs, written once, or as long as they go on."""
 
 from __future__ import annotations
 

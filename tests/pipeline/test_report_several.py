@@ -33,11 +33,15 @@ def page(*runs: Path) -> Page:
     return Page(report(*runs).read_text(encoding="utf-8"))
 
 
-def test_a_page_of_several_runs_lies_in_the_folder_that_holds_them(tmp_path: Path) -> None:
+def test_a_page_of_several_runs_lies_beside_them_or_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = [make_run(tmp_path / name, ("sft",)) for name in ("one", "two")]
     assert report(*runs) == tmp_path / "report.html"
     assert report(*runs, out=tmp_path / "other.html") == tmp_path / "other.html"
     assert report(runs[0]) == runs[0] / "report.html"
+    monkeypatch.chdir(tmp_path / "one")
+    assert report(runs[0], make_run(tmp_path / "elsewhere" / "three", ("sft",))) == Path("report.html")
 
 
 def test_runs_of_different_steps_share_a_page(tmp_path: Path) -> None:
