@@ -21,10 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("transformers", "datasets", "peft", "wandb")
 TESTS = (
-    "tests/common/model", "tests/common/data/test_sources.py", "tests/common/data/test_cache.py",
+    "tests/common/model", "tests/common/data/test_sources.py",
     "tests/common/runtime/test_wandb_mirror.py", "tests/common/training/test_export.py",
     "tests/common/training/test_import_model.py", "tests/recipes/test_sft_run.py",
-    "tests/recipes/test_dpo_run.py",
 )  # fmt: skip
 
 
