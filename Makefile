@@ -6,6 +6,8 @@
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
 # make fuzz   50,000 odd settings, rows, artifacts, checkpoints and runs, recorded (three quarters of an hour on one core)
+# make versions  the oldest and the newest transformers, datasets, peft and wandb that pyproject.toml admits, each
+#                in an environment of its own (half an hour on one core; needs a network)
 # make docs   the pages of docs/ as a site, in site/
 # make bench  the CPU benchmarks (long)
 
@@ -14,7 +16,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser pretrained real check style audit faults fuzz docs bench clean
+.PHONY: demo test slow browser pretrained real check style audit faults fuzz versions docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -73,6 +75,9 @@ faults: $(VENV)/.dev
 # What is found is named by its number: .venv/bin/python -m tests.fuzz --case NUMBER
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --cases 50000
+
+versions: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m tests.versions
 
 docs: $(VENV)/.dev
 	$(PIP) --editable '.[docs]'

@@ -1,8 +1,9 @@
 """Schemas that training reads, shared by all steps: dataclasses with enums, one docstring line per field.
 
 A field says which values it may have, and a group's method `check` which do not go together; `as_schema` asks
-both. Checks that need two groups are made by the step's own config. What launching reads is in
-`launch_config.py`. Nothing here reads a file except `load_resolved`, and nothing imports torch.
+both. Checks that need two groups are made by the step's own config. What launching and tracking read is in
+`launch_config.py` and `tracking_config.py`. Nothing here reads a file except `load_resolved`, and nothing
+imports torch.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -13,6 +14,7 @@ from typing import Any, Dict, List, Optional, TypeVar
 from common.errors import UserError
 from common.fields import as_schema, fields_of, number, require
 from common.launch_config import LaunchConfig
+from common.tracking_config import TrackingConfig
 
 T = TypeVar("T")
 
@@ -66,13 +68,6 @@ class SchedulerName(Enum):
     constant_with_warmup = "constant_with_warmup"
     inverse_sqrt = "inverse_sqrt"
     wsd = "wsd"
-
-
-class WandbMode(Enum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    off = "off"
 
 
 class Exported(Enum):
@@ -405,18 +400,6 @@ class DeepSpeedConfig:
             raise UserError(f"{at}offload_param=cpu needs stage 3", hint="use deepspeed=zero3_offload")
         if self.hpz_partition_size > 1 and self.stage != 3:
             raise UserError(f"{at}hpz_partition_size needs stage 3", hint="use deepspeed=zero3_hpz")
-
-
-@dataclass
-class TrackingConfig:
-    """metrics.jsonl is always written; this is about Weights & Biases."""
-
-    wandb: WandbMode = WandbMode.auto
-    """auto: online with a key, else offline"""
-    project: str = "rlhf"
-    """W&B project"""
-    entity: Optional[str] = None
-    """W&B team or user"""
 
 
 @dataclass

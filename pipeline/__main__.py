@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from pipeline.config import PipelineConfig
+    from pipeline.sweep import Ended
 
 USAGE = """\
 usage: python -m pipeline VERB ...
@@ -29,7 +30,8 @@ usage: python -m pipeline VERB ...
   plan [overrides]      steps, data, schedule, memory and launch command, before a device is touched
   preview [overrides]   rows as the model sees them, with the trained tokens marked
   verify PATH           re-hash an artifact, a checkpoint or a whole run
-  report RUN            write the run's report.html: curves, samples, lineage
+  report RUN [RUN ...]  one HTML page: curves, samples, lineage; of several runs side by side
+  dashboard [PROJECT]   the same sections on W&B: a workspace and a report
   chat PATH [options]   talk to a policy in the terminal
   generate MODEL ...    completions of a file of prompts, resumable
   evaluate MODEL ...    loss, ordered pairs or rewards on rows, with intervals; two models side by side
@@ -53,12 +55,11 @@ usage: python -m pipeline VERB ...
 """
 
 VERBS = (
-    "run", "plan", "preview", "verify", "report", "chat", "generate", "evaluate", "export", "import",
-    "doctor", "explain",
+    "run", "plan", "preview", "verify", "report", "dashboard", "chat", "generate", "evaluate", "export",
+    "import", "doctor", "explain",
 )  # fmt: skip
 TAKES = {
     "verify": ("one path", "runs/NAME"),
-    "report": ("the folder of one run", "runs/NAME"),
     "explain": ("one key", "sft.optim.lr"),
 }
 """What a verb with one argument takes, and an example."""
@@ -103,10 +104,9 @@ def dispatch(arguments: Sequence[str]) -> int:
 
         return verify_path(Path(only(verb, rest)), say=say)
     if verb == "report":
-        from pipeline.report import report
+        from pipeline.report.verb import report_verb
 
-        say(f"report    {report(Path(only(verb, rest)))}")
-        return 0
+        return report_verb(rest, say=say)
     if verb == "chat":
         from pipeline.chat import chat
 
@@ -127,6 +127,10 @@ def dispatch(arguments: Sequence[str]) -> int:
         from pipeline.sources import import_verb
 
         return import_verb(rest, say=say)
+    if verb == "dashboard":
+        from pipeline.dashboard import dashboard_verb
+
+        return dashboard_verb(rest, say=say)
     if verb == "doctor":
         from pipeline.doctor import doctor
 
@@ -191,6 +195,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     from pipeline.compose import compose, jobs_of, prepare, share_a_name
     from pipeline.config import CONF, register
     from pipeline.effects import check_effects
+    from pipeline.sweep import conclude
 
     args = get_args_parser().parse_args(list(arguments))
     prepared = prepare(args.overrides, multirun=args.multirun)
@@ -209,10 +214,12 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     flags = [text for text in arguments if text not in args.overrides]
     # overrides first: after a flag with an optional value (--info) the first one would be taken for it
     sys.argv = [f"{sys.argv[0]}", *prepared.overrides, *beside, *flags]
-    task = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
-        _Task(verb, is_sweep=args.multirun, shared_name=args.multirun and share_a_name(configs))
-    )
-    task()
+    task = _Task(verb, is_sweep=args.multirun, shared_name=args.multirun and share_a_name(configs))
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    finally:
+        if task.ended:
+            conclude(task.ended, say)
     return 0
 
 
@@ -221,6 +228,7 @@ class _Task:
 
     def __init__(self, verb: str, *, is_sweep: bool, shared_name: bool) -> None:
         self.verb, self.is_sweep, self.shared_name = verb, is_sweep, shared_name
+        self.ended: list[Ended] = []  # runs of a sweep, as far as this process starts them
         self.__name__ = verb
 
     def __call__(self, node: DictConfig) -> float | None:
@@ -229,8 +237,9 @@ class _Task:
 
         from common.launch_config import Launcher
         from pipeline.compose import name_of_sweep_job, to_config
+        from pipeline.state import run_folder
         from pipeline.submit import is_for_other_machines
-        from pipeline.sweep import objective_of, run_in_child
+        from pipeline.sweep import Ended, judged, objective_of, run_in_child
 
         try:
             hydra = HydraConfig.get()
@@ -241,7 +250,10 @@ class _Task:
                 config = name_of_sweep_job(config)
             is_judged = self.verb == "run" and self.is_sweep
             if is_judged and not is_for_other_machines(config):
-                return run_in_child(config)
+                self.ended.append(Ended(run_folder(config)))
+                objective = run_in_child(config)
+                self.ended[-1] = Ended(run_folder(config), judged(config))
+                return objective
             launcher, sweeper = config.launch.kind, hydra.runtime.choices["hydra/sweeper"]
             if is_judged and launcher is not Launcher.ssh and sweeper != "basic":
                 raise UserError(

@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from common.launch_config import LaunchConfig
 from common.paths import files_of, is_glob
 from common.stage import Role, Step
 from common.text import did_you_mean
+from common.tracking_config import MirrorName, TrackingConfig
+from common.webhook import address_of
 from launch.local import count_gpus
 from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
@@ -52,6 +55,7 @@ def check(
     can_lack: what a step need not have yet; what is asked of it is then asked of the policy.
     """
     wired = wire_run(config, can_lack=can_lack)
+    check_tracking(config.tracking)
     if Step.sft in config.steps:
         check_model(config.model)
     if (quantize := config.model.quantize) is not Quantize.none:
@@ -85,6 +89,17 @@ def check_launch(launch: LaunchConfig) -> None:
             f"{launch.nnodes - 1}, or let launch=ssh, slurm or k8s do it",
         )
     endpoint_of(launch)
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """What shows the numbers is installed, and the webhook's address is known here."""
+    if MirrorName.tensorboard in tracking.to and find_spec("tensorboard") is None:
+        raise UserError(
+            "tracking.to names tensorboard, which is not installed",
+            hint="pip install tensorboard (the extra rlhf-pipeline[tensorboard]); or 'tracking.to=[wandb]'",
+        )
+    if tracking.webhook is not None:
+        address_of(tracking.webhook)
 
 
 def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelConfig], ranks: int) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
-from common.config import DeepSpeedConfig, ModelConfig, TrackingConfig, to_plain
+from common.config import DeepSpeedConfig, ModelConfig, to_plain
 from common.errors import UserError
 from common.fields import number, require
 from common.launch_config import LaunchConfig
 from common.stage import Step
+from common.tracking_config import TrackingConfig
 from step1_sft.config import SFTConfig
 from step2_dpo.config import DPOConfig
 from step2_reward.config import RewardConfig

@@ -33,7 +33,7 @@ from common.artifacts import (
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
-from common.config import Dtype, Exported, WandbMode
+from common.config import Dtype, Exported
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
 from common.handoff import similar
@@ -398,7 +398,7 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
     if dtype is not None:
         OmegaConf.update(resolved, "model.dtype", dtype.value)
     OmegaConf.update(resolved, "deepspeed.hpz_partition_size", 1)
-    OmegaConf.update(resolved, "tracking.wandb", WandbMode.off.value)
+    OmegaConf.update(resolved, "tracking", {"to": [], "webhook": None})
     (step / CHECKPOINTS).mkdir(parents=True)
     (step / CHECKPOINTS / found.folder.name).symlink_to(found.folder.resolve())
     write_text(run / RESOLVED, OmegaConf.to_yaml(resolved))

@@ -27,6 +27,8 @@ from common.files import disk_errors, set_aside
 from common.handoff import scores_text
 from common.shortage import OUT_OF_MEMORY
 from common.stage import Role, Step
+from common.tracking_config import AlertKind
+from common.webhook import Webhook
 from launch.agent import STOPPED
 from launch.follow import follow
 from launch.local import Job, count_gpus, ranks_of
@@ -109,10 +111,16 @@ def run_checked(
         return status
     lock = state.lock_run(folder)
     try:
-        for step in wired:
-            status = run_step(config, step, folder, ranks, lock, say, machines)
-            if status != 0:
-                break
+        with Webhook(config.tracking, state.run_name(config), say) as webhook:
+            for step in wired:
+                try:
+                    status = run_step(config, step, folder, ranks, lock, say, machines, webhook)
+                except UserError as error:
+                    name = step.stage.name.value
+                    webhook.post(AlertKind.failure, name, f"{name} of {folder} failed: {error.message}")
+                    raise
+                if status != 0:
+                    break
     finally:
         os.close(lock)
     if (folder / REPORT).exists():
@@ -186,6 +194,7 @@ def run_step(
     lock: int,
     say: Say,
     machines: Machines | None,
+    webhook: Webhook,
 ) -> int:
     """Run one step, or find that there is nothing to do. Returns its exit status."""
     name = wired.stage.name.value
@@ -253,6 +262,7 @@ def run_step(
         if ended in OF_MEMORY:
             is_certain = ended == OUT_OF_MEMORY or outcome.oom_killed
             show_ways_out(config, wired.stage.name, total, ranks, is_certain=is_certain)
+        alert_end(webhook, run_dir, name, ended)
         return ended
     finally:
         make_report(run_dir, say)
@@ -274,6 +284,15 @@ def leave_as_it_is(run_dir: Path, wired: Wired, before: Mapping[str, Any], moved
         say(f"{name}: {line}, which changes nothing of a step that is done")
     say(f"{name}: done already, verified: {run_dir / name / EXPORT} ({sha256[:12]})")
     return 0
+
+
+def alert_end(webhook: Webhook, run_dir: Path, step: str, status: int) -> None:
+    """Tell the webhook how a step ended: also one whose ranks were killed, which tell nobody."""
+    if status in (0, STOPPED):
+        webhook.post(AlertKind.end, step, f"{step} of {run_dir} {'finished' if status == 0 else 'stopped'}")
+    else:
+        died = f"killed by signal {status - 128}" if status > 128 else f"exit status {status}"
+        webhook.post(AlertKind.failure, step, f"{step} of {run_dir} failed ({died})")
 
 
 def lines_on_reward_model(artifact: Artifact, least: float) -> list[str]:

@@ -34,7 +34,7 @@ LOCK = ".lock"
 METRICS, SAMPLES, LEDGER = "metrics.jsonl", "samples.jsonl", "ledger.json"
 """What a step writes of its training, of its completions and of its rows."""
 CHECKSUM = "checksum"
-NOT_RECORDED = (STATE, "export", "checkpoints", "logs", "wandb", "wandb_run_id")
+NOT_RECORDED = (STATE, "export", "checkpoints", "logs", "wandb", "wandb_run_id", "tensorboard")
 DYING_SECONDS = 10.0
 """How long the ranks of a killed controller may hold its lock."""
 

@@ -52,7 +52,7 @@ COMMITTED = re.compile(r"step_\d{8}")
 STATUSES = ("running", "stopped", "failed", "done")
 STEPS = tuple(step.value for step in Step)
 SPELLED = ("NaN", "Infinity", "-Infinity")
-OTHERS = ("logs", "wandb")
+OTHERS = ("logs", "wandb", "tensorboard")
 """Folders that nothing here has written, or whose content nobody reads again."""
 
 Say = Callable[[str], None]

@@ -138,8 +138,8 @@ class Iterations:
         if outcome.is_skipped:
             asked = [self.experience.responses[index].prompt_id for index in minibatch.responses]
             places = [rows.place(prompt_id) for prompt_id in dict.fromkeys(asked)]
-            dtype, progress = self._session.job.model.dtype, self._session.progress
-            report_skipped(outcome, self.counters, self._networks, means, places, dtype, progress)
+            dtype, warn = self._session.job.model.dtype, self._session.warn
+            report_skipped(outcome, self.counters, self._networks, means, places, dtype, warn)
         return means
 
     def finish(self, kl_coef: float) -> None:
@@ -157,7 +157,7 @@ class Iterations:
             numbers={"reward": metrics["objective/scores"], "KL": metrics.get("objective/kl")},
         )  # fmt: skip
         for line in self._watchdogs.look(step, metrics):
-            session.progress.log(f"warning: {line}")
+            session.warn(f"warning: {line}")
         is_last = step == self._total_steps
         if is_due(step, session.train_config.eval_every) or is_last:
             self._evaluate()
@@ -181,7 +181,7 @@ class Iterations:
         session.tracker.log_samples(samples, step)
         session.progress.log(held_out_line(step, held_out))
         for line in self._watchdogs.look_at_evaluation(step, held_out):
-            session.progress.log(f"warning: {line}")
+            session.warn(f"warning: {line}")
 
     def _save(self) -> None:
         """Commit a checkpoint of this moment, also between two updates of an iteration."""

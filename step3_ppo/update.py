@@ -7,7 +7,7 @@ so the gradient depends neither on the micro-batch size nor on the number of ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ from common.data.batches import Batches
 from common.model.fused_loss import TokenLoss
 from common.model.packed import batch_arguments
 from common.runtime.distributed import all_reduce_sum
-from common.runtime.progress import Progress
 from common.stage import Step
 from common.training import loop
 from common.training.engine import StepOutcome
@@ -84,7 +83,7 @@ def report_skipped(
     means: Mapping[str, float],
     places: Sequence[str],
     dtype: Dtype,
-    progress: Progress,
+    warn: Callable[[str], None],
 ) -> None:
     """Say which network skipped an update; UserError after too many of one network in a row.
 
@@ -92,12 +91,12 @@ def report_skipped(
     """
     if outcome.actor is not None and not outcome.actor.applied:
         loss, scale = means.get("loss/policy_avg", 0.0), networks.actor.engine.loss_scale
-        loop.report_skipped(counters.of_actor(), places, loss, scale, dtype, progress, unit=ACTOR)
+        loop.report_skipped(counters.of_actor(), places, loss, scale, dtype, warn, unit=ACTOR)
     if outcome.critic is not None and not outcome.critic.applied:
         assert networks.critic is not None
         loss, scale = means.get("loss/value_avg", 0.0), networks.critic.engine.loss_scale
         loop.report_skipped(
-            counters.of_critic(), places, loss, scale, dtype, progress, unit=CRITIC, key=f"ppo.{CRITIC_KEY}"
+            counters.of_critic(), places, loss, scale, dtype, warn, unit=CRITIC, key=f"ppo.{CRITIC_KEY}"
         )
 
 

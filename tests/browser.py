@@ -67,6 +67,7 @@ class Browser:
         self._rest = b""
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
+        self._loaded = 0  # events until the last page was loaded
 
     def __enter__(self) -> Browser:
         target = self._call("Target.createTarget", {"url": "about:blank"})["targetId"]
@@ -93,10 +94,19 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Load a page to its end; `events` begin anew."""
-        self.events = []
+        self.events, self._loaded = [], 0
         self._call("Page.navigate", {"url": url})
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+        self.wait_for_load()
+
+    def wait_for_load(self) -> None:
+        """Until a page was loaded to its end since the last one was."""
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events[self._loaded :]):
             self.events.append(self._message())
+        self._loaded = len(self.events)
+
+    def point(self, x: float, y: float) -> None:
+        """Move the pointer to a place in the window, in CSS pixels."""
+        self._call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression, as JSON."""

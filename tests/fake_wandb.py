@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ class FakeWandb(ThreadingHTTPServer):
         self.upserts: list[dict[str, Any]] = []
         self.operations: list[str] = []
         self.artifacts: list[dict[str, Any]] = []
+        self.projects = ["rlhf"]
+        self.views: list[dict[str, Any]] = []  # variables of saved workspaces and reports
+        self.alerts: list[tuple[str, str, str]] = []  # title, text, level
         self.uploads: dict[str, bytes] = {}
         self.exit_codes: dict[str, int] = {}
         self.hang = threading.Event()  # set: POST requests wait until `release`
@@ -48,6 +52,22 @@ class FakeWandb(ThreadingHTTPServer):
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
+        if operation == "NotifyScriptableRunAlert":
+            self.alerts.append((variables["title"], variables["text"], variables["severity"]))
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if operation == "ProjectInternalId":
+            is_there = variables["projectName"] in self.projects
+            return {"project": {"id": "p", "internalId": "UHJvamVjdDox"} if is_there else None}
+        if operation == "GetProjects":
+            ends = {"endCursor": None, "hasNextPage": False}
+            edges = [{"node": _project(name), "cursor": name} for name in self.projects]
+            return {"models": {"pageInfo": ends, "edges": edges}}
+        if operation in ("upsertView", "UpsertView2"):
+            self.views.append(variables)
+            project = {"id": "p", "name": variables["projectName"], "entityName": variables["entityName"]}
+            view = {"id": "Vmlldzox", "project": project, "updatedAt": "2026-11-29T00:00:00"}
+            saved = ("name", "displayName", "description", "type", "spec")
+            return {"upsertView": {"view": view | {key: variables[key] for key in saved}, "inserted": True}}
         return self._artifact_answer(operation, variables)
 
     def _resume_status(self, name: str) -> dict[str, Any]:
@@ -69,9 +89,9 @@ class FakeWandb(ThreadingHTTPServer):
         return {"id": "p", "name": "project", "entity": entity, "bucket": bucket}
 
     def _artifact_answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        if operation == "Viewer":
+        if operation in ("Viewer", "GetDefaultEntity"):
             return {"viewer": {"id": "v", "username": "user", "entity": "entity", "flags": "{}"}}
-        if not operation:  # what type has the artifact of this name? None has been made yet
+        if operation == "ArtifactType":  # of the artifact of this name? None has been made yet
             return {"project": {"artifact": None}}
         artifact = {"id": "a1", "digest": "", "state": "PENDING", "aliases": [], "artifactSequence": None}
         if operation == "CreateArtifact":
@@ -117,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.release.wait(60)
         if self.path == "/graphql":
             request = json.loads(body)
-            operation = request.get("operationName") or ""
+            operation = request.get("operationName") or _named_in(request.get("query") or "")
             self._send({"data": self.server.answer(operation, request.get("variables") or {})})
         elif self.path.endswith("/file_stream"):
             self._receive_stream(json.loads(body))
@@ -145,6 +165,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def _named_in(query: str) -> str:
+    """The name of an operation, where a client gives it in the query alone; empty without one."""
+    found = re.match(r"\s*(?:query|mutation)\s+(\w+)", query)
+    return found[1] if found else ""
+
+
+def _project(name: str) -> dict[str, Any]:
+    made = {"createdAt": "2026-11-29T00:00:00", "isBenchmark": False, "user": None}
+    return {"id": "p", "name": name, "entityName": "entity", **made}
 
 
 def _bucket(name: str, lines: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, SourceConfig, WandbMode, to_plain
+from common.config import Dtype, SourceConfig, to_plain
 from common.runtime.tracking import read_metrics
+from common.tracking_config import WandbMode
 from step1_sft.config import SFTJob
 from tests import forked
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.chat import parse
-from pipeline.compose import compose, prepare
+from pipeline.compose import compose, jobs_of, prepare
+from pipeline.dashboard import dashboard_options
 from pipeline.evaluate import evaluate_options
 from pipeline.export import export_options
 from pipeline.generate import generate_options
 from pipeline.reference import explain
+from pipeline.report.verb import report_options
 from pipeline.sources import import_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +43,11 @@ def test_every_command_composes(verb: str, rest: str) -> None:
     if verb == "evaluate":
         assert evaluate_options(arguments)[0].data
         return
-    if verb in ("verify", "report"):
+    if verb == "verify":
         assert len(arguments) == 1
+        return
+    if verb == "report":
+        assert report_options(arguments).runs
         return
     if verb == "explain":
         assert explain(arguments[0])
@@ -53,13 +58,19 @@ def test_every_command_composes(verb: str, rest: str) -> None:
     if verb == "import":
         assert import_options(arguments).model
         return
+    if verb == "dashboard":
+        assert dashboard_options(arguments).project
+        return
     if verb == "doctor":
         assert not arguments
         return
     assert verb in ("run", "preview", "plan")
-    config = compose(prepare(arguments).overrides)
-    steps = [getattr(config, step.value) for step in config.steps]
-    assert steps and all(step.data.all_sources() for step in steps)
+    swept = "-m" in arguments
+    prepared = prepare([argument for argument in arguments if argument != "-m"], multirun=swept)
+    for job in jobs_of(prepared.overrides) if swept else [prepared.overrides]:
+        config = compose(job)
+        steps = [getattr(config, step.value) for step in config.steps]
+        assert steps and all(step.data.all_sources() for step in steps)
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS)))

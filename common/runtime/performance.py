@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,17 +62,19 @@ def performance(
     """The `perf/` metrics of one step of `tokens` tokens over all ranks, in `seconds`.
 
     seconds: None where an interruption took a part of the step, which then has no speed.
-    `perf/mfu` is present where the device's peak is known. `perf/peak_memory_gb` (10^9 bytes) is the
-    device's on a GPU and this process's resident peak on the CPU.
+    `perf/mfu` is present where the device's peak is known. `perf/memory_gb` (10^9 bytes) is what this rank's
+    tensors take of its GPU now, on the CPU the process's resident memory; `perf/peak_memory_gb` the most so
+    far.
     """
-    metrics = {"perf/peak_memory_gb": _peak_memory() / 1e9}
+    now, peak = _memory()
+    metrics = {"perf/memory_gb": now / 1e9, "perf/peak_memory_gb": peak / 1e9}
     if seconds is None:
         return metrics
     metrics["perf/tokens_per_second"] = tokens / seconds
     if world.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(world.device), dtype)
-        if peak is not None:
-            metrics["perf/mfu"] = flops_per_token * tokens / seconds / (peak * world.size)
+        fastest = peak_flops(torch.cuda.get_device_name(world.device), dtype)
+        if fastest is not None:
+            metrics["perf/mfu"] = flops_per_token * tokens / seconds / (fastest * world.size)
     return metrics
 
 
@@ -93,8 +96,10 @@ def weights_in(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _peak_memory() -> float:
-    """Bytes."""
+def _memory() -> tuple[float, float]:
+    """Bytes now, and the most so far."""
     if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        return float(torch.cuda.memory_allocated()), float(torch.cuda.max_memory_allocated())
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    # the kernel notes the peak now and then, so that it may lag behind
+    return float(resident), max(float(resident), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0)

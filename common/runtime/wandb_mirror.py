@@ -1,32 +1,29 @@
 """The mirror of a step's numbers on Weights & Biases: one run, online, or offline to be sent later.
 
-Takes what the tracker writes to its files; returns nothing. No call waits for the server longer than a few
-seconds, and none fails a run: what goes wrong is said in one line. This is the only module that imports
-wandb, and only when the mirror is on. It holds nothing that is not in the files.
+Takes what `mirror.py` hands it. No wait for the server is longer than a few seconds, and none fails a run:
+what goes wrong is said in one line. This is the only module that imports wandb, and only when the mirror is
+on. It holds nothing that is not in the files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import logging
 import os
-import queue
 import secrets
 import ssl
 import sys
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import TrackingConfig, WandbMode
 from common.deadline import within
 from common.redact import has_wandb_key, redact, redact_text
-from common.runtime.json_lines import strict
+from common.runtime.mirror import FINISH_SECONDS, Mirror, cell, reason
+from common.tracking_config import AlertKind, TrackingConfig, WandbMode
 
 RUN_ID_FILE = "wandb_run_id"
 
@@ -34,87 +31,59 @@ log = logging.getLogger("rlhf.tracking")
 
 PROBE_SECONDS = 5.0
 INIT_SECONDS = 10.0
-FINISH_SECONDS = 15.0
+ALERT_LEVELS = {AlertKind.watchdog: "WARN", AlertKind.failure: "ERROR", AlertKind.end: "INFO"}
 _DEFAULT_SERVER = "https://api.wandb.ai"
 
 
-class Mirror:
-    """One live W&B run, fed by a thread of its own.
+class WandbRun:
+    """One live W&B run of a step."""
 
-    Some of W&B's calls ask the server and wait (tables and artifacts do), so none is made by the thread that
-    trains. The first failure is said, and after it the mirror is given up.
-    """
+    name = "wandb"
 
-    def __init__(self, run: Any, step_name: str, say: Callable[[str], None]) -> None:
-        self._run, self._prefix, self._say = run, step_name, say
-        self._broken = False
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
-        self._thread.start()
-        self._attempt(self._define_metrics)
+    def __init__(self, run: Any, step_name: str) -> None:
+        self._run, self._step = run, f"{step_name}/step"
+        self._is_defined = False
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log(self, values: Mapping[str, float], step: int) -> None:
         # W&B's own step only counts calls: a resumed run would have to go back, which W&B refuses
-        values = {f"{self._prefix}/{name}": value for name, value in metrics.items()}
-        self._attempt(lambda: self._run.log({f"{self._prefix}/step": step, **values}))
+        self._define_metrics()
+        self._run.log({self._step: step, **values})
 
-    def log_table(self, rows: list[dict[str, Any]], step: int) -> None:
-        def send() -> None:
-            import wandb
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        import wandb
 
-            columns = list(dict.fromkeys(name for row in rows for name in row))
-            data = [[step, *(_cell(row.get(name)) for name in columns)] for row in rows]
-            table = wandb.Table(columns=["step", *columns], data=data)
-            self._run.log({f"{self._prefix}/step": step, f"{self._prefix}/samples": table})
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        data = [[step, *(cell(row.get(column)) for column in columns)] for row in rows]
+        self._run.log({self._step: step, name: wandb.Table(columns=["step", *columns], data=data)})
 
-        self._attempt(send, otherwise="the samples are in samples.jsonl only")
+    def artifact(self, name: str, folder: Path, role: str, digest: str) -> None:
+        import wandb
 
-    def log_artifact(self, name: str, folder: Path, role: str, digest: str) -> None:
-        def send() -> None:
-            import wandb
+        metadata = {"manifest_sha256": digest, "path": str(folder.resolve())}
+        artifact = wandb.Artifact(name, type=role, metadata=metadata)
+        # the manifest holds the hash of every file: it stands for the weights, which stay where they are
+        artifact.add_file(str(folder / "manifest.json"), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=["latest", digest[:12]])
 
-            metadata = {"manifest_sha256": digest, "path": str(folder.resolve())}
-            artifact = wandb.Artifact(name, type=role, metadata=metadata)
-            # the manifest holds the hash of every file: it stands for the weights, which stay where they are
-            artifact.add_file(str(folder / "manifest.json"), policy="immutable", skip_cache=True)
-            self._run.log_artifact(artifact, aliases=["latest", digest[:12]])
+    def alert(self, title: str, text: str, kind: AlertKind) -> None:
+        # how often is decided by who calls
+        self._run.alert(title=title, text=text, level=ALERT_LEVELS[kind], wait_duration=0)
 
-        self._attempt(send, otherwise="the artifact is not on W&B")
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> None:
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=exit_code)
 
-    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
-        values = {f"{self._prefix}/{name}": value for name, value in summary.items()}
-        self._attempt(lambda: self._run.summary.update(values))
-        self._attempt(lambda: self._run.finish(exit_code=exit_code))
-        self._calls.put(None)
-        self._thread.join(FINISH_SECONDS)
-        if self._thread.is_alive():
-            self._say(
-                f"wandb: the server did not take everything in {FINISH_SECONDS:.0f} s; {_sync(self._run)}"
-            )
+    def abandon(self) -> None:
+        _stop_service()
+
+    def left_over(self) -> str:
+        return _sync(self._run)
 
     def _define_metrics(self) -> None:
-        self._run.define_metric(f"{self._prefix}/step", hidden=True)
-        self._run.define_metric(f"{self._prefix}/*", step_metric=f"{self._prefix}/step")
-
-    def _attempt(self, call: Callable[[], Any], otherwise: str = "") -> None:
-        """Queue `call`; on failure say why, and give up unless `otherwise` tells what is lost."""
-
-        def attempt() -> None:
-            try:
-                call()
-            except Exception as error:
-                self._broken = not otherwise
-                rest = otherwise or "the mirror stops here, metrics.jsonl goes on"
-                self._say(f"wandb: {_reason(error)}; {rest}")
-                if self._broken:
-                    _stop_service()
-
-        self._calls.put(attempt)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            if not self._broken:
-                call()
+        if not self._is_defined:
+            self._is_defined = True
+            self._run.define_metric(self._step, hidden=True)
+            self._run.define_metric(f"{self._step.partition('/')[0]}/*", step_metric=self._step)
 
 
 def open_mirror(
@@ -149,7 +118,7 @@ def open_mirror(
     say(line)
     if wanted is WandbMode.online and mode is not WandbMode.online:
         log.warning(line)  # for the report, which shows warnings
-    return None if run is None else Mirror(run, step_name, say)
+    return None if run is None else Mirror(WandbRun(run, step_name), step_name, say)
 
 
 def choose_mode(requested: WandbMode, environ: Mapping[str, str], has_key: bool) -> tuple[WandbMode, str]:
@@ -192,7 +161,7 @@ def _start(
         try:
             return _init(attempt, identity, folder, config), attempt, why
         except Exception as error:
-            why = _reason(error)
+            why = reason(error)
             _stop_service()
     return None, WandbMode.off, why
 
@@ -259,14 +228,3 @@ def _run_id(folder: Path) -> str:
 
 def _sync(run: Any) -> str:
     return f"send it later with: wandb sync {os.path.relpath(Path(run.dir).parent)}"
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, without credentials."""
-    lines = str(error).strip().splitlines()
-    return redact_text(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
-
-
-def _cell(value: Any) -> Any:
-    """A table's cell: numbers and text as they are, anything nested as JSON."""
-    return value if value is None or isinstance(value, str | int | float) else json.dumps(strict(value))

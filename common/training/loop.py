@@ -20,7 +20,6 @@ from common.model.packed import PackedModel
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, broadcast_from_rank0, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
-from common.runtime.progress import Progress
 from common.stage import Step
 from common.text import did_you_mean
 from common.training.engine import StepOutcome
@@ -236,7 +235,7 @@ class Loop(Generic[Rows]):
             rows = self._batches.rows(counters.step - 1)
             places = [self._data.train.place(int(index)) for row in rows for index in row]
             scale = self._learner.engine.loss_scale
-            report_skipped(counters, places, seen["loss"], scale, dtype, session.progress)
+            report_skipped(counters, places, seen["loss"], scale, dtype, session.warn)
 
     def _evaluate(self) -> float:
         """Measure on held-out rows what would be exported now; their loss, inf where there are none."""
@@ -338,7 +337,7 @@ def report_skipped(
     loss: float,
     loss_scale: float,
     dtype: Dtype,
-    progress: Progress,
+    warn: Callable[[str], None],
     *,
     unit: str = "step",
     key: str = "optim.lr",
@@ -350,7 +349,7 @@ def report_skipped(
     log.warning("%s %d skipped, loss %s, rows %s", unit, counters.step, loss, ", ".join(places))
     if dtype is Dtype.fp16 and math.isfinite(loss) and loss_scale > 1:
         return  # fp16 looks for its loss scale by overflowing
-    progress.log(
+    warn(
         f"{unit} {counters.step}: loss {loss:.4g}, its gradient is not finite; skipped on all ranks "
         f"(its rows are named in logs/rank_0.log)"
     )

@@ -234,6 +234,11 @@ class Session:
         self.tracker.log_samples([asdict(sample) for sample in samples], step)
         return {"eval/stop_rate": stop_rate(samples)}
 
+    def warn(self, line: str) -> None:
+        """Show that a number looks wrong, and alert who asked for it."""
+        self.progress.log(line)
+        self.tracker.alert(line.removeprefix("warning: "))
+
     def begin_export(self) -> None:
         """Training is over and saved: a stop ends the process at once from here on."""
         self.stop.deferred = False

@@ -19,6 +19,7 @@ from common.counts import DataCounts
 from common.launch_config import Launcher
 from common.rates import Rates
 from common.stage import Role, Step
+from common.text import table
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
 from launch.local import count_gpus, ranks_of
@@ -285,18 +286,6 @@ def work_in_words(work: memory.Workload) -> list[str]:
     if work.decoding is not None:
         passes += f"; {work.decoding.slots} x {work.decoding.capacity} tokens of KV cache"
     return [f"{sizes} parameters{counted}{part}{frozen}", passes]
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Columns aligned, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def gigabytes(size: float) -> str:

@@ -1,4 +1,5 @@
-"""`report(run)`: one self-contained HTML page about a run, made from the files in its folder.
+"""`report(run, ...)`: one self-contained HTML page about a run or several, made from the files in their
+folders.
 
 The way of the data: `files.py` reads what is there, `glance.py` compares before with after,
 `charts.py` lays out curves, `page.py` gathers everything for the template `report.html.jinja`.

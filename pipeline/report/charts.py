@@ -3,20 +3,22 @@
 A chart shows everything that was logged. A few hundred values are drawn one by one, with their moving mean
 when there are many; of more, each bucket of steps is drawn as a band from its lowest to its highest value and
 a line through the means, so that no spike is lost. What is not a number is a gap, marked below it and counted
-in a note. Draws nothing itself: colours and fonts are the page's.
+in a note. What a pointer above it is shown is in hovers.py. Draws nothing itself: colours and fonts are the
+page's.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from common.evidence import Z
 from pipeline.report import shown
 from pipeline.report.files import Series
+from pipeline.report.hovers import Hover, hovers
 
 WIDTH, HEIGHT = 340, 192
 LEFT, RIGHT, TOP, BOTTOM = 44, 62, 10, 34
@@ -26,6 +28,8 @@ SCATTER = 0.003
 """Median distance from the moving mean, as a share of the range, from which a line is smoothed."""
 DOTS_UP_TO = 40
 LABEL_HEIGHT = 12
+LABELLED_UP_TO = 12
+"""Lines whose last values have room beside each other."""
 LOG_RANGE = 1000.0
 SMALLEST = 1e-280
 """Below this, logarithms and differences lose themselves in the smallest floats."""
@@ -36,11 +40,13 @@ Runs = list[Run]
 
 @dataclass(frozen=True)
 class Line:
-    """A named series. `style` chooses colour and dashes on the page: 0 is the first colour."""
+    """A named series. `colour` and `dash` number those of the page, from 0; no dash is drawn for 0."""
 
     name: str
     series: Series
-    style: int = 0
+    colour: int = 0
+    dash: int = 0
+    mark: str = ""  # a letter before its last value, where colours alone would not tell lines apart
     sparse: bool = False  # measured now and then: drawn with a dot at every value
     errors: Mapping[int, float] = field(default_factory=dict)  # standard errors by step
 
@@ -79,11 +85,13 @@ class Curve:
 
     def __init__(self, line: Line, x_name: str, *, percent: bool) -> None:
         factor, limits = (100, (0.0, 100.0)) if percent else (1, (-math.inf, math.inf))
-        self.name, self.style = line.name, line.style
+        self.name, self.colour, self.dash, self.mark = line.name, line.colour, line.dash, line.mark
         self.series = [(step, value * factor) for step, value in line.series]
         self.finite = [(step, value) for step, value in self.series if _drawable(value)]
         self.values = [value for _, value in self.finite]
         self.notes: list[str] = []
+        self.thinned: int | None = None  # values that a point of the line is the mean of
+        self.smoothed: int | None = None  # values that the moving mean is over
         self._lost = [step for step, value in self.series if not _drawable(value)]
         self._runs, self._all, self._bands = _unbroken(self.series), Runs(), Runs()
         few = len(self.finite) <= DOTS_UP_TO
@@ -110,14 +118,14 @@ class Curve:
         for run in (run for run in cut if len(run) > 1):
             upper = [(bucket[0][0], max(v for _, v in bucket)) for bucket in run]
             self._bands.append(upper + [(bucket[0][0], min(v for _, v in bucket)) for bucket in run[::-1]])
-        self.notes.append(f"Line: the mean of every {size} values. Band: from their lowest to their highest.")
+        self.thinned = size
 
     def _smooth(self, half: int) -> None:
         """The moving mean before every value, where values scatter about it."""
         smooth = [_moving_mean(run, half) for run in self._runs]
         if _is_noisy(self._runs, smooth):
             self._all, self._runs = self._runs, smooth
-            self.notes.append(f"Thin: every value. Thick: the mean of {2 * half + 1}.")
+            self.smoothed = 2 * half + 1
 
     def place(self, x: Scale, y: Scale, text: Callable[[float], str]) -> None:
         """Lay it out on the axes. text: how a value is written."""
@@ -129,7 +137,7 @@ class Curve:
         self.whiskers = [] if y.log else [(x(step), y(low), y(high)) for step, low, high in self.intervals]
         self.gaps = [x(step) for step in self._lost][:BUCKETS]
         self.end = None if last is None else (x(last[0]), y(last[1]))
-        self.label = "" if last is None else text(last[1])
+        self.label = "" if last is None else f"{self.mark} {text(last[1])}".strip()
         self.label_y = 0.0 if self.end is None else self.end[1]
 
     def in_words(self, x_name: str) -> str:
@@ -164,6 +172,7 @@ class Chart:
     notes: list[str]
     table: list[list[str]]  # name, first, lowest, highest, last
     unit: str = ""
+    hovers: list[Hover] = field(default_factory=list)
 
 
 def lay_out(
@@ -181,19 +190,39 @@ def lay_out(
         return None
     ends = [end for curve in made for _, *both in curve.intervals for end in both]
     steps = [step for curve in made for step, _ in curve.series]
-    x = Scale(*_widened(min(steps), max(steps), whole=True), LEFT, WIDTH - RIGHT)
-    y, y_ticks = _value_axis(values + ends)
+    first, last = min(steps), max(steps)
+    margin = 0 if last > first else 1  # one step alone lies in the middle
+    x = Scale(first - margin, last + margin, LEFT, WIDTH - RIGHT)
+    y, y_ticks = _value_axis(values + ends, percent=percent)
     for curve in made:
         curve.place(x, y, text)
-    _spread_labels([curve for curve in made if curve.end is not None])
-    notes = [note for curve in made for note in curve.notes]
+    notes = [note for curve in made for note in curve.notes] + list(_notes_on_means(made))
+    if len(made) <= LABELLED_UP_TO:
+        _spread_labels([curve for curve in made if curve.end is not None])
+    else:
+        notes.append("The last values of so many lines are in the table below.")
+        for curve in made:
+            curve.label = ""
     notes += ["Logarithmic scale."] if y.log else ["Bars: 95% intervals."] if ends else []
     said = "; ".join(curve.in_words(x_name) for curve in made if curve.finite)
     description = f"{title}{f' in {unit}' if unit else ''}. {said}."
     table = [curve.row(text) for curve in made]
     return Chart(
-        title, made, _step_ticks(x), y_ticks, x_name, description, list(dict.fromkeys(notes)), table, unit
+        title, made, _step_ticks(x), y_ticks, x_name, description, list(dict.fromkeys(notes)), table, unit,
+        hovers(made, x, x_name, text),
+    )  # fmt: skip
+
+
+def _notes_on_means(curves: Sequence[Curve]) -> Iterator[str]:
+    """What lines show of many values."""
+    thinned, smoothed = (
+        " or ".join(str(size) for size in sorted(filter(None, set(sizes))))
+        for sizes in ([curve.thinned for curve in curves], [curve.smoothed for curve in curves])
     )
+    if thinned:
+        yield f"Line: the mean of every {thinned} values. Band: from their lowest to their highest."
+    if smoothed:
+        yield f"Thin: every value. Thick: the mean of {smoothed}."
 
 
 def nice_ticks(low: float, high: float, wanted: int) -> tuple[list[float], float]:
@@ -231,28 +260,31 @@ def _is_noisy(runs: Runs, smooth: Runs) -> bool:
     return scatter > SCATTER * (max(values) - min(values))
 
 
-def _widened(low: float, high: float, *, whole: bool = False) -> tuple[float, float]:
-    """A range with some width, for values that are all the same."""
-    if high > low:
-        return low, high
-    margin = 1.0 if whole else max(abs(low) * 0.1, 1e-9)
-    return low - margin, high + margin
-
-
-def _value_axis(values: Sequence[float]) -> tuple[Scale, list[tuple[float, str]]]:
+def _value_axis(values: Sequence[float], *, percent: bool) -> tuple[Scale, list[tuple[float, str]]]:
     """The vertical axis: linear on round numbers, or logarithmic where values span more than 1 to 1000."""
-    low, high = _widened(min(values), max(values))
+    low, high = min(values), max(values)
     if low > SMALLEST and high / low > LOG_RANGE:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         scale = Scale(10.0**first, 10.0**last, HEIGHT - BOTTOM, TOP, log=True)
         every = max(1, math.ceil((last - first) / 5))
         marks = [10.0**power for power in range(first, last + 1, every)]
         return scale, [(scale(mark), shown.figure(mark)) for mark in marks]
-    if high - low < max(abs(low), abs(high), SMALLEST) * 1e-9:  # all the same but for rounding
-        low, high = _widened(low, low)
+    if high - low <= max(abs(low), abs(high), SMALLEST) * 1e-9:  # all the same but for rounding
+        low, high = _about_a_constant(low, percent=percent)
     marks, step = nice_ticks(low, high, 4)
     scale = Scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
     return scale, [(scale(mark), shown.tick(mark, step)) for mark in marks]
+
+
+def _about_a_constant(value: float, *, percent: bool) -> tuple[float, float]:
+    """The axis of values that are all the same: all of a share; else from zero to twice the value, so that
+    its size can be seen.
+    """
+    if percent and 0 <= value <= 100:
+        return 0.0, 100.0
+    if abs(value) <= SMALLEST:
+        return 0.0, 1.0
+    return min(0.0, 2 * value), max(0.0, 2 * value)
 
 
 def _step_ticks(x: Scale) -> list[tuple[float, str]]:

@@ -1,7 +1,8 @@
-"""Samples side by side: what the policy answered to the same prompts at the first evaluation and at the last.
+"""Samples side by side: what was answered to the same prompts, by one policy over time or by several.
 
-Prompts are shown in the order of the file, not picked; where samples carry scores, those that lost most are
-shown as well. Samples in, pairs out.
+Of one run these are the first evaluation and the last, of several runs the last of each. Prompts are shown in
+the order of the file, not picked; where samples carry scores, those that differ most are shown as well.
+Samples in, rows out.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.stage import Step
 from pipeline.report.files import SampleRow, Samples
 
 SHOWN = 6
 FURTHER = 18
-"""Pairs that are folded away below them."""
+"""Prompts that are folded away below them."""
 LOSSES_SHOWN = 4
 LONG = 600
 """Characters from which a text is folded away."""
@@ -25,45 +27,79 @@ _MARKUP = re.compile(
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One prompt and its responses."""
+class Side:
+    """The samples of one column. run: which of several runs; None: of the only one."""
+
+    step: str
+    at: int  # the step or iteration of the evaluation
+    rows: Sequence[SampleRow]
+    run: int | None = None
+
+    @property
+    def word(self) -> str:
+        """What its evaluations are counted in."""
+        return "iteration" if self.step == Step.ppo.value else "step"
+
+    @property
+    def mode(self) -> str:
+        """Of its samples that are shown: sampled ones where there are greedy ones too; "" where all are
+        alike.
+        """
+        modes = {row.mode for row in self.rows}
+        return "sampled" if "sampled" in modes else min(modes, default="")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One prompt, and what each side answered; None where it was not asked."""
 
     prompt: str
-    before: SampleRow | None
-    after: SampleRow
+    sides: list[SampleRow | None]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is shown of a step's samples."""
+    """What is shown of samples."""
 
-    before_step: int | None  # None: there is one evaluation only
-    after_step: int
-    mode: str
-    pairs: list[Pair]  # of all prompts
-    losses: list[Pair]  # those whose score fell most
-    judged_by: str  # what `losses` are ordered by
+    sides: list[Side]
+    prompts: list[Answers]  # all of them
+    extremes: list[Answers]  # those whose score fell most, or differs most between runs
+    judged_by: str  # what `extremes` are ordered by
 
 
-def compare(samples: Samples, functions: Sequence[str] = ()) -> Comparison | None:
-    """Pairs to show; None without samples. functions: names of scores, the first one judges losses."""
-    if not samples:
+def over_time(step: str, samples: Samples, functions: Sequence[str] = ()) -> Comparison | None:
+    """One run: its first evaluation and its last; None without samples.
+
+    functions: names of scores, the first one judges what fell.
+    """
+    steps = sorted({min(samples), max(samples)}) if samples else []
+    return compare([Side(step, at, samples[at]) for at in steps], functions)
+
+
+def compare(sides: Sequence[Side], functions: Sequence[str] = ()) -> Comparison | None:
+    """What is shown of these sides: prompts that the last one was asked, of several runs those that two were.
+
+    Of each prompt the first sample counts. Prompts of several runs are the same where they are but for the
+    markers of their templates. None where nothing is left.
+    """
+    if not sides:
         return None
-    first, last = min(samples), max(samples)
-    modes = {sample.mode for sample in samples[last]}
-    mode = "sampled" if "sampled" in modes else min(modes)
-    before: dict[str, SampleRow] = {}
-    after: dict[str, SampleRow] = {}  # the first sample of each prompt, in the order of the file
-    for side, step in ((before, first), (after, last)):
-        for sample in samples[step]:
-            if sample.mode == mode:
-                side.setdefault(sample.prompt, sample)
-    pairs = [Pair(prompt, before.get(prompt), sample) for prompt, sample in after.items()]
-    judged_by = next((name for name in functions if any(name in s.scores for s in after.values())), "reward")
-    falls = [(fall, pair) for pair in pairs if (fall := _fall(pair, judged_by)) > 0]
-    losses = [pair for _, pair in sorted(falls, key=lambda item: -item[0])]
-    before_step = first if first != last else None
-    return Comparison(before_step, last, mode, pairs, losses[:LOSSES_SHOWN], judged_by)
+    is_of_runs = sides[-1].run is not None
+    found = [_first_of_each(side, bare=is_of_runs) for side in sides]
+    asked = dict.fromkeys(key for side in (found if is_of_runs else found[-1:]) for key in side)
+    rows = [[side.get(key) for side in found] for key in asked]
+    if is_of_runs:
+        counts = [sum(sample is not None for sample in row) for row in rows]
+        shared = [(-count, row) for count, row in zip(counts, rows, strict=True) if count > 1]
+        rows = [row for _, row in sorted(shared, key=lambda item: item[0])]  # of most runs first
+    prompts = [Answers(next(filter(None, reversed(row))).prompt, row) for row in rows]
+    if not prompts:
+        return None
+    scored = [sample for answers in prompts for sample in answers.sides if sample is not None]
+    judged_by = next((name for name in functions if any(name in s.scores for s in scored)), "reward")
+    sizes = [(_difference(answers.sides, judged_by, is_of_runs), answers) for answers in prompts]
+    extremes = [answers for size, answers in sorted(sizes, key=lambda item: -item[0]) if size > 0]
+    return Comparison(list(sides), prompts, extremes[:LOSSES_SHOWN], judged_by)
 
 
 def parts(text: str) -> list[tuple[str, bool]]:
@@ -71,10 +107,24 @@ def parts(text: str) -> list[tuple[str, bool]]:
     return [(piece, index % 2 == 1) for index, piece in enumerate(_MARKUP.split(text)) if piece]
 
 
-def _fall(pair: Pair, name: str) -> float:
-    """By how much the score of a prompt's response fell; 0 when it is not known."""
-    if pair.before is None:
+def _first_of_each(side: Side, *, bare: bool) -> dict[str, SampleRow]:
+    """The first sample of each prompt, in the order of the file."""
+    found: dict[str, SampleRow] = {}
+    mode = side.mode
+    for row in side.rows:
+        if row.mode == mode:
+            found.setdefault(_without_markup(row.prompt) if bare else row.prompt, row)
+    return found
+
+
+def _without_markup(prompt: str) -> str:
+    return "".join(piece for piece, is_marker in parts(prompt) if not is_marker).strip()
+
+
+def _difference(sides: Sequence[SampleRow | None], name: str, is_of_runs: bool) -> float:
+    """By how much the score of a prompt's answers fell, or how far those of runs lie apart; 0: not known."""
+    scores = [None if s is None else s.reward if name == "reward" else s.scores.get(name) for s in sides]
+    known = [score for score in scores if score is not None]
+    if len(known) < 2:
         return 0.0
-    sides = (pair.before, pair.after)
-    earlier, later = (side.reward if name == "reward" else side.scores.get(name) for side in sides)
-    return 0.0 if earlier is None or later is None else earlier - later
+    return max(known) - min(known) if is_of_runs else known[0] - known[-1]

@@ -1,18 +1,19 @@
 """Which curves a step is shown with: its metrics in, charts out, the telling ones apart from the rest.
 
 Every metric that was logged is drawn exactly once. The catalogue says which come first and together; what it
-does not know (a reward source, a new metric) is drawn among the rest under its own name.
+does not know (a reward source, a new metric) is drawn among the rest under its own name. Of one run a chart
+has several metrics; of several runs it has one, with a line for each run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from common.stage import Step
 from pipeline.report.charts import Chart, Line, lay_out
 from pipeline.report.files import Series
-from pipeline.report.glance import EVAL, GREEDY, NAMES, UNITS, evaluated, is_share
+from pipeline.report.glance import EVAL, GREEDY, NAMES, SAMPLED, UNITS, evaluated, is_share
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,20 @@ class Plan:
     unit: str = ""
 
 
+@dataclass(frozen=True)
+class Logged:
+    """What a run logged of a step: series, and standard errors of some, by metric.
+
+    name, mark, colour: how its lines are told from those of other runs; a run alone needs none.
+    """
+
+    metrics: Mapping[str, Series]
+    errors: Mapping[str, Series] = field(default_factory=dict)
+    name: str = ""
+    mark: str = ""
+    colour: int = 0
+
+
 def _both(title: str, metric: str, unit: str = "") -> Plan:
     return Plan(title, {metric: "training", EVAL + metric: "held out"}, unit)
 
@@ -33,13 +48,18 @@ OPTIMIZER = (
     Plan("Gradient norm", {"grad_norm": "before clipping"}),
 )
 
+MEMORY = Plan(
+    "Memory of rank 0", {"perf/memory_gb": "after the step", "perf/peak_memory_gb": "peak so far"}, "GB"
+)
+SYSTEM = (Plan("Speed", {"perf/tokens_per_second": "all"}, "tokens per second"), MEMORY)
+
 MAIN: Mapping[str, Sequence[Plan]] = {
     Step.sft.value: (
         _both("Loss", "loss", "nats per token"),
         _both("Tokens predicted", "mean_token_accuracy"),
         _both("Entropy", "entropy", "nats"),
         *OPTIMIZER,
-        Plan("Speed", {"perf/tokens_per_second": "tokens per second"}, "tokens per second"),
+        *SYSTEM,
     ),
     Step.reward.value: (
         _both("Loss", "loss"),
@@ -47,6 +67,7 @@ MAIN: Mapping[str, Sequence[Plan]] = {
         _both("Margin", "margin"),
         Plan("Rewards", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
         *OPTIMIZER,
+        *SYSTEM,
     ),
     Step.dpo.value: (
         _both("Loss", "loss"),
@@ -54,6 +75,7 @@ MAIN: Mapping[str, Sequence[Plan]] = {
         _both("Margin", "rewards/margins"),
         Plan("Implicit rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
         *OPTIMIZER,
+        *SYSTEM,
     ),
     Step.ppo.value: (
         Plan("Scores of the roll-outs", {"objective/scores": "score", "objective/rlhf_reward": "after KL"}),
@@ -77,32 +99,35 @@ MAIN: Mapping[str, Sequence[Plan]] = {
             {"time/rollout": "roll-out", "time/score": "score", "time/learn": "learn"},
             "seconds",
         ),
+        Plan(
+            "Speed",
+            {"perf/tokens_per_second": "all", "perf/rollout_tokens_per_second": "roll-out"},
+            "tokens per second",
+        ),
+        MEMORY,
     ),
 }
 
 
 def curves(
-    step: str,
-    metrics: Mapping[str, Series],
-    functions: Sequence[str] = (),
-    errors: Mapping[str, Series] | None = None,
+    step: str, logged: Sequence[Logged], functions: Sequence[str] = (), *, is_alone: bool = True
 ) -> tuple[list[Chart], list[Chart]]:
     """The telling charts of a step, and the rest.
 
-    functions: the user's evaluations, in their order. errors: standard errors, by the metric's name.
+    functions: the user's evaluations, in their order. is_alone: there is one run on the page, not only in
+    this step.
     """
     x_name = "iteration" if step == Step.ppo.value else "step"
+    metrics = list(dict.fromkeys(metric for run in logged for metric in run.metrics))
     plans = list(MAIN[step])
     if step == Step.ppo.value:
-        plans = [*_evaluations(metrics, functions), *_sources(metrics), *plans]
+        plans = [*evaluations(metrics, functions), *_sources(metrics), *plans]
     rest = _rest(metrics, {metric for plan in plans for metric in plan.lines})
+    if not is_alone:
+        plans, rest = list(_apart(plans)), list(_apart(rest))
 
     def drawn(plan: Plan) -> Chart | None:
-        lines = [
-            Line(name, metrics[metric], index, metric.startswith(EVAL), dict((errors or {}).get(metric, [])))
-            for index, (metric, name) in enumerate(plan.lines.items())
-            if metrics.get(metric)
-        ]
+        lines = list(_lines(plan, logged, is_alone=is_alone))
         values = [value for line in lines for _, value in line.series]
         percent = all(is_share(metric, values) for metric in plan.lines)
         return lay_out(plan.title, lines, x_name=x_name, percent=percent, unit=plan.unit)
@@ -111,19 +136,39 @@ def curves(
     return main, further
 
 
-def _evaluations(metrics: Mapping[str, Series], functions: Sequence[str]) -> list[Plan]:
+def _lines(plan: Plan, logged: Sequence[Logged], *, is_alone: bool) -> Iterator[Line]:
+    """Of one run a line per metric; of several a line per run."""
+    for run in logged:
+        for index, (metric, name) in enumerate(plan.lines.items()):
+            if series := run.metrics.get(metric):
+                yield Line(
+                    name if is_alone else run.name, series,
+                    colour=index if is_alone else run.colour, dash=index if is_alone else 0,
+                    mark=run.mark, sparse=metric.startswith(EVAL), errors=dict(run.errors.get(metric, [])),
+                )  # fmt: skip
+
+
+def _apart(plans: Sequence[Plan]) -> Iterator[Plan]:
+    """A chart per metric, named by both where several shared one."""
+    for plan in plans:
+        for metric, name in plan.lines.items():
+            title = plan.title if len(plan.lines) == 1 else f"{plan.title}, {name}"
+            yield Plan(title, {metric: name}, plan.unit)
+
+
+def evaluations(metrics: Collection[str], functions: Sequence[str]) -> list[Plan]:
     """A chart per evaluation of PPO: sampled and greedy."""
     return [
         Plan(
             f"{NAMES.get(name, name)}, held out",
-            {EVAL + name: "sampled", GREEDY + name: "greedy"},
+            {EVAL + name: SAMPLED, GREEDY + name: "greedy"},
             UNITS.get(name, ""),
         )
         for name in evaluated(metrics, functions)
     ]
 
 
-def _sources(metrics: Mapping[str, Series]) -> list[Plan]:
+def _sources(metrics: Collection[str]) -> list[Plan]:
     """One chart for what each source of rewards gave, before weights and clipping; of many, one each."""
     lines = {name: name.removeprefix("reward/") for name in sorted(metrics) if name.startswith("reward/")}
     if len(lines) <= 4:
@@ -131,11 +176,11 @@ def _sources(metrics: Mapping[str, Series]) -> list[Plan]:
     return [Plan(f"Reward of {label}", {name: label}) for name, label in lines.items()]
 
 
-def _rest(metrics: Mapping[str, Series], known: Collection[str]) -> list[Plan]:
+def _rest(metrics: Collection[str], known: Collection[str]) -> list[Plan]:
     """A chart per metric that is not known, with its held-out values when it has both; the halves of those
     whose other half is known come last."""
     plans, halves = [], []
-    for metric in sorted(metrics.keys() - known):
+    for metric in sorted(set(metrics).difference(known)):
         other = metric.removeprefix(EVAL) if metric.startswith(EVAL) else EVAL + metric
         if other in known and other in metrics:
             halves.append(Plan(metric, {metric: metric}))

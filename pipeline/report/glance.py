@@ -210,7 +210,7 @@ def before_and_after(
     (first_step, first), (last_step, last) = series[0], series[-1]
     two = len(series) > 1
     pairs = pairs_of(step) if name in OF_PAIRS else 0
-    groups = [_values(step, at, name, mode) for at in (first_step, last_step)]
+    groups = [values_of(step, at, name, mode) for at in (first_step, last_step)]
     errors = dict(step.errors.get(metric, []))
 
     def estimate(value: float, values: Mapping[str, list[float]], at: int) -> Estimate:
@@ -281,7 +281,7 @@ def _change_sentence(measure: Measure, change: Estimate) -> str:
     return f"{measure.title} {verb} {where}{over}{at}{between}."
 
 
-def _values(step: StepFiles, at: int, name: str, mode: str) -> dict[str, list[float]]:
+def values_of(step: StepFiles, at: int, name: str, mode: str) -> dict[str, list[float]]:
     """What the samples of one evaluation say about a metric, by prompt."""
     values: dict[str, list[float]] = {}
     for sample in step.samples.get(at, []):

@@ -20,7 +20,7 @@ import yaml
 
 from common.stage import Role, Step
 from pipeline import state
-from pipeline.report.files import RunFiles, clean, dig, mapping
+from pipeline.report.files import RunFiles, clean, dig, listing, mapping
 from pipeline.state import NO_PART_IN_RESULTS
 
 _PLAIN = re.compile(r"[A-Za-z_/][\w/.@-]*")
@@ -92,7 +92,7 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Artifacts that one step hands to the next are wired by the steps, not by settings.
     """
-    steps = config.get("steps") or []
+    steps = [str(step) for step in listing(config.get("steps"))]
     idle = [step.value for step in Step if step.value not in steps]
     kept = {key: value for key, value in config.items() if key not in (*NO_PART_IN_RESULTS, *idle)}
     own = Path(str(config.get("output_dir"))) / str(config.get("run_name"))
@@ -112,8 +112,8 @@ def nearest_experiment(config: Mapping[str, Any]) -> str | None:
     best, best_share = None, 0.5
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         settings = mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
-        leaves = [(k, v) for k, v in _leaves(settings) if not k.startswith(("defaults", *NO_PART_IN_RESULTS))]
-        known = [(key, value) for key, value in leaves if key.partition(".")[0] in config]
+        found = [(k, v) for k, v in leaves(settings) if not k.startswith(("defaults", *NO_PART_IN_RESULTS))]
+        known = [(key, value) for key, value in found if key.partition(".")[0] in config]
         same = sum(dig(config, key) == value for key, value in known)
         if known and same / len(known) > best_share:
             best, best_share = path.stem, same / len(known)
@@ -143,12 +143,13 @@ def _composed(overrides: Sequence[str]) -> dict[str, Any]:
     return decisive(to_plain(compose(overrides)))
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of nested mappings; a list is one leaf."""
     if not isinstance(value, dict):
         yield prefix, value
         return
     for key, below in value.items():
-        yield from _leaves(below, f"{prefix}.{key}" if prefix else str(key))
+        yield from leaves(below, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _path_of(config: Mapping[str, Any], key: str) -> str:

@@ -6,12 +6,11 @@ the controller checks the same before anything is launched or written.
 
 from dataclasses import dataclass
 from typing import Optional
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult
 
-from common.addresses import is_this_machine
+from common import addresses
 from common.errors import UserError
 from common.fields import number
-from common.redact import redact_text
 
 FORM = "package.module:function(prompts, completions, **columns) -> list[float]"
 """Signature of a function that scores responses."""
@@ -23,6 +22,12 @@ LONGEST_PAUSE = 60.0
 """Seconds; pauses grow no further: with twenty retries they would come to days."""
 GROWING = 6
 """Number of growing pauses: 1, 2, 4, 8, 16 and 32 seconds."""
+SERVER = addresses.Words(
+    example="https://rewards.example/score",
+    sends="prompts and completions",
+    instead=f"take it out of the URL and set the environment variable {TOKEN}, sent as a bearer token",
+    if_plain="use https, a server on this machine, or allow it beside the url: allow_http: true",
+)
 
 
 @dataclass
@@ -72,30 +77,8 @@ def check_reference(reference: str, key: str) -> None:
 
 
 def check_url(url: str, key: str, *, allow_http: bool) -> SplitResult:
-    """The parts of an allowed URL. UserError naming `key` for any other. Connects to nothing."""
-    if redact_text(url) != url:
-        raise UserError(
-            f"{key}={redact_text(url)} holds a credential, which would be written down with the settings",
-            hint=f"take it out of the URL and set the environment variable {TOKEN}, sent as a bearer token",
-        )
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises for what is no port
-    except ValueError as error:
-        raise UserError(
-            f"{key}={url} is no URL: {error}", hint="e.g. https://rewards.example/score"
-        ) from None
-    visible = all("!" <= character <= "~" for character in url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not visible:
-        raise UserError(
-            f"{key}={url!r} is not a URL that can be asked", hint="e.g. https://rewards.example/score"
-        )
-    if parts.scheme == "http" and not is_this_machine(parts.hostname) and not allow_http:
-        raise UserError(
-            f"{key}={url} would send prompts and completions unencrypted to {parts.hostname}",
-            hint="use https, a server on this machine, or allow it beside the url: allow_http: true",
-        )
-    return parts
+    """The parts of an allowed URL of a reward server; UserError naming `key` for any other."""
+    return addresses.check_url(url, key, SERVER, allow_http=allow_http)
 
 
 def longest_wait(timeout: float, retries: int) -> float:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import Offload, OptimizerName, Truncation, WandbMode
+from common.config import Offload, OptimizerName, Truncation
+from common.tracking_config import WandbMode
 from pipeline import checks
 from pipeline.compose import compose, prepare
 from pipeline.config import CONF, PROJECT, PipelineConfig

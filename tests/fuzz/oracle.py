@@ -17,7 +17,7 @@ from common.fields import Range
 from pipeline.config import PipelineConfig
 
 DEFAULTS = to_plain(PipelineConfig())
-FREE_TEXT = ("run_name", "objective", "function", "functions", "url")
+FREE_TEXT = ("run_name", "objective", "function", "functions", "url", "webhook")
 """Texts with a form of their own, of which nothing is known here: they may be refused."""
 SWITCHES = {"true": True, "yes": True, "on": True, "y": True, "1": True}
 SWITCHES |= {"false": False, "no": False, "off": False, "n": False, "0": False}
@@ -135,6 +135,8 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "parameters that are not sharded are elsewhere"
     if launch["node_rank"] is not None and launch["node_rank"] >= launch["nnodes"]:
         yield "a machine too many"
+    if len(set(settings["tracking"]["to"])) < len(settings["tracking"]["to"]):
+        yield "a mirror twice"
     if not settings["steps"] or len(settings["steps"]) > len(set(settings["steps"])):
         yield "steps twice, or none"
     for step in ("sft", "reward", "dpo", "ppo"):

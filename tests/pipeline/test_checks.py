@@ -24,6 +24,7 @@ from common.config import (
 from common.errors import UserError
 from common.fields import as_schema
 from common.stage import Step
+from common.tracking_config import MirrorName
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from step3_ppo.config import Estimator, RewardSourceConfig
@@ -50,6 +51,26 @@ def error_of(config: PipelineConfig, ranks: int = 1) -> UserError:
         checks.check(config, ranks)
     assert caught.value.hint
     return caught.value
+
+
+def test_a_mirror_that_is_not_installed_is_named_before_anything_starts(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.tracking.to = [MirrorName.wandb, MirrorName.tensorboard]
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    error = error_of(config)
+    assert "tensorboard, which is not installed" in error.message and "pip install" in str(error.hint)
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    checks.check(config, ranks=1)
+
+
+def test_a_webhook_whose_variable_is_not_set_is_named_before_anything_starts(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.tracking.webhook = "env:OF_THE_TEST"
+    assert "OF_THE_TEST is not set" in error_of(config).message
+    monkeypatch.setenv("OF_THE_TEST", "https://chat.example/secret")
+    checks.check(config, ranks=1)
 
 
 def test_data_without_a_model_names_the_missing_key(config: PipelineConfig) -> None:

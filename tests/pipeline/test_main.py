@@ -62,7 +62,7 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
         (("verify",), "verify takes one path"),
         (("verify", "nowhere"), "nowhere: no such folder"),
         (("verify", __file__), "test_main.py: a file"),
-        (("report",), "report takes the folder of one run"),
+        (("report",), "arguments are required: RUN"),
         (("report", "nowhere"), "nowhere"),
         (("chat",), "the following arguments are required: PATH"),
         (("chat", "nowhere"), "PATH=nowhere: no such folder"),
@@ -179,8 +179,11 @@ def test_help_is_no_error(tmp_path: Path) -> None:
 def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path: Path, job: list[str]) -> None:
     done = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
-    assert len(folders) == 2 and all(name.startswith("s-") for name in folders)
+    made = sorted(path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
+    assert made[0] == "report.html" and len(made) == 3 and all(name.startswith("s-") for name in made[1:])
+    header, *rows, page = done.stdout.splitlines()[-4:]
+    assert header.split() == ["run", "seed", "sft:eval/loss"] and page == "report    runs/report.html"
+    assert sorted(row.split()[1] for row in rows) == ["1", "2"]
     again = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", folder=tmp_path)
     assert again.stdout.count("done already, verified") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "runs"]

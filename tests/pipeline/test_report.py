@@ -18,7 +18,7 @@ from pipeline import state
 from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
 from pipeline.report import report
-from pipeline.report.comparison import compare
+from pipeline.report.comparison import over_time
 from pipeline.report.files import SampleRow, ledger_row, read_run
 from pipeline.report.glance import at_a_glance
 from pipeline.report.reproduce import command_for, decisive
@@ -31,7 +31,7 @@ NASTY = "</script><img src=x onerror=alert(1)>&amp;<svg onload=alert(2)>\"'`{{ 7
 class Page(HTMLParser):
     """Tags, ids and visible text of a page; unclosed or wrongly closed tags are errors."""
 
-    VOID = {"meta", "link", "br", "img", "path", "circle"}
+    VOID = {"meta", "link", "br", "img", "path", "circle", "rect"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -287,13 +287,11 @@ def test_samples_are_shown_in_the_order_of_the_file_beside_each_other() -> None:
         made = [SampleRow(f"p{i}", f"r{s}", "sampled", reward=s) for i, s in enumerate(scores)]
         return [*made, SampleRow("p0", "greedy one", "greedy", reward=9.0)]
 
-    found = compare({0: rows(1.0, 2.0, 3.0), 40: rows(5.0, 1.0, 0.0)})
-    assert found is not None and (found.before_step, found.after_step, len(found.pairs)) == (0, 40, 3)
-    shown = [
-        (pair.prompt, pair.before and pair.before.completion, pair.after.completion) for pair in found.pairs
-    ]
+    found = over_time("ppo", {0: rows(1.0, 2.0, 3.0), 40: rows(5.0, 1.0, 0.0)})
+    assert found is not None and [side.at for side in found.sides] == [0, 40]
+    shown = [(row.prompt, *(side and side.completion for side in row.sides)) for row in found.prompts]
     assert shown == [("p0", "r1.0", "r5.0"), ("p1", "r2.0", "r1.0"), ("p2", "r3.0", "r0.0")]
-    assert [pair.prompt for pair in found.losses] == ["p2", "p1"]
+    assert [row.prompt for row in found.extremes] == ["p2", "p1"]
 
 
 def test_only_the_first_and_the_last_evaluation_are_kept_of_many(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.report import report
+from pipeline.report import page, report
 from tests.browser import HOW_TO_GET_ONE, Browser, find
-from tests.pipeline.report_runs import make_run
+from tests.pipeline.report_runs import make_run, write_state
 from tests.pipeline.test_report import NASTY
 
 pytestmark = pytest.mark.skipif(find() is None, reason=HOW_TO_GET_ONE)
@@ -29,7 +30,7 @@ CURVES = """
             length: mark.getTotalLength()};
   });
   const page = document.documentElement.clientWidth + 0.5;
-  const texts = [...svg.querySelectorAll('text')].map(text => text.getBoundingClientRect());
+  const texts = [...svg.querySelectorAll(':scope > text')].map(text => text.getBoundingClientRect());
   return {title: svg.querySelector('title').textContent, visible: svg.checkVisibility(),
           width: frame.width, height: frame.height, marks: marks,
           clipped: texts.filter(t => t.left < 0 || t.right > page).length,
@@ -87,9 +88,9 @@ def test_nothing_is_fetched_and_nothing_complains(browser: Browser, url: str) ->
 
 
 def test_the_browser_would_have_noticed(browser: Browser, tmp_path: Path) -> None:
-    page = tmp_path / "bad.html"
-    page.write_text("<img src=missing.png><script>console.error('said'); undefined_name()</script>")
-    browser.open(page.as_uri())
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src=missing.png><script>console.error('said'); undefined_name()</script>")
+    browser.open(bad.as_uri())
     assert any(request.endswith("missing.png") for request in browser.requests())
     said = " ".join(browser.complaints())
     assert "said" in said and "undefined_name" in said
@@ -123,10 +124,71 @@ def test_a_phone_shows_it_without_scrolling_sideways(browser: Browser, url: str,
     assert (scrolls, shows) == (PHONE, PHONE)
     assert browser.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 15
     smallest = browser.evaluate(
-        "Math.min(...[...document.querySelectorAll('svg.chart text')]"
+        "Math.min(...[...document.querySelectorAll('svg.chart > text')]"
         ".map(text => text.getBoundingClientRect().height))"
     )
     assert smallest >= 10
+
+
+HOVER = """
+(() => {
+  const svg = [...document.querySelectorAll('svg.chart')].find(
+    s => s.querySelector('title').textContent === 'Loss');
+  svg.scrollIntoView({behavior: 'instant', block: 'center'});
+  const r = svg.getBoundingClientRect();
+  return [r.x + r.width / 2, r.y + r.height / 2];
+})()
+"""
+TIPS = """
+[...document.querySelectorAll('.at > g')].filter(g => getComputedStyle(g).display !== 'none').map(
+  g => [...g.querySelectorAll('tspan')].map(t => t.textContent))
+"""
+
+
+def test_a_pointer_over_a_curve_is_shown_the_values_there(browser: Browser, url: str) -> None:
+    browser.look(1100)
+    browser.open(url)
+    assert browser.evaluate(TIPS) == []
+    browser.point(*browser.evaluate(HOVER))
+    ((step, *values),) = browser.evaluate(TIPS)
+    assert re.fullmatch(r"step \d+", step)
+    assert [re.fullmatch(r"(training|held out) [\d.]+", value) is not None for value in values] == [True]
+
+
+def test_several_runs_fit_a_window_and_a_phone(browser: Browser, tmp_path: Path) -> None:
+    names = ["short", "a-run-with-a-name-that-is-far-too-long-for-any-table-" + "x" * 60]
+    names += [f"sft-mixture-of-many-sources-{number}" for number in range(6)]
+    steps = [("sft", "reward", "ppo"), ("sft", "dpo"), *[("sft",)] * 6]
+    runs = [
+        make_run(tmp_path / name, which, iterations=6, count=8)
+        for name, which in zip(names, steps, strict=True)
+    ]
+    write_state(runs[3] / "sft", "failed", exit_status=1)
+    url = report(*runs).as_uri()
+    for width in (PHONE, 1100):
+        browser.look(width, phone=width == PHONE)
+        browser.open(url)
+        browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert browser.evaluate("document.documentElement.scrollWidth") == width
+        assert browser.complaints() == [] and browser.requests() == [url]
+    found = browser.evaluate(CURVES)
+    assert all(curve["clipped"] == 0 and all(m["inside"] for m in curve["marks"]) for curve in found)
+    assert [found for found in browser.evaluate(CONTRASTS) if found[0] < 4.5] == []
+
+
+def test_a_page_of_a_run_that_goes_on_loads_itself_anew(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "RELOAD_SECONDS", 1)
+    run = make_run(tmp_path / "run", ("sft",))
+    write_state(run / "sft", "running")
+    url = report(run).as_uri()
+    browser.open(url)
+    assert "going on" in browser.evaluate("document.body.textContent")
+    write_state(run / "sft")
+    report(run)
+    browser.wait_for_load()
+    assert "going on" not in browser.evaluate("document.body.textContent")
 
 
 @pytest.mark.parametrize("dark", [False, True])

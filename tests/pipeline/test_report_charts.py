@@ -20,7 +20,8 @@ from pipeline.report.charts import (
     lay_out,
     nice_ticks,
 )
-from pipeline.report.curves import curves
+from pipeline.report.curves import Logged, curves
+from pipeline.report.hovers import COLUMNS
 
 
 def chart(*lines: Line, **more: object) -> Chart:
@@ -141,20 +142,71 @@ def test_every_finite_series_lies_inside_its_frame(values: list[float]) -> None:
         assert LEFT <= x <= WIDTH - RIGHT and TOP - 0.1 <= y <= HEIGHT - BOTTOM + 0.1
 
 
+@pytest.mark.parametrize(
+    ("value", "percent", "ticks"),
+    [
+        (0.0, True, ["0", "25", "50", "75", "100"]),  # a share of nothing, at the bottom of all
+        (0.4, True, ["0", "25", "50", "75", "100"]),
+        (0.0, False, ["0", "0.25", "0.50", "0.75", "1.00"]),
+        (0.02, False, ["0", "0.01", "0.02", "0.03", "0.04"]),  # in the middle, above zero
+        (-3.0, False, ["−6", "−4", "−2", "0"]),
+    ],
+)
+def test_a_constant_curve_lies_on_an_axis_that_shows_its_size(
+    value: float, percent: bool, ticks: list[str]
+) -> None:
+    found = chart(Line("training", [(step, value) for step in range(50)]), percent=percent)
+    assert [label for _, label in found.y_ticks] == ticks
+
+
+def test_a_pointer_meets_the_values_that_were_logged_and_no_means() -> None:
+    training = Line("training", [(step, float(step % 7)) for step in range(1, 1001)])
+    held_out = Line("held out", [(500, 2.5), (1000, math.nan)], colour=1, sparse=True)
+    found = chart(training, held_out)
+    assert len(found.hovers) == COLUMNS + 1  # the last step lies on the edge
+    (at,) = [hover for hover in found.hovers if hover.title == "step 500"]
+    assert at.rows == [(0, "training 3.00"), (1, "held out 2.50")]
+    assert found.hovers[-1].rows == [(0, "training 6.00"), (1, "held out not a number")]
+    for left, right in zip(found.hovers, found.hovers[1:], strict=False):
+        assert left.left + left.width == pytest.approx(right.left, abs=0.11)
+        assert left.left <= left.x <= left.left + left.width + 0.1
+        assert left.box_x >= 0 and left.box_x + left.box_width <= WIDTH
+
+
+def test_of_several_runs_a_chart_has_one_metric_and_a_line_for_each_run() -> None:
+    one = Logged({"loss": [(1, 2.0)], "eval/loss": [(1, 3.0)]}, name="A first", mark="A", colour=0)
+    other = Logged({"loss": [(1, 4.0)], "new": [(1, 5.0)]}, name="B second", mark="B", colour=1)
+    main, further = curves("sft", [one, other], is_alone=False)
+    drawn = {found.title: [(line.name, line.label) for line in found.lines] for found in [*main, *further]}
+    assert drawn == {
+        "Loss, training": [("A first", "A 2.00"), ("B second", "B 4.00")],
+        "Loss, held out": [("A first", "A 3.00")],
+        "new": [("B second", "B 5.00")],
+    }
+
+
+def test_of_many_lines_the_last_values_are_in_the_table_only() -> None:
+    lines = [Line(f"line {index}", [(1, 1.0), (2, float(index))], index) for index in range(13)]
+    found = chart(*lines)
+    assert {line.label for line in found.lines} == {""} and len(found.table) == 13
+    assert found.notes == ["The last values of so many lines are in the table below."]
+    assert found.hovers[-1].rows[-1] == (-1, "and 2 more")
+
+
 def test_every_metric_is_drawn_exactly_once() -> None:
     names = ["loss", "eval/loss", "learning_rate", "something/new", "eval/something/new", "eval/alone"]
     metrics = {name: [(1, 1.0), (2, 2.0)] for name in names}
-    main, further = curves("sft", metrics)
+    main, further = curves("sft", [Logged(metrics)])
     drawn = sum(len(found.lines) for found in [*main, *further])
     assert drawn == len(names)
     assert [found.title for found in further] == ["eval/alone", "something/new"]
     ppo = {name: [(1, 1.0)] for name in ("eval/gold", "eval/greedy/gold", "eval/x/y", "scores/a", "kl_coef")}
-    main, further = curves("ppo", ppo, ["gold"])
+    main, further = curves("ppo", [Logged(ppo)], ["gold"])
     assert sum(len(found.lines) for found in [*main, *further]) == len(ppo)
     assert main[0].title == "Gold score, held out" and len(main[0].lines) == 2
 
 
 def test_the_learning_rates_of_policy_and_critic_share_a_chart() -> None:
     names = ("learning_rate", "critic/learning_rate")
-    main, further = curves("ppo", {name: [(1, 1e-5), (2, 2e-5)] for name in names})
+    main, further = curves("ppo", [Logged({name: [(1, 1e-5), (2, 2e-5)] for name in names})])
     assert [(found.title, len(found.lines)) for found in main] == [("Learning rate", 2)] and further == []

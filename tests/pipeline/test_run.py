@@ -205,6 +205,46 @@ def test_a_failure_after_a_signal_is_not_called_stopped() -> None:
     assert status()["status"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("does", "code", "told"),
+    [
+        ("done", 0, ("end", "sft of runs/a finished")),
+        ("crash", 1, ("failure", "sft of runs/a failed (exit status 1)")),
+        ("user-error", 2, ("failure", "sft of runs/a failed (exit status 2)")),
+        ("no-export", None, ("failure", "sft of runs/a failed: runs/a/sft/export is not finished")),
+    ],
+)
+def test_the_webhook_is_told_once_how_a_step_ended(
+    does: str, code: int | None, told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posted: list[tuple[str, str]] = []
+    monkeypatch.setenv("FAKE_STEP", does)
+    monkeypatch.setattr(
+        run.Webhook,
+        "post",
+        lambda self, kind, step, text: posted.append((kind.value, text.partition(": there")[0])),
+    )
+    if code is None:
+        with pytest.raises(UserError):
+            go()
+    else:
+        assert go()[0] == code
+    assert [(kind, text[: len(told[1])]) for kind, text in posted] == [told]
+    if does == "done":
+        go()  # done already: nothing has ended
+        assert len(posted) == 1
+
+
+def test_a_webhook_that_nobody_answers_fails_no_run() -> None:
+    made = config()
+    made.tracking.webhook = "http://127.0.0.1:9/secret"
+    code, lines = go(made)
+    assert code == 0
+    assert [line for line in lines if "webhook" in line] == [
+        "warning: tracking.webhook: an alert was not posted: ConnectionRefusedError; the run goes on"
+    ]
+
+
 @pytest.mark.parametrize("ended", [0, 1, 2])
 def test_a_folder_that_was_removed_while_its_step_ran_is_said_and_not_made_again(
     ended: int, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ from pipeline.compose import compose
 from pipeline.config import PipelineConfig
 from pipeline.state import config_hash
 from pipeline.sweep import objective_of
+from tests.pipeline.report_runs import make_run
 
 
 def config_of(folder: Path, *overrides: str) -> PipelineConfig:
@@ -47,6 +48,7 @@ def test_by_default_it_is_what_the_last_step_is_measured_by(tmp_path: Path) -> N
 def test_without_a_held_out_loss_it_is_the_training_loss(tmp_path: Path) -> None:
     write(tmp_path, Step.sft, {"loss": 2.0}, {"loss": 1.0})
     assert objective_of(config_of(tmp_path, "steps=[sft]")) == 1.0
+    assert sweep.judged(config_of(tmp_path, "steps=[sft]")) == ("sft:loss", 1.0)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
@@ -69,3 +71,33 @@ def test_an_objective_names_a_step_of_the_run_and_a_metric(objective: str, tmp_p
 def test_what_is_looked_at_decides_no_result(tmp_path: Path) -> None:
     one, other = (config_of(tmp_path, "steps=[sft]", *more) for more in ((), ("objective=sft:loss",)))
     assert config_hash(one) == config_hash(other)
+
+
+def ended(folder: Path, objective: float | None, **settings: object) -> sweep.Ended:
+    run = make_run(folder, ("sft",))
+    config = json.loads((run / "resolved.yaml").read_text())
+    (run / "resolved.yaml").write_text(json.dumps({**config, **settings}))
+    return sweep.Ended(run, None if objective is None else ("sft:eval/loss", objective))
+
+
+def test_a_sweep_ends_with_what_differs_what_it_came_to_and_a_page(tmp_path: Path) -> None:
+    runs = [ended(tmp_path / "s-1", 1.5, seed=1), ended(tmp_path / "s-2", None, seed=2)]
+    said: list[str] = []
+    sweep.conclude([*runs, runs[0]], said.append)
+    assert said == [
+        "run  seed  sft:eval/loss",
+        "s-1  1     1.50",
+        "s-2  2     did not end well",
+        f"report    {tmp_path / 'report.html'}",
+    ]
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+
+
+def test_one_run_is_no_sweep_and_a_page_that_cannot_be_made_fails_none(tmp_path: Path) -> None:
+    runs = [ended(tmp_path / "s-1", 1.5), ended(tmp_path / "s-2", 2.5)]
+    said: list[str] = []
+    sweep.conclude(runs[:1], said.append)
+    assert said == []
+    (tmp_path / "report.html").mkdir()
+    sweep.conclude(runs, said.append)
+    assert len(said) == 1 and said[0].startswith("warning: no table of the sweep: ")

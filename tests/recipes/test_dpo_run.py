@@ -78,7 +78,7 @@ def test_a_run_leaves_exactly_these_files(run_dir: Path) -> None:
 def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
     training = {
         "step", "grad_norm", "learning_rate", "num_tokens", "num_trained_tokens", "epoch",
-        "perf/tokens_per_second", "perf/peak_memory_gb", "perf/padding_share", *PREFERENCE,
+        "perf/tokens_per_second", "perf/memory_gb", "perf/peak_memory_gb", "perf/padding_share", *PREFERENCE,
     }  # fmt: skip
     assert [line["step"] for line in lines_of(run_dir)] == [1, 2, 3, 4, 5]
     for line in lines_of(run_dir):

@@ -47,7 +47,7 @@ TRAINING = {
     "rollout/logprob_drift", "rollout/logprob_drift_max", "grad_norm", "critic/grad_norm",
     "learning_rate", "critic/learning_rate", "epoch", "num_tokens", "num_trained_tokens", "num_responses",
     "time/rollout", "time/score", "time/learn", "perf/rollout_tokens_per_second", "perf/slot_utilisation",
-    "perf/tokens_per_second", "perf/peak_memory_gb",
+    "perf/tokens_per_second", "perf/memory_gb", "perf/peak_memory_gb",
 }  # fmt: skip
 EVALUATION = {
     "step",

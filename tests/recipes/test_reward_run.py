@@ -65,7 +65,7 @@ def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
     training = {
         "step", "loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "chosen_reward",
         "rejected_reward", "reward_length_correlation", "grad_norm", "learning_rate", "num_tokens", "epoch",
-        "perf/tokens_per_second", "perf/peak_memory_gb", "perf/padding_share",
+        "perf/tokens_per_second", "perf/memory_gb", "perf/peak_memory_gb", "perf/padding_share",
     }  # fmt: skip
     assert [line["step"] for line in lines_of(run_dir)] == [1, 2, 3, 4, 5]
     for line in lines_of(run_dir):

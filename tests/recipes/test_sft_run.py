@@ -62,7 +62,8 @@ def test_every_training_line_has_the_metrics_that_users_know(run_dir: Path) -> N
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8]
     names = {
         "step", "loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "num_tokens",
-        "num_trained_tokens", "epoch", "perf/tokens_per_second", "perf/peak_memory_gb", "perf/padding_share",
+        "num_trained_tokens", "epoch", "perf/tokens_per_second", "perf/memory_gb", "perf/peak_memory_gb",
+        "perf/padding_share",
     }  # fmt: skip
     for line in lines:
         assert set(line) == names

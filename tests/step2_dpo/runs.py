@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode, to_plain
+from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, to_plain
 from common.runtime.tracking import read_metrics
+from common.tracking_config import WandbMode
 from step2_dpo.config import DPOJob
 from tests.packed import packed_lm
 from tests.programs.live_logits import keep_live

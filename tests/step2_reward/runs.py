@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, SourceConfig, WandbMode
+from common.config import Dtype, SourceConfig
 from common.runtime.tracking import read_metrics
+from common.tracking_config import WandbMode
 from step2_reward.config import RewardJob
 from tests.programs.live_logits import keep_live
 from tests.runs import finish

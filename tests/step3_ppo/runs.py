@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, WandbMode
+from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig
 from common.runtime.tracking import read_metrics
+from common.tracking_config import WandbMode
 from step3_ppo.config import Estimator, KLPlacement, PPOJob, RewardSourceConfig
 from tests.programs import killed
 from tests.programs.live_logits import keep_live

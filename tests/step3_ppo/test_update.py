@@ -95,23 +95,13 @@ def test_in_the_warm_up_only_the_critic_learns(step: int, learns: bool) -> None:
 LOST, DONE = StepOutcome(False, math.nan), StepOutcome(True, 1.0)
 
 
-class Lines:
-    """Where what is said of a run goes."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def log(self, line: str) -> None:
-        self.said.append(line)
-
-
 def told(counters: PPOCounters, *both: StepOutcome, dtype: Dtype = Dtype.bf16) -> list[str]:
     """What is said of an update whose policy loss is fine, and whose value loss is not."""
-    networks, lines = Networks(has_critic=True), Lines()
+    networks, said = Networks(has_critic=True), list[str]()
     networks.actor.engine.loss_scale, networks.critic.engine.loss_scale = 1024.0, 1.0  # type: ignore
     means = {"loss/policy_avg": 0.25, "loss/value_avg": math.inf}
-    report_skipped(Outcome(*both, {}), counters, networks, means, ["rows:3"], dtype, lines)  # type: ignore
-    return lines.said
+    report_skipped(Outcome(*both, {}), counters, networks, means, ["rows:3"], dtype, said.append)  # type: ignore
+    return said
 
 
 def test_the_network_that_skipped_is_named_with_its_own_loss(caplog: pytest.LogCaptureFixture) -> None:

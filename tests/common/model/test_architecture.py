@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import Gemma2Config, GPTJConfig, GPTJForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Lfm2Config, Lfm2ForCausalLM
 
 from common import notices
 from common.config import ModelConfig
@@ -87,4 +87,4 @@ def test_what_packing_does_not_reach_is_named_by_class_and_config() -> None:
     assert why_not_packed(type(tiny(capped)), capped) is None
     convolutions = Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
     assert why_not_packed(Lfm2ForCausalLM, convolutions) == "layers of type conv"
-    assert why_not_packed(GPTJForCausalLM, GPTJConfig()) == "an attention of its own"
+    assert why_not_packed(BloomForCausalLM, BloomConfig()) == "an attention of its own"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from common.config import TrackingConfig, WandbMode
 from common.runtime.tracking import Tracker, read_metrics
+from common.tracking_config import TrackingConfig, WandbMode
 
 OFF = TrackingConfig(wandb=WandbMode.off)
 

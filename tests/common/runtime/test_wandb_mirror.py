@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from common.config import TrackingConfig, WandbMode
 from common.redact import has_wandb_key
 from common.runtime import wandb_mirror
 from common.runtime.tracking import read_metrics
 from common.runtime.wandb_mirror import choose_mode, server_answers
+from common.tracking_config import TrackingConfig, WandbMode
 from tests.dripping import dripping, saying
 from tests.fake_wandb import FakeWandb, running
 
@@ -85,9 +86,9 @@ PRELUDE = """
 import logging
 import sys
 from pathlib import Path
-from common.config import TrackingConfig, WandbMode
-from common.runtime import wandb_mirror
+from common.runtime import mirror, wandb_mirror
 from common.runtime.tracking import Tracker
+from common.tracking_config import TrackingConfig, WandbMode
 
 logging.getLogger("rlhf").addHandler(logging.NullHandler())  # a step has one: its log
 """
@@ -236,7 +237,7 @@ def test_a_server_that_takes_the_request_and_never_answers_is_given_up(tmp_path:
 def test_a_server_that_goes_away_in_the_middle_costs_no_step_and_a_bounded_end(tmp_path: Path) -> None:
     code = """
         import urllib.request
-        wandb_mirror.FINISH_SECONDS = 1.0
+        wandb_mirror.FINISH_SECONDS = mirror.FINISH_SECONDS = 1.0
         log = Tracker("sft", "demo", Path(sys.argv[1]), TrackingConfig(), {}, 0)
         log.log({"loss": 1.0}, 1)
         urllib.request.urlopen(sys.argv[2] + "/hang")
@@ -248,8 +249,54 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_step_and_a_bounded_end(t
     with running() as server:
         said = run_python(code, tmp_path, server.url, server=server.url)
         assert server.hang.is_set()
-    assert "did not take everything in 1 s" in said
+    assert "wandb: not everything was taken in 1 s; send it later with: wandb sync" in said
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_that_wandb_has_not_seen_is_filled_from_the_files(tmp_path: Path) -> None:
+    code = """
+        tracking = TrackingConfig(wandb=WandbMode[sys.argv[2]])
+        log = Tracker("sft", "demo", Path(sys.argv[1]), tracking, {}, int(sys.argv[3]))
+        log.log({"loss": 1.0 / int(sys.argv[4]), "bad": float("nan")}, int(sys.argv[4]))
+        log.log_samples([{"completion": sys.argv[4]}], int(sys.argv[4]))
+        log.finish()
+    """
+    with running() as server:
+        run_python(code, tmp_path, "off", 0, 1, server=server.url)
+        run_python(code, tmp_path, "online", 1, 2, server=server.url)
+        run_python(code, tmp_path, "online", 2, 4, server=server.url)
+    assert history(server) == [(1, 1.0), (2, 0.5), (4, 0.25)]
+    (run,) = server.history.values()
+    assert [math.isnan(line["sft/bad"]) for line in run if "sft/bad" in line] == [True] * 3
+    tables = [json.loads(body) for name, body in server.uploads.items() if name.endswith("table.json")]
+    assert {tuple(table["data"][0]) for table in tables} == {(1, "1"), (2, "2"), (4, "4")}
+
+
+def test_wandb_is_told_of_watchdogs_failures_and_ends(tmp_path: Path) -> None:
+    code = """
+        from common.tracking_config import AlertKind
+        def step(folder, *alerts):
+            tracking = TrackingConfig(alerts=list(alerts))
+            return Tracker("ppo", "demo", Path(sys.argv[1]) / folder, tracking, {}, None)
+        with step("done", *AlertKind) as log:
+            for line in ("iteration 3: KL 61", "iteration 4: KL 62.5", "reward hacking"):
+                log.alert(line)
+        try:
+            with step("failed", AlertKind.failure) as log:
+                log.alert("not asked for")
+                raise ValueError("no room, hf_" + "a" * 34)
+        except ValueError:
+            pass
+    """
+    with running() as server:
+        said = run_python(code, tmp_path, server=server.url)
+    assert said.count("\n") == 2, said  # the addresses of the two runs
+    assert server.alerts == [
+        ("ppo of run demo: watchdog", "iteration 3: KL 61", "WARN"),  # the next one differs in digits alone
+        ("ppo of run demo: watchdog", "reward hacking", "WARN"),
+        ("ppo of run demo: end", "finished", "INFO"),
+        ("ppo of run demo: failure", "no room, [redacted]", "ERROR"),
+    ]
 
 
 def test_the_id_of_a_step_is_stable_and_a_new_folder_has_another(tmp_path: Path) -> None:

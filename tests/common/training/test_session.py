@@ -71,3 +71,11 @@ def test_checkpoints_that_are_gone_are_missed_aloud_and_a_first_start_is_not(tmp
     assert said == [
         f"there is no checkpoint in {tmp_path / 'checkpoints'}: beginning again with the first step"
     ]
+
+
+def test_a_number_that_looks_wrong_is_shown_and_told() -> None:
+    session, shown, told = Session.__new__(Session), list[str](), list[str]()
+    session.progress = SimpleNamespace(log=shown.append)  # type: ignore[assignment]
+    session.tracker = SimpleNamespace(alert=told.append)  # type: ignore[assignment]
+    session.warn("warning: the KL is 61")
+    assert (shown, told) == (["warning: the KL is 61"], ["the KL is 61"])
