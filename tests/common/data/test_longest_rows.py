@@ -171,7 +171,7 @@ def test_rows_of_parquet_that_unpack_to_much_more_than_text_does_are_refused(tmp
     path = tmp_path / "rows.parquet"
     table = pyarrow.table({"text": ["a", "x" * 10**6, *"b" * 2000]})
     pyarrow.parquet.write_table(table, path, compression="zstd")
-    assert refused(path).startswith(": group 1 of its rows unpacks ")
+    assert refused(path).startswith(": group 1 of its rows comes to ")
 
 
 def in_every_form(table: Any, folder: Path) -> Iterator[Path]:

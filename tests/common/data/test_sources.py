@@ -7,6 +7,7 @@ import gzip
 import json
 import struct
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +401,21 @@ def test_lists_that_point_outside_of_their_file_are_refused(tmp_path: Path) -> N
         path.write_bytes(content.replace(written, struct.pack("<3i", first, 2, last)))
         with pytest.raises(UserError, match="(not a readable Arrow file|: not readable)"):
             read(path)
+
+
+def test_a_parquet_file_whose_footer_is_damaged_does_not_end_the_process(tmp_path: Path) -> None:
+    """Every byte of it in turn; its library ends the process for some, where it is asked about columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table, path = pyarrow.table({"messages": [[{"role": "user", "content": "a"}]]}), tmp_path / "r.parquet"
+    pyarrow.parquet.write_table(table, path)
+    content, ended = path.read_bytes(), Counter[str]()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    for at in range(len(content) - footer, len(content) - 8):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x02]) + content[at + 1 :])
+        try:
+            ended["read"] += len(read(path))
+        except UserError:
+            ended["refused"] += 1
+    assert ended["read"] > 100 and ended["refused"] > 100
