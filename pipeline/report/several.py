@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from pipeline.report import estimates
-from pipeline.report.estimates import Estimate
+from common import estimates
+from common.estimates import Estimate
 from pipeline.report.files import RunFiles, clean, mapping
 from pipeline.report.glance import Measure, values_of
 from pipeline.report.reproduce import decisive, leaves, value_text
