@@ -20,6 +20,8 @@ from pipeline.report.glance import Measure, values_of
 from pipeline.report.reproduce import decisive, leaves, value_text
 
 LONG_NAME = 24
+REWARD = "reward"
+UNITS = ("ppo.rewards", "ppo.reward_clip", "ppo.missing_eos_penalty", "content of ppo.reward_model")
 COMMON_FROM = 8
 """Letters at the beginning of all names that are left out, at least."""
 
@@ -120,7 +122,8 @@ def _row(runs: Sequence[RunFiles], measures: Sequence[Measure | None]) -> FinalR
 def _number(lead: Measure, after: Estimate, change: Estimate | None) -> Number:
     if change is None or not change.has_interval:
         return Number(lead.text(after.value), lead.interval(after), "")
-    low, high = lead.signed(change.low), lead.signed(change.high)
+    most = 1.0 if lead.is_share else float("inf")
+    low, high = lead.signed(max(change.low, -most)), lead.signed(min(change.high, most))
     points = " points" if lead.is_share else ""
     said = f"{lead.signed(change.value)}{points} ({low} to {high})"
     return Number(lead.text(after.value), lead.interval(after), said)
@@ -129,11 +132,16 @@ def _number(lead: Measure, after: Estimate, change: Estimate | None) -> Number:
 def _above_first(
     first: RunFiles, before: Measure | None, run: RunFiles, after: Measure | None
 ) -> Estimate | None:
-    """The mean difference of the same prompts; None where they are not the same."""
-    if before is None or after is None:
+    """The mean difference of the same prompts; None where they, or a reward's units, are not the same."""
+    if before is None or after is None or (after.name == REWARD and units_of(first) != units_of(run)):
         return None
     of_first, of_run = _by_prompt(first, before), _by_prompt(run, after)
     return estimates.of_change(of_first, of_run, after.after.value - before.after.value)
+
+
+def units_of(run: RunFiles) -> list[tuple[str, str]]:
+    """What decides how much a reward of 1 is: the reward model, what else scores, clipping, the penalty."""
+    return sorted((key, value) for key, value in _settings(run) if key.startswith(UNITS))
 
 
 def _by_prompt(run: RunFiles, measure: Measure) -> Mapping[str, list[float]]:

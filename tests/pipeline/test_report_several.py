@@ -115,6 +115,30 @@ def test_a_difference_is_paired_by_prompt_where_the_prompts_are_the_same(tmp_pat
     assert [number and number.above_first for number in row.numbers] == ["", "+1.05 (+0.89 to +1.21)", ""]
 
 
+@pytest.mark.parametrize("changed", [{"rewards": [{"function": "a:b"}]}, {"missing_eos_penalty": 2.0}])
+def test_rewards_in_different_units_are_not_compared(tmp_path: Path, changed: dict[str, Any]) -> None:
+    runs = []
+    for name in ("a", "b"):
+        run = make_run(tmp_path / name, ("ppo",))
+        rows = [
+            {"step": 40, "prompt": f"p{i}", "completion": "x", "mode": "sampled", "reward": i}
+            for i in range(4)
+        ]
+        write_lines(run / "ppo" / "samples.jsonl", rows)
+        write_lines(run / "ppo" / "metrics.jsonl", [{"step": 40, "eval/reward": 1.5 * factor}])
+        runs.append(run)
+
+    def said() -> list[str]:
+        files = [read_run(run) for run in runs]
+        (row,) = final_numbers(files, [at_a_glance(run).table for run in files])
+        return [number.above_first if number else "" for number in row.numbers]
+
+    assert said()[1].startswith("+1.50")
+    config = json.loads((runs[1] / "resolved.yaml").read_text())
+    with_settings(runs[1], ppo={**config.get("ppo", {}), **changed})
+    assert said() == ["", ""]
+
+
 def test_prompts_are_the_same_whatever_template_they_are_in() -> None:
     def row(prompt: str, completion: str, reward: float) -> SampleRow:
         return SampleRow(prompt, completion, reward=reward)
