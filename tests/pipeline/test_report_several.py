@@ -118,7 +118,7 @@ def test_a_difference_is_paired_by_prompt_where_the_prompts_are_the_same(tmp_pat
 @pytest.mark.parametrize("changed", [{"rewards": [{"function": "a:b"}]}, {"missing_eos_penalty": 2.0}])
 def test_rewards_in_different_units_are_not_compared(tmp_path: Path, changed: dict[str, Any]) -> None:
     runs = []
-    for name in ("a", "b"):
+    for factor, name in enumerate("ab", start=1):
         run = make_run(tmp_path / name, ("ppo",))
         rows = [
             {"step": 40, "prompt": f"p{i}", "completion": "x", "mode": "sampled", "reward": i}
