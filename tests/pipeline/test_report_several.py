@@ -121,7 +121,7 @@ def test_rewards_in_different_units_are_not_compared(tmp_path: Path, changed: di
     for factor, name in enumerate("ab", start=1):
         run = make_run(tmp_path / name, ("ppo",))
         rows = [
-            {"step": 40, "prompt": f"p{i}", "completion": "x", "mode": "sampled", "reward": i}
+            {"step": 40, "prompt": f"p{i}", "completion": "x", "mode": "sampled", "reward": i * factor}
             for i in range(4)
         ]
         write_lines(run / "ppo" / "samples.jsonl", rows)
