@@ -126,7 +126,8 @@ def write_config(run_dir: Path, point: Point, data: Path, policy: Path | None = 
     """
     from omegaconf import OmegaConf
 
-    from common.config import DeepSpeedConfig, Dtype, TokenizerConfig, WandbMode, to_plain
+    from common.config import DeepSpeedConfig, Dtype, TokenizerConfig, to_plain
+    from common.tracking_config import WandbMode
 
     job = new_job(point.step_name, run_name="killed", output_dir=str(run_dir.parent), seed=3)
     settings = getattr(job, point.step_name)
