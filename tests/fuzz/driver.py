@@ -30,7 +30,7 @@ from tests.fuzz.odd import raw
 
 SECONDS = 10.0
 """Of processor time; a case that takes longer hangs."""
-KINDS = ("traceback", "hang", "silent", "raw")
+KINDS = ("traceback", "hang", "silent", "raw", "crash")
 
 
 class Target(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from common.fields import Range
 from common.runtime import progress
 from pipeline import checks
 from step3_ppo.config import PPOConfig
-from tests.fuzz import driver
+from tests.fuzz import driver, workers
 from tests.fuzz.odd import raw
 from tests.fuzz.targets import every_target
 
@@ -100,6 +102,39 @@ def test_what_takes_too_long_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "SECONDS", 0.05)
     (found,) = driver.run([Endless()], 0, [7]).findings
     assert (found.kind, found.number, found.case) == ("hang", 7, "'a case'")
+
+
+class Deadly:
+    """Ends the process for one case in four."""
+
+    name, share = "deadly", 1
+
+    def draw(self, draw: random.Random) -> float:
+        return draw.random()
+
+    def outcome(self, case: float, folder: Path) -> str:
+        if case < 0.25:
+            os.abort()
+        return "accepted"
+
+
+@contextlib.contextmanager
+def deadly() -> Iterator[list[driver.Target]]:
+    yield [Deadly()]
+
+
+def test_a_case_that_ends_its_process_is_found_and_the_others_are_tried() -> None:
+    target = Deadly()
+    fatal = []
+    for number in range(40):
+        draw = random.Random(f"0 {number}")
+        draw.choices([target], [1])
+        if target.draw(draw) < 0.25:
+            fatal.append(number)
+    assert 3 < len(fatal) < 20
+    report = workers.run(0, 40, 2, targets=deadly)
+    assert sorted(found.number for found in report.findings if found.kind == "crash") == fatal
+    assert report.outcomes["deadly"]["accepted"] > 0
 
 
 @pytest.mark.parametrize("sign", ["\x1b", "\x07", "\r", "\x7f", "\x9b", "\u202e", "\u2066", "\ud800"])
