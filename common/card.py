@@ -45,7 +45,7 @@ def model_card(role: Role, details: Mapping[str, Any]) -> str:
     import jinja2
 
     template = TEMPLATE.read_text(encoding="utf-8")
-    environment = jinja2.Environment(  # noqa: S701  # Markdown, and cells escape what they hold
+    environment = jinja2.Environment(  # noqa: S701 - Markdown, and cells escape what they hold
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"cell": cell, "code": code, "figure": figure}

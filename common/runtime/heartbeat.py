@@ -42,7 +42,10 @@ LEFT = -1
 """In place of the number of a heartbeat: the rank's last one, after which it may be silent."""
 PROJECT = Path(__file__).resolve().parents[2]
 _WAITING_IN = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
-_PACKAGES = ("common", "launch", "pipeline", "step1_sft", "step2_reward", "step2_dpo", "step3_ppo", "demo")
+_PACKAGES = (
+    "common", "launch", "pipeline", "evaluation", "step1_sft", "step2_reward", "step2_dpo", "step3_ppo",
+    "demo",
+)  # fmt: skip
 _DIAGNOSIS = "diagnosis"
 _LAST_WORDS = 5.0  # seconds that ranks have to write their stacks before the first one leaves
 log = logging.getLogger("rlhf.heartbeat")

@@ -188,7 +188,7 @@ def test_adapters_alone_load_on_their_base_and_answer_as_the_merged_model(
     assert "library_name: peft" in card and str(tmp_path) not in card
     assert 'from_pretrained(model_path, dtype="float32")' in card and "base_model:" not in card
     monkeypatch.chdir(alone)
-    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})  # noqa: S102
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})  # noqa: S102 - a card of ours
     with pytest.raises(UserError, match="holds adapters alone, where a policy is needed"):
         Artifact.load(alone, Role.policy)
     with pytest.raises(UserError, match="is an artifact already"):

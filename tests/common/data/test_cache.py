@@ -195,7 +195,7 @@ def test_all_code_that_decides_tokens_is_known_by_its_hash(monkeypatch: pytest.M
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common"):
                 names = [alias.name for alias in node.names] if node.module == "common" else [node.module[7:]]
                 found |= {name for name in names if not name.startswith("data")}
-    decides = found - {"artifacts", "config", "errors", "files", "limited"}
+    decides = found - {"artifacts", "config", "download", "errors", "files", "limited", "paths"}
     assert decides == {"chat_template", "text"}
     assert {folder.parent / f"{name}.py" for name in decides} <= read
     assert {path for path in folder.glob("*.py") if path.name not in cache.NOT_OF_ROWS} <= read
