@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 MISSING = "???"
 """What Hydra and OmegaConf take for a value that is still to come."""
+MAX_DEPTH = 20
+"""Of lists and mappings inside each other; Hydra and OmegaConf descend as deep, several frames for each."""
+TOO_DEEP = f"lists or mappings nested deeper than {MAX_DEPTH}"
 EMPTY_TOO = {"empty_too": True}
 """Metadata of a field whose texts may be empty."""
 
@@ -72,6 +75,12 @@ def number(default: Any, minimum: float, maximum: float, **further: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def is_deeper(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether lists and mappings lie deeper inside each other; descends no further."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(levels == 0 or is_deeper(each, levels - 1) for each in inner)
+
+
 def as_schema(schema: type[T], written: Mapping[str, Any], at: str = "") -> T:
     """An object of the schema, with the written values and defaults for the others.
 
@@ -94,7 +103,11 @@ def as_schema(schema: type[T], written: Mapping[str, Any], at: str = "") -> T:
 def _value(key: str, declared: Any, value: Any, about: Mapping[str, Any]) -> Any:
     """The value in its declared type. about: the metadata of its field."""
     inner = without_none(declared)
-    if (value is None and inner is not declared) or (inner is Any and value != MISSING):
+    if value is None and inner is not declared:
+        return value
+    if inner is Any and not (isinstance(value, str) and value == MISSING):
+        if is_deeper(value):
+            raise UserError(f"{key} holds {TOO_DEEP}")
         return value
     items = typing.get_args(inner)
     if is_dataclass(inner) and isinstance(value, Mapping):

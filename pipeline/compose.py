@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from common.config import DataConfig, OptimConfig
 from common.errors import UserError
-from common.fields import UnknownKey, as_schema, expected
+from common.fields import TOO_DEEP, UnknownKey, as_schema, expected, is_deeper
 from common.redact import credentials_in
 from common.stage import Step
 from pipeline import schema
@@ -34,9 +34,6 @@ SHARED_GROUPS = {DataConfig: "data", OptimConfig: "optim"}  # mounted once per s
 DEFAULT_STEPS = ("sft",)
 DEMO = "no model and no data named: running the embedded demo (experiment=demo)"
 DEMO_DATA = "no data named: taking the embedded demo's (experiment=demo)"
-MAX_DEPTH = 20
-"""Of lists and mappings inside each other in an override; Hydra descends as deep, several frames for each."""
-TOO_DEEP = f"lists or mappings nested deeper than {MAX_DEPTH}"
 NAME_OF_A_SECRET = "launch.k8s.secret"  # noqa: S105 - a key
 """A key whose value only names where credentials are."""
 
@@ -188,7 +185,7 @@ def parse(text: str) -> Override:
     key, equals, value = text.partition("=")
     try:
         override = OverridesParser.create().parse_override(text)
-        if _is_deeper(override.value(), MAX_DEPTH):
+        if is_deeper(override.value()):
             raise RecursionError
         return override
     except RecursionError:
@@ -212,11 +209,6 @@ def parse(text: str) -> Override:
         inner = value.replace("\\", "\\\\").replace('"', '\\"')
         quoted = shlex.quote(f'{key}="{inner}"')
         raise UserError(f"{text} cannot be read: {reason}", hint=f"quote the value: {quoted}") from None
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(levels == 0 or _is_deeper(each, levels - 1) for each in inner)
 
 
 def _raise_for_entries(text: str, key: str, value: str, reason: str) -> NoReturn:

@@ -41,6 +41,8 @@ def taken(declared: Any, value: Any, key: str, about: Mapping[str, Any]) -> Any:
     if isinstance(value, str) and value == "???":
         raise No(key)
     if declared is Any:
+        if _levels(value) > 20:
+            raise No(key)
         return value
     items = typing.get_args(declared)
     if is_dataclass(declared):
@@ -52,6 +54,11 @@ def taken(declared: Any, value: Any, key: str, about: Mapping[str, Any]) -> Any:
         named = _of(dict, value, key).items()
         return {str(name): taken(items[1], item, f"{key}.{name}", about) for name, item in named}
     return _leaf(declared, value, key, about)
+
+
+def _levels(value: Any) -> int:
+    inner = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+    return 1 + max(map(_levels, inner)) if inner else 0
 
 
 def _of(kind: type, value: Any, key: str) -> Any:

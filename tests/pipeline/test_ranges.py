@@ -15,7 +15,9 @@ from common.errors import UserError
 from common.fields import as_schema, fields_of, types_of, without_none
 from pipeline import schema
 from pipeline.compose import compose, prepare
-from step1_sft.config import SFTConfig
+from pipeline.config import PipelineConfig
+from pipeline.state import write_resolved
+from step1_sft.config import SFTConfig, SFTJob
 from step3_ppo.config import PPOJob
 
 JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
@@ -196,3 +198,18 @@ def test_every_number_of_the_schema_has_a_finite_range_that_holds_its_default() 
         default = known.default_factory() if callable(known.default_factory) else known.default
         values = default if isinstance(default, list) else [default]
         assert all(value is None or allowed.holds(value) for value in values if value != {}), name
+
+
+@pytest.mark.parametrize("levels", [20, 21, 400])
+def test_values_of_any_kind_are_not_nested_deeper_than_a_rank_can_read(levels: int, tmp_path: Path) -> None:
+    value: Any = 1
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    written = {"sft": {"data": {"chat_template_kwargs": {"x": value}}}}
+    if levels > 20:
+        with pytest.raises(UserError, match="sft.data.chat_template_kwargs.x holds lists or mappings nested"):
+            as_schema(PipelineConfig, written)
+        return
+    config = as_schema(PipelineConfig, written)
+    job = load_resolved(write_resolved(config, tmp_path), SFTJob)
+    assert job.sft.data.chat_template_kwargs == {"x": value}
