@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.config import OptimConfig, SchedulerName
+from common.config import OptimConfig, SchedulerName, TrainConfig
 
+FEW = 10
+"""Optimizer steps; fewer are hardly a training."""
 INVERSE_SQRT_STEPS = 10_000
 """Of transformers' inverse_sqrt without a warm-up: the step by which the rate has fallen to 1/√2."""
 
@@ -46,6 +48,14 @@ class Rates:
             return f"{rise}, constant"
         shape = "constant and in the last fifth" if self.shape is SchedulerName.wsd else self.shape.value
         return f"{rise}, then {shape} down to {self.floor:.3g} at step {self.steps:,}"
+
+
+def few_steps(train: TrainConfig, steps: int, step: str) -> str | None:
+    """What to say of a run with few optimizer steps that nobody asked for; None for any other."""
+    if train.max_steps is not None or steps >= FEW:
+        return None
+    size = train.global_batch_size
+    return f"{steps} optimizer step(s) in all: a lower {step}.train.global_batch_size ({size}) makes more"
 
 
 def warmup_of(optim: OptimConfig, total_steps: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.artifacts import read_json, read_manifest
 from common.errors import UserError
+from common.files import disk_errors
 from common.handoff import check_is_artifact
 from common.inference_config import EvaluateJob, EvaluationSettings
 from common.stage import Role
@@ -36,6 +37,9 @@ def evaluate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     settings = fields_given(EvaluationSettings, given)
     if given.out is not None and Path(given.out).exists():
         raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new file")
+    if given.out is not None:
+        with disk_errors(Path(given.out), "--out FILE.json"):
+            Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     for reference in given.functions:
         check_reference(reference, "--functions")
     models = models_below(output_dir)

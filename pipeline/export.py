@@ -134,6 +134,8 @@ def export_verb(arguments: Sequence[str], *, say: Say = print) -> int:
         status, artifact = export_artifact(path, given.out, form, say, further=bool(further))
     else:
         found = checkpoint_of(path, given.step)
+        if given.step == "best" and found.counters.get("best_step") is None:
+            say("note: no checkpoint is known as the best of this step: the last that is kept is exported")
         further = Further.of(given, STAGES[found.step].produces)
         status, artifact = export_checkpoint(found, given.out, form, say, further=bool(further))
     if status == 0:

@@ -127,7 +127,7 @@ def _earlier(stage: Stage, role: Role, before: Sequence[Wired]) -> Step:
     earlier = itertools.takewhile(lambda step: step is not stage.name, Step)
     makers = [step.value for step in earlier if STAGES[step].produces is role]
     add = f"add {' or '.join(makers)} to steps, or " if makers else ""
-    ways = f"{add}set {name}.{role.value}=PATH"
+    ways = f"{add}set {name}.{role.value}=PATH, also of a published model"
     if role is Role.reward_model:
         ways += f", or score without one: '{name}.rewards=[{{function: package.module:function}}]'"
     raise UserError(f"{name} needs a {role.value}", hint=ways)

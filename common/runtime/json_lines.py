@@ -6,6 +6,7 @@ one line and fails nothing. What a record means is not known here.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -54,7 +55,7 @@ class JsonLines:
 def write_whole(file: io.FileIO, line: bytes) -> None:
     """One write per line, undone when it was cut short: the next line must begin on a line of its own.
 
-    file: open for appending, without a buffer. OSError where the disk takes less than the line.
+    file: open for appending, without a buffer. OSError where the disk takes less than the line: it is full.
     """
     begin = file.seek(0, os.SEEK_END)
     written = -1
@@ -64,7 +65,7 @@ def write_whole(file: io.FileIO, line: bytes) -> None:
         if written != len(line):
             file.truncate(begin)
     if written != len(line):
-        raise OSError(f"wrote {written} of {len(line)} bytes")
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: wrote {written} of {len(line)} bytes")
 
 
 def records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from common.artifacts import file_sha256
 from common.config import Dtype, ModelConfig, TokenizerConfig
 from common.data.chat import check_template
 from common.errors import UserError
-from common.files import commit_folder
+from common.files import commit_folder, disk_errors
 from common.handoff import PAD
 from common.model.adapter_folder import Adapter, adapters_base, read_adapter
 from common.model.architecture import CAUSAL_LM, HeadSpec, read_config
@@ -89,7 +89,10 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
             PAD: read_config(model).pad_token_id,
         },
     }
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+    with (
+        disk_errors(out, "--out FOLDER"),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside,
+    ):
         try:
             made = _export(model, adapter, role, tokenizer, Path(beside) / "export", details)
         except ExportMismatch as error:

@@ -38,6 +38,7 @@ from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, PackedModel
 from common.model.tokenizer import terminators_of
 from common.phases import enter
+from common.rates import few_steps
 from common.runtime.distributed import (
     StopSignal,
     World,
@@ -187,6 +188,8 @@ class Session:
             module, self.job, self.train_config, optim, self.world, peak_lr=peak_lr, steps=steps
         )
         self.say(f"learning rate: {learner.rates.in_words()}")
+        if few := few_steps(self.train_config, steps, self.step.value):
+            self.say(f"note: {few}")
         return learner
 
     def checkpoints(self) -> Checkpoints:

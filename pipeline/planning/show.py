@@ -17,7 +17,7 @@ from textwrap import wrap
 from common.artifacts import MANIFEST, file_sha256
 from common.counts import DataCounts
 from common.launch_config import Launcher
-from common.rates import Rates
+from common.rates import Rates, few_steps
 from common.stage import Role, Step
 from common.text import table
 from launch import k8s, slurm, ssh
@@ -169,6 +169,8 @@ def schedule_lines(
             )
             notes.append(f"ppo: {about}{found.total_steps:,} iterations, {each} in each")
             notes += [line for line in [part.filling(found.rows)] if line]
+        elif few := few_steps(part.train, found.total_steps, name.value):
+            notes.append(f"{name.value}: {few}")
         for label, rates in learning_rates(config, name, found.total_steps).items():
             notes.append(f"{label}: learning rate {rates.in_words()}")
     if any(not row[5].startswith("= ") for row in rows):

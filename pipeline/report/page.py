@@ -104,6 +104,8 @@ def report(*runs: Path, out: Path | None = None) -> Path:
         raise UserError(f"{twice[0]} is named twice", hint="name each run once")
     files = [read_run(run) for run in runs]
     path = out or page_of(runs)
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out} is no name of a page", hint=f"--out {out.with_suffix('.html')}")
     write_text(path, render(files))
     return path
 

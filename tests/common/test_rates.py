@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.config import OptimConfig, SchedulerName
-from common.rates import same_until
+from common.config import OptimConfig, SchedulerName, TrainConfig
+from common.rates import few_steps, same_until
 from common.training.optim import build_schedule
 
 LENGTHS = ((10, 20), (20, 10), (10, 11), (40, 50), (7, 8), (100, 103), (5, 5), (1, 2), (33, 34))
@@ -24,3 +24,12 @@ def test_the_first_other_rate_is_that_of_the_schedules(scheduler: SchedulerName,
             assert not differing, (before, after, said)
         elif differing:  # never later than the truth; a floor of 1 makes a falling rate constant
             assert said == differing[0], (before, after)
+
+
+def test_a_run_of_few_steps_that_nobody_asked_for_is_said() -> None:
+    train = TrainConfig(global_batch_size=128)
+    assert few_steps(train, 1, "sft") == (
+        "1 optimizer step(s) in all: a lower sft.train.global_batch_size (128) makes more"
+    )
+    assert few_steps(train, 10, "sft") is None
+    assert few_steps(TrainConfig(max_steps=2), 2, "sft") is None

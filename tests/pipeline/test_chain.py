@@ -325,7 +325,7 @@ def test_a_reward_model_that_was_measured_on_no_pairs_is_not_passed_over_in_sile
 def test_a_step_without_a_policy_names_both_ways_to_one(step: Step) -> None:
     error = refused(config(step))
     assert error.message == f"{step.value} needs a policy"
-    assert error.hint == f"add sft to steps, or set {step.value}.policy=PATH"
+    assert error.hint == f"add sft to steps, or set {step.value}.policy=PATH, also of a published model"
 
 
 def test_a_policy_that_cannot_be_used_is_found_before_an_earlier_step_spends_time() -> None:

@@ -182,7 +182,7 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(tmp_path: Path, j
     made = sorted(path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
     assert made[0] == "report.html" and len(made) == 3 and all(name.startswith("s-") for name in made[1:])
     header, *rows, page = done.stdout.splitlines()[-4:]
-    assert header.split() == ["run", "seed", "sft:eval/loss"] and page == "report    runs/report.html"
+    assert header.split() == ["run", "seed", "sft:loss"] and page == "report    runs/report.html"
     assert sorted(row.split()[1] for row in rows) == ["1", "2"]
     again = rlhf("run", "-m", *job, "run_name=s", "seed=1,2", folder=tmp_path)
     assert again.stdout.count("done already, verified") == 2

@@ -61,11 +61,11 @@ def test_a_missing_role_is_an_error_with_the_ways_out() -> None:
         wire([Step.sft, Step.ppo])
     assert caught.value.message == "ppo needs a reward_model"
     with_one, _, without = str(caught.value.hint).rpartition(", or ")
-    assert with_one == "add reward to steps, or set ppo.reward_model=PATH"
+    assert with_one == "add reward to steps, or set ppo.reward_model=PATH, also of a published model"
     assert without == "score without one: 'ppo.rewards=[{function: package.module:function}]'"
     with pytest.raises(UserError) as caught:
         wire([Step.reward])
-    assert caught.value.hint == "add sft to steps, or set reward.policy=PATH"
+    assert caught.value.hint == "add sft to steps, or set reward.policy=PATH, also of a published model"
 
 
 def test_the_start_of_a_reward_model_is_followed_too() -> None:

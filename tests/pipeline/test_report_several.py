@@ -236,3 +236,12 @@ def dead_process() -> int:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     return gone.pid
+
+
+def test_a_page_is_written_over_nothing_that_is_no_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", ("sft",))
+    kept = (run / "resolved.yaml").read_text()
+    with pytest.raises(UserError, match="is no name of a page") as error:
+        report(run, out=run / "resolved.yaml")
+    assert error.value.hint == f"--out {run / 'resolved.html'}"
+    assert (run / "resolved.yaml").read_text() == kept
