@@ -43,15 +43,15 @@ def ways_out(config: PipelineConfig, step: Step, ranks: int, *, ranks_here: int 
 def ways_out_of(work: Workload, step: Step, config: PipelineConfig, limit: float) -> list[str]:
     """Overrides with which a rank needs at most `limit` bytes; all together when none alone is enough."""
     now = memory.estimate(work).device
-    found = [
-        (override, size)
+    found = {  # all together may be one alone
+        override: size
         for override, other in variants(work, step, config)
         if (size := memory.estimate(other).device) < now * WORTH_NAMING
-    ]
-    fitting = [(override, size) for override, size in found if size <= limit]
+    }
+    fitting = {override: size for override, size in found.items() if size <= limit}
     return [
         f"{override}: about {size / 1e9:.2f} GB instead of {now / 1e9:.2f}"
-        for override, size in fitting or found
+        for override, size in (fitting or found).items()
     ]
 
 

@@ -236,3 +236,13 @@ def test_a_device_out_of_memory_ends_with_a_line_and_a_status_of_its_own(
     assert run_and_report(work, tmp_path) == OUT_OF_MEMORY
     assert "2.00 GiB more were needed, 512.00 MiB of 79.10 GiB were free" in capsys.readouterr().err
     assert shortage(RuntimeError("CUDA out of memory")) is None
+
+
+def test_a_way_out_is_named_once() -> None:
+    """With one row in a pass all together is recomputation alone."""
+    config = compose(prepare(["experiment=demo", "steps=[sft]", "sft.train.micro_batch_size=1"]).overrides)
+    work = workload_of(config, Step.sft, 1, gpu=False)
+    assert work is not None
+    work = replace(work, batch=MicroBatchShape(100_000, 50_000))
+    ways = ways_out_of(work, Step.sft, config, 0)
+    assert ways and len(ways) == len(set(ways))
