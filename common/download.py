@@ -2,8 +2,8 @@
 
 Takes a path such as https://.../rows.jsonl and a folder; returns the file in it. What is there already is
 asked about, and fetched again only where it changed. A file appears under its name whole, with the length
-that was announced: an interrupted one goes on where it broke off. `doors.py` says where bytes come from; what
-they mean is not known here.
+that was announced: an interrupted one goes on where it broke off. `remote.py` says where bytes come from;
+what they mean is not known here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from common.artifacts import file_sha256, read_json
-from common.doors import BLOCK_BYTES, Changed, Door, Passing, Version, door_to, names_below
 from common.errors import UserError
 from common.files import disk_errors, write_text
 from common.redact import redact_text
+from common.remote import BLOCK_BYTES, Changed, RemoteFile, Transient, Version, names_below, remote_file
 from common.text import printable
 
 Say = Callable[[str], None]
@@ -71,7 +71,7 @@ def fetch(
     kept = Kept(cache, path, key, say, sleep)
     try:
         names = names_below(path, key)
-    except Passing as failure:
+    except Transient as failure:
         raise UserError(
             f"{key}={redact_text(path)}: {failure}", hint="see to the network, or download it first"
         ) from None
@@ -115,11 +115,11 @@ class Kept:
 
     def file(self) -> Path:
         """The file, which is that of before where it is still the same, or cannot be asked about."""
-        door = door_to(self.path, self.key)
+        remote = remote_file(self.path, self.key)
         with self._alone():
             before = self._before()
             try:
-                version = self._look(door)
+                version = self._look(remote)
             except UserError as error:
                 if before is None:
                     raise
@@ -128,14 +128,14 @@ class Kept:
             if before is not None and version.mark and asdict(version) == self._record().get("version"):
                 self.say(f"{self._named}: as it was, {_size(version.size)}, in {before}")
                 return before
-            return self._fetched(door, version)
+            return self._fetched(remote, version)
 
-    def _look(self, door: Door) -> Version:
-        failures: list[Passing] = []
+    def _look(self, remote: RemoteFile) -> Version:
+        failures: list[Transient] = []
         while True:
             try:
-                version = door.look()
-            except Passing as failure:
+                version = remote.look()
+            except Transient as failure:
                 failures.append(failure)
                 self._wait(failures)
                 continue
@@ -145,28 +145,28 @@ class Kept:
                 raise UserError(f"{self._named} has {_size(version.size)}", hint=f"at most {_size(LARGEST)}")
             return version
 
-    def _fetched(self, door: Door, version: Version) -> Path:
+    def _fetched(self, remote: RemoteFile, version: Version) -> Path:
         partial = self._place(".partial")
         if version.size > LARGE:
             self.say(f"{self._named}: fetching {_size(version.size)}")
-        failures: list[Passing] = []
+        failures: list[Transient] = []
         while True:
             have = self._begun(partial, version)
             self._check_room(version.size - have)
             try:
                 if have < version.size:
-                    self._append(door, version, partial, have)
+                    self._append(remote, version, partial, have)
                 if partial.stat().st_size == version.size:
                     return self._keep(partial, version)
-                raise Passing(f"it broke off after {partial.stat().st_size:,} of {version.size:,} bytes")
-            except Passing as failure:
+                raise Transient(f"it broke off after {partial.stat().st_size:,} of {version.size:,} bytes")
+            except Transient as failure:
                 went_on = version.mark and partial.stat().st_size >= have + BLOCK_BYTES
                 failures = [failure] if went_on else [*failures, failure]
                 self._wait(failures)
             except Changed:
-                failures.append(Passing("it changes while it is fetched"))
+                failures.append(Transient("it changes while it is fetched"))
                 self._wait(failures)
-                version = self._look(door)
+                version = self._look(remote)
 
     def _begun(self, partial: Path, version: Version) -> int:
         """Bytes of this version that are there; what is of another one, or of none that can be told, goes."""
@@ -182,10 +182,10 @@ class Kept:
             partial.touch()
         return 0
 
-    def _append(self, door: Door, version: Version, partial: Path, start: int) -> None:
+    def _append(self, remote: RemoteFile, version: Version, partial: Path, start: int) -> None:
         have = start
         with disk_errors(partial), open(partial, "ab") as file:
-            for block in door.blocks(version, start):
+            for block in remote.blocks(version, start):
                 have += len(block)
                 if have > version.size:
                     partial.unlink()
@@ -254,7 +254,7 @@ class Kept:
                 hint="make room, or keep runs elsewhere: output_dir=DIR",
             )
 
-    def _wait(self, failures: list[Passing]) -> None:
+    def _wait(self, failures: list[Transient]) -> None:
         """Before the next attempt. UserError when there were too many."""
         if len(failures) == ATTEMPTS:
             said = "; ".join(dict.fromkeys(map(str, failures)))

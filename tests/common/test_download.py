@@ -6,13 +6,14 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from common import doors, download
+from common import download, remote
 from common.download import fetch, file_name, origin_of
 from common.errors import UserError
 from common.paths import is_remote
@@ -198,6 +199,11 @@ def test_redirects_lead_to_https_or_stay_on_this_machine(files: Files, fetching:
     assert fetching(f"{files.url}/a.jsonl").read_bytes() == ROWS
     with pytest.raises(UserError, match=r"sends on to http://example\.org/x \(302\)"):
         fetching(f"{files.url}/out")
+    # another machine may not have this one asked about itself
+    elsewhere = remote.Server("https://elsewhere.example/rows.jsonl", "k")
+    answer = SimpleNamespace(headers={"Location": f"{files.url}/rows.jsonl"}, status=302)
+    with pytest.raises(UserError, match="sends on to http://127.0.0.1"):
+        elsewhere._further(elsewhere.url, answer)  # type: ignore[arg-type]
     files.redirects["/round"] = "/round"
     with pytest.raises(UserError, match="more than 5 redirects"):
         fetching(f"{files.url}/round")
@@ -216,7 +222,7 @@ def test_a_disk_without_room_is_said_before_anything_is_fetched(
 
 
 def test_a_server_that_drips_is_hung_up_on(fetching: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doors, "BLOCK_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "BLOCK_SECONDS", 0.2)
     monkeypatch.setattr(download, "ATTEMPTS", 1)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
     with saying(dripping(head, b"x")) as (port, hung_up):
@@ -226,7 +232,7 @@ def test_a_server_that_drips_is_hung_up_on(fetching: Fetching, monkeypatch: pyte
 
 
 def test_no_answer_at_all_has_an_end(fetching: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doors, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.2)
     head = dripping(b"HTTP/1.1 200 OK\r\nA: b", b"x")
     with saying(head) as (port, _), pytest.raises(UserError, match=r"no answer within 0\.2 s"):
         fetching(f"http://127.0.0.1:{port}/rows.jsonl")
@@ -314,21 +320,21 @@ def test_what_a_store_does_not_have_is_named(bucket: Bucket, fetching: Fetching)
 def test_a_store_that_breaks_off_goes_on_from_there(
     bucket: Bucket, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doors, "BLOCK_BYTES", 1_000)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 1_000)
     starts: list[int] = []
-    blocks = doors.Stored.blocks
+    blocks = remote.Stored.blocks
 
-    def breaking(door: doors.Stored, version: doors.Version, start: int) -> Iterator[bytes]:
+    def breaking(file: remote.Stored, version: remote.Version, start: int) -> Iterator[bytes]:
         starts.append(start)
-        given = blocks(door, version, start)
+        given = blocks(file, version, start)
         with contextlib.closing(given):
             for _ in range(3):
                 yield next(given)
             if len(starts) == 1:
-                raise doors.Passing("the line is cut")
+                raise remote.Transient("the line is cut")
             yield from given
 
-    monkeypatch.setattr(doors.Stored, "blocks", breaking)
+    monkeypatch.setattr(remote.Stored, "blocks", breaking)
     bucket.pipe_file("/team/rows.jsonl", ROWS)
     assert fetching("s3://team/rows.jsonl").read_bytes() == ROWS
     assert starts == [0, 3_000]

@@ -1,6 +1,6 @@
 """Where bytes come from that lie elsewhere: servers over https, and stores that fsspec knows (s3, gs, hf).
 
-A door says how long a file is and how to tell it from another version, and gives its bytes from a place on.
+A remote file says how long it is and how to tell it from other versions, and gives its bytes from a place on.
 Everything that is asked has a deadline, and a redirect leads to https alone. No token is sent to a server of
 https; stores find their credentials where their own packages look. Keeps nothing: that is `download.py`.
 """
@@ -37,7 +37,7 @@ MOST_FILES = 10_000
 """Files that a pattern or a folder of a store may name."""
 
 
-class Passing(Exception):
+class Transient(Exception):
     """A failure that may pass; the text says what happened."""
 
 
@@ -53,19 +53,19 @@ class Version:
     mark: str
 
 
-class Door(Protocol):
+class RemoteFile(Protocol):
     """One file elsewhere."""
 
     def look(self) -> Version:
-        """Raises Passing, and UserError for what will not pass: no such file, no access."""
+        """Raises Transient, and UserError for what will not pass: no such file, no access."""
         ...
 
     def blocks(self, version: Version, start: int) -> Iterator[bytes]:
-        """The bytes from `start` on, which may end early. Raises Passing, and Changed for another version."""
+        """The bytes from `start` on, which may end early. Raises Transient; Changed for another version."""
         ...
 
 
-def door_to(path: str, key: str) -> Door:
+def remote_file(path: str, key: str) -> RemoteFile:
     """UserError for a place of another kind, and for a store whose package is not installed."""
     scheme = path.partition("://")[0].lower()
     if scheme in ("http", "https"):
@@ -95,7 +95,7 @@ def store_of(path: str, key: str) -> Any:
 
 def names_below(path: str, key: str) -> list[str]:
     """The files that a pattern or a folder of a store names, sorted, as paths of their own; the path itself
-    where its last part has a suffix. Raises Passing."""
+    where its last part has a suffix. Raises Transient."""
     if path.lower().startswith(("http://", "https://")):
         if "*" in urlsplit(path).path:
             raise UserError(f"{key}={redact_text(path)}: a server has no patterns", hint="name every file")
@@ -145,9 +145,9 @@ class Server:
         try:
             return within(BLOCK_SECONDS, lambda: response.read(BLOCK_BYTES), lambda: hang_up(connection))
         except TimeoutError:
-            raise Passing(f"less than {BLOCK_BYTES:,} bytes came in {BLOCK_SECONDS:g} s") from None
+            raise Transient(f"less than {BLOCK_BYTES:,} bytes came in {BLOCK_SECONDS:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Passing(told(error)) from None
+            raise Transient(told(error)) from None
 
     @contextlib.contextmanager
     def _answer(
@@ -182,20 +182,23 @@ class Server:
                 hint="SSL_CERT_FILE names the certificates that are trusted",
             ) from None
         except TimeoutError:
-            raise Passing(f"no answer within {LOOK_SECONDS:g} s") from None
+            raise Transient(f"no answer within {LOOK_SECONDS:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Passing(told(error)) from None
+            raise Transient(told(error)) from None
 
     def _further(self, url: str, response: http.client.HTTPResponse) -> str:
         """Where a redirect leads: to https, or from this machine to this machine."""
         place = urljoin(url, response.headers.get("Location") or "")
+        is_secure = place.lower().startswith("https:")
         try:
-            return _allowed(place, self.key)
+            if is_secure or is_this_machine(urlsplit(url).hostname or ""):
+                return _allowed(place, self.key)
         except UserError:
-            raise UserError(
-                f"{self._named} sends on to {redact_text(place)[:200]} ({response.status}): not fetched",
-                hint="name a final address over https",
-            ) from None
+            pass
+        raise UserError(
+            f"{self._named} sends on to {redact_text(place)[:200]} ({response.status}): not fetched",
+            hint="name a final address over https",
+        )
 
     def _check_status(self, response: http.client.HTTPResponse) -> None:
         status, said = response.status, f"{response.status} {response.reason}"[:100]
@@ -204,7 +207,7 @@ class Server:
         if status == 416:
             raise UserError(f"{self._named} is empty", hint="name a file with rows in it")
         if status in (408, 425, 429) or status >= 500:
-            raise Passing(f"the server says {said}")
+            raise Transient(f"the server says {said}")
         hint = (
             "check the address" if status in (404, 410) else "check the address; no token is sent over https"
         )
@@ -265,14 +268,14 @@ def _asked(ask: Callable[[], Result], seconds: float, path: str, key: str) -> Re
     except FileNotFoundError:
         raise UserError(f"{named}: there is no such file", hint="check the path") from None
     except TimeoutError:
-        raise Passing(f"no answer within {seconds:g} s") from None
+        raise Transient(f"no answer within {seconds:g} s") from None
     except PermissionError as error:
         raise UserError(f"{named} is refused: {redact_text(told(error))}", hint=_CREDENTIALS) from None
     except OSError as error:
-        raise Passing(redact_text(told(error))) from None
+        raise Transient(redact_text(told(error))) from None
     except Exception as error:
         if any(sign in kind.__name__ for kind in type(error).__mro__ for sign in ("Connect", "Timeout")):
-            raise Passing(redact_text(told(error))) from None
+            raise Transient(redact_text(told(error))) from None
         raise UserError(f"{named} cannot be had: {redact_text(told(error))}", hint=_CREDENTIALS) from None
 
 
