@@ -6,7 +6,6 @@ one line and fails nothing. What a record means is not known here.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -55,17 +54,16 @@ class JsonLines:
 def write_whole(file: io.FileIO, line: bytes) -> None:
     """One write per line, undone when it was cut short: the next line must begin on a line of its own.
 
-    file: open for appending, without a buffer. OSError where the disk takes less than the line: it is full.
+    file: open for appending, without a buffer. OSError where the disk does not take all of it.
     """
     begin = file.seek(0, os.SEEK_END)
-    written = -1
+    written = 0
     try:
-        written = file.write(line)
-    finally:
-        if written != len(line):
-            file.truncate(begin)
-    if written != len(line):
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: wrote {written} of {len(line)} bytes")
+        while written < len(line):  # what is left says why it was not taken
+            written += file.write(line[written:]) or 0
+    except BaseException:
+        file.truncate(begin)
+        raise
 
 
 def records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.runtime.json_lines import write_whole
 from common.runtime.tracking import Tracker, read_metrics
 from common.tracking_config import TrackingConfig, WandbMode
 
@@ -145,3 +148,22 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_run(tmp_path: Path) -> N
     log = tracker(tmp_path / "file" / "sft", say=said.append)
     log.log({"loss": 1.0}, 1)
     assert len([line for line in said if "metrics.jsonl cannot be written" in line]) == 1
+
+
+def test_a_line_that_a_disk_takes_in_part_is_undone_and_the_disks_own_error_raised(tmp_path: Path) -> None:
+    class Short(io.FileIO):
+        """Takes four bytes, then nothing."""
+
+        taken = False
+
+        def write(self, data: object) -> int:
+            if self.taken:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+            self.taken = True
+            return super().write(bytes(data)[:4])  # type: ignore[call-overload]
+
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"{}\n")
+    with Short(path, "ab+") as file, pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):
+        write_whole(file, b'{"step": 1}\n')
+    assert path.read_bytes() == b"{}\n"
