@@ -14,6 +14,7 @@ from typing import Any
 
 from common.artifacts import Artifact, read_json, write_json
 from common.data.stored import PromptDataset
+from common.files import disk_errors
 from common.phases import enter
 from common.runtime.distributed import World, broadcast_from_rank0
 from step3_ppo.networks import Networks
@@ -54,12 +55,17 @@ def calibrate(
         scores = scoring.by_model(Experience(responses), scoring.texts(responses, rows), networks)
         assert scores is not None
         found = {**key, "mean": float(scores.mean()), "std": float(scores.std())}
+        broadcast_from_rank0(world, lambda: _keep(folder / FILE, found))
     scoring.calibration = Calibration.of({"calibration": found}, reward_model.path)
-    broadcast_from_rank0(world, lambda: write_json(folder / FILE, found))
     say(
         f"reward model: mean {found['mean']:.4g} and standard deviation {found['std']:.4g} over "
         f"{len(prompt_ids) * samples} responses of the policy, from which rewards count"
     )
+
+
+def _keep(path: Path, measured: Mapping[str, Any]) -> None:
+    with disk_errors(path):
+        write_json(path, measured)
 
 
 def _kept(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
