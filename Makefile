@@ -5,7 +5,7 @@
 # make audit  known vulnerabilities of the pinned versions; says so when it cannot look them up
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
-# make fuzz   50,000 odd settings, rows, artifacts, checkpoints and runs, recorded (twenty minutes on two cores)
+# make fuzz   50,000 odd settings, rows, artifacts, checkpoints and runs, recorded (a quarter of an hour of CPU time, on all cores)
 # make versions  the oldest and the newest transformers, datasets, peft and wandb that pyproject.toml admits, each
 #                in an environment of its own (half an hour on one core; needs a network)
 # make docs   the pages of docs/ as a site, in site/

@@ -35,11 +35,8 @@ def evaluate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     output_dir = PipelineConfig().output_dir
     data = data_of(given.data, "--data", typed, cached_rows(output_dir))
     settings = fields_given(EvaluationSettings, given)
-    if given.out is not None and Path(given.out).exists():
-        raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new file")
     if given.out is not None:
-        with disk_errors(Path(given.out), "--out FILE.json"):
-            Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+        check_new(Path(given.out))
     for reference in given.functions:
         check_reference(reference, "--functions")
     models = models_below(output_dir)
@@ -54,6 +51,14 @@ def evaluate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
             {name: text for name, text in named.items() if text is not None},
         ),
     )  # fmt: skip
+
+
+def check_new(out: Path) -> None:
+    """Make the folder of a file that is to be written. UserError where that, or the file, cannot be."""
+    if out.exists():
+        raise UserError(f"--out {out} exists, and nothing is overwritten", hint="name a new file")
+    with disk_errors(out, "--out FILE.json"):
+        out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
