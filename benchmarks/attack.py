@@ -5,8 +5,9 @@
 Two ranks on one machine, then on two. One stranger is another user of machine 0 (`nobody`). The other has a
 machine of his own with a cable to each of theirs, and has set routes to all of their addresses. Both do what
 `benchmarks/attacker.py` does to every port, process and file of the run, over and over: before the machines
-have met, while they train, and while they export. Exit status 1 when a run did not end with the losses and
-weights of one that was left alone, when anything of theirs ran, or when they got at what is not theirs.
+have met, while they train, and while they export; in each phase rank 0 stands still until both have attacked.
+Exit status 1 when a run did not end with the losses and weights of one that was left alone, when anything of
+theirs ran, or when they got at what is not theirs.
 
 Ports of torchrun's agent and of ranks are torch's own, where a few bytes can be a message of its protocols
 and connections pile up: they are spared both. What comes of that shows `tests/launch/test_torch_ports.py`.
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +47,8 @@ CABLES = {"cable": ("a", "b"), "street": ("a", "n"), "lane": ("b", "n")}
 MEETS_AT, PORT = "10.91.0.1", 29500
 NEAR = {"10.91.0.1": "10.91.1.1", "10.91.0.2": "10.91.2.1"}
 """Each machine's address on the cable between them, and the one on its cable to the neighbour."""
+STOPS = f"point=model,rank=0,do=stop;point=step,rank=0,step={STEPS // 2},do=stop;point=export,rank=0,do=stop"
+"""Rank 0 stops itself once in every phase, and is continued when the strangers have attacked in it."""
 CREDENTIALS = {"WANDB_API_KEY": "5ec7e7" + "ab" * 17, "RLHF_REWARD_TOKEN": "bearer-of-the-reward-server"}
 
 
@@ -119,10 +123,30 @@ class Attacked:
     def output(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("machine_*.txt")))
 
+    @property
+    def phase(self) -> str:
+        """What the run does: "start", "training" or "shutdown"."""
+        done = len(losses(self.folder))
+        return "start" if done == 0 else "training" if done < STEPS else "shutdown"
+
+    def is_attacked_by(self, name: str) -> bool:
+        """Whether the stranger can reach it: of one machine a neighbour cannot."""
+        return name == "user" or self.result.machines == 2
+
+    def go_on(self, strangers: Mapping[str, Stranger]) -> None:
+        """Continue ranks that have stopped themselves once all strangers have attacked in this phase."""
+        if all(
+            one.report.get("connections", {}).get(self.phase)
+            for name, one in strangers.items()
+            if self.is_attacked_by(name)
+        ):
+            for process in (number for one in self.processes for number in listening(one.pid)):
+                if is_stopped(process):
+                    os.kill(process, signal.SIGCONT)
+
     def orders(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """For the other user of machine 0, and for the neighbour."""
-        done = len(losses(self.folder))
-        phase = "start" if done == 0 else "training" if done < STEPS else "shutdown"
+        phase = self.phase
         families = [listening(process.pid) for process in self.processes]
         known = self.result.ports.setdefault(phase, [])
         for process, ports in (pair for family in families for pair in family.items()):
@@ -164,6 +188,14 @@ def is_torchs(process: int) -> bool:
     return words == [b""] or b"launch.agent" in words or b"launch.rank" in words  # nothing: it is ending
 
 
+def is_stopped(process: int) -> bool:
+    """Whether a signal has stopped it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 def from_outside(ports: Sequence[Place]) -> list[Place]:
     """What a neighbour tries for these: the address itself, and those that are near to him."""
     tcp = [port for port in ports if not isinstance(port, str)]
@@ -195,7 +227,7 @@ def attack(machines: int, whole: Path, namespaces: Mapping[str, str]) -> Result:
                 be_recorded(run)
                 wait_while(lambda: tell() or any(one.report["rounds"] < 1 for one in strangers.values()), run)
                 run.start(stack, *meeting, "launch.node_rank=1")
-            wait_while(lambda: tell() or run.is_running, run)
+            wait_while(lambda: tell() or run.go_on(strangers) or run.is_running, run)
         run.result.strangers = {name: stranger.report for name, stranger in strangers.items()}
         judge(run, whole)
         return run.result
@@ -247,7 +279,7 @@ def judge(run: Attacked, whole: Path) -> None:
         heard = [bytes.fromhex(text) for text in report.pop("heard")]
         faults += [f"{name} was told {text!r}" for text in heard if any(secret in text for secret in told)]
         report["heard"] = sorted({repr(re.sub(rb"[0-9a-f]{64}", b"HEX", text))[:300] for text in heard})
-        attacked = name == "user" or result.machines == 2
+        attacked = run.is_attacked_by(name)
         for phase in ("start", "training", "shutdown") if attacked else ():
             if report["connections"].get(phase, 0) == 0:
                 faults.append(f"{name} did not attack during {phase}")
@@ -272,7 +304,13 @@ def folder_for_all() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def started(
-    folder: Path, namespace: str, output: Path, overrides: Sequence[str], wandb: str = "offline"
+    folder: Path,
+    namespace: str,
+    output: Path,
+    overrides: Sequence[str],
+    *,
+    wandb: str = "offline",
+    faults: str = STOPS,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The command in a namespace, which prints into a file; killed when the context is left."""
     command = [
@@ -285,6 +323,7 @@ def started(
     ]  # fmt: skip
     environment = {**os.environ, **threads_environment(1), **CREDENTIALS}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PROJECT), "TMPDIR": str(folder / "tmp")}
+    environment |= {"RLHF_FAULT": faults, "RLHF_COLLECTIVE_SECONDS": str(SECONDS)}
     environment.pop("GLOO_SOCKET_IFNAME", None)
     with open(output, "wb") as file:
         process = subprocess.Popen(
@@ -304,7 +343,7 @@ def started(
 def run_alone(folder: Path, namespace: str) -> None:
     """The run with two ranks that nobody attacks."""
     output = folder / "alone.txt"
-    with started(folder, namespace, output, ["launch.nproc_per_node=2"], "off") as process:
+    with started(folder, namespace, output, ["launch.nproc_per_node=2"], wandb="off", faults="") as process:
         assert process.wait(SECONDS) == 0, output.read_text()[-3000:]
 
 

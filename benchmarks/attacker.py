@@ -65,9 +65,10 @@ def messages(order: dict[str, Any]) -> dict[str, list[bytes]]:
 
 
 class Stranger:
-    """What he did, heard and got at."""
+    """What he did, heard and got at; `newest` gives the order that counts, and None once there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, newest: Callable[[], dict[str, Any] | None]) -> None:
+        self._newest = newest
         self.connections: dict[str, int] = {}  # by phase
         self.refused: dict[str, int] = {}
         self.most_at_once = self.bytes_sent = self.denied = self.rounds = 0
@@ -75,23 +76,23 @@ class Stranger:
         self.got_at: set[str] = set()
         self._said: set[tuple[str, Any, str]] = set()
 
-    def attack(self, newest: Callable[[], dict[str, Any] | None]) -> None:
+    def attack(self) -> None:
         """Everything once, each thing as the newest order says; until there is none."""
         for kind in KINDS:
-            order = newest()
+            order = self._newest()
             if order is None:
                 return
             phase = order["phase"]
             for port in map(place, order["ports"]):
                 for message in messages(order).get(kind, []):
-                    self.say(port, message, phase)
+                    self.say(port, message)
                 if kind == "flood":
-                    self.flood(port, phase)
+                    self.flood(port)
             for port in map(place, order["torch"]):
                 if kind not in SPARED and (phase, port, kind) not in self._said:
                     self._said.add((phase, port, kind))
                     for message in messages(order).get(kind, []):
-                        self.say(port, message, phase)
+                        self.say(port, message)
             if kind == "processes":
                 for process in order["processes"]:
                     self.look_into(process, order["looks_for"])
@@ -100,13 +101,17 @@ class Stranger:
                     self.search(Path(folder), order["looks_for"])
         self.rounds += 1
 
-    def connect(self, port: Any, phase: str) -> socket.socket | None:
-        """A connection; None where there is nobody, or nobody for us."""
+    def connect(self, port: Any, seconds: float = 1.0) -> socket.socket | None:
+        """A connection, counted in the phase of now; None where there is nobody, or nobody for us in time."""
+        order = self._newest()
+        if order is None:
+            return None
+        phase = order["phase"]
         kind = (
             socket.AF_UNIX if isinstance(port, str) else socket.AF_INET6 if ":" in port[0] else socket.AF_INET
         )
         connection = socket.socket(kind)
-        connection.settimeout(1.0)
+        connection.settimeout(seconds)
         try:
             connection.connect(port)
         except OSError:
@@ -116,9 +121,9 @@ class Stranger:
         self.connections[phase] = self.connections.get(phase, 0) + 1
         return connection
 
-    def say(self, port: Any, message: bytes, phase: str) -> None:
+    def say(self, port: Any, message: bytes) -> None:
         """Say it, and hear what comes within a moment."""
-        connection = self.connect(port, phase)
+        connection = self.connect(port)
         if connection is None:
             return
         heard = b""
@@ -131,11 +136,12 @@ class Stranger:
         if heard:
             self.heard.add(heard.hex())
 
-    def flood(self, port: Any, phase: str) -> None:
+    def flood(self, port: Any) -> None:
         """Hold many connections open at once; in half of them something has been said."""
         with contextlib.ExitStack() as stack:
             for number in range(FLOOD):
-                connection = self.connect(port, phase)
+                # A full queue drops a request for a connection; the system asks again after 1, 3, 7 and 15 s.
+                connection = self.connect(port, 1.0 if number == 0 else 30.0)
                 if connection is None:
                     break
                 stack.enter_context(contextlib.closing(connection))
@@ -215,9 +221,10 @@ def main() -> None:
     os.setresuid(NOBODY, NOBODY, NOBODY)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    stranger, orders = Stranger(), Orders()
+    orders = Orders()
+    stranger = Stranger(orders.newest)
     while orders.newest() is not None:
-        stranger.attack(orders.newest)
+        stranger.attack()
         told = {name: value for name, value in vars(stranger).items() if not name.startswith("_")}
         told |= {name: sorted(value) for name, value in told.items() if isinstance(value, set)}
         print(json.dumps(told), flush=True)

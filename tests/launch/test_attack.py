@@ -61,8 +61,9 @@ def test_a_server_that_trusts_what_comes_runs_what_the_stranger_sends_and_tells_
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
-        stranger, port = attacker.Stranger(), list(listener.getsockname())
-        stranger.attack(lambda: order(tmp_path, ports=[port]))
+        port = list(listener.getsockname())
+        stranger = attacker.Stranger(lambda: order(tmp_path, ports=[port]))
+        stranger.attack()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert (tmp_path / "ran").exists()
@@ -74,8 +75,8 @@ def test_files_that_tell_a_secret_or_can_be_written_are_named(tmp_path: Path) ->
     (folder := tmp_path / "run").mkdir()
     (folder / "log").write_text("a key")
     (folder / "other").write_text("nothing")
-    stranger = attacker.Stranger()
-    stranger.attack(lambda: order(tmp_path, folders=[str(folder)]))
+    stranger = attacker.Stranger(lambda: order(tmp_path, folders=[str(folder)]))
+    stranger.attack()
     assert stranger.got_at == {
         f"{folder}/log tells a secret",
         *(f"{folder}/{name} can be written" for name in ("log", "other", "stranger")),
