@@ -17,7 +17,7 @@ from typing import Any
 from common.artifacts import VARIABLES
 from common.evidence import Z, share_interval
 from common.redact import shown
-from common.stage import Role, Step
+from common.stage import Input, Role, Step
 from common.text import plain
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -29,6 +29,11 @@ STEPS = {
     Step.reward.value: "training a reward model on preferences",
     Step.dpo.value: "direct preference optimization (DPO)",
     Step.ppo.value: "reinforcement learning (PPO)",
+}
+TAKEN_AS = {
+    Input.policy.value: "Policy that training started from",
+    Input.reward_model.value: "Reward model that training started from",
+    Input.reference.value: "Reference of the loss",
 }
 TASKS = {Role.policy: "text-generation", Role.reward_model: "text-classification"}
 LONGEST_ANSWER = 256
@@ -74,6 +79,7 @@ def told(role: Role, details: Mapping[str, Any]) -> dict[str, Any]:
         "origin": origin,
         "licence": (named or cell(origin.get("license") or "")) + (f" ({link})" if link else ""),
         "parents": details.get("parents") or [],
+        "taken_as": TAKEN_AS,
         "imported": details.get("imported"),
         "merged": any(
             name.startswith("adapter") for name in (details.get("imported") or {}).get("weights", ())

@@ -8,13 +8,14 @@ the controller asks here before anything is started.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.artifacts import MANIFEST, Artifact, file_sha256, read_manifest
 from common.config import ModelConfig, TokenizerConfig
 from common.errors import UserError
-from common.stage import Role
+from common.stage import Input, Role
 from common.text import nearest
 
 TOKEN_FIELDS = {
@@ -55,9 +56,10 @@ def model_to_preview(model: ModelConfig, policy: str | None, key: str) -> ModelC
     return model if policy is None else model_of(model, load_named(policy, Role.policy, key).path)
 
 
-def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
+def parent_record(artifact: Path, run_dir: Path, taken: Input | None = None) -> dict[str, Any]:
     """What the manifest of a child says of the artifact it was made from: role, path, hash of the manifest,
-    and of a model that others published where it is from and the hashes of its weights.
+    what it was taken as (where that is not its role), and of a model that others published where it is from
+    and the hashes of its weights.
 
     The path is relative to the run's folder for an artifact inside of it, so that a run can be moved.
     """
@@ -65,8 +67,15 @@ def parent_record(artifact: Path, run_dir: Path) -> dict[str, Any]:
     path = folder.relative_to(run).as_posix() if folder.is_relative_to(run) else str(folder)
     manifest = read_manifest(folder)
     record = {"role": manifest.role, "path": path, "manifest_sha256": file_sha256(folder / MANIFEST)}
+    if taken is not None and taken.value != taken.role.value:
+        record["taken_as"] = taken.value
     imported = manifest.details.get("imported")
     return record if imported is None else {**record, "imported": imported}
+
+
+def input_of(parent: Mapping[str, Any]) -> str:
+    """What an artifact was taken as, of its `parent_record`."""
+    return str(parent.get("taken_as", parent["role"]))
 
 
 def load_named(path: str, role: Role, key: str, *, allow_unverified: bool = False) -> Artifact:

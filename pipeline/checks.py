@@ -30,7 +30,7 @@ from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
 from common.paths import files_of, is_glob
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
 from common.webhook import address_of
@@ -47,7 +47,7 @@ SMALLEST_DISK = 64 * 2**20
 
 
 def check(
-    config: PipelineConfig, ranks: int, on_each: Sequence[int] = (), *, can_lack: Collection[Role] = ()
+    config: PipelineConfig, ranks: int, on_each: Sequence[int] = (), *, can_lack: Collection[Input] = ()
 ) -> None:
     """Every check, also that each step has a start.
 
@@ -62,13 +62,13 @@ def check(
         way_out = "model=lora, or model.quantize=none: adapters alone work anywhere"
         check_gpu(f"model.quantize={quantize.value}", way_out)
     for step in wired:
-        starts = {role: start_of(step.stage.name, wired, role) for role in step.sources}
+        starts = {taken: start_of(step.stage.name, wired, taken) for taken in step.sources}
         models = {
-            role: config.model if start is None else model_of(config.model, Path(start))
-            for role, start in starts.items()
+            taken: config.model if start is None else model_of(config.model, Path(start))
+            for taken, start in starts.items()
         }
-        models = models or {Role.policy: config.model}
-        stand_ins = {role: models[Role.policy] for role in can_lack if role not in models}
+        models = models or {Input.policy: config.model}
+        stand_ins = {taken: models[Input.policy] for taken in can_lack if taken not in models}
         check_step(config, step.stage.name, {**models, **stand_ins}, ranks)
     if Step.ppo in config.steps:
         check_ppo(config.ppo)
@@ -102,19 +102,20 @@ def check_tracking(tracking: TrackingConfig) -> None:
         address_of(tracking.webhook)
 
 
-def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelConfig], ranks: int) -> None:
-    """What one step is told about data, loop and optimizer; `models` are what it starts from, by role."""
+def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelConfig], ranks: int) -> None:
+    """What one step is told about data, loop and optimizer; `models` are what it takes."""
     name, part = step.value, getattr(config, step.value)
     # an experiment names data for at least one step, perhaps one that does not run
     named = any(getattr(config, other.value).data.all_sources() for other in STAGES)
     check_data(part.data, f"{name}.data", or_demo=not named)
-    for role, model in models.items():
-        check_length(model, part.data.max_length, f"{name}.data.max_length", role)
+    for taken, model in models.items():
+        whose = "model" if taken is Input.policy else taken.value.replace("_", " ")
+        check_length(model, part.data.max_length, f"{name}.data.max_length", whose)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
     check_exported(part.train, part.data, name)
-    trained = {f"{name}.optim": (models[Role.policy], part.optim)}
+    trained = {f"{name}.optim": (models[Input.policy], part.optim)}
     if step is Step.ppo:
-        check_ptx(part, models[Role.policy], ranks)
+        check_ptx(part, models[Input.policy], ranks)
         if part.has_critic:
             trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
     for key, (_, optim) in trained.items():
@@ -245,11 +246,10 @@ def check_data(data: DataConfig, key: str, *, or_demo: bool = False) -> None:
         _check_readable(data.eval_path, f"{key}.eval_path")
 
 
-def check_length(model: ModelConfig, max_length: int, key: str, role: Role = Role.policy) -> None:
+def check_length(model: ModelConfig, max_length: int, key: str, whose: str = "model") -> None:
     """Rows fit into the model's context, where that is known without loading anything."""
     context = context_length(model)
     if context is not None and max_length > context:
-        whose = "model" if role is Role.policy else "reward model"
         raise UserError(
             f"{key}={max_length}, but the {whose}'s context is {context} tokens (max_position_embeddings)",
             hint=f"{key}={context} or less",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.stage import Role, Step
+from common.stage import Input, Step
 from pipeline.compose import keys_of_options, parse
 from pipeline.config import PipelineConfig
 from pipeline.plan import STAGES, named_sources, start_of, wire_run
@@ -44,7 +44,9 @@ def check_artifacts_are_used(configs: Sequence[PipelineConfig], overrides: Seque
     """
     run = {step for config in configs for step in config.steps}
     keys = {
-        f"{stage.name.value}.{role.value}": stage.name for stage in STAGES.values() for role in stage.consumes
+        f"{stage.name.value}.{taken.value}": stage.name
+        for stage in STAGES.values()
+        for taken in stage.consumes
     }
     for override in overrides:
         step = keys.get(override.key_or_group)
@@ -62,11 +64,11 @@ def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Seque
     if not named:
         return
     for config in configs:
-        wired = wire_run(config, can_lack=[Role.reward_model])  # whether one is needed is not asked here
+        wired = wire_run(config, can_lack=[Input.reward_model])  # whether one is needed is not asked here
         if any(start_of(step.stage.name, wired) is None for step in wired):
             return
     sources = named_sources(configs[0])
-    steps = {step.value: path for (step, role), path in sources.items() if role is Role.policy}
+    steps = {step.value: path for (step, taken), path in sources.items() if taken is Input.policy}
     taken = " and ".join(
         f"{step} takes weights, tokenizer and chat template from {step}.policy={path}"
         for step, path in steps.items()

@@ -15,8 +15,8 @@ from typing import Any
 from common.artifacts import MANIFEST, Artifact, Manifest, read_json, read_manifest, write_json
 from common.config import TokenizerConfig
 from common.errors import UserError
-from common.handoff import check_same_tokens, load_named
-from common.stage import Role, Stage
+from common.handoff import check_same_tokens, input_of, load_named
+from common.stage import Input, Stage
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, start_of
 from pipeline.state import run_folder
@@ -24,12 +24,12 @@ from pipeline.state import run_folder
 LINEAGE = "lineage.json"
 
 
-def load_sources(wired: Wired, run_dir: Path) -> dict[Role, Artifact]:
+def load_sources(wired: Wired, run_dir: Path) -> dict[Input, Artifact]:
     """What the step uses, every file re-hashed, and made with one tokenizer."""
     name = wired.stage.name.value
     loaded = {
-        role: load_named(str(wired.folder_of(role, run_dir)), role, f"{name}.{role.value}")
-        for role in wired.sources
+        taken: load_named(str(wired.folder_of(taken, run_dir)), taken.role, f"{name}.{taken.value}")
+        for taken in wired.sources
     }
     for left, right in itertools.combinations(loaded.values(), 2):
         check_same_tokens(left, right)
@@ -40,17 +40,17 @@ def check_parents(
     artifact: Artifact, wired: Wired, run_dir: Path, inputs: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """The artifact was made from what the step was given, and reads text as that does."""
-    recorded = {parent["role"]: parent for parent in artifact.manifest.details.get("parents", [])}
-    for role in wired.sources:
-        given = inputs[f"{wired.stage.name.value}.{role.value}"]["sha256"]
-        made_from = str(recorded.get(role.value, {}).get("manifest_sha256", "not recorded"))
+    recorded = {input_of(parent): parent for parent in artifact.manifest.details.get("parents", [])}
+    for taken in wired.sources:
+        given = inputs[f"{wired.stage.name.value}.{taken.value}"]["sha256"]
+        made_from = str(recorded.get(taken.value, {}).get("manifest_sha256", "not recorded"))
         if made_from != given:
             raise UserError(
-                f"{artifact.path} was made from another {role.value} ({made_from[:12]}) than the one at "
-                f"{wired.folder_of(role, run_dir)} ({given[:12]})",
+                f"{artifact.path} was made from another {taken.value} ({made_from[:12]}) than the one at "
+                f"{wired.folder_of(taken, run_dir)} ({given[:12]})",
                 hint="force=true makes it again from the one that is there",
             )
-        folder = wired.folder_of(role, run_dir)
+        folder = wired.folder_of(taken, run_dir)
         check_same_tokens(Artifact(folder, read_manifest(folder)), artifact)
 
 
@@ -63,10 +63,10 @@ def readable(
     trains, if it does; else the base model's own. tokenizer: where that of SFT is, or will be by then; None
     where there is none.
     """
-    if Role.policy not in step.sources:
+    if Input.policy not in step.sources:
         return config
     name = step.stage.name.value
-    made = step.folder_of(Role.policy, run_folder(config))
+    made = step.folder_of(Input.policy, run_folder(config))
     policy = str(made) if (made / MANIFEST).exists() else start_of(step.stage.name, wired)
     changed: dict[str, Any] = {name: replace(getattr(config, name), policy=policy)}
     trains = config.model.tokenizer.train_vocab_size is not None

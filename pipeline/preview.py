@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from common.stage import Role, Step
+from common.stage import Input, Step
 from launch.local import Job, count_gpus
 from launch.supervise import supervise
 from pipeline import checks, state
@@ -20,10 +20,10 @@ def preview(config: PipelineConfig) -> int:
 
     Rows are read without a reward model, so that none need be there yet.
     """
-    config = settle_sources(config, can_lack=[Role.reward_model])
-    wired = wire_run(config, can_lack=[Role.reward_model])
+    config = settle_sources(config, can_lack=[Input.reward_model])
+    wired = wire_run(config, can_lack=[Input.reward_model])
     config, _ = state.settle_dtype(config, state.run_folder(config), gpu=count_gpus() > 0)
-    checks.check(config, 1, can_lack=[Role.reward_model])
+    checks.check(config, 1, can_lack=[Input.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
         for step in wired:
             trained = Path(folder) / Step.sft.value / "tokenizer"  # by the preview of SFT

@@ -26,7 +26,7 @@ from common.evidence import share_in_words
 from common.files import disk_errors, set_aside
 from common.handoff import scores_text
 from common.shortage import OUT_OF_MEMORY
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.tracking_config import AlertKind
 from common.webhook import Webhook
 from launch.agent import STOPPED
@@ -223,15 +223,17 @@ def run_step(
         return leave_as_it_is(run_dir, wired, before, moved, say)
 
     resolved = state.write_resolved(config, run_dir)
-    policy = sources.get(Role.policy)
+    policy = sources.get(Input.policy)
     start_from = f", from {policy.path} ({policy.sha256[:12]})" if policy is not None else ""
+    if (reference := sources.get(Input.reference)) is not None:
+        start_from += f", with the reference {reference.path} ({reference.sha256[:12]})"
     begins = "going on" if before is not None else "starting"
     total = ranks if machines is None else sum(machines.ranks)
     size = f"{total} rank(s){f' on {len(machines.ranks)} machines' if machines is not None else ''}"
     say(f"{name}: {begins} in {folder}, {size}{start_from}")
     lines = [f"changed since it was begun: {line}" for line in moved.taken]
-    if Role.reward_model in sources:
-        lines += lines_on_reward_model(sources[Role.reward_model], config.reward.warn_below_accuracy)
+    if Input.reward_model in sources:
+        lines += lines_on_reward_model(sources[Input.reward_model], config.reward.warn_below_accuracy)
     for line in lines:
         say(f"{name}: {line}")
     launched = state.now()

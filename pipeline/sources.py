@@ -18,7 +18,7 @@ from common.artifacts import MANIFEST, Artifact, content_sha256
 from common.errors import UserError
 from common.files import disk_errors
 from common.handoff import check_same_tokens, load_named, scores_text, similar
-from common.stage import Role, Step
+from common.stage import Input, Role, Step
 from launch.local import Job
 from launch.supervise import supervise
 from pipeline.config import PipelineConfig
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 def settle_sources(
-    config: PipelineConfig, say: Say = print, *, can_lack: Collection[Role] = ()
+    config: PipelineConfig, say: Say = print, *, can_lack: Collection[Input] = ()
 ) -> PipelineConfig:
     """The configuration with an artifact for everything that the user named, each verified.
 
@@ -45,22 +45,23 @@ def settle_sources(
     models = models_below(config.output_dir)
     config = replace(config, run_name=run_name(config))  # of what was typed, on all machines
     options = ["--trust-remote-code"] if config.model.trust_remote_code else []
-    for (step, role), named in named_sources(config).items():
-        path = artifact_of(named, role, f"{step.value}.{role.value}", models, say, options=options)
-        settled = replace(getattr(config, step.value), **{role.value: path})
+    for (step, taken), named in named_sources(config).items():
+        path = artifact_of(named, taken.role, f"{step.value}.{taken.value}", models, say, options=options)
+        settled = replace(getattr(config, step.value), **{taken.value: path})
         config = replace(config, **{step.value: settled})
     if config.model.path is not None and (found := artifacts_in(Path(config.model.path), Role.policy)):
         config = replace(config, model=replace(config.model, path=str(found[0])))
     loaded: dict[tuple[str, Role], Artifact] = {}
     wired = wire_run(config, can_lack=can_lack)
     for each in wired:
-        for role, source in each.sources.items():
-            if not isinstance(source, Step) and (source, role) not in loaded:
-                loaded[source, role] = load_named(source, role, f"{each.stage.name.value}.{role.value}")
+        for taken, source in each.sources.items():
+            if not isinstance(source, Step) and (source, taken.role) not in loaded:
+                key = f"{each.stage.name.value}.{taken.value}"
+                loaded[source, taken.role] = load_named(source, taken.role, key)
     if any(scores_text(artifact) for artifact in loaded.values()):
         config = with_critic_of_policy(config, say)
     for each in wired:
-        starts = [(start_of(each.stage.name, wired, role), role) for role in each.sources]
+        starts = [(start_of(each.stage.name, wired, taken), taken.role) for taken in each.sources]
         met = [loaded.get((path, role)) or loaded.get((path, Role.policy)) for path, role in starts if path]
         for left, right in itertools.combinations(filter(None, met), 2):
             check_same_tokens(left, right)

@@ -25,7 +25,7 @@ from common.config import DataConfig, Dtype, dtype_on, to_plain
 from common.errors import UserError
 from common.files import disk_errors, write_text
 from common.paths import files_of
-from common.stage import Role, Stage, Step
+from common.stage import Input, Stage, Step
 from pipeline.config import PipelineConfig
 
 STATE = "state.json"
@@ -133,9 +133,9 @@ def step_config(config: PipelineConfig, stage: Stage) -> dict[str, Any]:
             holder = holder.get(group, {})
         for holding in holder if isinstance(holder, list) else [holder]:
             holding.pop(leaf, None)
-    for role in stage.consumes:
-        part[name].pop(role.value, None)
-    if Role.policy in stage.consumes:
+    for taken in stage.consumes:
+        part[name].pop(taken.value, None)
+    if Input.policy in stage.consumes:
         for key in BASE_MODEL_KEYS:
             part["model"].pop(key)
     return part
@@ -264,7 +264,7 @@ def inputs_of(
     config: PipelineConfig,
     stage: Stage,
     known: Mapping[str, Any],
-    sources: Mapping[Role, Artifact] | None = None,
+    sources: Mapping[Input, Artifact] | None = None,
 ) -> dict[str, Any]:
     """Hash of everything local that the step reads, by key.
 
@@ -272,15 +272,15 @@ def inputs_of(
     sources: the artifacts that the step consumes, verified; their manifest's hash stands for all of them.
     """
     consumed = {
-        f"{stage.name.value}.{role.value}": {"path": str(artifact.path), "sha256": artifact.sha256}
-        for role, artifact in (sources or {}).items()
+        f"{stage.name.value}.{taken.value}": {"path": str(artifact.path), "sha256": artifact.sha256}
+        for taken, artifact in (sources or {}).items()
     }
     paths: dict[str, str | None] = {}
     for key, data in data_of(config, stage.name).items():
         for index, source in enumerate(data.all_sources()):
             paths[f"{key}.sources[{index}]"] = source.path
         paths[f"{key}.eval_path"] = data.eval_path
-    if Role.policy not in stage.consumes:
+    if Input.policy not in stage.consumes:
         model = config.model
         paths |= {"model.path": model.path, "model.tokenizer.path": model.tokenizer.path}
         paths["model.chat_template"] = model.chat_template

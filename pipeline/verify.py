@@ -27,6 +27,7 @@ from common.artifacts import (
     verify,
 )
 from common.errors import UserError
+from common.handoff import input_of
 from common.stage import Step
 from pipeline.caches import CACHE_KEY, REFERENCES, used_by, verify_cached, verify_used
 from pipeline.lineage import LINEAGE, entry_of, read_lineage
@@ -224,7 +225,7 @@ def verify_lineage(run_dir: Path, entry: Mapping[str, Any]) -> str:
         _is_recorded(place, parent["manifest_sha256"], f"the {parent['role']} that {folder} was made from")
         if Path(parent["path"]).is_absolute():
             verify(place)
-    listed = ", ".join(f"{parent['role']} {parent['path']}" for parent in parents)
+    listed = ", ".join(f"{input_of(parent)} {parent['path']}" for parent in parents)
     return f"lineage, made from {listed}" if parents else "lineage, made from no other artifact"
 
 

@@ -7,10 +7,12 @@ from typing import Optional
 from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
 from common.errors import UserError
 from common.fields import number
-from common.stage import Role, Stage, Step
+from common.stage import Input, Role, Stage, Step
 
-STAGE = Stage(name=Step.dpo, consumes=(Role.policy,), produces=Role.policy, module="step2_dpo")
-"""DPO starts from a policy, which is its reference too, and produces a policy."""
+STAGE = Stage(
+    name=Step.dpo, consumes=(Input.policy, Input.reference), produces=Role.policy, module="step2_dpo"
+)
+"""DPO starts from a policy, which is its reference unless another is named, and produces a policy."""
 
 
 class LossType(Enum):
@@ -25,6 +27,8 @@ class DPOConfig:
 
     policy: Optional[str] = None
     """artifact, run, model's folder or ORG/NAME@REVISION to start from; by default the run's own"""
+    reference: Optional[str] = None
+    """artifact, run, model's folder or ORG/NAME@REVISION that is the reference; by default the policy"""
     data: DataConfig = field(default_factory=DataConfig)
     """pairs of answers to train on; max_length is that of one answer with its prompt"""
     train: TrainConfig = field(default_factory=TrainConfig)

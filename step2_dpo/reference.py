@@ -1,12 +1,12 @@
-"""What the starting policy says of every pair: log π_ref of both answers, computed once and kept.
+"""What the reference says of every pair: log π_ref of both answers, computed once and kept.
 
-Takes the engine before anything was trained or restored, and the batches of the whole run; returns one number
-per answer, in float64. With adapters the reference is the model with them switched off. Each pair is
-computed in the micro-batch in which training first sees it, so that at step 0 policy and reference are the
-same bits. A pair that stands twice in one step (its source weighs more than 1) has one number for both
-places: it is exact in the first, and in the other only if the same bits come out there. The numbers lie in
-the cache under a key of all that decides them, first of all the hash of the weights, so that nothing here
-needs the reference again, nor the memory for it.
+The reference is the starting policy, asked through the engine before anything was trained or restored (with
+adapters, with them switched off), or another model that the user named. Takes the batches of the whole run;
+returns one number per answer, in float64. Each pair is computed in the micro-batch in which training first
+sees it, so that at step 0 a policy that is its own reference gives the same bits. A pair that stands twice in
+one step (its source weighs more than 1) has one number for both places: it is exact in the first, and in the
+other only if the same bits come out there. The numbers lie in the cache under a key of all that decides them,
+first of all the hash of the weights, so that nothing here needs the reference again, nor the memory for it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from common.artifacts import Artifact, content_sha256
-from common.config import ModelConfig, Quantize
+from common.config import JobConfig, ModelConfig, Quantize
 from common.data import batches as batches_module
 from common.data import packing
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
@@ -49,13 +50,16 @@ from common.model import (
     tokenizer,
 )
 from common.model.adapters import adapters_off
-from common.model.packed import batch_arguments
+from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments
 from common.runtime.distributed import World, all_gather_objects, broadcast_from_rank0
 from common.training.engine import Engine
+from common.training.frozen import load_frozen_policy
 from step2_dpo import loss
 from step2_dpo.loss import Answers, answer_sums
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from common.data.stored import PairDataset
 
 HASHED = (
@@ -95,8 +99,30 @@ def _answers(table: np.ndarray, batch: PairBatch) -> Answers:
     return Answers(found[:, 0], found[:, 1])
 
 
+Ask = Callable[..., TokenLoss]
+"""A `PackedCausalLM`'s call, of whatever holds it."""
+
+
+@contextmanager
+def starting_policy(engine: Engine) -> Iterator[tuple[Ask, bool]]:
+    """The engine asked before it trains, adapters off; it shares prefixes if training does."""
+    engine.eval()
+    with adapters_off(engine.module):
+        yield engine, True
+    engine.train()
+
+
+@contextmanager
+def other_model(
+    job: JobConfig, artifact: Artifact, tokenizer: PreTrainedTokenizerFast, world: World
+) -> Iterator[tuple[Ask, bool]]:
+    """Another policy, on the device while it is asked; and whether it can share prefixes."""
+    frozen = load_frozen_policy(job, artifact, tokenizer, world)
+    yield frozen, cast(PackedCausalLM, frozen.module).shortcuts.shared_prefix
+
+
 def reference_key(
-    policy: Artifact,
+    reference: Artifact,
     model: ModelConfig,
     plan: BatchPlan,
     *,
@@ -107,14 +133,14 @@ def reference_key(
 ) -> dict[str, Any]:
     """Everything that decides the numbers, part by part, as JSON values.
 
-    policy: just verified, so that the hashes in its manifest are those of the files, whatever lay at its path
-    before. model: how it was loaded; its adapters decide nothing, for they are off. data: fingerprints of the
-    data sets. weights: of the sources.
+    reference: just verified, so that the hashes in its manifest are those of the files, whatever lay at its
+    path before. model: how it was loaded; its adapters decide nothing, for they are off. data: fingerprints
+    of the data sets. weights: of the sources.
     """
     layout = {name: value for name, value in asdict(plan).items() if name != "rank"}
     return {
-        "weights": _hashes(policy, _is_weights),
-        "architecture": _hashes(policy, _is_architecture),
+        "weights": _hashes(reference, _is_weights),
+        "architecture": _hashes(reference, _is_architecture),
         "data": dict(data),
         "batches": {**layout, "steps": steps, "source_weights": dict(weights)},
         "model": {
@@ -131,8 +157,8 @@ def reference_key(
     }
 
 
-def _hashes(policy: Artifact, wanted: Callable[[str], bool]) -> dict[str, str]:
-    return {name: file["sha256"] for name, file in sorted(policy.manifest.files.items()) if wanted(name)}
+def _hashes(reference: Artifact, wanted: Callable[[str], bool]) -> dict[str, str]:
+    return {name: file["sha256"] for name, file in sorted(reference.manifest.files.items()) if wanted(name)}
 
 
 def _is_weights(name: str) -> bool:
@@ -169,7 +195,7 @@ def _code_version() -> str:
 
 
 def load_or_compute(
-    engine: Engine,
+    opened: AbstractContextManager[tuple[Ask, bool]],
     batches: PairBatches,
     held_out: PairDataset | None,
     steps: int,
@@ -180,7 +206,8 @@ def load_or_compute(
 ) -> Reference:
     """The reference's numbers from the cache in `folder`, or computed and put there; all ranks call it.
 
-    The engine holds the starting policy. key: see `reference_key`.
+    opened: `starting_policy` or `other_model`, entered where there is something to compute. key: see
+    `reference_key`.
     """
 
     def look() -> Reference | None:
@@ -193,7 +220,7 @@ def load_or_compute(
 
     found = broadcast_from_rank0(world, look)
     if found is None:
-        computed = _compute(engine, batches, held_out, steps, say)
+        computed = _compute(opened, batches, held_out, steps, world, say)
         record = broadcast_from_rank0(world, lambda: _write(folder, key, computed))
         found = replace(computed, record=record)
     return found
@@ -212,19 +239,24 @@ class _Scored(NamedTuple):
 
 @torch.no_grad()
 def _compute(
-    engine: Engine, batches: PairBatches, held_out: PairDataset | None, steps: int, say: Say
+    opened: AbstractContextManager[tuple[Ask, bool]],
+    batches: PairBatches,
+    held_out: PairDataset | None,
+    steps: int,
+    world: World,
+    say: Say,
 ) -> Reference:
     """Each rank computes its share of the batches; all return all numbers."""
-    engine.eval()
-    with adapters_off(engine.module):
-        train = _sums(engine, _training_batches(batches, steps, say))
+    with opened as (ask, shares_prefixes):
+        if batches.plan.share_prefix and not shares_prefixes:
+            say("note: the reference reads a prompt anew with each answer: its network cannot share prefixes")
+            batches = batches.one_by_one()
+        train = _sums(ask, _training_batches(batches, steps, say), world.device)
         evaluation = () if held_out is None else evaluation_pair_batches(held_out, batches.plan)
-        reference = Reference(
+        return Reference(
             _table(train, len(batches.dataset)),
-            _table(_sums(engine, enumerate(evaluation)), 0 if held_out is None else len(held_out)),
+            _table(_sums(ask, enumerate(evaluation), world.device), 0 if held_out is None else len(held_out)),
         )
-    engine.train()
-    return reference
 
 
 def _training_batches(batches: PairBatches, steps: int, say: Say) -> Iterator[tuple[int, PairBatch]]:
@@ -247,13 +279,12 @@ def _training_batches(batches: PairBatches, steps: int, say: Say) -> Iterator[tu
             last_line = time.monotonic()
 
 
-def _sums(engine: Engine, batches: Iterator[tuple[int, PairBatch]]) -> list[_Scored]:
+def _sums(ask: Ask, batches: Iterable[tuple[int, PairBatch]], device: torch.device) -> list[_Scored]:
     """What the model says of each of this rank's batches."""
-    device = next(engine.module.parameters()).device
     scored = []
     for step, batch in batches:
         moved = batch.to(device)
-        tokens = engine(**batch_arguments(moved.documents))
+        tokens = ask(**batch_arguments(moved.documents))
         nll = answer_sums(tokens.token_losses, moved.document_of_target, len(batch.pair_ids))
         scored.append(_Scored(step, batch.pair_ids, -torch.stack(nll, 1).cpu().numpy()))
     return scored

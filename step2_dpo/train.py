@@ -1,7 +1,7 @@
 """DPO, read from top to bottom: load, data, learner, reference, loop, export.
 
 Takes a `DPOJob` and a run's folder; leaves `<run>/dpo/` with metrics, samples, checkpoints and, when it is
-finished, the policy under `export/`. How rows become tokens is in `data.py`, what the starting policy says of
+finished, the policy under `export/`. How rows become tokens is in `data.py`, what the reference says of
 them in `reference.py`, what is minimised in `loss.py`, what is measured in `evaluate.py`; mechanisms are in
 `common/`.
 """
@@ -16,13 +16,14 @@ from common.data.kinds import PREFERENCES
 from common.data.stored import PairDataset
 from common.decoding.sampling import prompts_to_sample
 from common.evidence import share_in_words, swapped_warning
-from common.handoff import model_of
+from common.handoff import check_same_tokens, model_of
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import disable_dropout
 from common.model.packed import PackedCausalLM
 from common.model.probes import find_shortcuts
 from common.model.tokenizer import load_tokenizer
-from common.stage import Role, Step
+from common.stage import Input, Step
+from common.training.frozen import frozen_settings
 from common.training.loop import Loop
 from common.training.session import Session, probe_of
 from common.training.step_data import cache_dir
@@ -30,7 +31,7 @@ from step2_dpo.config import DPOJob
 from step2_dpo.data import ChosenAnswers
 from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
-from step2_dpo.reference import load_or_compute, reference_key
+from step2_dpo.reference import load_or_compute, other_model, reference_key, starting_policy
 
 
 def train(job: DPOJob, run_dir: Path) -> int:
@@ -39,7 +40,11 @@ def train(job: DPOJob, run_dir: Path) -> int:
     dpo, train_config = job.dpo, job.dpo.train
     session = Session(job, Step.dpo, train_config, run_dir)
     world = session.world
-    policy = session.load_artifact(dpo.policy, Role.policy, "dpo.policy")
+    policy = session.load_artifact(dpo.policy, Input.policy)
+    parents, compared_with = {Input.policy: policy}, policy
+    if dpo.reference is not None:
+        compared_with = parents[Input.reference] = session.load_artifact(dpo.reference, Input.reference)
+        check_same_tokens(policy, compared_with)
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     data = session.load_data(dpo.data, PREFERENCES, tokenizer, policy=policy)
@@ -63,13 +68,15 @@ def train(job: DPOJob, run_dir: Path) -> int:
     engine = learner.engine
 
     # Reference ---------------------------------------------------------------------------------
-    # while the engine still holds the policy that the run starts from
+    opened, settings = starting_policy(engine), model_config  # while the engine still holds it
+    if dpo.reference is not None:
+        opened, settings = other_model(job, compared_with, tokenizer, world), frozen_settings(model_config)
     key = reference_key(
-        policy, model_config, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
+        compared_with, settings, plan, data=data.fingerprints(), weights=data.weights, steps=total_steps,
         device=world.device,
     )  # fmt: skip
     reference = load_or_compute(
-        engine, batches, data.held_out, total_steps, key, cache_dir(job, dpo.data) / "reference", world,
+        opened, batches, data.held_out, total_steps, key, cache_dir(job, dpo.data) / "reference", world,
         session.say,
     )  # fmt: skip
 
@@ -106,7 +113,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
         if data.held_out is None:
             part, pairs = "", train_config.global_batch_size
         loop.export(
-            module, tokenizer, probe_of(data.train[0].chosen, world.device), parents=[policy],
+            module, tokenizer, probe_of(data.train[0].chosen, world.device), parents=parents,
             final_lines=lambda final: [
                 swapped_warning(
                     final, f"{part}rewards/accuracies", f"{part}rewards/margins", step=Step.dpo, pairs=pairs

@@ -5,9 +5,9 @@ from typing import Optional
 
 from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
 from common.fields import number
-from common.stage import Role, Stage, Step
+from common.stage import Input, Role, Stage, Step
 
-STAGE = Stage(name=Step.reward, consumes=(Role.policy,), produces=Role.reward_model, module="step2_reward")
+STAGE = Stage(name=Step.reward, consumes=(Input.policy,), produces=Role.reward_model, module="step2_reward")
 """The reward model starts from a policy and produces a reward model."""
 
 

@@ -18,7 +18,7 @@ from common.handoff import model_of
 from common.model.probes import find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel
 from common.model.tokenizer import load_tokenizer
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.training.loop import Loop
 from common.training.session import Session
 from step2_reward.config import RewardConfig, RewardJob
@@ -37,7 +37,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
     reward, train_config, centering = job.reward, job.reward.train, job.reward.center_rewards_coefficient
     session = Session(job, Step.reward, train_config, run_dir)
     world = session.world
-    policy = session.load_artifact(reward.policy, Role.policy, "reward.policy")
+    policy = session.load_artifact(reward.policy, Input.policy)
     model_config = model_of(job.model, policy.path)
     tokenizer = load_tokenizer(model_config)
     data = session.load_data(reward.data, PREFERENCES, tokenizer, policy=policy)
@@ -91,7 +91,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             {} if on_held_out else evaluate(calibrating)
         )  # of held-out pairs the last step's metrics tell
         loop.export(
-            module, tokenizer, probe_documents(data.train, world.device), parents=[policy],
+            module, tokenizer, probe_documents(data.train, world.device), parents={Input.policy: policy},
             final_lines=lambda final: closing_lines(
                 measured or final, reward, len(calibrating), on_held_out=on_held_out
             ),

@@ -9,7 +9,7 @@ from common.config import DataConfig, Exported, JobConfig, OptimConfig, TrainCon
 from common.errors import UserError
 from common.fields import number
 from common.limits import collective_seconds
-from common.stage import Role, Stage, Step
+from common.stage import Input, Role, Stage, Step
 from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
@@ -17,7 +17,7 @@ MEASURED = ("reward", "kl", "length", "stop_rate")
 
 
 STAGE = Stage(
-    name=Step.ppo, consumes=(Role.policy, Role.reward_model), produces=Role.policy, module="step3_ppo"
+    name=Step.ppo, consumes=(Input.policy, Input.reward_model), produces=Role.policy, module="step3_ppo"
 )
 """PPO starts from a policy and a reward model, and produces a policy."""
 
@@ -317,19 +317,19 @@ class PPOConfig:
         return self.estimator is Estimator.gae
 
     @property
-    def critic_starts_from(self) -> Role:
+    def critic_starts_from(self) -> Input:
         """What the critic's weights are taken from."""
         if self.critic.start is CriticStart.policy:
-            return Role.policy
+            return Input.policy
         if self.critic.start is CriticStart.reward_model or any(source.model for source in self.rewards):
-            return Role.reward_model
-        return Role.policy
+            return Input.reward_model
+        return Input.policy
 
-    def needs(self, role: Role) -> bool:
-        """Whether the step uses an artifact of this role, with these settings."""
-        if role is Role.policy:
+    def needs(self, taken: Input) -> bool:
+        """Whether the step uses this artifact, with these settings."""
+        if taken is Input.policy:
             return True
-        by_critic = self.has_critic and self.critic_starts_from is Role.reward_model
+        by_critic = self.has_critic and self.critic_starts_from is Input.reward_model
         return by_critic or any(source.model for source in self.rewards)
 
 

@@ -20,7 +20,7 @@ from common.model.architecture import CAUSAL_LM
 from common.model.scalar_head import NEW_REWARD_MODEL
 from common.model.tokenizer import load_tokenizer
 from common.runtime import progress
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.training.forecast import of_prompts, to_read
 from common.training.preview import a_few, show_preview
 from common.training.step_data import build_data
@@ -45,7 +45,7 @@ def forecast(resolved: Path) -> DataCounts:
     order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, reading.weights(built.weights))
     iterations = ppo.iterations_over(round(order.prompts_per_epoch * reading.scale))
     foresee(model, CAUSAL_LM, samples=True)
-    if ppo.has_critic or ppo.needs(Role.reward_model):
+    if ppo.has_critic or ppo.needs(Input.reward_model):
         scoring = model if ppo.reward_model is None else model_of(job.model, Path(ppo.reward_model))
         foresee(scoring, NEW_REWARD_MODEL)
     return of_prompts(built, tokenizer, reading, ppo.train, order.prompts_per_epoch, iterations)

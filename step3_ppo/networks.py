@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from common.artifacts import Artifact
-from common.config import LoraConfig, ModelConfig, OptimConfig, Quantize
+from common.config import OptimConfig
 from common.data.types import Batch
 from common.handoff import model_of, scores_text
 from common.model.adapters import adapters_off
@@ -30,8 +30,8 @@ from common.model.probes import Shortcuts, find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
 from common.model.tokenizer import load_tokenizer
 from common.runtime.distributed import World
-from common.stage import Role
-from common.training.frozen import Frozen
+from common.stage import Input
+from common.training.frozen import Frozen, frozen_settings, load_frozen_policy
 from common.training.learner import Learner, build_learner
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.minibatches import last_positions, per_token
@@ -164,7 +164,9 @@ def build_networks(
     return Networks(
         actor=actor,
         critic=critic,
-        reference=load_reference(job, policy, tokenizer, world) if has_reference and not lora else None,
+        reference=load_frozen_policy(job, policy, tokenizer, world, offload=ppo.offload_frozen)
+        if has_reference and not lora
+        else None,
         reward_model=load_frozen_reward_model(job, reward_model, tokenizer, world)
         if reward_model is not None and scores_with_model
         else None,
@@ -204,7 +206,7 @@ def load_critic(
     head begins with zeros, which is the mean of calibrated rewards: a random one would put noise of their own
     size into the first advantages.
     """
-    from_reward_model = job.ppo.critic_starts_from is Role.reward_model
+    from_reward_model = job.ppo.critic_starts_from is Input.reward_model
     if from_reward_model and reward_model is None:
         raise ValueError("a critic that begins as the reward model needs one")
     start = reward_model if from_reward_model and reward_model is not None else policy
@@ -224,32 +226,16 @@ def load_critic(
     return Critic(network, find_shortcuts(network), shift)
 
 
-def load_reference(job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizerFast, world: World) -> Frozen:
-    """The policy as the run found it: a frozen `PackedCausalLM`."""
-    settings = _frozen(model_of(job.model, policy.path))
-    network = load_model(settings, tokenizer, seed=job.seed, device=world.device)
-    return _hold(PackedCausalLM(network, find_shortcuts(network)), job, world)
-
-
 def load_frozen_reward_model(
     job: PPOJob, reward_model: Artifact, tokenizer: PreTrainedTokenizerFast, world: World
 ) -> Frozen:
     """The reward model: a frozen `PackedScalarModel`, whose scores are not calibrated."""
-    settings = _frozen(model_of(job.model, reward_model.path))
+    settings = frozen_settings(model_of(job.model, reward_model.path))
     if scores_text(reward_model):
         tokenizer = load_tokenizer(settings)
     network = load_model(settings, tokenizer, REWARD_MODEL, seed=job.seed, device=world.device)
-    return _hold(PackedScalarModel(network, find_shortcuts(network)), job, world)
-
-
-def _hold(module: torch.nn.Module, job: PPOJob, world: World) -> Frozen:
+    module = PackedScalarModel(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=job.ppo.offload_frozen)
-
-
-def _frozen(model: ModelConfig) -> ModelConfig:
-    return replace(
-        model, lora=LoraConfig(enabled=False), quantize=Quantize.none, gradient_checkpointing=False
-    )
 
 
 def _units(ppo: PPOConfig, calibration: Calibration) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from common.model.architecture import CAUSAL_LM
 from common.model.tokenizer import load_tokenizer, terminators_of
 from common.phases import enter
 from common.runtime.performance import training_flops_per_token
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.training.average import swapped_in
 from common.training.session import Session, probe_of
 from step3_ppo.advantages import next_coef, with_advantages
@@ -53,12 +53,12 @@ def train(job: PPOJob, run_dir: Path) -> int:
     world, folder = session.world, session.folder
     for line in ppo.notes():
         session.say(f"note: {line}")
-    policy = session.load_artifact(ppo.policy, Role.policy, "ppo.policy")
-    parents, reward_model = [policy], None
-    if ppo.needs(Role.reward_model):
-        reward_model = session.load_artifact(ppo.reward_model, Role.reward_model, "ppo.reward_model")
+    policy = session.load_artifact(ppo.policy, Input.policy)
+    parents, reward_model = {Input.policy: policy}, None
+    if ppo.needs(Input.reward_model):
+        reward_model = session.load_artifact(ppo.reward_model, Input.reward_model)
         check_same_tokens(policy, reward_model)  # it is given the policy's token ids, or text
-        parents.append(reward_model)
+        parents[Input.reward_model] = reward_model
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
     data = session.load_data(ppo.data, kind_of(job), tokenizer, policy=policy)
     plan = session.batch_plan(ppo.data)

@@ -11,10 +11,11 @@ the prefix is stored once (prefix sharing).
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -168,6 +169,12 @@ class PairBatches(Batches):
         pairs = np.concatenate(super().rows(step))
         capacity = PAIR * self.plan.max_length
         return _rows_within(capacity, self.dataset.lengths, pairs, self.plan, seed=self.plan.seed + step)
+
+    def one_by_one(self) -> PairBatches:
+        """The same, for a model that cannot compute once what neighbours begin with alike."""
+        apart = copy.copy(self)
+        apart.plan = replace(self.plan, share_prefix=False)
+        return apart
 
     def _collate(self, indices: list[int]) -> Any:
         return _pairs(self.dataset, indices, self.plan)

@@ -6,7 +6,7 @@ of this machine: settings that are texts are left out unless they are one of a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -80,11 +80,11 @@ def rows_of(ledger: Path) -> list[dict[str, Any]]:
     ]
 
 
-def origin_of(model: ModelConfig, revision: str | None, parents: Sequence[Artifact]) -> dict[str, Any]:
-    """The published model at the root of a chain and its licence: what the first parent says of it, or what
-    `model` names. A folder goes by its licence alone: its path says nothing elsewhere."""
-    if parents:
-        return dict(parents[0].manifest.details.get("origin") or {})
+def origin_of(model: ModelConfig, revision: str | None, policy: Artifact | None) -> dict[str, Any]:
+    """The published model at the root of a chain and its licence: what the policy that training started from
+    says of it, or what `model` names. A folder goes by its licence alone: its path says nothing elsewhere."""
+    if policy is not None:
+        return dict(policy.manifest.details.get("origin") or {})
     return origin_of_model(model.path, revision)
 
 

@@ -1,9 +1,8 @@
-"""A network that is only asked and never trained: PPO's reference and reward model.
+"""A network that is only asked and never trained: PPO's reference and reward model, DPO's reference.
 
-Takes a module with its weights; holds it without gradients, dropout and optimizer, as the ZeRO stage says: on
-stages 1 and 2 whole on every rank, in host memory between its phases if wanted; on stage 3 partitioned over
-the ranks like what is trained, so that a large one fits. Does not load it, and does not decide when it is
-asked.
+Takes a module with its weights, or an artifact; holds it without gradients, dropout and optimizer, as the
+ZeRO stage says: on stages 1 and 2 whole on every rank, in host memory between its phases if wanted; on stage
+3 partitioned over the ranks like what is trained, so that a large one fits. Does not decide when it is asked.
 """
 
 from __future__ import annotations
@@ -11,14 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.config import DeepSpeedConfig, Dtype, Offload
+from common.artifacts import Artifact
+from common.config import DeepSpeedConfig, Dtype, JobConfig, LoraConfig, ModelConfig, Offload, Quantize
+from common.handoff import model_of
+from common.model.loading import load_model
+from common.model.packed import PackedCausalLM
+from common.model.probes import find_shortcuts
 from common.runtime.distributed import World
 from common.training.ds_config import build_frozen_config
 from common.training.engine import Partitioned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Frozen:
@@ -85,3 +92,26 @@ class Frozen:
         """Nothing travels: the weights are what they were."""
         for parameter, host in self._host:
             parameter.data = host
+
+
+def load_frozen_policy(
+    job: JobConfig,
+    policy: Artifact,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    *,
+    offload: bool = False,
+) -> Frozen:
+    """The policy in `job.model.dtype`, without adapters and not quantized: a frozen `PackedCausalLM`."""
+    network = load_model(
+        frozen_settings(model_of(job.model, policy.path)), tokenizer, seed=job.seed, device=world.device
+    )
+    module = PackedCausalLM(network, find_shortcuts(network))
+    return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=offload)
+
+
+def frozen_settings(model: ModelConfig) -> ModelConfig:
+    """How a network is loaded that is not trained."""
+    return dataclasses.replace(
+        model, lora=LoraConfig(enabled=False), quantize=Quantize.none, gradient_checkpointing=False
+    )

@@ -20,7 +20,7 @@ from common.model.packed import PackedModel
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, broadcast_from_rank0, seed_everything
 from common.runtime.performance import performance, training_flops_per_token
-from common.stage import Step
+from common.stage import Input, Step
 from common.text import did_you_mean
 from common.training.engine import StepOutcome
 from common.training.learner import Learner
@@ -268,7 +268,7 @@ class Loop(Generic[Rows]):
         tokenizer: PreTrainedTokenizerFast,
         documents: Sequence[torch.Tensor],
         *,
-        parents: Sequence[Artifact],
+        parents: Mapping[Input, Artifact],
         final_lines: FinalLines = lambda final: [],
         extra_details: ExtraDetails = lambda final: {},
     ) -> None:

@@ -51,7 +51,7 @@ from common.runtime.distributed import (
 )
 from common.runtime.progress import Progress
 from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.training.account import account_of, origin_of
 from common.training.checkpoint import Checkpoints, State
 from common.training.engine import Engine
@@ -127,16 +127,17 @@ class Session:
             )
         return sums, bool(stopping), bool(saving)
 
-    def load_artifact(self, named: str | None, role: Role, key: str) -> Artifact:
-        """The verified artifact at `named`, the value of `key`: the controller has written down where an
-        earlier step leaves it."""
-        return broadcast_from_rank0(self.world, lambda: load_named(named or "", role, key))
+    def load_artifact(self, named: str | None, taken: Input, key: str | None = None) -> Artifact:
+        """The verified artifact at `named`, the value of `key`, by default the step's own: the controller has
+        written down where an earlier step leaves it."""
+        key = key or f"{self.step.value}.{taken.value}"
+        return broadcast_from_rank0(self.world, lambda: load_named(named or "", taken.role, key))
 
-    def load_base_artifact(self, model: ModelConfig) -> list[Artifact]:
+    def load_base_artifact(self, model: ModelConfig) -> dict[Input, Artifact]:
         """The policy that `model.path` is, verified, where it is an artifact; empty where others made it."""
         if model.path is None or not (Path(model.path) / MANIFEST).exists():
-            return []
-        return [self.load_artifact(model.path, Role.policy, "model.path")]
+            return {}
+        return {Input.policy: self.load_artifact(model.path, Input.policy, "model.path")}
 
     def load_data(
         self,
@@ -255,7 +256,7 @@ class Session:
         documents: Sequence[torch.Tensor],
         *,
         steps: int,
-        parents: Sequence[Artifact],
+        parents: Mapping[Input, Artifact],
         data: Mapping[str, Any],
         counters: Mapping[str, Any],
         final_lines: FinalLines,
@@ -276,12 +277,14 @@ class Session:
             for line in filter(None, final_lines(final)):
                 self.progress.log(line)
             details = {
-                "parents": [parent_record(parent.path, self.run_dir) for parent in parents],
+                "parents": [
+                    parent_record(parent.path, self.run_dir, taken) for taken, parent in parents.items()
+                ],
                 "resolved_config_hash": file_sha256(self.run_dir / "resolved.yaml"),
                 "data": data,
                 "progress": counters,
                 "metrics": final,
-                "origin": origin_of(self.job.model, self._base_revision, parents),
+                "origin": origin_of(self.job.model, self._base_revision, parents.get(Input.policy)),
                 "training": account_of(
                     self.job, self.step, self.folder, before, adapters=hasattr(model, "peft_config")
                 ),

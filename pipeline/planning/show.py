@@ -18,7 +18,7 @@ from common.artifacts import MANIFEST, file_sha256
 from common.counts import DataCounts
 from common.launch_config import Launcher
 from common.rates import Rates, few_steps
-from common.stage import Role, Step
+from common.stage import Input, Step
 from common.text import table
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
@@ -117,7 +117,7 @@ def step_lines(config: PipelineConfig, wired: Sequence[Wired]) -> list[str]:
     rows = []
     for step in wired:
         name = step.stage.name.value
-        sources = [f"{role.value} {_source(step, role, run_dir)}" for role in step.sources]
+        sources = [f"{taken.value} {_source(step, taken, run_dir)}" for taken in step.sources]
         takes = ", ".join(sources) or f"base model {_base(config)}"
         folder = run_dir / name / EXPORT
         done = f", done ({file_sha256(folder / MANIFEST)[:12]})" if (folder / MANIFEST).exists() else ""
@@ -303,8 +303,8 @@ def _updates(config: PipelineConfig, iterations: int) -> int:
     return each * iterations
 
 
-def _source(step: Wired, role: Role, run_dir: Path) -> str:
-    source, folder = step.sources[role], step.folder_of(role, run_dir)
+def _source(step: Wired, taken: Input, run_dir: Path) -> str:
+    source, folder = step.sources[taken], step.folder_of(taken, run_dir)
     known = f" ({file_sha256(folder / MANIFEST)[:12]})" if (folder / MANIFEST).exists() else ""
     return f"from {source.value if isinstance(source, Step) else source}{known}"
 

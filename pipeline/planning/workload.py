@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
 from common.handoff import model_of
-from common.stage import Role, Step
+from common.stage import Input, Step
 from pipeline.config import PipelineConfig
 from pipeline.plan import start_of, wire_run
 from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
@@ -49,7 +49,7 @@ def workload_of(
 
     Rows are taken to be full, which packed ones nearly are.
     """
-    network = network_at(config, step, Role.policy, vocabulary)
+    network = network_at(config, step, Input.policy, vocabulary)
     if network is None:
         return None
     part, deepspeed = getattr(config, step.value), config.deepspeed
@@ -90,9 +90,9 @@ def accumulation(train: TrainConfig, ranks: int) -> int:
     return math.ceil(train.global_batch_size / (ranks * train.micro_batch_size))
 
 
-def network_at(config: PipelineConfig, step: Step, role: Role, vocabulary: int | None) -> Network | None:
-    """The network that a step takes in a role; that of the base model where an earlier step will make it."""
-    start = start_of(step, wire_run(config), role)
+def network_at(config: PipelineConfig, step: Step, taken: Input, vocabulary: int | None) -> Network | None:
+    """The network that a step takes; that of the base model where an earlier step will make it."""
+    start = start_of(step, wire_run(config), taken)
     return network_of(config.model if start is None else model_of(config.model, Path(start)), vocabulary)
 
 
@@ -114,14 +114,17 @@ def trained_networks(
 def frozen_networks(
     config: PipelineConfig, step: Step, network: Network, vocabulary: int | None
 ) -> tuple[Network, ...]:
-    """PPO's reference (unless the actor without its adapter serves) and its reward model."""
+    """PPO's reference (unless the actor without its adapter serves) and its reward model; DPO's reference
+    where it is another model than the policy, which is there until its log-probabilities are known."""
+    if step is Step.dpo and config.dpo.reference is not None:
+        return (network_at(config, step, Input.reference, vocabulary) or network,)
     if step is not Step.ppo:
         return ()
     found = []
     if config.ppo.kl.coef > 0 and not config.model.lora.enabled:
         found.append(network)
     if any(source.model for source in config.ppo.rewards):
-        found.append(network_at(config, step, Role.reward_model, vocabulary) or network.without_head())
+        found.append(network_at(config, step, Input.reward_model, vocabulary) or network.without_head())
     return tuple(found)
 
 

@@ -74,7 +74,7 @@ class Node:
     role: str
     path: str
     sha256: str
-    parents: list[list[str]]  # role, path, sha256
+    parents: list[list[str]]  # what each was taken as, path, sha256
     inputs: Mapping[str, str]  # sha256 by configuration key
 
 
@@ -290,7 +290,10 @@ def ledger_row(entry: Mapping[str, Any]) -> LedgerRow:
 def node_of(step: str, entry: Mapping[str, Any]) -> Node:
     """One artifact of the lineage."""
     keys = ("role", "path", "manifest_sha256")
-    parents = [texts(mapping(parent), *keys) for parent in listing(entry.get("parents"))]
+    given = [
+        {"taken_as": parent.get("role"), **parent} for parent in map(mapping, listing(entry.get("parents")))
+    ]
+    parents = [texts(parent, "taken_as", *keys[1:]) for parent in given]
     inputs = {clean(key): clean(value) for key, value in mapping(entry.get("inputs")).items()}
     role, path, sha256 = texts(entry, *keys)
     return Node(step, role, path, sha256, parents, inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.errors import UserError
-from common.stage import Role, Step
+from common.stage import Input, Step
 from pipeline import checks
 from pipeline.compose import compose, prepare
 from pipeline.config import PipelineConfig
@@ -46,7 +46,7 @@ def test_gsm8k_rlvr_compares_eight_verified_solutions_and_needs_no_reward_model(
     assert job.ppo.kl.placement is KLPlacement.loss and job.ppo.kl.coef > 0
     assert [source.function for source in job.ppo.rewards] == ["step3_ppo.rewards.verifiable:gsm8k"]
     assert job.ppo.data.path == sft.sft.data.path
-    assert not job.ppo.needs(Role.reward_model)
+    assert not job.ppo.needs(Input.reward_model)
 
 
 def test_hh_ppo_is_the_chain_of_hh_with_prompts_that_nobody_has_seen() -> None:
@@ -58,7 +58,7 @@ def test_hh_ppo_is_the_chain_of_hh_with_prompts_that_nobody_has_seen() -> None:
     shares = {"sft": 2.0, "reward": 4.0, "ppo": 4.0}
     assert job.sft.data.stage_split == job.reward.data.stage_split == job.ppo.data.stage_split == shares
     checks.check_stage_split(job)
-    assert job.ppo.needs(Role.reward_model) and job.ppo.kl.controller is KLController.adaptive
+    assert job.ppo.needs(Input.reward_model) and job.ppo.kl.controller is KLController.adaptive
 
 
 def test_reward_hacking_is_the_demo_with_a_flawed_reward_and_the_gold_score_only_looked_at() -> None:
@@ -67,7 +67,7 @@ def test_reward_hacking_is_the_demo_with_a_flawed_reward_and_the_gold_score_only
     assert job.steps == [Step.sft, Step.ppo]
     assert [source.function for source in job.ppo.rewards] == ["demo.flawed:polite"]
     assert job.ppo.evaluation.functions["gold"] == "demo.gold:gold"
-    assert not job.ppo.needs(Role.reward_model)
+    assert not job.ppo.needs(Input.reward_model)
 
 
 @pytest.mark.parametrize(

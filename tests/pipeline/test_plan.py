@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from common.errors import UserError
-from common.stage import Role, Step
+from common.stage import Input, Role, Step
 from pipeline.config import PipelineConfig
-from pipeline.plan import STAGES, start_of, wire, wire_run
+from pipeline.plan import STAGES, start_of, wire, wire_run, with_sources
+from step2_dpo.config import DPOConfig
 from step3_ppo.config import CriticConfig, CriticStart, Estimator, PPOConfig, RewardSourceConfig
 
-POLICY, REWARD = Role.policy, Role.reward_model
+POLICY, REWARD, REFERENCE = Input
 
 
 def test_sft_is_built_and_needs_nothing() -> None:
@@ -21,7 +24,8 @@ def test_sft_is_built_and_needs_nothing() -> None:
 
 
 def test_reward_and_dpo_are_built_and_start_from_a_policy() -> None:
-    for step, module, produces in ((Step.reward, "step2_reward", REWARD), (Step.dpo, "step2_dpo", POLICY)):
+    made = ((Step.reward, "step2_reward", Role.reward_model), (Step.dpo, "step2_dpo", Role.policy))
+    for step, module, produces in made:
         last = wire([Step.sft, step])[-1]
         assert (last.stage.module, last.stage.produces) == (module, produces)
         assert dict(last.sources) == {POLICY: Step.sft}
@@ -45,7 +49,7 @@ def test_steps_run_in_their_own_order_whatever_order_they_are_named_in() -> None
 
 def test_the_latest_earlier_step_that_makes_a_role_is_its_source() -> None:
     last = wire([Step.sft, Step.reward, Step.dpo, Step.ppo])[-1]
-    assert (last.stage.module, last.stage.produces) == ("step3_ppo", POLICY)
+    assert (last.stage.module, last.stage.produces) == ("step3_ppo", Role.policy)
     assert dict(last.sources) == {POLICY: Step.dpo, REWARD: Step.reward}
 
 
@@ -75,6 +79,16 @@ def test_the_start_of_a_reward_model_is_followed_too() -> None:
     assert (start_of(Step.ppo, chain, REWARD), start_of(Step.ppo, chain)) == ("a", "b")
     chain = wire([Step.sft, Step.ppo], {(Step.ppo, REWARD): "r"})
     assert (start_of(Step.ppo, chain, REWARD), start_of(Step.ppo, chain)) == ("r", None)
+
+
+def test_a_reference_is_what_the_user_names_and_never_an_earlier_steps(tmp_path: Path) -> None:
+    assert REFERENCE not in wire([Step.sft, Step.dpo])[1].sources
+    wired = wire([Step.sft, Step.dpo], {(Step.dpo, REFERENCE): "elsewhere"})
+    assert dict(wired[1].sources) == {POLICY: Step.sft, REFERENCE: "elsewhere"}
+    assert (start_of(Step.dpo, wired), start_of(Step.dpo, wired, REFERENCE)) == (None, "elsewhere")
+    config = PipelineConfig([Step.dpo], dpo=DPOConfig(policy="p", reference="r"))
+    filled = with_sources(config, wire_run(config), tmp_path)
+    assert (filled.dpo.policy, filled.dpo.reference) == ("p", "r")
 
 
 FUNCTION = [RewardSourceConfig(function="a.b:c")]

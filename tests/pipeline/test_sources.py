@@ -154,6 +154,22 @@ def test_ours_must_read_the_policys_tokens(here: list[tuple[str, ...]], tmp_path
         settle_sources(typed)
 
 
+def test_the_reference_of_dpo_is_settled_like_a_policy_and_reads_text_as_that_does(
+    here: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    typed = PipelineConfig([Step.dpo], output_dir=str(tmp_path / "runs"))
+    typed.dpo.policy = typed.dpo.reference = str(published(tmp_path / "model"))
+    settled = settle_sources(typed)
+    assert settled.dpo.reference == settled.dpo.policy and len(here) == 1
+    assert Artifact.load(Path(str(settled.dpo.reference)), Role.policy)
+    typed.dpo.reference = str(published(tmp_path / "other", template=OTHER_TEMPLATE))
+    with pytest.raises(UserError, match=r"do not read text alike:\n *chat template: "):
+        settle_sources(typed)
+    typed.dpo.reference = str(artifact(tmp_path / "reward", Role.reward_model))
+    with pytest.raises(UserError, match=r"dpo\.reference=.*reward_model"):
+        settle_sources(typed)
+
+
 def test_a_model_that_an_option_names_is_imported(here: list[tuple[str, ...]], tmp_path: Path) -> None:
     folder = published(tmp_path / "model")
     made = artifact_of(str(folder), Role.policy, "--against", tmp_path / "models")

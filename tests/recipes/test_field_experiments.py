@@ -117,7 +117,8 @@ class Ran:
         made: dict[Role, Path] = {}
         for step in self.config.steps:
             stage = STAGES[step]
-            consumed = [f"{step.value}.{role.value}={made[role]}" for role in stage.consumes]
+            wanted = [taken for taken in stage.consumes if not taken.is_named]
+            consumed = [f"{step.value}.{taken.value}={made[taken.role]}" for taken in wanted]
             self._run(step, consumed)
             made[stage.produces] = folder / step.value / "export"
 

@@ -23,7 +23,7 @@ from common.training.engine import Engine
 from step2_dpo.config import LossType
 from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
-from step2_dpo.reference import Reference, load_or_compute
+from step2_dpo.reference import Reference, load_or_compute, starting_policy
 from tests.packed import packed_lm
 from tests.step2_dpo.pairs import MAX_LENGTH, SomePairs, plain_logps, tiny_llama
 
@@ -135,7 +135,8 @@ def beginning(world: World, start: Start, cache: Path) -> dict[str, float]:
     plan, pairs = plan_of(start, world), SomePairs()
     batches: Any = PairBatches(pairs, plan)
     key = {"start": list(start)}
-    reference = load_or_compute(engine, batches, pairs, 1, key, cache, world, lambda line: None)  # type: ignore[arg-type]
+    opened = starting_policy(engine)
+    reference = load_or_compute(opened, batches, pairs, 1, key, cache, world, lambda line: None)  # type: ignore[arg-type]
     objective = Objective()
     held_out = evaluate(engine, evaluation_pair_batches(pairs, plan), reference, objective, world.device)
     first = train_step(engine, plan, reference, objective, world)

@@ -19,7 +19,7 @@ from common.runtime.distributed import World
 from common.stage import Role
 from step2_dpo import reference as reference_module
 from step2_dpo.loss import Objective, PairSums, StepCounts, score
-from step2_dpo.reference import Reference, load_or_compute, reference_key
+from step2_dpo.reference import Reference, load_or_compute, reference_key, starting_policy
 from tests.step2_dpo.pairs import MAX_LENGTH, PlainEngine, SomePairs, plain_logps, tiny_llama
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -66,7 +66,8 @@ class Cached:
             data={"train": "seven"}, weights=weights or {}, steps=steps, device=torch.device("cpu"),
         )  # fmt: skip
         batches: Any = PairBatches(SomePairs(), layout, weights)
-        return load_or_compute(engine, batches, SomePairs(), steps, key, self.folder, ALONE, self.said.append)  # type: ignore[arg-type]
+        opened = starting_policy(engine)  # type: ignore[arg-type]
+        return load_or_compute(opened, batches, SomePairs(), steps, key, self.folder, ALONE, self.said.append)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from common.model.scalar_head import PackedScalarModel
 from common.model.tokenizer import load_tokenizer
 from common.runtime.distributed import World
 from common.stage import Role
+from common.training.frozen import load_frozen_policy
 from step3_ppo.config import CriticStart, PPOJob, RewardSourceConfig
-from step3_ppo.networks import load_actor, load_critic, load_frozen_reward_model, load_reference
+from step3_ppo.networks import load_actor, load_critic, load_frozen_reward_model
 from tests.packed import packed_lm
 from tests.runs import Base
 from tests.step3_ppo.runs import Artifacts, make_artifacts, make_job
@@ -120,7 +121,7 @@ def test_actor_and_reference_say_the_same_at_the_start_also_in_training_mode(job
     job.model.lora.enabled = lora
     actor = actor_of(job)
     assert actor.training
-    reference = load_reference(job, policy_of(job), tokenizer_of(job), WORLD)
+    reference = load_frozen_policy(job, policy_of(job), tokenizer_of(job), WORLD)
     assert torch.equal(log_likelihoods(actor), log_likelihoods(reference))
     assert torch.equal(log_likelihoods(actor), log_likelihoods(actor)), "dropout is on"
 
@@ -128,7 +129,7 @@ def test_actor_and_reference_say_the_same_at_the_start_also_in_training_mode(job
 def test_with_adapters_the_actor_without_them_is_the_reference(job: PPOJob) -> None:
     job.model.lora.enabled = True
     actor = actor_of(job)
-    reference = log_likelihoods(load_reference(job, policy_of(job), tokenizer_of(job), WORLD))
+    reference = log_likelihoods(load_frozen_policy(job, policy_of(job), tokenizer_of(job), WORLD))
     trained = {name for name, value in actor.named_parameters() if value.requires_grad}
     with torch.no_grad():
         for name, value in actor.named_parameters():
@@ -166,7 +167,7 @@ def test_frozen_networks_have_neither_adapters_nor_recomputed_activations(job: P
     job.model.lora.enabled = job.model.gradient_checkpointing = True
     tokenizer = tokenizer_of(job)
     for frozen in (
-        load_reference(job, policy_of(job), tokenizer, WORLD),
+        load_frozen_policy(job, policy_of(job), tokenizer, WORLD),
         load_frozen_reward_model(job, reward_model_of(job), tokenizer, WORLD),
     ):
         parameters = dict(frozen.module.named_parameters())
