@@ -1,6 +1,8 @@
 """SFT on the CPU, ours beside TRL's SFTTrainer: `python -m benchmarks.sft_cpu`.
 
-The same GSM8K rows, 4M-parameter weights, precision, optimizer, schedule and rows per optimizer step, one
+    python -m benchmarks.sft_cpu --model FOLDER   (a pretrained model instead of one of 4M parameters)
+
+The same GSM8K rows, weights, precision, optimizer, schedule and rows per optimizer step, one
 epoch. Ours is the real command, `python -m pipeline run experiment=gsm8k ...`; TRL runs in its best setting
 (see `BEST`; `--search` measures the candidates) and in its defaults. Every run is a fresh process with a cold
 data cache, sides take turns, and medians are reported; one more run each has a warm cache.
@@ -82,12 +84,15 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--micro-batch", type=int, default=8, help="ours, in rows")
+    parser.add_argument(
+        "--model", type=Path, help="a pretrained model's folder; by default one of 4M parameters"
+    )
     parser.add_argument("--search", action="store_true", help="measure TRL's candidates once each")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sft_cpu_") as temporary:
         folder = Path(temporary)
-        made = workload.prepare(folder / "workload", arguments.data, arguments.rows)
+        made = workload.prepare(folder / "workload", arguments.data, arguments.rows, model=arguments.model)
         setup = Setup(made, folder, arguments.dtype, arguments.threads, arguments.micro_batch, arguments.rows)
         contest = comparison.Contest(folder, setup.threads, "tokens", comparison.running_tokens)
         if arguments.search:
@@ -95,7 +100,8 @@ def main() -> int:
         else:
             result = comparison.compare(contest, sides_of(setup), arguments.repeats)
     result = {**described(setup), **result}
-    name = f"sft_cpu_{arguments.dtype}" + ("_search" if arguments.search else "")
+    of_model = "" if arguments.model is None else f"_{arguments.model.resolve().name}"
+    name = f"sft_cpu{of_model}_{arguments.dtype}" + ("_search" if arguments.search else "")
     print(f"written: {write_results(name, result, to=arguments.results)}")
     return 0
 
@@ -126,7 +132,7 @@ def _ours(setup: Setup, folder: Path, cache: Path) -> tuple[list[str], Path]:
         f"sft.train.global_batch_size={ROWS_PER_STEP}",
         f"sft.train.micro_batch_size={setup.micro_batch}",
         "sft.train.epochs=1",
-        f"sft.optim.lr={workload.LEARNING_RATE}",
+        f"sft.optim.lr={setup.made.learning_rate}",
         "deepspeed=zero1",
         "launch.nproc_per_node=1",
         "tracking=off",
@@ -146,7 +152,7 @@ def _trl(setup: Setup, arguments: Mapping[str, Any], folder: Path, _: Path) -> t
             "max_length": workload.MAX_LENGTH,
             "num_train_epochs": 1,
             "warmup_steps": workload.WARMUP_RATIO,
-            **workload.optimizer_arguments(),
+            **workload.optimizer_arguments(setup.made.learning_rate),
             **arguments,
         },
     }

@@ -1,8 +1,8 @@
 """The rows and the base model that both sides of a comparison start from.
 
 Takes a JSONL file of questions and answers and a folder; leaves there `base/` (weights of the 4M-parameter
-model of `experiment=gsm8k` in fp32, initialised once, with its tokenizer, trained once) and `rows.jsonl`
-(a seeded sample). A folder that has them is used as it is.
+model of `experiment=gsm8k` in fp32, initialised once, with its tokenizer, trained once; not where a
+pretrained model is named) and `rows.jsonl` (a seeded sample). A folder that has them is used as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 GSM8K = PROJECT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 MAX_LENGTH = 512
 LEARNING_RATE = 1e-3
+PRETRAINED_LEARNING_RATE = 2e-5
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 WARMUP_RATIO = 0.03
@@ -34,11 +35,17 @@ class Workload:
 
     base: Path  # a model's folder
     rows: Path  # JSONL with question and answer
+    learning_rate: float = LEARNING_RATE
 
 
-def prepare(folder: Path, data: Path, rows: int, seed: int = 0) -> Workload:
-    """Make what is missing. rows: how many; all fit `MAX_LENGTH` tokens, so that none is cut or dropped."""
-    workload = Workload(folder / "base", folder / f"rows_{rows}.jsonl")
+def prepare(folder: Path, data: Path, rows: int, seed: int = 0, model: Path | None = None) -> Workload:
+    """Make what is missing. rows: how many; all fit `MAX_LENGTH` tokens, so that none is cut or dropped.
+
+    model: a pretrained model's folder, which is used as it is.
+    """
+    workload = Workload(folder / "base", path := folder / f"rows_{rows}.jsonl")
+    if model is not None:
+        workload = Workload(model.resolve(), path, PRETRAINED_LEARNING_RATE)
     folder.mkdir(parents=True, exist_ok=True)
     if not (workload.base / "model.safetensors").is_file():
         save_base(workload.base, data, seed)
@@ -76,11 +83,11 @@ def tokens_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> list[i
     return encoded["input_ids"]
 
 
-def optimizer_arguments() -> dict[str, Any]:
+def optimizer_arguments(learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
     """The optimizer and schedule of both sides as arguments of TRL's configs, warm-up apart."""
     return {
         "optim": "adamw_torch_fused",
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": learning_rate,
         "adam_beta1": BETAS[0],
         "adam_beta2": BETAS[1],
         "adam_epsilon": EPS,

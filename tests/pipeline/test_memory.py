@@ -188,6 +188,16 @@ def test_ppo_holds_four_networks_and_its_gradients_in_turn() -> None:
     assert one.decoding == Decoding(64, 512)  # 32 prompts with 8 samples each on a rank, in 64 slots
 
 
+def test_a_reference_of_its_own_is_one_more_network_to_dpo(tmp_path: Path) -> None:
+    config = compose(prepare(["experiment=demo", "steps=[sft,dpo]"]).overrides)
+    without = workload_of(config, Step.dpo, 1, gpu=False)
+    assert without is not None and without.frozen == ()
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 1}))
+    config.dpo.reference = str(tmp_path)
+    work = workload_of(config, Step.dpo, 1, gpu=False)
+    assert work is not None and [network.layers for network in work.frozen] == [1]
+
+
 def test_a_way_out_names_overrides_that_fit_and_leaves_out_what_does_not_help() -> None:
     config = compose(prepare(["experiment=demo", "steps=[sft]"]).overrides)
     work = workload_of(config, Step.sft, 1, gpu=False)
