@@ -108,7 +108,7 @@ def run_ours(settings: dict[str, Any]) -> None:
     from common.config import DataConfig, Dtype, ModelConfig
     from common.data import dataset
     from common.data.batches import Batches, BatchPlan
-    from common.data.kinds import DEMONSTRATIONS
+    from common.data.dataset_types import DEMONSTRATIONS
     from common.model.tokenizer import load_tokenizer
     from common.runtime.distributed import close_world, init_world
 

@@ -18,7 +18,14 @@ from common.artifacts import write_json
 from common.config import DataConfig, to_plain
 from common.data import sources
 from common.data.columns import rename
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, Kind, Opened, prompts_with_room
+from common.data.dataset_types import (
+    DEMONSTRATIONS,
+    PREFERENCES,
+    PROMPTS,
+    DatasetType,
+    Opened,
+    prompts_with_room,
+)
 from common.decoding.generate import say
 from common.errors import UserError
 from common.inference_config import EvaluateJob
@@ -48,7 +55,7 @@ def evaluate(job: EvaluateJob) -> int:
         if path is not None
     ]
     is_scored = bool(job.functions) or job.reward_model is not None
-    kind = PROMPTS if is_scored else kind_of(job.data)
+    kind = PROMPTS if is_scored else dataset_type_of(job.data)
     check_roles(subjects, kind)
     if kind is PREFERENCES:
         outcome = on_pairs(job, subjects)
@@ -60,7 +67,7 @@ def evaluate(job: EvaluateJob) -> int:
     return 0
 
 
-def kind_of(data: DataConfig) -> Kind[Any]:
+def dataset_type_of(data: DataConfig) -> DatasetType[Any]:
     """Whether the first row is a pair or a demonstration. UserError where it is neither."""
     source = data.all_sources()[0]
     raw = next(iter(sources.rows_of(source, lambda place, reason: None)), None)
@@ -77,7 +84,7 @@ def kind_of(data: DataConfig) -> Kind[Any]:
     )
 
 
-def check_roles(subjects: Sequence[Subject], kind: Kind[Any]) -> None:
+def check_roles(subjects: Sequence[Subject], kind: DatasetType[Any]) -> None:
     """UserError for models that these rows say nothing of, and for two that are not for the same."""
     for subject in subjects:
         if subject.role is Role.reward_model and kind is not PREFERENCES:
@@ -142,7 +149,7 @@ def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.devi
     return Outcome(keys, [each.measured() for each in answers], between, [each.texts for each in answers])
 
 
-def _read(job: EvaluateJob, subjects: Sequence[Subject], kind: Kind[Opened]) -> list[Opened]:
+def _read(job: EvaluateJob, subjects: Sequence[Subject], kind: DatasetType[Opened]) -> list[Opened]:
     """The rows as each model reads them. What became of them is said once for models that read alike."""
     heard: set[str] = set()
 
@@ -167,7 +174,7 @@ def _common(places: Sequence[Iterable[str]]) -> list[str]:
     return kept
 
 
-def tell(job: EvaluateJob, kind: Kind[Any], subjects: Sequence[Subject], outcome: Outcome) -> None:
+def tell(job: EvaluateJob, kind: DatasetType[Any], subjects: Sequence[Subject], outcome: Outcome) -> None:
     """Print the table, and write the file."""
     values = [measured.values for measured in outcome.models]
     found = [estimates(each) for each in values]

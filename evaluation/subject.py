@@ -16,7 +16,7 @@ import torch
 
 from common.artifacts import Artifact, read_manifest
 from common.config import DataConfig, Dtype, ModelConfig, dtype_on
-from common.data.kinds import Kind, Opened
+from common.data.dataset_types import DatasetType, Opened
 from common.data.stored import StoredRecords
 from common.decoding.generate import read_rows
 from common.handoff import TOKEN_FIELDS, load_named
@@ -70,7 +70,7 @@ class Subject:
         kind = PackedCausalLM if self.role is Role.policy else PackedScalarModel
         return kind(network, find_shortcuts(network)).eval()
 
-    def rows(self, data: DataConfig, kind: Kind[Opened], *, whole_context: bool, say: Say) -> Opened:
+    def rows(self, data: DataConfig, kind: DatasetType[Opened], *, whole_context: bool, say: Say) -> Opened:
         """All rows of `data`, as this model reads them; says what became of them."""
         return read_rows(data, self.artifact, self.tokenizer, kind, whole_context=whole_context, say=say)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.config import load_resolved
 from common.counts import DataCounts
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
 from common.decoding.foresight import foresee
 from common.model.architecture import CAUSAL_LM

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import Batches, evaluation_batches
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
 from common.decoding.sampling import prompts_to_sample
 from common.model.architecture import CAUSAL_LM

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.stored import PairDataset
 from common.decoding.sampling import prompts_to_sample
 from common.evidence import share_in_words, swapped_warning

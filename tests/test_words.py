@@ -19,6 +19,7 @@ FOLDERS = [
     "demo",
     "docs",
     "benchmarks",
+    "evaluation",
 ]
 REPLACED = {
     r"from_main|of_all_ranks|wait_for_main|is_main": "broadcast_from_rank0, all_gather_or_raise, is_rank0",
@@ -28,6 +29,7 @@ REPLACED = {
     r"\b(?:Heard|Beat|Verdict)\b": "HeartbeatMonitor, Heartbeat, Diagnosis",
     r"_Door\b|send_home": "_Rendezvous, dismiss",
     r"leaders?_of|\bleaders?\b": "owner of a shared prefix, prefix group",
+    r"\bKind\b(?! of)|data\.kinds": "DatasetType, data.dataset_types",
     r"(?<!Approximating KL )\b[Dd]ivergences?\b": "KL",
 }
 

@@ -1,10 +1,10 @@
 """Sources -> tokenized records on disk, split into training and held-out ones.
 
 Takes a `DataConfig` and a tokenizer, gives two data sets and the ledger of what became of each row. The
-records are documents, pairs of them when the rows are preferences, or prompts (`kinds.py`). They lie in one
-memory-mapped Arrow file, in a folder of the cache (`cache.py`) that appears only when it is whole. The rows
-are read in `reader.py`, the folder is filled in `writer.py`. Memory stays flat however many rows there are (a
-few numbers per row). Does not pack and does not make batches.
+records are documents, pairs of them when the rows are preferences, or prompts (`dataset_types.py`). They lie
+in one memory-mapped Arrow file, in a folder of the cache (`cache.py`) that appears only when it is whole. The
+rows are read in `reader.py`, the folder is filled in `writer.py`. Memory stays flat however many rows there
+are (a few numbers per row). Does not pack and does not make batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from common import limited
 from common.config import DataConfig
 from common.data import cache
-from common.data.kinds import DEMONSTRATIONS, Kind, Opened
+from common.data.dataset_types import DEMONSTRATIONS, DatasetType, Opened
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
 from common.data.splits import held_out, split_hash
@@ -38,7 +38,7 @@ Report = Callable[[str], None]
 def build(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    kind: Kind[Opened],
+    kind: DatasetType[Opened],
     *,
     stage: str | None = None,
     seed: int,
@@ -82,7 +82,7 @@ def build(
 def build_whole(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    kind: Kind[Opened],
+    kind: DatasetType[Opened],
     *,
     cache_dir: Path | str,
     report: Report = print,
@@ -96,7 +96,7 @@ def build_whole(
     return rows, ledger
 
 
-def load(folder: Path, kind: Kind[Opened]) -> tuple[Opened, Opened | None, Ledger]:
+def load(folder: Path, kind: DatasetType[Opened]) -> tuple[Opened, Opened | None, Ledger]:
     """What `build` left in its folder."""
     ledger = Ledger.from_json(json.loads((folder / cache.LEDGER_FILE).read_text()))
     names = [entry.name for entry in ledger.sources]

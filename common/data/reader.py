@@ -1,7 +1,7 @@
 """Sources -> usable rows, in order: each understood, with what the run says of it.
 
-Gives rows of one kind (`kinds.py`) and notes in the ledger what became of the others. A source's format is
-recognised once, from its first row. Knows nothing of tokens.
+Gives rows of one type (`dataset_types.py`) and notes in the ledger what became of the others. A source's
+format is recognised once, from its first row. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from common.config import DataConfig, SourceConfig, TrainOn
 from common.data import sources
 from common.data.columns import rename
-from common.data.kinds import Kind
+from common.data.dataset_types import DatasetType
 from common.data.ledger import BadRows, Ledger, SourceLedger
 from common.data.outcomes import RowError, RowUnused
 from common.data.splits import question
@@ -60,7 +60,7 @@ class Reader:
     """The rows of all sources; what cannot be used is counted in `ledger`, and bad rows in `bad_rows` too."""
 
     data: DataConfig
-    kind: Kind[Any]
+    kind: DatasetType[Any]
     split: StageSplit
     seed: int
     report: Report = print

@@ -22,7 +22,7 @@ from common.artifacts import LOADED_SUFFIXES, Artifact, content_sha256
 from common.config import DataConfig, Dtype, ModelConfig, dtype_on
 from common.data import cache
 from common.data.dataset import build_whole
-from common.data.kinds import Kind, Opened, prompts_with_room
+from common.data.dataset_types import DatasetType, Opened, prompts_with_room
 from common.data.stored import PromptDataset
 from common.decoding.completions import CompletionsFile
 from common.decoding.decoder import Decoder
@@ -145,7 +145,7 @@ def read_rows(
     data: DataConfig,
     model: Artifact,
     tokenizer: PreTrainedTokenizerFast,
-    kind: Kind[Opened],
+    kind: DatasetType[Opened],
     *,
     whole_context: bool,
     say: Say,

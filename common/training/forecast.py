@@ -28,7 +28,7 @@ from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig, Trai
 from common.counts import DataCounts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.packing import pack
 from common.data.stored import PromptDataset, TokenizedDataset
 from common.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.config import DataConfig, JobConfig
 from common.data import control
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.handoff import model_to_preview

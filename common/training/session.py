@@ -27,7 +27,7 @@ from common.config import (
     to_plain,
 )
 from common.data.batches import BatchPlan
-from common.data.kinds import Kind
+from common.data.dataset_types import DatasetType
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.errors import UserError
@@ -141,7 +141,7 @@ class Session:
     def load_data(
         self,
         data: DataConfig,
-        kind: Kind[Rows],
+        kind: DatasetType[Rows],
         tokenizer: PreTrainedTokenizerFast,
         *,
         policy: Artifact | None = None,

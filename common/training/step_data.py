@@ -15,7 +15,7 @@ from common.artifacts import VARIABLES, Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
 from common.data import cache, dataset
 from common.data.batches import BatchPlan
-from common.data.kinds import Kind
+from common.data.dataset_types import DatasetType
 from common.data.ledger import Ledger
 from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 from common.errors import with_step
@@ -60,7 +60,7 @@ def build_data(
     job: JobConfig,
     step: Step,
     data: DataConfig,
-    kind: Kind[Rows],
+    kind: DatasetType[Rows],
     tokenizer: PreTrainedTokenizerFast,
     say: Say,
     *,
@@ -80,7 +80,7 @@ def load_data(
     job: JobConfig,
     step: Step,
     data: DataConfig,
-    kind: Kind[Rows],
+    kind: DatasetType[Rows],
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     world: World,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.artifacts import read_manifest, write_manifest
 from common.config import DataConfig, Dtype, ModelConfig, SourceConfig
 from common.data.batches import BatchPlan, evaluation_batches, evaluation_pair_batches
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES
 from common.errors import UserError
 from common.estimates import student_quantile
 from common.inference_config import EvaluateJob, EvaluationSettings

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.chat_templates import _MARKERS, trl_templates
 from common.config import DataConfig
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from common.data.outcomes import Drop, Made
 from common.data.pairs import prompt_length
 from common.data.reader import with_options
