@@ -19,8 +19,8 @@ from common.chat_template import TEMPLATE_HINT, RenderError, Span, limit
 from common.config import Truncation
 from common.data import parts
 from common.data.encoder import Encoder, one_bos, whole_document
-from common.data.outcomes import Drop, Made
-from common.data.prompt_rule import NOTHING_TRAINED, Document, refuse_loss, write
+from common.data.outcomes import Drop, RowRecords
+from common.data.prompt_rule import NOTHING_TRAINED, Document, documents_with_loss_mask, refuse_loss
 from common.data.render import ChatTemplate, read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
@@ -33,7 +33,7 @@ TOKENS_MERGE = "tokens merge across the end of a prompt"
 
 def tokenize(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerFast
-) -> list[Made[TokenizedExample] | Drop]:
+) -> list[RowRecords[TokenizedExample] | Drop]:
     """One result per conversation, in order, with labels shifted; not yet cut to a length.
 
     Raises UserError when the template cannot be used, or its tags differ from the turns it writes.
@@ -44,7 +44,7 @@ def tokenize(
         template, places = read_template(tokenizer), [row.place for row in conversations]
         written = limit(functools.partial(_written, template=template), conversations, template.name, places)
     encoder = Encoder(tokenizer)
-    made = [result for result in written if isinstance(result, Made)]
+    made = [result for result in written if isinstance(result, RowRecords)]
     encodings = iter(encoder.batch([document.text for each in made for document in each.records]))
     return [
         result
@@ -54,11 +54,11 @@ def tokenize(
     ]
 
 
-def _written(row: Conversation, template: ChatTemplate | None) -> Made[Document] | Drop:
+def _written(row: Conversation, template: ChatTemplate | None) -> RowRecords[Document] | Drop:
     if row.text is not None:
-        return Made((Document(row.text, ((0, len(row.text)),)),))
+        return RowRecords((Document(row.text, ((0, len(row.text)),)),))
     assert template is not None
-    return write(row, template)
+    return documents_with_loss_mask(row, template)
 
 
 def tokenize_questions(
@@ -152,7 +152,7 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         for answer in answers
     ]
     results = tokenize(probes, tokenizer)
-    made = next((result for result in results if isinstance(result, Made)), None)
+    made = next((result for result in results if isinstance(result, RowRecords)), None)
     if made is None:
         reason = next(result.reason for result in results if isinstance(result, Drop))
         raise UserError(f"the chat template trains nothing: {reason}", hint=TEMPLATE_HINT)
@@ -170,8 +170,8 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _examples(
-    row: Conversation, made: Made[Document], encodings: list[Any], encoder: Encoder
-) -> Made[TokenizedExample] | Drop:
+    row: Conversation, made: RowRecords[Document], encodings: list[Any], encoder: Encoder
+) -> RowRecords[TokenizedExample] | Drop:
     """The documents of a row as tokens; split where one document would merge tokens across a prompt's end."""
     if row.text is not None:
         return _plain(row, encodings[0].ids, encoder)
@@ -184,9 +184,9 @@ def _examples(
             examples.append(_in_parts(document, row.source, encoder))
         else:
             apart = tuple(Document(document.text[:end], ((start, end),)) for start, end in document.spans)
-            split = Made(apart, TOKENS_MERGE, made.untrained)
+            split = RowRecords(apart, TOKENS_MERGE, made.untrained)
             return _examples(row, split, encoder.batch([each.text for each in apart]), encoder)
-    return Made(tuple(examples), made.split, made.untrained)
+    return RowRecords(tuple(examples), made.split, made.untrained)
 
 
 def _bounds(document: Document, encoding: Any, encoder: Encoder) -> list[Span] | None:
@@ -235,8 +235,8 @@ def _in_parts(document: Document, source: str, encoder: Encoder) -> TokenizedExa
     return _labelled([*prompt, *turn], [(len(prompt), len(prompt) + len(turn))], source, encoder.bos)
 
 
-def _plain(row: Conversation, ids: Sequence[int], encoder: Encoder) -> Made[TokenizedExample] | Drop:
+def _plain(row: Conversation, ids: Sequence[int], encoder: Encoder) -> RowRecords[TokenizedExample] | Drop:
     """Plain text is one document, trained whole."""
     tokens, before = whole_document(np.array(ids, np.int32), encoder.tokenizer)
     example = _labelled(tokens, [(before, len(tokens))], row.source, encoder.bos)
-    return Made((example,)) if example.trained else Drop(NOTHING_TRAINED, row.place)
+    return RowRecords((example,)) if example.trained else Drop(NOTHING_TRAINED, row.place)

@@ -28,7 +28,7 @@ class DatasetType(Generic[Opened]):
     read: Callable[[RawExample, Any, Mapping[str, str]], Any]
     """what a row says, one thing or a list of them; RowError, or RowUnused with the reason"""
     tokenize: Callable[[Sequence[Any], Any], Sequence[Any]]
-    """one result per row, in order: a record, `Made` where it may be several, or `Drop`"""
+    """one result per row, in order: a record, `RowRecords` where it may be several, or `Drop`"""
     fit: Callable[..., Any]
     """the record within `data.max_length`, itself when it is short enough; or `Drop`"""
     opened: type[Opened]

@@ -36,8 +36,8 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Made(Generic[Record]):
-    """What became of a row: at least one record.
+class RowRecords(Generic[Record]):
+    """The records of a row, at least one.
 
     split: why each of its trained turns stands in a document of its own; empty when it is one document.
     untrained: of each turn that is not trained though the row asks for it, why not.

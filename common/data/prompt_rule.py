@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from common.chat_template import RenderError, Span
 from common.data import parts
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.render import PROBE, ChatTemplate, render
 from common.data.types import Conversation, Message, Place, TemplateContext
 from common.errors import UserError
@@ -29,7 +29,7 @@ HISTORY_DIFFERS = "the chat template writes earlier turns in another way than it
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TrainedTurn:
     """An assistant turn that is trained: the text of its prompt, and what the model writes behind it."""
 
     prompt: str
@@ -57,13 +57,15 @@ class _NotTrained(Exception):
     """The template does not write a turn behind its prompt; the text says why."""
 
 
-def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] | Drop:
-    """The documents of a conversation as text, by the prompt rule.
+def documents_with_loss_mask(
+    conversation: Conversation, template: ChatTemplate
+) -> RowRecords[Document] | Drop:
+    """A conversation as documents with the spans that are trained: the loss mask, by the prompt rule.
 
     Raises UserError when tags differ from the turns.
     """
     messages, context, place = conversation.messages, conversation.context, conversation.place
-    answers: list[Answer] = []
+    answers: list[TrainedTurn] = []
     untrained: list[str] = []
     tags: list[Span] = []
     try:
@@ -83,12 +85,12 @@ def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] 
     if all(whole.startswith(a.prompt) and whole.startswith(a.text, len(a.prompt)) for a in answers):
         document = Document(whole, tuple(answer.span for answer in answers))
         _check_tags(whole, answers, tags, template, place)
-        return Made((document,), "", tuple(untrained))
+        return RowRecords((document,), "", tuple(untrained))
     for answer in answers:
         if answer.rendered:
             _check_tags(answer.rendered, [answer], answer.tags, template, place)
     documents = tuple(Document(answer.prompt + answer.text, (answer.span,)) for answer in answers)
-    return Made(documents, HISTORY_DIFFERS if len(documents) > 1 else "", tuple(untrained))
+    return RowRecords(documents, HISTORY_DIFFERS if len(documents) > 1 else "", tuple(untrained))
 
 
 def _answer(
@@ -96,7 +98,7 @@ def _answer(
     context: TemplateContext,
     template: ChatTemplate,
     through: tuple[str, list[Span]] | None,
-) -> Answer:
+) -> TrainedTurn:
     """The last of some turns behind its prompt. through: all of them rendered, where that is known.
 
     Raises _NotTrained; RenderError when the template leaves out a part of the row.
@@ -108,10 +110,10 @@ def _answer(
         raise _NotTrained(f"turn without a prompt: {error}") from error
     if text.startswith(prompt):
         turn = template.through_terminator(text[len(prompt) :])
-        answer = Answer(prompt, turn, text, tuple(tags), _header(messages, prompt))
+        answer = TrainedTurn(prompt, turn, text, tuple(tags), _header(messages, prompt))
     else:
         written = _behind_opened(messages, context, template, prompt)
-        answer = Answer(prompt, written or _behind_header(messages, context, template, prompt, text))
+        answer = TrainedTurn(prompt, written or _behind_header(messages, context, template, prompt, text))
     if not answer.text:
         raise _NotTrained("turn for which the chat template writes nothing")
     if not answer.rendered:
@@ -196,7 +198,7 @@ def refuse_loss(part: str | None) -> None:
 
 
 def _check_tags(
-    text: str, answers: Sequence[Answer], tags: Sequence[Span], template: ChatTemplate, place: Place
+    text: str, answers: Sequence[TrainedTurn], tags: Sequence[Span], template: ChatTemplate, place: Place
 ) -> None:
     """UserError when the tags mark something else than what is trained.
 

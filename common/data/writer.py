@@ -20,7 +20,7 @@ import numpy as np
 from common.config import SpecialTokens
 from common.data import cache, control
 from common.data.ledger import Ledger, SourceLedger
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.prompts import SAME
 from common.data.reader import Reader
 from common.data.splits import held_out, prompt_hash, split_hash
@@ -117,7 +117,7 @@ class Writer:
         if isinstance(result, Drop):
             self._drop(result, entry)
             return
-        made = result if isinstance(result, Made) else Made((result,))
+        made = result if isinstance(result, RowRecords) else RowRecords((result,))
         entry.note(entry.split, filter(None, [made.split]), row.place)
         entry.note(entry.untrained, made.untrained, row.place)
         became = BECAME[data.special_tokens_in_content]
