@@ -30,6 +30,7 @@ REPLACED = {
     r"_Door\b|send_home": "_Rendezvous, dismiss",
     r"leaders?_of|\bleaders?\b": "owner of a shared prefix, prefix group",
     r"\bKind\b(?! of)|data\.kinds": "DatasetType, data.dataset_types",
+    r"\bMade\[|refuse_loss|lost_in_turn|lost_by_template": "RowRecords, refuse_left_out, left_out_of_turn",
     r"(?<!Approximating KL )\b[Dd]ivergences?\b": "KL",
 }
 

@@ -20,7 +20,7 @@ from common.config import Truncation
 from common.data import parts
 from common.data.encoder import Encoder, one_bos, whole_document
 from common.data.outcomes import Drop, RowRecords
-from common.data.prompt_rule import NOTHING_TRAINED, Document, documents_with_loss_mask, refuse_loss
+from common.data.prompt_rule import NOTHING_TRAINED, Document, documents_with_loss_mask, refuse_left_out
 from common.data.render import ChatTemplate, read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
@@ -83,7 +83,7 @@ def _asked(question: tuple[Sequence[Message], TemplateContext, Place], template:
     turns, context, place = question
     try:
         text, _ = render(turns, template, context, prompt=True)
-        refuse_loss(parts.lost_by_template(turns, context, template, prompt=True))
+        refuse_left_out(parts.left_out_by_template(turns, context, template, prompt=True))
     except RenderError as error:
         return Drop(str(error), place, faulty=True)
     return text

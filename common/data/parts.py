@@ -23,7 +23,7 @@ START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
 WAY_OUT = "; model.chat_template=chatml writes every part"
 
 
-def lost_in_turn(turn: Message, text: str) -> str | None:
+def left_out_of_turn(turn: Message, text: str) -> str | None:
     """What of an assistant turn's own words does not stand in `text`: "words" or "reasoning"."""
     inside, words = split_reasoning(turn.content)
     for name, part in (("words", words), ("reasoning", inside), ("reasoning", reasoning_of(turn))):
@@ -32,7 +32,7 @@ def lost_in_turn(turn: Message, text: str) -> str | None:
     return None
 
 
-def lost_by_template(
+def left_out_by_template(
     messages: Sequence[Message],
     context: TemplateContext,
     template: ChatTemplate,
@@ -55,7 +55,7 @@ def lost_by_template(
         parts = [part for part in parts if part.turn == last]
     turns = [[message.role, message.content, message.extra] for message in shape]
     key = json.dumps([turns, tools, context.variables], default=str)
-    return _lost_of_shape(key, tuple(parts), template, prompt)
+    return _left_out_of_shape(key, tuple(parts), template, prompt)
 
 
 def headers_of_turn(
@@ -80,7 +80,9 @@ def headers_of_turn(
 
 
 @functools.lru_cache(maxsize=4096)
-def _lost_of_shape(key: str, parts: tuple[_Part, ...], template: ChatTemplate, prompt: bool) -> str | None:
+def _left_out_of_shape(
+    key: str, parts: tuple[_Part, ...], template: ChatTemplate, prompt: bool
+) -> str | None:
     turns, tools, variables = json.loads(key)
     messages = [Message(*turn) for turn in turns]
     try:

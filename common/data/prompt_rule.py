@@ -117,9 +117,9 @@ def _answer(
     if not answer.text:
         raise _NotTrained("turn for which the chat template writes nothing")
     if not answer.rendered:
-        refuse_loss(parts.lost_by_template(messages[:-1], context, template, prompt=True))
-    refuse_loss(parts.lost_by_template(messages, context, template, apart=not answer.rendered))
-    refuse_loss(parts.lost_in_turn(messages[-1], answer.text))
+        refuse_left_out(parts.left_out_by_template(messages[:-1], context, template, prompt=True))
+    refuse_left_out(parts.left_out_by_template(messages, context, template, apart=not answer.rendered))
+    refuse_left_out(parts.left_out_of_turn(messages[-1], answer.text))
     return answer
 
 
@@ -179,7 +179,7 @@ def _behind_header(
     if not prompt.startswith(before) or not count:
         raise _NotTrained(reason)
     turn = header.join(text.split(header)[-count:])
-    if parts.lost_in_turn(messages[-1], turn):
+    if parts.left_out_of_turn(messages[-1], turn):
         raise _NotTrained(reason)
     return template.through_terminator(turn)
 
@@ -191,7 +191,7 @@ def _without_thinking(template: ChatTemplate, context: TemplateContext) -> str:
     return "; answers without reasoning: data.chat_template_kwargs={enable_thinking: false}"
 
 
-def refuse_loss(part: str | None) -> None:
+def refuse_left_out(part: str | None) -> None:
     """A template that leaves out calls or reasoning would teach the model to do without."""
     if part is not None:
         raise RenderError(f"the chat template leaves out {part}{parts.WAY_OUT}")
