@@ -15,7 +15,7 @@ from common.data.stored import TokenizedDataset
 from common.runtime.progress import Progress
 from evaluation.subject import Subject
 from evaluation.values import Measured, of_ratio
-from step1_sft.loss import score
+from step1_sft.loss import compute_loss
 
 PER_ROW = "loss_per_row"
 """Metric in nats per row, for models that make other tokens of it."""
@@ -38,7 +38,7 @@ def measure(subject: Subject, rows: TokenizedDataset, keys: Collection[str]) -> 
             if key in keys:
                 source_id = int(rows.source_ids[index])
                 batch = collate([rows[index]], [index], [source_id])
-                result = score(engine, batch, subject.device, with_entropy=False)
+                result = compute_loss(engine, batch, subject.device, with_entropy=False)
                 source[key] = rows.sources[source_id]
                 loss[key] = loss.get(key, 0.0) + float(result.loss_sum)
                 correct[key] = correct.get(key, 0.0) + float(result.correct)

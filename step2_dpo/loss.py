@@ -115,7 +115,7 @@ def count_answers(batch: PairBatch) -> Answers:
     return answer_sums(ones, batch.document_of_target, len(batch.pair_ids))
 
 
-def score(
+def compute_loss(
     engine: Engine,
     batch: PairBatch,
     reference: Answers,
