@@ -22,7 +22,7 @@ from common.runtime.progress import Progress
 from common.stage import Role
 from evaluation.subject import Subject
 from evaluation.values import Measured, Values
-from step2_dpo.loss import Answers, answer_sums, count_answers
+from step2_dpo.loss import ChosenRejected, answer_sums, count_answers
 from step2_reward.evaluate import by_length, by_pair, by_source, score_pairs
 from step2_reward.loss import in_order
 from step3_ppo.rewards.reading import TextReader
@@ -62,7 +62,7 @@ def _log_probabilities(subject: Subject, rows: PairDataset, keys: Mapping[str, i
     for key, batch in zip(keys, _batches(rows, keys), strict=True):
         batch = batch.to(subject.device)
         losses = module(**batch_arguments(batch.documents), per_token=True).token_losses
-        logps = Answers(*(-side for side in answer_sums(losses, batch.document_of_target, 1)))
+        logps = ChosenRejected(*(-side for side in answer_sums(losses, batch.document_of_target, 1)))
         per_token = [side / count for side, count in zip(logps, count_answers(batch), strict=True)]
         found["logps/chosen"][key], found["logps/rejected"][key] = map(float, logps)
         found["accuracy"][key] = float(in_order(torch.stack(tuple(logps), 1)))
