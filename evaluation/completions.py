@@ -34,7 +34,7 @@ MEASURED = ("length", "stop_rate", REWARD_MODEL)
 
 
 @dataclass
-class Answers:
+class PolicyCompletions:
     """What a policy said to the prompts of `keys`. scores: of each scorer by name, by row one per sample."""
 
     rows: PromptDataset
@@ -96,10 +96,10 @@ def check_columns(
 
 def answer(
     subject: Subject, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
-) -> Answers:
+) -> PolicyCompletions:
     """Sample completions of these prompts."""
     decoder = Decoder(subject.network(), slots=settings.slots)
-    rule, answers = rule_of(settings, terminators_of(subject.tokenizer)), Answers(rows, keys)
+    rule, answers = rule_of(settings, terminators_of(subject.tokenizer)), PolicyCompletions(rows, keys)
     names, indices = {index: key for key, index in keys.items()}, list(keys.values())
     found: dict[int, list[Completion]] = {}
     with Progress(len(indices), label="answer") as progress:
@@ -118,7 +118,7 @@ def answer(
     return answers
 
 
-def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction]) -> None:
+def score_by_functions(answers: PolicyCompletions, functions: Mapping[str, ScoreFunction]) -> None:
     """Add what each function says of the completions."""
     prompts, completions, columns = answers.given()
     for name, function in functions.items():
@@ -126,7 +126,7 @@ def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction])
 
 
 @torch.no_grad()
-def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, Answers]]) -> None:
+def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, PolicyCompletions]]) -> None:
     """Add the raw scores of a reward model, read at the last token of each completion."""
     module, done = judge.packed(), 0
     read = [_documents(judge, policy, answers) for policy, answers in asked]
@@ -140,7 +140,7 @@ def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, Answers]]) -> 
             answers.note(REWARD_MODEL, scores)
 
 
-def _documents(judge: Subject, policy: Subject, answers: Answers) -> list[np.ndarray]:
+def _documents(judge: Subject, policy: Subject, answers: PolicyCompletions) -> list[np.ndarray]:
     """Prompts with completions as the reward model reads them: int [T] each, in the order of `given`."""
     if scores_text(judge.artifact) or not judge.reads_as(policy):
         return TextReader(judge.artifact, judge.tokenizer)(*answers.given())
@@ -151,7 +151,7 @@ def _documents(judge: Subject, policy: Subject, answers: Answers) -> list[np.nda
     ]
 
 
-def wins(ours: Answers, theirs: Answers) -> Values:
+def wins(ours: PolicyCompletions, theirs: PolicyCompletions) -> Values:
     """`win_rate`: how often our samples have higher scores of the reward model than theirs; a tie is half."""
     if REWARD_MODEL not in ours.scores:
         return {}
