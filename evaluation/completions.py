@@ -23,7 +23,7 @@ from common.handoff import scores_text
 from common.inference_config import EvaluationSettings
 from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
-from evaluation.subject import Subject
+from evaluation.inference_model import InferenceModel
 from evaluation.values import Measured, Values
 from step3_ppo.rewards.functions import ScoreFunction, load_function
 from step3_ppo.rewards.reading import TextReader
@@ -95,11 +95,11 @@ def check_columns(
 
 
 def answer(
-    subject: Subject, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
+    model: InferenceModel, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
 ) -> PolicyCompletions:
     """Sample completions of these prompts."""
-    decoder = Decoder(subject.network(), slots=settings.slots)
-    rule, answers = rule_of(settings, terminators_of(subject.tokenizer)), PolicyCompletions(rows, keys)
+    decoder = Decoder(model.network(), slots=settings.slots)
+    rule, answers = rule_of(settings, terminators_of(model.tokenizer)), PolicyCompletions(rows, keys)
     names, indices = {index: key for key, index in keys.items()}, list(keys.values())
     found: dict[int, list[Completion]] = {}
     with Progress(len(indices), label="answer") as progress:
@@ -113,7 +113,7 @@ def answer(
             complete(decoder, rows, indices[first : first + chunk], rule, settings, ready)
     answers.completions = {names[index]: found[index] for index in indices}
     answers.texts = {
-        key: [text_of(each, subject.tokenizer) for each in said] for key, said in answers.completions.items()
+        key: [text_of(each, model.tokenizer) for each in said] for key, said in answers.completions.items()
     }
     return answers
 
@@ -126,7 +126,7 @@ def score_by_functions(answers: PolicyCompletions, functions: Mapping[str, Score
 
 
 @torch.no_grad()
-def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, PolicyCompletions]]) -> None:
+def score_by_model(judge: InferenceModel, asked: Sequence[tuple[InferenceModel, PolicyCompletions]]) -> None:
     """Add the raw scores of a reward model, read at the last token of each completion."""
     module, done = judge.packed(), 0
     read = [_documents(judge, policy, answers) for policy, answers in asked]
@@ -140,7 +140,7 @@ def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, PolicyCompleti
             answers.note(REWARD_MODEL, scores)
 
 
-def _documents(judge: Subject, policy: Subject, answers: PolicyCompletions) -> list[np.ndarray]:
+def _documents(judge: InferenceModel, policy: InferenceModel, answers: PolicyCompletions) -> list[np.ndarray]:
     """Prompts with completions as the reward model reads them: int [T] each, in the order of `given`."""
     if scores_text(judge.artifact) or not judge.reads_as(policy):
         return TextReader(judge.artifact, judge.tokenizer)(*answers.given())

@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class InferenceModel:
     """named: what the user typed. key: for messages. device: where it runs."""
 
     artifact: Artifact
@@ -74,21 +74,21 @@ class Subject:
         """All rows of `data`, as this model reads them; says what became of them."""
         return read_rows(data, self.artifact, self.tokenizer, kind, whole_context=whole_context, say=say)
 
-    def reads_as(self, other: Subject) -> bool:
+    def reads_as(self, other: InferenceModel) -> bool:
         """Whether both make the same tokens of a text."""
         ours, theirs = self.artifact.manifest.details, other.artifact.manifest.details
         return all(name in ours and ours[name] == theirs.get(name) for name in TOKEN_FIELDS)
 
 
-def load_subject(
+def load_inference_model(
     path: str, named: str, key: str, dtype: Dtype, device: torch.device, role: Role | None = None
-) -> Subject:
+) -> InferenceModel:
     """The verified artifact at `path`. role: that it must have; by default whatever it has.
 
     UserError naming `key` where there is none.
     """
     role = role or read_manifest(path).role or Role.policy
-    return Subject(load_named(path, role, key), named, key, dtype, device)
+    return InferenceModel(load_named(path, role, key), named, key, dtype, device)
 
 
 def places_of(rows: StoredRecords) -> dict[str, int]:
