@@ -16,8 +16,8 @@ import torch
 
 from common.data.stored import PromptDataset
 from common.decoding.decoder import Decoder
-from common.decoding.generate import CHUNK_REQUESTS, complete, rule_of, text_of
-from common.decoding.requests import Completion
+from common.decoding.generate import CHUNK_REQUESTS, complete, text_of
+from common.decoding.requests import Completion, SamplingParams
 from common.errors import UserError
 from common.handoff import scores_text
 from common.inference_config import EvaluationSettings
@@ -99,7 +99,8 @@ def answer(
 ) -> PolicyCompletions:
     """Sample completions of these prompts."""
     decoder = Decoder(model.network(), slots=settings.slots)
-    rule, answers = rule_of(settings, terminators_of(model.tokenizer)), PolicyCompletions(rows, keys)
+    params = SamplingParams.of(settings, terminators_of(model.tokenizer))
+    answers = PolicyCompletions(rows, keys)
     names, indices = {index: key for key, index in keys.items()}, list(keys.values())
     found: dict[int, list[Completion]] = {}
     with Progress(len(indices), label="answer") as progress:
@@ -110,7 +111,7 @@ def answer(
 
         chunk = max(1, CHUNK_REQUESTS // settings.samples)
         for first in range(0, len(indices), chunk):
-            complete(decoder, rows, indices[first : first + chunk], rule, settings, ready)
+            complete(decoder, rows, indices[first : first + chunk], params, settings, ready)
     answers.completions = {names[index]: found[index] for index in indices}
     answers.texts = {
         key: [text_of(each, model.tokenizer) for each in said] for key, said in answers.completions.items()

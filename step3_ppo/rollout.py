@@ -23,7 +23,7 @@ from torch import nn
 
 from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
-from common.decoding.requests import Completion, DecodingCounts, Request, SamplingRule
+from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
@@ -101,20 +101,11 @@ class PromptSource(Protocol):
     def __getitem__(self, index: int) -> TokenizedPrompt: ...
 
 
-def rule_of(config: RolloutConfig, terminators: Sequence[int], *, greedy: bool = False) -> SamplingRule:
-    """How responses are sampled; greedy: always the likeliest token."""
-    if greedy:
-        return SamplingRule(0.0, config.max_new_tokens, tuple(terminators))
-    return SamplingRule(
-        config.temperature, config.max_new_tokens, tuple(terminators), config.top_p, config.top_k
-    )
-
-
 def roll_out(
     decoder: Decoder,
     prompts: PromptSource,
     prompt_ids: Sequence[int],
-    rule: SamplingRule,
+    params: SamplingParams,
     *,
     key: tuple[int, ...],
     samples: int = 1,
@@ -134,7 +125,7 @@ def roll_out(
         for sample in range(samples)
     ]
     shares = all_gather_or_raise(
-        lambda: decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep)
+        lambda: decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
     )
     made = [share for share in shares if share is not None]
     if len(made) < len(shares):
@@ -206,7 +197,7 @@ class Sampler:
                 self._decoder,
                 prompts,
                 prompt_ids,
-                rule_of(self._config, self._terminators, greedy=greedy),
+                SamplingParams.of(self._config, self._terminators, greedy=greedy),
                 key=key,
                 samples=samples,
                 world=self._world,

@@ -1,7 +1,7 @@
 """Sample responses from the live weights of a causal LM.
 
-Takes a transformers model (also one wrapped by peft), prompts as token ids and a sampling rule; returns token
-ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
+Takes a transformers model (also one wrapped by peft), prompts as token ids and sampling parameters; returns
+token ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
 together by continuous batching, each with its slot of the KV cache. The decoder knows nothing of text,
 rewards or training.
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from common.decoding.passes import SlotPasses, WholePasses, fault_of_cache, sampling_from
-from common.decoding.requests import Completion, DecodingCounts, Request, SamplingRule
+from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.scheduler import Passes, Run
 from common.errors import UserError
 from common.model.adapters import unwrapped
@@ -56,7 +56,7 @@ class Decoder:
     def decode(
         self,
         requests: Sequence[Request],
-        rule: SamplingRule,
+        params: SamplingParams,
         *,
         should_stop: Callable[[], bool] | None = None,
         ready: Callable[[int, Completion], None] | None = None,
@@ -71,7 +71,7 @@ class Decoder:
         and when the logits are not finite.
         """
         config = unwrapped(self.model).config.get_text_config(decoder=True)
-        run = Run(requests, rule, self.slots, getattr(config, "max_position_embeddings", None))
+        run = Run(requests, params, self.slots, getattr(config, "max_position_embeddings", None))
         with sampling_from(self.model, self.has_cache) as base:
             passes = SlotPasses(base, run.slots, run.capacity) if self.has_cache else WholePasses(base)
             finished = _until_done(run, passes, should_stop, ready, lockstep)
