@@ -21,7 +21,7 @@ from torch import nn
 
 from common.decoding.passes import SlotPasses, WholePasses, fault_of_cache, sampling_from
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
-from common.decoding.scheduler import Passes, Run
+from common.decoding.scheduler import Passes, Scheduler
 from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.notices import notice
@@ -71,16 +71,18 @@ class Decoder:
         and when the logits are not finite.
         """
         config = unwrapped(self.model).config.get_text_config(decoder=True)
-        run = Run(requests, params, self.slots, getattr(config, "max_position_embeddings", None))
+        scheduler = Scheduler(requests, params, self.slots, getattr(config, "max_position_embeddings", None))
         with sampling_from(self.model, self.has_cache) as base:
-            passes = SlotPasses(base, run.slots, run.capacity) if self.has_cache else WholePasses(base)
-            finished = _until_done(run, passes, should_stop, ready, lockstep)
-        self.counts = DecodingCounts(run.steps, int(run.made.sum()), run.computed_rows)
-        return run.completions() if finished else None
+            passes = (
+                SlotPasses(base, scheduler.slots, scheduler.capacity) if self.has_cache else WholePasses(base)
+            )
+            finished = _until_done(scheduler, passes, should_stop, ready, lockstep)
+        self.counts = DecodingCounts(scheduler.steps, int(scheduler.made.sum()), scheduler.computed_rows)
+        return scheduler.completions() if finished else None
 
 
 def _until_done(
-    run: Run,
+    scheduler: Scheduler,
     passes: Passes,
     should_stop: Callable[[], bool] | None,
     ready: Callable[[int, Completion], None] | None,
@@ -92,8 +94,8 @@ def _until_done(
     """
     failed: UserError | None = None
     while True:
-        stop = should_stop is not None and run.steps % STEPS_BETWEEN_QUESTIONS == 0 and should_stop()
-        busy = run.busy
+        stop = should_stop is not None and scheduler.steps % STEPS_BETWEEN_QUESTIONS == 0 and should_stop()
+        busy = scheduler.busy
         if lockstep:
             told, working = all_reduce_sum([stop or failed is not None, busy])
             stop, busy = told > 0, working > 0
@@ -102,7 +104,7 @@ def _until_done(
         if stop or not busy:
             return not stop
         try:
-            ended = run.step(passes)
+            ended = scheduler.step(passes)
         except UserError as error:
             if not lockstep:
                 raise
@@ -110,4 +112,4 @@ def _until_done(
             continue
         if ready is not None:
             for request in ended:
-                ready(request, run.completion(request))
+                ready(request, scheduler.completion(request))

@@ -33,10 +33,10 @@ PROMPT_TOKENS = 4096
 
 
 class Passes(Protocol):
-    """Forward passes of a run, and what they keep of one for the next."""
+    """Forward passes of a scheduler, and what they keep of one for the next."""
 
     def logits(
-        self, run: Run, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
+        self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
     ) -> torch.Tensor:
         """[len(going_on) + len(prompts), V]: of the next tokens of slots and of prompts (slot, ids [T]).
 
@@ -58,7 +58,7 @@ class _Held:
     logits: torch.Tensor
 
 
-class Run:
+class Scheduler:
     """Which request is in which slot, and what each has become. Host arrays; one transfer per step.
 
     By slot: request (-1: free), length (tokens cached), last (its newest token), draws [S, most tokens].
