@@ -13,8 +13,8 @@ from typing import NoReturn
 from common.data.stored import PromptDataset
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
-from common.training.average import ExponentialAverage, swapped_in
 from common.training.checkpoint import State, States
+from common.training.ema import ExponentialMovingAverage, swapped_in
 from common.training.loop import check_length, is_due, stopping_line, watched_by_all
 from common.training.session import Session, restore
 from step3_ppo.config import PPOConfig
@@ -51,7 +51,7 @@ class Iterations:
         self._session, self._ppo, self._networks, self._sampler = session, ppo, networks, sampler
         self._evaluation, self._total_steps, self._updates = evaluation, total_steps, updates
         actor = networks.actor.engine
-        self.average = None if ppo.ema_decay is None else ExponentialAverage(actor, ppo.ema_decay)
+        self.average = None if ppo.ema_decay is None else ExponentialMovingAverage(actor, ppo.ema_decay)
         self._unfinished = Unfinished(writes=session.world.is_rank0)
         critic = None if networks.critic is None else networks.critic.engine
         parts: dict[str, State | None] = {

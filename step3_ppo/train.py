@@ -27,7 +27,7 @@ from common.model.tokenizer import load_tokenizer, terminators_of
 from common.phases import enter
 from common.runtime.performance import training_flops_per_token
 from common.stage import Role, Step
-from common.training.average import swapped_in
+from common.training.ema import swapped_in
 from common.training.session import Session, probe_of
 from step3_ppo.advantages import next_coef, with_advantages
 from step3_ppo.calibrate import calibrate

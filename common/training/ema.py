@@ -21,7 +21,7 @@ from common.training.engine import Engine
 from common.training.reshard import WEIGHTS, Layout, reshard
 
 
-class ExponentialAverage:
+class ExponentialMovingAverage:
     """average = decay · average + (1 - decay) · weights, beginning with the weights it is made with."""
 
     def __init__(self, engine: Engine, decay: float) -> None:
@@ -79,7 +79,7 @@ class ExponentialAverage:
         self._engine.publish_master_weights()
 
 
-def swapped_in(average: ExponentialAverage | None) -> AbstractContextManager[object]:
+def swapped_in(average: ExponentialMovingAverage | None) -> AbstractContextManager[object]:
     """The average in the weights' place while the block runs, where there is one."""
     return nullcontext() if average is None else average.swapped_in()
 
