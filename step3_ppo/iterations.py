@@ -15,7 +15,7 @@ from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
 from common.training.checkpoint import State, States
 from common.training.ema import ExponentialMovingAverage, swapped_in
-from common.training.loop import check_length, is_due, stopping_line, watched_by_all
+from common.training.loop import check_length, early_stopping_on_all_ranks, is_due, stopping_line
 from common.training.session import Session, restore
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluate import Evaluation
@@ -175,7 +175,7 @@ class Iterations:
         self._networks.eval()
         with swapped_in(self.average):
             held_out, samples = self._evaluation(self._networks, self._sampler)
-        watched = watched_by_all(session, self.counters.watched, held_out)
+        watched = early_stopping_on_all_ranks(session, self.counters.watched, held_out)
         self.counters = replace(self.counters, watched=watched)
         session.tracker.log(held_out, step)
         session.tracker.log_samples(samples, step)

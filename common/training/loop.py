@@ -38,20 +38,20 @@ SMALLER_IS_BETTER = ("loss", "perplexity", "error", "kl")
 """In the last part of a metric's name."""
 
 
-def falls(metric: str) -> bool:
+def smaller_is_better(metric: str) -> bool:
     """Whether a smaller value of a metric is better, by its name."""
     return any(word in metric.rpartition("/")[2] for word in SMALLER_IS_BETTER)
 
 
 @dataclass(frozen=True)
-class Watched:
+class EarlyStopping:
     """What early stopping knows: the best value of its metric, and evaluations since."""
 
     metric: str | None = None
     best: float | None = None
     waited: int = 0
 
-    def after(self, stop_when: StopWhenConfig, metrics: Mapping[str, float]) -> Watched:
+    def after(self, stop_when: StopWhenConfig, metrics: Mapping[str, float]) -> EarlyStopping:
         """After an evaluation. UserError naming its metrics, where the one to be watched is none of them."""
         if (metric := stop_when.metric) is None:
             return self
@@ -61,9 +61,11 @@ class Watched:
                 hint=did_you_mean(metric, metrics, f"measured are {', '.join(sorted(metrics))}"),
             )
         if self.metric != metric or self.best is None or math.isnan(self.best):
-            return Watched(metric, value)
-        is_better = value < self.best if falls(metric) else value > self.best
-        return Watched(metric, value) if is_better else Watched(metric, self.best, self.waited + 1)
+            return EarlyStopping(metric, value)
+        is_better = value < self.best if smaller_is_better(metric) else value > self.best
+        return (
+            EarlyStopping(metric, value) if is_better else EarlyStopping(metric, self.best, self.waited + 1)
+        )
 
     def is_over(self, stop_when: StopWhenConfig) -> bool:
         """Whether the step ends here."""
@@ -82,12 +84,12 @@ class Counters:
     num_trained_tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    watched: Watched = field(default_factory=lambda: Watched())
+    watched: EarlyStopping = field(default_factory=lambda: EarlyStopping())
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Counters:
         """As a checkpoint has them; one of an earlier version watches nothing."""
-        return cls(**{**stored, "watched": Watched(**stored.get("watched", {}))})
+        return cls(**{**stored, "watched": EarlyStopping(**stored.get("watched", {}))})
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
@@ -243,7 +245,7 @@ class Loop(Generic[Rows]):
             return math.inf
         enter("evaluate")
         metrics, line = self._evaluate_held_out(self._data.held_out, self.counters.step)
-        watched = watched_by_all(self._session, self.counters.watched, metrics)
+        watched = early_stopping_on_all_ranks(self._session, self.counters.watched, metrics)
         self.counters = replace(self.counters, watched=watched)
         self._session.tracker.log(metrics, self.counters.step)
         self._session.progress.log(line)
@@ -308,8 +310,11 @@ class Loop(Generic[Rows]):
         self._session.save_clock.restart()
 
 
-def watched_by_all(session: Session, before: Watched, metrics: Mapping[str, float]) -> Watched:
-    """`Watched.after` as rank 0 has it, so that no rank goes on alone. A collective where one is watched."""
+def early_stopping_on_all_ranks(
+    session: Session, before: EarlyStopping, metrics: Mapping[str, float]
+) -> EarlyStopping:
+    """`EarlyStopping.after` as rank 0 has it, so that no rank goes on alone. A collective where one is
+    watched."""
     stop_when = session.train_config.stop_when
     if stop_when.metric is None:
         return before
