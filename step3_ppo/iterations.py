@@ -13,7 +13,7 @@ from typing import NoReturn
 from common.data.stored import PromptDataset
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
-from common.training.checkpoint import State, States
+from common.training.checkpoint import Stateful, StatefulGroup
 from common.training.ema import ExponentialMovingAverage, swapped_in
 from common.training.loop import check_length, early_stopping_on_all_ranks, is_due, stopping_line
 from common.training.session import Session, restore
@@ -54,10 +54,10 @@ class Iterations:
         self.average = None if ppo.ema_decay is None else ExponentialMovingAverage(actor, ppo.ema_decay)
         self._unfinished = Unfinished(writes=session.world.is_rank0)
         critic = None if networks.critic is None else networks.critic.engine
-        parts: dict[str, State | None] = {
+        parts: dict[str, Stateful | None] = {
             "actor": actor, "experience": self._unfinished, "critic": critic, "average": self.average,
         }  # fmt: skip
-        self._state = States(**{name: part for name, part in parts.items() if part is not None})
+        self._state = StatefulGroup(**{name: part for name, part in parts.items() if part is not None})
         self._checkpoints = session.checkpoints()
         restored = restore(
             self._checkpoints, self._state, session.say, lambda stored: PPOCounters.of(stored).place

@@ -5,9 +5,9 @@ A checkpoint is a folder `step_00000200/` that exists whole or not at all: every
 is renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
 one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
 
-What is in it besides the counters is the business of a `State`, most often the engine; several (actor,
-critic, an average) are combined by `States`. What the counters mean is the recipe's. Generators have no state
-here: a recipe seeds them before each step (`distributed.seed_everything`).
+What is in it besides the counters is the business of a `Stateful`, most often the engine; several (actor,
+critic, an average) are combined by `StatefulGroup`. What the counters mean is the recipe's. Generators have
+no state here: a recipe seeds them before each step (`distributed.seed_everything`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ QUARANTINE = "quarantine"
 _NAME = re.compile(r"step_(\d{8})")
 
 
-class State(Protocol):
+class Stateful(Protocol):
     """What a checkpoint holds: anything that writes itself into a folder and reads itself back."""
 
     def save(self, folder: Path) -> None:
@@ -63,10 +63,10 @@ class State(Protocol):
         """
 
 
-class States:
+class StatefulGroup:
     """Several states as one, each in a folder of its own name."""
 
-    def __init__(self, **parts: State) -> None:
+    def __init__(self, **parts: Stateful) -> None:
         self._parts = parts
 
     def save(self, folder: Path) -> None:
@@ -109,7 +109,7 @@ class Checkpoints:
         self.folder, self._keep, self._world = folder, keep, world
         self._details = {"world_size": world.size, "base_revision": base_revision}
 
-    def save(self, step: int, state: State, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
+    def save(self, step: int, state: Stateful, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
 
         UserError on a full or read-only disk, with what was saved before left as it was.
@@ -127,7 +127,7 @@ class Checkpoints:
         enter("commit.end")
         return final
 
-    def resume(self, state: State) -> Resumed | None:
+    def resume(self, state: Stateful) -> Resumed | None:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
 
         UserError when there were some and none can be verified, the newest may not be read or has another
@@ -154,7 +154,7 @@ class Checkpoints:
             )
         return None
 
-    def load(self, step: int, state: State) -> dict[str, Any]:
+    def load(self, step: int, state: Stateful) -> dict[str, Any]:
         """Restore the checkpoint of a step, which is kept; its counters. UserError where it is damaged."""
         path = self.folder / f"step_{step:08d}"
         if faults := self._vote(path):
@@ -191,7 +191,7 @@ class Checkpoints:
         if free < needed:
             raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
-    def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
+    def _write_own(self, partial: Path, state: Stateful, counters: Mapping[str, Any]) -> None:
         state.save(partial)
         enter("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
         if self._world.is_rank0:

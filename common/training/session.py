@@ -53,7 +53,7 @@ from common.runtime.progress import Progress
 from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
 from common.stage import Role, Step
 from common.training.account import account_of, origin_of
-from common.training.checkpoint import Checkpoints, State
+from common.training.checkpoint import Checkpoints, Stateful
 from common.training.engine import Engine
 from common.training.export import ask_live, export_model
 from common.training.learner import Learner, build_learner
@@ -296,7 +296,7 @@ class Session:
 
 def restore(
     checkpoints: Checkpoints,
-    state: State,
+    state: Stateful,
     say: Callable[[str], None],
     place: Callable[[Mapping[str, Any]], str] = lambda counters: "",
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from common.artifacts import MANIFEST, Manifest, read_manifest, write_manifest
 from common.errors import UserError
 from common.runtime.distributed import World, init_world
 from common.training import checkpoint
-from common.training.checkpoint import Checkpoints, States
+from common.training.checkpoint import Checkpoints, StatefulGroup
 from tests import mounts
 from tests.common.training.test_engine import runs
 from tests.programs import saved_engines
@@ -196,13 +196,13 @@ def test_a_resharded_state_is_said_once(two: Checkpoints) -> None:
     assert engine.value == 20.0 and content(two.folder) == kept
     assert resumed_value(two)[1].resharded is None
     save_states(two, 30)
-    both = States(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
+    both = StatefulGroup(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
     assert two.resume(both).resharded == "2 ranks -> 3 ranks"
 
 
 def save_states(checkpoints: Checkpoints, step: int) -> None:
     names = ("actor", "critic", "plain")
-    state = States(**{name: StateOnly(step * 1.0) for name in names})
+    state = StatefulGroup(**{name: StateOnly(step * 1.0) for name in names})
     checkpoints.save(step, state, {"step": step}, best_step=None)
 
 
@@ -424,11 +424,11 @@ class Part(StateOnly):
 
 def test_several_states_are_saved_and_restored_each_under_its_name(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path / "checkpoints")
-    path = checkpoints.save(1, States(actor=Part(1.0), critic=Part(2.0)), {}, best_step=None)
+    path = checkpoints.save(1, StatefulGroup(actor=Part(1.0), critic=Part(2.0)), {}, best_step=None)
     found = {name for name in content(path) if name.endswith("weights.pt")}
     assert found == {"actor/zero/weights.pt", "critic/zero/weights.pt"}
     actor, critic = Part(-1.0), Part(-1.0)
-    assert checkpoints.resume(States(actor=actor, critic=critic)) is not None
+    assert checkpoints.resume(StatefulGroup(actor=actor, critic=critic)) is not None
     assert (actor.value, critic.value) == (1.0, 2.0)
 
 
@@ -440,7 +440,7 @@ def test_when_a_state_is_refused_the_others_are_saved_all_the_same_and_the_first
     full, denied = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "denied")
     parts = [Part(1.0), Part(2.0, full), Part(3.0, denied), Part(4.0)]
     with pytest.raises(UserError, match="the disk is full"):
-        two.save(30, States(a=parts[0], b=parts[1], c=parts[2], d=parts[3]), {}, best_step=None)
+        two.save(30, StatefulGroup(a=parts[0], b=parts[1], c=parts[2], d=parts[3]), {}, best_step=None)
     assert [part.saved for part in parts] == [1, 1, 1, 1]
     assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
 
