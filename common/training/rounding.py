@@ -30,7 +30,7 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: tor
 
 
 @dataclass(frozen=True)
-class Loss:
+class RoundingStats:
     """What rounding did to weights. zeroed: those that were not 0 and are."""
 
     weights: int = 0
@@ -39,8 +39,10 @@ class Loss:
     squares: float = 0.0  # sum over all weights
     errors: float = 0.0  # the same of what they changed by
 
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: RoundingStats) -> RoundingStats:
+        return RoundingStats(
+            *(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True))
+        )
 
     @property
     def relative(self) -> float:
@@ -70,7 +72,7 @@ def _rounded(artifact: Path, dtype: Dtype, out: Path) -> str:
     before, wanted = str(manifest.details.get("dtype")), DTYPES[dtype]
     after = str(wanted).removeprefix("torch.")
     out.mkdir()
-    lost = Loss()
+    lost = RoundingStats()
     for path in sorted(artifact.iterdir()):
         if path.suffix == ".safetensors":
             lost += round_file(path, wanted, out / path.name)
@@ -89,11 +91,11 @@ def _rounded(artifact: Path, dtype: Dtype, out: Path) -> str:
     return lost.in_words(before, after)
 
 
-def round_file(source: Path, dtype: torch.dtype, target: Path) -> Loss:
+def round_file(source: Path, dtype: torch.dtype, target: Path) -> RoundingStats:
     """Round the floating-point tensors of a safetensors file; UserError where one cannot be held."""
     from safetensors.torch import load_file, save_file
 
-    tensors, lost = load_file(source), Loss()
+    tensors, lost = load_file(source), RoundingStats()
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = rounded = tensor.to(dtype)
@@ -102,18 +104,18 @@ def round_file(source: Path, dtype: torch.dtype, target: Path) -> Loss:
                     f"{name} has weights up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold",
                     hint="--dtype bf16 has the range of fp32",
                 )
-            lost += loss_of(tensor, rounded)
+            lost += rounding_stats(tensor, rounded)
     save_file(tensors, target, metadata={"format": "pt"})
     target.chmod(source.stat().st_mode)
     return lost
 
 
-def loss_of(before: torch.Tensor, after: torch.Tensor) -> Loss:
+def rounding_stats(before: torch.Tensor, after: torch.Tensor) -> RoundingStats:
     """How the weights of a tensor changed."""
     values, change = before.double(), before.double() - after.double()
     zeroed = (values != 0) & (after == 0)
     sums = (float((side * side).sum()) for side in (values, change))
-    return Loss(values.numel(), int((change != 0).sum()), int(zeroed.sum()), *sums)
+    return RoundingStats(values.numel(), int((change != 0).sum()), int(zeroed.sum()), *sums)
 
 
 def _renamed(config: Any, dtype: str) -> Any:
