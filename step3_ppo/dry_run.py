@@ -14,7 +14,7 @@ from common.config import load_resolved
 from common.counts import DataCounts
 from common.data import control
 from common.data.types import TokenizedPrompt
-from common.decoding.foresight import foresee
+from common.decoding.fallbacks import notice_fallbacks
 from common.handoff import model_of, model_to_preview
 from common.model.architecture import CAUSAL_LM
 from common.model.scalar_head import NEW_REWARD_MODEL
@@ -44,10 +44,10 @@ def forecast(resolved: Path) -> DataCounts:
     built = build_data(job, Step.ppo, reading.data, dataset_type_of(job), tokenizer, log.info)
     order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, reading.weights(built.weights))
     iterations = ppo.iterations_over(round(order.prompts_per_epoch * reading.scale))
-    foresee(model, CAUSAL_LM, samples=True)
+    notice_fallbacks(model, CAUSAL_LM, samples=True)
     if ppo.has_critic or ppo.needs(Role.reward_model):
         scoring = model if ppo.reward_model is None else model_of(job.model, Path(ppo.reward_model))
-        foresee(scoring, NEW_REWARD_MODEL)
+        notice_fallbacks(scoring, NEW_REWARD_MODEL)
     return of_prompts(built, tokenizer, reading, ppo.train, order.prompts_per_epoch, iterations)
 
 
