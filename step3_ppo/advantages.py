@@ -60,7 +60,7 @@ class Advantages:
 def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> Experience:
     """The experience with advantages and returns, from its rewards, KLs and values."""
     assert experience.rewards is not None
-    found = estimate(
+    found = compute_advantages(
         ppo.estimator,
         rewards=experience.rewards,
         offsets=experience.offsets,
@@ -125,7 +125,7 @@ def next_coef(
     return coef * (1 + missed * min(responses / horizon, 1.0))
 
 
-def estimate(
+def compute_advantages(
     estimator: Estimator,
     *,
     rewards: np.ndarray,
