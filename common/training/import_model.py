@@ -35,8 +35,8 @@ from common.notices import listen
 from common.redact import shown
 from common.runtime.logs import open_rank_log, run_and_report
 from common.stage import Role
-from common.training.account import origin_of_model
 from common.training.export import ExportMismatch, ask_live, export_model
+from common.training.training_record import origin_of_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

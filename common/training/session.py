@@ -52,13 +52,13 @@ from common.runtime.distributed import (
 from common.runtime.progress import Progress
 from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
 from common.stage import Role, Step
-from common.training.account import account_of, origin_of
 from common.training.checkpoint import Checkpoints, Stateful
 from common.training.engine import Engine
 from common.training.export import ask_live, export_model
 from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
 from common.training.step_data import Rows, StepData, batch_plan, load_data
+from common.training.training_record import origin_of, training_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -282,7 +282,7 @@ class Session:
                 "progress": counters,
                 "metrics": final,
                 "origin": origin_of(self.job.model, self._base_revision, parents),
-                "training": account_of(
+                "training": training_record(
                     self.job, self.step, self.folder, before, adapters=hasattr(model, "peft_config")
                 ),
                 **extra_details(final),

@@ -29,7 +29,7 @@ NOT_TOLD = (
 """Settings that change what is measured or how fast, and not what is trained."""
 
 
-def account_of(
+def training_record(
     job: JobConfig, step: Step, folder: Path, before: Mapping[str, float], *, adapters: bool
 ) -> dict[str, Any]:
     """The training of a step, by name. before: its metrics before the first step. adapters: LoRA."""
