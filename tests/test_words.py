@@ -29,8 +29,12 @@ REPLACED = {
     r"\b(?:Heard|Beat|Verdict)\b": "HeartbeatMonitor, Heartbeat, Diagnosis",
     r"_Door\b|send_home": "_Rendezvous, dismiss",
     r"leaders?_of|\bleaders?\b": "owner of a shared prefix, prefix group",
-    r"\bKind\b(?! of)|data\.kinds": "DatasetType, data.dataset_types",
+    r"\bKind\[|data\.kinds": "DatasetType, data.dataset_types",
     r"\bMade\[|refuse_loss|lost_in_turn|lost_by_template": "RowRecords, refuse_left_out, left_out_of_turn",
+    r"\bSubject\b|load_subject": "InferenceModel, load_inference_model",
+    r"SamplingRule|\brule_of\(": "SamplingParams",
+    r"\bWatched\b|watched_by_all|ExponentialAverage": "EarlyStopping, ExponentialMovingAverage",
+    r"foresight|foresee\(|account_of": "fallbacks, notice_fallbacks, training_record",
     r"(?<!Approximating KL )\b[Dd]ivergences?\b": "KL",
 }
 
