@@ -45,7 +45,7 @@ class Texts:
     columns: dict[str, list[Any]]
 
 
-def same_of_the_same(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
+def same_score_for_same_tokens(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
     """float64 [B]: scores [B], where responses with the same tokens have the score of the first of them.
 
     The other documents of a batch move a model's score by rounding, which must not become a group's spread.
@@ -139,7 +139,7 @@ class Scoring:
             batches = batches_in(asked, replace(plan, share_prefix=networks.share_prefix))
         with networks.reward_model.present():
             scored = per_response(asked, batches, networks.document_scores)
-        return same_of_the_same(experience.responses, scored)
+        return same_score_for_same_tokens(experience.responses, scored)
 
     def _read(self, experience: Experience, texts: Texts, reader: TextReader) -> Experience:
         """The same responses in the tokens of a reward model that is given text."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from common.decoding.passes import SlotPasses, WholePasses, fault_of_cache, sampling_from
+from common.decoding.passes import CachedPasses, UncachedPasses, fault_of_cache, sampling_from
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.scheduler import Passes, Scheduler
 from common.errors import UserError
@@ -74,7 +74,9 @@ class Decoder:
         scheduler = Scheduler(requests, params, self.slots, getattr(config, "max_position_embeddings", None))
         with sampling_from(self.model, self.has_cache) as base:
             passes = (
-                SlotPasses(base, scheduler.slots, scheduler.capacity) if self.has_cache else WholePasses(base)
+                CachedPasses(base, scheduler.slots, scheduler.capacity)
+                if self.has_cache
+                else UncachedPasses(base)
             )
             finished = _until_done(scheduler, passes, should_stop, ready, lockstep)
         self.counts = DecodingCounts(scheduler.steps, int(scheduler.made.sum()), scheduler.computed_rows)

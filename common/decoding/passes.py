@@ -28,7 +28,7 @@ CPU_ROWS = 32
 """On the CPU a forward pass has a multiple of so many rows: two vectors of the widest instructions."""
 
 
-class SlotPasses:
+class CachedPasses:
     """From a cache: one token of each slot, and whole prompts, in one flat sequence."""
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
@@ -91,7 +91,7 @@ class SlotPasses:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True)
 
 
-class WholePasses:
+class UncachedPasses:
     """Without a cache: every response from its prompt on, packed, at every step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -164,7 +164,7 @@ def fault_of_cache(model: PreTrainedModel) -> str | None:
 def _decode_known(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
     """fp32 [8 + 5, V]: logits of the last 8 of ids [12], in slot 1, and of the last 5 of these in reverse, in
     slot 3; the texts as they were 5 and 8 tokens long, then a token after the other."""
-    passes = SlotPasses(model, FEWEST_ROWS, LENGTH_STEP)
+    passes = CachedPasses(model, FEWEST_ROWS, LENGTH_STEP)
     chunks, nothing = [(0, FEWEST_ROWS, LENGTH_STEP)], np.zeros(0, np.int64)
     texts, lengths = {1: ids, 3: ids[::-1]}, {1: 5, 3: 8}
     prompts = [(slot, text[: lengths[slot]]) for slot, text in texts.items()]

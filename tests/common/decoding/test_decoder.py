@@ -143,14 +143,14 @@ def test_a_prompt_that_requests_share_is_computed_once(
     requests = requests_of(4, samples=5)
     requests = [requests[i] for i in np.random.default_rng(0).permutation(20)]
     seen: list[int] = []
-    forward = passes.SlotPasses.forward
+    forward = passes.CachedPasses.forward
 
     def counted(self: Any, tokens: Any, positions: Any, chunks: Any, wanted: Any, prompts: Any) -> Any:
         seen.extend(len(ids) for _, ids in prompts)
         return forward(self, tokens, positions, chunks, wanted, prompts)
 
     engine = Decoder(llama, slots=3)
-    monkeypatch.setattr(passes.SlotPasses, "forward", counted)
+    monkeypatch.setattr(passes.CachedPasses, "forward", counted)
     found = engine.decode(requests, PARAMS)
     assert sorted(seen) == sorted(
         {request.prompt.tobytes(): len(request.prompt) for request in requests}.values()
@@ -191,7 +191,7 @@ WRONG = {
         DecodingStep, "bias", lambda right: lambda self, window, dtype: right(self, None, dtype),
     ),
     "positions off by one": (
-        passes.SlotPasses, "forward",
+        passes.CachedPasses, "forward",
         lambda right: lambda self, tokens, positions, *rest: right(self, tokens, positions + 1, *rest),
     ),
     "a neighbour's slot": (
