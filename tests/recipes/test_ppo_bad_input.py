@@ -26,16 +26,6 @@ from tests.step3_ppo.runs import (
 FUNCTIONS = "tests.step3_ppo.reward_functions"
 
 
-@pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo_refused")
-
-
-@pytest.fixture(scope="module")
-def artifacts(base: Base, folder: Path) -> Artifacts:
-    return make_artifacts(folder, base.tokenizer)
-
-
 @pytest.fixture
 def job(folder: Path, artifacts: Artifacts) -> PPOJob:
     return make_job(folder, artifacts, max_steps=1)

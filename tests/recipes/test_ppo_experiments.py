@@ -19,8 +19,8 @@ from common.model.tokenizer import load_tokenizer
 from common.runtime.tracking import read_metrics
 from common.stage import Role
 from pipeline.compose import compose, prepare
-from tests.runs import Base, finish
-from tests.step2_dpo.runs import make_policy, write_job, write_rows
+from tests.runs import Base, finish, write_job
+from tests.step2_dpo.runs import make_policy, write_rows
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -61,7 +61,7 @@ def run(folder: Path, artifacts: Artifacts, *overrides: str, ranks: int = 1, cod
     """Run the PPO of an experiment; returns what was printed. Its folder is `folder`."""
     start = [f"ppo.policy={artifacts.policy}", f"output_dir={folder}", *TINY]
     config = compose(prepare([*start, *overrides]).overrides)
-    return finish(write_job(config, folder), ranks, ppo, code=code)  # type: ignore[arg-type]
+    return finish(write_job(config, folder), ranks, ppo, code=code)
 
 
 def problems(folder: Path) -> str:

@@ -15,12 +15,11 @@ from common.artifacts import file_sha256, read_manifest, verify
 from common.stage import Role
 from step3_ppo.advantages import token_rewards
 from step3_ppo.rollout import Experience
-from tests.runs import Base, finish
+from tests.runs import finish
 from tests.step3_ppo import reference
 from tests.step3_ppo.runs import (
     Artifacts,
     lines_of,
-    make_artifacts,
     make_job,
     ppo,
     run_job,
@@ -58,16 +57,6 @@ EVALUATION = {
 TOLERANCE = 1e-5
 # the same weights, but at other addresses: a kernel may round the last bit otherwise
 LAST_BITS = 1e-6
-
-
-@pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo")
-
-
-@pytest.fixture(scope="module")
-def artifacts(base: Base, folder: Path) -> Artifacts:
-    return make_artifacts(folder, base.tokenizer)
 
 
 @pytest.fixture(scope="module")

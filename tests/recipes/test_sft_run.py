@@ -13,27 +13,10 @@ from common.artifacts import file_sha256, verify
 from common.stage import Role
 from step1_sft.config import SFTJob
 from tests.recipes import golden
-from tests.runs import Base, evaluation_lines, finish, training_lines
+from tests.runs import CHECKPOINT, EXPORT, Base, evaluation_lines, files_below, finish, training_lines
 
 # other processors sum in another order, and Adam's first steps turn rounding into a share of the step
 GOLDEN_TOLERANCE = 1e-4
-
-CHECKPOINT = (
-    "counters.json",
-    "layout.json",
-    "manifest.json",
-    "zero/mp_rank_00_model_states.pt",
-    "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-)
-TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-EXPORT = (
-    *TOKENIZER,
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "manifest.json",
-    "model.safetensors",
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +27,6 @@ def job(base: Base) -> SFTJob:
 @pytest.fixture(scope="module")
 def run_dir(base: Base, job: SFTJob) -> Path:
     return base.run("golden", job)
-
-
-def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_leaves_exactly_these_files(run_dir: Path) -> None:
