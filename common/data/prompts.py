@@ -22,7 +22,7 @@ from common.data.columns import Columns
 from common.data.outcomes import Drop, RowError
 from common.data.types import Message, Place, Prompt, RawExample, TemplateContext, TokenizedPrompt
 from common.errors import UserError
-from common.text import did_you_mean, plain
+from common.text import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,8 +61,10 @@ def recognise(columns: Columns, *, name: str | None = None, origin: str = "data"
 
     Raises UserError naming `origin` and the columns found when none fits, and for plain text.
     """
+    if name == "text":
+        raise UserError(f"data.sources.format=text: {NO_PROMPT_IN_TEXT}", hint=_TEXT_HINT)
     if name is not None:
-        return _named(name, columns, origin)
+        return formats.by_name(name, (*FORMATS, *BY_NAME_ONLY), columns, origin, " to have a prompt")
     for candidate in FORMATS:
         if all(column in columns for column in candidate.required):
             return candidate
@@ -77,25 +79,6 @@ def recognise(columns: Columns, *, name: str | None = None, origin: str = "data"
 
 
 _TEXT_HINT = "name rows that ask something; if the text is the prompt: data.sources.columns={prompt: text}"
-
-
-def _named(name: str, columns: Columns, origin: str) -> PromptFormat:
-    by_name = {candidate.name: candidate for candidate in (*FORMATS, *BY_NAME_ONLY)}
-    if name == "text":
-        raise UserError(f"data.sources.format=text: {NO_PROMPT_IN_TEXT}", hint=_TEXT_HINT)
-    if name not in by_name:
-        raise UserError(
-            f"data.sources.format={name} is not known",
-            hint=did_you_mean(name, by_name, f"one of {', '.join(by_name)}"),
-        )
-    missing = [column for column in by_name[name].required if column not in columns]
-    if missing:
-        raise UserError(
-            f"{origin}: format {name} needs the columns {', '.join(missing)} to have a prompt; "
-            f"found {', '.join(sorted(columns)) or 'none'}",
-            hint="map them with data.sources.columns, e.g. {prompt: query}",
-        )
-    return by_name[name]
 
 
 def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, str] | None = None) -> Prompt:

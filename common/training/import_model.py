@@ -33,7 +33,7 @@ from common.model.scalar_head import REWARD_MODEL, PackedScalarModel
 from common.model.tokenizer import load_tokenizer, terminators_of
 from common.notices import listen
 from common.redact import shown
-from common.runtime.logs import open_rank_log, run_and_report
+from common.runtime.entry import command_main
 from common.stage import Role
 from common.training.export import ExportMismatch, ask_live, export_model
 from common.training.training_record import origin_of_model
@@ -173,9 +173,7 @@ def main() -> int:
             raise UserError(f"{given.named} cannot be imported: {error.message}", hint=error.hint) from error
         return 0
 
-    with tempfile.TemporaryDirectory(prefix="rlhf_import_") as logs:
-        open_rank_log(Path(logs), 0)
-        return run_and_report(work, Path(logs))
+    return command_main(work)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import math
 import shutil
 import sys
-import tempfile
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from common.artifacts import CARD, MANIFEST, hash_files, read_json, verify, writ
 from common.card import model_card
 from common.config import Dtype
 from common.errors import UserError
-from common.runtime.logs import open_rank_log, run_and_report
+from common.runtime.entry import command_main
 from common.training.export import disk_errors_of_weights
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
@@ -152,9 +151,7 @@ def main() -> int:
         print(f"note: {round_artifact(given.artifact, given.dtype, given.out)}", flush=True)
         return 0
 
-    with tempfile.TemporaryDirectory(prefix="rlhf_rounding_") as logs:
-        open_rank_log(Path(logs), 0)
-        return run_and_report(work, Path(logs))
+    return command_main(work)
 
 
 if __name__ == "__main__":
