@@ -16,12 +16,7 @@ from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
 from common.model.scalar_head import NEW_REWARD_MODEL
 from tests.packed import packed_lm
-from tests.tiny import CHATML, tiny_tokenizer
-
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+from tests.tiny import CHATML, SHAPE, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
