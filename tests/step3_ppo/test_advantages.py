@@ -151,7 +151,7 @@ def test_reinforce_pp_worked_by_hand() -> None:
         Estimator.reinforce_pp, rewards=np.array([4.0, 9.0]), offsets=TWO, gamma=0.5, whiten=False
     )
     assert found.advantages == pytest.approx(np.array([-3, -2, 0, 5]) / 9.5**0.5, rel=1e-6)
-    assert found.returns is None and found.non_score_reward.tolist() == [0, 0]
+    assert found.returns is None
 
 
 def test_the_kl_is_taken_from_a_responses_reward_before_it_is_compared() -> None:
@@ -165,7 +165,6 @@ def test_the_kl_is_taken_from_a_responses_reward_before_it_is_compared() -> None
         kl_coef=0.5,
     )
     assert found.advantages.tolist() == [-2, -2, -2, 2]
-    assert found.non_score_reward.tolist() == [-3, -1]
 
 
 def test_grpo_takes_the_kl_in_nats_not_in_units_of_the_rewards_spread() -> None:
@@ -221,7 +220,7 @@ def test_with_the_kl_in_the_loss_the_reward_keeps_it_out(estimator: Estimator) -
     case = random_case(3) | {"kl_coef": 0.0}
     without = case | {"kl": None}
     a, b = compute_advantages(estimator, **case), compute_advantages(estimator, **without)
-    assert np.array_equal(a.advantages, b.advantages) and not a.non_score_reward.any()
+    assert np.array_equal(a.advantages, b.advantages)
 
 
 def test_returns_are_those_of_advantages_that_are_not_whitened_yet() -> None:
