@@ -135,7 +135,7 @@ def test_what_the_first_pass_is_compared_with_comes_from_the_same_micro_batches(
 
 
 def test_a_prompts_samples_stand_together_and_their_terminator_is_the_last_token(
-    run_dir: Path, artifacts: Artifacts, experiences: list[Experience]
+    artifacts: Artifacts, experiences: list[Experience]
 ) -> None:
     terminators = read_manifest(artifacts.policy).details["terminators"]
     prompts = [{response.prompt_id for response in experience.responses} for experience in experiences]
@@ -217,7 +217,7 @@ def test_advantages_and_returns_are_those_of_loops_over_padded_rows(experiences:
         lengths = np.diff(experience.offsets).tolist()
         kl, mask = reference.pad(experience.old_logprobs - experience.ref_logprobs, lengths)
         values, _ = reference.pad(experience.values, lengths)
-        advantages, returns = reference.estimate(
+        advantages, returns = reference.compute_advantages(
             "gae", experience.rewards.tolist(), experience.groups.tolist(), kl, values, mask, 0.05, 1.0, 0.95
         )
         assert returns is not None

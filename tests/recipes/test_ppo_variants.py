@@ -112,7 +112,7 @@ def expected_advantages(experience: Any, estimator: str, coef: float, gamma: flo
     values = [[0.0] * len(row) for row in kl]
     if experience.values is not None:
         values, _ = reference.pad(experience.values, lengths)
-    found, _ = reference.estimate(
+    found, _ = reference.compute_advantages(
         estimator,
         experience.rewards.tolist(),
         experience.groups.tolist(),

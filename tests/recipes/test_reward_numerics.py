@@ -116,7 +116,7 @@ def test_plain_transformers_gives_the_live_models_rewards_in_a_padded_batch(
     assert torch.allclose(scores, live["scores"], rtol=0, atol=tolerance)
 
 
-def test_a_base_whose_pad_is_its_eos_gets_a_pad_of_its_own(run_of: Any, folder: Path) -> None:
+def test_a_base_whose_pad_is_its_eos_gets_a_pad_of_its_own(run_of: Any) -> None:
     details = read_manifest(run_of(OTHER_BASES[1]) / "reward" / "export").details
     (end,) = details["terminators"]
     assert details["eos_token_id"] == end != details["pad_token_id"]

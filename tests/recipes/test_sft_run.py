@@ -64,7 +64,7 @@ def test_every_evaluation_line_has_the_metrics_of_the_whole_and_of_each_source(r
         assert low < line["eval/loss"] < high
 
 
-def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(run_dir: Path, job: SFTJob) -> None:
+def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(run_dir: Path) -> None:
     # a fresh model knows nothing of its vocabulary
     config = json.loads((run_dir / "sft" / "export" / "config.json").read_text())
     assert training_lines(run_dir)[0]["loss"] == pytest.approx(math.log(config["vocab_size"]), rel=0.05)
@@ -145,7 +145,7 @@ def test_the_artifact_stops_where_the_template_ends_turns(run_dir: Path) -> None
     assert verify(export).details["terminators"] == [end]
 
 
-def test_the_same_command_after_the_end_changes_no_bit_of_the_artifact(base: Base, run_dir: Path) -> None:
+def test_the_same_command_after_the_end_changes_no_bit_of_the_artifact(run_dir: Path) -> None:
     before = verify(run_dir / "sft" / "export").files
     metrics = (run_dir / "sft" / "metrics.jsonl").read_text()
     finish(run_dir, 1)

@@ -173,7 +173,7 @@ def test_an_adapter_takes_part_in_what_is_sampled() -> None:
     assert found == [plain_loop(base, request, PARAMS).tokens.tolist() for request in requests]
 
 
-def test_weights_may_change_between_calls(llama: PreTrainedModel) -> None:
+def test_weights_may_change_between_calls() -> None:
     model = tiny(CONFIGS["llama"])
     engine, requests = Decoder(model, slots=8), requests_of(8)
     before = engine.decode(requests, PARAMS)

@@ -255,7 +255,7 @@ def test_a_redirect_is_not_followed(status: int) -> None:
         assert elsewhere.url in message and elsewhere.bodies == []
 
 
-def test_a_token_is_sent_and_never_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_sent_and_never_said() -> None:
     with serving(answer("who are you? Bearer very-secret", 403)) as served:
         with pytest.raises(UserError) as caught:
             ask(served.url, token="very-secret")
