@@ -66,8 +66,8 @@ def tokenize_questions(
 ) -> list[np.ndarray | Drop]:
     """Turns that end where an assistant's would begin, through the generation prompt: int32 [T] each.
 
-    These are the tokens with which a document begins that has the assistant's turn, before what it trains
-    there. UserError when there is no chat template.
+    A document with the assistant's turn begins with the same tokens, up to its first trained one. UserError
+    when there is no chat template.
     """
     template, places = read_template(tokenizer), [place for _, _, place in questions]
     texts = limit(functools.partial(_asked, template=template), questions, template.name, places)
@@ -120,8 +120,8 @@ def fit(
 
 
 def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of the tokens with which the chat template really ends an assistant turn: first that of an answer,
-    then that of a call, where it is another one.
+    """Ids of the tokens that really end an assistant turn in the chat template: first the one behind an
+    answer, then the one behind a call, where they differ.
 
     Raises UserError when there is no template or its turns have no one-token terminator.
     """
@@ -206,7 +206,7 @@ def _bounds(document: Document, encoding: Any, encoder: Encoder) -> list[Span] |
 def _tokens_of_prompt(
     text: str, end: int, ids: list[int], offsets: list[Span], encoder: Encoder
 ) -> int | None:
-    """How many of the first tokens are those of `text[:end]` alone; None when no number of them is.
+    """How many of the first tokens equal the tokens of `text[:end]` alone; None when no number does.
 
     Text behind an added token is encoded on its own, so only what follows the last one has to be compared.
     """
@@ -229,7 +229,7 @@ def _labelled(
 
 
 def _in_parts(document: Document, source: str, encoder: Encoder) -> TokenizedExample:
-    """Prompt and turn encoded apart, and put together: the model is given the one and writes the other."""
+    """Prompt and turn, encoded apart and joined: the model gets the prompt and writes the turn."""
     ((start, end),) = document.spans
     prompt, turn = encoder.ids(document.text[:start]), encoder.ids_inside(document.text[start:end])
     return _labelled([*prompt, *turn], [(len(prompt), len(prompt) + len(turn))], source, encoder.bos)

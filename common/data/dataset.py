@@ -49,9 +49,9 @@ def build(
     """Training records, held-out records (None when there are none) and the ledger.
 
     kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
-    `data.stage_split` shares them out. Taken from the cache when all that decides them is unchanged and its
-    files hash to what was written; otherwise made, saying what changed. With `wait` this process does not
-    build but waits for the one that does (see `cache.wait_for`).
+    `data.stage_split` shares them out. They are taken from the cache when the cache key is unchanged and the
+    files still have their hashes; otherwise they are made, and a line says what changed. With `wait` this
+    process waits for the one that builds (see `cache.wait_for`).
     Raises UserError for bad data, and when no row is left to train on.
     """
     if not data.all_sources():
@@ -87,7 +87,7 @@ def build_whole(
     cache_dir: Path | str,
     report: Report = print,
 ) -> tuple[Opened, Ledger]:
-    """Every usable row of the sources, where nothing is trained: none is held out. As `build` otherwise."""
+    """Every usable row of the sources, none held out: for inference. Otherwise as `build`."""
     data = dataclasses.replace(data, eval_fraction=0.0)
     try:
         rows, _, ledger = build(data, tokenizer, kind, seed=0, cache_dir=cache_dir, report=report)
@@ -124,8 +124,8 @@ def _way_out(reasons: str) -> str:
 def training_texts(
     data: DataConfig, *, stage: str | None = None, seed: int, report: Report = print
 ) -> Iterator[str]:
-    """Contents, and roles, which templates write too, of all demonstrations that the step trains on (those
-    held out and those of other steps are not), e.g. to train a tokenizer on; reads the data twice."""
+    """Contents and roles (templates write both) of all demonstrations that the step trains on, e.g. to train
+    a tokenizer. Leaves out held-out rows and rows of other steps; reads the data twice."""
     split = StageSplit(data.stage_split, stage, seed)
     hashes, source_ids = array("Q"), array("i")
     eval_hashes: set[int] = set()

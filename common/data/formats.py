@@ -133,7 +133,7 @@ def sharegpt(columns: Columns) -> tuple[Message, ...]:
 
 
 def instruction(columns: Columns) -> tuple[Message, ...]:
-    """What Alpaca's `instruction` and `input` ask, behind its `history`."""
+    """Alpaca's `instruction` and `input`, behind its `history`."""
     prompt = cells.text(columns, "instruction")
     if columns.get("input") not in (None, ""):
         prompt += "\n\n" + cells.text(columns, "input")
@@ -150,7 +150,7 @@ def _alpaca(columns: Columns) -> tuple[Turns, int]:
 
 
 def _pair(prompt: str, answer: str) -> Callable[[Columns], tuple[Turns, int]]:
-    """Two columns: what is asked, and a string or an array of messages that goes on from there."""
+    """Two columns: a prompt, and a string or an array of messages that continues it."""
 
     def read(columns: Columns) -> tuple[Turns, int]:
         before = cells.asked(columns, prompt)

@@ -1,15 +1,15 @@
 """Conversation -> documents as text, and the loss mask on them: spans that are trained, by the prompt rule.
 
-The prompt rule: an assistant turn is trained only behind its own prompt, that is the turns before it as the
-template renders them with the generation prompt. Chat, sampling and PPO give the model just these tokens.
-What is trained is everything the model has to write itself there: what the template writes for the turn
-behind that prompt, through the terminator that ends it; not the line break after it.
+The prompt rule: an assistant turn is trained only behind its own prompt. Its prompt is the turns before it,
+rendered with the generation prompt: the same tokens that chat, sampling and PPO give the model. The loss mask
+holds what the model must write itself there: the template's text for the turn, from the end of the prompt
+through the terminator, without the line break after it.
 
-Where the whole conversation begins with each prompt and goes on with its turn, it is one document. Where the
-template writes earlier turns in another way than it wrote them as the last ones (takes out reasoning, moves
-the system text), the row is split: each trained turn stands in a document of its own, behind its own prompt.
-A turn that the template does not write behind its prompt is not trained. `{% generation %}` tags, where the
-template has them, must agree. Knows nothing of tokens.
+A conversation is one document where its whole text begins with each prompt and continues with its turn. Some
+templates render earlier turns differently from the last one (they take out reasoning, or move the system
+text). Then the row is split: each trained turn gets a document of its own, behind its own prompt. A turn that
+the template does not write behind its prompt is not trained. `{% generation %}` tags, where the template has
+them, must agree. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TrainedTurn:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the spans of it that are trained, each of which stands behind its own prompt."""
+    """A text and its trained spans; each span stands behind its own prompt."""
 
     text: str
     spans: tuple[Span, ...]
@@ -133,10 +133,10 @@ def _header(messages: Sequence[Message], prompt: str) -> int:
 def _behind_opened(
     messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str
 ) -> str:
-    """The last turn behind a prompt which already holds what the turn begins with, such as `<think>`.
+    """The last turn behind a prompt that already holds the turn's beginning, such as `<think>`.
 
-    The template does not write it there by itself; its content (or its reasoning, in a field) does. Empty
-    where that is not how prompt and turn differ. Raises _NotTrained.
+    In the rendered turn this beginning comes from its content (or its reasoning field), not from the
+    template. Empty where prompt and turn differ in another way. Raises _NotTrained.
     """
     turn = messages[-1]
     reasoning = parts.reasoning_of(turn)
@@ -165,11 +165,11 @@ def _behind_opened(
 def _behind_header(
     messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str, text: str
 ) -> str:
-    """The last turn where the template writes the same header before it, but other turns before that.
+    """The last turn behind its header, where the template renders the turns before that header differently.
 
-    Some keep the reasoning of a call until its answer is written, some write the system text into a question
-    only until it is answered. Where the prompt has no header of its own, the end of the last question is one.
-    Raises _NotTrained.
+    Some templates keep the reasoning of a call until its answer is written; some write the system text into a
+    question only until it is answered. A prompt without a header of its own has the end of the last question
+    as its header. Raises _NotTrained.
     """
     way_out = _without_thinking(template, context)
     reason = f"turn that the chat template does not write behind its own prompt{way_out}"
@@ -200,10 +200,10 @@ def refuse_left_out(part: str | None) -> None:
 def _check_tags(
     text: str, answers: Sequence[TrainedTurn], tags: Sequence[Span], template: ChatTemplate, place: Place
 ) -> None:
-    """UserError when the tags mark something else than what is trained.
+    """UserError when the tags mark other text than the trained spans.
 
-    They may begin in the header, of which the generation prompt decides how much the model has to write.
-    White space behind the end is never trained.
+    Tags may begin inside the header: the generation prompt decides how much of it the model writes. White
+    space behind the end is never trained.
     """
     if not template.tagged:
         return

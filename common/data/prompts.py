@@ -1,10 +1,10 @@
-"""RawExample -> Prompt -> TokenizedPrompt: what a row asks, without any answer it has.
+"""RawExample -> Prompt -> TokenizedPrompt: the prompt of a row, without its answer.
 
-Reads the formats of demonstrations (`formats.py`) and of preferences (`preferences.py`), of which only what
-comes before the answer counts, and prompts alone. The row's other columns are kept for reward functions.
-A prompt is rendered up to where the assistant's words begin, so that its tokens are those with which a
-training document of the same row begins. Raises `RowError` for what is wrong with one row, `UserError` for
-a source that cannot be understood at all. Does not read files and does not sample.
+Reads prompts alone, and the formats of demonstrations (`formats.py`) and of preferences (`preferences.py`) up
+to the answer. Keeps the row's other columns for reward functions. Renders a prompt through the generation
+prompt, so that a training document of the same row begins with the same tokens. Raises `RowError` for what is
+wrong with one row, `UserError` for a source that cannot be understood at all. Does not read files and does
+not sample.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ _TEXT_HINT = "name rows that ask something; if the text is the prompt: data.sour
 
 
 def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, str] | None = None) -> Prompt:
-    """What the row asks, with its other columns as JSON values.
+    """The prompt of the row, with its other columns as JSON values.
 
-    Columns that hold the prompt and nothing else are left out of those; columns with an answer stay.
+    Columns that hold only the prompt are left out; columns with an answer stay.
     Raises RowError: a missing column, a cell of another type, no user turn, an empty question, a prompt that
     ends with an assistant turn.
     """
@@ -106,7 +106,7 @@ def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, s
 def turns_again(
     as_given: str | list[dict[str, object]], others: Mapping[str, object]
 ) -> tuple[Turns, TemplateContext]:
-    """The turns of a `Prompt`, and what else its template is given, from what it kept of its row.
+    """The turns and the template context of a `Prompt`, made again from what it kept of its row.
 
     others: its other columns, None for those that the row does not have.
     """
@@ -179,7 +179,7 @@ def _holds_bytes(value: Any) -> bool:
 
 
 def _without_answer(turns: Turns) -> Asked:
-    """Turns without those of the assistant at their end."""
+    """The turns without the assistant turns at their end."""
     end = len(turns)
     while end and turns[end - 1].role == "assistant":
         end -= 1
@@ -197,7 +197,7 @@ def _preference(columns: Columns) -> Asked:
 
 
 def _column(name: str) -> Callable[[Columns], Asked]:
-    """What the column asks, as in demonstrations with that column."""
+    """A reader of the prompt in a column, as in demonstrations with that column."""
     return lambda columns: Asked(cells.asked(columns, name, empty=False), _string(columns[name]))
 
 
@@ -222,4 +222,4 @@ BY_NAME_ONLY: tuple[PromptFormat, ...] = (
     PromptFormat("chosen", ("chosen", "rejected"), ("prompt",), _preference),
     PromptFormat("graded answers", ("question",), ("question",), _column("question")),
 )
-"""What other steps call rows that are recognised here by what they have in common."""
+"""Names that other steps use for rows; here such rows are recognised as one of the formats above."""
