@@ -11,7 +11,7 @@ float64; knows no model and draws nothing.
     reinforce_pp  REINFORCE++ (arXiv 2501.03262): the reward to go, whitened over all tokens
 
 Where all rewards are equal (of a group with grpo, of the iteration with reinforce_pp) advantages are 0: the
-spread is 0, and only the KL penalty still differs, which would be blown up to signal.
+spread is 0, and dividing by it would turn the KL penalty, which still differs, into signal.
 
 The KL to the reference is estimated from the tokens that the actor sampled. With d = log π − log π_ref of a
 token, averages over such tokens of
@@ -140,9 +140,9 @@ def compute_advantages(
     loss. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
 
     grpo and rloo have one reward per response, and subtract the KL penalty of all its tokens from it. rloo
-    does so before it compares responses; grpo (whose paper has the penalty in the loss) subtracts what it
-    differs from the group's mean penalty, not in units of the rewards' spread. Raises ValueError where
-    something that the estimator needs is missing.
+    does so before it compares responses; grpo (whose paper has the penalty in the loss) subtracts the
+    difference to the group's mean penalty, and does not divide it by the rewards' spread. Raises ValueError
+    where something that the estimator needs is missing.
     """
     if kl is None and kl_coef:
         raise ValueError(f"a coefficient of {kl_coef} and no KL to multiply")

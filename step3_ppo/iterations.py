@@ -112,7 +112,7 @@ class Iterations:
         seed_everything(session.job.seed, counters.step, counters.update, session.world.rank)
 
     def leave(self) -> NoReturn:
-        """Save and end the process, because all ranks were told to stop."""
+        """Save and end the process: all ranks were told to stop."""
         self._save()
         self._session.progress.log(
             f"told to stop: saved in iteration {self.counters.step + 1}; the same command goes on there"
@@ -124,7 +124,7 @@ class Iterations:
     ) -> dict[str, float]:
         """Count an update, and say so when it was skipped; its means over all ranks.
 
-        seen: what this rank's part of it saw. rows: what its prompts are of.
+        seen: sums over this rank's part of the update. rows: the data set of its prompts.
         """
         assert self.experience is not None
         if self.average is not None and outcome.actor is not None and outcome.actor.applied:
@@ -167,7 +167,7 @@ class Iterations:
             session.progress.log(stopping_line(step, self._ppo.train.stop_when, unit="iteration"))
 
     def _evaluate(self) -> None:
-        """Measure on held-out prompts what would be exported now."""
+        """Measure the policy that would be exported now, on held-out prompts."""
         if self._evaluation is None:
             return
         enter("evaluate")

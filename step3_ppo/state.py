@@ -113,7 +113,7 @@ class PPOCounters:
 
 
 class Unfinished:
-    """The `Experience` of an unfinished iteration; a `State` of checkpoints.
+    """The `Experience` of an unfinished iteration; a `Stateful` of checkpoints.
 
     All ranks hold the same one, so only rank 0 writes it.
     """

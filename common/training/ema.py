@@ -2,9 +2,9 @@
 
 Averaged weights generalise better than the last ones (Polyak and Juditsky, "Acceleration of stochastic
 approximation by averaging", 1992); with a decay, early weights are forgotten. Takes an `Engine`; every rank
-averages its own share of the fp32 master weights. Those, not the module's: with a learning rate like PPO's
-most updates are smaller than the rounding of bf16, and they are sharded already on every ZeRO stage. Weights
-that are not trained have no average. Does not decide when weights are averaged.
+averages its own share of the fp32 master weights. The module's weights would not do: with a learning rate
+like PPO's most updates are smaller than the rounding of bf16. Master weights are sharded already on every
+ZeRO stage. Frozen weights have no average. Does not decide when weights are averaged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExponentialMovingAverage:
     def swapped_in(self) -> Iterator[None]:
         """The engine's weights are the average while the block runs; all ranks enter it.
 
-        Afterwards they are, bit for bit, what they were. There is no step and no saving of the engine in it.
+        Afterwards they are restored bit for bit. The block neither steps nor saves the engine.
         """
         self._swap()
         try:
@@ -56,8 +56,8 @@ class ExponentialMovingAverage:
             self._engine.layout.write(folder)
 
     def load(self, folder: Path) -> str | None:
-        """Restore what `save` wrote, bit for bit, also by other ranks or at another stage; returns from what
-        and to what it was then resharded."""
+        """Restore what `save` wrote, bit for bit. The number of ranks or the stage may differ: returns from
+        what and to what it was then resharded."""
         stored, own = Layout.read(folder), self._engine.layout
         if stored is None or stored == own:
             self._take(_held_by(folder, dist.get_rank()))

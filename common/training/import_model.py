@@ -48,14 +48,14 @@ PACKED: dict[Role, tuple[HeadSpec, type[PackedModel]]] = {
     Role.policy: (CAUSAL_LM, PackedCausalLM), Role.reward_model: (REWARD_MODEL, PackedScalarModel),
 }  # fmt: skip
 SAMPLE = "The capital of France is Paris, and the capital of Italy is Rome."
-"""What the exported model is compared with the loaded one on."""
+"""The token ids on which the exported model is compared with the loaded one."""
 
 
 def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
     """Write the model that `model` names to `out`, an artifact for `role`; returns `out`.
 
-    model: its path, revision, chat template and trust in remote code count; the dtype is that of the weights.
-    UserError for what the pipeline cannot train from or score with.
+    model: of its settings, path, revision, chat template and trust in remote code count; the dtype is taken
+    from the weights. UserError for a model that the pipeline can neither train nor score with.
     """
     named = str(model.path)
     adapter = read_adapter(Path(named).expanduser(), role)
@@ -141,7 +141,7 @@ def stored_dtype(weights: list[Path]) -> Dtype:
 
 
 def check_head(model: ModelConfig, role: Role) -> None:
-    """UserError for a model whose head is not that of the role: transformers makes one up, or drops it."""
+    """UserError for a model without the role's head: transformers would make one up, or drop the other."""
     wanted = HEADS[role]
     named = read_config(model).architectures or []
     if named and not any(name.endswith(wanted) for name in named):

@@ -1,9 +1,9 @@
 """`python -m common.training.rounding ARTIFACT --dtype DTYPE --out FOLDER`: an artifact in another dtype.
 
-Takes an artifact, or adapters alone, and leaves a second one with the same files but for the weights, each
-rounded once, and what names their dtype; its manifest and a line say what was lost. Weights that the dtype
-cannot hold are a UserError. Adapters beside merged weights stay as they are. A process of its own, since the
-controller imports no torch.
+Takes an artifact, or adapters alone. Writes a second one in which each weight is rounded once and the configs
+name the new dtype; all other files are the same. Its manifest and a line say what was lost. Weights that the
+dtype cannot hold are a UserError. Adapters beside merged weights stay as they are. A process of its own,
+since the controller imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: tor
 
 @dataclass(frozen=True)
 class RoundingStats:
-    """What rounding did to weights. zeroed: those that were not 0 and are."""
+    """How rounding changed weights. zeroed: weights that became 0."""
 
     weights: int = 0
     changed: int = 0

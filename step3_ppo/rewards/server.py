@@ -150,7 +150,7 @@ class RewardServer:
     def _exchange(
         self, connection: http.client.HTTPConnection, body: bytes
     ) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send the body and read the answer, of which no more than is too large."""
+        """Send the body and read the answer; stops reading once it is too large."""
         with contextlib.closing(connection):
             connection.request("POST", target(urlsplit(self.url)), body, self._headers())
             response = connection.getresponse()
