@@ -63,6 +63,14 @@ def make_policy(path: str, weights: str = "{}", role: Role = Role.policy, **deta
     )
 
 
+def artifact(folder: Path, role: Role = Role.policy) -> Path:
+    """A folder that is an artifact of this role, new."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_manifest(folder, Manifest("artifact", role, hash_files(folder), {}))
+    return folder
+
+
 def attempt(made: PipelineConfig | None = None) -> tuple[int, list[str]]:
     """Run; returns the exit status and what was said."""
     lines: list[str] = []

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from common.stage import Role
 from pipeline.compose import compose, prepare
 from tests.runs import Base, finish, write_job
 from tests.step2_dpo.runs import make_policy, write_rows
+from tests.step3_ppo.runs import Artifacts
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -30,14 +30,6 @@ TINY = [
     "ppo.train.eval_every=1", "ppo.rollout.prompts=8", "ppo.rollout.max_new_tokens=6", "ppo.rollout.slots=8",
     "ppo.evaluation.num_prompts=3", "ppo.optim.lr=1e-3",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """What PPO starts from."""
-
-    policy: Path
-    reward_model: Path
 
 
 @pytest.fixture(scope="module")
