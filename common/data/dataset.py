@@ -51,8 +51,8 @@ def build(
     kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
     `data.stage_split` shares them out. They are taken from the cache when the cache key is unchanged and the
     files still have their hashes; otherwise they are made, and a line says what changed. With `wait` this
-    process waits for the one that builds (see `cache.wait_for`).
-    Raises UserError for bad data, and when no row is left to train on.
+    process waits for the one that builds (see `cache.wait_for`). Raises UserError for bad data, and when no
+    row is left to train on.
     """
     if not data.all_sources():
         raise UserError("no data is named", hint="set data.path, or data.sources")

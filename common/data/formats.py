@@ -1,10 +1,9 @@
 """RawExample -> Conversation: what the columns of a row with one answer mean.
 
-A format is a name, the columns it needs and a function; `FORMATS` lists them in the order in which
-they are tried. A source's format is recognised once, from its first row; a later row without the
-columns is a bad row. Raises `RowError` for what is wrong with one row, `UserError` for a source
-that cannot be understood at all. Rows with two answers are read in `preferences.py`, prompts
-alone in `prompts.py`. Knows nothing of tokens.
+A format is a name, the columns it needs and a function; `FORMATS` lists them in the order in which they are
+tried. A source's format is recognised once, from its first row; a later row without the columns is a bad row.
+Raises `RowError` for what is wrong with one row, `UserError` for a source that cannot be understood at all.
+Rows with two answers are read in `preferences.py`, prompts alone in `prompts.py`. Knows nothing of tokens.
 """
 
 from __future__ import annotations

@@ -84,9 +84,9 @@ _TEXT_HINT = "name rows that ask something; if the text is the prompt: data.sour
 def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, str] | None = None) -> Prompt:
     """The prompt of the row, with its other columns as JSON values.
 
-    Columns that hold only the prompt are left out; columns with an answer stay.
-    Raises RowError: a missing column, a cell of another type, no user turn, an empty question, a prompt that
-    ends with an assistant turn.
+    Columns that hold only the prompt are left out; columns with an answer stay. Raises RowError: a missing
+    column, a cell of another type, no user turn, an empty question, a prompt that ends with an assistant
+    turn.
     """
     columns = cells.of_row(raw, columns_map or {})
     cells.require(columns, format.required, format.name)

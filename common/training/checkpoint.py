@@ -6,8 +6,8 @@ is renamed. On load all ranks vote for the newest one whose files all of them co
 one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
 
 Besides the counters it holds a `Stateful`, most often the engine; `StatefulGroup` combines several (actor,
-critic, an average). The recipe decides what the counters mean. Generators have
-no state here: a recipe seeds them before each step (`distributed.seed_everything`).
+critic, an average). The recipe decides what the counters mean. Generators have no state here: a recipe seeds
+them before each step (`distributed.seed_everything`).
 """
 
 from __future__ import annotations

@@ -85,10 +85,10 @@ def export_model(
 
     module: a causal LM, or a sequence classifier with one label. state_dict: its full weights (names may
     carry the "model." of a wrapper), or None to take the module's own. probe: see `ask_live`; documents of a
-    reward model end where they are scored. `details` are added to the manifest. say: shows
-    notes for the user. An artifact already at `folder` stays when it is the same, and is set
-    aside otherwise. Raises UserError for the disk, and ExportMismatch when the check fails: the artifact is
-    then at `<folder>.unverified`.
+    reward model end where they are scored. `details` are added to the manifest. say: shows notes for the
+    user. An artifact already at `folder` stays when it is the same, and is set aside otherwise. Raises
+    UserError for the disk, and ExportMismatch when the check fails: the artifact is then at
+    `<folder>.unverified`.
     """
     state = own_names(module, state_dict)
     if probe.role is Role.reward_model:

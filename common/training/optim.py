@@ -1,7 +1,7 @@
 """OptimConfig in, a torch optimizer and its schedule out. DeepSpeed shards whatever is returned.
 
-ZeRO hands an optimizer flat shards of the parameters, not their shapes. AdamW works element by
-element, so that changes nothing for it; the other optimizers' docstrings say what it changes.
+ZeRO hands an optimizer flat shards of the parameters, not their shapes. AdamW works element by element, so
+that changes nothing for it; the other optimizers' docstrings say what it changes.
 """
 
 from __future__ import annotations
