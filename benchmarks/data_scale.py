@@ -93,7 +93,7 @@ def build_and_pack(folder: Path) -> None:
 
     from common.config import DataConfig
     from common.data import dataset
-    from common.data.kinds import DEMONSTRATIONS
+    from common.data.dataset_types import DEMONSTRATIONS
     from common.data.packing import pack
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")

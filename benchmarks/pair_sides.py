@@ -120,7 +120,7 @@ def pair_tokens(ours: Ours) -> list[PairTokens]:
     from common.config import DataConfig, ModelConfig
     from common.data import dataset
     from common.data.batches import BatchPlan, PairBatches
-    from common.data.kinds import PREFERENCES
+    from common.data.dataset_types import PREFERENCES
     from common.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(path=str(ours.made.policy)))

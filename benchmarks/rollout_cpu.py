@@ -155,14 +155,14 @@ def timed(side: Callable[[], dict[str, float]], tokens: int) -> dict[str, float]
 def decoded(model: Any, load: Load, slots: int) -> dict[str, float]:
     """With our decoder, its check of the model included."""
     from common.decoding.decoder import Decoder
-    from common.decoding.requests import Request, SamplingRule
+    from common.decoding.requests import Request, SamplingParams
 
     requests = [
         Request(prompt, (SEED, number), length)
         for number, (prompt, length) in enumerate(zip(load.prompts, load.lengths, strict=True))
     ]
     decoder = Decoder(model, slots=slots)
-    completions = decoder.decode(requests, SamplingRule(1.0, max(load.lengths), ()))
+    completions = decoder.decode(requests, SamplingParams(1.0, max(load.lengths), ()))
     assert completions is not None
     assert [len(completion.tokens) for completion in completions] == load.lengths
     return {"steps": decoder.counts.steps, "slot_utilisation": decoder.counts.slot_utilisation}

@@ -275,7 +275,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     from common.training.engine import Engine
     from common.training.optim import build_optimizer
     from step1_sft.data import count_tokens
-    from step1_sft.loss import TokenSums, score
+    from step1_sft.loss import TokenSums, compute_loss
 
     world = init_world()
     attention.register()
@@ -297,7 +297,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
         _, trained, _ = count_tokens(batches)
         sums = TokenSums()
         for batch in batches:
-            result = score(engine, batch, device, with_entropy=True)
+            result = compute_loss(engine, batch, device, with_entropy=True)
             engine.backward(result.loss_sum, trained)
             sums.add(result)
         assert engine.step().applied

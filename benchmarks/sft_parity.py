@@ -108,7 +108,7 @@ def run_ours(settings: dict[str, Any]) -> None:
     from common.config import DataConfig, Dtype, ModelConfig
     from common.data import dataset
     from common.data.batches import Batches, BatchPlan
-    from common.data.kinds import DEMONSTRATIONS
+    from common.data.dataset_types import DEMONSTRATIONS
     from common.model.tokenizer import load_tokenizer
     from common.runtime.distributed import close_world, init_world
 
@@ -139,7 +139,7 @@ def _train_ours(
     from common.training.engine import Engine
     from common.training.optim import build_optimizer, build_schedule, set_learning_rate
     from step1_sft.data import count_tokens
-    from step1_sft.loss import TokenSums, score
+    from step1_sft.loss import TokenSums, compute_loss
 
     optim = OptimConfig(
         lr=workload.LEARNING_RATE, betas=list(workload.BETAS), eps=workload.EPS,
@@ -163,7 +163,7 @@ def _train_ours(
         _, trained, _ = count_tokens(micro_batches)
         sums = TokenSums()
         for batch in micro_batches:
-            result = score(engine, batch, world.device, with_entropy=False)
+            result = compute_loss(engine, batch, world.device, with_entropy=False)
             engine.backward(result.loss_sum, trained)
             sums.add(result)
         norm = engine.step().grad_norm

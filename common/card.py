@@ -1,8 +1,8 @@
 """The model card of an artifact: `README.md` with the head that the hub reads, and text for people.
 
 Takes what a manifest says of an artifact, and nothing else, so that the same training gives the same card.
-What the card says of a training is gathered in `common/training/account.py`. A card is meant to be filled in:
-`artifacts.verify` lets it differ. Imports jinja and the hub's client where they are used.
+What the card says of a training is gathered in `common/training/training_record.py`. A card is meant to be
+filled in: `artifacts.verify` lets it differ. Imports jinja and the hub's client where they are used.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from common.addresses import is_this_machine
+from common.errors import UserError
 
 
 def connection_to(parts: SplitResult, timeout: float) -> http.client.HTTPConnection:
@@ -32,6 +33,14 @@ def connection_to(parts: SplitResult, timeout: float) -> http.client.HTTPConnect
     )
     connection.set_tunnel(host, parts.port, headers=_proxy_credentials(through))
     return connection
+
+
+def certificate_error(named: str, error: ssl.SSLCertVerificationError) -> UserError:
+    """Of a server that is called `named`."""
+    return UserError(
+        f"{named} has no certificate that holds: {error.verify_message}",
+        hint="SSL_CERT_FILE names the certificates that are trusted",
+    )
 
 
 def hang_up(connection: http.client.HTTPConnection) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from common.addresses import is_this_machine
 from common.deadline import within
 from common.errors import UserError
-from common.https import connection_to, hang_up, target
+from common.https import certificate_error, connection_to, hang_up, target
 from common.redact import redact_text
 from common.text import told
 
@@ -177,10 +177,7 @@ class Server:
         try:
             return within(LOOK_SECONDS, exchange, lambda: hang_up(connection))
         except ssl.SSLCertVerificationError as error:
-            raise UserError(
-                f"{self._named} has no certificate that holds: {error.verify_message}",
-                hint="SSL_CERT_FILE names the certificates that are trusted",
-            ) from None
+            raise certificate_error(self._named, error) from None
         except TimeoutError:
             raise Transient(f"no answer within {LOOK_SECONDS:g} s") from None
         except (OSError, http.client.HTTPException) as error:

@@ -16,14 +16,14 @@ import torch
 
 from common.data.stored import PromptDataset
 from common.decoding.decoder import Decoder
-from common.decoding.generate import CHUNK_REQUESTS, complete, rule_of, text_of
-from common.decoding.requests import Completion
+from common.decoding.generate import CHUNK_REQUESTS, complete, text_of
+from common.decoding.requests import Completion, SamplingParams
 from common.errors import UserError
 from common.handoff import scores_text
 from common.inference_config import EvaluationSettings
 from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
-from evaluation.subject import Subject
+from evaluation.inference_model import InferenceModel
 from evaluation.values import Measured, Values
 from step3_ppo.rewards.functions import ScoreFunction, load_function
 from step3_ppo.rewards.reading import TextReader
@@ -34,7 +34,7 @@ MEASURED = ("length", "stop_rate", REWARD_MODEL)
 
 
 @dataclass
-class Answers:
+class PolicyCompletions:
     """What a policy said to the prompts of `keys`. scores: of each scorer by name, by row one per sample."""
 
     rows: PromptDataset
@@ -95,11 +95,12 @@ def check_columns(
 
 
 def answer(
-    subject: Subject, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
-) -> Answers:
+    model: InferenceModel, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
+) -> PolicyCompletions:
     """Sample completions of these prompts."""
-    decoder = Decoder(subject.network(), slots=settings.slots)
-    rule, answers = rule_of(settings, terminators_of(subject.tokenizer)), Answers(rows, keys)
+    decoder = Decoder(model.network(), slots=settings.slots)
+    params = SamplingParams.of(settings, terminators_of(model.tokenizer))
+    answers = PolicyCompletions(rows, keys)
     names, indices = {index: key for key, index in keys.items()}, list(keys.values())
     found: dict[int, list[Completion]] = {}
     with Progress(len(indices), label="answer") as progress:
@@ -110,15 +111,15 @@ def answer(
 
         chunk = max(1, CHUNK_REQUESTS // settings.samples)
         for first in range(0, len(indices), chunk):
-            complete(decoder, rows, indices[first : first + chunk], rule, settings, ready)
+            complete(decoder, rows, indices[first : first + chunk], params, settings, ready)
     answers.completions = {names[index]: found[index] for index in indices}
     answers.texts = {
-        key: [text_of(each, subject.tokenizer) for each in said] for key, said in answers.completions.items()
+        key: [text_of(each, model.tokenizer) for each in said] for key, said in answers.completions.items()
     }
     return answers
 
 
-def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction]) -> None:
+def score_by_functions(answers: PolicyCompletions, functions: Mapping[str, ScoreFunction]) -> None:
     """Add what each function says of the completions."""
     prompts, completions, columns = answers.given()
     for name, function in functions.items():
@@ -126,7 +127,7 @@ def score_by_functions(answers: Answers, functions: Mapping[str, ScoreFunction])
 
 
 @torch.no_grad()
-def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, Answers]]) -> None:
+def score_by_model(judge: InferenceModel, asked: Sequence[tuple[InferenceModel, PolicyCompletions]]) -> None:
     """Add the raw scores of a reward model, read at the last token of each completion."""
     module, done = judge.packed(), 0
     read = [_documents(judge, policy, answers) for policy, answers in asked]
@@ -140,7 +141,7 @@ def score_by_model(judge: Subject, asked: Sequence[tuple[Subject, Answers]]) -> 
             answers.note(REWARD_MODEL, scores)
 
 
-def _documents(judge: Subject, policy: Subject, answers: Answers) -> list[np.ndarray]:
+def _documents(judge: InferenceModel, policy: InferenceModel, answers: PolicyCompletions) -> list[np.ndarray]:
     """Prompts with completions as the reward model reads them: int [T] each, in the order of `given`."""
     if scores_text(judge.artifact) or not judge.reads_as(policy):
         return TextReader(judge.artifact, judge.tokenizer)(*answers.given())
@@ -151,7 +152,7 @@ def _documents(judge: Subject, policy: Subject, answers: Answers) -> list[np.nda
     ]
 
 
-def wins(ours: Answers, theirs: Answers) -> Values:
+def wins(ours: PolicyCompletions, theirs: PolicyCompletions) -> Values:
     """`win_rate`: how often our samples have higher scores of the reward model than theirs; a tie is half."""
     if REWARD_MODEL not in ours.scores:
         return {}

@@ -13,16 +13,16 @@ import torch
 from common.data.batches import collate
 from common.data.stored import TokenizedDataset
 from common.runtime.progress import Progress
-from evaluation.subject import Subject
+from evaluation.inference_model import InferenceModel
 from evaluation.values import Measured, of_ratio
-from step1_sft.loss import score
+from step1_sft.loss import compute_loss
 
 PER_ROW = "loss_per_row"
 """Metric in nats per row, for models that make other tokens of it."""
 
 
 @torch.no_grad()
-def measure(subject: Subject, rows: TokenizedDataset, keys: Collection[str]) -> Measured:
+def measure(model: InferenceModel, rows: TokenizedDataset, keys: Collection[str]) -> Measured:
     """`loss` (nats per token) and `mean_token_accuracy` of the rows `keys`; of several sources each, too.
 
     A row that was split into several documents counts as one row.
@@ -31,14 +31,14 @@ def measure(subject: Subject, rows: TokenizedDataset, keys: Collection[str]) -> 
     correct: dict[str, float] = {}
     tokens: dict[str, float] = {}
     source: dict[str, str] = {}
-    engine = subject.packed()
+    engine = model.packed()
     with Progress(len(rows), label="evaluate") as progress:
         for index in range(len(rows)):
             key = rows.place(index)
             if key in keys:
                 source_id = int(rows.source_ids[index])
                 batch = collate([rows[index]], [index], [source_id])
-                result = score(engine, batch, subject.device, with_entropy=False)
+                result = compute_loss(engine, batch, model.device, with_entropy=False)
                 source[key] = rows.sources[source_id]
                 loss[key] = loss.get(key, 0.0) + float(result.loss_sum)
                 correct[key] = correct.get(key, 0.0) + float(result.correct)

@@ -18,13 +18,20 @@ from common.artifacts import write_json
 from common.config import DataConfig, to_plain
 from common.data import sources
 from common.data.columns import rename
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, Kind, Opened, prompts_with_room
+from common.data.dataset_types import (
+    DEMONSTRATIONS,
+    PREFERENCES,
+    PROMPTS,
+    DatasetType,
+    Opened,
+    prompts_with_room,
+)
 from common.decoding.generate import say
 from common.errors import UserError
 from common.inference_config import EvaluateJob
 from common.stage import Role
 from evaluation import completions, demonstrations, preferences
-from evaluation.subject import Subject, load_subject, places_of
+from evaluation.inference_model import InferenceModel, load_inference_model, places_of
 from evaluation.values import Measured, Values, by_row, changes, estimates, plain, table
 
 
@@ -42,25 +49,25 @@ def evaluate(job: EvaluateJob) -> int:
     """Measure, print and write. Returns 0; UserError for what the user can fix."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = {"model": ("MODEL", job.model), "against": ("--against", job.against)}
-    subjects = [
-        load_subject(path, job.names.get(name, path), key, job.settings.dtype, device)
+    models = [
+        load_inference_model(path, job.names.get(name, path), key, job.settings.dtype, device)
         for name, (key, path) in named.items()
         if path is not None
     ]
     is_scored = bool(job.functions) or job.reward_model is not None
-    kind = PROMPTS if is_scored else kind_of(job.data)
-    check_roles(subjects, kind)
+    kind = PROMPTS if is_scored else dataset_type_of(job.data)
+    check_roles(models, kind)
     if kind is PREFERENCES:
-        outcome = on_pairs(job, subjects)
+        outcome = on_pairs(job, models)
     elif kind is DEMONSTRATIONS:
-        outcome = on_demonstrations(job, subjects)
+        outcome = on_demonstrations(job, models)
     else:
-        outcome = on_prompts(job, subjects, device)
-    tell(job, kind, subjects, outcome)
+        outcome = on_prompts(job, models, device)
+    tell(job, kind, models, outcome)
     return 0
 
 
-def kind_of(data: DataConfig) -> Kind[Any]:
+def dataset_type_of(data: DataConfig) -> DatasetType[Any]:
     """Whether the first row is a pair or a demonstration. UserError where it is neither."""
     source = data.all_sources()[0]
     raw = next(iter(sources.rows_of(source, lambda place, reason: None)), None)
@@ -77,72 +84,72 @@ def kind_of(data: DataConfig) -> Kind[Any]:
     )
 
 
-def check_roles(subjects: Sequence[Subject], kind: Kind[Any]) -> None:
+def check_roles(models: Sequence[InferenceModel], kind: DatasetType[Any]) -> None:
     """UserError for models that these rows say nothing of, and for two that are not for the same."""
-    for subject in subjects:
-        if subject.role is Role.reward_model and kind is not PREFERENCES:
+    for model in models:
+        if model.role is Role.reward_model and kind is not PREFERENCES:
             raise UserError(
-                f"{subject.key} {subject.named} is a reward model, which is measured on pairs",
+                f"{model.key} {model.named} is a reward model, which is measured on pairs",
                 hint="name rows with chosen and rejected, or a policy with --reward-model",
             )
-        if subject.role is not subjects[0].role:
+        if model.role is not models[0].role:
             raise UserError(
-                f"{subject.key} {subject.named} is a {subject.role.value}, MODEL a {subjects[0].role.value}",
+                f"{model.key} {model.named} is a {model.role.value}, MODEL a {models[0].role.value}",
                 hint="compare two of one role",
             )
 
 
-def on_demonstrations(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
+def on_demonstrations(job: EvaluateJob, models: Sequence[InferenceModel]) -> Outcome:
     """Loss and accuracy of each model."""
-    read = _read(job, subjects, DEMONSTRATIONS)
+    read = _read(job, models, DEMONSTRATIONS)
     keys = _common([dict.fromkeys(map(rows.place, range(len(rows)))) for rows in read])
-    if any(not subject.reads_as(subjects[0]) for subject in subjects):
+    if any(not model.reads_as(models[0]) for model in models):
         say("note: the two models make other tokens of a text: compare loss_per_row, not losses per token")
     wanted = set(keys)
-    pairs = zip(subjects, read, strict=True)
-    return Outcome(keys, [demonstrations.measure(subject, rows, wanted) for subject, rows in pairs])
+    pairs = zip(models, read, strict=True)
+    return Outcome(keys, [demonstrations.measure(model, rows, wanted) for model, rows in pairs])
 
 
-def on_pairs(job: EvaluateJob, subjects: Sequence[Subject]) -> Outcome:
+def on_pairs(job: EvaluateJob, models: Sequence[InferenceModel]) -> Outcome:
     """How each model orders the pairs, and the log-ratios of two policies."""
-    read = _read(job, subjects, PREFERENCES)
+    read = _read(job, models, PREFERENCES)
     places = list(map(places_of, read))
     keys = _common(places)
-    models = [
-        preferences.measure(subject, rows, {key: found[key] for key in keys})
-        for subject, rows, found in zip(subjects, read, places, strict=True)
+    measured = [
+        preferences.measure(model, rows, {key: found[key] for key in keys})
+        for model, rows, found in zip(models, read, places, strict=True)
     ]
-    between = preferences.compared(*(each.values for each in models)) if len(models) > 1 else {}
-    return Outcome(keys, models, between)
+    between = preferences.compared(*(each.values for each in measured)) if len(models) > 1 else {}
+    return Outcome(keys, measured, between)
 
 
-def on_prompts(job: EvaluateJob, subjects: Sequence[Subject], device: torch.device) -> Outcome:
+def on_prompts(job: EvaluateJob, models: Sequence[InferenceModel], device: torch.device) -> Outcome:
     """Scores of completions of each model, and how often those of the first win."""
     functions = completions.named_functions(job.functions)
     judges = []
     if job.reward_model is not None:
         typed = job.names.get("reward_model", job.reward_model)
         judges.append(
-            load_subject(
+            load_inference_model(
                 job.reward_model, typed, "--reward-model", job.settings.dtype, device, Role.reward_model
             )
         )
-    read = _read(job, subjects, prompts_with_room(job.settings.max_new_tokens))
+    read = _read(job, models, prompts_with_room(job.settings.max_new_tokens))
     places = list(map(places_of, read))
     keys = _common(places)
     for rows, found in zip(read, places, strict=True):
         completions.check_columns(rows, (found[key] for key in keys), functions)
     answers = []
-    for subject, rows, found in zip(subjects, read, places, strict=True):
-        answers.append(completions.answer(subject, rows, {key: found[key] for key in keys}, job.settings))
+    for model, rows, found in zip(models, read, places, strict=True):
+        answers.append(completions.answer(model, rows, {key: found[key] for key in keys}, job.settings))
         completions.score_by_functions(answers[-1], functions)
     for judge in judges:
-        completions.score_by_model(judge, list(zip(subjects, answers, strict=True)))
+        completions.score_by_model(judge, list(zip(models, answers, strict=True)))
     between = completions.wins(*answers) if len(answers) > 1 else {}
     return Outcome(keys, [each.measured() for each in answers], between, [each.texts for each in answers])
 
 
-def _read(job: EvaluateJob, subjects: Sequence[Subject], kind: Kind[Opened]) -> list[Opened]:
+def _read(job: EvaluateJob, models: Sequence[InferenceModel], kind: DatasetType[Opened]) -> list[Opened]:
     """The rows as each model reads them. What became of them is said once for models that read alike."""
     heard: set[str] = set()
 
@@ -152,7 +159,7 @@ def _read(job: EvaluateJob, subjects: Sequence[Subject], kind: Kind[Opened]) -> 
             say(line)
 
     whole = job.whole_context
-    return [subject.rows(job.data, kind, whole_context=whole, say=say_once) for subject in subjects]
+    return [model.rows(job.data, kind, whole_context=whole, say=say_once) for model in models]
 
 
 def _common(places: Sequence[Iterable[str]]) -> list[str]:
@@ -167,11 +174,13 @@ def _common(places: Sequence[Iterable[str]]) -> list[str]:
     return kept
 
 
-def tell(job: EvaluateJob, kind: Kind[Any], subjects: Sequence[Subject], outcome: Outcome) -> None:
+def tell(
+    job: EvaluateJob, kind: DatasetType[Any], models: Sequence[InferenceModel], outcome: Outcome
+) -> None:
     """Print the table, and write the file."""
     values = [measured.values for measured in outcome.models]
     found = [estimates(each) for each in values]
-    heads, columns = [subject.named for subject in subjects], [*found]
+    heads, columns = [model.named for model in models], [*found]
     between = estimates(outcome.between)
     if len(found) > 1:
         heads, columns = [*heads, "change"], [*columns, changes(*values)]

@@ -20,9 +20,9 @@ from common.model.packed import batch_arguments
 from common.model.tokenizer import terminators_of
 from common.runtime.progress import Progress
 from common.stage import Role
-from evaluation.subject import Subject
+from evaluation.inference_model import InferenceModel
 from evaluation.values import Measured, Values
-from step2_dpo.loss import Answers, answer_sums, count_answers
+from step2_dpo.loss import ChosenRejected, answer_sums, count_answers
 from step2_reward.evaluate import by_length, by_pair, by_source, score_pairs
 from step2_reward.loss import in_order
 from step3_ppo.rewards.reading import TextReader
@@ -31,15 +31,15 @@ IMPLICIT = ("log_ratio/accuracy", "log_ratio/margin")
 """What the log-ratios of two policies are measured by."""
 
 
-def measure(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
+def measure(model: InferenceModel, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
     """The metrics of these pairs; keys: indices into `rows`, by key."""
-    measured = _rewards if subject.role is Role.reward_model else _log_probabilities
-    return measured(subject, rows, keys)
+    measured = _rewards if model.role is Role.reward_model else _log_probabilities
+    return measured(model, rows, keys)
 
 
-def _rewards(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
-    batches = _batches(rows, keys, _tail_of(subject))
-    pairs = score_pairs(subject.packed(), batches, subject.device)
+def _rewards(model: InferenceModel, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
+    batches = _batches(rows, keys, _tail_of(model))
+    pairs = score_pairs(model.packed(), batches, model.device)
     of_pair, names = by_pair(pairs), {index: key for key, index in keys.items()}
     order = [names[index] for index in pairs.pair_ids.tolist()]
     found = {name: dict(zip(order, each.tolist(), strict=True)) for name, each in of_pair.items()}
@@ -56,13 +56,13 @@ def _rewards(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Me
 
 
 @torch.no_grad()
-def _log_probabilities(subject: Subject, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
-    module, names = subject.packed(), ("logps/chosen", "logps/rejected", "accuracy", "accuracy_per_token")
+def _log_probabilities(model: InferenceModel, rows: PairDataset, keys: Mapping[str, int]) -> Measured:
+    module, names = model.packed(), ("logps/chosen", "logps/rejected", "accuracy", "accuracy_per_token")
     found: dict[str, dict[str, float]] = {name: {} for name in names}
     for key, batch in zip(keys, _batches(rows, keys), strict=True):
-        batch = batch.to(subject.device)
+        batch = batch.to(model.device)
         losses = module(**batch_arguments(batch.documents), per_token=True).token_losses
-        logps = Answers(*(-side for side in answer_sums(losses, batch.document_of_target, 1)))
+        logps = ChosenRejected(*(-side for side in answer_sums(losses, batch.document_of_target, 1)))
         per_token = [side / count for side, count in zip(logps, count_answers(batch), strict=True)]
         found["logps/chosen"][key], found["logps/rejected"][key] = map(float, logps)
         found["accuracy"][key] = float(in_order(torch.stack(tuple(logps), 1)))
@@ -81,12 +81,12 @@ def _batches(rows: PairDataset, keys: Mapping[str, int], tail: Sequence[int] = (
             progress.update(done + 1)
 
 
-def _tail_of(subject: Subject) -> list[int]:
+def _tail_of(model: InferenceModel) -> list[int]:
     """What the chat template writes behind the last terminator: there a published reward model is read."""
-    if not scores_text(subject.artifact):
+    if not scores_text(model.artifact):
         return []
-    (ids,) = TextReader(subject.artifact, subject.tokenizer)(["a"], ["b"], {})
-    ends = np.flatnonzero(np.isin(ids, terminators_of(subject.tokenizer)))
+    (ids,) = TextReader(model.artifact, model.tokenizer)(["a"], ["b"], {})
+    ends = np.flatnonzero(np.isin(ids, terminators_of(model.tokenizer)))
     return ids[ends[-1] + 1 :].tolist() if len(ends) else []
 
 

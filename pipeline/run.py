@@ -36,9 +36,9 @@ from launch.nodes import Hello, Machines, gather
 from launch.supervise import Outcome, leaving_when_told, supervise
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
-from pipeline.going_on import Changes, changes
 from pipeline.lineage import check_parents, load_sources, record_lineage
 from pipeline.plan import EXPORT, Wired, wire_run, with_sources
+from pipeline.resume import Changes, changes
 from pipeline.sources import settle_sources
 
 REPORT = "report.html"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from common.config import load_resolved
 from common.counts import DataCounts
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
-from common.decoding.foresight import foresee
+from common.decoding.fallbacks import notice_fallbacks
 from common.model.architecture import CAUSAL_LM
 from common.runtime import progress
 from common.stage import Step
@@ -33,7 +33,7 @@ def forecast(resolved: Path) -> DataCounts:
     counted = replace(job, sft=replace(job.sft, data=reading.data))
     tokenizer = load_sft_tokenizer(counted, resolved.parent / "sft", local_rank=0, say=log.info)
     built = build_data(counted, Step.sft, reading.data, DEMONSTRATIONS, tokenizer, log.info)
-    foresee(job.model, CAUSAL_LM, samples=job.sft.sampling.num_prompts > 0)
+    notice_fallbacks(job.model, CAUSAL_LM, samples=job.sft.sampling.num_prompts > 0)
     return of_documents(job, reading, job.sft.train, built, tokenizer)
 
 

@@ -10,7 +10,7 @@ import torch
 from common.data.types import Batch
 from common.runtime.distributed import all_reduce_sum
 from common.training.engine import Engine
-from step1_sft.loss import score
+from step1_sft.loss import compute_loss
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def evaluate(
     tokens, correct = torch.zeros_like(loss), 0.0
     engine.eval()
     for batch in batches:
-        result = score(engine, batch, device, with_entropy=False)
+        result = compute_loss(engine, batch, device, with_entropy=False)
         loss.index_add_(0, batch.source_of_target, result.token_losses.double().cpu())
         tokens += torch.bincount(batch.source_of_target, minlength=len(sources))
         correct += float(result.correct)

@@ -19,7 +19,7 @@ from common.runtime.distributed import all_reduce_sum
 from common.training.engine import Engine
 
 
-def score(engine: Engine, batch: Batch, device: torch.device, *, with_entropy: bool) -> TokenLoss:
+def compute_loss(engine: Engine, batch: Batch, device: torch.device, *, with_entropy: bool) -> TokenLoss:
     """Sums over the batch's trained tokens; `loss_sum` carries the gradient."""
     return engine(**batch_arguments(batch.to(device)), with_entropy=with_entropy)
 

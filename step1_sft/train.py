@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import Batches, evaluation_batches
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
 from common.decoding.sampling import prompts_to_sample
 from common.model.architecture import CAUSAL_LM
@@ -23,7 +23,7 @@ from common.training.session import Session, probe_of
 from step1_sft.config import SFTJob
 from step1_sft.data import count_tokens, load_sft_tokenizer
 from step1_sft.evaluate import evaluate
-from step1_sft.loss import TokenSums, score
+from step1_sft.loss import TokenSums, compute_loss
 
 
 def train(job: SFTJob, run_dir: Path) -> int:
@@ -65,7 +65,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
             tokens, trained, padding = loop.all_reduce(count_tokens(micro_batches))
             sums = TokenSums()
             for batch in micro_batches:
-                result = score(engine, batch, world.device, with_entropy=True)
+                result = compute_loss(engine, batch, world.device, with_entropy=True)
                 engine.backward(result.loss_sum, trained)
                 sums.add(result)
             loop.update(tokens, trained)

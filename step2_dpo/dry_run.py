@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.config import load_resolved
 from common.counts import DataCounts
-from common.decoding.foresight import foresee
+from common.decoding.fallbacks import notice_fallbacks
 from common.handoff import model_to_preview
 from common.model.architecture import CAUSAL_LM
 from common.stage import Step
@@ -23,7 +23,7 @@ def forecast(resolved: Path) -> DataCounts:
     job = load_resolved(resolved, DPOJob)
     model = model_to_preview(job.model, job.dpo.policy, "dpo.policy")
     counts = of_pairs(job, Step.dpo, job.dpo.data, job.dpo.train, model)
-    foresee(model, CAUSAL_LM, samples=job.dpo.sampling.num_prompts > 0)
+    notice_fallbacks(model, CAUSAL_LM, samples=job.dpo.sampling.num_prompts > 0)
     return counts
 
 

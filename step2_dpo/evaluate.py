@@ -10,7 +10,7 @@ import torch
 from common.data.types import PairBatch
 from common.runtime.distributed import all_reduce_sum
 from common.training.engine import Engine
-from step2_dpo.loss import Objective, PairSums, StepCounts, score
+from step2_dpo.loss import Objective, PairSums, StepCounts, compute_loss
 from step2_dpo.reference import Reference
 
 
@@ -30,7 +30,7 @@ def evaluate(
     engine.eval()
     for batch in batches:
         known = reference.of_held_out(batch)
-        sums.add(score(engine, batch, known, objective, device, with_entropy=True), objective)
+        sums.add(compute_loss(engine, batch, known, objective, device, with_entropy=True), objective)
         counted += StepCounts.of([batch])
     engine.train()
     metrics = sums.metrics(objective, StepCounts(*all_reduce_sum(counted.tolist())))

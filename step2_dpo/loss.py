@@ -30,7 +30,7 @@ from common.training.engine import Engine
 from step2_dpo.config import DPOConfig, LossType
 
 
-class Answers(NamedTuple):
+class ChosenRejected(NamedTuple):
     """One number for each pair's chosen answer and one for its rejected answer: float64 [P] each."""
 
     chosen: torch.Tensor
@@ -57,13 +57,13 @@ class Objective:
             config.sft_weight,
         )
 
-    def losses(self, ratios: Answers, lengths: Answers) -> torch.Tensor:
+    def losses(self, ratios: ChosenRejected, lengths: ChosenRejected) -> torch.Tensor:
         """The preference part of each pair's loss, float64 [P].
 
         ratios: log π − log π_ref of each answer. lengths: its response tokens.
         """
         if self.length_normalized or self.loss_type is LossType.ipo:
-            ratios = Answers(ratios.chosen / lengths.chosen, ratios.rejected / lengths.rejected)
+            ratios = ChosenRejected(ratios.chosen / lengths.chosen, ratios.rejected / lengths.rejected)
         return self.of_difference(ratios.chosen - ratios.rejected)
 
     def of_difference(self, delta: torch.Tensor) -> torch.Tensor:
@@ -93,12 +93,12 @@ class PairLosses(NamedTuple):
 
     losses: torch.Tensor
     chosen_nll: torch.Tensor
-    logps: Answers
-    ratios: Answers
+    logps: ChosenRejected
+    ratios: ChosenRejected
     tokens: TokenLoss
 
 
-def answer_sums(values: torch.Tensor, document_of_target: torch.Tensor, pairs: int) -> Answers:
+def answer_sums(values: torch.Tensor, document_of_target: torch.Tensor, pairs: int) -> ChosenRejected:
     """Sums over each answer's tokens, in float64. values: [M]; document_of_target: int64 [M], ascending.
 
     By segments, in order: adding by index would sum in another order each time on a GPU.
@@ -106,19 +106,19 @@ def answer_sums(values: torch.Tensor, document_of_target: torch.Tensor, pairs: i
     lengths = torch.bincount(document_of_target, minlength=2 * pairs)
     # `unsafe` skips checks that fail for a batch without pairs
     sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
-    return Answers(sums[0::2], sums[1::2])
+    return ChosenRejected(sums[0::2], sums[1::2])
 
 
-def count_answers(batch: PairBatch) -> Answers:
+def count_answers(batch: PairBatch) -> ChosenRejected:
     """Response tokens of each answer."""
     ones = torch.ones_like(batch.document_of_target, dtype=torch.float64)
     return answer_sums(ones, batch.document_of_target, len(batch.pair_ids))
 
 
-def score(
+def compute_loss(
     engine: Engine,
     batch: PairBatch,
-    reference: Answers,
+    reference: ChosenRejected,
     objective: Objective,
     device: torch.device,
     *,
@@ -130,11 +130,13 @@ def score(
     return pair_losses(tokens, batch, reference, objective)
 
 
-def pair_losses(tokens: TokenLoss, batch: PairBatch, reference: Answers, objective: Objective) -> PairLosses:
+def pair_losses(
+    tokens: TokenLoss, batch: PairBatch, reference: ChosenRejected, objective: Objective
+) -> PairLosses:
     """From tokens to pairs; `tokens.token_losses` carry the gradient."""
     nll = answer_sums(tokens.token_losses, batch.document_of_target, len(batch.pair_ids))
-    logps = Answers(-nll.chosen, -nll.rejected)
-    ratios = Answers(
+    logps = ChosenRejected(-nll.chosen, -nll.rejected)
+    ratios = ChosenRejected(
         logps.chosen - reference.chosen.to(logps.chosen.device),
         logps.rejected - reference.rejected.to(logps.rejected.device),
     )

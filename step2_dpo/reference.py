@@ -55,7 +55,7 @@ from common.runtime.distributed import World, all_gather_objects, broadcast_from
 from common.training.engine import Engine
 from common.training.frozen import load_frozen_policy
 from step2_dpo import loss
-from step2_dpo.loss import Answers, answer_sums
+from step2_dpo.loss import ChosenRejected, answer_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,18 +85,18 @@ class Reference:
     held_out: np.ndarray
     record: Mapping[str, str] = field(default_factory=dict)
 
-    def of_train(self, batch: PairBatch) -> Answers:
+    def of_train(self, batch: PairBatch) -> ChosenRejected:
         """Of a training batch's pairs, in its order."""
         return _answers(self.train, batch)
 
-    def of_held_out(self, batch: PairBatch) -> Answers:
+    def of_held_out(self, batch: PairBatch) -> ChosenRejected:
         """Of a held-out batch's pairs, in its order."""
         return _answers(self.held_out, batch)
 
 
-def _answers(table: np.ndarray, batch: PairBatch) -> Answers:
+def _answers(table: np.ndarray, batch: PairBatch) -> ChosenRejected:
     found = torch.from_numpy(table[list(batch.pair_ids)])
-    return Answers(found[:, 0], found[:, 1])
+    return ChosenRejected(found[:, 0], found[:, 1])
 
 
 Ask = Callable[..., TokenLoss]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.stored import PairDataset
 from common.decoding.sampling import prompts_to_sample
 from common.evidence import share_in_words, swapped_warning
@@ -30,7 +30,7 @@ from common.training.step_data import cache_dir
 from step2_dpo.config import DPOJob
 from step2_dpo.data import ChosenAnswers
 from step2_dpo.evaluate import evaluate
-from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
+from step2_dpo.loss import Objective, PairSums, StepCounts, compute_loss, step_loss
 from step2_dpo.reference import load_or_compute, other_model, reference_key, starting_policy
 
 
@@ -100,7 +100,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
             counts, sums = StepCounts(*counted), PairSums()
             for batch in micro_batches:
                 known = reference.of_train(batch)
-                result = score(engine, batch, known, objective, world.device, with_entropy=True)
+                result = compute_loss(engine, batch, known, objective, world.device, with_entropy=True)
                 engine.backward(step_loss(result, objective, counts), 1.0)
                 sums.add(result, objective)
             loop.update(tokens, counts.response_tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.config import load_resolved
 from common.counts import DataCounts
-from common.decoding.foresight import foresee
+from common.decoding.fallbacks import notice_fallbacks
 from common.handoff import model_to_preview
 from common.model.scalar_head import NEW_REWARD_MODEL
 from common.stage import Step
@@ -23,7 +23,7 @@ def forecast(resolved: Path) -> DataCounts:
     job = load_resolved(resolved, RewardJob)
     model = model_to_preview(job.model, job.reward.policy, "reward.policy")
     counts = of_pairs(job, Step.reward, job.reward.data, job.reward.train, model)
-    foresee(model, NEW_REWARD_MODEL)
+    notice_fallbacks(model, NEW_REWARD_MODEL)
     return counts
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.data.batches import PairBatches, count_pairs, evaluation_pair_batches
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.stored import PairDataset
 from common.evidence import share_in_words, swapped_warning
 from common.handoff import model_of

@@ -11,7 +11,7 @@ float64; knows no model and draws nothing.
     reinforce_pp  REINFORCE++ (arXiv 2501.03262): the reward to go, whitened over all tokens
 
 Where all rewards are equal (of a group with grpo, of the iteration with reinforce_pp) advantages are 0: the
-spread is 0, and only the KL penalty still differs, which would be blown up to signal.
+spread is 0, and dividing by it would turn the KL penalty, which still differs, into signal.
 
 The KL to the reference is estimated from the tokens that the actor sampled. With d = log π − log π_ref of a
 token, averages over such tokens of
@@ -46,21 +46,16 @@ LARGEST_STEP = 0.2
 
 @dataclass(frozen=True)
 class Advantages:
-    """B responses with R tokens altogether.
-
-    advantages: fp32 [R]. returns: fp32 [R], what the critic learns (gae), else None. non_score_reward:
-    float64 [B], the KL penalty in each response's reward.
-    """
+    """Of R response tokens. advantages: fp32 [R]. returns: fp32 [R], of the critic (gae), or None."""
 
     advantages: np.ndarray
-    returns: np.ndarray | None
-    non_score_reward: np.ndarray
+    returns: np.ndarray | None = None
 
 
 def with_advantages(experience: Experience, ppo: PPOConfig, kl_coef: float) -> Experience:
     """The experience with advantages and returns, from its rewards, KLs and values."""
     assert experience.rewards is not None
-    found = estimate(
+    found = compute_advantages(
         ppo.estimator,
         rewards=experience.rewards,
         offsets=experience.offsets,
@@ -125,7 +120,7 @@ def next_coef(
     return coef * (1 + missed * min(responses / horizon, 1.0))
 
 
-def estimate(
+def compute_advantages(
     estimator: Estimator,
     *,
     rewards: np.ndarray,
@@ -145,32 +140,32 @@ def estimate(
     loss. values [R]: the critic's (gae). gamma: gae, reinforce_pp. lam, whiten: gae.
 
     grpo and rloo have one reward per response, and subtract the KL penalty of all its tokens from it. rloo
-    does so before it compares responses; grpo (whose paper has the penalty in the loss) subtracts what it
-    differs from the group's mean penalty, not in units of the rewards' spread. Raises ValueError where
-    something that the estimator needs is missing.
+    does so before it compares responses; grpo (whose paper has the penalty in the loss) subtracts the
+    difference to the group's mean penalty, and does not divide it by the rewards' spread. Raises ValueError
+    where something that the estimator needs is missing.
     """
     if kl is None and kl_coef:
         raise ValueError(f"a coefficient of {kl_coef} and no KL to multiply")
     kl = np.zeros(offsets[-1]) if kl is None or not kl_coef else kl
-    non_score = -kl_coef * response_sums(kl, offsets)
+    penalties = -kl_coef * response_sums(kl, offsets)
     if estimator in (Estimator.grpo, Estimator.rloo):
         if groups is None:
             raise ValueError(f"{estimator.value} without groups")
         if estimator is Estimator.grpo:
-            of_responses = _with_penalty(group_relative(rewards, groups), rewards, non_score, groups)
+            of_responses = _with_penalty(group_relative(rewards, groups), rewards, penalties, groups)
         else:
-            of_responses = leave_one_out(np.asarray(rewards, np.float64) + non_score, groups)
-        return Advantages(_fp32(np.repeat(of_responses, np.diff(offsets))), None, non_score)
+            of_responses = leave_one_out(np.asarray(rewards, np.float64) + penalties, groups)
+        return Advantages(_fp32(np.repeat(of_responses, np.diff(offsets))))
     of_tokens = token_rewards(rewards, offsets, kl=kl, coef=kl_coef)
     if estimator is Estimator.reinforce_pp:
         to_go = reward_to_go(of_tokens, offsets, gamma=gamma)
         white = whitened(to_go) if np.ptp(rewards) else np.zeros_like(to_go)
-        return Advantages(_fp32(white), None, non_score)
+        return Advantages(_fp32(white))
     if estimator is Estimator.gae:
         if values is None:
             raise ValueError("gae without values")
         found, returns = gae(of_tokens, values, offsets, gamma=gamma, lam=lam)
-        return Advantages(_fp32(whitened(found) if whiten else found), _fp32(returns), non_score)
+        return Advantages(_fp32(whitened(found) if whiten else found), _fp32(returns))
     assert_never(estimator)
 
 

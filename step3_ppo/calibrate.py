@@ -1,7 +1,7 @@
-"""The calibration of a reward model that others published, from a first batch of the policy's responses.
+"""The calibration of a published reward model, from a first batch of the policy's responses.
 
-Ours are calibrated on held-out pairs by the step that trains them; a published one tells neither mean nor
-standard deviation of its scores. Takes the networks before anything is trained; leaves `calibration.json` in
+The reward step calibrates its own models on held-out pairs; a published one names neither mean nor standard
+deviation of its scores. Takes the networks before anything is trained; leaves `calibration.json` in
 the step's folder, which a resumed run reads again, so that its rewards stay in the same units.
 """
 
@@ -69,7 +69,7 @@ def _keep(path: Path, measured: Mapping[str, Any]) -> None:
 
 
 def _kept(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier process measured of the same; None where there is nothing, or nothing whole."""
+    """The calibration that an earlier process of this run saved; None without a whole file."""
     try:
         found = read_json(path)
         return found if isinstance(found, dict) and key.items() <= found.items() else None

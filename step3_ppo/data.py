@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from common.data.batches import Batches, BatchPlan
-from common.data.kinds import Kind, prompts_with_room
+from common.data.dataset_types import DatasetType, prompts_with_room
 from common.data.stored import PromptDataset
 from step3_ppo.config import PPOJob
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     pass
 
 
-def kind_of(job: PPOJob) -> Kind[PromptDataset]:
+def dataset_type_of(job: PPOJob) -> DatasetType[PromptDataset]:
     """Prompts that leave room for the longest response."""
     return prompts_with_room(job.ppo.rollout.max_new_tokens)
 

@@ -14,7 +14,7 @@ from common.config import load_resolved
 from common.counts import DataCounts
 from common.data import control
 from common.data.types import TokenizedPrompt
-from common.decoding.foresight import foresee
+from common.decoding.fallbacks import notice_fallbacks
 from common.handoff import model_of, model_to_preview
 from common.model.architecture import CAUSAL_LM
 from common.model.scalar_head import NEW_REWARD_MODEL
@@ -25,7 +25,7 @@ from common.training.forecast import of_prompts, to_read
 from common.training.preview import a_few, show_preview
 from common.training.step_data import build_data
 from step3_ppo.config import PPOJob
-from step3_ppo.data import PromptOrder, kind_of
+from step3_ppo.data import PromptOrder, dataset_type_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,13 +41,13 @@ def forecast(resolved: Path) -> DataCounts:
     reading = to_read(job, ppo.data)
     model = model_to_preview(job.model, ppo.policy, "ppo.policy")
     tokenizer = load_tokenizer(model)
-    built = build_data(job, Step.ppo, reading.data, kind_of(job), tokenizer, log.info)
+    built = build_data(job, Step.ppo, reading.data, dataset_type_of(job), tokenizer, log.info)
     order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, reading.weights(built.weights))
     iterations = ppo.iterations_over(round(order.prompts_per_epoch * reading.scale))
-    foresee(model, CAUSAL_LM, samples=True)
+    notice_fallbacks(model, CAUSAL_LM, samples=True)
     if ppo.has_critic or ppo.needs(Input.reward_model):
         scoring = model if ppo.reward_model is None else model_of(job.model, Path(ppo.reward_model))
-        foresee(scoring, NEW_REWARD_MODEL)
+        notice_fallbacks(scoring, NEW_REWARD_MODEL)
     return of_prompts(built, tokenizer, reading, ppo.train, order.prompts_per_epoch, iterations)
 
 
@@ -57,7 +57,7 @@ def preview(job: PPOJob, folder: Path) -> None:
     Before an earlier step of the run has made the policy, the base model's tokenizer counts.
     """
     tokenizer = load_tokenizer(model_to_preview(job.model, job.ppo.policy, "ppo.policy"))
-    built = build_data(job, Step.ppo, job.ppo.data, kind_of(job), tokenizer, progress.say)
+    built = build_data(job, Step.ppo, job.ppo.data, dataset_type_of(job), tokenizer, progress.say)
     prompts = built.train
     show_preview(
         a_few(prompts, job.seed, lambda index, marked: prompt_runs(prompts[index], tokenizer, marked=marked)),

@@ -13,9 +13,9 @@ from typing import NoReturn
 from common.data.stored import PromptDataset
 from common.phases import enter
 from common.runtime.distributed import STOPPED_EXIT_CODE, seed_everything
-from common.training.average import ExponentialAverage, swapped_in
-from common.training.checkpoint import State, States
-from common.training.loop import check_length, is_due, stopping_line, watched_by_all
+from common.training.checkpoint import Stateful, StatefulGroup
+from common.training.ema import ExponentialMovingAverage, swapped_in
+from common.training.loop import check_length, early_stopping_on_all_ranks, is_due, stopping_line
 from common.training.session import Session, restore
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluate import Evaluation
@@ -51,13 +51,13 @@ class Iterations:
         self._session, self._ppo, self._networks, self._sampler = session, ppo, networks, sampler
         self._evaluation, self._total_steps, self._updates = evaluation, total_steps, updates
         actor = networks.actor.engine
-        self.average = None if ppo.ema_decay is None else ExponentialAverage(actor, ppo.ema_decay)
+        self.average = None if ppo.ema_decay is None else ExponentialMovingAverage(actor, ppo.ema_decay)
         self._unfinished = Unfinished(writes=session.world.is_rank0)
         critic = None if networks.critic is None else networks.critic.engine
-        parts: dict[str, State | None] = {
+        parts: dict[str, Stateful | None] = {
             "actor": actor, "experience": self._unfinished, "critic": critic, "average": self.average,
         }  # fmt: skip
-        self._state = States(**{name: part for name, part in parts.items() if part is not None})
+        self._state = StatefulGroup(**{name: part for name, part in parts.items() if part is not None})
         self._checkpoints = session.checkpoints()
         restored = restore(
             self._checkpoints, self._state, session.say, lambda stored: PPOCounters.of(stored).place
@@ -112,7 +112,7 @@ class Iterations:
         seed_everything(session.job.seed, counters.step, counters.update, session.world.rank)
 
     def leave(self) -> NoReturn:
-        """Save and end the process, because all ranks were told to stop."""
+        """Save and end the process: all ranks were told to stop."""
         self._save()
         self._session.progress.log(
             f"told to stop: saved in iteration {self.counters.step + 1}; the same command goes on there"
@@ -124,7 +124,7 @@ class Iterations:
     ) -> dict[str, float]:
         """Count an update, and say so when it was skipped; its means over all ranks.
 
-        seen: what this rank's part of it saw. rows: what its prompts are of.
+        seen: sums over this rank's part of the update. rows: the data set of its prompts.
         """
         assert self.experience is not None
         if self.average is not None and outcome.actor is not None and outcome.actor.applied:
@@ -167,7 +167,7 @@ class Iterations:
             session.progress.log(stopping_line(step, self._ppo.train.stop_when, unit="iteration"))
 
     def _evaluate(self) -> None:
-        """Measure on held-out prompts what would be exported now."""
+        """Measure the policy that would be exported now, on held-out prompts."""
         if self._evaluation is None:
             return
         enter("evaluate")
@@ -175,7 +175,7 @@ class Iterations:
         self._networks.eval()
         with swapped_in(self.average):
             held_out, samples = self._evaluation(self._networks, self._sampler)
-        watched = watched_by_all(session, self.counters.watched, held_out)
+        watched = early_stopping_on_all_ranks(session, self.counters.watched, held_out)
         self.counters = replace(self.counters, watched=watched)
         session.tracker.log(held_out, step)
         session.tracker.log_samples(samples, step)

@@ -24,7 +24,7 @@ from common.model.fused_loss import TokenLoss
 from common.runtime.distributed import all_reduce_sum
 
 LARGEST_LOG_RATIO = 20.0
-"""A larger ratio only shows that something went wrong; e^20 is finite in fp32, with room for sums."""
+"""Bound of log ρ: a larger ratio is an error already; e^20 is finite in fp32, with room for sums."""
 
 
 class PolicySums(NamedTuple):

@@ -76,7 +76,7 @@ def per_token(
     batches: this rank's; together the ranks' hold every response once. All ranks get all results.
     """
     found = np.empty(experience.num_tokens, np.float32)
-    for response, values in _all_gathered(experience, batches, compute, np.diff(experience.offsets)):
+    for response, values in _all_gathered(batches, compute, np.diff(experience.offsets)):
         found[experience.offsets[response] : experience.offsets[response + 1]] = values
     return found
 
@@ -87,7 +87,7 @@ def per_response(
     """float64 [B]: the results of `compute` (a number for each document of a batch) for all responses."""
     found = np.empty(len(experience.responses), np.float64)
     ones = np.ones(len(found), np.int64)
-    for response, values in _all_gathered(experience, batches, compute, ones):
+    for response, values in _all_gathered(batches, compute, ones):
         found[response] = values[0]
     return found
 
@@ -99,10 +99,7 @@ def last_positions(batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def _all_gathered(
-    experience: Experience,
-    batches: Iterable[Batch],
-    compute: Callable[[Batch], torch.Tensor],
-    sizes: np.ndarray,
+    batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor], sizes: np.ndarray
 ) -> Iterable[tuple[int, np.ndarray]]:
     own: list[tuple[int, np.ndarray]] = []
     for batch in batches:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Critic(PackedScalarModel):
-    """A value for each asked position: what the head says, plus a constant that is not trained."""
+    """A value for each asked position: the head's output plus a constant that is not trained."""
 
     def __init__(self, model: torch.nn.Module, shortcuts: Shortcuts, shift: float = 0.0) -> None:
         super().__init__(model, shortcuts)
@@ -90,7 +90,7 @@ class Networks:
         return -self.score_tokens(batch).token_losses
 
     def reference_logprobs(self, batch: Batch) -> torch.Tensor:
-        """The same of the policy that the actor started from."""
+        """fp32 [M], the log-probabilities of the reference, the policy that the actor started from."""
         if self.reference is not None:
             return -self._token_losses(self.reference, batch, False).token_losses
         with adapters_off(self.actor.engine.module):
@@ -201,10 +201,9 @@ def load_critic(
 ) -> Critic:
     """The value network, to be trained; with adapters these and the head are.
 
-    From the reward model it begins by expecting, at every position, the calibrated reward that a response
-    would get if it ended there: (r - mean) / std, in the units of what it has to learn. From the policy its
-    head begins with zeros, which is the mean of calibrated rewards: a random one would put noise of their own
-    size into the first advantages.
+    Started from the reward model, it predicts at every position the calibrated reward of a response that ends
+    there: (r - mean) / std, in the units of the returns. Started from the policy, its head is zero, the mean
+    of calibrated rewards: a random head would put noise as large as the rewards into the first advantages.
     """
     from_reward_model = job.ppo.critic_starts_from is Input.reward_model
     if from_reward_model and reward_model is None:
@@ -239,7 +238,7 @@ def load_frozen_reward_model(
 
 
 def _units(ppo: PPOConfig, calibration: Calibration) -> tuple[float, float]:
-    """(scale, shift) from the reward model's score to what it counts in the reward, but for the clipping."""
+    """(scale, shift) from the reward model's raw score to its part of the reward, before clipping."""
     weights = [source.weight for source in ppo.rewards if source.model]
     weight = weights[0] if weights else 1.0
     return weight / calibration.std, -weight * calibration.mean / calibration.std
@@ -247,7 +246,7 @@ def _units(ppo: PPOConfig, calibration: Calibration) -> tuple[float, float]:
 
 @torch.no_grad()
 def _scale_head(network: PreTrainedModel, factor: float) -> None:
-    """Into the weight and not beside it: a step of the optimizer then moves a value as much, whatever size
+    """Folded into the weight: a step of the optimizer then moves a value equally far, whatever size
     the reward model's scores have."""
     for weight in head_weights(network):
         weight.mul_(factor)

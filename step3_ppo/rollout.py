@@ -1,9 +1,9 @@
-"""Part 1 of an iteration: the responses, sampled by all ranks, and all that becomes known about them.
+"""Part 1 of an iteration: all ranks sample the responses; `Experience` then collects everything about them.
 
 Takes the actor's engine, the prompts of the iteration and the sampling settings; returns `Response`s, ordered
-by prompt and then by sample, the same on every rank. A prompt's samples fall to one rank, which computes the
-prompt once. Sampling depends only on seed, iteration, the prompt's place and the sample, not on the number of
-ranks or slots.
+by prompt and then by sample, the same on every rank. One rank samples all responses to a prompt and computes
+the prompt once. Sampling depends only on seed, iteration, the prompt's place and the sample, not on the
+number of ranks or slots.
 
 Ranks also share the scoring of an `Experience` and exchange the results, so that advantages and minibatches
 are computed alike everywhere. Nothing is padded: numbers of tokens lie in flat arrays over all response
@@ -23,7 +23,7 @@ from torch import nn
 
 from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
-from common.decoding.requests import Completion, DecodingCounts, Request, SamplingRule
+from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
 from step3_ppo.config import RolloutConfig
@@ -38,7 +38,7 @@ class Response:
 
     prompt_id: index of its prompt in the data set. group: the prompt's place in the iteration; the samples of
     a prompt share it. prompt: int32 [T]. tokens: int32 [R], at least one, with the terminator if `stopped`.
-    logprobs: fp32 [R], what the sampler said of them at the sampling temperature (all tokens allowed).
+    logprobs: fp32 [R], of these tokens at the sampling temperature, over all tokens of the vocabulary.
     """
 
     prompt_id: int
@@ -101,20 +101,11 @@ class PromptSource(Protocol):
     def __getitem__(self, index: int) -> TokenizedPrompt: ...
 
 
-def rule_of(config: RolloutConfig, terminators: Sequence[int], *, greedy: bool = False) -> SamplingRule:
-    """How responses are sampled; greedy: always the likeliest token."""
-    if greedy:
-        return SamplingRule(0.0, config.max_new_tokens, tuple(terminators))
-    return SamplingRule(
-        config.temperature, config.max_new_tokens, tuple(terminators), config.top_p, config.top_k
-    )
-
-
 def roll_out(
     decoder: Decoder,
     prompts: PromptSource,
     prompt_ids: Sequence[int],
-    rule: SamplingRule,
+    params: SamplingParams,
     *,
     key: tuple[int, ...],
     samples: int = 1,
@@ -125,8 +116,8 @@ def roll_out(
     """`samples` responses to each prompt, group-major and sample-minor; None when told to stop.
 
     prompt_ids: the same on every rank; a prompt's place among them is its group. key: all draws derive from
-    it, the group and the sample, whichever rank or slot a response falls to. Every rank calls this; all get
-    None if one was told to stop, and all raise the UserError of one. lockstep: see `Decoder.decode`.
+    it, the group and the sample, not from rank or slot. Every rank calls this; all get None if one was told
+    to stop, and all raise the UserError of one. lockstep: see `Decoder.decode`.
     """
     own = [
         Request(prompts[prompt_ids[group]].input_ids, (STREAM, *key, group, sample))
@@ -134,7 +125,7 @@ def roll_out(
         for sample in range(samples)
     ]
     shares = all_gather_or_raise(
-        lambda: decoder.decode(own, rule, should_stop=should_stop, lockstep=lockstep)
+        lambda: decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
     )
     made = [share for share in shares if share is not None]
     if len(made) < len(shares):
@@ -206,7 +197,7 @@ class Sampler:
                 self._decoder,
                 prompts,
                 prompt_ids,
-                rule_of(self._config, self._terminators, greedy=greedy),
+                SamplingParams.of(self._config, self._terminators, greedy=greedy),
                 key=key,
                 samples=samples,
                 world=self._world,

@@ -45,10 +45,11 @@ class Texts:
     columns: dict[str, list[Any]]
 
 
-def same_of_the_same(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
-    """float64 [B]: scores [B], where responses with the same tokens have the score of the first of them.
+def same_score_for_same_tokens(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
+    """float64 [B]: scores [B]; responses to a prompt with the same tokens get the score of the first of them.
 
-    The other documents of a batch move a model's score by rounding, which must not become a group's spread.
+    A model's score of the same tokens differs by rounding from batch to batch; that must not become a group's
+    spread.
     """
     of_first: dict[tuple[int, bytes], float] = {}
     alike = ((response.prompt_id, response.tokens.tobytes()) for response in responses)
@@ -82,14 +83,14 @@ class Scoring:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the reward model is a source, and nobody has told the mean and deviation of its scores."""
+        """Whether the reward model is a source and the mean and deviation of its scores are not known yet."""
         return self._sources.has_model and self.calibration is None
 
     def check(self, rows: PromptDataset, *, held_out: bool = False) -> None:
         """UserError when a function needs a column that no source of the rows has.
 
         Reads the first rows of each source, as a row may lack a column. From now on every batch has these
-        columns. held_out: the rows are held out, which the message then says.
+        columns. held_out: the message says that the rows are held out.
         """
         firsts = [np.flatnonzero(rows.source_ids == i)[:ROWS_LOOKED_AT] for i in np.unique(rows.source_ids)]
         columns = sorted({name for index in np.concatenate(firsts) for name in rows[int(index)].columns})
@@ -139,7 +140,7 @@ class Scoring:
             batches = batches_in(asked, replace(plan, share_prefix=networks.share_prefix))
         with networks.reward_model.present():
             scored = per_response(asked, batches, networks.document_scores)
-        return same_of_the_same(experience.responses, scored)
+        return same_score_for_same_tokens(experience.responses, scored)
 
     def _read(self, experience: Experience, texts: Texts, reader: TextReader) -> Experience:
         """The same responses in the tokens of a reward model that is given text."""

@@ -42,12 +42,12 @@ class PPOCounters:
     watchdogs: Mapping[str, Any] = field(default_factory=dict)  # what they remember
     first_ratio_error: float | None = None  # mean |ratio − 1| in the first update of this iteration
     sums: Mapping[str, float] = field(default_factory=dict)  # of the updates done in the unfinished iteration
-    watched: loop.Watched = field(default_factory=loop.Watched)
+    watched: loop.EarlyStopping = field(default_factory=loop.EarlyStopping)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> PPOCounters:
         """As a checkpoint has them; one of an earlier version watches nothing."""
-        return cls(**{**stored, "watched": loop.Watched(**stored.get("watched", {}))})
+        return cls(**{**stored, "watched": loop.EarlyStopping(**stored.get("watched", {}))})
 
     @property
     def is_fresh(self) -> bool:
@@ -113,7 +113,7 @@ class PPOCounters:
 
 
 class Unfinished:
-    """The `Experience` of an unfinished iteration; a `State` of checkpoints.
+    """The `Experience` of an unfinished iteration; a `Stateful` of checkpoints.
 
     All ranks hold the same one, so only rank 0 writes it.
     """

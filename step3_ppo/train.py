@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from common.data.batches import Batches
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.errors import UserError
 from common.handoff import check_same_tokens, model_of
 from common.model.architecture import CAUSAL_LM
@@ -27,12 +27,12 @@ from common.model.tokenizer import load_tokenizer, terminators_of
 from common.phases import enter
 from common.runtime.performance import training_flops_per_token
 from common.stage import Input, Step
-from common.training.average import swapped_in
+from common.training.ema import swapped_in
 from common.training.session import Session, probe_of
 from step3_ppo.advantages import next_coef, with_advantages
 from step3_ppo.calibrate import calibrate
 from step3_ppo.config import PPOConfig, PPOJob
-from step3_ppo.data import PromptOrder, kind_of
+from step3_ppo.data import PromptOrder, dataset_type_of
 from step3_ppo.evaluate import evaluation_of
 from step3_ppo.iterations import Iterations
 from step3_ppo.loss import UpdateSums
@@ -60,7 +60,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         check_same_tokens(policy, reward_model)  # it is given the policy's token ids, or text
         parents[Input.reward_model] = reward_model
     tokenizer = load_tokenizer(model_of(job.model, policy.path))
-    data = session.load_data(ppo.data, kind_of(job), tokenizer, policy=policy)
+    data = session.load_data(ppo.data, dataset_type_of(job), tokenizer, policy=policy)
     plan = session.batch_plan(ppo.data)
     scoring = Scoring(ppo, reward_model, tokenizer, world, reader_of(job.model, reward_model), plan)
     scoring.check(data.train)

@@ -7,7 +7,6 @@ Without a Chromium on the machine `find()` gives None; `CHROMIUM` names one that
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import os
@@ -113,13 +112,6 @@ class Browser:
         answer = self._call("Runtime.evaluate", {"expression": expression, "returnByValue": True})
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
-
-    def screenshot(self, path: Path, *, height: int | None = None, top: int = 0) -> None:
-        """Write what the page looks like, all of it, as PNG."""
-        width, whole = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": top, "width": width, "height": min(height or whole, whole - top), "scale": 1}
-        shot = self._call("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def requests(self) -> list[str]:
         """Addresses that the page asked for since it was opened; data written in the page is none."""

@@ -10,12 +10,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests import served
 
 TOKEN = "hf_" + "a" * 34
 USER, ORGANISATION = "me", "lab"
@@ -239,11 +240,5 @@ def _mode(name: str, repository: Repository) -> dict[str, Any]:
 def running() -> Iterator[FakeHub]:
     """A server on a free port, stopped at the end."""
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with served.serving(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

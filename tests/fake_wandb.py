@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests import served
+
 
 class FakeWandb(ThreadingHTTPServer):
     """What arrived, in order: `history` per run id, `upserts` (variables), `operations`, `uploads`."""
@@ -195,12 +197,8 @@ def _bucket(name: str, lines: int) -> dict[str, Any]:
 def running() -> Iterator[FakeWandb]:
     """A server on a free port, stopped at the end."""
     server = FakeWandb()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.release.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with served.serving(server):
+        try:
+            yield server
+        finally:
+            server.release.set()

@@ -7,12 +7,13 @@ import re
 import shutil
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.served import serving as in_thread
 
 LOOK = "bytes=0-0"
 """The range that asks how long a file is."""
@@ -115,12 +116,6 @@ def serving(certificate: Path | None = None, /, **files: bytes) -> Iterator[File
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
         server.socket = context.wrap_socket(server.socket, server_side=True)
-    served.url = f"http{'' if certificate is None else 's'}://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with in_thread(server) as url:
+        served.url = url if certificate is None else url.replace("http", "https")
         yield served
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

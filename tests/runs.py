@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, SourceConfig, to_plain
+from common.config import Dtype, JobConfig, SourceConfig, to_plain
 from common.runtime.tracking import read_metrics
 from common.tracking_config import WandbMode
 from step1_sft.config import SFTJob
@@ -22,6 +23,16 @@ LLAMA: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 VOCABULARY = 300
+CHECKPOINT = (
+    "counters.json", "layout.json", "manifest.json", "zero/mp_rank_00_model_states.pt",
+    "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)  # fmt: skip
+"""Files of a checkpoint of one network, on one rank at ZeRO 1 or 2."""
+EXPORT = (
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+"""Files of a policy's artifact."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +74,22 @@ class Base:
 
     def write(self, name: str, job: SFTJob) -> Path:
         """Write the job's resolved.yaml, as the controller would; returns the run's folder."""
-        from omegaconf import OmegaConf
-
-        run_dir = self.folder / "runs" / name
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(to_plain(job)), run_dir / "resolved.yaml")
-        return run_dir
+        return write_job(job, self.folder / "runs" / name)
 
     def run(self, name: str, job: SFTJob, ranks: int = 1) -> Path:
         """Run the job to its end; returns the run's folder."""
         run_dir = self.write(name, job)
         finish(run_dir, ranks)
         return run_dir
+
+
+def write_job(job: JobConfig, run_dir: Path) -> Path:
+    """Write the job's resolved.yaml, as the controller would; returns the run's folder."""
+    from omegaconf import OmegaConf
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(to_plain(job)), run_dir / "resolved.yaml")
+    return run_dir
 
 
 def start(run_dir: Path, ranks: int, program: Callable[..., int] = forked.sft, *more: Any) -> forked.Ranks:
@@ -100,6 +115,18 @@ def wait_while(started: forked.Ranks, condition: Callable[[], bool]) -> None:
     while condition():
         assert time.monotonic() < end, started.output.read_text()[-3000:]
         time.sleep(0.002)
+
+
+def dies(run_dir: Path, ranks: int, victim: int, program: Callable[..., int], *more: Any) -> None:
+    """Start it; rank `victim` must kill itself. The other is then killed by its launcher."""
+    started = start(run_dir, ranks, program, *more)
+    wait_while(started, lambda: started.processes[victim].is_alive())
+    started.kill()
+    assert started.processes[victim].exitcode == -signal.SIGKILL, (run_dir / "output.txt").read_text()[-3000:]
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def training_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ FOLDERS = [
     "demo",
     "docs",
     "benchmarks",
+    "evaluation",
 ]
 REPLACED = {
     r"from_main|of_all_ranks|wait_for_main|is_main": "broadcast_from_rank0, all_gather_or_raise, is_rank0",
@@ -28,6 +29,12 @@ REPLACED = {
     r"\b(?:Heard|Beat|Verdict)\b": "HeartbeatMonitor, Heartbeat, Diagnosis",
     r"_Door\b|send_home": "_Rendezvous, dismiss",
     r"leaders?_of|\bleaders?\b": "owner of a shared prefix, prefix group",
+    r"\bKind\[|data\.kinds": "DatasetType, data.dataset_types",
+    r"\bMade\[|refuse_loss|lost_in_turn|lost_by_template": "RowRecords, refuse_left_out, left_out_of_turn",
+    r"\bSubject\b|load_subject": "InferenceModel, load_inference_model",
+    r"SamplingRule|\brule_of\(": "SamplingParams",
+    r"\bWatched\b|watched_by_all|ExponentialAverage": "EarlyStopping, ExponentialMovingAverage",
+    r"foresight|foresee\(|account_of": "fallbacks, notice_fallbacks, training_record",
     r"(?<!Approximating KL )\b[Dd]ivergences?\b": "KL",
 }
 

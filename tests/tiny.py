@@ -7,10 +7,16 @@ usual chat templates are one special token each. Nothing is read from disk or th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+"""Fields of a small decoder's config, without its vocabulary."""
 
 SPECIAL_TOKENS = (
     "<pad>",

@@ -33,7 +33,8 @@ Record = TypeVar("Record", covariant=True)
 
 
 class RecordSource(Protocol[Record]):
-    """What batches need to know of a data set (see `stored.py`). lengths: tokens, of a pair of both sides."""
+    """The part of a data set (see `stored.py`) that batches need. lengths: tokens, of a pair of both
+    sides."""
 
     lengths: np.ndarray
     source_ids: np.ndarray
@@ -229,10 +230,10 @@ def collate(
     source_ids: Sequence[int],
     prefix_groups: Sequence[int] | None = None,
 ) -> Batch:
-    """Documents laid end to end; none at all gives one token without targets.
+    """Documents laid end to end; no document gives one token without targets.
 
-    row_ids, source_ids, prefix_groups: one per document. Neighbours of one prefix group share the tokens that
-    they have in common at their start (None: nothing is shared). Shapes are those of `Batch`.
+    row_ids, source_ids, prefix_groups: one per document. Neighbours of one prefix group share their common
+    prefix (None: nothing is shared). Shapes as in `Batch`.
     """
     if not examples:
         nothing = TokenizedExample(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32), "")
@@ -322,10 +323,10 @@ def _common_tokens(owner: TokenizedExample, other: TokenizedExample) -> int:
 def _units(
     dataset: DocumentSource, indices: np.ndarray, plan: BatchPlan, prefix_groups: np.ndarray | None
 ) -> list[tuple[np.ndarray, int]]:
-    """The documents in units that stay together in a row, with the number of tokens that stand in each.
+    """The documents in units that stay together in a row, with the tokens of each unit.
 
-    Alone where nothing is shared, where every document has a row of its own, or where ranks would be left
-    without a row.
+    Each document is a unit where nothing is shared, where every document has a row of its own, or where ranks
+    would get no row.
     """
     alone = [(indices[at : at + 1], int(dataset.lengths[index])) for at, index in enumerate(indices)]
     if prefix_groups is None or not plan.packing:

@@ -75,8 +75,8 @@ def cache_key(
 ) -> dict[str, Any]:
     """Everything that decides the tokenized rows, part by part, as JSON values.
 
-    named: the sources with their names. kind: what rows are read as. room: what of data.max_length they
-    leave free. stage: whose rows, of those shared.
+    named: the sources with their names. kind: the type of data set. room: tokens of data.max_length that rows
+    leave free. stage: the step whose rows are wanted, where steps share a source.
     """
     reading = {
         name: {
@@ -209,7 +209,7 @@ def _written_at(folder: Path) -> int | None:
 
 
 def _signs(folder: Path) -> set[tuple[str, int]]:
-    """What grows while a builder is at work."""
+    """Signs of a builder at work: numbers that grow meanwhile."""
     signs = set()
     for path in _unfinished(folder):
         with suppress(OSError):  # it may be renamed while we look

@@ -29,7 +29,7 @@ RESERVED_VARIABLES = (
 
 
 def kind(value: object) -> str:
-    """What a value is, in words for a message."""
+    """The JSON type of a value, in words for a message."""
     kinds = {type(None): "null", dict: "an object", list: "an array", bool: "a boolean"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
@@ -121,7 +121,7 @@ def variables(value: object) -> Mapping[str, object]:
 
 
 def reasoning(extra: Mapping[str, object], where: str) -> dict[str, object]:
-    """What a turn holds beside role and content, with its reasoning under one name."""
+    """A turn's fields other than role and content, with its reasoning under one name."""
     said = {key: words(extra[key], f"{where}: {key}") for key in REASONING_KEYS if extra.get(key) is not None}
     if len(set(said.values())) > 1:
         raise RowError(f"{where}: {' and '.join(said)} say different things")

@@ -19,8 +19,8 @@ from common.chat_template import TEMPLATE_HINT, RenderError, Span, limit
 from common.config import Truncation
 from common.data import parts
 from common.data.encoder import Encoder, one_bos, whole_document
-from common.data.outcomes import Drop, Made
-from common.data.prompt_rule import NOTHING_TRAINED, Document, refuse_loss, write
+from common.data.outcomes import Drop, RowRecords
+from common.data.prompt_rule import NOTHING_TRAINED, Document, documents_with_loss_mask, refuse_left_out
 from common.data.render import ChatTemplate, read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
@@ -33,7 +33,7 @@ TOKENS_MERGE = "tokens merge across the end of a prompt"
 
 def tokenize(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerFast
-) -> list[Made[TokenizedExample] | Drop]:
+) -> list[RowRecords[TokenizedExample] | Drop]:
     """One result per conversation, in order, with labels shifted; not yet cut to a length.
 
     Raises UserError when the template cannot be used, or its tags differ from the turns it writes.
@@ -44,7 +44,7 @@ def tokenize(
         template, places = read_template(tokenizer), [row.place for row in conversations]
         written = limit(functools.partial(_written, template=template), conversations, template.name, places)
     encoder = Encoder(tokenizer)
-    made = [result for result in written if isinstance(result, Made)]
+    made = [result for result in written if isinstance(result, RowRecords)]
     encodings = iter(encoder.batch([document.text for each in made for document in each.records]))
     return [
         result
@@ -54,11 +54,11 @@ def tokenize(
     ]
 
 
-def _written(row: Conversation, template: ChatTemplate | None) -> Made[Document] | Drop:
+def _written(row: Conversation, template: ChatTemplate | None) -> RowRecords[Document] | Drop:
     if row.text is not None:
-        return Made((Document(row.text, ((0, len(row.text)),)),))
+        return RowRecords((Document(row.text, ((0, len(row.text)),)),))
     assert template is not None
-    return write(row, template)
+    return documents_with_loss_mask(row, template)
 
 
 def tokenize_questions(
@@ -66,8 +66,8 @@ def tokenize_questions(
 ) -> list[np.ndarray | Drop]:
     """Turns that end where an assistant's would begin, through the generation prompt: int32 [T] each.
 
-    These are the tokens with which a document begins that has the assistant's turn, before what it trains
-    there. UserError when there is no chat template.
+    A document with the assistant's turn begins with the same tokens, up to its first trained one. UserError
+    when there is no chat template.
     """
     template, places = read_template(tokenizer), [place for _, _, place in questions]
     texts = limit(functools.partial(_asked, template=template), questions, template.name, places)
@@ -83,7 +83,7 @@ def _asked(question: tuple[Sequence[Message], TemplateContext, Place], template:
     turns, context, place = question
     try:
         text, _ = render(turns, template, context, prompt=True)
-        refuse_loss(parts.lost_by_template(turns, context, template, prompt=True))
+        refuse_left_out(parts.left_out_by_template(turns, context, template, prompt=True))
     except RenderError as error:
         return Drop(str(error), place, faulty=True)
     return text
@@ -120,8 +120,8 @@ def fit(
 
 
 def find_terminators(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids of the tokens with which the chat template really ends an assistant turn: first that of an answer,
-    then that of a call, where it is another one.
+    """Ids of the tokens that really end an assistant turn in the chat template: first the one behind an
+    answer, then the one behind a call, where they differ.
 
     Raises UserError when there is no template or its turns have no one-token terminator.
     """
@@ -152,7 +152,7 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         for answer in answers
     ]
     results = tokenize(probes, tokenizer)
-    made = next((result for result in results if isinstance(result, Made)), None)
+    made = next((result for result in results if isinstance(result, RowRecords)), None)
     if made is None:
         reason = next(result.reason for result in results if isinstance(result, Drop))
         raise UserError(f"the chat template trains nothing: {reason}", hint=TEMPLATE_HINT)
@@ -170,8 +170,8 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _examples(
-    row: Conversation, made: Made[Document], encodings: list[Any], encoder: Encoder
-) -> Made[TokenizedExample] | Drop:
+    row: Conversation, made: RowRecords[Document], encodings: list[Any], encoder: Encoder
+) -> RowRecords[TokenizedExample] | Drop:
     """The documents of a row as tokens; split where one document would merge tokens across a prompt's end."""
     if row.text is not None:
         return _plain(row, encodings[0].ids, encoder)
@@ -184,9 +184,9 @@ def _examples(
             examples.append(_in_parts(document, row.source, encoder))
         else:
             apart = tuple(Document(document.text[:end], ((start, end),)) for start, end in document.spans)
-            split = Made(apart, TOKENS_MERGE, made.untrained)
+            split = RowRecords(apart, TOKENS_MERGE, made.untrained)
             return _examples(row, split, encoder.batch([each.text for each in apart]), encoder)
-    return Made(tuple(examples), made.split, made.untrained)
+    return RowRecords(tuple(examples), made.split, made.untrained)
 
 
 def _bounds(document: Document, encoding: Any, encoder: Encoder) -> list[Span] | None:
@@ -206,7 +206,7 @@ def _bounds(document: Document, encoding: Any, encoder: Encoder) -> list[Span] |
 def _tokens_of_prompt(
     text: str, end: int, ids: list[int], offsets: list[Span], encoder: Encoder
 ) -> int | None:
-    """How many of the first tokens are those of `text[:end]` alone; None when no number of them is.
+    """How many of the first tokens equal the tokens of `text[:end]` alone; None when no number does.
 
     Text behind an added token is encoded on its own, so only what follows the last one has to be compared.
     """
@@ -229,14 +229,14 @@ def _labelled(
 
 
 def _in_parts(document: Document, source: str, encoder: Encoder) -> TokenizedExample:
-    """Prompt and turn encoded apart, and put together: the model is given the one and writes the other."""
+    """Prompt and turn, encoded apart and joined: the model gets the prompt and writes the turn."""
     ((start, end),) = document.spans
     prompt, turn = encoder.ids(document.text[:start]), encoder.ids_inside(document.text[start:end])
     return _labelled([*prompt, *turn], [(len(prompt), len(prompt) + len(turn))], source, encoder.bos)
 
 
-def _plain(row: Conversation, ids: Sequence[int], encoder: Encoder) -> Made[TokenizedExample] | Drop:
+def _plain(row: Conversation, ids: Sequence[int], encoder: Encoder) -> RowRecords[TokenizedExample] | Drop:
     """Plain text is one document, trained whole."""
     tokens, before = whole_document(np.array(ids, np.int32), encoder.tokenizer)
     example = _labelled(tokens, [(before, len(tokens))], row.source, encoder.bos)
-    return Made((example,)) if example.trained else Drop(NOTHING_TRAINED, row.place)
+    return RowRecords((example,)) if example.trained else Drop(NOTHING_TRAINED, row.place)

@@ -160,7 +160,7 @@ def _turn(turn: object, where: str) -> Message:
 
 
 def _is_trained(extra: dict[str, Any], role: str, where: str) -> bool:
-    """What the turn's `weight` and `train` say, which are taken out: no template may read them."""
+    """Whether the turn is trained, by its `weight` and `train`. Removes both: no template may read them."""
     weight, train = extra.pop("weight", 1), extra.pop("train", role == "assistant")
     if isinstance(weight, bool) or weight not in (0, 1):
         raise RowError(f"{where}: weight is {weight!r}: a turn is trained (1) or not (0)")
@@ -172,7 +172,7 @@ def _is_trained(extra: dict[str, Any], role: str, where: str) -> bool:
 
 
 def asked(columns: Columns, name: str, *, empty: bool = True) -> tuple[Message, ...]:
-    """What a column asks, at least one turn: a list of messages, a transcript, or what the user says.
+    """The prompt in a column, at least one turn: a list of messages, a transcript, or the user's text.
 
     The column `system` is the first turn.
     """
@@ -193,7 +193,7 @@ def _without_cue(turns: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def behind_system(columns: Columns, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns behind the system turn in the column of that name, if any; turns may begin with the same."""
+    """The turns behind the turn of the column `system`, if any; they may begin with that turn already."""
     if columns.get("system") in (None, ""):
         return turns
     said = text(columns, "system")
@@ -205,7 +205,7 @@ def behind_system(columns: Columns, turns: tuple[Message, ...]) -> tuple[Message
 
 
 def history(columns: Columns) -> tuple[Message, ...]:
-    """Alpaca's `history`: what was asked and answered before, as pairs."""
+    """Alpaca's `history`: earlier questions with their answers, as pairs."""
     found = canonical.parsed(columns.get("history") or [], "history")
     if not isinstance(found, list):
         raise RowError(f"history is not an array ({kind(found)})")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 REASONING_TAGS = ("<think>", "</think>")
-"""What an assistant writes itself in its own content."""
+"""Control tokens that an assistant writes in its own content."""
 
 GUARD, REAL, END = 0x108000, 0x10A000, 0x10C000
 """Private-use characters: token number n is GUARD + n as text, REAL + n where the template wrote it."""
@@ -50,7 +50,7 @@ class ControlTokens:
         return {token: number for number, token in enumerate(self.tokens)}
 
     def found(self, row: Conversation | Preference | Prompt) -> list[str]:
-        """Those inside the row's contents, each once; characters that are reserved here are named too."""
+        """The control tokens inside the row's contents, each once, and characters that are reserved here."""
         seen: dict[str, None] = {}
 
         def look(text: str, own: bool) -> str:
@@ -127,9 +127,9 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
 
 @functools.lru_cache(maxsize=4)
 def text_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The tokenizer's backend, whose control tokens are runs of private-use characters with the same ids.
+    """The tokenizer's backend with runs of private-use characters as its control tokens, under the same ids.
 
-    What reads like a control token is ordinary text to it, whatever the model's vocabulary holds.
+    It encodes text that reads like a control token as ordinary text, whatever the model's vocabulary holds.
     """
     from tokenizers import Tokenizer
 

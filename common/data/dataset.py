@@ -1,10 +1,10 @@
 """Sources -> tokenized records on disk, split into training and held-out ones.
 
 Takes a `DataConfig` and a tokenizer, gives two data sets and the ledger of what became of each row. The
-records are documents, pairs of them when the rows are preferences, or prompts (`kinds.py`). They lie in one
-memory-mapped Arrow file, in a folder of the cache (`cache.py`) that appears only when it is whole. The rows
-are read in `reader.py`, the folder is filled in `writer.py`. Memory stays flat however many rows there are (a
-few numbers per row). Does not pack and does not make batches.
+records are documents, pairs of them when the rows are preferences, or prompts (`dataset_types.py`). They lie
+in one memory-mapped Arrow file, in a folder of the cache (`cache.py`) that appears only when it is whole. The
+rows are read in `reader.py`, the folder is filled in `writer.py`. Memory stays flat however many rows there
+are (a few numbers per row). Does not pack and does not make batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from common import limited
 from common.config import DataConfig
 from common.data import cache
-from common.data.kinds import DEMONSTRATIONS, Kind, Opened
+from common.data.dataset_types import DEMONSTRATIONS, DatasetType, Opened
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
 from common.data.splits import held_out, split_hash
@@ -38,7 +38,7 @@ Report = Callable[[str], None]
 def build(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    kind: Kind[Opened],
+    kind: DatasetType[Opened],
     *,
     stage: str | None = None,
     seed: int,
@@ -49,10 +49,10 @@ def build(
     """Training records, held-out records (None when there are none) and the ledger.
 
     kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
-    `data.stage_split` shares them out. Taken from the cache when all that decides them is unchanged and its
-    files hash to what was written; otherwise made, saying what changed. With `wait` this process does not
-    build but waits for the one that does (see `cache.wait_for`).
-    Raises UserError for bad data, and when no row is left to train on.
+    `data.stage_split` shares them out. They are taken from the cache when the cache key is unchanged and the
+    files still have their hashes; otherwise they are made, and a line says what changed. With `wait` this
+    process waits for the one that builds (see `cache.wait_for`). Raises UserError for bad data, and when no
+    row is left to train on.
     """
     if not data.all_sources():
         raise UserError("no data is named", hint="set data.path, or data.sources")
@@ -82,12 +82,12 @@ def build(
 def build_whole(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    kind: Kind[Opened],
+    kind: DatasetType[Opened],
     *,
     cache_dir: Path | str,
     report: Report = print,
 ) -> tuple[Opened, Ledger]:
-    """Every usable row of the sources, where nothing is trained: none is held out. As `build` otherwise."""
+    """Every usable row of the sources, none held out: for inference. Otherwise as `build`."""
     data = dataclasses.replace(data, eval_fraction=0.0)
     try:
         rows, _, ledger = build(data, tokenizer, kind, seed=0, cache_dir=cache_dir, report=report)
@@ -96,7 +96,7 @@ def build_whole(
     return rows, ledger
 
 
-def load(folder: Path, kind: Kind[Opened]) -> tuple[Opened, Opened | None, Ledger]:
+def load(folder: Path, kind: DatasetType[Opened]) -> tuple[Opened, Opened | None, Ledger]:
     """What `build` left in its folder."""
     ledger = Ledger.from_json(json.loads((folder / cache.LEDGER_FILE).read_text()))
     names = [entry.name for entry in ledger.sources]
@@ -124,8 +124,8 @@ def _way_out(reasons: str) -> str:
 def training_texts(
     data: DataConfig, *, stage: str | None = None, seed: int, report: Report = print
 ) -> Iterator[str]:
-    """Contents, and roles, which templates write too, of all demonstrations that the step trains on (those
-    held out and those of other steps are not), e.g. to train a tokenizer on; reads the data twice."""
+    """Contents and roles (templates write both) of all demonstrations that the step trains on, e.g. to train
+    a tokenizer. Leaves out held-out rows and rows of other steps; reads the data twice."""
     split = StageSplit(data.stage_split, stage, seed)
     hashes, source_ids = array("Q"), array("i")
     eval_hashes: set[int] = set()

@@ -44,7 +44,7 @@ class Encoder:
         return self._known[text]
 
     def ids_inside(self, text: str) -> list[int]:
-        """Those of a text inside a longer one: some tokenizers add a space to what comes first."""
+        """The tokens of a text inside a longer one: some tokenizers add a space at the very beginning."""
         for token, added in self.added.items():
             if not (added.rstrip or added.single_word):
                 ids = self.batch([str(added) + text])[0].ids

@@ -31,7 +31,8 @@ SUFFIXES = (*JSONL_SUFFIXES, ".json", ".csv", *COLUMNAR_SUFFIXES)
 READ_ROWS = 64
 """Rows read from a columnar file at once, at the most."""
 MOST_UNPACKED = 200
-"""How many times its packed form a group of rows of a Parquet file may be, if it is longer than a row may."""
+"""How many times larger than packed a group of rows of a Parquet file may be, if it is larger than the
+longest row."""
 PACKED_BYTES = 2**9
 """Bytes of a zstd file unpacked at once: they may come to 16 MiB, since a block of 4 holds up to 128 KiB."""
 
@@ -84,7 +85,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[Place, object]]:
 
 
 def _lines(path: Path) -> Iterator[object]:
-    """The lines as bytes; of one that is too long that it is, before the rest of it is read and forgotten."""
+    """The lines as bytes. A line that is too long is reported first; the rest of it is then read and
+    dropped."""
     with opened(path) as stream, _unpacked(path, stream) as text:
         while line := text.readline(LONGEST_ROW):
             yield line if len(line) < LONGEST_ROW else Faulty(f"the line is {TOO_LONG}")
@@ -161,7 +163,7 @@ def _parse_json_row(line: object) -> Mapping[str, object]:
 
 @dataclass(frozen=True)
 class Faulty:
-    """A row that its reader found wrong, carried to where bad rows are decided on."""
+    """A bad row, carried from its reader to the code that decides about bad rows."""
 
     reason: str
 
@@ -285,7 +287,7 @@ def checked_columns(rows: Any) -> Any:
 
 
 def in_blocks(count: int, read: Callable[[int, int], Sequence[object]]) -> Iterator[object]:
-    """So many rows, by what reads some of them from the first on; those of which one is faulty one by one."""
+    """The first `count` rows by `read(first, count)`, in blocks; a block with a faulty row one by one."""
     for start in range(0, count, READ_ROWS):
         yield from _block(start, min(READ_ROWS, count - start), read)
 

@@ -1,17 +1,16 @@
 """RawExample -> Conversation: what the columns of a row with one answer mean.
 
-A format is a name, the columns it needs and a function; `FORMATS` lists them in the order in which
-they are tried. A source's format is recognised once, from its first row; a later row without the
-columns is a bad row. Raises `RowError` for what is wrong with one row, `UserError` for a source
-that cannot be understood at all. Rows with two answers are read in `preferences.py`, prompts
-alone in `prompts.py`. Knows nothing of
-tokens.
+A format is a name, the columns it needs and a function; `FORMATS` lists them in the order in which they are
+tried. A source's format is recognised once, from its first row; a later row without the columns is a bad row.
+Raises `RowError` for what is wrong with one row, `UserError` for a source that cannot be understood at all.
+Rows with two answers are read in `preferences.py`, prompts alone in `prompts.py`. Knows nothing of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from common.data import columns as cells
 from common.data import preferences
@@ -51,7 +50,7 @@ def recognise(columns: Iterable[str], *, name: str | None = None, origin: str = 
     found = set(columns)
     listed = ", ".join(sorted(found)) or "none"
     if name is not None:
-        return _named(name, found, listed, origin)
+        return by_name(name, (*FORMATS, CHOSEN), found, origin)
     for candidate in FORMATS:
         if found.issuperset(candidate.required):
             return candidate
@@ -68,20 +67,39 @@ def recognise(columns: Iterable[str], *, name: str | None = None, origin: str = 
     )
 
 
-def _named(name: str, found: set[str], listed: str, origin: str) -> Format:
-    by_name = {candidate.name: candidate for candidate in (*FORMATS, CHOSEN)}
-    if name not in by_name:
+class Named(Protocol):
+    """A way to write a row, by its name and the columns that it needs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def required(self) -> tuple[str, ...]: ...
+
+
+Candidate = TypeVar("Candidate", bound=Named)
+
+
+def by_name(
+    name: str, candidates: Sequence[Candidate], columns: Collection[str], origin: str, purpose: str = ""
+) -> Candidate:
+    """The format that `data.sources.format` asks for. purpose: what it needs its columns for.
+
+    Raises UserError for a name that no candidate has, and for columns that are not there.
+    """
+    known = {candidate.name: candidate for candidate in candidates}
+    if name not in known:
         raise UserError(
             f"data.sources.format={name} is not known",
-            hint=did_you_mean(name, by_name, f"one of {', '.join(by_name)}"),
+            hint=did_you_mean(name, known, f"one of {', '.join(known)}"),
         )
-    missing = [column for column in by_name[name].required if column not in found]
+    missing = [column for column in known[name].required if column not in columns]
     if missing:
         raise UserError(
-            f"{origin}: format {name} needs the columns {', '.join(missing)}; found {listed}",
+            f"{origin}: format {name} needs the columns {', '.join(missing)}{purpose}; "
+            f"found {', '.join(sorted(columns)) or 'none'}",
             hint="map them with data.sources.columns, e.g. {prompt: query}",
         )
-    return by_name[name]
+    return known[name]
 
 
 def to_conversation(
@@ -114,7 +132,7 @@ def sharegpt(columns: Columns) -> tuple[Message, ...]:
 
 
 def instruction(columns: Columns) -> tuple[Message, ...]:
-    """What Alpaca's `instruction` and `input` ask, behind its `history`."""
+    """Alpaca's `instruction` and `input`, behind its `history`."""
     prompt = cells.text(columns, "instruction")
     if columns.get("input") not in (None, ""):
         prompt += "\n\n" + cells.text(columns, "input")
@@ -131,7 +149,7 @@ def _alpaca(columns: Columns) -> tuple[Turns, int]:
 
 
 def _pair(prompt: str, answer: str) -> Callable[[Columns], tuple[Turns, int]]:
-    """Two columns: what is asked, and a string or an array of messages that goes on from there."""
+    """Two columns: a prompt, and a string or an array of messages that continues it."""
 
     def read(columns: Columns) -> tuple[Turns, int]:
         before = cells.asked(columns, prompt)

@@ -1,10 +1,10 @@
 """Which form of contents and calls a chat template takes, found by rendering made-up turns.
 
 Rows are held in one form (`canonical.py`). Some templates want arguments of calls as text, calls without
-their wrapper, or contents as a list of parts; given another form they write something else, or nothing,
-without a word. A form is taken when a mark in the field comes up in the text as it should. (Reasoning has
-three names; transformers gives it to templates under those that they read.) Does not render itself and does
-not say what becomes of a row whose parts no form brings into the text.
+their wrapper, or contents as a list of parts. Given another form they silently write something else, or
+nothing. A form is taken when a mark in the field appears in the text as it should. (Reasoning has three
+names; transformers passes it under the names that a template reads.) Does not render itself, and does not
+decide about a row that no form fits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A JSON document -> the rows of its array, of which a few are held at a time.
+"""A JSON document -> the rows of its array, a few in memory at a time.
 
 Takes a stream; gives the elements of an array, or of an object's only array such as {"data": [...]}. Raises
-UserError, with the line, for what is no such document.
+UserError with the line for any other document.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.errors import UserError
 BLOCK = 2**20
 """Characters read at once, at the least."""
 LONGEST_TOKEN = 12
-"""Characters of what the end of a block may cut in two, but for strings: a pair of escaped surrogates."""
+"""Longest token, strings aside, that the end of a block may cut in two: a pair of escaped surrogates."""
 
 
 def elements_of(path: Path, stream: BinaryIO) -> Iterator[Any]:
@@ -37,7 +37,7 @@ def elements_of(path: Path, stream: BinaryIO) -> Iterator[Any]:
 
 
 class _Document:
-    """The text of a document, of which what was read is forgotten."""
+    """The text of a document; what was read is dropped from memory."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self._path = path
@@ -53,7 +53,7 @@ class _Document:
         """of which elements were given"""
 
     def elements(self) -> Iterator[Any]:
-        """Those of the document, or of all arrays that are values of the object that it is."""
+        """The elements of the document, or of all arrays that are values of its object."""
         if self.next() == "[":
             yield from self._array()
         elif self.next() == "{":
@@ -72,7 +72,7 @@ class _Document:
             raise self._wrong("Extra data")
 
     def next(self) -> str:
-        """The next character that is no white space, which is not taken; empty at the end."""
+        """The next character that is no white space, without taking it; empty at the end."""
         while True:
             self._at = WHITESPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._held) or self._ended:
@@ -85,7 +85,7 @@ class _Document:
             yield self._value()
 
     def _items(self, opening: str, closing: str) -> Iterator[None]:
-        """Stands before each item in turn, which is taken before the next one is asked for."""
+        """Stops before each item in turn; the caller takes the item before it asks for the next one."""
         self._take(opening)
         if self.next() != closing:
             yield
@@ -136,7 +136,7 @@ class _Document:
         self._ended = not block
 
     def _place(self, at: int | None = None) -> tuple[str, int]:
-        """The file with the line, and the column, of a character of what is held, by default the next."""
+        """File, line and column of a character in memory, by default the next one."""
         before = self._held[: self._at if at is None else at]
         column = len(before) - before.rfind("\n") + ("\n" not in before) * self._characters
         return f"{self._path}:{self._lines + before.count(chr(10)) + 1}", column

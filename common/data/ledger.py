@@ -47,12 +47,11 @@ class Dropped:
 class SourceLedger:
     """What became of the rows of one source. Tokens are counted over kept rows, held out or not.
 
-    Of preferences, what is kept or dropped is pairs, and trained tokens are those of both responses. Of
-    prompts nothing is trained.
-    further_pairs: pairs beyond the first of their row; further_documents: documents beyond the first of a row
-    that was split; read + further = kept + dropped + bad. split: rows whose trained turns each stand in a
-    document of their own, by reason; untrained: turns that are not trained though the row asks for it.
-    control: rows whose contents hold a control token, by token and what became of it.
+    For preferences, kept and dropped count pairs, and trained tokens count both responses. Prompts have no
+    trained tokens. further_pairs: pairs beyond the first of their row; further_documents: documents beyond
+    the first of a row that was split; read + further = kept + dropped + bad. split: rows that were split into
+    a document for each trained turn, by reason. untrained: turns that the row asks to train and that are not
+    trained, by reason. control: rows whose contents hold a control token, by token and by its treatment.
     """
 
     name: str
@@ -172,7 +171,7 @@ class BadRows:
     count: int = 0
 
     def add(self, entry: SourceLedger, place: Place, reason: str) -> None:
-        """Record one; raises UserError when it is one too many."""
+        """Count a bad row; raises UserError when there are too many."""
         if self.on_bad_row is OnBadRow.error:
             raise UserError(
                 f"{place}: {reason}", hint="correct the row, or skip bad rows with data.on_bad_row=skip"

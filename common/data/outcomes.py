@@ -1,7 +1,6 @@
-"""What becomes of a row beside a record: it is bad, unused or dropped, or it was made into records.
+"""The outcomes of a row: it is bad, unused or dropped, or it gives records.
 
-Raised or returned where it is found, by any module of this folder. `ledger.py` counts them, and decides about
-bad rows.
+Any module of this folder raises or returns them. `ledger.py` counts them and decides about bad rows.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from common.data.types import Place
 Record = TypeVar("Record")
 
 LONGEST_ROW = 64 * 2**20
-"""Bytes of a row in a file, or characters where text is read: more is no row, and is not held in memory."""
+"""Longest row: bytes in a file, or characters where text is read. A longer one is a bad row and is not held
+in memory."""
 TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MiB"
 
 
@@ -36,11 +36,11 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Made(Generic[Record]):
-    """What became of a row: at least one record.
+class RowRecords(Generic[Record]):
+    """The records of a row, at least one.
 
-    split: why each of its trained turns stands in a document of its own; empty when it is one document.
-    untrained: of each turn that is not trained though the row asks for it, why not.
+    split: why the row was split into a document for each trained turn; empty for one document. untrained: a
+    reason for each turn that the row asks to train and that is not trained.
     """
 
     records: tuple[Record, ...]

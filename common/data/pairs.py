@@ -16,7 +16,7 @@ import numpy as np
 from common.config import Truncation
 from common.data import chat
 from common.data.columns import says_nothing
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.types import IGNORE, Conversation, Place, Preference, TokenizedExample, TokenizedPair
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def _sides(preference: Preference) -> tuple[Conversation, Conversation]:
 
 def _pair(
     preference: Preference,
-    chosen: Made[TokenizedExample] | Drop,
-    rejected: Made[TokenizedExample] | Drop,
+    chosen: RowRecords[TokenizedExample] | Drop,
+    rejected: RowRecords[TokenizedExample] | Drop,
     terminators: Sequence[int],
 ) -> TokenizedPair | Drop:
     sides = []
@@ -110,7 +110,7 @@ def _pair(
     return TokenizedPair(ends[0], ends[1], preference.margin)
 
 
-def _comparable(side: Made[TokenizedExample], place: Place) -> TokenizedExample | Drop:
+def _comparable(side: RowRecords[TokenizedExample], place: Place) -> TokenizedExample | Drop:
     """The side as one document that trains all of the response."""
     if side.untrained:
         return Drop(side.untrained[0], place)

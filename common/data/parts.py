@@ -1,9 +1,9 @@
 """Which parts of a row a chat template leaves out: words, reasoning, calls, results, definitions of tools.
 
-A part is lost when a mark in its place does not come up in the rendered text (looked up once for each shape
-of conversation), or when its own words do not stand in the turn that is trained on it. Reasoning of earlier
-turns is no loss: a template may take it out of history, and then the model in use does not see it either.
-Does not decide what becomes of the row.
+A part is left out when a mark in its place is missing from the rendered text (looked up once for each shape
+of conversation), or when its own words are missing from its trained turn. Reasoning of earlier turns may be
+left out: a template may take it out of history, and then the model in use does not see it either. Does not
+decide about the row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
 WAY_OUT = "; model.chat_template=chatml writes every part"
 
 
-def lost_in_turn(turn: Message, text: str) -> str | None:
-    """What of an assistant turn's own words does not stand in `text`: "words" or "reasoning"."""
+def left_out_of_turn(turn: Message, text: str) -> str | None:
+    """Which part of an assistant turn is missing from `text`: "words", "reasoning", or None."""
     inside, words = split_reasoning(turn.content)
     for name, part in (("words", words), ("reasoning", inside), ("reasoning", reasoning_of(turn))):
         if not _says(text, part):
@@ -32,7 +32,7 @@ def lost_in_turn(turn: Message, text: str) -> str | None:
     return None
 
 
-def lost_by_template(
+def left_out_by_template(
     messages: Sequence[Message],
     context: TemplateContext,
     template: ChatTemplate,
@@ -40,10 +40,10 @@ def lost_by_template(
     prompt: bool = False,
     apart: bool = False,
 ) -> str | None:
-    """What the template does not write of these turns, or of the tools; None when it writes everything.
+    """The first part of these turns, or of the tools, that the template leaves out; None when it writes all.
 
-    prompt: render through the generation prompt; else the last turn is one that is trained. apart: of that
-    turn alone, which is put behind its prompt without the template, its reasoning by hand.
+    prompt: render through the generation prompt; otherwise the last turn is a trained one. apart: check that
+    turn alone, because it is put behind its prompt without the template.
     """
     parts: list[_Part] = []
     shape = [_marked(message, number, parts) for number, message in enumerate(messages)]
@@ -55,7 +55,7 @@ def lost_by_template(
         parts = [part for part in parts if part.turn == last]
     turns = [[message.role, message.content, message.extra] for message in shape]
     key = json.dumps([turns, tools, context.variables], default=str)
-    return _lost_of_shape(key, tuple(parts), template, prompt)
+    return _left_out_of_shape(key, tuple(parts), template, prompt)
 
 
 def headers_of_turn(
@@ -63,8 +63,8 @@ def headers_of_turn(
 ) -> int:
     """How often the template writes a header for the last turn; 0 when it does not begin with one.
 
-    written: all of the turns as rendered; 0 too when it does not have each header that marked turns have, or
-    more: then it cannot be said which of them are the turn's.
+    written: all of the turns as rendered. Also 0 when it has fewer or more headers than the same turns with
+    marks: then nothing tells which headers belong to the last turn.
     """
     parts: list[_Part] = []
     shape = [_marked(message, number, parts) for number, message in enumerate(messages)]
@@ -80,7 +80,9 @@ def headers_of_turn(
 
 
 @functools.lru_cache(maxsize=4096)
-def _lost_of_shape(key: str, parts: tuple[_Part, ...], template: ChatTemplate, prompt: bool) -> str | None:
+def _left_out_of_shape(
+    key: str, parts: tuple[_Part, ...], template: ChatTemplate, prompt: bool
+) -> str | None:
     turns, tools, variables = json.loads(key)
     messages = [Message(*turn) for turn in turns]
     try:
@@ -129,9 +131,9 @@ def _says(text: str, part: str) -> bool:
 
 
 class _Part(NamedTuple):
-    """A mark and what it stands for.
+    """A mark and the part that it replaces.
 
-    turn: which of the turns; -1 for tools. must_stay: also where the turn is history.
+    turn: index of the turn; -1 for tools. must_stay: whether the template must also write it in history.
     """
 
     mark: str
@@ -141,7 +143,7 @@ class _Part(NamedTuple):
 
 
 def _marked(message: Message, turn: int, parts: list[_Part]) -> Message:
-    """The message with a mark in place of each part; what the marks stand for is added to `parts`."""
+    """The message with a mark in place of each part; each replaced part is added to `parts`."""
     if message.role != "assistant":
         name = "a tool's result" if message.role == "tool" else f"the words of a {message.role} turn"
         content = _mark(parts, name, turn) if message.content.strip() else ""

@@ -158,7 +158,7 @@ def _without_repetition(columns: Columns, prompt: str) -> Columns:
 def _written(columns: Columns, name: str, *, in_transcript: bool) -> Turns:
     """The turns of one side as the column has them, which may repeat the prompt.
 
-    in_transcript: the prompt is a transcript, so a plain string goes on where that ends.
+    in_transcript: the prompt is a transcript, so a plain string continues it.
     """
     if isinstance(columns[name], dict):
         columns = {name: [columns[name]]}

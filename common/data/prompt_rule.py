@@ -1,15 +1,15 @@
 """Conversation -> documents as text, and the loss mask on them: spans that are trained, by the prompt rule.
 
-The prompt rule: an assistant turn is trained only behind its own prompt, that is the turns before it as the
-template renders them with the generation prompt. Chat, sampling and PPO give the model just these tokens.
-What is trained is everything the model has to write itself there: what the template writes for the turn
-behind that prompt, through the terminator that ends it; not the line break after it.
+The prompt rule: an assistant turn is trained only behind its own prompt. Its prompt is the turns before it,
+rendered with the generation prompt: the same tokens that chat, sampling and PPO give the model. The loss mask
+holds what the model must write itself there: the template's text for the turn, from the end of the prompt
+through the terminator, without the line break after it.
 
-Where the whole conversation begins with each prompt and goes on with its turn, it is one document. Where the
-template writes earlier turns in another way than it wrote them as the last ones (takes out reasoning, moves
-the system text), the row is split: each trained turn stands in a document of its own, behind its own prompt.
-A turn that the template does not write behind its prompt is not trained. `{% generation %}` tags, where the
-template has them, must agree. Knows nothing of tokens.
+A conversation is one document where its whole text begins with each prompt and continues with its turn. Some
+templates render earlier turns differently from the last one (they take out reasoning, or move the system
+text). Then the row is split: each trained turn gets a document of its own, behind its own prompt. A turn that
+the template does not write behind its prompt is not trained. `{% generation %}` tags, where the template has
+them, must agree. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from common.chat_template import RenderError, Span
 from common.data import parts
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.render import PROBE, ChatTemplate, render
 from common.data.types import Conversation, Message, Place, TemplateContext
 from common.errors import UserError
@@ -29,7 +29,7 @@ HISTORY_DIFFERS = "the chat template writes earlier turns in another way than it
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TrainedTurn:
     """An assistant turn that is trained: the text of its prompt, and what the model writes behind it."""
 
     prompt: str
@@ -47,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the spans of it that are trained, each of which stands behind its own prompt."""
+    """A text and its trained spans; each span stands behind its own prompt."""
 
     text: str
     spans: tuple[Span, ...]
@@ -57,13 +57,15 @@ class _NotTrained(Exception):
     """The template does not write a turn behind its prompt; the text says why."""
 
 
-def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] | Drop:
-    """The documents of a conversation as text, by the prompt rule.
+def documents_with_loss_mask(
+    conversation: Conversation, template: ChatTemplate
+) -> RowRecords[Document] | Drop:
+    """A conversation as documents with the spans that are trained: the loss mask, by the prompt rule.
 
     Raises UserError when tags differ from the turns.
     """
     messages, context, place = conversation.messages, conversation.context, conversation.place
-    answers: list[Answer] = []
+    answers: list[TrainedTurn] = []
     untrained: list[str] = []
     tags: list[Span] = []
     try:
@@ -83,12 +85,12 @@ def write(conversation: Conversation, template: ChatTemplate) -> Made[Document] 
     if all(whole.startswith(a.prompt) and whole.startswith(a.text, len(a.prompt)) for a in answers):
         document = Document(whole, tuple(answer.span for answer in answers))
         _check_tags(whole, answers, tags, template, place)
-        return Made((document,), "", tuple(untrained))
+        return RowRecords((document,), "", tuple(untrained))
     for answer in answers:
         if answer.rendered:
             _check_tags(answer.rendered, [answer], answer.tags, template, place)
     documents = tuple(Document(answer.prompt + answer.text, (answer.span,)) for answer in answers)
-    return Made(documents, HISTORY_DIFFERS if len(documents) > 1 else "", tuple(untrained))
+    return RowRecords(documents, HISTORY_DIFFERS if len(documents) > 1 else "", tuple(untrained))
 
 
 def _answer(
@@ -96,7 +98,7 @@ def _answer(
     context: TemplateContext,
     template: ChatTemplate,
     through: tuple[str, list[Span]] | None,
-) -> Answer:
+) -> TrainedTurn:
     """The last of some turns behind its prompt. through: all of them rendered, where that is known.
 
     Raises _NotTrained; RenderError when the template leaves out a part of the row.
@@ -108,16 +110,16 @@ def _answer(
         raise _NotTrained(f"turn without a prompt: {error}") from error
     if text.startswith(prompt):
         turn = template.through_terminator(text[len(prompt) :])
-        answer = Answer(prompt, turn, text, tuple(tags), _header(messages, prompt))
+        answer = TrainedTurn(prompt, turn, text, tuple(tags), _header(messages, prompt))
     else:
         written = _behind_opened(messages, context, template, prompt)
-        answer = Answer(prompt, written or _behind_header(messages, context, template, prompt, text))
+        answer = TrainedTurn(prompt, written or _behind_header(messages, context, template, prompt, text))
     if not answer.text:
         raise _NotTrained("turn for which the chat template writes nothing")
     if not answer.rendered:
-        refuse_loss(parts.lost_by_template(messages[:-1], context, template, prompt=True))
-    refuse_loss(parts.lost_by_template(messages, context, template, apart=not answer.rendered))
-    refuse_loss(parts.lost_in_turn(messages[-1], answer.text))
+        refuse_left_out(parts.left_out_by_template(messages[:-1], context, template, prompt=True))
+    refuse_left_out(parts.left_out_by_template(messages, context, template, apart=not answer.rendered))
+    refuse_left_out(parts.left_out_of_turn(messages[-1], answer.text))
     return answer
 
 
@@ -131,10 +133,10 @@ def _header(messages: Sequence[Message], prompt: str) -> int:
 def _behind_opened(
     messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str
 ) -> str:
-    """The last turn behind a prompt which already holds what the turn begins with, such as `<think>`.
+    """The last turn behind a prompt that already holds the turn's beginning, such as `<think>`.
 
-    The template does not write it there by itself; its content (or its reasoning, in a field) does. Empty
-    where that is not how prompt and turn differ. Raises _NotTrained.
+    In the rendered turn this beginning comes from its content (or its reasoning field), not from the
+    template. Empty where prompt and turn differ in another way. Raises _NotTrained.
     """
     turn = messages[-1]
     reasoning = parts.reasoning_of(turn)
@@ -163,11 +165,11 @@ def _behind_opened(
 def _behind_header(
     messages: Sequence[Message], context: TemplateContext, template: ChatTemplate, prompt: str, text: str
 ) -> str:
-    """The last turn where the template writes the same header before it, but other turns before that.
+    """The last turn behind its header, where the template renders the turns before that header differently.
 
-    Some keep the reasoning of a call until its answer is written, some write the system text into a question
-    only until it is answered. Where the prompt has no header of its own, the end of the last question is one.
-    Raises _NotTrained.
+    Some templates keep the reasoning of a call until its answer is written; some write the system text into a
+    question only until it is answered. A prompt without a header of its own has the end of the last question
+    as its header. Raises _NotTrained.
     """
     way_out = _without_thinking(template, context)
     reason = f"turn that the chat template does not write behind its own prompt{way_out}"
@@ -177,7 +179,7 @@ def _behind_header(
     if not prompt.startswith(before) or not count:
         raise _NotTrained(reason)
     turn = header.join(text.split(header)[-count:])
-    if parts.lost_in_turn(messages[-1], turn):
+    if parts.left_out_of_turn(messages[-1], turn):
         raise _NotTrained(reason)
     return template.through_terminator(turn)
 
@@ -189,19 +191,19 @@ def _without_thinking(template: ChatTemplate, context: TemplateContext) -> str:
     return "; answers without reasoning: data.chat_template_kwargs={enable_thinking: false}"
 
 
-def refuse_loss(part: str | None) -> None:
+def refuse_left_out(part: str | None) -> None:
     """A template that leaves out calls or reasoning would teach the model to do without."""
     if part is not None:
         raise RenderError(f"the chat template leaves out {part}{parts.WAY_OUT}")
 
 
 def _check_tags(
-    text: str, answers: Sequence[Answer], tags: Sequence[Span], template: ChatTemplate, place: Place
+    text: str, answers: Sequence[TrainedTurn], tags: Sequence[Span], template: ChatTemplate, place: Place
 ) -> None:
-    """UserError when the tags mark something else than what is trained.
+    """UserError when the tags mark other text than the trained spans.
 
-    They may begin in the header, of which the generation prompt decides how much the model has to write.
-    White space behind the end is never trained.
+    Tags may begin inside the header: the generation prompt decides how much of it the model writes. White
+    space behind the end is never trained.
     """
     if not template.tagged:
         return

@@ -1,10 +1,10 @@
-"""RawExample -> Prompt -> TokenizedPrompt: what a row asks, without any answer it has.
+"""RawExample -> Prompt -> TokenizedPrompt: the prompt of a row, without its answer.
 
-Reads the formats of demonstrations (`formats.py`) and of preferences (`preferences.py`), of which only what
-comes before the answer counts, and prompts alone. The row's other columns are kept for reward functions.
-A prompt is rendered up to where the assistant's words begin, so that its tokens are those with which a
-training document of the same row begins. Raises `RowError` for what is wrong with one row, `UserError` for
-a source that cannot be understood at all. Does not read files and does not sample.
+Reads prompts alone, and the formats of demonstrations (`formats.py`) and of preferences (`preferences.py`) up
+to the answer. Keeps the row's other columns for reward functions. Renders a prompt through the generation
+prompt, so that a training document of the same row begins with the same tokens. Raises `RowError` for what is
+wrong with one row, `UserError` for a source that cannot be understood at all. Does not read files and does
+not sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from common.data.columns import Columns
 from common.data.outcomes import Drop, RowError
 from common.data.types import Message, Place, Prompt, RawExample, TemplateContext, TokenizedPrompt
 from common.errors import UserError
-from common.text import did_you_mean, plain
+from common.text import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,8 +61,10 @@ def recognise(columns: Columns, *, name: str | None = None, origin: str = "data"
 
     Raises UserError naming `origin` and the columns found when none fits, and for plain text.
     """
+    if name == "text":
+        raise UserError(f"data.sources.format=text: {NO_PROMPT_IN_TEXT}", hint=_TEXT_HINT)
     if name is not None:
-        return _named(name, columns, origin)
+        return formats.by_name(name, (*FORMATS, *BY_NAME_ONLY), columns, origin, " to have a prompt")
     for candidate in FORMATS:
         if all(column in columns for column in candidate.required):
             return candidate
@@ -79,31 +81,12 @@ def recognise(columns: Columns, *, name: str | None = None, origin: str = "data"
 _TEXT_HINT = "name rows that ask something; if the text is the prompt: data.sources.columns={prompt: text}"
 
 
-def _named(name: str, columns: Columns, origin: str) -> PromptFormat:
-    by_name = {candidate.name: candidate for candidate in (*FORMATS, *BY_NAME_ONLY)}
-    if name == "text":
-        raise UserError(f"data.sources.format=text: {NO_PROMPT_IN_TEXT}", hint=_TEXT_HINT)
-    if name not in by_name:
-        raise UserError(
-            f"data.sources.format={name} is not known",
-            hint=did_you_mean(name, by_name, f"one of {', '.join(by_name)}"),
-        )
-    missing = [column for column in by_name[name].required if column not in columns]
-    if missing:
-        raise UserError(
-            f"{origin}: format {name} needs the columns {', '.join(missing)} to have a prompt; "
-            f"found {', '.join(sorted(columns)) or 'none'}",
-            hint="map them with data.sources.columns, e.g. {prompt: query}",
-        )
-    return by_name[name]
-
-
 def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, str] | None = None) -> Prompt:
-    """What the row asks, with its other columns as JSON values.
+    """The prompt of the row, with its other columns as JSON values.
 
-    Columns that hold the prompt and nothing else are left out of those; columns with an answer stay.
-    Raises RowError: a missing column, a cell of another type, no user turn, an empty question, a prompt that
-    ends with an assistant turn.
+    Columns that hold only the prompt are left out; columns with an answer stay. Raises RowError: a missing
+    column, a cell of another type, no user turn, an empty question, a prompt that ends with an assistant
+    turn.
     """
     columns = cells.of_row(raw, columns_map or {})
     cells.require(columns, format.required, format.name)
@@ -123,7 +106,7 @@ def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, s
 def turns_again(
     as_given: str | list[dict[str, object]], others: Mapping[str, object]
 ) -> tuple[Turns, TemplateContext]:
-    """The turns of a `Prompt`, and what else its template is given, from what it kept of its row.
+    """The turns and the template context of a `Prompt`, made again from what it kept of its row.
 
     others: its other columns, None for those that the row does not have.
     """
@@ -196,7 +179,7 @@ def _holds_bytes(value: Any) -> bool:
 
 
 def _without_answer(turns: Turns) -> Asked:
-    """Turns without those of the assistant at their end."""
+    """The turns without the assistant turns at their end."""
     end = len(turns)
     while end and turns[end - 1].role == "assistant":
         end -= 1
@@ -214,7 +197,7 @@ def _preference(columns: Columns) -> Asked:
 
 
 def _column(name: str) -> Callable[[Columns], Asked]:
-    """What the column asks, as in demonstrations with that column."""
+    """A reader of the prompt in a column, as in demonstrations with that column."""
     return lambda columns: Asked(cells.asked(columns, name, empty=False), _string(columns[name]))
 
 
@@ -239,4 +222,4 @@ BY_NAME_ONLY: tuple[PromptFormat, ...] = (
     PromptFormat("chosen", ("chosen", "rejected"), ("prompt",), _preference),
     PromptFormat("graded answers", ("question",), ("question",), _column("question")),
 )
-"""What other steps call rows that are recognised here by what they have in common."""
+"""Names that other steps use for rows; here such rows are recognised as one of the formats above."""

@@ -1,7 +1,7 @@
-"""Sources -> usable rows, in order: each understood, with what the run says of it.
+"""Sources -> usable rows, in order, each in the nouns of `types.py` and with the run's settings.
 
-Gives rows of one kind (`kinds.py`) and notes in the ledger what became of the others. A source's format is
-recognised once, from its first row. Knows nothing of tokens.
+Gives rows of one type (`dataset_types.py`) and notes in the ledger what became of the others. A source's
+format is recognised once, from its first row. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from common.config import DataConfig, SourceConfig, TrainOn
 from common.data import sources
 from common.data.columns import rename
-from common.data.kinds import Kind
+from common.data.dataset_types import DatasetType
 from common.data.ledger import BadRows, Ledger, SourceLedger
 from common.data.outcomes import RowError, RowUnused
 from common.data.splits import question
@@ -60,7 +60,7 @@ class Reader:
     """The rows of all sources; what cannot be used is counted in `ledger`, and bad rows in `bad_rows` too."""
 
     data: DataConfig
-    kind: Kind[Any]
+    kind: DatasetType[Any]
     split: StageSplit
     seed: int
     report: Report = print
@@ -72,8 +72,8 @@ class Reader:
     def rows(self) -> Iterator[tuple[Any, int, bool]]:
         """All usable rows, as (row, index into the ledger's sources, whether from eval_path).
 
-        Those of `eval_path` come first, then the sources in order, of which `split` leaves out the rows of
-        other steps.
+        The rows of `eval_path` come first, then the sources in order. `split` leaves out the rows of other
+        steps.
         """
         named = named_sources(self.data)
         self.ledger.sources[:] = [
@@ -116,7 +116,7 @@ class Reader:
     def _format(
         self, raw: RawExample, source: SourceConfig, origin: str = ""
     ) -> tuple[Any, Mapping[str, str]]:
-        """The format of a source whose first row is `raw`, and its names of our columns."""
+        """The format of a source whose first row is `raw`, and the `columns` by which it is renamed."""
         for ours, theirs in source.columns.items():
             if theirs not in raw.columns:
                 raise UserError(
@@ -140,8 +140,8 @@ class Reader:
 
 
 def with_options(row: Row, data: DataConfig) -> Row:
-    """The row with what the run says of it: variables of the template, below the row's own, and which of its
-    turns are trained."""
+    """The row with the run's settings: template variables (the row's own take precedence), and which turns
+    are trained."""
     if not data.chat_template_kwargs and data.train_on is TrainOn.all_turns:
         return row
     variables = {**data.chat_template_kwargs, **row.context.variables}
@@ -155,7 +155,7 @@ def with_options(row: Row, data: DataConfig) -> Row:
 
 
 def _last_alone(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The turns, of whose assistant turns only the last one is trained."""
+    """The turns, with only the last assistant turn trained."""
     last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=-1)
     return tuple(
         dataclasses.replace(message, trained=message.trained and at == last)

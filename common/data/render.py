@@ -1,8 +1,8 @@
 """Turns -> text: what the chat template writes for them, and how it ends an assistant turn.
 
-With the tools and variables of the row (`TemplateContext`). `read_template` tries a template in
-`chat_template.limit`; who renders rows calls it there, too. Knows nothing of tokens and does not say what is
-trained.
+Renders with the tools and variables of the row (`TemplateContext`). `read_template` tries a template under
+`chat_template.limit`; callers of `render` use that limit, too. Knows nothing of tokens and nothing of the
+loss mask.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ChatTemplate:
     """A tokenizer's template: Jinja text, the special tokens it may write, whether it has `{% generation %}`
     tags, and how it ends an assistant turn.
 
-    name: what errors call it, with where it comes from. added: the tokenizer's added tokens, as text.
-    terminator: what ends a turn, through its special tokens; empty when there is nothing. behind: what
-    follows the terminator where the conversation ends. call_end: the added token with which a turn ends that
-    calls; empty when it is none, or such a turn is not trained. around: what it writes for short turns.
-    forms: how it wants contents and calls.
+    name: the template's name in errors, with its origin. added: the tokenizer's added tokens, as text.
+    terminator: the text that ends a turn, through its special tokens; may be empty. behind: the text after
+    the terminator of the last turn. call_end: the added token that ends a turn with a call; empty when no
+    added token does, or when such a turn is not trained. around: the template's text for short turns. forms:
+    how it wants contents and calls.
     """
 
     name: str

@@ -1,6 +1,7 @@
-"""Which rows belong together, and which are held out: by what they say, not by where they stand.
+"""Which rows belong together, and which are held out: decided by their content, not by their position.
 
-All is a pure function of the rows and the seed. Which step of a pipeline a row belongs to is in `stages.py`.
+Everything is a pure function of the rows and the seed. Which step of a pipeline a row belongs to is in
+`stages.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from common.data.types import NO_CONTEXT, Conversation, Message, Preference, Pro
 
 
 def question(row: Conversation | Preference | Prompt) -> str:
-    """What the user asks first; all of the text when nobody asks anything. White space around it says
-    nothing."""
+    """The first user turn, or the whole text without one; surrounding white space is ignored."""
     if isinstance(row, Conversation) and row.text is not None:
         return row.text
     turns = row.prompt if isinstance(row, Preference) else row.messages
@@ -27,8 +27,8 @@ def question(row: Conversation | Preference | Prompt) -> str:
 def split_hash(row: Conversation | Preference | Prompt, seed: int) -> int:
     """Rows with the same hash stay on one side of the held-out split.
 
-    Demonstrations have it when they say the same, preferences and prompts when they ask the same: transcripts
-    that go on in different ways from one question are not independent of each other.
+    Demonstrations share a hash when their texts are equal; preferences and prompts, when their questions are:
+    two transcripts that begin with one question are not independent of each other.
     """
     if isinstance(row, Conversation):
         return _hash(row.text, row.messages, seed)

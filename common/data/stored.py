@@ -77,7 +77,7 @@ class StoredRecords:
         return len(self._rows)
 
     def head(self, index: int) -> str:
-        """What a reader should know before the record itself; usually nothing."""
+        """A note to show before the record itself; usually empty."""
         return CONTROL_HEAD if self.control[index] else ""
 
     def place(self, index: int) -> str:
@@ -85,7 +85,7 @@ class StoredRecords:
         return f"{self.sources[int(self.source_ids[index])]}:{self._numbers[self._rows[index]]}"
 
     def part_of_row(self, index: int) -> tuple[int, int]:
-        """Which of the records of its row it is, from 1, and how many there are."""
+        """The record's number among the records of its row, from 1, and how many there are."""
         row = self._row(index)
         of_row = np.flatnonzero(self._numbers == self._numbers[row])
         of_row = of_row[self._sources_of_file[of_row] == self._sources_of_file[row]]
@@ -186,7 +186,7 @@ class _Columns:
         return ids, labels
 
     def texts(self, row: int) -> list[str]:
-        """What the columns of text say in a record."""
+        """The values of a record's text columns."""
         batch, within = divmod(row, CHUNK_ROWS)
         return [column[within].as_py() for column in self._texts[batch]]
 

@@ -1,6 +1,7 @@
-"""JSON text -> value, strictly: what the usual loaders let pass is an error that says why.
+"""JSON text -> value, strictly: errors for what the usual loaders let pass.
 
-That is a key twice, NaN, numbers out of range, lone surrogates, and values nested too deep. Reads no files.
+Errors are a key twice, NaN, numbers out of range, lone surrogates, and values nested too deep. Reads no
+files.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from common.data.outcomes import RowError
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 MAX_DEPTH = 100
-"""Of objects and arrays inside each other: what reads and renders rows descends as deep."""
+"""Most levels of objects and arrays: reading and rendering a row recurses as deep."""
 MOST_COMMAS = 2**22
-"""In a text, also in its strings: many values are told by them before they are made."""
+"""Most commas in a text, also inside strings: they bound the number of values before any is made."""
 TOO_MANY = f"more than {MOST_COMMAS} values, or commas"
 
 
@@ -47,7 +48,7 @@ def first_json(text: str, start: int) -> tuple[Any, int]:
 
 
 def has_too_many(text: str) -> bool:
-    """Whether a text has more values than should be made of it, each of which takes a hundred bytes."""
+    """Whether a text has too many values: each takes a hundred bytes."""
     return len(text) > MOST_COMMAS and text.count(",") > MOST_COMMAS
 
 

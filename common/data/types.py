@@ -64,8 +64,8 @@ class Message:
 class TemplateContext:
     """What a chat template is given besides the turns.
 
-    tools: tool definitions, as JSON objects. variables: by name, e.g. enable_thinking; a row's own stand
-    above those of `data.chat_template_kwargs`.
+    tools: tool definitions, as JSON objects. variables: by name, e.g. enable_thinking; a row's own take
+    precedence over `data.chat_template_kwargs`.
     """
 
     tools: tuple[Mapping[str, object], ...] = ()
@@ -89,9 +89,9 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A row understood: a prompt and two ways to go on, of which the first is preferred."""
+    """A row understood: a prompt with a chosen and a rejected response."""
 
-    prompt: tuple[Message, ...]  # at least one turn, the last of which is not an assistant's
+    prompt: tuple[Message, ...]  # at least one turn; the last is not an assistant's
     chosen: tuple[Message, ...]  # what follows the prompt; its last turn is an assistant's
     rejected: tuple[Message, ...]
     source: str
@@ -104,7 +104,7 @@ class Preference:
 class Prompt:
     """A row understood: turns that end where an assistant's answer would begin."""
 
-    messages: tuple[Message, ...]  # at least one turn, the last of which is not an assistant's
+    messages: tuple[Message, ...]  # at least one turn; the last is not an assistant's
     as_given: str | list[dict[str, object]]  # what the row called its prompt, for reward functions
     columns: Mapping[str, object]  # the row's other columns
     source: str
@@ -147,7 +147,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """What a policy is asked to go on from.
+    """A prompt for the policy, as tokens.
 
     input_ids: int32 [T], rendered up to where the assistant's words begin. prompt: as the row had it, a
     string or a list of messages; columns: the row's other columns. Reward functions are called with both.

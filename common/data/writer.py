@@ -20,7 +20,7 @@ import numpy as np
 from common.config import SpecialTokens
 from common.data import cache, control
 from common.data.ledger import Ledger, SourceLedger
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.prompts import SAME
 from common.data.reader import Reader
 from common.data.splits import held_out, prompt_hash, split_hash
@@ -41,7 +41,7 @@ BECAME = {
     SpecialTokens.text: "encoded as ordinary text",
     SpecialTokens.refuse: "refused",
 }
-"""What becomes of a control token inside a content."""
+"""The treatment of a control token inside a content, in words."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Writer:
     eval_hashes: set[int] = field(default_factory=set)
     """of the rows of data.eval_path"""
     prompt_hashes: set[int] = field(default_factory=set)
-    """of the prompts that were kept, each of which is kept once"""
+    """of the prompts kept so far; each prompt is kept once"""
 
     def __post_init__(self) -> None:
         self.opened = self.reader.kind.opened
@@ -89,7 +89,7 @@ class Writer:
                 last_line = time.monotonic()
 
     def _tokenized(self, rows: Sequence[Any]) -> Iterator[tuple[Any, list[str]]]:
-        """One result per row, with the control tokens inside its contents, which become what the run asks."""
+        """One result per row, and the control tokens inside its contents, treated as the run asks."""
         known, mode = control.control_tokens(self.tokenizer), self.reader.data.special_tokens_in_content
         found = [known.found(row) for row in rows]
         refuse = bool if mode is SpecialTokens.refuse else known.is_reserved
@@ -107,7 +107,7 @@ class Writer:
     def _of_row(
         self, row: Any, source: int, for_eval: bool, result: Any, tokens: list[str]
     ) -> Iterator[Layout]:
-        """The records of one row that are kept. result: what became of it; tokens: its control tokens."""
+        """The records of one row that are kept. result: the row's outcome; tokens: its control tokens."""
         data, entry = self.reader.data, self.reader.ledger.sources[source]
         row_hash = split_hash(row, self.reader.seed)
         if for_eval:
@@ -117,7 +117,7 @@ class Writer:
         if isinstance(result, Drop):
             self._drop(result, entry)
             return
-        made = result if isinstance(result, Made) else Made((result,))
+        made = result if isinstance(result, RowRecords) else RowRecords((result,))
         entry.note(entry.split, filter(None, [made.split]), row.place)
         entry.note(entry.untrained, made.untrained, row.place)
         became = BECAME[data.special_tokens_in_content]
@@ -159,7 +159,8 @@ class Writer:
             entry.drop(drop.reason, drop.place)
 
     def _index(self) -> dict[str, np.ndarray]:
-        """Per record of the file: its numbers; and which records are whose."""
+        """The numbers of each record of the file, and which records are for training and which are held
+        out."""
         hashes, source_ids = self.kept["hashes"], self.kept["source_ids"]
         for_eval = self.kept["for_eval"] != 0
         rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
@@ -174,7 +175,7 @@ class Writer:
 
 
 class _Kept:
-    """What is remembered of each record while its tokens go to disk: a few numbers."""
+    """A few numbers of each record, kept in memory while its tokens go to disk."""
 
     def __init__(self, more: Mapping[str, str]) -> None:
         """more: columns beside the common ones, with their type codes.
@@ -219,7 +220,7 @@ def _column(records: list[list[np.ndarray]]) -> pyarrow.ListArray:
 
 
 def _count(ledger: Ledger, index: Mapping[str, np.ndarray], truncated: np.ndarray) -> None:
-    """Fill in what is only known once every row was seen."""
+    """Fill in the counts that are known only after the last row."""
     held = np.zeros(len(index["lengths"]), bool)
     held[index["eval"]] = True
     for number, entry in enumerate(ledger.sources):

@@ -1,7 +1,7 @@
 """Sample responses from the live weights of a causal LM.
 
-Takes a transformers model (also one wrapped by peft), prompts as token ids and a sampling rule; returns token
-ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
+Takes a transformers model (also one wrapped by peft), prompts as token ids and sampling parameters; returns
+token ids, their log-probabilities and whether each response stopped by itself. `slots` responses are decoded
 together by continuous batching, each with its slot of the KV cache. The decoder knows nothing of text,
 rewards or training.
 
@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from common.decoding.passes import SlotPasses, WholePasses, fault_of_cache, sampling_from
-from common.decoding.requests import Completion, DecodingCounts, Request, SamplingRule
-from common.decoding.scheduler import Passes, Run
+from common.decoding.passes import CachedPasses, UncachedPasses, fault_of_cache, sampling_from
+from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
+from common.decoding.scheduler import Passes, Scheduler
 from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.notices import notice
@@ -56,7 +56,7 @@ class Decoder:
     def decode(
         self,
         requests: Sequence[Request],
-        rule: SamplingRule,
+        params: SamplingParams,
         *,
         should_stop: Callable[[], bool] | None = None,
         ready: Callable[[int, Completion], None] | None = None,
@@ -71,16 +71,20 @@ class Decoder:
         and when the logits are not finite.
         """
         config = unwrapped(self.model).config.get_text_config(decoder=True)
-        run = Run(requests, rule, self.slots, getattr(config, "max_position_embeddings", None))
+        scheduler = Scheduler(requests, params, self.slots, getattr(config, "max_position_embeddings", None))
         with sampling_from(self.model, self.has_cache) as base:
-            passes = SlotPasses(base, run.slots, run.capacity) if self.has_cache else WholePasses(base)
-            finished = _until_done(run, passes, should_stop, ready, lockstep)
-        self.counts = DecodingCounts(run.steps, int(run.made.sum()), run.computed_rows)
-        return run.completions() if finished else None
+            passes = (
+                CachedPasses(base, scheduler.slots, scheduler.capacity)
+                if self.has_cache
+                else UncachedPasses(base)
+            )
+            finished = _until_done(scheduler, passes, should_stop, ready, lockstep)
+        self.counts = DecodingCounts(scheduler.steps, int(scheduler.made.sum()), scheduler.computed_rows)
+        return scheduler.completions() if finished else None
 
 
 def _until_done(
-    run: Run,
+    scheduler: Scheduler,
     passes: Passes,
     should_stop: Callable[[], bool] | None,
     ready: Callable[[int, Completion], None] | None,
@@ -92,8 +96,8 @@ def _until_done(
     """
     failed: UserError | None = None
     while True:
-        stop = should_stop is not None and run.steps % STEPS_BETWEEN_QUESTIONS == 0 and should_stop()
-        busy = run.busy
+        stop = should_stop is not None and scheduler.steps % STEPS_BETWEEN_QUESTIONS == 0 and should_stop()
+        busy = scheduler.busy
         if lockstep:
             told, working = all_reduce_sum([stop or failed is not None, busy])
             stop, busy = told > 0, working > 0
@@ -102,7 +106,7 @@ def _until_done(
         if stop or not busy:
             return not stop
         try:
-            ended = run.step(passes)
+            ended = scheduler.step(passes)
         except UserError as error:
             if not lockstep:
                 raise
@@ -110,4 +114,4 @@ def _until_done(
             continue
         if ready is not None:
             for request in ended:
-                ready(request, run.completion(request))
+                ready(request, scheduler.completion(request))

@@ -1,6 +1,7 @@
 """Draws of tokens: the inverse of a cumulative distribution at uniform numbers of a request's own stream.
 
-Takes logits and a sampling rule; returns tokens and their probabilities. No row's draw depends on another.
+Takes logits and sampling parameters; returns tokens and their probabilities. No row's draw depends on
+another.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.decoding.requests import SamplingRule
+from common.decoding.requests import SamplingParams
 
 DRAW_BLOCK = 64
 """Tokens whose probabilities are summed up before a draw looks into them."""
@@ -21,31 +22,31 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def choose(
-    logits: torch.Tensor, numbers: torch.Tensor, rule: SamplingRule
+    logits: torch.Tensor, numbers: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens int64 [M] and their probabilities fp32 [M], from logits [M, V] and a uniform number each.
 
     The probabilities are those of the distribution at the temperature before top_p and top_k.
     """
     scores = logits.float()
-    if rule.temperature not in (0, 1):
-        scores = scores / rule.temperature
+    if params.temperature not in (0, 1):
+        scores = scores / params.temperature
     p = scores.softmax(1)
-    tokens = scores.argmax(1) if rule.temperature == 0 else _inverse(_filtered(p, rule), numbers)
+    tokens = scores.argmax(1) if params.temperature == 0 else _inverse(_filtered(p, params), numbers)
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
 
-def _filtered(p: torch.Tensor, rule: SamplingRule) -> torch.Tensor:
+def _filtered(p: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Probabilities [M, V] with those of the tokens left out set to 0; they need not sum to 1."""
-    limited = 0 < rule.top_k < p.shape[1]
-    if not limited and rule.top_p >= 1:
+    limited = 0 < params.top_k < p.shape[1]
+    if not limited and params.top_p >= 1:
         return p
     ordered, ids = p.sort(dim=1, descending=True, stable=True)
     if limited:
-        ordered[:, rule.top_k :] = 0
-    if rule.top_p < 1:
+        ordered[:, params.top_k :] = 0
+    if params.top_p < 1:
         # of what top_k leaves; a token is in while those before it are not enough
-        wanted = rule.top_p * ordered.sum(1, keepdim=True, dtype=torch.float64)
+        wanted = params.top_p * ordered.sum(1, keepdim=True, dtype=torch.float64)
         ordered[ordered.cumsum(1, dtype=torch.float64) - ordered >= wanted] = 0
     return torch.zeros_like(p).scatter_(1, ids, ordered)
 

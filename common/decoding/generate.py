@@ -22,11 +22,11 @@ from common.artifacts import LOADED_SUFFIXES, Artifact, content_sha256
 from common.config import DataConfig, Dtype, ModelConfig, dtype_on
 from common.data import cache
 from common.data.dataset import build_whole
-from common.data.kinds import Kind, Opened, prompts_with_room
+from common.data.dataset_types import DatasetType, Opened, prompts_with_room
 from common.data.stored import PromptDataset
 from common.decoding.completions import CompletionsFile
 from common.decoding.decoder import Decoder
-from common.decoding.requests import Completion, Request, SamplingRule
+from common.decoding.requests import Completion, Request, SamplingParams
 from common.errors import UserError
 from common.handoff import load_named
 from common.inference_config import GenerateJob, ManySettings
@@ -108,10 +108,10 @@ def _complete(
                 file.append(_line(rows, file.count, found, settings, tokenizer))
                 progress.update(file.count)
 
-        rule = rule_of(settings, terminators_of(tokenizer))
+        params = SamplingParams.of(settings, terminators_of(tokenizer))
         for first in range(prompt_ids.start, prompt_ids.stop, chunk):
             of_chunk = range(first, min(first + chunk, prompt_ids.stop))
-            complete(decoder, rows, of_chunk, rule, settings, ready)
+            complete(decoder, rows, of_chunk, params, settings, ready)
 
 
 def _line(
@@ -145,7 +145,7 @@ def read_rows(
     data: DataConfig,
     model: Artifact,
     tokenizer: PreTrainedTokenizerFast,
-    kind: Kind[Opened],
+    kind: DatasetType[Opened],
     *,
     whole_context: bool,
     say: Say,
@@ -176,18 +176,11 @@ def as_trained(data: DataConfig, model: Artifact, *, whole_context: bool) -> Dat
     return dataclasses.replace(data, chat_template_kwargs=kwargs, max_length=context)
 
 
-def rule_of(settings: ManySettings, terminators: Sequence[int]) -> SamplingRule:
-    """How tokens are chosen."""
-    return SamplingRule(
-        settings.temperature, settings.max_new_tokens, tuple(terminators), settings.top_p, settings.top_k
-    )
-
-
 def complete(
     decoder: Decoder,
     rows: PromptDataset,
     prompt_ids: Sequence[int],
-    rule: SamplingRule,
+    params: SamplingParams,
     settings: ManySettings,
     ready: Ready,
 ) -> None:
@@ -207,7 +200,7 @@ def complete(
             of_prompt = found.pop(prompt_id)
             ready(prompt_id, [of_prompt[number] for number in range(count)])
 
-    decoder.decode(requests, rule, ready=note)
+    decoder.decode(requests, params, ready=note)
 
 
 def text_of(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:

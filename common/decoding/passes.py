@@ -1,6 +1,6 @@
 """Forward passes that give the logits of next tokens: from a KV cache of slots, or without a cache.
 
-Takes the model and the state of a run; returns logits. Also finds out, on a miniature, whether an
+Takes the model and the state of a scheduler; returns logits. Also finds out, on a miniature, whether an
 architecture can be decoded from a cache of slots. Chooses no token and no slot.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.decoding.scheduler import CPU_CHUNK_SLOTS, FEWEST_ROWS, LENGTH_STEP, Run, rounded_up
+from common.decoding.scheduler import CPU_CHUNK_SLOTS, FEWEST_ROWS, LENGTH_STEP, Scheduler, rounded_up
 from common.decoding.slots import DecodingStep, SlotCache, decoding_into_slots
 from common.errors import UserError
 from common.model.adapters import unwrapped
@@ -28,7 +28,7 @@ CPU_ROWS = 32
 """On the CPU a forward pass has a multiple of so many rows: two vectors of the widest instructions."""
 
 
-class SlotPasses:
+class CachedPasses:
     """From a cache: one token of each slot, and whole prompts, in one flat sequence."""
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
@@ -41,11 +41,11 @@ class SlotPasses:
         self.copy, self.rearrange = self.cache.copy, self.cache.rearrange
 
     def logits(
-        self, run: Run, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
+        self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
     ) -> torch.Tensor:
-        chunks = run.chunks(rows, self.chunk_slots) if rows else []
+        chunks = scheduler.chunks(rows, self.chunk_slots) if rows else []
         # a free slot's row writes behind what it holds, where its next response will write before reading
-        tokens, positions = run.last[:rows], run.length[:rows]
+        tokens, positions = scheduler.last[:rows], scheduler.length[:rows]
         return self.forward(tokens, positions, chunks, going_on, prompts)
 
     def forward(
@@ -91,7 +91,7 @@ class SlotPasses:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True)
 
 
-class WholePasses:
+class UncachedPasses:
     """Without a cache: every response from its prompt on, packed, at every step."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -99,9 +99,9 @@ class WholePasses:
         self.device = device_of(model)
 
     def logits(
-        self, run: Run, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
+        self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
     ) -> torch.Tensor:
-        documents = [*(run.history(slot) for slot in going_on.tolist()), *(ids for _, ids in prompts)]
+        documents = [*(scheduler.history(slot) for slot in going_on.tolist()), *(ids for _, ids in prompts)]
         padding = [np.zeros(FEWEST_ROWS, np.int64)] if sum(map(len, documents)) < FEWEST_ROWS else []
         lengths = [*map(len, [*documents, *padding])]
         cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(self.device)
@@ -164,7 +164,7 @@ def fault_of_cache(model: PreTrainedModel) -> str | None:
 def _decode_known(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
     """fp32 [8 + 5, V]: logits of the last 8 of ids [12], in slot 1, and of the last 5 of these in reverse, in
     slot 3; the texts as they were 5 and 8 tokens long, then a token after the other."""
-    passes = SlotPasses(model, FEWEST_ROWS, LENGTH_STEP)
+    passes = CachedPasses(model, FEWEST_ROWS, LENGTH_STEP)
     chunks, nothing = [(0, FEWEST_ROWS, LENGTH_STEP)], np.zeros(0, np.int64)
     texts, lengths = {1: ids, 3: ids[::-1]}, {1: 5, 3: 8}
     prompts = [(slot, text[: lengths[slot]]) for slot, text in texts.items()]

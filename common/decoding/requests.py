@@ -1,11 +1,13 @@
-"""What is asked of a decoder and what it returns: requests, a sampling rule, completions, counts.
+"""What is asked of a decoder and what it returns: requests, sampling parameters, completions, counts.
 
 Token ids in, token ids out. Says nothing of how tokens are computed or drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -15,7 +17,8 @@ class Request:
     """A prompt to go on from.
 
     prompt: int32 [T], T >= 1. key: what this response's draws are derived from; requests with the same key
-    and prompt get the same response. max_new_tokens: this response's own bound, below the rule's.
+    and prompt get the same response. max_new_tokens: this response's own bound, below that of
+    `SamplingParams`.
     """
 
     prompt: np.ndarray
@@ -36,8 +39,21 @@ class Completion:
     stopped: bool
 
 
+class SamplingSettings(Protocol):
+    """Settings of a user that say how tokens are chosen."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+
+
 @dataclass(frozen=True)
-class SamplingRule:
+class SamplingParams:
     """How tokens are chosen. temperature 0: the likeliest. top_p 1 and top_k 0: out of all tokens."""
 
     temperature: float
@@ -45,6 +61,17 @@ class SamplingRule:
     terminators: tuple[int, ...]
     top_p: float = 1.0
     top_k: int = 0
+
+    @classmethod
+    def of(
+        cls, settings: SamplingSettings, terminators: Sequence[int], *, greedy: bool = False
+    ) -> SamplingParams:
+        """As the settings say; greedy: always the likeliest token."""
+        if greedy:
+            return cls(0.0, settings.max_new_tokens, tuple(terminators))
+        return cls(
+            settings.temperature, settings.max_new_tokens, tuple(terminators), settings.top_p, settings.top_k
+        )
 
 
 @dataclass(frozen=True)

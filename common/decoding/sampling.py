@@ -16,7 +16,7 @@ import numpy as np
 from common.config import SamplingConfig
 from common.data.types import IGNORE, TokenizedExample
 from common.decoding.decoder import Decoder
-from common.decoding.requests import Completion, Request, SamplingRule
+from common.decoding.requests import Completion, Request, SamplingParams
 from common.runtime.distributed import World, all_gather_objects
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ def sample_completions(
     and the model's mode are left as they were.
     """
     own = range(world.rank, len(prompts), world.size)
-    rule = SamplingRule(sampling.temperature, sampling.max_new_tokens, tuple(terminators))
+    params = SamplingParams(sampling.temperature, sampling.max_new_tokens, tuple(terminators))
     completions = Decoder(model, slots=SLOTS).decode(
         [Request(prompts[i], (seed, STREAM, i)) for i in own],
-        rule,
+        params,
         lockstep=is_partitioned and world.size > 1,
     )
     assert completions is not None  # nobody told it to stop

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.decoding.draws import choose, uniforms
-from common.decoding.requests import Completion, Request, SamplingRule
+from common.decoding.requests import Completion, Request, SamplingParams
 from common.errors import UserError
 
 FEWEST_ROWS = 8
@@ -33,10 +33,10 @@ PROMPT_TOKENS = 4096
 
 
 class Passes(Protocol):
-    """Forward passes of a run, and what they keep of one for the next."""
+    """Forward passes of a scheduler, and what they keep of one for the next."""
 
     def logits(
-        self, run: Run, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
+        self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
     ) -> torch.Tensor:
         """[len(going_on) + len(prompts), V]: of the next tokens of slots and of prompts (slot, ids [T]).
 
@@ -58,7 +58,7 @@ class _Held:
     logits: torch.Tensor
 
 
-class Run:
+class Scheduler:
     """Which request is in which slot, and what each has become. Host arrays; one transfer per step.
 
     By slot: request (-1: free), length (tokens cached), last (its newest token), draws [S, most tokens].
@@ -67,11 +67,11 @@ class Run:
     """
 
     def __init__(
-        self, requests: Sequence[Request], rule: SamplingRule, slots: int, context: int | None
+        self, requests: Sequence[Request], params: SamplingParams, slots: int, context: int | None
     ) -> None:
-        self.rule, self.requests = rule, requests
+        self.params, self.requests = params, requests
         self.prompts, self.queue = _queued(requests)
-        self.limit = np.array([_limit(request, rule, context) for request in requests], np.int64)
+        self.limit = np.array([_limit(request, params, context) for request in requests], np.int64)
         most = int(self.limit.max(initial=1))
         wanted = [len(request.prompt) + most for request, most in zip(requests, self.limit, strict=True)]
         self.capacity = rounded_up(max(wanted, default=1), LENGTH_STEP)
@@ -163,7 +163,7 @@ class Run:
         requests = self.request[slots]
         made = self.made[requests]
         numbers = torch.from_numpy(self.draws[slots, made]).to(logits.device)
-        chosen, probabilities = choose(logits, numbers, self.rule)
+        chosen, probabilities = choose(logits, numbers, self.params)
         # in one transfer: float64 holds every token id
         host = torch.stack([chosen.double(), probabilities.double()]).cpu().numpy()
         tokens, logprobs = host[0].astype(np.int64), np.log(host[1])
@@ -175,7 +175,7 @@ class Run:
         self.tokens[requests, made], self.logprobs[requests, made] = tokens, logprobs
         self.last[slots] = tokens
         self.made[requests] = made + 1
-        self.stopped[requests] = np.isin(tokens, self.rule.terminators)
+        self.stopped[requests] = np.isin(tokens, self.params.terminators)
         done = self.stopped[requests] | (made + 1 >= self.limit[requests])
         self.request[slots[done]] = -1
         return requests[done].tolist()
@@ -245,7 +245,7 @@ def _queued(requests: Sequence[Request]) -> tuple[list[np.ndarray], deque[tuple[
     return prompts, deque((place, index) for place, indices in enumerate(of_prompt) for index in indices)
 
 
-def _limit(request: Request, rule: SamplingRule, context: int | None) -> int:
+def _limit(request: Request, params: SamplingParams, context: int | None) -> int:
     """Tokens that a response may have."""
     length = len(request.prompt)
     if not length:
@@ -255,7 +255,7 @@ def _limit(request: Request, rule: SamplingRule, context: int | None) -> int:
             f"a prompt of {length} tokens leaves no room in the model's context of {context}",
             hint="lower the length that prompts are cut or dropped at",
         )
-    room = rule.max_new_tokens if context is None else min(rule.max_new_tokens, context - length)
+    room = params.max_new_tokens if context is None else min(params.max_new_tokens, context - length)
     return max(1, room if request.max_new_tokens is None else min(room, request.max_new_tokens))
 
 

@@ -41,7 +41,7 @@ LM_HEADS = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
 
 
 @torch.no_grad()
-def begin_head(head: nn.Linear, seed: int) -> None:
+def init_head(head: nn.Linear, seed: int) -> None:
     """Draw the head's weight [1, h] from N(0, 1 / (h + 1)), which gives scores a variance of about 1."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
@@ -87,7 +87,7 @@ def _check_head(network: PreTrainedModel, model: ModelConfig, seed: int) -> None
 
 def _make_head(network: PreTrainedModel, model: ModelConfig, seed: int) -> None:
     disable_dropout(network)
-    begin_head(_head_of(network), seed)
+    init_head(_head_of(network), seed)
 
 
 REWARD_MODEL = HeadSpec(

@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -94,3 +95,10 @@ def job_main(schema: type[Work], work: Callable[[Work], int]) -> int:
     open_rank_log(path.parent, 0)
     listen(lambda line: print(f"notice: {shown(line)}", flush=True))
     return run_and_report(lambda: work(as_schema(schema, read_json(path))), path.parent)
+
+
+def command_main(work: Callable[[], int]) -> int:
+    """The same for a command that keeps no log."""
+    with tempfile.TemporaryDirectory(prefix="rlhf_") as logs:
+        open_rank_log(Path(logs), 0)
+        return run_and_report(work, Path(logs))

@@ -5,9 +5,9 @@ A checkpoint is a folder `step_00000200/` that exists whole or not at all: every
 is renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
 one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
 
-What is in it besides the counters is the business of a `State`, most often the engine; several (actor,
-critic, an average) are combined by `States`. What the counters mean is the recipe's. Generators have no state
-here: a recipe seeds them before each step (`distributed.seed_everything`).
+Besides the counters it holds a `Stateful`, most often the engine; `StatefulGroup` combines several (actor,
+critic, an average). The recipe decides what the counters mean. Generators have no state here: a recipe seeds
+them before each step (`distributed.seed_everything`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ QUARANTINE = "quarantine"
 _NAME = re.compile(r"step_(\d{8})")
 
 
-class State(Protocol):
-    """What a checkpoint holds: anything that writes itself into a folder and reads itself back."""
+class Stateful(Protocol):
+    """Anything that writes itself into a checkpoint's folder and reads itself back."""
 
     def save(self, folder: Path) -> None:
         """Write this rank's part into `folder`, which exists; all ranks call it.
@@ -58,20 +58,20 @@ class State(Protocol):
     def load(self, folder: Path) -> str | None:
         """Restore what `save` wrote, bit for bit; all ranks call it.
 
-        Other ranks than those that wrote it may call it; where it was resharded, returns in words what
-        changed. UserError when it cannot be.
+        The number of ranks may differ from when it was saved. Where the state was resharded, returns in words
+        what changed. UserError when it cannot be resharded.
         """
 
 
-class States:
+class StatefulGroup:
     """Several states as one, each in a folder of its own name."""
 
-    def __init__(self, **parts: State) -> None:
+    def __init__(self, **parts: Stateful) -> None:
         self._parts = parts
 
     def save(self, folder: Path) -> None:
-        """Save all of them, also those after one that was refused: its collectives would leave the other
-        ranks, where the disk took it, waiting in the next one's. Raises what was refused first."""
+        """Save all of them, also after one that the disk refused: the other ranks may have saved that one,
+        and would wait in the next one's collectives. Raises the first refusal."""
         refused: list[Exception] = []
         for name, part in self._parts.items():
             try:
@@ -86,14 +86,14 @@ class States:
             raise refused[0]
 
     def load(self, folder: Path) -> str | None:
-        """Restore all of them; what changed is said once where it is the same."""
+        """Restore all of them; returns each change once."""
         changed = [part.load(folder / name) for name, part in self._parts.items()]
         return "; ".join(dict.fromkeys(line for line in changed if line)) or None
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What was restored, beside the state."""
+    """The restored checkpoint, and what happened on the way."""
 
     path: Path
     counters: dict[str, Any]
@@ -109,7 +109,7 @@ class Checkpoints:
         self.folder, self._keep, self._world = folder, keep, world
         self._details = {"world_size": world.size, "base_revision": base_revision}
 
-    def save(self, step: int, state: State, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
+    def save(self, step: int, state: Stateful, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
 
         UserError on a full or read-only disk, with what was saved before left as it was.
@@ -127,7 +127,7 @@ class Checkpoints:
         enter("commit.end")
         return final
 
-    def resume(self, state: State) -> Resumed | None:
+    def resume(self, state: Stateful) -> Resumed | None:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
 
         UserError when there were some and none can be verified, the newest may not be read or has another
@@ -154,7 +154,7 @@ class Checkpoints:
             )
         return None
 
-    def load(self, step: int, state: State) -> dict[str, Any]:
+    def load(self, step: int, state: Stateful) -> dict[str, Any]:
         """Restore the checkpoint of a step, which is kept; its counters. UserError where it is damaged."""
         path = self.folder / f"step_{step:08d}"
         if faults := self._vote(path):
@@ -178,20 +178,20 @@ class Checkpoints:
             partial.mkdir()  # not into what could not be removed
 
     def _remove_unfinished(self) -> None:
-        """Remove what a process that was killed while writing, or while deleting, left behind."""
+        """Remove the folders of a process that was killed while writing or deleting."""
         for path in self.folder.glob("step_*.tmp"):
             with _left_with_a_warning(path):
                 shutil.rmtree(path)
 
     def _check_room(self) -> None:
-        """Refuse to begin what cannot end: this checkpoint will be about as large as the one before."""
+        """Refuse a checkpoint that will not fit: it will be about as large as the one before."""
         before = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
         needed = sum(p.stat().st_size for p in before[-1].rglob("*") if p.is_file()) if before else 0
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
-    def _write_own(self, partial: Path, state: State, counters: Mapping[str, Any]) -> None:
+    def _write_own(self, partial: Path, state: Stateful, counters: Mapping[str, Any]) -> None:
         state.save(partial)
         enter("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
         if self._world.is_rank0:
@@ -239,7 +239,7 @@ class Checkpoints:
                     shutil.rmtree(unfinished)
 
     def _vote(self, path: Path) -> list[str]:
-        """Faults that any rank found; UserError on all for what is no damage, such as another format."""
+        """Faults that any rank found; UserError on all ranks for other reasons, such as another format."""
         return [
             fault for faults in all_gather_or_raise(lambda: self._faults_in_share(path)) for fault in faults
         ]
@@ -264,7 +264,7 @@ class Checkpoints:
             )
 
     def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
-        """Run on all ranks; what the disk refused becomes a UserError, and the part is removed."""
+        """Run on all ranks; a refusal of the disk becomes a UserError, and the part is removed."""
 
         def attempt() -> None:
             try:
@@ -293,7 +293,7 @@ def _left_with_a_warning(path: Path) -> Iterator[None]:
 
 
 def _refused_write(partial: Path, error: RuntimeError) -> UserError | None:
-    """What the disk says to a small write, as torch does not tell; None where `error` is of another kind."""
+    """The disk's error, found by a small write because torch hides it; None for another kind of `error`."""
     reason = "not all of a file could be written"
     try:
         with disk_errors(partial), open(partial / "probe", "wb") as file:

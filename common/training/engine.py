@@ -101,8 +101,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state of this rank into `folder`; all ranks call it.
 
-        Raises what this rank's disk refused, once all ranks are done: DeepSpeed's own collectives lie between
-        its writes, and a rank that leaves them early takes the others down with it.
+        Raises this rank's disk error once all ranks are done: DeepSpeed has collectives between its writes,
+        and a rank that leaves them early takes the others down with it.
         """
         refused: list[Exception] = []
         writer = self._engine.checkpoint_engine
@@ -131,8 +131,8 @@ class Engine:
     def load(self, folder: Path) -> str | None:
         """Restore what `save` wrote, bit for bit.
 
-        By another number of ranks or at another ZeRO stage it is resharded; returns from what and to what.
-        UserError when the optimizer's state cannot be, or when a file holds more than state.
+        With another number of ranks or another ZeRO stage it is resharded; returns from what and to what.
+        UserError when the optimizer's state cannot be resharded, or when a file holds more than state.
         """
         files = sorted(folder.glob(f"{STATE_TAG}/*.pt"))
         own = files[dist.get_rank() :: self._world_size]
@@ -182,7 +182,7 @@ class Engine:
     def master_weights(self) -> list[torch.Tensor]:
         """This rank's share of the trained weights, flat, fp32: what the optimizer updates in place.
 
-        The module's own are these, rounded; what is written here shows in it after `publish_master_weights`.
+        The module's weights are these, rounded; a change here shows in them after `publish_master_weights`.
         """
         return [master.data for master in self._masters()]
 
@@ -258,7 +258,7 @@ class Engine:
             zero.loss_scaler = loss_scaler
 
     def _load_buffers(self, folder: Path) -> None:
-        """What the module keeps beside its weights; rank 0 wrote all of it, at stage 3 each rank."""
+        """Restore the module's buffers; rank 0 wrote all of them, at stage 3 every rank."""
         path = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
         stored = _read(path, mmap=True)["module"] or {}
         for name, buffer in self.module.named_buffers():
@@ -292,7 +292,7 @@ def _pieces_of_fragments(group: list[torch.nn.Parameter], names: dict[int, str])
 
 
 def _pieces_of_partitions(group: list[Any], names: dict[int, str]) -> Iterator[Piece]:
-    """Stage 3: it has an equal stretch of every parameter, on the last ranks filled up."""
+    """Stage 3: every rank has an equal stretch of each parameter; the last ranks pad theirs."""
     offset = 0
     for parameter in group:
         size = parameter.partition_numel()
@@ -303,8 +303,8 @@ def _pieces_of_partitions(group: list[Any], names: dict[int, str]) -> Iterator[P
 
 
 def _wholes(zero: Any, number: int, names: dict[int, str]) -> tuple[Piece, ...] | None:
-    """Places in Muon's momentum where it has all of each parameter of which the rank has a part; None where
-    it is divided like the weights."""
+    """Places in Muon's momentum that hold whole parameters, for each parameter of which the rank has a part;
+    None where the momentum is divided like the weights."""
     in_partition = getattr(zero, "params_in_partition", None)  # of stages 1 and 2
     if in_partition is None or zero.cpu_offload or not in_partition[number]:
         return None
@@ -324,7 +324,7 @@ def _dtype_of(config: Any, unknown: str = "fp32") -> str:
 
 
 def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
-    """What a rank's file holds: of each flat tensor the weights and the optimizer's state."""
+    """The contents of a rank's file: weights and optimizer state of each flat tensor."""
     stored = _stored_optimizer(folder, rank)
     if "fp32_flat_groups" in stored:  # stage 3
         weights, optimizer = stored["fp32_flat_groups"], stored["optimizer_state_dict"]
@@ -345,8 +345,8 @@ def _stored_optimizer(folder: Path, rank: int) -> dict[str, Any]:
 def _read(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """What DeepSpeed wrote into a file: tensors, plain values and a few of its own classes.
 
-    A pickle may name any function and call it. Nothing else is looked up than what DeepSpeed's state is made
-    of; UserError names what a file wants beyond it. With mmap tensors stay on the disk until they are used.
+    A pickle may name any function and call it. Only the classes of DeepSpeed's state are allowed; UserError
+    names anything else in the file. With mmap tensors stay on the disk until they are used.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -367,7 +367,7 @@ def _read(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) ->
 def _initialized(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]
 ) -> Any:
-    """DeepSpeed's engine, without what it does beside."""
+    """DeepSpeed's engine, without its side effects."""
     if not torch.cuda.is_available():
         # else ZeRO-3 starts a program that counts the machine's sockets, for every bucket of gradients
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -391,9 +391,9 @@ def _initialized(
 
 @contextmanager
 def _gathered(module: torch.nn.Module, offload: Any) -> Iterator[None]:
-    """Whole weights under ZeRO-3. offload: DeepSpeed's, that placed hooks on the module.
+    """Whole weights under ZeRO-3. offload: DeepSpeed's, which placed hooks on the module.
 
-    Its hooks would give a weight back as soon as the module that owns it was called.
+    Its hooks would release a weight as soon as the module that owns it was called.
     """
     import deepspeed
 

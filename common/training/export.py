@@ -3,8 +3,8 @@
 Takes the live module, its gathered weights, a tokenizer and what the live model says to a probe (logits of a
 policy, scores of a reward model); writes `<folder>.tmp` (safetensors, tokenizer, chat template, generation
 config, adapters beside merged weights, a model card), has it checked, and only then writes the manifest and
-renames. What fails the check is committed too, under a name that no step takes: a training is never thrown
-away. Runs on one rank; neither gathers weights nor changes the live module.
+renames. An artifact that fails the check is committed too, under a name that no step takes: a training is
+never thrown away. Runs on one rank; neither gathers weights nor changes the live module.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "deepspeed", "
 
 
 class ExportMismatch(UserError):
-    """What was written is not the live model. It was committed under another name, which no step takes."""
+    """The artifact differs from the live model. It was committed under another name, which no step takes."""
 
 
 @torch.no_grad()
 def ask_live(module: PackedModel, documents: Sequence[torch.Tensor]) -> Probe:
-    """What the live model says to documents of the run (int64 [T] each; one for a policy).
+    """The live model's answers to documents of the run (int64 [T] each; one for a policy).
 
-    Its noise is 0 in fp32, where nothing is judged by it. On ZeRO-3 all ranks call it.
+    The probe's noise is 0 in fp32, where it is not used. On ZeRO-3 all ranks call it.
     """
     base = module.base()
     probe = Probe(module.role, documents, module.answers(documents))
@@ -85,10 +85,10 @@ def export_model(
 
     module: a causal LM, or a sequence classifier with one label. state_dict: its full weights (names may
     carry the "model." of a wrapper), or None to take the module's own. probe: see `ask_live`; documents of a
-    reward model end where they are scored. `details` goes into the manifest beside what is known here. say:
-    hears what the user should know. An artifact already at `folder` stays when it is the same, and is set
-    aside otherwise. Raises UserError for the disk, and ExportMismatch when the check fails: the artifact is
-    then at `<folder>.unverified`.
+    reward model end where they are scored. `details` are added to the manifest. say: shows notes for the
+    user. An artifact already at `folder` stays when it is the same, and is set aside otherwise. Raises
+    UserError for the disk, and ExportMismatch when the check fails: the artifact is then at
+    `<folder>.unverified`.
     """
     state = own_names(module, state_dict)
     if probe.role is Role.reward_model:
@@ -134,7 +134,8 @@ def _head_norm(state: Mapping[str, torch.Tensor]) -> float:
 
 
 def try_export(module: PreTrainedModel, folder: Path) -> str | None:
-    """What is wrong with what is read back of `module` from the empty `folder`, in words; None if nothing is.
+    """Export `module` to the empty `folder`, read it back, and return the first fault in words; None without
+    one.
 
     module: a causal LM, or a sequence classifier with one label. Without tokenizer and manifest: for trying
     out on a small model, in fp32, whether a trained one could be exported.
@@ -221,7 +222,7 @@ def _details(saved: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict
 
 
 def _git_commit() -> str | None:
-    """Of the program that trained; None where it does not run from a repository."""
+    """The git commit of the program that trained; None outside of a repository."""
     command, where = ["git", "rev-parse", "HEAD"], Path(__file__).parent
     found = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
@@ -235,7 +236,7 @@ def _version(package: str) -> str | None:
 
 
 def _is_same(folder: Path, manifest: Manifest) -> bool:
-    """Whether `folder` holds these files, undamaged, for this role. What is said about them may differ."""
+    """Whether `folder` holds these files, undamaged, for this role. The manifest's details may differ."""
     try:
         there = read_manifest(folder)
         if dict(there.files) != dict(manifest.files) or there.role is not manifest.role:

@@ -42,7 +42,7 @@ between its two attention kernels; and what is always allowed. The dtype rounds 
 
 @dataclass(frozen=True)
 class Probe:
-    """Something asked of the live model, to be asked again of the one that is read back."""
+    """Documents and the live model's answers to them, to compare with the model that is read back."""
 
     role: Role
     documents: Sequence[torch.Tensor]  # int64 [T] each
@@ -52,7 +52,7 @@ class Probe:
 
     @property
     def what(self) -> str:
-        """What an answer consists of, in words."""
+        """The unit of an answer, in words."""
         return "logit" if self.role is Role.policy else "score"
 
     def load(self, folder: Path, like: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -67,7 +67,7 @@ class Probe:
 
     @torch.no_grad()
     def ask(self, model: PreTrainedModel) -> torch.Tensor:
-        """What a plain model answers, on the live model's device or its own, to one document at a time."""
+        """A plain model's answers, one document at a time, on the live model's device or its own."""
         device = _move(model, self.answer.device)
         model.eval()
         answers = [model(document[None].to(device), use_cache=False).logits[0] for document in self.documents]
@@ -75,7 +75,7 @@ class Probe:
 
     @torch.no_grad()
     def ask_as_live(self, model: nn.Module, live: PreTrainedModel) -> torch.Tensor:
-        """What a model answers with the attention of `live`; peft's wrapper may be around `model`."""
+        """A model's answers with the attention of `live`; `model` may be in peft's wrapper."""
         device = _move(model, self.answer.device)
         model.eval()
         documents = [document.to(device) for document in self.documents]
@@ -112,7 +112,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found; fault: the first thing that is wrong, in words."""
+    """The result of a check. fault: the first one, in words."""
 
     figures: Mapping[str, float | None]
     fault: str | None
@@ -122,8 +122,8 @@ class Checked:
 def check(folder: Path, rebuilt: Rebuilt, module: PreTrainedModel, probe: Probe) -> Checked:
     """Load the folder as anybody would and compare.
 
-    Rounding hides little in fp32, so answers are compared by their largest difference. In bf16 and fp16 it
-    hides more than a wrong merge or config would change. There every link has a test of its own: the merge,
+    In fp32 rounding is small, so answers are compared by their largest difference. In bf16 and fp16 rounding
+    is larger than the effect of a wrong merge or config. There every link has a test of its own: the merge,
     layer by layer in fp32; the tensors, bit for bit; the live model's answer against that of the same
     tensors, by the typical difference; and the config and class that were read back against the live ones, in
     fp32.
@@ -198,8 +198,8 @@ def _answer_faults(difference: float, allowed: float, what: str, how: str = "") 
 def _difference_in_fp32(
     folder: Path, saved: PreTrainedModel, live: PreTrainedModel, probe: Probe
 ) -> float | None:
-    """Between what is read back as fp32, and the live model's class and config around the same tensors; None
-    where there is no memory for them."""
+    """Largest difference between the model read back as fp32 and the live model's class and config around the
+    same tensors; None where there is no memory for them."""
     if _free_memory() < 2 * sum(4 * tensor.numel() for tensor in saved.state_dict().values()):
         return None
     reloaded = probe.load(folder, saved, torch.float32)  # also its buffers: in half they were rounded
@@ -211,7 +211,7 @@ def _difference_in_fp32(
 
 
 def _free_memory() -> int:
-    """Bytes of the machine's memory that can be had."""
+    """Bytes of the machine's free memory."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return 1024 * int(found[1]) if found else 0
 
@@ -233,7 +233,8 @@ def _in_fp32(answer: torch.Tensor) -> torch.Tensor:
 
 
 def _move(model: nn.Module, device: torch.device) -> torch.device:
-    """Move to `device`, or to the CPU where the training run leaves no room for a second model; to where."""
+    """Move to `device`, or to the CPU where the training run leaves no room for a second model; returns
+    where."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         needed = sum(p.numel() * p.element_size() for p in model.parameters() if p.device != device)

@@ -1,4 +1,4 @@
-"""A plain transformers model with a trained module's weights: adapters merged, training's settings gone.
+"""A plain transformers model with a trained module's weights: adapters merged, settings of training removed.
 
 Takes a live module and its gathered weights; returns a second model around the same tensors, on the CPU, and
 what the merge of each adapter changed. The adapters are also written, as peft reads them. Does not change the
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What is written, and what it was made from."""
+    """The model to write, and the parts it was made from."""
 
     saved: PreTrainedModel  # on the CPU; tensors that nothing was merged into are the given ones
     adapted: PreTrainedModel | None = None  # the base with its adapters beside it; None without adapters
@@ -59,7 +59,7 @@ def rebuild(module: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: 
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The model's config without what only training needs."""
+    """The model's config without the settings that only training needs."""
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config(decoder=True)):
         part._attn_implementation = None

@@ -1,10 +1,10 @@
-"""What is known of a step's data and schedule before it is started; a program of its own for the controller.
+"""A step's data and schedule, counted before it is started; a program of its own for the controller.
 
     python -m common.training.forecast ANSWER.json STEP MODULE RESOLVED.yaml [STEP MODULE RESOLVED.yaml ...]
 
 Takes each step's configuration; writes the `DataCounts` of each as JSON, or the UserError that stopped it.
 Tokenizes into the cache, where the run finds it again; of large sources it tokenizes a seeded sample and
-scales the counts. Loads no weights: what the architecture falls back to is asked of a small copy. Every
+scales the counts. Loads no weights: a small copy of the architecture shows what it falls back to. Every
 step's `dry_run.py` says how its rows are read.
 """
 
@@ -28,7 +28,7 @@ from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig, Trai
 from common.counts import DataCounts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.packing import pack
 from common.data.stored import PromptDataset, TokenizedDataset
 from common.errors import UserError
@@ -76,20 +76,20 @@ def main(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Reading:
-    """The settings to count with: of all rows, or of a sample. factors: rows of each source for one of its
-    sample; scale: the same over all sources, by which counts are multiplied."""
+    """The settings to count with, for all rows or for a sample. factors: rows of each source for one row of
+    its sample. scale: the same over all sources; counts are multiplied by it."""
 
     data: DataConfig
     factors: tuple[float, ...]
     scale: float = 1.0
 
     def weights(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """By source: how often a row of the sample is seen, so that times `scale` it stands for all rows."""
+        """By source: how often a row of the sample counts; times `scale` the sample stands for all rows."""
         pairs = zip(weights.items(), self.factors, strict=False)  # the last, data.eval_path, has no factor
         return {name: weight * factor / self.scale for (name, weight), factor in pairs}
 
     def total(self, built: StepData[Any], values: np.ndarray | None = None) -> int:
-        """Over all rows to train on: a sum of what those that were read have; without values their number."""
+        """The sum of `values` (one per row read) estimated for all training rows; by default their number."""
         each = np.array(self.factors)[built.train.source_ids]
         return round(float((each if values is None else each * values).sum()))
 
@@ -126,7 +126,7 @@ def of_documents(
     built: StepData[TokenizedDataset],
     tokenizer: PreTrainedTokenizerFast,
 ) -> DataCounts:
-    """Of a step that trains on documents, each row packed over the whole epoch."""
+    """The counts of a step that trains on documents, packed over the whole epoch."""
     data = reading.data
     batches = Batches(built.train, batch_plan(job, data, train, ALONE), reading.weights(built.weights))
     documents = batches.documents(0)
@@ -141,7 +141,7 @@ def of_documents(
 def of_pairs(
     job: JobConfig, step: Step, data: DataConfig, train: TrainConfig, model: ModelConfig
 ) -> DataCounts:
-    """Of a step that trains on pairs, which are packed within a step; its rows are pairs.
+    """The counts of a step that trains on pairs, packed within an optimizer step; its rows are pairs.
 
     model: that the step starts from. Before there is one, the base model's tokenizer counts.
     """
@@ -166,7 +166,7 @@ def of_prompts(
     prompts: int,
     iterations: int,
 ) -> DataCounts:
-    """Of PPO: its rows are the prompts of a pass, its steps iterations (over all, if a sample is read)."""
+    """The counts of PPO: its rows are the prompts of a pass, its steps are iterations."""
     found = _counts(built, tokenizer, reading, seen=prompts, steps=0, train=train)
     return dataclasses.replace(found, total_steps=iterations)
 

@@ -1,8 +1,8 @@
-"""A network that is only asked and never trained: PPO's reference and reward model, DPO's reference.
+"""A network that is never trained: PPO's reference and reward model, DPO's reference.
 
-Takes a module with its weights, or an artifact; holds it without gradients, dropout and optimizer, as the
-ZeRO stage says: on stages 1 and 2 whole on every rank, in host memory between its phases if wanted; on stage
-3 partitioned over the ranks like what is trained, so that a large one fits. Does not decide when it is asked.
+Takes a module with its weights, or an artifact; holds it without gradients, dropout and optimizer. On ZeRO
+stages 1 and 2 it is whole on every rank, and can wait in host memory between its phases. On stage 3 it is
+partitioned over the ranks like the trained networks, so that a large one fits. Does not decide when it runs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Frozen:
                 self._put_away()
 
     def _put_away(self) -> None:
-        """Nothing travels: the weights are what they were."""
+        """Drop the device's copy; nothing is copied back, because the weights never change."""
         for parameter, host in self._host:
             parameter.data = host
 

@@ -33,10 +33,10 @@ from common.model.scalar_head import REWARD_MODEL, PackedScalarModel
 from common.model.tokenizer import load_tokenizer, terminators_of
 from common.notices import listen
 from common.redact import shown
-from common.runtime.logs import open_rank_log, run_and_report
+from common.runtime.entry import command_main
 from common.stage import Role
-from common.training.account import origin_of_model
 from common.training.export import ExportMismatch, ask_live, export_model
+from common.training.training_record import origin_of_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,14 +48,14 @@ PACKED: dict[Role, tuple[HeadSpec, type[PackedModel]]] = {
     Role.policy: (CAUSAL_LM, PackedCausalLM), Role.reward_model: (REWARD_MODEL, PackedScalarModel),
 }  # fmt: skip
 SAMPLE = "The capital of France is Paris, and the capital of Italy is Rome."
-"""What the exported model is compared with the loaded one on."""
+"""The token ids on which the exported model is compared with the loaded one."""
 
 
 def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
     """Write the model that `model` names to `out`, an artifact for `role`; returns `out`.
 
-    model: its path, revision, chat template and trust in remote code count; the dtype is that of the weights.
-    UserError for what the pipeline cannot train from or score with.
+    model: of its settings, path, revision, chat template and trust in remote code count; the dtype is taken
+    from the weights. UserError for a model that the pipeline can neither train nor score with.
     """
     named = str(model.path)
     adapter = read_adapter(Path(named).expanduser(), role)
@@ -141,7 +141,7 @@ def stored_dtype(weights: list[Path]) -> Dtype:
 
 
 def check_head(model: ModelConfig, role: Role) -> None:
-    """UserError for a model whose head is not that of the role: transformers makes one up, or drops it."""
+    """UserError for a model without the role's head: transformers would make one up, or drop the other."""
     wanted = HEADS[role]
     named = read_config(model).architectures or []
     if named and not any(name.endswith(wanted) for name in named):
@@ -173,9 +173,7 @@ def main() -> int:
             raise UserError(f"{given.named} cannot be imported: {error.message}", hint=error.hint) from error
         return 0
 
-    with tempfile.TemporaryDirectory(prefix="rlhf_import_") as logs:
-        open_rank_log(Path(logs), 0)
-        return run_and_report(work, Path(logs))
+    return command_main(work)
 
 
 if __name__ == "__main__":

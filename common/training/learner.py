@@ -1,4 +1,4 @@
-"""A network that learns: under ZeRO, with its optimizer and the schedule of its learning rate."""
+"""A trained network under ZeRO, with its optimizer and the schedule of its learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's loop: counters, cadence, a stop, a step that was skipped. Knows nothing of what is minimised."""
+"""A recipe's loop: counters, cadence, stopping, skipped steps. Knows nothing of the loss."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ SMALLER_IS_BETTER = ("loss", "perplexity", "error", "kl")
 """In the last part of a metric's name."""
 
 
-def falls(metric: str) -> bool:
+def smaller_is_better(metric: str) -> bool:
     """Whether a smaller value of a metric is better, by its name."""
     return any(word in metric.rpartition("/")[2] for word in SMALLER_IS_BETTER)
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What early stopping knows: the best value of its metric, and evaluations since."""
+class EarlyStopping:
+    """The state of early stopping: the best value of its metric, and the evaluations since."""
 
     metric: str | None = None
     best: float | None = None
     waited: int = 0
 
-    def after(self, stop_when: StopWhenConfig, metrics: Mapping[str, float]) -> Watched:
-        """After an evaluation. UserError naming its metrics, where the one to be watched is none of them."""
+    def after(self, stop_when: StopWhenConfig, metrics: Mapping[str, float]) -> EarlyStopping:
+        """The state after an evaluation. UserError names its metrics when the watched one is missing."""
         if (metric := stop_when.metric) is None:
             return self
         if (value := metrics.get(metric)) is None:
@@ -61,9 +61,11 @@ class Watched:
                 hint=did_you_mean(metric, metrics, f"measured are {', '.join(sorted(metrics))}"),
             )
         if self.metric != metric or self.best is None or math.isnan(self.best):
-            return Watched(metric, value)
-        is_better = value < self.best if falls(metric) else value > self.best
-        return Watched(metric, value) if is_better else Watched(metric, self.best, self.waited + 1)
+            return EarlyStopping(metric, value)
+        is_better = value < self.best if smaller_is_better(metric) else value > self.best
+        return (
+            EarlyStopping(metric, value) if is_better else EarlyStopping(metric, self.best, self.waited + 1)
+        )
 
     def is_over(self, stop_when: StopWhenConfig) -> bool:
         """Whether the step ends here."""
@@ -82,12 +84,12 @@ class Counters:
     num_trained_tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    watched: Watched = field(default_factory=lambda: Watched())
+    watched: EarlyStopping = field(default_factory=lambda: EarlyStopping())
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Counters:
-        """As a checkpoint has them; one of an earlier version watches nothing."""
-        return cls(**{**stored, "watched": Watched(**stored.get("watched", {}))})
+        """From a checkpoint; one of an earlier version watches nothing."""
+        return cls(**{**stored, "watched": EarlyStopping(**stored.get("watched", {}))})
 
 
 def advance(counters: Counters, outcome: StepOutcome, tokens: float, trained: float) -> Counters:
@@ -129,8 +131,8 @@ class Loop(Generic[Rows]):
         total_steps: int,
         evaluate_held_out: Callable[[Rows, int], tuple[dict[str, float], str]],
     ) -> None:
-        """batches: of `data.train`. evaluate_held_out: of what would be exported after a step, on held-out
-        rows: metrics, among them `eval/loss`, and a line to show.
+        """batches: of `data.train`. evaluate_held_out: measures the model that would be exported after a step
+        on held-out rows; returns metrics, among them `eval/loss`, and a line to show.
         """
         self._session, self._learner, self._batches = session, learner, batches
         self._data: StepData[Rows] = data
@@ -160,7 +162,7 @@ class Loop(Generic[Rows]):
     def training(self) -> Iterator[None]:
         """Progress and metrics are open; before the first step there is an evaluation.
 
-        When it ends well the process group is left: what needs the other ranks happens within.
+        At a good end the process group is closed: everything that needs the other ranks happens within.
         """
         session, done = self._session, self.counters.step
         with session.tracked(self.total_steps, done, resumed=done > 0):
@@ -171,7 +173,7 @@ class Loop(Generic[Rows]):
             yield
 
     def begin(self) -> int:
-        """Begin a step, and seed what it draws; its number, from 0."""
+        """Begin a step and seed its random draws; returns its number, from 0."""
         enter("step", self.counters.step + 1)
         self._began = time.perf_counter()
         seed_everything(self._session.job.seed, self.counters.step, self._session.world.rank)
@@ -180,8 +182,8 @@ class Loop(Generic[Rows]):
     def all_reduce(self, counts: Sequence[float]) -> list[float]:
         """The sums of `counts` over all ranks: the one collective before the first backward pass.
 
-        It also carries whether to save after this step, and whether to stop: then all ranks save, and leave
-        by SystemExit.
+        It also carries whether to save after this step and whether to stop. Told to stop, all ranks save and
+        leave by SystemExit.
         """
         session = self._session
         sums, stopping, self._saving = session.all_reduce(counts)
@@ -194,8 +196,8 @@ class Loop(Generic[Rows]):
         return sums
 
     def update(self, tokens: float, trained: float | None = None) -> None:
-        """Update the weights. tokens: of the step's documents, on all ranks; trained: those that carry the
-        loss (None: the loss is not one of tokens).
+        """Update the weights. tokens: of the step's documents, on all ranks. trained: tokens that carry the
+        loss (None: the loss is not over tokens).
         """
         self._learning_rate = self._learner.learning_rate(self.counters.applied)
         self._outcome = self._learner.step(self.counters.applied)
@@ -206,9 +208,8 @@ class Loop(Generic[Rows]):
     def log(self, metrics: Mapping[str, float], *, padding: float, computed: float | None = None) -> None:
         """Log and show the step, and say so when it was skipped.
 
-        metrics: of the step, among them `loss`. On all ranks: padding, computed positions that are nobody's
-        token; computed, positions that the device computed, fewer than tokens where documents share a prompt
-        (None: as many).
+        metrics: of the step, among them `loss`. padding, computed: positions over all ranks, of filler and of
+        documents; a shared prompt is computed once (None: as many as tokens).
         """
         session, world, dtype = self._session, self._session.world, self._session.job.model.dtype
         counters, tokens, flops = self.counters, self._tokens, self._flops_per_token
@@ -238,19 +239,21 @@ class Loop(Generic[Rows]):
             report_skipped(counters, places, seen["loss"], scale, dtype, session.warn)
 
     def _evaluate(self) -> float:
-        """Measure on held-out rows what would be exported now; their loss, inf where there are none."""
+        """Measure the model that would be exported now; returns its held-out loss, inf without held-out
+        rows."""
         if self._data.held_out is None:
             return math.inf
         enter("evaluate")
         metrics, line = self._evaluate_held_out(self._data.held_out, self.counters.step)
-        watched = watched_by_all(self._session, self.counters.watched, metrics)
+        watched = early_stopping_on_all_ranks(self._session, self.counters.watched, metrics)
         self.counters = replace(self.counters, watched=watched)
         self._session.tracker.log(metrics, self.counters.step)
         self._session.progress.log(line)
         return metrics["eval/loss"]
 
     def evaluate_and_save(self) -> None:
-        """After a step, each where it is due; the best step so far and the last one are always saved."""
+        """Evaluate and save after a step, when due; the best step so far and the last one are always
+        saved."""
         train, step = self._session.train_config, self.counters.step
         is_last = step == self.total_steps
         if is_due(step, train.eval_every) or is_last:
@@ -272,7 +275,7 @@ class Loop(Generic[Rows]):
         final_lines: FinalLines = lambda final: [],
         extra_details: ExtraDetails = lambda final: {},
     ) -> None:
-        """Export what was trained, of the step that `train.export` names; see `Session.export`."""
+        """Export the model of the step that `train.export` names; see `Session.export`."""
         session = self._session
         self._take_exported()
         session.export(
@@ -308,8 +311,11 @@ class Loop(Generic[Rows]):
         self._session.save_clock.restart()
 
 
-def watched_by_all(session: Session, before: Watched, metrics: Mapping[str, float]) -> Watched:
-    """`Watched.after` as rank 0 has it, so that no rank goes on alone. A collective where one is watched."""
+def early_stopping_on_all_ranks(
+    session: Session, before: EarlyStopping, metrics: Mapping[str, float]
+) -> EarlyStopping:
+    """`EarlyStopping.after` as rank 0 has it, so that no rank goes on alone. A collective where one is
+    watched."""
     stop_when = session.train_config.stop_when
     if stop_when.metric is None:
         return before
@@ -317,13 +323,13 @@ def watched_by_all(session: Session, before: Watched, metrics: Mapping[str, floa
 
 
 def stopping_line(step: int, stop_when: StopWhenConfig, *, unit: str = "step") -> str:
-    """What is said where a step of the chain ends early."""
+    """The line for a step of the chain that ends early."""
     waited = f"{stop_when.metric} was not better in {stop_when.patience} evaluation(s)"
     return f"stopping after {unit} {step}: {waited} (train.stop_when)"
 
 
 def check_length(done: int, total: int, step: Step, *, unit: str = "steps") -> None:
-    """UserError where more is done than is asked for."""
+    """UserError when more steps are done than are asked for."""
     if done > total:
         raise UserError(
             f"{done} {unit} of {step.value} are done, and {total} are asked for",
@@ -344,7 +350,7 @@ def report_skipped(
 ) -> None:
     """Say which rows a skipped step had; UserError after too many in a row.
 
-    unit: what is counted, where a run has more than one network that learns. key: of its learning rate.
+    unit: the name of a step, where a run trains more than one network. key: of its learning rate.
     """
     log.warning("%s %d skipped, loss %s, rows %s", unit, counters.step, loss, ", ".join(places))
     if dtype is Dtype.fp16 and math.isfinite(loss) and loss_scale > 1:
@@ -364,7 +370,7 @@ def report_skipped(
 def skipped_warning(
     counters: Counters, dtype: Dtype, step: Step, *, unit: str = "step", key: str = "optim.lr"
 ) -> str | None:
-    """What to say of steps that changed nothing because their gradient was not finite; fp16 has some.
+    """A warning about steps without an update, because their gradient was not finite; fp16 has some.
 
     unit, key: as in `report_skipped`, the key without its step.
     """

@@ -1,7 +1,7 @@
 """OptimConfig in, a torch optimizer and its schedule out. DeepSpeed shards whatever is returned.
 
-ZeRO hands an optimizer flat shards of the parameters, not their shapes. AdamW works element by
-element, so that changes nothing; what it means for the others is written beside them.
+ZeRO hands an optimizer flat shards of the parameters, not their shapes. AdamW works element by element, so
+that changes nothing for it; the other optimizers' docstrings say what it changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ParameterGroups = list[dict[str, Any]]
 
 OF_VOCABULARY = ("embed", "lm_head", "wte", "wpe")
-"""In the names of matrices with a row per token."""
+"""Parts of the names of matrices with a row per token."""
 
 LR_SCALE = "lr_scale"
 """Key of a parameter group that takes another learning rate than the rest."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.config import DataConfig, JobConfig
 from common.data import control
-from common.data.kinds import PREFERENCES
+from common.data.dataset_types import PREFERENCES
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair
 from common.handoff import model_to_preview
@@ -42,10 +42,9 @@ def show_preview(
 ) -> None:
     """Print rows as the model sees them, then lengths, the trained share and what became of the data.
 
-    rows: each a sequence of runs, (decoded text, whether it is trained); a run is decoded as a whole, so that
-    characters split over several tokens stay whole. lengths: tokens of every document. trained_share: None
-    for rows of which nothing is trained.
-    Trained text is coloured on a terminal and stands in brackets elsewhere.
+    rows: each a sequence of runs, (decoded text, whether it is trained). A run is decoded as a whole, because
+    a character may be split over several tokens. lengths: tokens of every document. trained_share: None for
+    rows of which nothing is trained. Trained text is coloured on a terminal and stands in brackets elsewhere.
     """
     out = progress.console()
     in_colour = out.is_terminal and out.color_system is not None and not out.no_color

@@ -1,9 +1,9 @@
-"""An export tried before anything is trained: what can only fail at the end is found at the start.
+"""An export tried before anything is trained: a fault of the export is found at the start, not at the end.
 
 Takes a `ModelConfig`; makes a small copy of its architecture (few layers, small matrices, the same type, ties
 and experts) with random weights, puts the same adapters around it, and exports and reads it back as a
-finished run does. Reads the model's config, never its weights. What cannot come back is a UserError; where a
-small copy cannot be made, that is said and nothing is refused.
+finished run does. Reads the model's config, never its weights. A model that does not come back is a
+UserError; where no small copy can be made, a notice says so and nothing is refused.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _small(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreT
 
 @torch.no_grad()
 def _move_weights(network: torch.nn.Module) -> None:
-    """Away from where adapters begin, which is nothing."""
+    """Add noise to the trained weights: adapters begin as zero, and merging zero shows nothing."""
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.add_(0.02 * torch.randn_like(parameter))

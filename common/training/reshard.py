@@ -56,7 +56,7 @@ class Shard:
         return self.size
 
     def is_flat(self, key: str, value: object) -> bool:
-        """Whether a value has one element for each of the parameters', be it without those that fill up.
+        """Whether a value has one element for each element of the parameters, with or without padding.
 
         UserError for any other tensor that is more than a number.
         """
@@ -99,7 +99,7 @@ class Layout:
 
     @classmethod
     def read(cls, folder: Path) -> Layout | None:
-        """What `write` wrote; None where an earlier version wrote the state."""
+        """The layout that `write` wrote; None for a state of an earlier version."""
         if not (folder / LAYOUT).exists():
             return None
         stored = json.loads((folder / LAYOUT).read_text())
@@ -109,10 +109,10 @@ class Layout:
 def reshard(
     stored: Layout, own: Sequence[Shard], read: Callable[[int], Sequence[Held]]
 ) -> list[dict[str, Any]]:
-    """What a rank with the shards `own` holds in each of them, by name: flat tensors on the host, numbers.
+    """The state of each shard in `own`, by name: flat tensors on the host, and numbers.
 
-    read: what rank r wrote, shard by shard; called once for each rank that has something. Elements that fill
-    up are 0. UserError when something of `own` was not stored, or cannot be divided.
+    read: returns what rank r wrote, shard by shard; called once for each rank that is needed. Padding is 0.
+    UserError when a part of `own` was not stored or cannot be divided.
     """
     held: list[dict[str, Any]] = [{} for _ in own]
     missing = [sum(piece.length for piece in shard.pieces) for shard in own]

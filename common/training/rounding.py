@@ -1,9 +1,9 @@
 """`python -m common.training.rounding ARTIFACT --dtype DTYPE --out FOLDER`: an artifact in another dtype.
 
-Takes an artifact, or adapters alone, and leaves a second one with the same files but for the weights, each
-rounded once, and what names their dtype; its manifest and a line say what was lost. Weights that the dtype
-cannot hold are a UserError. Adapters beside merged weights stay as they are. A process of its own, since the
-controller imports no torch.
+Takes an artifact, or adapters alone. Writes a second one in which each weight is rounded once and the configs
+name the new dtype; all other files are the same. Its manifest and a line say what was lost. Weights that the
+dtype cannot hold are a UserError. Adapters beside merged weights stay as they are. A process of its own,
+since the controller imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import math
 import shutil
 import sys
-import tempfile
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ from common.artifacts import CARD, MANIFEST, hash_files, read_json, verify, writ
 from common.card import model_card
 from common.config import Dtype
 from common.errors import UserError
-from common.runtime.logs import open_rank_log, run_and_report
+from common.runtime.entry import command_main
 from common.training.export import disk_errors_of_weights
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What rounding did to weights. zeroed: those that were not 0 and are."""
+class RoundingStats:
+    """How rounding changed weights. zeroed: weights that became 0."""
 
     weights: int = 0
     changed: int = 0
@@ -39,8 +38,10 @@ class Loss:
     squares: float = 0.0  # sum over all weights
     errors: float = 0.0  # the same of what they changed by
 
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: RoundingStats) -> RoundingStats:
+        return RoundingStats(
+            *(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True))
+        )
 
     @property
     def relative(self) -> float:
@@ -70,7 +71,7 @@ def _rounded(artifact: Path, dtype: Dtype, out: Path) -> str:
     before, wanted = str(manifest.details.get("dtype")), DTYPES[dtype]
     after = str(wanted).removeprefix("torch.")
     out.mkdir()
-    lost = Loss()
+    lost = RoundingStats()
     for path in sorted(artifact.iterdir()):
         if path.suffix == ".safetensors":
             lost += round_file(path, wanted, out / path.name)
@@ -89,11 +90,11 @@ def _rounded(artifact: Path, dtype: Dtype, out: Path) -> str:
     return lost.in_words(before, after)
 
 
-def round_file(source: Path, dtype: torch.dtype, target: Path) -> Loss:
+def round_file(source: Path, dtype: torch.dtype, target: Path) -> RoundingStats:
     """Round the floating-point tensors of a safetensors file; UserError where one cannot be held."""
     from safetensors.torch import load_file, save_file
 
-    tensors, lost = load_file(source), Loss()
+    tensors, lost = load_file(source), RoundingStats()
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = rounded = tensor.to(dtype)
@@ -102,18 +103,18 @@ def round_file(source: Path, dtype: torch.dtype, target: Path) -> Loss:
                     f"{name} has weights up to {float(tensor.abs().max()):.3g}, which {dtype} cannot hold",
                     hint="--dtype bf16 has the range of fp32",
                 )
-            lost += loss_of(tensor, rounded)
+            lost += rounding_stats(tensor, rounded)
     save_file(tensors, target, metadata={"format": "pt"})
     target.chmod(source.stat().st_mode)
     return lost
 
 
-def loss_of(before: torch.Tensor, after: torch.Tensor) -> Loss:
+def rounding_stats(before: torch.Tensor, after: torch.Tensor) -> RoundingStats:
     """How the weights of a tensor changed."""
     values, change = before.double(), before.double() - after.double()
     zeroed = (values != 0) & (after == 0)
     sums = (float((side * side).sum()) for side in (values, change))
-    return Loss(values.numel(), int((change != 0).sum()), int(zeroed.sum()), *sums)
+    return RoundingStats(values.numel(), int((change != 0).sum()), int(zeroed.sum()), *sums)
 
 
 def _renamed(config: Any, dtype: str) -> Any:
@@ -150,9 +151,7 @@ def main() -> int:
         print(f"note: {round_artifact(given.artifact, given.dtype, given.out)}", flush=True)
         return 0
 
-    with tempfile.TemporaryDirectory(prefix="rlhf_rounding_") as logs:
-        open_rank_log(Path(logs), 0)
-        return run_and_report(work, Path(logs))
+    return command_main(work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a recipe works in: ranks, stop signal, console, metrics, checkpoints, and the export at its end.
+"""The surroundings of a recipe: ranks, stop signal, console, metrics, checkpoints, export.
 
-When to save, to evaluate and to stop is in loop.py (PPO: iterations.py), what a step does in its train.py.
+loop.py (PPO: iterations.py) decides when to save, evaluate and stop; a step's train.py does its work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from common.config import (
     to_plain,
 )
 from common.data.batches import BatchPlan
-from common.data.kinds import Kind
+from common.data.dataset_types import DatasetType
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.errors import UserError
@@ -52,28 +52,28 @@ from common.runtime.distributed import (
 from common.runtime.progress import Progress
 from common.runtime.tracking import METRICS_FILE, Tracker, read_metrics
 from common.stage import Input, Step
-from common.training.account import account_of, origin_of
-from common.training.checkpoint import Checkpoints, State
+from common.training.checkpoint import Checkpoints, Stateful
 from common.training.engine import Engine
 from common.training.export import ask_live, export_model
 from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
 from common.training.step_data import Rows, StepData, batch_plan, load_data
+from common.training.training_record import origin_of, training_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 FinalLines = Callable[[Mapping[str, float]], Iterable[str | None]]
-"""What the user should know at the end, from the last step's metrics."""
+"""Makes the closing lines for the user from the last step's metrics."""
 ExtraDetails = Callable[[Mapping[str, float]], Mapping[str, Any]]
-"""What the manifest says besides, from the same."""
+"""Makes further details of the manifest from the same metrics."""
 
 
 class SaveClock:
     """When a checkpoint is due because so many minutes went by since the last one (0: never).
 
-    Rank 0's clock decides. All ranks learn of it in the all-reduce that opens each step anyway: clocks that
-    differ would have some of them save and the others not.
+    Rank 0's clock decides, and all ranks learn of it in the all-reduce that opens each step anyway: with
+    clocks of their own some ranks would save and others not.
     """
 
     def __init__(self, minutes: float, world: World, now: Callable[[], float] = time.monotonic) -> None:
@@ -115,7 +115,7 @@ class Session:
     def all_reduce(self, counts: Sequence[float] = ()) -> tuple[list[float], bool, bool]:
         """The sums of `counts` over all ranks, whether to stop, and whether to save: the same on all of them.
 
-        UserError on all ranks where the step's folder was removed: nothing of what they do would be kept.
+        UserError on all ranks when the step's folder was removed: their work could not be saved.
         """
         is_removed = self.world.is_rank0 and not self.folder.exists()
         flags = (self.stop.received, self.save_clock.asks, is_removed)
@@ -128,13 +128,13 @@ class Session:
         return sums, bool(stopping), bool(saving)
 
     def load_artifact(self, named: str | None, taken: Input, key: str | None = None) -> Artifact:
-        """The verified artifact at `named`, the value of `key`, by default the step's own: the controller has
-        written down where an earlier step leaves it."""
+        """The verified artifact at `named`, the value of `key` (by default the step's own). The controller
+        has filled in the path of an earlier step's artifact."""
         key = key or f"{self.step.value}.{taken.value}"
         return broadcast_from_rank0(self.world, lambda: load_named(named or "", taken.role, key))
 
     def load_base_artifact(self, model: ModelConfig) -> dict[Input, Artifact]:
-        """The policy that `model.path` is, verified, where it is an artifact; empty where others made it."""
+        """The verified policy at `model.path`, if that is an artifact; else empty."""
         if model.path is None or not (Path(model.path) / MANIFEST).exists():
             return {}
         return {Input.policy: self.load_artifact(model.path, Input.policy, "model.path")}
@@ -142,7 +142,7 @@ class Session:
     def load_data(
         self,
         data: DataConfig,
-        kind: Kind[Rows],
+        kind: DatasetType[Rows],
         tokenizer: PreTrainedTokenizerFast,
         *,
         policy: Artifact | None = None,
@@ -161,7 +161,8 @@ class Session:
     def load_network(
         self, head: HeadSpec, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, max_length: int
     ) -> PreTrainedModel:
-        """What `model` names on this rank's device, once a small one with this head was exported.
+        """The network that `model` names, on this rank's device; first a small one with this head is
+        exported.
 
         max_length: tokens of the longest document.
         """
@@ -228,7 +229,7 @@ class Session:
         sampling: SamplingConfig,
         step: int,
     ) -> dict[str, float]:
-        """Complete held-out prompts (int32 [T] each), keep what is said, and measure how many stop."""
+        """Complete held-out prompts (int32 [T] each), log the samples, and measure how many stop."""
         if not prompts:
             return {}
         samples = sample_completions(
@@ -239,12 +240,12 @@ class Session:
         return {"eval/stop_rate": stop_rate(samples)}
 
     def warn(self, line: str) -> None:
-        """Show that a number looks wrong, and alert who asked for it."""
+        """Show a warning, and send it as an alert where alerts are on."""
         self.progress.log(line)
         self.tracker.alert(line.removeprefix("warning: "))
 
     def begin_export(self) -> None:
-        """Training is over and saved: a stop ends the process at once from here on."""
+        """Training is over and saved: from here on a stop signal ends the process at once."""
         self.stop.deferred = False
         enter("export")
 
@@ -262,11 +263,11 @@ class Session:
         final_lines: FinalLines,
         extra_details: ExtraDetails = lambda final: {},
     ) -> None:
-        """Export what was trained to `<step>/export`, checked against the live model's answer to `documents`.
+        """Export the trained model to `<step>/export`, checked against its answers to `documents`.
 
-        documents: int64 [T] each, of the run; one for a policy. steps: how many there were. parents: what
-        training started from; data: fingerprints of the rows; counters: where the run ended. A collective;
-        `begin_export` comes before.
+        documents: int64 [T] each, of the run; one for a policy. steps: their number. parents: the artifacts
+        that training started from; data: fingerprints of the rows; counters: where the run ended. A
+        collective; `begin_export` comes before.
         """
         engine.eval()
         model: Any = module.model
@@ -285,7 +286,7 @@ class Session:
                 "progress": counters,
                 "metrics": final,
                 "origin": origin_of(self.job.model, self._base_revision, parents.get(Input.policy)),
-                "training": account_of(
+                "training": training_record(
                     self.job, self.step, self.folder, before, adapters=hasattr(model, "peft_config")
                 ),
                 **extra_details(final),
@@ -299,7 +300,7 @@ class Session:
 
 def restore(
     checkpoints: Checkpoints,
-    state: State,
+    state: Stateful,
     say: Callable[[str], None],
     place: Callable[[Mapping[str, Any]], str] = lambda counters: "",
 ) -> dict[str, Any]:
@@ -321,7 +322,8 @@ def restore(
 
 
 def metrics_of_step(path: Path, step: int) -> dict[str, float]:
-    """What was logged at a step, of training and of evaluation; a resume may have had nothing left to do."""
+    """The metrics logged at a step, by training and by evaluation. Read from the file: a resumed run may have
+    had no step left."""
     lines = [line for line in read_metrics(path) if line["step"] == step]
     return {name: value for line in lines for name, value in line.items() if name != "step"}
 
@@ -329,5 +331,5 @@ def metrics_of_step(path: Path, step: int) -> dict[str, float]:
 def probe_of(
     example: TokenizedExample | TokenizedPrompt, device: torch.device, longest: int = 256
 ) -> list[torch.Tensor]:
-    """The start of a document, one int64 [T]: what an exported policy is compared with the live one on."""
+    """The start of a document, one int64 [T]: the exported policy is compared with the live one on it."""
     return [torch.from_numpy(example.input_ids[:longest].astype(np.int64)).to(device)]

@@ -1,7 +1,7 @@
 """From a step's settings to rows on disk, and how they become this rank's batches; alike for all steps.
 
-Tokenized once by the first rank of each machine, while the others wait on the file system. What becomes a
-trained token is decided in `common/data/prompt_rule.py`; which rows make a step in `common/data/batches.py`.
+The first rank of each machine tokenizes once, while the others wait on the file system.
+`common/data/prompt_rule.py` decides the loss mask, `common/data/batches.py` which rows make a step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common.artifacts import VARIABLES, Artifact, write_json
 from common.config import DataConfig, JobConfig, TrainConfig
 from common.data import cache, dataset
 from common.data.batches import BatchPlan
-from common.data.kinds import Kind
+from common.data.dataset_types import DatasetType
 from common.data.ledger import Ledger
 from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 from common.errors import with_step
@@ -32,7 +32,7 @@ Rows = TypeVar("Rows", TokenizedDataset, PairDataset, PromptDataset)
 
 @dataclass(frozen=True)
 class StepData(Generic[Rows]):
-    """What a step trains and evaluates on."""
+    """The rows that a step trains and evaluates on."""
 
     train: Rows
     held_out: Rows | None
@@ -60,7 +60,7 @@ def build_data(
     job: JobConfig,
     step: Step,
     data: DataConfig,
-    kind: Kind[Rows],
+    kind: DatasetType[Rows],
     tokenizer: PreTrainedTokenizerFast,
     say: Say,
     *,
@@ -80,7 +80,7 @@ def load_data(
     job: JobConfig,
     step: Step,
     data: DataConfig,
-    kind: Kind[Rows],
+    kind: DatasetType[Rows],
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     world: World,
@@ -88,10 +88,10 @@ def load_data(
     *,
     policy: Artifact | None = None,
 ) -> StepData[Rows]:
-    """`build_data` on every rank; says what became of the rows, and writes `folder/ledger.json`.
+    """`build_data` on every rank; shows the ledger and writes it to `folder/ledger.json`.
 
-    policy: what the step starts from; a line says so when that shared out its rows in another way, or gave
-    its chat template other variables.
+    policy: the artifact that the step starts from. A warning says when it split the rows between steps in
+    another way, or rendered its chat template with other variables.
     """
     enter("data")
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
@@ -123,9 +123,9 @@ def other_variables(step: Step, ours: Mapping[str, Any], policy: Artifact) -> st
 def other_split(step: Step, ours: Mapping[str, Any] | None, policy: Artifact) -> str | None:
     """A warning when rows of the step may be among those its policy was trained on.
 
-    That is when the policy's step shared out its rows with this one, or this one has shares too, and the
-    shares or their seeds differ. ours: as in a manifest; None without shares. A policy that shared out
-    nothing was trained on data of its own, as far as anyone can tell.
+    That may be so when the policy's step split rows with this step, or this step splits rows too, and the
+    splits or their seeds differ. ours: as in a manifest; None without a split. Without a split in its
+    manifest a policy counts as trained on other data.
     """
     theirs = (policy.manifest.details.get("data") or {}).get("stage_split")
     if theirs is None or ours == theirs or (ours is None and step.value not in theirs["shares"]):

@@ -1,8 +1,8 @@
-"""Responses as a reward model with another tokenizer or template reads them: as text, in its own.
+"""Responses as text, in the tokens of a reward model with another tokenizer or chat template.
 
-Takes prompts and completions as text; returns token ids whose last one is where the score is read: of a model
-that others published the token where plain transformers reads it of the same conversation alone, of ours the
-terminator. Knows no network and no rank.
+Takes prompts and completions as text; returns token ids. The score is read at the last one: for a published
+model the token where plain transformers reads the score of this conversation alone, for ours the terminator.
+Knows no network and no rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reader_of(model: ModelConfig, reward_model: Artifact | None) -> TextReader |
 
 
 class TextReader:
-    """What a reward model makes of a prompt and its completion."""
+    """Prompts and completions as token ids of a reward model that is given text."""
 
     def __init__(self, artifact: Artifact, tokenizer: PreTrainedTokenizerFast) -> None:
         """tokenizer: the artifact's."""

@@ -32,7 +32,7 @@ import numpy as np
 from common.addresses import is_this_machine
 from common.deadline import within
 from common.errors import UserError
-from common.https import connection_to, hang_up, target
+from common.https import certificate_error, connection_to, hang_up, target
 from common.redact import redact_text
 from step3_ppo.rewards.config import FIRST_PAUSE, LONGEST_PAUSE, TOKEN, check_url
 from step3_ppo.rewards.functions import Columns, Prompts, finite_scores
@@ -133,10 +133,7 @@ class RewardServer:
                 self.timeout, lambda: self._exchange(connection, body), lambda: hang_up(connection)
             )
         except ssl.SSLCertVerificationError as error:
-            raise UserError(
-                f"{self.key}: {self.url} has no certificate that holds: {error.verify_message}",
-                hint="SSL_CERT_FILE names the certificates that are trusted",
-            ) from None
+            raise certificate_error(f"{self.key}: {self.url}", error) from None
         except TimeoutError:
             raise _Passing(f"no whole answer within {self.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
@@ -153,7 +150,7 @@ class RewardServer:
     def _exchange(
         self, connection: http.client.HTTPConnection, body: bytes
     ) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send the body and read the answer, of which no more than is too large."""
+        """Send the body and read the answer; stops reading once it is too large."""
         with contextlib.closing(connection):
             connection.request("POST", target(urlsplit(self.url)), body, self._headers())
             response = connection.getresponse()

@@ -23,7 +23,7 @@ from benchmarks.chat_templates import (
     tokenizer_of,
 )
 from common.data import chat
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.types import IGNORE, TokenizedExample
 from tests import field_templates
 
@@ -87,7 +87,7 @@ def judged_with(monkeypatch: pytest.MonkeyPatch, change: Any, row: str) -> str:
 
 
 def of_records(change: Any) -> Any:
-    return lambda results: [Made(tuple(change(record) for record in made.records)) for made in results]
+    return lambda results: [RowRecords(tuple(change(record) for record in made.records)) for made in results]
 
 
 @of_records

@@ -78,9 +78,7 @@ def test_what_broke_off_goes_on_from_there(files: Files, fetching: Fetching, who
     assert len(fetching.pauses) == 2
 
 
-def test_an_interrupted_command_goes_on_when_it_is_given_again(
-    files: Files, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_command_goes_on_when_it_is_given_again(files: Files, fetching: Fetching) -> None:
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 

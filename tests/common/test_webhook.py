@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,6 +15,7 @@ from common.errors import UserError
 from common.fields import as_schema
 from common.tracking_config import AlertKind, TrackingConfig
 from common.webhook import Webhook, address_of
+from tests import served
 from tests.dripping import dripping, saying
 
 
@@ -49,12 +49,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def listener() -> Iterator[Listener]:
-    with Listener() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    server = Listener()
+    with served.serving(server):
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def post(url: str | None, *texts: str, kinds: list[AlertKind] | None = None) -> list[str]:

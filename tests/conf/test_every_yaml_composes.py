@@ -12,16 +12,12 @@ import yaml
 from common.config import Offload, OptimizerName, Truncation
 from common.tracking_config import WandbMode
 from pipeline import checks
-from pipeline.compose import compose, prepare
 from pipeline.config import CONF, PROJECT, PipelineConfig
+from tests.pipeline.composing import composed
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 EXPERIMENTS = [path for path in FILES if path.parent.name == "experiment"]
 PER_STEP = ("data", "optim")
-
-
-def composed(*overrides: str) -> PipelineConfig:
-    return compose(prepare(overrides).overrides)
 
 
 def choice(path: Path) -> list[str]:

@@ -8,16 +8,12 @@ from common.errors import UserError
 from common.stage import Input, Step
 from pipeline import checks
 from pipeline.compose import compose, prepare
-from pipeline.config import PipelineConfig
 from step3_ppo.config import Estimator, KLController, KLPlacement, RewardSourceConfig
 from step3_ppo.rewards.functions import load_function
 from step3_ppo.rewards.sources import RewardSources
+from tests.pipeline.composing import composed
 
 EXPERIMENTS = ("gsm8k_rlvr", "hh_ppo", "reward_hacking")
-
-
-def composed(*overrides: str) -> PipelineConfig:
-    return compose(prepare(overrides).overrides)
 
 
 def rewards(*overrides: str) -> list[RewardSourceConfig]:

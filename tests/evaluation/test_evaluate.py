@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.artifacts import read_manifest, write_manifest
 from common.config import DataConfig, Dtype, ModelConfig, SourceConfig
 from common.data.batches import BatchPlan, evaluation_batches, evaluation_pair_batches
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES
 from common.errors import UserError
 from common.estimates import student_quantile
 from common.inference_config import EvaluateJob, EvaluationSettings
@@ -24,7 +24,7 @@ from common.stage import Role
 from common.training.import_model import import_model
 from evaluation import completions
 from evaluation.evaluate import evaluate
-from evaluation.subject import Subject, load_subject
+from evaluation.inference_model import InferenceModel, load_inference_model
 from step1_sft.evaluate import evaluate as sft_evaluate
 from step2_reward.evaluate import held_out_metrics, score_pairs
 from tests.common.training.exporting import published
@@ -94,8 +94,8 @@ def measured(models: Path, rows: Path, *names: str, model: str = "policy", **cha
     return found
 
 
-def subject(models: Path, name: str) -> Subject:
-    return load_subject(str(models / name), name, "MODEL", Dtype.fp32, CPU)
+def model_of(models: Path, name: str) -> InferenceModel:
+    return load_inference_model(str(models / name), name, "MODEL", Dtype.fp32, CPU)
 
 
 def value(found: dict[str, Any], name: str, part: str = "metrics") -> float:
@@ -107,7 +107,7 @@ def value(found: dict[str, Any], name: str, part: str = "metrics") -> float:
 
 def test_loss_and_accuracy_are_those_of_sft_in_all_and_by_source(models: Path, rows: Path) -> None:
     found = measured(models, rows, "sums", "more")
-    policy = subject(models, "policy")
+    policy = model_of(models, "policy")
     read = policy.rows(data(rows, "sums", "more"), DEMONSTRATIONS, whole_context=False, say=str)
     logged = sft_evaluate(policy.packed(), evaluation_batches(read, PLAN), read.sources, CPU)
     assert found["kind"] == "demonstrations" and len(found["rows"]) == 12
@@ -153,7 +153,7 @@ def test_with_other_tokens_rows_are_compared_whole(
 
 def test_a_reward_model_is_measured_as_its_step_measures_it(models: Path, rows: Path) -> None:
     found = measured(models, rows, "pairs", model="our_alike")
-    judge = subject(models, "our_alike")
+    judge = model_of(models, "our_alike")
     read = judge.rows(data(rows, "pairs"), PREFERENCES, whole_context=False, say=str)
     scored = score_pairs(judge.packed(), evaluation_pair_batches(read, PLAN), CPU)
     logged = held_out_metrics(scored, read.sources, 0.0)

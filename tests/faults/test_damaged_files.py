@@ -14,8 +14,7 @@ import torch
 from common.runtime.distributed import STOPPED_EXIT_CODE, World
 from common.training.checkpoint import Checkpoints
 from tests.programs.faulted import ppo_faulted
-from tests.runs import Base, finish
-from tests.step2_dpo.runs import write_job
+from tests.runs import Base, finish, write_job
 from tests.step3_ppo.runs import make_artifacts, make_job
 
 pytestmark = pytest.mark.slow
@@ -51,7 +50,7 @@ def checkpoints(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     job = make_job(folder, make_artifacts(folder, base.tokenizer), max_steps=2, save_every=1)
     job.ppo.ema_decay, job.ppo.evaluation.num_prompts = 0.5, 0
-    run_dir = write_job(job, folder / "run")  # type: ignore[arg-type]
+    run_dir = write_job(job, folder / "run")
     told = {"RLHF_FAULT": "point=update,step=2,do=term"}
     finish(run_dir, 1, ppo_faulted, told, code=STOPPED_EXIT_CODE)
     return run_dir / "ppo" / "checkpoints"

@@ -11,8 +11,7 @@ import pytest
 
 from common.runtime.heartbeat import STALLED_EXIT_CODE
 from tests.programs.faulted import ppo_faulted, sft_faulted
-from tests.runs import Base, start, wait_while
-from tests.step2_dpo.runs import write_job
+from tests.runs import Base, start, wait_while, write_job
 from tests.step3_ppo.runs import make_artifacts, make_job
 
 pytestmark = pytest.mark.cluster
@@ -94,7 +93,7 @@ def test_a_rank_that_hangs_in_an_iteration_of_ppo_is_named(
 ) -> None:
     job = make_job(tmp_path, make_artifacts(tmp_path, base.tokenizer), max_steps=2, save_every=1)
     job.deepspeed.stage = 3
-    run_dir = write_job(job, tmp_path / "run")  # type: ignore[arg-type]
+    run_dir = write_job(job, tmp_path / "run")
     victim = 1 if "rank=1" in point else 0
     printed = run_until_given_up(run_dir, ppo_faulted, f"point={point}", victim, leaves=leaves)
     assert printed.count("error: ") == 1 and "Traceback" not in printed

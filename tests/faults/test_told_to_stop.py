@@ -12,8 +12,7 @@ from common.config import Dtype
 from common.runtime.distributed import STOPPED_EXIT_CODE
 from pipeline.verify import verify_path
 from tests.programs.faulted import ppo_faulted, sft_faulted
-from tests.runs import Base, finish
-from tests.step2_dpo.runs import write_job
+from tests.runs import Base, finish, write_job
 from tests.step3_ppo.runs import make_artifacts, make_job
 
 pytestmark = pytest.mark.slow
@@ -77,7 +76,7 @@ def ppo_runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     def prepare(name: str) -> Path:
         job = make_job(folder, artifacts, max_steps=2, eval_every=1, save_every=1)
         job.model.dtype, job.deepspeed.stage, job.ppo.ppo_epochs, job.ppo.ema_decay = Dtype.fp32, 3, 2, 0.5
-        return write_job(job, folder / "runs" / name)  # type: ignore[arg-type]
+        return write_job(job, folder / "runs" / name)
 
     return prepare
 

@@ -21,7 +21,7 @@ import zstandard
 
 from common.config import DataConfig, OnBadRow, SourceConfig
 from common.data import dataset
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, Kind
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS, DatasetType
 from common.runtime.logs import open_rank_log, run_and_report
 from pipeline.config import CONF
 from step1_sft import dry_run as demonstrations
@@ -69,7 +69,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 """A row of each format by what reads it; # is the number of the row."""
-JOBS: dict[str, tuple[Any, Any, Kind[Any]]] = {
+JOBS: dict[str, tuple[Any, Any, DatasetType[Any]]] = {
     "demonstrations": (demonstrations, lambda data: SFTJob(sft=SFTConfig(data)), DEMONSTRATIONS),
     "preferences": (pairs, lambda data: RewardJob(reward=RewardConfig(data=data)), PREFERENCES),
     "prompts": (questions, lambda data: PPOJob(ppo=PPOConfig(data=data)), PROMPTS),

@@ -136,7 +136,7 @@ def test_a_pod_runs_the_same_command_with_what_the_runtime_tells_it(tmp_path: Pa
     ]  # fmt: skip
 
 
-def test_the_pod_s_arguments_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pod_s_arguments_compose() -> None:
     from pipeline.compose import compose, prepare
 
     arguments = k8s.train_job(
@@ -158,7 +158,7 @@ def test_the_output_folder_is_the_one_that_is_set_on_the_volume(typed: list[str]
 
 
 @pytest.mark.parametrize("elsewhere", ["mine", "/runsx", "/tmp/runs"])  # noqa: S108 - is not written to
-def test_an_output_folder_that_is_not_on_the_volume_is_refused(tmp_path: Path, elsewhere: str) -> None:
+def test_an_output_folder_that_is_not_on_the_volume_is_refused(elsewhere: str) -> None:
     with pytest.raises(UserError, match=f"output_dir={elsewhere} is not on the volume"):
         k8s.launch(config(), TYPED, Path(elsewhere) / "a", print)
 

@@ -188,7 +188,7 @@ def test_a_message_that_was_changed_on_its_way_is_refused(change: str) -> None:
     assert not zero.is_open
 
 
-def test_a_proof_that_was_seen_elsewhere_is_refused(folder: Path) -> None:
+def test_a_proof_that_was_seen_elsewhere_is_refused() -> None:
     _, other, _, by_other = meet()
     nonce = other._nonce
     other.send("hello")

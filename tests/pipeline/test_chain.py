@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,89 +11,27 @@ from typing import Any
 import pytest
 import yaml
 
-from common.artifacts import (
-    MANIFEST,
-    Artifact,
-    Manifest,
-    file_sha256,
-    hash_files,
-    read_manifest,
-    write_manifest,
-)
-from common.config import DataConfig, Dtype, ModelConfig, TokenizerConfig
+from common.artifacts import MANIFEST, Artifact, Manifest, file_sha256, read_manifest
+from common.config import DataConfig, Dtype, ModelConfig
 from common.errors import UserError
 from common.stage import Role, Step
-from pipeline import lineage, plan, preview, run, state
-from pipeline.config import PROJECT, PipelineConfig
+from pipeline import lineage, plan, run, state
 from pipeline.verify import verify_path
 from step3_ppo.config import EvaluationConfig, RewardSourceConfig
-from tests.pipeline.programs.fake_step import TOKENS
+from tests.pipeline.fakes import (
+    DPO,
+    PPO,
+    REWARD,
+    SFT,
+    config,
+    from_policy,
+    go,
+    launches,
+    make_policy,
+    refused,
+)
 
-PROGRAMS = Path(__file__).parent / "programs"
-FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo", Step.ppo: "fake_ppo"}
-SFT, REWARD, DPO, PPO = Step.sft, Step.reward, Step.dpo, Step.ppo
-
-
-@pytest.fixture(autouse=True)
-def fake_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step, module in FAKES.items():
-        monkeypatch.setitem(plan.STAGES, step, dataclasses.replace(plan.STAGES[step], module=module))  # type: ignore[arg-type]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), str(PROGRAMS)]))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(run, "make_report", lambda run_dir, say: None)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-
-
-def config(*steps: Step, **changes: Any) -> PipelineConfig:
-    llama = ModelConfig(
-        config={"model_type": "llama"}, tokenizer=TokenizerConfig(None, 512), dtype=Dtype.fp32
-    )
-    made = PipelineConfig(run_name="a", model=llama, steps=list(steps))
-    made.sft.data = DataConfig(path="rows.jsonl")
-    made.reward.data = DataConfig(path="pairs.jsonl")
-    made.dpo.data = DataConfig(path="pairs.jsonl")
-    made.ppo.data = DataConfig(path="prompts.jsonl")
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made
-
-
-def from_policy(step: Step, path: str, **changes: Any) -> PipelineConfig:
-    """A run of one step that starts from the policy at `path`."""
-    made = config(step, **changes)
-    getattr(made, step.value).policy = path
-    return made
-
-
-def go(made: PipelineConfig) -> list[str]:
-    """Run to a good end; returns what was said."""
-    lines: list[str] = []
-    assert run.run(made, say=lines.append) == 0
-    return lines
-
-
-def refused(made: PipelineConfig) -> UserError:
-    with pytest.raises(UserError) as caught:
-        run.run(made, say=lambda line: None)
-    return caught.value
-
-
-def launches(step: Step, name: str = "a") -> int:
-    path = Path(f"runs/{name}/{step.value}_launches")
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def make_policy(path: str, weights: str = "{}", role: Role = Role.policy, **details: str) -> str:
-    """An artifact made elsewhere, instead of what is there; returns the hash of its manifest."""
-    shutil.rmtree(path, ignore_errors=True)
-    Path(path).mkdir(parents=True)
-    (Path(path) / "config.json").write_text(weights)
-    return file_sha256(
-        write_manifest(path, Manifest("artifact", role, hash_files(path), {**TOKENS, **details}))
-    )
+pytestmark = pytest.mark.usefixtures("fake_steps")
 
 
 # --- Chains ----------------------------------------------------------------------------------------
@@ -384,93 +321,6 @@ def test_a_damaged_policy_of_an_earlier_step_is_never_used() -> None:
     (Path("runs/a/sft/export") / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"reward\.policy=runs/a/sft/export: does not match its manifest"):
         lineage.load_sources(wired, Path("runs/a"))
-
-
-# --- Verify ----------------------------------------------------------------------------------------
-
-
-def test_verify_follows_parents_inside_and_outside_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    make_policy("here")
-    go(from_policy(DPO, "here"))
-    assert verify_path(Path("runs/a")) == 0
-    assert f"made from policy {Path('here').absolute()}" in capsys.readouterr().out
-    (Path("here") / "config.json").write_text("[]")  # damaged, with the same manifest
-    assert verify_path(Path("runs/a")) == 2
-    assert "config.json: " in capsys.readouterr().out
-    make_policy("here", '{"other": 1}')  # made again
-    assert verify_path(Path("runs/a")) == 2
-    shown = capsys.readouterr().out
-    assert "DIFFERS" in shown and "the policy that runs/a/dpo/export was made from" in shown
-    shutil.rmtree("here")
-    assert verify_path(Path("runs/a")) == 2
-
-
-def test_verify_finds_a_policy_of_the_run_that_was_made_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    go(config(SFT, REWARD))
-    assert verify_path(Path("runs/a")) == 0
-    assert "made from policy sft/export" in capsys.readouterr().out
-    monkeypatch.setenv("FAKE_WEIGHTS", '{"other": 1}')
-    go(config(SFT, seed=1, force=True))
-    assert verify_path(Path("runs/a")) == 2
-    differing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DIFFERS")]
-    assert len(differing) == 1 and "the policy that runs/a/reward/export was made from" in differing[0]
-
-
-def test_verify_finds_a_lineage_that_tells_of_other_parents_than_the_manifest(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    go(config(SFT, REWARD))
-    path = Path("runs/a/lineage.json")
-    lineage = json.loads(path.read_text())
-    lineage["artifacts"]["reward"]["parents"] = []
-    path.write_text(json.dumps(lineage))
-    assert verify_path(Path("runs/a")) == 2
-    assert "names other parents" in capsys.readouterr().out
-
-
-# --- Preview ---------------------------------------------------------------------------------------
-
-
-def previewed(made: PipelineConfig, capfd: pytest.CaptureFixture[str]) -> str:
-    """The line of the last step: which policy and which tokenizer it was told of."""
-    assert preview.preview(made) == 0
-    return capfd.readouterr().out.splitlines()[-1]
-
-
-def test_a_preview_before_anything_ran_reads_with_the_tokenizer_that_sfts_preview_trained(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert previewed(config(SFT, REWARD), capfd) == "reward: policy None, tokenizer None"
-    monkeypatch.setenv("FAKE_TRAINS_TOKENIZER", "1")
-    told = previewed(config(SFT, REWARD), capfd)
-    assert told.startswith("reward: policy None, tokenizer /") and told.endswith("/sft/tokenizer")
-
-
-def test_a_preview_takes_the_policy_that_the_run_has_or_the_user_named(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FAKE_TRAINS_TOKENIZER", "1")
-    go(config(SFT))
-    capfd.readouterr()
-    assert previewed(config(SFT, DPO), capfd) == "dpo: policy runs/a/sft/export, tokenizer None"
-    make_policy("here")
-    assert previewed(from_policy(DPO, "here"), capfd) == "dpo: policy here, tokenizer None"
-
-
-def test_a_preview_of_ppo_alone_needs_no_reward_model_at_all(capfd: pytest.CaptureFixture[str]) -> None:
-    make_policy("here")
-    made = from_policy(PPO, "here")
-    assert made.ppo.reward_model is None and refused(made).message == "ppo needs a reward_model"
-    assert previewed(made, capfd) == "ppo: policy here, tokenizer None"
-
-
-def test_a_preview_of_ppo_needs_no_reward_model_yet(capfd: pytest.CaptureFixture[str]) -> None:
-    assert previewed(config(SFT, REWARD, PPO), capfd) == "ppo: policy None, tokenizer None"
-    go(config(SFT))
-    capfd.readouterr()
-    assert previewed(config(SFT, REWARD, PPO), capfd) == "ppo: policy runs/a/sft/export, tokenizer None"
 
 
 # --- Functions that score --------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 
-from common.artifacts import Manifest, hash_files, write_manifest
 from common.errors import UserError
 from common.handoff import load_named
 from common.stage import Role
@@ -25,6 +24,7 @@ from pipeline import chat
 from pipeline.chat import Chat, Settings
 from pipeline.config import PROJECT
 from tests.forked import ENVIRONMENT
+from tests.pipeline.fakes import artifact
 from tests.step2_dpo.runs import make_policy
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -195,13 +195,6 @@ def test_a_character_is_shown_when_all_of_its_bytes_are_there(capsys: pytest.Cap
 
 
 # --- Which policy is meant -------------------------------------------------------------------------
-
-
-def artifact(folder: Path, role: Role = Role.policy) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    write_manifest(folder, Manifest("artifact", role, hash_files(folder), {}))
-    return folder
 
 
 @pytest.mark.parametrize(

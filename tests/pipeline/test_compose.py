@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import subprocess
 import sys
 
@@ -13,8 +12,6 @@ from common.config import OptimizerName, Truncation
 from common.errors import UserError
 from common.stage import Step
 from pipeline.compose import (
-    DEMO,
-    DEMO_DATA,
     compose,
     jobs_of,
     name_of_sweep_job,
@@ -22,19 +19,8 @@ from pipeline.compose import (
     share_a_name,
     to_config,
 )
-from pipeline.config import PROJECT, PipelineConfig
-
-JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
-
-
-def composed(*overrides: str) -> PipelineConfig:
-    return compose(prepare(overrides).overrides)
-
-
-def error_of(*overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        composed(*overrides)
-    return str(caught.value)
+from pipeline.config import PROJECT
+from tests.pipeline.composing import JOB, composed, error_of
 
 
 @pytest.mark.parametrize("text", ["steps=sft", "steps=[sft]", "steps=[ sft ]"])
@@ -243,11 +229,6 @@ def test_a_short_name_is_not_guessed_for_a_run_of_several_steps(named: list[str]
     assert getattr(job, second).optim.name is OptimizerName.adafactor
 
 
-def test_the_demo_that_is_filled_in_has_several_steps_to_choose_from() -> None:
-    hint = "one or more of sft.optim=muon, reward.optim=muon, ppo.optim=muon"
-    assert error_of("optim=muon") == f"optim=muon: for which step?\n  {hint}"
-
-
 def test_data_and_optimizers_beside_a_steps_first_are_chosen_and_replaced_alike() -> None:
     chain = ("experiment=demo", "steps=[sft,ppo]", "ppo.reward_model=r")
     job = composed(*chain, "ppo.critic.optim=adafactor", "ppo.ptx_data=gsm8k").ppo
@@ -279,97 +260,6 @@ def test_a_key_of_the_schema_is_set_and_not_deleted(text: str) -> None:
 
 def test_plus_before_a_known_key_is_forgiven() -> None:
     assert composed(*JOB, "+seed=3").seed == 3
-
-
-def test_the_demo_is_the_whole_chain_and_a_model_of_ones_own_begins_with_sft() -> None:
-    assert composed().steps == composed("seed=3").steps == [Step.sft, Step.reward, Step.ppo]
-    assert composed(*JOB).steps == composed("sft.data.path=x").steps == [Step.sft]
-    assert composed("steps=[sft]").steps == [Step.sft]
-
-
-def test_naming_nothing_runs_the_demo_and_says_so() -> None:
-    for overrides in ([], ["steps=[sft]"], ["seed=3", "model.dtype=fp32", "sft.data.max_length=128"]):
-        prepared = prepare(overrides)
-        assert prepared.notes == [DEMO]
-        assert prepared.overrides[0] == "experiment=demo"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "steps", "note"),
-    [
-        (["steps=[sft,reward]"], [Step.sft, Step.reward], DEMO),
-        (["steps=[sft,dpo]"], [Step.sft, Step.dpo], DEMO),
-        (["steps=[reward]", "reward.policy=a/export"], [Step.reward], DEMO_DATA),
-        (["steps=[dpo]", "dpo.policy=a/export"], [Step.dpo], DEMO_DATA),
-        (["steps=[ppo]", "ppo.policy=a/export", "ppo.reward_model=b/export"], [Step.ppo], DEMO_DATA),
-    ],
-)
-def test_steps_and_a_policy_alone_run_on_the_demos_data(
-    overrides: list[str], steps: list[Step], note: str
-) -> None:
-    assert prepare(overrides).notes == [note]
-    job = composed(*overrides)
-    assert job.steps == steps
-    for step in steps[1:] or steps:
-        (source,) = getattr(job, step.value).data.all_sources()
-        name = "prompts_train.jsonl" if step is Step.ppo else "preferences.jsonl"
-        assert source.path == str(PROJECT / "demo" / "data" / name)
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        "reward.data.path=x",
-        "dpo.data.sources=[{path: x}]",
-        "dpo.data=gsm8k_preferences",
-        "model.path=x",
-        "model=llama_4m",
-        "model.config.model_type=llama",
-        "experiment=gsm8k",
-        "sft.data.path=x",
-        "sft.data.sources=[{path: x}]",
-        "data@sft.data=gsm8k",
-        "data=gsm8k",
-    ],
-)
-def test_naming_a_model_an_experiment_or_data_keeps_the_demo_away(named: str) -> None:
-    prepared = prepare([named])
-    assert prepared.notes == []
-    assert "experiment=demo" not in prepared.overrides
-
-
-@pytest.mark.parametrize("option", ["lora", "qlora", "lora,qlora"])
-def test_choosing_adapters_names_no_model(option: str) -> None:
-    prepared = prepare(["steps=[reward]", "reward.policy=a/export", f"model={option}"], multirun=True)
-    assert prepared.notes == [DEMO_DATA]
-    job = composed("steps=[dpo]", "dpo.policy=a/export", "model=lora")
-    assert job.model.lora.enabled and job.dpo.data.all_sources()
-    both = prepare(["steps=[dpo]", "dpo.policy=a/export", "model=lora,llama_4m"], multirun=True)
-    assert both.notes == []
-
-
-def test_adapters_for_sft_ask_for_a_model_instead_of_taking_the_demos_random_one() -> None:
-    for steps in ("steps=[sft]", "steps=[sft,dpo]"):
-        assert prepare([steps, "model=lora"]).notes == []
-        assert composed(steps, "model=lora").model.path is None
-
-
-def test_a_named_model_takes_the_place_of_the_one_an_experiment_makes() -> None:
-    model = composed("experiment=gsm8k", "model.path=org/name").model
-    assert (model.path, model.config, model.tokenizer.train_vocab_size) == ("org/name", {}, None)
-
-
-def test_a_named_tokenizer_takes_the_place_of_the_one_an_experiment_trains() -> None:
-    model = composed("experiment=gsm8k", "model.tokenizer.path=t").model
-    assert (model.tokenizer.path, model.tokenizer.train_vocab_size) == ("t", None)
-    assert model.config["model_type"] == "llama"
-
-
-def test_named_data_takes_the_place_of_an_experiments_in_either_form() -> None:
-    by_path = composed("experiment=demo", "sft.data.path=mine.jsonl").sft.data
-    assert [source.path for source in by_path.all_sources()] == ["mine.jsonl"]
-    by_list = composed("experiment=gsm8k", "sft.data.sources=[{path: mine.jsonl}]").sft.data
-    assert [source.path for source in by_list.all_sources()] == ["mine.jsonl"]
 
 
 def test_naming_both_forms_at_once_is_an_error() -> None:
@@ -420,52 +310,3 @@ def test_a_free_form_key_may_be_given_as_one_value() -> None:
 def test_weights_are_never_paired_with_a_tokenizer_of_their_own_making() -> None:
     message = error_of("model.path=x", "sft.data.path=a", "model.tokenizer.train_vocab_size=300")
     assert "model.path=x" in message and "train_vocab_size=300" in message
-
-
-HUB = "hf_" + "abcdefghijklmnopqrstuvwxyz01234567"
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "+tracking.hf_token=mine", "++sft.api_key=1", "sft.data.path=https://me:mine@host/a.jsonl",
-        f"tracking.entity={HUB}", "+x={wandb: {api_key: mine}}", f"+x=[a,{HUB}]", f"run_name=a-{HUB}",
-        "sft.data.sources=[{path: 'https://host/a.jsonl?X-Amz-Signature=mine'}]",
-        "launch.k8s.env.WANDB_API_KEY=mine", f"launch.k8s.env.X={HUB}", "run_name=${oc.env:MINE_API_KEY}",
-        "run_name=${oc.env:HARMLESS}", "hydra.job.env_set.HF_TOKEN=mine", "model.config.auth_token=mine",
-    ],
-)  # fmt: skip
-def test_a_credential_is_refused_and_not_repeated(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HARMLESS", HUB)
-    monkeypatch.setenv("MINE_API_KEY", "anything")
-    said = error_of("sft.data.path=rows.jsonl", override)
-    assert "holds what looks like a credential" in said and "launch.k8s.secret=NAME" in said
-    assert "mine" not in said and HUB not in said
-
-
-@pytest.mark.parametrize(
-    ("override", "key", "value"),
-    [
-        (f"model.path=hub/models--org--name/snapshots/{'a1' * 20}", "model.path", None),
-        (f"model.revision={'a1' * 20}", "model.revision", "a1" * 20),
-        (f"model.revision='{'12' * 20}'", "model.revision", "12" * 20),
-        (f"output_dir=/shared/{'c' * 40}/runs", "output_dir", None),
-        (f"dpo.policy=runs/{'0f' * 32}/export", "dpo.policy", None),
-        ("sft.data.path=data/hf_checkpoints/sk-learn-classification/a.jsonl", "sft.data.path", None),
-        ("sft.data.sources=[{path: a.jsonl, columns: {token: key}}]", "sft.data.sources", "token"),
-        ("launch.k8s.secret=keys", "launch.k8s.secret", None),
-        ("model.config.pad_token=x", "model.config", "pad_token"),
-        ("output_dir=${oc.env:HOME}/runs", "output_dir", "/runs"),
-        (f"launch.k8s.image=me/rlhf:{'d' * 40}", "launch.k8s.image", None),
-    ],
-)
-def test_what_only_sounds_like_a_credential_passes_unharmed(
-    override: str, key: str, value: str | None
-) -> None:
-    made = composed(override)
-    assert (value or override.partition("=")[2]) in str(operator.attrgetter(key)(made))
-
-
-def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NOT_SET", raising=False)
-    assert error_of("run_name=${oc.env:NOT_SET}", *JOB) == "environment variable 'NOT_SET' not found"

@@ -61,7 +61,7 @@ def test_the_verb_names_a_stale_lock_and_fails_without_a_traceback(tmp_path: Pat
     assert not (tmp_path / "runs").exists() and sorted(os.listdir(tmp_path)) == ["extensions"]
 
 
-def test_a_finding_is_one_line_and_only_warnings_fail(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finding_is_one_line_and_only_warnings_fail() -> None:
     lines: list[str] = []
     findings = [Finding(Level.ok, "cpu", "two"), Finding(Level.note, "gpu", "none", "buy one")]
     assert report(findings, lines.append) == 0

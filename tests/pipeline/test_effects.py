@@ -5,15 +5,11 @@ from __future__ import annotations
 import pytest
 
 from common.errors import UserError
-from pipeline.compose import compose, jobs_of, prepare
-from pipeline.config import PipelineConfig
+from pipeline.compose import compose, jobs_of
 from pipeline.effects import check_effects
+from tests.pipeline.composing import composed
 
 JOB = ("model.path=org/name", "sft.data.path=rows.jsonl")
-
-
-def composed(*overrides: str) -> PipelineConfig:
-    return compose(prepare(overrides).overrides)
 
 
 def check_model_of(*overrides: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from common.artifacts import Manifest, hash_files, write_manifest
 from common.errors import UserError
 from common.fields import as_schema
 from common.inference_config import EvaluateJob, GenerateJob
@@ -18,13 +17,7 @@ from launch.supervise import Outcome
 from pipeline import generate, sources
 from pipeline.__main__ import dispatch
 from pipeline.evaluate import artifact_of_any
-
-
-def artifact(folder: Path, role: Role = Role.policy) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    write_manifest(folder, Manifest("artifact", role, hash_files(folder), {}))
-    return folder
+from tests.pipeline.fakes import artifact
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from pipeline import compose, run, state
 from pipeline.config import PROJECT
 from pipeline.verify import verify_path
 from tests.conftest import Command
-from tests.pipeline.test_chain import PROGRAMS, REWARD, SFT, config, fake_steps, go, launches  # noqa: F401
+from tests.pipeline.fakes import PROGRAMS, REWARD, SFT, config, go, launches
+
+pytestmark = pytest.mark.usefixtures("fake_steps")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import PROJECT
 from pipeline.verify import verify_path
-from tests.pipeline.test_run import PROGRAMS
+from tests.pipeline.fakes import PROGRAMS
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.reader import Reader
 from common.data.stages import StageSplit
 from common.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from common.artifacts import Artifact, Manifest, hash_files, write_manifest
+from common.artifacts import Artifact
 from common.errors import UserError
 from common.stage import Role, Step
 from launch.local import Job
@@ -20,16 +20,10 @@ from pipeline.state import config_hash
 from step2_dpo.config import DPOConfig
 from step3_ppo.config import CriticStart
 from tests.common.training.exporting import published
+from tests.pipeline.fakes import artifact
 
 KEY = "dpo.policy"
 OTHER_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
-
-
-def artifact(folder: Path, role: Role = Role.policy) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    write_manifest(folder, Manifest("artifact", role, hash_files(folder), {}))
-    return folder
 
 
 def meant(path: Path, role: Role = Role.policy) -> str:

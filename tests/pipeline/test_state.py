@@ -9,8 +9,8 @@ import pytest
 from common.config import Dtype, ModelConfig
 from common.stage import Step
 from pipeline.config import PipelineConfig
-from pipeline.going_on import Changes, changes
 from pipeline.plan import STAGES
+from pipeline.resume import Changes, changes
 from pipeline.state import differing, run_name, settle_dtype, step_config, write_state
 
 

@@ -16,7 +16,7 @@ import torch
 from common.config import Dtype, Offload, OptimConfig, OptimizerName
 from common.errors import UserError
 from common.runtime.distributed import World, barrier, init_world
-from common.training.average import ExponentialAverage
+from common.training.ema import ExponentialMovingAverage
 from common.training.engine import Engine
 from common.training.optim import build_optimizer
 from common.training.reshard import LAYOUT
@@ -59,7 +59,7 @@ def engine_of(case: Case, world: World, noise: float = 0.0) -> Engine:
     )  # fmt: skip
 
 
-def learn(engine: Engine, world: World, steps: range, average: ExponentialAverage) -> None:
+def learn(engine: Engine, world: World, steps: range, average: ExponentialMovingAverage) -> None:
     engine.train()
     for step in steps:
         for share in range(world.rank, SHARES, world.size):
@@ -105,7 +105,7 @@ def write(folder: str, cases: list[Case]) -> int:
         (where / "state").mkdir(parents=True, exist_ok=True)
         (where / "average").mkdir(exist_ok=True)
         engine = engine_of(case, world)
-        average = ExponentialAverage(engine, 0.8)
+        average = ExponentialMovingAverage(engine, 0.8)
         learn(engine, world, range(BEFORE), average)
         engine.module.scale.fill_(7.0)
         engine.save(where / "state")
@@ -119,7 +119,9 @@ def write(folder: str, cases: list[Case]) -> int:
     return 0
 
 
-def averaged_weights(engine: Engine, average: ExponentialAverage, world: World) -> dict[str, torch.Tensor]:
+def averaged_weights(
+    engine: Engine, average: ExponentialMovingAverage, world: World
+) -> dict[str, torch.Tensor]:
     with average.swapped_in():
         return engines.weights_of(engine, world)
 
@@ -130,7 +132,7 @@ def read(folder: str, pairs: list[tuple[Case, Case]]) -> int:
     for case, wanted in pairs:
         where = Path(folder) / case.name
         engine = engine_of(wanted, world, noise=0.0 if case.frozen else 0.5)
-        average = ExponentialAverage(engine, 0.8)
+        average = ExponentialMovingAverage(engine, 0.8)
         changed = engine.load(where / "state"), average.load(where / "average")
         (then, averaged), later = torch.load(where / "then.pt"), torch.load(where / "later.pt")
         mark = f"{case.name} -> {wanted.name} ({changed[0]})"

@@ -19,7 +19,7 @@ from common.model import attention
 from common.model.attention import positions_within
 from common.model.loading import torch_dtype
 from common.model.packed import PackedCausalLM
-from common.model.scalar_head import PackedScalarModel, begin_head
+from common.model.scalar_head import PackedScalarModel, init_head
 from common.runtime.distributed import World
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
@@ -50,7 +50,7 @@ def tiny_critic(dtype: Dtype = Dtype.fp32) -> PackedScalarModel:
     attention.register()
     torch.manual_seed(1)
     model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention.NAME)
-    begin_head(model.score, 2)
+    init_head(model.score, 2)
     return packed_scorer(model.to(torch_dtype(dtype)))
 
 

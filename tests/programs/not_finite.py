@@ -14,7 +14,7 @@ def sft_not_finite(config: str, steps: Sequence[int], rank: int) -> int:
     from step1_sft import train
     from tests.forked import sft
 
-    score, micro_batches, current = train.score, Batches.micro_batches, 0
+    compute_loss, micro_batches, current = train.compute_loss, Batches.micro_batches, 0
 
     def remember(self: Batches, step: int) -> Any:
         nonlocal current
@@ -22,11 +22,11 @@ def sft_not_finite(config: str, steps: Sequence[int], rank: int) -> int:
         return micro_batches(self, step)
 
     def spoilt(*args: Any, **kwargs: Any) -> Any:
-        result = score(*args, **kwargs)
+        result = compute_loss(*args, **kwargs)
         if current in steps and int(os.environ["RANK"]) == rank:
             result = result._replace(loss_sum=result.loss_sum * math.nan)
         return result
 
     Batches.micro_batches = remember  # type: ignore[method-assign]
-    train.score = spoilt
+    train.compute_loss = spoilt
     return sft(config)

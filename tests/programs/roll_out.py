@@ -14,7 +14,7 @@ import numpy as np
 
 from common.data.types import TokenizedPrompt
 from common.decoding.decoder import Decoder
-from common.decoding.requests import SamplingRule
+from common.decoding.requests import SamplingParams
 from common.errors import UserError
 from common.runtime.distributed import all_reduce_sum, close_world, init_world
 from step3_ppo.rollout import over_ranks, roll_out
@@ -51,7 +51,7 @@ def main(folder: str, case: str) -> int:
             decoder,
             prompts(),
             PROMPT_IDS,
-            SamplingRule(1.0, 12, (1, 2, 3, 4)),
+            SamplingParams(1.0, 12, (1, 2, 3, 4)),
             key=(5, 2),
             samples=3,
             world=world,

@@ -12,8 +12,8 @@ import torch
 from common.config import Dtype
 from common.errors import UserError
 from common.runtime.distributed import World, barrier, init_world
-from common.training.average import ExponentialAverage
-from common.training.checkpoint import Checkpoints, States
+from common.training.checkpoint import Checkpoints, StatefulGroup
+from common.training.ema import ExponentialMovingAverage
 from tests.programs import engines
 
 
@@ -23,8 +23,8 @@ class Trained:
     def __init__(self, stage: int, dtype: Dtype, world: World) -> None:
         self.actor = engines.engine_of(engines.tiny_actor(dtype), stage, world, dtype)
         self.critic = engines.engine_of(engines.tiny_critic(dtype), stage, world, dtype)
-        self.average = ExponentialAverage(self.actor, 0.8)
-        self.state = States(actor=self.actor, critic=self.critic, average=self.average)
+        self.average = ExponentialMovingAverage(self.actor, 0.8)
+        self.state = StatefulGroup(actor=self.actor, critic=self.critic, average=self.average)
         self.world = world
 
     def learn(self, step: int) -> None:

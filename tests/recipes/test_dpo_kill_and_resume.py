@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
 from pathlib import Path
 
 import pytest
 
 from benchmarks import kill_resume
 from common.config import Dtype
+from tests import runs
 from tests.programs import killed
-from tests.runs import Base, finish, start, wait_while
-from tests.step2_dpo.runs import dpo, dpo_killed, lines_of, make_job, make_policy, write_job
+from tests.runs import Base, finish, start, wait_while, write_job
+from tests.step2_dpo.runs import dpo, dpo_killed, lines_of, make_job, make_policy
 
 pytestmark = pytest.mark.slow  # SFT's are in the suite
 
@@ -46,10 +46,7 @@ def whole(folder: Path) -> dict[int, Path]:
 
 def dies(run_dir: Path, ranks: int, moment: str, victim: int = 0) -> None:
     """Start the run, whose rank `victim` dies at `moment`; the other is then killed by its launcher."""
-    started = start(run_dir, ranks, dpo_killed, moment, victim)
-    wait_while(started, lambda: started.processes[victim].is_alive())
-    started.kill()
-    assert started.processes[victim].exitcode == -signal.SIGKILL, (run_dir / "output.txt").read_text()[-3000:]
+    runs.dies(run_dir, ranks, victim, dpo_killed, moment, victim)
 
 
 def assert_same_end(whole: Path, other: Path, steps: int) -> None:

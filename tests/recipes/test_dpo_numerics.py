@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from common.config import LoraConfig
 from step2_dpo.config import DPOJob
-from tests.runs import Base, finish
+from tests.runs import Base, finish, write_job
 from tests.spread import (
     FIRST_TOLERANCE,
     LOGIT_TOLERANCE,
@@ -23,7 +24,7 @@ from tests.spread import (
     Point,
     assert_plain_logits,
 )
-from tests.step2_dpo.runs import dpo_with_live_logits, make_job, make_policy, series, write_job
+from tests.step2_dpo.runs import dpo_with_live_logits, make_job, make_policy, series
 
 pytestmark = pytest.mark.slow  # nine or so whole runs; one gradient at a time is compared in the suite
 
@@ -49,13 +50,12 @@ def job_of(folder: Path, point: Point) -> DPOJob:
 @pytest.fixture(scope="module")
 def run_of(folder: Path) -> Callable[[Point], Path]:
     """The finished run of a point; each is made once."""
-    made: dict[Point, Path] = {}
 
+    @functools.cache
     def run(point: Point) -> Path:
-        if point not in made:
-            made[point] = write_job(job_of(folder, point), folder / "runs" / point.name)
-            finish(made[point], point.ranks, dpo_with_live_logits)
-        return made[point]
+        run_dir = write_job(job_of(folder, point), folder / "runs" / point.name)
+        finish(run_dir, point.ranks, dpo_with_live_logits)
+        return run_dir
 
     return run
 

@@ -13,7 +13,7 @@ from common.artifacts import file_sha256, read_manifest, verify, write_manifest
 from common.config import Dtype, LoraConfig
 from common.stage import Role
 from step2_dpo.config import DPOJob, LossType
-from tests.runs import Base, finish
+from tests.runs import CHECKPOINT, EXPORT, Base, files_below, finish
 from tests.step2_dpo.runs import (
     dpo,
     lines_of,
@@ -26,22 +26,6 @@ from tests.step2_dpo.runs import (
     write_rows,
 )
 
-CHECKPOINT = (
-    "counters.json",
-    "layout.json",
-    "manifest.json",
-    "zero/mp_rank_00_model_states.pt",
-    "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-)
-TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-EXPORT = (
-    *TOKENIZER,
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "manifest.json",
-    "model.safetensors",
-)
 PREFERENCE = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "entropy", "mean_token_accuracy",
@@ -67,12 +51,10 @@ def job_of(folder: Path, **train: int) -> DPOJob:
 
 
 def test_a_run_leaves_exactly_these_files(run_dir: Path) -> None:
-    folder = run_dir / "dpo"
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     # every evaluation was the best one so far: after 2, 4 and 5 steps
     kept = (f"checkpoints/step_{step:08d}/{name}" for step in (4, 5) for name in CHECKPOINT)
     plain = ("metrics.jsonl", "samples.jsonl", "ledger.json", "logs/rank_0.log")
-    assert found == {*kept, *plain, *(f"export/{name}" for name in EXPORT)}
+    assert files_below(run_dir / "dpo") == {*kept, *plain, *(f"export/{name}" for name in EXPORT)}
 
 
 def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:

@@ -15,9 +15,9 @@ from common.artifacts import verify
 from common.runtime.distributed import STOPPED_EXIT_CODE
 from step1_sft.config import SFTJob
 from tests.programs.divided import sft_recorded
-from tests.runs import Base, finish, training_lines
+from tests.runs import Base, finish, training_lines, write_job
 from tests.step2_dpo import runs as dpo_runs
-from tests.step2_dpo.runs import make_policy, write_job
+from tests.step2_dpo.runs import make_policy
 from tests.step2_reward import runs as reward_runs
 from tests.step3_ppo.runs import lines_of, make_artifacts, make_job, ppo, ppo_interrupted
 
@@ -80,7 +80,7 @@ def test_ppo_goes_on_within_an_iteration_with_other_ranks_and_another_stage(
     def write(name: str, stage: int) -> Path:
         job = make_job(tmp_path, artifacts, max_steps=3, eval_every=0)
         job.deepspeed.stage, job.ppo.ema_decay = stage, 0.5
-        return write_job(job, tmp_path / "runs" / name)  # type: ignore[arg-type]
+        return write_job(job, tmp_path / "runs" / name)
 
     whole = write("whole", 2)
     finish(whole, 2, ppo)

@@ -20,8 +20,8 @@ from pipeline.compose import compose, prepare
 from pipeline.plan import STAGES
 from tests import forked
 from tests.recipes.test_ppo_experiments import ppo
-from tests.runs import LLAMA, Base, finish
-from tests.step2_dpo.runs import dpo, write_job, write_rows
+from tests.runs import LLAMA, Base, finish, write_job
+from tests.step2_dpo.runs import dpo, write_rows
 from tests.step2_reward.runs import reward
 
 Row = dict[str, Any]
@@ -125,7 +125,7 @@ class Ran:
     def _run(self, step: Step, consumed: list[str]) -> None:
         typed = [*self.overrides, f"steps=[{step.value}]", *consumed]
         job = compose(prepare(typed).overrides)
-        finish(write_job(job, self.folder), 1, PROGRAMS[step])  # type: ignore[arg-type]
+        finish(write_job(job, self.folder), 1, PROGRAMS[step])
 
     def lines(self, step: str, name: str) -> list[dict[str, Any]]:
         return [line for line in read_metrics(self.folder / step / "metrics.jsonl") if name in line]

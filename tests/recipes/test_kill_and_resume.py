@@ -7,7 +7,6 @@ The whole program (20 kills at random moments at 1 and 2 ranks, ZeRO 1, 2 and 3)
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from benchmarks import kill_resume
 from benchmarks.kill_resume import Point
 from pipeline.verify import verify_path
+from tests import runs
 from tests.forked import sft
 from tests.programs import killed
 from tests.runs import finish, start, training_lines, wait_while
@@ -51,10 +51,7 @@ def whole_two(folder: Path) -> Path:
 
 def dies(run_dir: Path, ranks: int, moment: str, victim: int = 0) -> None:
     """Start the run, whose rank `victim` dies at `moment`; the other is then killed by its launcher."""
-    started = start(run_dir, ranks, killed.sft_killed, moment, victim)
-    wait_while(started, lambda: started.processes[victim].is_alive())
-    started.kill()
-    assert started.processes[victim].exitcode == -signal.SIGKILL, (run_dir / "output.txt").read_text()[-3000:]
+    runs.dies(run_dir, ranks, victim, killed.sft_killed, moment, victim)
 
 
 def checkpoint_names(run_dir: Path) -> list[str]:

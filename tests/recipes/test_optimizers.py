@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,14 +64,9 @@ def job_of(base: Base, point: Point) -> SFTJob:
 
 @pytest.fixture(scope="module")
 def run_of(base: Base) -> Callable[[Point], Path]:
-    made: dict[Point, Path] = {}
-
-    def run(point: Point) -> Path:
-        if point not in made:
-            made[point] = base.run(f"optimizer-{point.name}", job_of(base, point), point.ranks)
-        return made[point]
-
-    return run
+    return functools.cache(
+        lambda point: base.run(f"optimizer-{point.name}", job_of(base, point), point.ranks)
+    )
 
 
 def weights_after(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

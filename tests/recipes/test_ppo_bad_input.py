@@ -11,7 +11,6 @@ import pytest
 from common.config import SourceConfig
 from common.model.tokenizer import train_tokenizer
 from step3_ppo.config import Estimator, PPOJob
-from tests.runs import Base
 from tests.step2_dpo.runs import write_rows
 from tests.step3_ppo.runs import (
     Artifacts,
@@ -24,16 +23,6 @@ from tests.step3_ppo.runs import (
 )
 
 FUNCTIONS = "tests.step3_ppo.reward_functions"
-
-
-@pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo_refused")
-
-
-@pytest.fixture(scope="module")
-def artifacts(base: Base, folder: Path) -> Artifacts:
-    return make_artifacts(folder, base.tokenizer)
 
 
 @pytest.fixture
@@ -127,7 +116,7 @@ def test_without_held_out_prompts_a_run_evaluates_nothing(job: PPOJob, tmp_path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_reward_model_that_reads_text_otherwise_is_refused(
-    base: Base, folder: Path, artifacts: Artifacts, tmp_path: Path, ranks: int
+    folder: Path, artifacts: Artifacts, tmp_path: Path, ranks: int
 ) -> None:
     texts = (json.dumps(row) for row in questions())
     train_tokenizer(texts, 280).save_pretrained(tmp_path / "tokenizer")

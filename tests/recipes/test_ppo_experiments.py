@@ -6,7 +6,6 @@ import json
 import math
 import random
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from common.model.tokenizer import load_tokenizer
 from common.runtime.tracking import read_metrics
 from common.stage import Role
 from pipeline.compose import compose, prepare
-from tests.runs import Base, finish
-from tests.step2_dpo.runs import make_policy, write_job, write_rows
+from tests.runs import Base, finish, write_job
+from tests.step2_dpo.runs import make_policy, write_rows
+from tests.step3_ppo.runs import Artifacts
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -30,14 +30,6 @@ TINY = [
     "ppo.train.eval_every=1", "ppo.rollout.prompts=8", "ppo.rollout.max_new_tokens=6", "ppo.rollout.slots=8",
     "ppo.evaluation.num_prompts=3", "ppo.optim.lr=1e-3",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """What PPO starts from."""
-
-    policy: Path
-    reward_model: Path
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +53,7 @@ def run(folder: Path, artifacts: Artifacts, *overrides: str, ranks: int = 1, cod
     """Run the PPO of an experiment; returns what was printed. Its folder is `folder`."""
     start = [f"ppo.policy={artifacts.policy}", f"output_dir={folder}", *TINY]
     config = compose(prepare([*start, *overrides]).overrides)
-    return finish(write_job(config, folder), ranks, ppo, code=code)  # type: ignore[arg-type]
+    return finish(write_job(config, folder), ranks, ppo, code=code)
 
 
 def problems(folder: Path) -> str:

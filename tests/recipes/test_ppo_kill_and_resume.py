@@ -13,26 +13,16 @@ from benchmarks import kill_resume
 from common.config import Dtype, LoraConfig
 from common.runtime.distributed import STOPPED_EXIT_CODE
 from step3_ppo.config import KLController, PPOJob
+from tests import runs
 from tests.programs import killed
-from tests.runs import Base, finish, start, wait_while
-from tests.step2_dpo.runs import write_job
-from tests.step3_ppo.runs import Artifacts, lines_of, make_artifacts, make_job, ppo, ppo_interrupted
+from tests.runs import finish, write_job
+from tests.step3_ppo.runs import Artifacts, lines_of, make_job, ppo, ppo_interrupted
 
 pytestmark = pytest.mark.slow  # SFT's are in the suite
 
 ITERATIONS, UPDATES = 3, 4
 LAST = ITERATIONS * UPDATES
 """Number of the last checkpoint: updates are counted."""
-
-
-@pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo_killed")
-
-
-@pytest.fixture(scope="module")
-def artifacts(base: Base, folder: Path) -> Artifacts:
-    return make_artifacts(folder, base.tokenizer)
 
 
 def job_of(folder: Path, artifacts: Artifacts, ranks: int) -> PPOJob:
@@ -47,7 +37,7 @@ def job_of(folder: Path, artifacts: Artifacts, ranks: int) -> PPOJob:
 
 
 def prepare(folder: Path, artifacts: Artifacts, name: str, ranks: int) -> Path:
-    return write_job(job_of(folder, artifacts, ranks), folder / "runs" / name)  # type: ignore[arg-type]
+    return write_job(job_of(folder, artifacts, ranks), folder / "runs" / name)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +123,7 @@ def test_a_run_told_to_stop_while_it_evaluates_keeps_the_whole_evaluation(
 
 def dies(run_dir: Path, ranks: int, moment: str, number: int, victim: int) -> None:
     """Start the run, whose rank `victim` kills itself; the other is then killed by its launcher."""
-    started = start(run_dir, ranks, ppo_interrupted, moment, number, victim, signal.SIGKILL)
-    wait_while(started, lambda: started.processes[victim].is_alive())
-    started.kill()
-    assert started.processes[victim].exitcode == -signal.SIGKILL, (run_dir / "output.txt").read_text()[-3000:]
+    runs.dies(run_dir, ranks, victim, ppo_interrupted, moment, number, victim, signal.SIGKILL)
 
 
 def test_a_run_killed_in_every_part_of_an_iteration_ends_with_the_same_bits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import Base
 from tests.step3_ppo.runs import (
     Artifacts,
     lines_of,
-    make_artifacts,
     make_job,
     run_job,
     series,
@@ -63,23 +62,17 @@ OTHERS = [
 
 
 @pytest.fixture(scope="module")
-def artifacts(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return make_artifacts(tmp_path_factory.mktemp("ppo_numerics"), base.tokenizer)
-
-
-@pytest.fixture(scope="module")
 def run_of(artifacts: Artifacts) -> Callable[[Point], Path]:
     """The finished run of a point; each is made once."""
-    made: dict[Point, Path] = {}
 
+    @functools.cache
     def run(point: Point) -> Path:
-        if point not in made:
-            folder = artifacts.policy.parent
-            job = make_job(folder, artifacts, max_steps=2, micro_batch_size=point.micro_batch_size)
-            job.ppo.data.packing, job.deepspeed.stage = point.packing, point.stage
-            job.ppo.rollout.slots, made[point] = point.slots, folder / "runs" / point.name
-            run_job(job, made[point], point.ranks)
-        return made[point]
+        folder = artifacts.policy.parent
+        job = make_job(folder, artifacts, max_steps=2, micro_batch_size=point.micro_batch_size)
+        job.ppo.data.packing, job.deepspeed.stage = point.packing, point.stage
+        job.ppo.rollout.slots = point.slots
+        run_job(job, folder / "runs" / point.name, point.ranks)
+        return folder / "runs" / point.name
 
     return run
 

@@ -15,12 +15,11 @@ from common.artifacts import file_sha256, read_manifest, verify
 from common.stage import Role
 from step3_ppo.advantages import token_rewards
 from step3_ppo.rollout import Experience
-from tests.runs import Base, finish
+from tests.runs import finish
 from tests.step3_ppo import reference
 from tests.step3_ppo.runs import (
     Artifacts,
     lines_of,
-    make_artifacts,
     make_job,
     ppo,
     run_job,
@@ -58,16 +57,6 @@ EVALUATION = {
 TOLERANCE = 1e-5
 # the same weights, but at other addresses: a kernel may round the last bit otherwise
 LAST_BITS = 1e-6
-
-
-@pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo")
-
-
-@pytest.fixture(scope="module")
-def artifacts(base: Base, folder: Path) -> Artifacts:
-    return make_artifacts(folder, base.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +135,7 @@ def test_what_the_first_pass_is_compared_with_comes_from_the_same_micro_batches(
 
 
 def test_a_prompts_samples_stand_together_and_their_terminator_is_the_last_token(
-    run_dir: Path, artifacts: Artifacts, experiences: list[Experience]
+    artifacts: Artifacts, experiences: list[Experience]
 ) -> None:
     terminators = read_manifest(artifacts.policy).details["terminators"]
     prompts = [{response.prompt_id for response in experience.responses} for experience in experiences]
@@ -228,7 +217,7 @@ def test_advantages_and_returns_are_those_of_loops_over_padded_rows(experiences:
         lengths = np.diff(experience.offsets).tolist()
         kl, mask = reference.pad(experience.old_logprobs - experience.ref_logprobs, lengths)
         values, _ = reference.pad(experience.values, lengths)
-        advantages, returns = reference.estimate(
+        advantages, returns = reference.compute_advantages(
             "gae", experience.rewards.tolist(), experience.groups.tolist(), kl, values, mask, 0.05, 1.0, 0.95
         )
         assert returns is not None

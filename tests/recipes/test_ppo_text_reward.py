@@ -27,11 +27,6 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo_text_reward")
-
-
-@pytest.fixture(scope="module")
 def scorer(folder: Path) -> Path:
     return published(folder / "scorer", SCORER, torch.float32, labels=1, max_position_embeddings=512)
 

@@ -47,16 +47,6 @@ SHARED = "tests.step3_ppo.runs:shared"
 Change = Callable[[PPOJob], object]
 
 
-@pytest.fixture(scope="module")
-def folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ppo_variants")
-
-
-@pytest.fixture(scope="module")
-def artifacts(base: Base, folder: Path) -> Artifacts:
-    return make_artifacts(folder, base.tokenizer)
-
-
 @pytest.fixture
 def run(folder: Path, artifacts: Artifacts, request: pytest.FixtureRequest) -> Callable[..., Path]:
     """Run a changed job to its end; returns its folder."""
@@ -122,7 +112,7 @@ def expected_advantages(experience: Any, estimator: str, coef: float, gamma: flo
     values = [[0.0] * len(row) for row in kl]
     if experience.values is not None:
         values, _ = reference.pad(experience.values, lengths)
-    found, _ = reference.estimate(
+    found, _ = reference.compute_advantages(
         estimator,
         experience.rewards.tolist(),
         experience.groups.tolist(),

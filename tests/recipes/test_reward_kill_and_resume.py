@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
 
 from benchmarks import kill_resume
 from common.artifacts import read_manifest
+from tests import runs
 from tests.programs import killed
-from tests.runs import Base, finish, start, wait_while
-from tests.step2_dpo.runs import make_policy, write_job
+from tests.runs import Base, finish, start, wait_while, write_job
+from tests.step2_dpo.runs import make_policy
 from tests.step2_reward.runs import make_job, reward, reward_killed, run_job, series
 
 pytestmark = pytest.mark.slow  # SFT's are in the suite
@@ -40,10 +40,7 @@ def whole_run(folder: Path, ranks: int, stage: int) -> Path:
 
 def dies(run_dir: Path, ranks: int, moment: str, victim: int = 0) -> None:
     """Start the run, whose rank `victim` dies at `moment`; the other is then killed by its launcher."""
-    started = start(run_dir, ranks, reward_killed, moment, victim)
-    wait_while(started, lambda: started.processes[victim].is_alive())
-    started.kill()
-    assert started.processes[victim].exitcode == -signal.SIGKILL, (run_dir / "output.txt").read_text()[-3000:]
+    runs.dies(run_dir, ranks, victim, reward_killed, moment, victim)
 
 
 def assert_same_end(whole: Path, other: Path) -> None:

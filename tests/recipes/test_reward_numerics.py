@@ -3,6 +3,7 @@ plain transformers gives the rewards of the live one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,17 @@ def tokenizer_with_one_end(tokenizer: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def run_of(folder: Path) -> Callable[[Point], Path]:
     """The finished run of a point; each is made once."""
-    made: dict[Point, Path] = {}
 
+    @functools.cache
     def run(point: Point) -> Path:
-        if point not in made:
-            job = make_job(folder, folder / point.policy, max_steps=4, eval_every=1, global_batch_size=16)
-            job.reward.train.micro_batch_size = point.micro_batch_size
-            job.reward.data.packing, job.deepspeed.stage = point.packing, point.stage
-            job.model.gradient_checkpointing = point.checkpointing
-            job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
-            job.reward.center_rewards_coefficient = 0.01
-            made[point] = folder / "runs" / point.name
-            run_job(job, made[point], point.ranks, program=reward_with_live_scores)
-        return made[point]
+        job = make_job(folder, folder / point.policy, max_steps=4, eval_every=1, global_batch_size=16)
+        job.reward.train.micro_batch_size = point.micro_batch_size
+        job.reward.data.packing, job.deepspeed.stage = point.packing, point.stage
+        job.model.gradient_checkpointing = point.checkpointing
+        job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
+        job.reward.center_rewards_coefficient = 0.01
+        run_job(job, folder / "runs" / point.name, point.ranks, program=reward_with_live_scores)
+        return folder / "runs" / point.name
 
     return run
 
@@ -117,7 +116,7 @@ def test_plain_transformers_gives_the_live_models_rewards_in_a_padded_batch(
     assert torch.allclose(scores, live["scores"], rtol=0, atol=tolerance)
 
 
-def test_a_base_whose_pad_is_its_eos_gets_a_pad_of_its_own(run_of: Any, folder: Path) -> None:
+def test_a_base_whose_pad_is_its_eos_gets_a_pad_of_its_own(run_of: Any) -> None:
     details = read_manifest(run_of(OTHER_BASES[1]) / "reward" / "export").details
     (end,) = details["terminators"]
     assert details["eos_token_id"] == end != details["pad_token_id"]

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import kill_resume
 from tests.programs import fake_clock
-from tests.runs import Base, finish
+from tests.runs import Base, finish, write_job
 from tests.step2_dpo import runs as dpo_runs
 from tests.step2_reward import runs as reward_runs
 from tests.step3_ppo import runs as ppo_runs
@@ -69,7 +69,7 @@ def test_runs_on_pairs_save_by_the_clock(
         job = tools.make_job(
             policy.parent, policy, max_steps=7, save_every=6, keep_checkpoints=KEEP, save_minutes=minutes
         )
-        return dpo_runs.write_job(job, policy.parent / f"{step} {name}")
+        return write_job(job, policy.parent / f"{step} {name}")
 
     runs = with_and_without(write, program, 1)
     # what was saved at step 6 anyway starts the clock again
@@ -84,7 +84,7 @@ def test_ppo_saves_by_the_clock_between_two_updates(base: Base, policy: Path) ->
         job = ppo_runs.make_job(
             policy.parent, artifacts, max_steps=3, keep_checkpoints=KEEP, save_minutes=minutes
         )
-        return dpo_runs.write_job(job, policy.parent / f"ppo {name}")  # type: ignore[arg-type]
+        return write_job(job, policy.parent / f"ppo {name}")
 
     runs = with_and_without(write, fake_clock.ppo, 1)
     # two updates an iteration; what is due after three is saved before the fourth, with its responses

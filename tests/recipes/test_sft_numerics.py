@@ -5,6 +5,7 @@ In these runs a step is a whole epoch, so that packed and unpacked rows hold the
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +48,12 @@ def job_of(base: Base, point: Point) -> SFTJob:
 @pytest.fixture(scope="module")
 def run_of(base: Base) -> Callable[[Point], Path]:
     """The finished run of a point; each is made once."""
-    made: dict[Point, Path] = {}
 
+    @functools.cache
     def run(point: Point) -> Path:
-        if point not in made:
-            made[point] = base.write(f"numerics-{point.name}", job_of(base, point))
-            finish(made[point], point.ranks, sft_with_live_logits)
-        return made[point]
+        run_dir = base.write(f"numerics-{point.name}", job_of(base, point))
+        finish(run_dir, point.ranks, sft_with_live_logits)
+        return run_dir
 
     return run
 

@@ -13,27 +13,10 @@ from common.artifacts import file_sha256, verify
 from common.stage import Role
 from step1_sft.config import SFTJob
 from tests.recipes import golden
-from tests.runs import Base, evaluation_lines, finish, training_lines
+from tests.runs import CHECKPOINT, EXPORT, Base, evaluation_lines, files_below, finish, training_lines
 
 # other processors sum in another order, and Adam's first steps turn rounding into a share of the step
 GOLDEN_TOLERANCE = 1e-4
-
-CHECKPOINT = (
-    "counters.json",
-    "layout.json",
-    "manifest.json",
-    "zero/mp_rank_00_model_states.pt",
-    "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-)
-TOKENIZER = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-EXPORT = (
-    *TOKENIZER,
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "manifest.json",
-    "model.safetensors",
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +27,6 @@ def job(base: Base) -> SFTJob:
 @pytest.fixture(scope="module")
 def run_dir(base: Base, job: SFTJob) -> Path:
     return base.run("golden", job)
-
-
-def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_leaves_exactly_these_files(run_dir: Path) -> None:
@@ -85,7 +64,7 @@ def test_every_evaluation_line_has_the_metrics_of_the_whole_and_of_each_source(r
         assert low < line["eval/loss"] < high
 
 
-def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(run_dir: Path, job: SFTJob) -> None:
+def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(run_dir: Path) -> None:
     # a fresh model knows nothing of its vocabulary
     config = json.loads((run_dir / "sft" / "export" / "config.json").read_text())
     assert training_lines(run_dir)[0]["loss"] == pytest.approx(math.log(config["vocab_size"]), rel=0.05)
@@ -166,7 +145,7 @@ def test_the_artifact_stops_where_the_template_ends_turns(run_dir: Path) -> None
     assert verify(export).details["terminators"] == [end]
 
 
-def test_the_same_command_after_the_end_changes_no_bit_of_the_artifact(base: Base, run_dir: Path) -> None:
+def test_the_same_command_after_the_end_changes_no_bit_of_the_artifact(run_dir: Path) -> None:
     before = verify(run_dir / "sft" / "export").files
     metrics = (run_dir / "sft" / "metrics.jsonl").read_text()
     finish(run_dir, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
@@ -27,14 +28,7 @@ def job_of(base: Base, ranks: int) -> SFTJob:
 @pytest.fixture(scope="module")
 def whole(base: Base) -> Callable[[int], Path]:
     """The run that nobody stopped, by number of ranks."""
-    made: dict[int, Path] = {}
-
-    def run(ranks: int) -> Path:
-        if ranks not in made:
-            made[ranks] = base.run(f"unstopped-{ranks}", job_of(base, ranks), ranks)
-        return made[ranks]
-
-    return run
+    return functools.cache(lambda ranks: base.run(f"unstopped-{ranks}", job_of(base, ranks), ranks))
 
 
 def saved_steps(run_dir: Path) -> list[int]:

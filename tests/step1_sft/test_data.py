@@ -9,7 +9,7 @@ import numpy as np
 from common.config import DataConfig, SourceConfig
 from common.data import dataset
 from common.data.batches import Batches, BatchPlan
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE, TokenizedExample
 from common.decoding.sampling import held_out_prompts

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.config import DataConfig
 from common.data.dataset import build
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.types import IGNORE, TokenizedExample
 from common.training.preview import document_runs
 from step1_sft.dry_run import which

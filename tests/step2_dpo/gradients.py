@@ -22,7 +22,7 @@ from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
 from step2_dpo.config import LossType
 from step2_dpo.evaluate import evaluate
-from step2_dpo.loss import Objective, PairSums, StepCounts, score, step_loss
+from step2_dpo.loss import Objective, PairSums, StepCounts, compute_loss, step_loss
 from step2_dpo.reference import Reference, load_or_compute, starting_policy
 from tests.packed import packed_lm
 from tests.step2_dpo.pairs import MAX_LENGTH, SomePairs, plain_logps, tiny_llama
@@ -104,7 +104,7 @@ def train_step(
     engine.train()
     for batch in micro_batches:
         known = reference.of_train(batch)
-        result = score(engine, batch, known, objective, world.device, with_entropy=True)
+        result = compute_loss(engine, batch, known, objective, world.device, with_entropy=True)
         engine.backward(step_loss(result, objective, counts), 1.0)
         sums.add(result, objective)
     assert engine.step().applied

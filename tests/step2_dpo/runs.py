@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig, to_plain
+from common.config import Dtype, ModelConfig, SourceConfig, TokenizerConfig
 from common.runtime.tracking import read_metrics
 from common.tracking_config import WandbMode
 from step2_dpo.config import DPOJob
 from tests.packed import packed_lm
 from tests.programs.live_logits import keep_live
-from tests.runs import LLAMA, finish
+from tests.runs import LLAMA, finish, write_job
 
 
 def make_policy(folder: Path, tokenizer: Path, seed: int = 0, **config: Any) -> Path:
@@ -75,15 +75,6 @@ def make_job(folder: Path, policy: Path, **train: Any) -> DPOJob:
     for name, value in {**defaults, **train}.items():
         setattr(job.dpo.train, name, value)
     return job
-
-
-def write_job(job: DPOJob, run_dir: Path) -> Path:
-    """Write the job's resolved.yaml, as the controller would; returns the run's folder."""
-    from omegaconf import OmegaConf
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(to_plain(job)), run_dir / "resolved.yaml")
-    return run_dir
 
 
 def run_job(job: DPOJob, run_dir: Path, ranks: int = 1, *, code: int = 0) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.data.types import IGNORE
-from step2_dpo.loss import Answers, Objective
+from step2_dpo.loss import ChosenRejected, Objective
 from tests import forked
 from tests.spread import GRADIENT_TOLERANCE, relative_error
 from tests.step2_dpo import gradients
@@ -31,8 +31,8 @@ def plain_loss(objective: Objective) -> tuple[float, dict[str, torch.Tensor]]:
         lengths = [
             torch.tensor(float((side.labels != IGNORE).sum())) for side in (pair.chosen, pair.rejected)
         ]
-        ratios = Answers(chosen - reference[index, 0], rejected - reference[index, 1])
-        preference = preference + objective.losses(ratios, Answers(*lengths))
+        ratios = ChosenRejected(chosen - reference[index, 0], rejected - reference[index, 1])
+        preference = preference + objective.losses(ratios, ChosenRejected(*lengths))
         nll = nll - chosen
         tokens += int(lengths[0])
     loss = preference / len(pairs) + objective.sft_weight * nll / tokens

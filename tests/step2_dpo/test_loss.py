@@ -13,7 +13,7 @@ from common.data.types import Batch, PairBatch
 from common.model.fused_loss import TokenLoss
 from step2_dpo.config import LossType
 from step2_dpo.loss import (
-    Answers,
+    ChosenRejected,
     Objective,
     PairSums,
     StepCounts,
@@ -24,12 +24,12 @@ from step2_dpo.loss import (
 )
 
 HALF = Objective(beta=0.5)
-LENGTHS = Answers(torch.tensor([4.0]), torch.tensor([2.0]))
+LENGTHS = ChosenRejected(torch.tensor([4.0]), torch.tensor([2.0]))
 
 
-def ratios(chosen: float, rejected: float) -> Answers:
+def ratios(chosen: float, rejected: float) -> ChosenRejected:
     made = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (chosen, rejected))
-    return Answers(*made)
+    return ChosenRejected(*made)
 
 
 def pair_batch(response_lengths: list[int]) -> PairBatch:
@@ -132,14 +132,16 @@ def test_tokens_are_summed_by_document() -> None:
 def test_a_batch_without_pairs_has_a_loss_of_zero_that_still_has_a_gradient() -> None:
     tokens = token_loss([])
     empty = torch.zeros(0, dtype=torch.float64)
-    result = pair_losses(tokens, pair_batch([]), Answers(empty, empty), HALF)
+    result = pair_losses(tokens, pair_batch([]), ChosenRejected(empty, empty), HALF)
     loss = step_loss(result, replace(HALF, sft_weight=1.0), StepCounts(1, 1, 1))
     loss.backward()
     assert loss.item() == 0.0 and tokens.token_losses.grad is not None
 
 
-def reference(chosen: list[float], rejected: list[float]) -> Answers:
-    return Answers(torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64))
+def reference(chosen: list[float], rejected: list[float]) -> ChosenRejected:
+    return ChosenRejected(
+        torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
+    )
 
 
 def test_every_token_of_the_chosen_answer_is_pushed_up_and_of_the_rejected_one_down() -> None:
@@ -196,7 +198,10 @@ def test_a_policy_that_is_its_reference_has_a_loss_of_exactly_log_2(
     objective, losses = Objective(label_smoothing=label_smoothing), np.random.default_rng(0).random(2 * pairs)
     logps = -torch.from_numpy(losses).float().double()
     result = pair_losses(
-        token_loss(losses.tolist()), pair_batch([1] * 2 * pairs), Answers(logps[0::2], logps[1::2]), objective
+        token_loss(losses.tolist()),
+        pair_batch([1] * 2 * pairs),
+        ChosenRejected(logps[0::2], logps[1::2]),
+        objective,
     )
     sums = PairSums()
     sums.add(result, objective)

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.runtime.distributed import World
 from common.stage import Role
 from step2_dpo import reference as reference_module
-from step2_dpo.loss import Objective, PairSums, StepCounts, score
+from step2_dpo.loss import Objective, PairSums, StepCounts, compute_loss
 from step2_dpo.reference import Reference, load_or_compute, reference_key, starting_policy
 from tests.step2_dpo.pairs import MAX_LENGTH, PlainEngine, SomePairs, plain_logps, tiny_llama
 
@@ -170,7 +170,8 @@ def test_adapters_are_off_for_the_reference_and_on_again_after_it(cached: Cached
     sums, layout = PairSums(), plan()
     for batch in PairBatches(SomePairs(), layout).micro_batches(0):
         known = adapted.of_train(batch)
-        sums.add(score(engine, batch, known, Objective(), ALONE.device, with_entropy=False), Objective())  # type: ignore[arg-type]
+        losses = compute_loss(engine, batch, known, Objective(), ALONE.device, with_entropy=False)
+        sums.add(losses, Objective())
     assert abs(sums.metrics(Objective(), StepCounts(3, 1, 1))["rewards/margins"]) > 1e-3
 
 

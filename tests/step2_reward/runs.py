@@ -12,8 +12,8 @@ from common.runtime.tracking import read_metrics
 from common.tracking_config import WandbMode
 from step2_reward.config import RewardJob
 from tests.programs.live_logits import keep_live
-from tests.runs import finish
-from tests.step2_dpo.runs import pairs, write_job, write_rows
+from tests.runs import finish, write_job
+from tests.step2_dpo.runs import pairs, write_rows
 
 
 def make_job(folder: Path, policy: Path, **train: Any) -> RewardJob:
@@ -35,7 +35,7 @@ def make_job(folder: Path, policy: Path, **train: Any) -> RewardJob:
 
 def run_job(job: RewardJob, run_dir: Path, ranks: int = 1, *, code: int = 0, program: Any = None) -> str:
     """Run the job to its end; returns what was printed."""
-    return finish(write_job(job, run_dir), ranks, program or reward, code=code)  # type: ignore[arg-type]
+    return finish(write_job(job, run_dir), ranks, program or reward, code=code)
 
 
 def lines_of(run_dir: Path, name: str = "loss") -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ def rloo(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
     return found
 
 
-def estimate(
+def compute_advantages(
     estimator: str,
     scores: Sequence[float],
     groups: Sequence[int],

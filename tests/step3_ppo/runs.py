@@ -17,8 +17,8 @@ from common.tracking_config import WandbMode
 from step3_ppo.config import Estimator, KLPlacement, PPOJob, RewardSourceConfig
 from tests.programs import killed
 from tests.programs.live_logits import keep_live
-from tests.runs import LLAMA, finish
-from tests.step2_dpo.runs import write_job, write_rows
+from tests.runs import LLAMA, finish, write_job
+from tests.step2_dpo.runs import write_rows
 
 ENDS = 0.1
 """How likely a response is to end at a token: some stop within eight tokens, and some do not."""
@@ -124,7 +124,7 @@ def solved_after_one(completions: list[str], wanted: list[str]) -> list[float]:
 
 def run_job(job: PPOJob, run_dir: Path, ranks: int = 1, *, code: int = 0) -> str:
     """Run the job to its end, watched; returns what was printed."""
-    return finish(write_job(job, run_dir), ranks, ppo_watched, code=code)  # type: ignore[arg-type]
+    return finish(write_job(job, run_dir), ranks, ppo_watched, code=code)
 
 
 def lines_of(run_dir: Path, name: str = "objective/scores") -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from common.runtime.distributed import all_gather_objects, close_world, init_world
 from step3_ppo.advantages import (
     Advantages,
-    estimate,
+    compute_advantages,
     gae,
     group_relative,
     k1,
@@ -147,16 +147,16 @@ def test_a_group_of_one_has_nothing_to_be_compared_with(compare: object) -> None
 
 def test_reinforce_pp_worked_by_hand() -> None:
     # γ 1/2, no KL: to go 1, 2, 4 and 9. Mean 4; squares 9, 4, 0, 25; variance 38/4
-    found = estimate(
+    found = compute_advantages(
         Estimator.reinforce_pp, rewards=np.array([4.0, 9.0]), offsets=TWO, gamma=0.5, whiten=False
     )
     assert found.advantages == pytest.approx(np.array([-3, -2, 0, 5]) / 9.5**0.5, rel=1e-6)
-    assert found.returns is None and found.non_score_reward.tolist() == [0, 0]
+    assert found.returns is None
 
 
 def test_the_kl_is_taken_from_a_responses_reward_before_it_is_compared() -> None:
     # rewards 1 and 1, KLs 1 + 2 + 3 and 2 at 1/2 a nat: 1 − 3 = −2 and 1 − 1 = 0
-    found = estimate(
+    found = compute_advantages(
         Estimator.rloo,
         rewards=np.array([1.0, 1.0]),
         offsets=TWO,
@@ -165,17 +165,16 @@ def test_the_kl_is_taken_from_a_responses_reward_before_it_is_compared() -> None
         kl_coef=0.5,
     )
     assert found.advantages.tolist() == [-2, -2, -2, 2]
-    assert found.non_score_reward.tolist() == [-3, -1]
 
 
 def test_grpo_takes_the_kl_in_nats_not_in_units_of_the_rewards_spread() -> None:
     # rewards 1 and 3: ∓√½. Divergences 6 and 2 at 1/2 a nat: −3 and −1, which is −1 and 1 against their mean
     given = {"rewards": np.array([1.0, 3.0]), "offsets": TWO, "groups": np.array([0, 0])}
-    found = estimate(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
+    found = compute_advantages(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
     assert found.advantages == pytest.approx([-(0.5**0.5) - 1] * 3 + [0.5**0.5 + 1], rel=1e-5)
     # a hundredth of the spread of the rewards leaves the KL what it is
     given["rewards"] = np.array([0.01, 0.03])
-    found = estimate(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
+    found = compute_advantages(Estimator.grpo, **given, kl=np.array([1.0, 2, 3, 2]), kl_coef=0.5)
     assert found.advantages == pytest.approx([-(0.5**0.5) - 1] * 3 + [0.5**0.5 + 1], rel=1e-4)
 
 
@@ -190,13 +189,13 @@ def test_equal_rewards_have_no_advantage_whatever_the_kl_costs(
     kl = np.random.default_rng(0).normal(0, 1e-3, offsets[-1])
     given = {"rewards": np.full(responses, equal), "offsets": offsets, "groups": np.zeros(responses, int)}
     for coef in (0.0, 0.05, 100.0):
-        found = estimate(estimator, **given, kl=kl, kl_coef=coef, gamma=gamma)
+        found = compute_advantages(estimator, **given, kl=kl, kl_coef=coef, gamma=gamma)
         assert found.advantages.tolist() == [0.0] * offsets[-1]
 
 
 def test_a_group_with_equal_rewards_takes_nothing_from_the_others() -> None:
     offsets, kl = np.arange(5), np.array([4.0, 2.0, 4.0, 2.0])
-    found = estimate(
+    found = compute_advantages(
         Estimator.grpo,
         rewards=np.array([1.0, 1.0, 1.0, 3.0]),
         offsets=offsets,
@@ -209,7 +208,7 @@ def test_a_group_with_equal_rewards_takes_nothing_from_the_others() -> None:
 
 def test_with_rloo_equal_rewards_leave_the_kl_at_its_price() -> None:
     # 4 and 2 thousandths of a nat at 1/2: −0.002 and −0.001, against each other
-    found = estimate(
+    found = compute_advantages(
         Estimator.rloo, rewards=np.ones(2), offsets=np.arange(3), groups=np.zeros(2, int),
         kl=np.array([0.004, 0.002]), kl_coef=0.5,
     )  # fmt: skip
@@ -220,14 +219,14 @@ def test_with_rloo_equal_rewards_leave_the_kl_at_its_price() -> None:
 def test_with_the_kl_in_the_loss_the_reward_keeps_it_out(estimator: Estimator) -> None:
     case = random_case(3) | {"kl_coef": 0.0}
     without = case | {"kl": None}
-    a, b = estimate(estimator, **case), estimate(estimator, **without)
-    assert np.array_equal(a.advantages, b.advantages) and not a.non_score_reward.any()
+    a, b = compute_advantages(estimator, **case), compute_advantages(estimator, **without)
+    assert np.array_equal(a.advantages, b.advantages)
 
 
 def test_returns_are_those_of_advantages_that_are_not_whitened_yet() -> None:
     case = random_case(4)
-    white = estimate(Estimator.gae, **case)
-    plain = estimate(Estimator.gae, **case, whiten=False)
+    white = compute_advantages(Estimator.gae, **case)
+    plain = compute_advantages(Estimator.gae, **case, whiten=False)
     assert white.returns is not None and plain.returns is not None
     assert np.array_equal(white.returns, plain.returns)
     assert not np.allclose(white.advantages, plain.advantages, atol=0.1)
@@ -243,13 +242,13 @@ def test_what_an_estimator_needs_and_does_not_get_is_an_error() -> None:
         (Estimator.rloo, "groups"),
     ):
         with pytest.raises(ValueError, match=f"without {missing}"):
-            estimate(estimator, **given)
+            compute_advantages(estimator, **given)
     with pytest.raises(ValueError, match="no KL"):
-        estimate(Estimator.reinforce_pp, **given, kl_coef=0.1)
+        compute_advantages(Estimator.reinforce_pp, **given, kl_coef=0.1)
     with pytest.raises(ValueError, match="tokens"):
-        estimate(Estimator.gae, **given, values=np.zeros(5))
+        compute_advantages(Estimator.gae, **given, values=np.zeros(5))
     with pytest.raises(ValueError, match="one token or more"):
-        estimate(Estimator.gae, rewards=np.ones(2), offsets=np.array([0, 3, 3]), values=np.zeros(3))
+        compute_advantages(Estimator.gae, rewards=np.ones(2), offsets=np.array([0, 3, 3]), values=np.zeros(3))
 
 
 @pytest.mark.parametrize("estimator", list(Estimator))
@@ -258,10 +257,10 @@ def test_every_estimator_agrees_with_loops_over_padded_rows(estimator: Estimator
     case = random_case(seed)
     lengths = np.diff(case["offsets"]).tolist()
     assert 1 in lengths and max(lengths) > 1
-    found = estimate(estimator, **case)
+    found = compute_advantages(estimator, **case)
     kl, mask = reference.pad(case["kl"], lengths)
     values, _ = reference.pad(case["values"], lengths)
-    advantages, returns = reference.estimate(
+    advantages, returns = reference.compute_advantages(
         estimator.value,
         case["rewards"].tolist(),
         case["groups"].tolist(),
@@ -296,7 +295,7 @@ def of_some_ranks(folder: str) -> int:
     gathered = all_gather_objects(share)
     whole = {name: np.concatenate([part[name] for part in gathered]) for name in share}
     whole["offsets"] = np.cumsum([0, *whole.pop("lengths")])
-    found = estimate(Estimator.gae, **case | whole)
+    found = compute_advantages(Estimator.gae, **case | whole)
     (Path(folder) / f"{world.size}_{world.rank}.json").write_text(json.dumps(found.advantages.tolist()))
     close_world()
     return 0
@@ -311,7 +310,7 @@ def test_two_ranks_whiten_over_the_tokens_of_both(tmp_path: Path) -> None:
     )
     assert one == first == second
     case = random_case(11)
-    plain: Advantages = estimate(Estimator.gae, **case, whiten=False)
+    plain: Advantages = compute_advantages(Estimator.gae, **case, whiten=False)
     assert one == pytest.approx(whitened(plain.advantages), abs=1e-6)
     middle = case["offsets"][len(case["rewards"]) // 2]
     per_rank = [*whitened(plain.advantages[:middle]), *whitened(plain.advantages[middle:])]

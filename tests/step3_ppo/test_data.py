@@ -17,22 +17,28 @@ from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import StepData, load_data
 from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
-from step3_ppo.data import PromptOrder, held_out_sample, kind_of
+from step3_ppo.data import PromptOrder, dataset_type_of, held_out_sample
 from tests.tiny import CHATML, tiny_tokenizer
 
 
-def loaded(tmp_path: Path, count: int = 40, *, rank: int = 0, **options: Any) -> StepData[PromptDataset]:
-    """The prompts of a step: `count` of one or two letters and the reference."""
-    rows = [{"prompt": f"{n}", "reference": f"{n}"} for n in range(count)]
+def loaded(
+    tmp_path: Path,
+    count: int = 40,
+    *,
+    rank: int = 0,
+    rows: list[dict[str, Any]] | None = None,
+    **options: Any,
+) -> StepData[PromptDataset]:
+    """The prompts of a step: these rows, or `count` of one or two letters and the reference."""
+    rows = rows or [{"prompt": f"{n}", "reference": f"{n}"} for n in range(count)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = PPOJob(output_dir=str(tmp_path), ppo=PPOConfig(), seed=5)
     job.ppo.data.path = str(tmp_path / "rows.jsonl")
     for name, value in options.items():
         setattr(job.ppo.rollout if name == "max_new_tokens" else job.ppo.data, name, value)
     world = World(rank, 2, rank, None)  # type: ignore[arg-type]
-    return load_data(
-        job, Step.ppo, job.ppo.data, kind_of(job), tiny_tokenizer(CHATML), tmp_path, world, lambda line: None
-    )
+    tokenizer, kind = tiny_tokenizer(CHATML), dataset_type_of(job)
+    return load_data(job, Step.ppo, job.ppo.data, kind, tokenizer, tmp_path, world, lambda line: None)
 
 
 def order(data: StepData[PromptDataset], per_iteration: int, seed: int = 0) -> PromptOrder:
@@ -132,12 +138,6 @@ def test_columns_of_mixed_types_reach_reward_functions_as_the_rows_had_them(tmp_
         {"answer": 7, "tags": None, "meta": "x"},
         {"answer": ["oak", "elm"], "tags": [1, [2]], "meta": 3.5},
     ]
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{n}", **row}) + "\n" for n, row in enumerate(others)))
-    job = PPOJob(output_dir=str(tmp_path), ppo=PPOConfig())
-    job.ppo.data.path, job.ppo.data.eval_fraction = str(path), 0.0
-    alone = World(0, 1, 0, None)  # type: ignore[arg-type]
-    prompts = load_data(
-        job, Step.ppo, job.ppo.data, kind_of(job), tiny_tokenizer(CHATML), tmp_path, alone, lambda line: None
-    ).train
+    rows = [{"prompt": f"{n}", **row} for n, row in enumerate(others)]
+    prompts = loaded(tmp_path, rows=rows, eval_fraction=0.0).train
     assert [prompts[i].columns for i in range(4)] == others

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from common.decoding.decoder import Decoder
-from common.decoding.requests import SamplingRule
+from common.decoding.requests import SamplingParams
 from common.runtime.distributed import World
 from step3_ppo.config import RolloutConfig
-from step3_ppo.rollout import roll_out, rule_of
+from step3_ppo.rollout import roll_out
 from tests import forked
 from tests.common.model.test_attention import CONFIGS, tiny
 from tests.programs import roll_out as program
@@ -77,10 +77,10 @@ def test_what_goes_wrong_on_one_rank_is_the_error_of_all(case: str, tmp_path: Pa
 
 def test_another_key_draws_other_responses() -> None:
     decoder = Decoder(tiny(CONFIGS["llama"]), slots=4)
-    rule = SamplingRule(1.0, 12, ())
+    params = SamplingParams(1.0, 12, ())
     drawn = []
     for key in ((5, 2), (5, 3), (6, 2), (5, 2)):
-        found = roll_out(decoder, prompts(), PROMPT_IDS, rule, key=key, samples=1, world=ALONE)
+        found = roll_out(decoder, prompts(), PROMPT_IDS, params, key=key, samples=1, world=ALONE)
         assert found is not None
         drawn.append(tuple(tuple(response.tokens.tolist()) for response in found))
     assert drawn[0] == drawn[3] and len(set(drawn)) == 3
@@ -88,5 +88,5 @@ def test_another_key_draws_other_responses() -> None:
 
 def test_the_rule_is_what_the_configuration_says() -> None:
     config = RolloutConfig(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=9)
-    assert rule_of(config, [4, 2]) == SamplingRule(0.7, 9, (4, 2), 0.9, 5)
-    assert rule_of(config, [4], greedy=True) == SamplingRule(0.0, 9, (4,))
+    assert SamplingParams.of(config, [4, 2]) == SamplingParams(0.7, 9, (4, 2), 0.9, 5)
+    assert SamplingParams.of(config, [4], greedy=True) == SamplingParams(0.0, 9, (4,))

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.runtime.distributed import World
 from step3_ppo.config import EvaluationConfig, PPOConfig, RewardSourceConfig
 from step3_ppo.rollout import Experience, Response
-from step3_ppo.scoring import Scoring, same_of_the_same
+from step3_ppo.scoring import Scoring, same_score_for_same_tokens
 from tests.tiny import tiny_tokenizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -134,4 +134,4 @@ def test_responses_that_are_the_same_have_the_same_score_whatever_their_batches_
 
     responses = [response(0, 5, 2), response(0, 5, 2), response(1, 5, 2), response(0, 5), response(0, 5, 2)]
     scores = np.array([0.5, 0.5 + 1e-7, 0.25, 0.125, 0.5 - 1e-7])
-    assert same_of_the_same(responses, scores).tolist() == [0.5, 0.5, 0.25, 0.125, 0.5]
+    assert same_score_for_same_tokens(responses, scores).tolist() == [0.5, 0.5, 0.25, 0.125, 0.5]

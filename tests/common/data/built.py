@@ -8,7 +8,7 @@ from typing import Any
 
 from common.config import DataConfig
 from common.data.dataset import build
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, Kind
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, DatasetType
 from common.data.ledger import Ledger
 from common.data.stored import PairDataset, TokenizedDataset
 from tests.tiny import CHATML, tiny_tokenizer
@@ -35,7 +35,7 @@ def made(
     tokenizer: Any = None,
     said: Said | None = None,
     seed: int = 0,
-    kind: Kind[TokenizedDataset] = DEMONSTRATIONS,
+    kind: DatasetType[TokenizedDataset] = DEMONSTRATIONS,
     **options: Any,
 ) -> tuple[TokenizedDataset, TokenizedDataset | None, Ledger]:
     if "sources" not in options:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data.chat import tokenize
-from common.data.outcomes import Made
+from common.data.outcomes import RowRecords
 from common.data.types import IGNORE, Conversation, Message, Place, TokenizedExample
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -66,9 +66,9 @@ def conversation(*turns: tuple[str, str]) -> Conversation:
     return Conversation(tuple(Message(role, content) for role, content in turns), None, "s", HERE)
 
 
-def made(row: Conversation, template: str | None, **options: bool) -> Made[TokenizedExample]:
+def made(row: Conversation, template: str | None, **options: bool) -> RowRecords[TokenizedExample]:
     result = tokenize([row], tiny_tokenizer(template, **options))[0]
-    assert isinstance(result, Made), result
+    assert isinstance(result, RowRecords), result
     return result
 
 

@@ -17,7 +17,7 @@ from common.config import DataConfig, SourceConfig, TrainOn, Truncation
 from common.data import cache, chat
 from common.data.cache import wait_for
 from common.data.dataset import build
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.ledger import Ledger
 from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE

@@ -12,7 +12,7 @@ import pytest
 
 from common.config import Truncation
 from common.data.chat import check_template, find_terminators, fit, tokenize
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.render import read_template, render
 from common.data.types import IGNORE, Conversation, Message, Place, TemplateContext, TokenizedExample
 from common.errors import UserError
@@ -125,7 +125,7 @@ def test_the_shipped_templates_write_no_bos_that_is_also_the_eos() -> None:
     tokenizer = tiny_tokenizer((TEMPLATES / "chatml.jinja").read_text())
     tokenizer.bos_token = tokenizer.eos_token
     result = tokenize([TWO_TURNS], tokenizer)[0]
-    assert isinstance(result, Made)
+    assert isinstance(result, RowRecords)
     assert result.records[0].input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
@@ -212,7 +212,7 @@ def test_masks_do_not_depend_on_the_pad_token() -> None:
     plain, padded_with_eos = tiny_tokenizer(MISTRAL), tiny_tokenizer(MISTRAL)
     padded_with_eos.pad_token = "</s>"
     first, second = (tokenize([TWO_TURNS], t)[0] for t in (plain, padded_with_eos))
-    assert isinstance(first, Made) and isinstance(second, Made)
+    assert isinstance(first, RowRecords) and isinstance(second, RowRecords)
     (labels,), (others,) = (
         [document.labels.tolist() for document in made.records] for made in (first, second)
     )

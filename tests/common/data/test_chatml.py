@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.data.parts import lost_by_template
+from common.data.parts import left_out_by_template
 from common.data.render import read_template
 from common.data.types import Message, TemplateContext
 from tests.tiny import tiny_tokenizer
@@ -94,4 +94,4 @@ def test_no_part_of_a_row_is_left_out_so_that_a_hint_may_name_it(
     turns = [Message("system", "s"), Message("user", "q"), said, Message("tool", "r")]
     template = read_template(tiny_tokenizer(CHATML))
     context = TemplateContext((TOOL,))
-    assert lost_by_template(turns[: 4 if prompt else 3], context, template, prompt=prompt) is None
+    assert left_out_by_template(turns[: 4 if prompt else 3], context, template, prompt=prompt) is None

@@ -11,7 +11,7 @@ import pytest
 from common.config import DataConfig, SourceConfig
 from common.data import formats, preferences, prompts
 from common.data.dataset import build
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from common.data.outcomes import RowError
 from common.data.types import Conversation, Message, Place, Preference, Prompt, RawExample
 from tests.common.data.reading import read_source

@@ -11,7 +11,7 @@ import pytest
 from common.config import DataConfig, OnBadRow, SpecialTokens
 from common.data.control import control_tokens, is_guarded, text_backend
 from common.data.dataset import build
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from common.data.types import (
     IGNORE,
     Conversation,

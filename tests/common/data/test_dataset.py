@@ -11,7 +11,7 @@ import pytest
 
 from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
 from common.data.dataset import build, source_weights, training_texts
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.data.ledger import Ledger
 from common.data.splits import held_out
 from common.data.types import IGNORE

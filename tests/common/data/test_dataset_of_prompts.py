@@ -11,7 +11,7 @@ import pytest
 
 from common.config import DataConfig, OnBadRow, SourceConfig, Truncation
 from common.data.dataset import build
-from common.data.kinds import PREFERENCES, PROMPTS, Kind, prompts_with_room
+from common.data.dataset_types import PREFERENCES, PROMPTS, DatasetType, prompts_with_room
 from common.data.ledger import Ledger
 from common.data.stored import PromptDataset
 from common.errors import UserError
@@ -28,7 +28,7 @@ def questions(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def made(
-    tmp_path: Path, *, kind: Kind[PromptDataset] = PROMPTS, stage: str | None = None, **options: Any
+    tmp_path: Path, *, kind: DatasetType[PromptDataset] = PROMPTS, stage: str | None = None, **options: Any
 ) -> tuple[PromptDataset, PromptDataset | None, Ledger]:
     if "sources" not in options:
         options.setdefault("path", str(tmp_path / "rows.jsonl"))

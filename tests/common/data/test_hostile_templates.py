@@ -10,7 +10,7 @@ from common import limited
 from common.config import ModelConfig
 from common.data import control
 from common.data.chat import check_template, tokenize, tokenize_questions
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.render import read_template, render
 from common.data.types import NO_CONTEXT, Conversation, Message
 from common.errors import UserError
@@ -83,7 +83,7 @@ def test_a_template_that_always_fails_is_refused_by_its_name(template: str) -> N
 def test_where_it_fails_for_a_row_that_row_is_bad_and_the_others_are_not(template: str) -> None:
     tokenizer = stranger(template, only_for="bad")
     before, bad, after = tokenize([row("hi"), row("bad"), row("hi")], tokenizer)
-    assert isinstance(before, Made) and isinstance(after, Made)
+    assert isinstance(before, RowRecords) and isinstance(after, RowRecords)
     assert isinstance(bad, Drop) and bad.faulty and bad.place == HERE
     assert bad.reason.startswith(f"{NAME} {FAILS[template]}")
     (asked,) = tokenize_questions([(row("bad").messages[:1], NO_CONTEXT, HERE)], tokenizer)

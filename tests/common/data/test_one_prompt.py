@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.chat_templates import _MARKERS, trl_templates
 from common.config import DataConfig
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
-from common.data.outcomes import Drop, Made
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from common.data.outcomes import Drop, RowRecords
 from common.data.pairs import prompt_length
 from common.data.reader import with_options
 from common.data.types import Place, RawExample
@@ -49,7 +49,7 @@ def made_of(kind: Any, columns: dict[str, Any], tokenizer: Any, data: DataConfig
         (result,) = kind.tokenize([with_options(row, data)], tokenizer)
     except UserError as error:
         return Drop(str(error), raw.place)
-    return result.records[-1] if isinstance(result, Made) else result
+    return result.records[-1] if isinstance(result, RowRecords) else result
 
 
 def prompts_of(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from common.data.chat import tokenize
-from common.data.outcomes import Drop, Made
+from common.data.outcomes import Drop, RowRecords
 from common.data.types import IGNORE, Conversation, Message, TemplateContext
 from common.errors import UserError
 from tests.common.data.conversations import (
@@ -304,7 +304,7 @@ def test_a_turn_that_the_row_leaves_out_stands_untrained_in_the_document() -> No
 def test_an_answers_first_token_is_trained_by_a_tokenizer_that_drops_spaces() -> None:
     tokenizer = wordpiece_tokenizer()
     result = tokenize([conversation(("user", "name a river"), ("assistant", "the elbe"))], tokenizer)[0]
-    assert isinstance(result, Made)
+    assert isinstance(result, RowRecords)
     (row,) = result.records
     labels = row.labels[row.labels != IGNORE].tolist()
     assert tokenizer.convert_ids_to_tokens(labels) == ["the", "elbe", "[SEP]"]
@@ -331,7 +331,7 @@ def test_a_row_that_loses_a_part_is_refused_naming_it(turns: tuple[Message, ...]
     row = Conversation((Message("user", "a"), *turns), None, "s", HERE)
     result = tokenize([row], tiny_tokenizer(CHATML))[0]
     if part is None:
-        assert isinstance(result, Made)
+        assert isinstance(result, RowRecords)
     else:
         assert isinstance(result, Drop) and result.faulty
         assert result.reason.startswith(f"the chat template leaves out {part}")
@@ -402,4 +402,4 @@ def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place() -> None:
     refused, kept = tokenize(rows, tiny_tokenizer(MISTRAL))
     assert isinstance(refused, Drop) and refused.faulty and refused.place == HERE
     assert "user and assistant have to take turns" in refused.reason
-    assert isinstance(kept, Made)
+    assert isinstance(kept, RowRecords)

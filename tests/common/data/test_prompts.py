@@ -14,7 +14,7 @@ from common.config import Truncation
 from common.data import chat
 from common.data.formats import recognise as recognise_demonstrations
 from common.data.formats import to_conversation
-from common.data.outcomes import Drop, Made, RowError
+from common.data.outcomes import Drop, RowError, RowRecords
 from common.data.pairs import prompt_length, tokenize_pairs
 from common.data.preferences import recognise as recognise_preferences
 from common.data.preferences import to_preferences
@@ -196,7 +196,7 @@ def shipped(template: str) -> Any:
 
 def document_of(row: dict[str, Any], tokenizer: Any) -> TokenizedExample:
     (made,) = chat.tokenize([to_conversation(raw(row), recognise_demonstrations(row))], tokenizer)
-    assert isinstance(made, Made)
+    assert isinstance(made, RowRecords)
     (document,) = made.records
     return document
 

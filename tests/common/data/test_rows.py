@@ -11,7 +11,7 @@ import pytest
 
 from common.config import DataConfig
 from common.data.dataset import build
-from common.data.kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS
+from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS
 from common.data.pairs import prompt_length
 from common.data.types import IGNORE, TokenizedExample
 from common.errors import UserError

@@ -15,7 +15,7 @@ from transformers import CohereConfig, Gemma3TextConfig, PreTrainedModel
 from common.decoding import passes
 from common.decoding.decoder import Decoder
 from common.decoding.draws import uniforms
-from common.decoding.requests import Completion, Request, SamplingRule
+from common.decoding.requests import Completion, Request, SamplingParams
 from common.decoding.slots import DecodingStep
 from common.errors import UserError
 from common.model import attention
@@ -24,7 +24,7 @@ from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 from tests.packed import packed_lm
 
 MODELS = {**CONFIGS, "cohere": CohereConfig(**SHAPE, logit_scale=0.5)}
-RULE = SamplingRule(temperature=1.3, max_new_tokens=20, terminators=(1, 2, 3, 4))
+PARAMS = SamplingParams(temperature=1.3, max_new_tokens=20, terminators=(1, 2, 3, 4))
 
 
 def requests_of(count: int, samples: int = 2, seed: int = 0) -> list[Request]:
@@ -34,25 +34,25 @@ def requests_of(count: int, samples: int = 2, seed: int = 0) -> list[Request]:
     return [Request(prompt, (i, k)) for i, prompt in enumerate(prompts) for k in range(samples)]
 
 
-def plain_loop(model: Any, request: Request, rule: SamplingRule) -> Completion:
+def plain_loop(model: Any, request: Request, params: SamplingParams) -> Completion:
     """One token after the other, each from a forward pass over everything before it, under plain SDPA."""
-    ids, logprobs, numbers = request.prompt.tolist(), [], uniforms(request.key, rule.max_new_tokens)
+    ids, logprobs, numbers = request.prompt.tolist(), [], uniforms(request.key, params.max_new_tokens)
     with torch.no_grad(), attention.plain_attention(model):
         for number in numbers:
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
-            logprob = logits / rule.temperature
+            logprob = logits / params.temperature
             logprob -= np.log(np.exp(logprob - logprob.max()).sum()) + logprob.max()
             ids.append(int(np.searchsorted(np.exp(logprob).cumsum(), number, side="right")))
             logprobs.append(logprob[ids[-1]])
-            if ids[-1] in rule.terminators:
+            if ids[-1] in params.terminators:
                 break
-    stopped = ids[-1] in rule.terminators
+    stopped = ids[-1] in params.terminators
     return Completion(np.array(ids[len(request.prompt) :]), np.array(logprobs), stopped)
 
 
 def decode(model: Any, requests: Sequence[Request], slots: int = 8, **changes: Any) -> list[Completion]:
-    rule = SamplingRule(**{**vars(RULE), **changes})
-    completions = Decoder(model, slots=slots).decode(requests, rule)
+    params = SamplingParams(**{**vars(PARAMS), **changes})
+    completions = Decoder(model, slots=slots).decode(requests, params)
     assert completions is not None
     return completions
 
@@ -76,9 +76,9 @@ def test_a_response_is_what_a_plain_loop_over_the_same_draws_gives(kind: str) ->
     requests = requests_of(8)
     engine = Decoder(model, slots=5)
     assert engine.has_cache
-    found = engine.decode(requests, RULE)
+    found = engine.decode(requests, PARAMS)
     assert found is not None
-    expected = [plain_loop(model, request, RULE) for request in requests]
+    expected = [plain_loop(model, request, PARAMS) for request in requests]
     assert tokens_of(found) == tokens_of(expected)
     assert [c.stopped for c in found] == [c.stopped for c in expected]
     assert {c.stopped for c in found} == {True, False}  # both ways to end occur
@@ -127,13 +127,13 @@ def test_long_and_short_responses_change_places_without_harm(llama: PreTrainedMo
         Request(request.prompt[:20], request.key, int(length))
         for request, length in zip(prompts, lengths, strict=True)
     ]
-    rule = SamplingRule(1.0, 44, ())
+    params = SamplingParams(1.0, 44, ())
     engine = Decoder(llama, slots=32)
-    found = engine.decode(requests, rule)
+    found = engine.decode(requests, params)
     assert found is not None and [len(c.tokens) for c in found] == lengths.tolist()
     assert engine.counts.tokens == lengths.sum() and engine.counts.slot_utilisation > 0.6
     for request, completion in zip(requests[::9], found[::9], strict=True):
-        alone = SamplingRule(1.0, len(completion.tokens), ())
+        alone = SamplingParams(1.0, len(completion.tokens), ())
         assert completion.tokens.tolist() == plain_loop(llama, request, alone).tokens.tolist()
 
 
@@ -143,20 +143,20 @@ def test_a_prompt_that_requests_share_is_computed_once(
     requests = requests_of(4, samples=5)
     requests = [requests[i] for i in np.random.default_rng(0).permutation(20)]
     seen: list[int] = []
-    forward = passes.SlotPasses.forward
+    forward = passes.CachedPasses.forward
 
     def counted(self: Any, tokens: Any, positions: Any, chunks: Any, wanted: Any, prompts: Any) -> Any:
         seen.extend(len(ids) for _, ids in prompts)
         return forward(self, tokens, positions, chunks, wanted, prompts)
 
     engine = Decoder(llama, slots=3)
-    monkeypatch.setattr(passes.SlotPasses, "forward", counted)
-    found = engine.decode(requests, RULE)
+    monkeypatch.setattr(passes.CachedPasses, "forward", counted)
+    found = engine.decode(requests, PARAMS)
     assert sorted(seen) == sorted(
         {request.prompt.tobytes(): len(request.prompt) for request in requests}.values()
     )
     assert found is not None
-    assert tokens_of(found) == [plain_loop(llama, r, RULE).tokens.tolist() for r in requests]
+    assert tokens_of(found) == [plain_loop(llama, r, PARAMS).tokens.tolist() for r in requests]
 
 
 def test_an_adapter_takes_part_in_what_is_sampled() -> None:
@@ -170,19 +170,19 @@ def test_an_adapter_takes_part_in_what_is_sampled() -> None:
     with model.disable_adapter():
         assert tokens_of(decode(model, requests)) == before
     model.eval()
-    assert found == [plain_loop(base, request, RULE).tokens.tolist() for request in requests]
+    assert found == [plain_loop(base, request, PARAMS).tokens.tolist() for request in requests]
 
 
-def test_weights_may_change_between_calls(llama: PreTrainedModel) -> None:
+def test_weights_may_change_between_calls() -> None:
     model = tiny(CONFIGS["llama"])
     engine, requests = Decoder(model, slots=8), requests_of(8)
-    before = engine.decode(requests, RULE)
+    before = engine.decode(requests, PARAMS)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    after = engine.decode(requests, RULE)
+    after = engine.decode(requests, PARAMS)
     assert before is not None and after is not None and tokens_of(before) != tokens_of(after)
-    assert tokens_of(after) == [plain_loop(model, request, RULE).tokens.tolist() for request in requests]
+    assert tokens_of(after) == [plain_loop(model, request, PARAMS).tokens.tolist() for request in requests]
 
 
 WRONG = {
@@ -191,7 +191,7 @@ WRONG = {
         DecodingStep, "bias", lambda right: lambda self, window, dtype: right(self, None, dtype),
     ),
     "positions off by one": (
-        passes.SlotPasses, "forward",
+        passes.CachedPasses, "forward",
         lambda right: lambda self, tokens, positions, *rest: right(self, tokens, positions + 1, *rest),
     ),
     "a neighbour's slot": (
@@ -243,7 +243,7 @@ def test_a_model_whose_cache_would_be_wrong_is_decoded_without_and_says_so(
     with caplog.at_level(logging.WARNING):
         engine = Decoder(llama, slots=4)
     assert not engine.has_cache and "without a key/value cache" in caplog.text
-    found = engine.decode(requests, RULE)
+    found = engine.decode(requests, PARAMS)
     assert found is not None and tokens_of(found) == tokens_of(expected)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-6)
@@ -255,7 +255,7 @@ def test_half_precision_stays_near_what_packed_training_says_of_its_tokens() -> 
     for request, completion in zip(requests, decode(model, requests), strict=True):
         ids = torch.tensor([[*request.prompt.tolist(), *completion.tokens.tolist()]])
         with torch.no_grad(), attention.plain_attention(model):
-            scores = model(input_ids=ids, use_cache=False).logits[0].float() / RULE.temperature
+            scores = model(input_ids=ids, use_cache=False).logits[0].float() / PARAMS.temperature
         expected = scores.log_softmax(1)[len(request.prompt) - 1 : -1].numpy()
         of_tokens = expected[np.arange(len(completion.tokens)), completion.tokens]
         np.testing.assert_allclose(completion.logprobs, of_tokens, atol=0.05)  # 8 bits of mantissa
@@ -275,7 +275,7 @@ def test_the_mode_the_attention_and_all_generators_are_left_as_they_were(llama: 
     try:
         decode(llama, requests_of(3))
         with pytest.raises(RuntimeError, match="asked"):
-            Decoder(llama, slots=2).decode(requests_of(3), RULE, should_stop=fail)
+            Decoder(llama, slots=2).decode(requests_of(3), PARAMS, should_stop=fail)
         assert [module.training for module in llama.modules()] == modes and len(set(modes)) == 2
     finally:
         llama.eval()
@@ -292,8 +292,8 @@ def test_who_is_told_to_stop_leaves_without_a_result(llama: PreTrainedModel) -> 
         return len(asked) == 2
 
     engine = Decoder(llama, slots=2)
-    rule = SamplingRule(1.0, 30, ())
-    assert engine.decode(requests_of(20), rule, should_stop=second_time) is None
+    params = SamplingParams(1.0, 30, ())
+    assert engine.decode(requests_of(20), params, should_stop=second_time) is None
     assert len(asked) == 2 and 0 < engine.counts.steps < 40
 
 
@@ -311,11 +311,11 @@ def test_logits_that_are_not_finite_are_an_error_in_words() -> None:
     with torch.no_grad():
         model.get_decoder().norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        engine.decode(requests_of(2), RULE)
+        engine.decode(requests_of(2), PARAMS)
 
 
 def test_no_requests_are_no_work(llama: PreTrainedModel) -> None:
-    assert Decoder(llama, slots=4).decode([], RULE) == []
+    assert Decoder(llama, slots=4).decode([], PARAMS) == []
 
 
 def test_temperature_zero_takes_the_likeliest_token(llama: PreTrainedModel) -> None:

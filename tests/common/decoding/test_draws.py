@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from common.decoding.draws import choose, uniforms
-from common.decoding.requests import SamplingRule
+from common.decoding.requests import SamplingParams
 
 
-def rule(**changes: Any) -> SamplingRule:
-    return SamplingRule(**{"temperature": 1.0, "max_new_tokens": 1, "terminators": (), **changes})
+def params(**changes: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 1.0, "max_new_tokens": 1, "terminators": (), **changes})
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 130])
@@ -25,7 +25,7 @@ def test_draws_have_the_frequencies_of_the_distribution(vocabulary: int) -> None
     numbers = (
         torch.arange(count, dtype=torch.float64) + 0.5
     ) / count  # evenly spaced, so no luck is involved
-    tokens, p = choose(logits.expand(count, -1), numbers, rule(temperature=0.7))
+    tokens, p = choose(logits.expand(count, -1), numbers, params(temperature=0.7))
     expected = (logits[0].double() / 0.7).softmax(0)
     frequencies = torch.bincount(tokens, minlength=vocabulary) / count
     torch.testing.assert_close(frequencies.double(), expected, atol=2 / count, rtol=0)
@@ -38,7 +38,7 @@ def test_top_k_and_top_p_leave_out_what_they_should_and_log_probabilities_do_not
     numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     logits = p.log()[None].expand(1000, -1)
     drawn = {
-        name: choose(logits, numbers, rule(**changes))
+        name: choose(logits, numbers, params(**changes))
         for name, changes in {
             "k": {"top_k": 2},
             "p": {"top_p": 0.7},
@@ -58,7 +58,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.full((4, 200), float("-inf"))
     logits[:, [70, 130]] = 0.0
     numbers = torch.tensor([0.0, 0.5 - 1e-12, 0.5 + 1e-12, 1 - 2**-53], dtype=torch.float64)
-    assert choose(logits, numbers, rule())[0].tolist() == [70, 70, 130, 130]
+    assert choose(logits, numbers, params())[0].tolist() == [70, 70, 130, 130]
 
 
 def test_a_stream_depends_on_every_part_of_its_key_and_on_nothing_else() -> None:

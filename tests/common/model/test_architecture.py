@@ -9,8 +9,8 @@ from common.errors import UserError
 from common.model.architecture import build_config, why_not_packed
 from common.model.loading import load_model
 from tests.common.model.test_attention import CONFIGS, tiny
-from tests.common.model.test_loading import CPU, SHAPE, config
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.common.model.test_loading import CPU, config
+from tests.tiny import CHATML, SHAPE, tiny_tokenizer
 
 
 @pytest.mark.parametrize(

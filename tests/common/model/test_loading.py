@@ -15,17 +15,9 @@ from common.model.attention import plain_attention
 from common.model.loading import load_model
 from common.model.tokenizer import train_tokenizer
 from tests.packed import packed_lm
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.tiny import CHATML, SHAPE, tiny_tokenizer
 
 CPU = torch.device("cpu")
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def config(**changes: object) -> ModelConfig:

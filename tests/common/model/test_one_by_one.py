@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.architectures import tiny_config
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.decoding.decoder import Decoder
-from common.decoding.requests import Request, SamplingRule
+from common.decoding.requests import Request, SamplingParams
 from common.model.attention import positions_within
 from common.model.loading import load_model
 from common.model.one_by_one import reason_of, side_by_side
@@ -146,10 +146,10 @@ def test_an_export_gives_the_logits_of_the_model_that_was_trained(family: str, t
 
 def test_sampling_goes_on_as_plain_transformers_does(tmp_path: Path) -> None:
     packed = loaded(saved("qwen3_next", tmp_path))
-    rule = SamplingRule(temperature=0, max_new_tokens=4, terminators=())
+    params = SamplingParams(temperature=0, max_new_tokens=4, terminators=())
     prompts = [document.numpy().astype(np.int32) for document in DOCUMENTS]
     completions = Decoder(packed.base(), slots=2).decode(
-        [Request(p, (0, i)) for i, p in enumerate(prompts)], rule
+        [Request(p, (0, i)) for i, p in enumerate(prompts)], params
     )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert completions is not None

@@ -23,16 +23,9 @@ from common.model.packed import PackedCausalLM, batch_arguments
 from common.model.probes import Shortcuts
 from tests.common.model.test_fused_loss import plain_scores
 from tests.packed import packed_lm
+from tests.tiny import SHAPE as DECODER
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SHAPE = {"vocab_size": 64, **DECODER}
 LLAMA = LlamaConfig(**SHAPE)
 TIED = LlamaConfig(**SHAPE, tie_word_embeddings=True)
 MODELS = {

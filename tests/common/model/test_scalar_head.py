@@ -14,17 +14,9 @@ from common.model.architecture import build_config
 from common.model.loading import disable_dropout, load_model
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel
 from tests.packed import packed_scorer
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.tiny import CHATML, SHAPE, tiny_tokenizer
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},

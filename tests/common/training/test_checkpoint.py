@@ -6,9 +6,6 @@ import errno
 import json
 import os
 import re
-import resource
-import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,60 +16,19 @@ import torch
 from common import artifacts
 from common.artifacts import MANIFEST, Manifest, read_manifest, write_manifest
 from common.errors import UserError
-from common.runtime.distributed import World, init_world
+from common.runtime.distributed import init_world
 from common.training import checkpoint
-from common.training.checkpoint import Checkpoints, States
-from tests import mounts
+from common.training.checkpoint import Checkpoints, StatefulGroup
+from tests.common.training.checkpoints import (
+    FILES,
+    StateOnly,
+    checkpoints_in,
+    content,
+    resumed_value,
+    save,
+)
 from tests.common.training.test_engine import runs
 from tests.programs import saved_engines
-
-FILES = ("zero/weights.pt", "zero/optimizer.pt", "counters.json", "manifest.json")
-
-
-class StateOnly:
-    """As much of an engine as checkpoints use: a number that is saved in two files."""
-
-    def __init__(self, value: float = 0.0, numbers: int = 100) -> None:
-        self.value, self.numbers = value, numbers
-
-    def save(self, folder: Path) -> None:
-        (folder / "zero").mkdir()
-        for name in ("weights", "optimizer"):
-            torch.save(torch.full((self.numbers,), self.value), folder / "zero" / f"{name}.pt")
-
-    def load(self, folder: Path) -> None:
-        values = {float(torch.load(folder / "zero" / f"{n}.pt")[0]) for n in ("weights", "optimizer")}
-        (self.value,) = values
-
-
-def world_of(size: int = 1) -> World:
-    return World(0, size, 0, torch.device("cpu"))
-
-
-def checkpoints_in(folder: Path, keep: int = 2, size: int = 1) -> Checkpoints:
-    return Checkpoints(folder, keep=keep, world=world_of(size))
-
-
-def save(checkpoints: Checkpoints, step: int, best: int | None = None, numbers: int = 100) -> None:
-    engine: Any = StateOnly(step * 1.0, numbers)
-    checkpoints.save(step, engine, {"step": step}, best_step=best)
-
-
-def resumed_value(checkpoints: Checkpoints) -> tuple[float, Any]:
-    engine: Any = StateOnly(-1.0)
-    return engine.value if (found := checkpoints.resume(engine)) is None else engine.value, found
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> Checkpoints:
-    checkpoints = checkpoints_in(tmp_path / "checkpoints")
-    save(checkpoints, 10)
-    save(checkpoints, 20)
-    return checkpoints
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
@@ -196,13 +152,13 @@ def test_a_resharded_state_is_said_once(two: Checkpoints) -> None:
     assert engine.value == 20.0 and content(two.folder) == kept
     assert resumed_value(two)[1].resharded is None
     save_states(two, 30)
-    both = States(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
+    both = StatefulGroup(actor=engine, critic=Divided(-1.0), plain=StateOnly(-1.0))
     assert two.resume(both).resharded == "2 ranks -> 3 ranks"
 
 
 def save_states(checkpoints: Checkpoints, step: int) -> None:
     names = ("actor", "critic", "plain")
-    state = States(**{name: StateOnly(step * 1.0) for name in names})
+    state = StatefulGroup(**{name: StateOnly(step * 1.0) for name in names})
     checkpoints.save(step, state, {"step": step}, best_step=None)
 
 
@@ -251,118 +207,10 @@ def test_what_was_left_unfinished_is_removed(two: Checkpoints) -> None:
     assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000020", "step_00000030"]
 
 
-def test_a_checkpoint_that_cannot_be_removed_is_left_with_a_warning_and_removed_by_a_later_save(
-    two: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def busy(path: Path) -> None:
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
-
-    monkeypatch.setattr(shutil, "rmtree", busy)
-    save(two, 30)
-    assert "step_00000010 cannot be removed: Device or resource busy" in caplog.text
-    assert resumed_value(two)[0] == 30.0 and list(two.folder.glob("*.tmp"))
-    with pytest.raises(UserError, match=r"cannot write .*step_00000010.tmp: it is there already"):
-        save(two, 10)  # what is left of the old one is not taken into a new one
-    monkeypatch.undo()
-    save(two, 40)
-    assert sorted(path.name for path in two.folder.iterdir()) == ["step_00000030", "step_00000040"]
-
-
 def test_an_unfinished_checkpoint_is_never_loaded(two: Checkpoints) -> None:
     (two.folder / "step_00000020").rename(two.folder / "step_00000020.tmp")
     value, resumed = resumed_value(two)
     assert value == 10.0 and resumed.set_aside == ()
-
-
-def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(
-    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage, size = namedtuple("usage", "total used free"), sum(map(len, content(two.folder).values())) // 2
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size - 1))
-    monkeypatch.setattr(StateOnly, "save", lambda self, folder: pytest.fail("it was begun"))
-    with pytest.raises(UserError, match="a checkpoint takes 0.0 MiB") as caught:
-        save(two, 30)
-    assert "what was saved before is untouched" in str(caught.value.hint)
-    assert sorted(two.steps()) == [10, 20]
-
-
-def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(tmp_path: Path) -> None:
-    with mounts.small_disk(tmp_path / "disk", 256 << 10) as disk:
-        checkpoints = checkpoints_in(disk / "checkpoints")
-        save(checkpoints, 10)
-        before = content(disk)
-        with pytest.raises(UserError, match="cannot write .*step_00000020.tmp: .*full"):
-            save(checkpoints, 20, numbers=50_000)
-        assert content(disk) == before
-        assert resumed_value(checkpoints)[0] == 10.0
-        save(checkpoints, 20)  # with room again
-        assert resumed_value(checkpoints)[0] == 20.0
-
-
-def test_a_full_disk_in_plain_files_is_the_same_error(tmp_path: Path) -> None:
-    class PlainFile(StateOnly):
-        def save(self, folder: Path) -> None:
-            (folder / "weights.bin").write_bytes(bytes(self.numbers))
-
-    with mounts.small_disk(tmp_path / "disk", 256 << 10) as disk:
-        checkpoints, engine = checkpoints_in(disk / "checkpoints"), PlainFile(numbers=300 << 10)
-        with pytest.raises(UserError, match="the disk is full"):
-            checkpoints.save(10, engine, {}, best_step=None)  # type: ignore[arg-type]
-        assert content(disk) == {} and not list(disk.rglob("*.tmp"))
-
-
-class TornWrite(StateOnly):
-    """A state whose writing fails in torch."""
-
-    said = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
-
-    def save(self, folder: Path) -> None:
-        raise RuntimeError(self.said)
-
-
-def test_a_used_up_quota_is_named_though_the_disk_has_room(
-    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def over_quota(descriptor: int) -> None:
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-    before = content(two.folder)
-    monkeypatch.setattr(os, "fsync", over_quota)
-    with pytest.raises(UserError, match="cannot write .*step_00000030.tmp: the disk quota is used up"):
-        two.save(30, TornWrite(), {}, best_step=None)
-    assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
-
-
-def test_a_write_that_torch_could_not_end_is_refused_and_another_failure_is_not(
-    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
-    try:
-        with pytest.raises(UserError, match="cannot write .*step_00000030.tmp: File too large"):
-            save(two, 30, numbers=2**18)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(UserError, match="not all of a file could be written"):
-        two.save(30, TornWrite(), {}, best_step=None)
-    monkeypatch.setattr(TornWrite, "said", "shapes differ")
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        two.save(30, TornWrite(), {}, best_step=None)
-
-
-def test_a_read_only_disk_is_an_error_that_leaves_earlier_checkpoints_intact(two: Checkpoints) -> None:
-    before = content(two.folder)
-    with mounts.read_only(two.folder):
-        with pytest.raises(UserError, match="read-only"):
-            save(two, 30)
-        assert resumed_value(two)[0] == 20.0
-    assert content(two.folder) == before
-
-
-def test_a_damaged_checkpoint_that_a_read_only_disk_keeps_in_its_place_is_an_error(two: Checkpoints) -> None:
-    (two.folder / "step_00000020" / "counters.json").unlink()
-    with mounts.read_only(two.folder), pytest.raises(UserError, match="quarantine.*: .* is read-only"):
-        resumed_value(two)
 
 
 class OfTwoRanks:
@@ -408,41 +256,14 @@ def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints)
     assert manifest["kind"] == "checkpoint"
 
 
-class Part(StateOnly):
-    """A state among several, which a disk may refuse."""
-
-    def __init__(self, value: float, refusal: Exception | None = None) -> None:
-        super().__init__(value)
-        self.refusal, self.saved = refusal, 0
-
-    def save(self, folder: Path) -> None:
-        self.saved += 1
-        if self.refusal is not None:
-            raise self.refusal
-        super().save(folder)
-
-
 def test_several_states_are_saved_and_restored_each_under_its_name(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path / "checkpoints")
-    path = checkpoints.save(1, States(actor=Part(1.0), critic=Part(2.0)), {}, best_step=None)
+    path = checkpoints.save(1, StatefulGroup(actor=StateOnly(1.0), critic=StateOnly(2.0)), {}, best_step=None)
     found = {name for name in content(path) if name.endswith("weights.pt")}
     assert found == {"actor/zero/weights.pt", "critic/zero/weights.pt"}
-    actor, critic = Part(-1.0), Part(-1.0)
-    assert checkpoints.resume(States(actor=actor, critic=critic)) is not None
+    actor, critic = StateOnly(-1.0), StateOnly(-1.0)
+    assert checkpoints.resume(StatefulGroup(actor=actor, critic=critic)) is not None
     assert (actor.value, critic.value) == (1.0, 2.0)
-
-
-def test_when_a_state_is_refused_the_others_are_saved_all_the_same_and_the_first_refusal_is_told(
-    two: Checkpoints,
-) -> None:
-    """The collectives of the later ones would otherwise leave ranks waiting whose disk refused nothing."""
-    before = content(two.folder)
-    full, denied = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "denied")
-    parts = [Part(1.0), Part(2.0, full), Part(3.0, denied), Part(4.0)]
-    with pytest.raises(UserError, match="the disk is full"):
-        two.save(30, States(a=parts[0], b=parts[1], c=parts[2], d=parts[3]), {}, best_step=None)
-    assert [part.saved for part in parts] == [1, 1, 1, 1]
-    assert content(two.folder) == before and not list(two.folder.glob("*.tmp"))
 
 
 @pytest.mark.slow
@@ -474,10 +295,3 @@ def test_two_engines_and_an_average_that_were_resumed_end_with_the_same_bits(
         earlier = end / "stopped" / "step_00000002"
         name = next(name for name in names if name.endswith(".safetensors"))
         assert (earlier / name).read_bytes() != (whole / name).read_bytes()
-
-
-@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
-def test_a_disk_that_refuses_the_second_engine_leaves_nothing_half_and_no_rank_waiting(
-    tmp_path: Path, ranks: int, victim: int
-) -> None:
-    runs(saved_engines.refused, ranks, tmp_path, str(tmp_path / "refused"), victim)

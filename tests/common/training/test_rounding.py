@@ -15,7 +15,7 @@ from common.artifacts import CARD, Artifact, Manifest, hash_files, read_manifest
 from common.config import Dtype
 from common.errors import UserError
 from common.stage import Role
-from common.training.rounding import DTYPES, Loss, loss_of, round_artifact
+from common.training.rounding import DTYPES, RoundingStats, round_artifact, rounding_stats
 from tests.common.training.exporting import KINDS, exported, trained
 
 
@@ -43,13 +43,13 @@ def test_a_wider_dtype_loses_nothing(tmp_path: Path) -> None:
 
 def test_what_is_lost_is_counted() -> None:
     before = torch.tensor([1.0, 1 + 2.0**-10, 1e-9, 0.0])
-    lost = loss_of(before, before.half()) + loss_of(before[:1], before[:1].half())
+    lost = rounding_stats(before, before.half()) + rounding_stats(before[:1], before[:1].half())
     assert (lost.weights, lost.changed, lost.zeroed) == (5, 1, 1)
     assert (
         lost.in_words("a", "b")
         == f"a to b: 20.0% of the weights changed, by {lost.relative:.2g} of their size, and 1 became 0"
     )
-    assert Loss().in_words("a", "b") == "a to b: no weight changed"
+    assert RoundingStats().in_words("a", "b") == "a to b: no weight changed"
 
 
 def test_weights_that_fp16_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:

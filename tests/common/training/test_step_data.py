@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.artifacts import Artifact, Manifest
-from common.data.kinds import DEMONSTRATIONS
+from common.data.dataset_types import DEMONSTRATIONS
 from common.runtime.distributed import World
 from common.stage import Role, Step
 from common.training.step_data import load_data

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from common.stage import Step
+from fake_step import FAKES
+
 from pipeline import plan
 from pipeline.__main__ import main
 
-FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo", Step.ppo: "fake_ppo"}
 for step, module in FAKES.items():
     plan.STAGES[step] = dataclasses.replace(plan.STAGES[step], module=module)  # type: ignore[index]
 

@@ -19,10 +19,10 @@ import yaml
 from common.artifacts import Manifest, hash_files, write_manifest
 from common.files import commit_folder
 from common.handoff import parent_record
-from common.stage import Role
+from common.stage import Role, Step
 
 RANK = os.environ.get("RANK", "0")
-
+FAKES = {Step.sft: "fake_step", Step.reward: "fake_reward", Step.dpo: "fake_dpo", Step.ppo: "fake_ppo"}
 
 TOKENS: dict[str, Any] = {
     "tokenizer_hash": "t1",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from common.errors import UserError
 from step3_ppo.rewards import server as module
 from step3_ppo.rewards.config import check_url
 from step3_ppo.rewards.server import RewardServer, token_of
+from tests.served import serving as in_thread
 
 KEY = "ppo.rewards[0].url"
 COMPLETIONS = ["yes", "no"]
@@ -96,15 +96,9 @@ def serving(*replies: Reply) -> Iterator[Served]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    served.url = f"http://127.0.0.1:{server.server_port}/score"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with in_thread(server) as url:
+        served.url = f"{url}/score"
         yield served
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def ask(url: str, pauses: list[float] | None = None, **settings: Any) -> np.ndarray:
@@ -255,7 +249,7 @@ def test_a_redirect_is_not_followed(status: int) -> None:
         assert elsewhere.url in message and elsewhere.bodies == []
 
 
-def test_a_token_is_sent_and_never_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_sent_and_never_said() -> None:
     with serving(answer("who are you? Bearer very-secret", 403)) as served:
         with pytest.raises(UserError) as caught:
             ask(served.url, token="very-secret")
@@ -357,18 +351,11 @@ def test_https_asks_a_proxy_for_a_tunnel_and_does_not_show_it_the_token(
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     monkeypatch.setenv("https_proxy", f"http://me:word@127.0.0.1:{server.server_port}")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    try:
-        with pytest.raises(UserError, match="407"):
-            ask("https://rewards.example/score", retries=0, token="very-secret")
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with in_thread(server), pytest.raises(UserError, match="407"):
+        ask("https://rewards.example/score", retries=0, token="very-secret")
     (connect,) = seen
     assert connect.startswith("rewards.example:443 ") and "Basic bWU6d29yZA==" in connect
     assert "very-secret" not in connect

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from common.errors import UserError
 from common.fields import as_schema
 from step3_ppo.config import RewardSourceConfig
 from step3_ppo.rewards.sources import Calibration, RewardSources
+from tests import served
 
 PROMPTS, COMPLETIONS = ["a", "b"], ["yes", "no"]
 COLUMNS = {"answer": ["yes", "yes"]}
@@ -132,16 +132,9 @@ def test_a_server_is_asked_with_its_own_settings(monkeypatch: pytest.MonkeyPatch
             pass
 
     monkeypatch.setenv("RLHF_REWARD_TOKEN_JUDGE", "secret")
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        source = RewardSourceConfig(url=f"http://127.0.0.1:{server.server_port}/", name="judge")
+    with served.serving(http.server.HTTPServer(("127.0.0.1", 0), Handler)) as url:
+        source = RewardSourceConfig(url=f"{url}/", name="judge")
         scores = RewardSources([RIGHT, source]).score(PROMPTS, COMPLETIONS, COLUMNS, None)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
     assert scores["judge"].tolist() == [0.25, 0.5] and seen == [(COMPLETIONS, "Bearer secret")]
 
 

@@ -2,9 +2,9 @@
 
 Averaged weights generalise better than the last ones (Polyak and Juditsky, "Acceleration of stochastic
 approximation by averaging", 1992); with a decay, early weights are forgotten. Takes an `Engine`; every rank
-averages its own share of the fp32 master weights. Those, not the module's: with a learning rate like PPO's
-most updates are smaller than the rounding of bf16, and they are sharded already on every ZeRO stage. Weights
-that are not trained have no average. Does not decide when weights are averaged.
+averages its own share of the fp32 master weights. The module's weights would not do: with a learning rate
+like PPO's most updates are smaller than the rounding of bf16. Master weights are sharded already on every
+ZeRO stage. Frozen weights have no average. Does not decide when weights are averaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.training.engine import Engine
 from common.training.reshard import WEIGHTS, Layout, reshard
 
 
-class ExponentialAverage:
+class ExponentialMovingAverage:
     """average = decay · average + (1 - decay) · weights, beginning with the weights it is made with."""
 
     def __init__(self, engine: Engine, decay: float) -> None:
@@ -40,7 +40,7 @@ class ExponentialAverage:
     def swapped_in(self) -> Iterator[None]:
         """The engine's weights are the average while the block runs; all ranks enter it.
 
-        Afterwards they are, bit for bit, what they were. There is no step and no saving of the engine in it.
+        Afterwards they are restored bit for bit. The block neither steps nor saves the engine.
         """
         self._swap()
         try:
@@ -56,8 +56,8 @@ class ExponentialAverage:
             self._engine.layout.write(folder)
 
     def load(self, folder: Path) -> str | None:
-        """Restore what `save` wrote, bit for bit, also by other ranks or at another stage; returns from what
-        and to what it was then resharded."""
+        """Restore what `save` wrote, bit for bit. The number of ranks or the stage may differ: returns from
+        what and to what it was then resharded."""
         stored, own = Layout.read(folder), self._engine.layout
         if stored is None or stored == own:
             self._take(_held_by(folder, dist.get_rank()))
@@ -79,7 +79,7 @@ class ExponentialAverage:
         self._engine.publish_master_weights()
 
 
-def swapped_in(average: ExponentialAverage | None) -> AbstractContextManager[object]:
+def swapped_in(average: ExponentialMovingAverage | None) -> AbstractContextManager[object]:
     """The average in the weights' place while the block runs, where there is one."""
     return nullcontext() if average is None else average.swapped_in()
 

@@ -18,7 +18,7 @@ def beside_a_plain_loop(folder: str) -> int:
 
     from common.config import Dtype
     from common.runtime.distributed import init_world
-    from common.training.average import ExponentialAverage
+    from common.training.ema import ExponentialMovingAverage
     from tests.programs import engines
 
     world = init_world()
@@ -26,7 +26,7 @@ def beside_a_plain_loop(folder: str) -> int:
     for dtype, stage in itertools.product((Dtype.fp32, Dtype.bf16), (1, 2, 3)):
         where = (dtype, stage)
         engine = engines.engine_of(engines.tiny_actor(dtype), stage, world, dtype)
-        average = ExponentialAverage(engine, DECAY)
+        average = ExponentialMovingAverage(engine, DECAY)
         expected = {name: value.float() for name, value in engines.weights_of(engine, world).items()}
         for step in range(4):
             engine.train()
@@ -84,7 +84,7 @@ def training_goes_on() -> int:
     """Steps after an average was shown, beside an engine that never had one."""
     from common.config import Dtype
     from common.runtime.distributed import init_world
-    from common.training.average import ExponentialAverage
+    from common.training.ema import ExponentialMovingAverage
     from tests.programs import engines
 
     world = init_world()
@@ -92,7 +92,7 @@ def training_goes_on() -> int:
         plain, averaged = (
             engines.engine_of(engines.tiny_actor(dtype), stage, world, dtype) for _ in range(2)
         )
-        average = ExponentialAverage(averaged, DECAY)
+        average = ExponentialMovingAverage(averaged, DECAY)
         for _ in range(2):
             engines.alone(plain, engines.actor_losses, world, steps=2)
             engines.alone(averaged, engines.actor_losses, world, steps=2)
@@ -118,14 +118,14 @@ def small_updates() -> int:
 
     from common.config import Dtype
     from common.runtime.distributed import init_world
-    from common.training.average import ExponentialAverage
+    from common.training.ema import ExponentialMovingAverage
     from tests.programs import engines
 
     world = init_world()
     adamw = partial(torch.optim.AdamW, lr=1e-6, fused=True)
     engine = engines.engine_of(engines.tiny_actor(Dtype.bf16), 2, world, Dtype.bf16, adamw)
     begin = engine.master_weights()[0].clone()
-    average = ExponentialAverage(engine, 0.5)
+    average = ExponentialMovingAverage(engine, 0.5)
     engines.alone(engine, engines.actor_losses, world, steps=1)
     average.update()
     moved = average._averages[0] != begin

@@ -1,7 +1,7 @@
-"""What a manifest says of a training, for the model card: settings, rows by source, and numbers before it.
+"""The record of a training in the manifest, for the model card: settings, rows by source, metrics before it.
 
 Takes a job, a step's folder and the artifacts that training started from; returns JSON values without paths
-of this machine: settings that are texts are left out unless they are one of a few words.
+of this machine: text settings are left out unless they have a fixed set of values.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from common.stage import Step
 
 COUNTED = ("rows_read", "rows_kept", "rows_held_out", "tokens", "trained_tokens")
 ALWAYS = ("global_batch_size", "max_length", "epochs", "scheduler", "warmup_ratio", "dtype", "r", "alpha")
-"""Settings that are told although they are the default."""
+"""Settings that are recorded even at their default."""
 NOT_TOLD = (
     "sampling", "evaluation", "micro_batch_size", "eval_every", "save_every", "save_minutes",
     "keep_checkpoints", "export", "max_bad_rows", "compile", "gradient_checkpointing", "trust_remote_code",
     "offload_frozen", "slots",
 )  # fmt: skip
-"""Settings that change what is measured or how fast, and not what is trained."""
+"""Settings that change measurements or speed, but not the trained model."""
 
 
-def account_of(
+def training_record(
     job: JobConfig, step: Step, folder: Path, before: Mapping[str, float], *, adapters: bool
 ) -> dict[str, Any]:
     """The training of a step, by name. before: its metrics before the first step. adapters: LoRA."""
@@ -49,7 +49,7 @@ def account_of(
 
 
 def settings_of(group: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Settings that decide a result and are not the default, and a few that always are told; by key."""
+    """Settings, by key, that decide the result and are not at their default, and those of `ALWAYS`."""
     for field in fields(group):
         value, key = getattr(group, field.name), f"{at}.{field.name}"
         default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -69,7 +69,7 @@ def _is_told(value: Any) -> bool:
 
 
 def rows_of(ledger: Path) -> list[dict[str, Any]]:
-    """What became of the rows of each source, counted."""
+    """Counts of the ledger, for each source."""
     return [
         {
             "name": Path(source["name"]).name or source["name"],
@@ -89,7 +89,7 @@ def origin_of(model: ModelConfig, revision: str | None, policy: Artifact | None)
 
 
 def origin_of_model(path: str | None, revision: str | None) -> dict[str, Any]:
-    """The same of a folder or a hub model. revision: the commit of a hub model that was loaded."""
+    """`origin_of` a folder or a hub model. revision: the loaded commit of a hub model."""
     if path is None:
         return {}
     if (folder := Path(path).expanduser()).is_dir():

@@ -11,8 +11,8 @@ import pytest
 from common.config import OptimConfig, SchedulerName
 from common.stage import Step
 from pipeline.config import PipelineConfig
-from pipeline.going_on import Changes, changes
 from pipeline.plan import STAGES
+from pipeline.resume import Changes, changes
 from pipeline.state import step_config
 
 

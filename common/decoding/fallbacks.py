@@ -19,7 +19,7 @@ from common.model.probes import find_shortcuts, isolate_documents
 from common.notices import notice
 
 
-def foresee(model: ModelConfig, head: HeadSpec, *, samples: bool = False) -> None:
+def notice_fallbacks(model: ModelConfig, head: HeadSpec, *, samples: bool = False) -> None:
     """Notices of a network with this head, sampled from if `samples`. UserError for one that the step would
     refuse."""
     config = read_config(model)

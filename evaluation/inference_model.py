@@ -16,7 +16,7 @@ import torch
 
 from common.artifacts import Artifact, read_manifest
 from common.config import DataConfig, Dtype, ModelConfig, dtype_on
-from common.data.kinds import Kind, Opened
+from common.data.dataset_types import DatasetType, Opened
 from common.data.stored import StoredRecords
 from common.decoding.generate import read_rows
 from common.handoff import TOKEN_FIELDS, load_named
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class InferenceModel:
     """named: what the user typed. key: for messages. device: where it runs."""
 
     artifact: Artifact
@@ -70,25 +70,25 @@ class Subject:
         kind = PackedCausalLM if self.role is Role.policy else PackedScalarModel
         return kind(network, find_shortcuts(network)).eval()
 
-    def rows(self, data: DataConfig, kind: Kind[Opened], *, whole_context: bool, say: Say) -> Opened:
+    def rows(self, data: DataConfig, kind: DatasetType[Opened], *, whole_context: bool, say: Say) -> Opened:
         """All rows of `data`, as this model reads them; says what became of them."""
         return read_rows(data, self.artifact, self.tokenizer, kind, whole_context=whole_context, say=say)
 
-    def reads_as(self, other: Subject) -> bool:
+    def reads_as(self, other: InferenceModel) -> bool:
         """Whether both make the same tokens of a text."""
         ours, theirs = self.artifact.manifest.details, other.artifact.manifest.details
         return all(name in ours and ours[name] == theirs.get(name) for name in TOKEN_FIELDS)
 
 
-def load_subject(
+def load_inference_model(
     path: str, named: str, key: str, dtype: Dtype, device: torch.device, role: Role | None = None
-) -> Subject:
+) -> InferenceModel:
     """The verified artifact at `path`. role: that it must have; by default whatever it has.
 
     UserError naming `key` where there is none.
     """
     role = role or read_manifest(path).role or Role.policy
-    return Subject(load_named(path, role, key), named, key, dtype, device)
+    return InferenceModel(load_named(path, role, key), named, key, dtype, device)
 
 
 def places_of(rows: StoredRecords) -> dict[str, int]:

@@ -49,7 +49,7 @@ def changes(
     found = {
         key: (was, now)
         for key, was, now in differing(old, new)
-        if key.partition(".")[0] != "deepspeed" and is_news(key, old, now)
+        if key.partition(".")[0] != "deepspeed" and is_difference(key, old, now)
     }
     train = f"{step.value}.train."
     length = {f"{train}{name}" for name in LENGTH} & found.keys()
@@ -58,13 +58,17 @@ def changes(
     free |= {key for key in found if key.startswith(f"{step.value}.sampling.")}
     lines = {key: f"{key}: {shown(was)} -> {shown(now)}" for key, (was, now) in found.items()}
     refused = {key: lines[key] for key in sorted(found.keys() - length - work - free)}
-    if length and (why := why_not(dig(old, step.value), new[step.value], step, folder, ended=ended)):
+    if length and (
+        why := why_length_is_refused(dig(old, step.value), new[step.value], step, folder, ended=ended)
+    ):
         refused |= {key: f"{lines[key]}: {why}" for key in sorted(length)}
     taken = tuple(lines[key] for key in sorted(found.keys() - refused.keys()))
     return Changes(tuple(refused.values()), taken, bool(length | work))
 
 
-def why_not(old: Any, new: Mapping[str, Any], step: Step, folder: Path, *, ended: bool) -> str | None:
+def why_length_is_refused(
+    old: Any, new: Mapping[str, Any], step: Step, folder: Path, *, ended: bool
+) -> str | None:
     """Why a step cannot go on to another length; None where it can. old, new: the step's own settings."""
     counters = newest_counters(folder)
     done, after = int(counters.get("step", 0)), new["train"]["max_steps"]
@@ -115,7 +119,7 @@ def newest_counters(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def is_news(key: str, old: Mapping[str, Any], now: Any) -> bool:
+def is_difference(key: str, old: Mapping[str, Any], now: Any) -> bool:
     """Whether a difference is one: a setting that is newer than the run, at its default, is none."""
     known: Any = old
     for part in key.split("."):

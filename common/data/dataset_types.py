@@ -1,7 +1,7 @@
-"""The three kinds of data sets: demonstrations, preferences, prompts alone.
+"""The three types of data sets: demonstrations, preferences, prompts alone.
 
-`dataset.py` has one way from sources to files for all; a `Kind` lists the functions that are called on the
-way, in their order. Keeps no state.
+`dataset.py` has one way from sources to files for all; a `DatasetType` lists the functions that are called on
+the way, in their order. Keeps no state.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Opened = TypeVar("Opened", bound=StoredRecords)
 
 
 @dataclass(frozen=True)
-class Kind(Generic[Opened]):
-    """How rows of one kind become records on disk."""
+class DatasetType(Generic[Opened]):
+    """How rows of one type become records on disk."""
 
     name: str
     recognise: Callable[..., Any]
@@ -28,7 +28,7 @@ class Kind(Generic[Opened]):
     read: Callable[[RawExample, Any, Mapping[str, str]], Any]
     """what a row says, one thing or a list of them; RowError, or RowUnused with the reason"""
     tokenize: Callable[[Sequence[Any], Any], Sequence[Any]]
-    """one result per row, in order: a record, `Made` where it may be several, or `Drop`"""
+    """one result per row, in order: a record, `RowRecords` where it may be several, or `Drop`"""
     fit: Callable[..., Any]
     """the record within `data.max_length`, itself when it is short enough; or `Drop`"""
     opened: type[Opened]
@@ -37,10 +37,10 @@ class Kind(Generic[Opened]):
     """tokens of `data.max_length` that a record leaves free"""
 
 
-DEMONSTRATIONS = Kind(
+DEMONSTRATIONS = DatasetType(
     "demonstrations", formats.recognise, formats.to_conversation, chat.tokenize, chat.fit, TokenizedDataset
 )
-PREFERENCES = Kind(
+PREFERENCES = DatasetType(
     "preferences",
     preferences.recognise,
     preferences.to_preferences,
@@ -48,7 +48,7 @@ PREFERENCES = Kind(
     pairs.fit_pair,
     PairDataset,
 )
-PROMPTS = Kind(
+PROMPTS = DatasetType(
     "prompts",
     prompts.recognise,
     prompts.to_prompt,
@@ -58,6 +58,6 @@ PROMPTS = Kind(
 )
 
 
-def prompts_with_room(room: int) -> Kind[PromptDataset]:
+def prompts_with_room(room: int) -> DatasetType[PromptDataset]:
     """Prompts that leave `room` tokens of `data.max_length` for the response."""
     return replace(PROMPTS, fit=partial(prompts.fit_prompt, room=room), room=room)

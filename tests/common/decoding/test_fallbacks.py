@@ -10,18 +10,13 @@ import torch
 
 from common import notices
 from common.config import Dtype, ModelConfig
-from common.decoding.foresight import foresee
+from common.decoding.fallbacks import notice_fallbacks
 from common.errors import UserError
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
 from common.model.scalar_head import NEW_REWARD_MODEL
 from tests.packed import packed_lm
-from tests.tiny import CHATML, tiny_tokenizer
-
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+from tests.tiny import CHATML, SHAPE, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +35,7 @@ def model_of(kind: str, *, checkpointing: bool = False, **fields: Any) -> ModelC
 def foreseen(model: ModelConfig) -> list[str]:
     said: list[str] = []
     notices.listen(said.append)
-    foresee(model, CAUSAL_LM)
+    notice_fallbacks(model, CAUSAL_LM)
     return said
 
 
@@ -68,9 +63,9 @@ def test_a_model_that_does_everything_has_nothing_to_say() -> None:
 
 def test_what_the_step_would_refuse_is_refused() -> None:
     with pytest.raises(UserError, match="model_type=bert has attention to later tokens"):
-        foresee(model_of("bert"), CAUSAL_LM)
+        notice_fallbacks(model_of("bert"), CAUSAL_LM)
     with pytest.raises(UserError, match="lfm2 does not make a reward model: transformers has no Sequence"):
-        foresee(model_of("lfm2"), NEW_REWARD_MODEL)
+        notice_fallbacks(model_of("lfm2"), NEW_REWARD_MODEL)
 
 
 def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +74,10 @@ def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: 
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
     with pytest.raises(UserError, match="model_type=llama does not make a causal LM: ImportError: .*PIL"):
-        foresee(model_of("llama", **SHAPE), CAUSAL_LM)
+        notice_fallbacks(model_of("llama", **SHAPE), CAUSAL_LM)
 
 
 def test_where_nothing_can_be_asked_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.decoding.foresight.small_network", lambda *_: None)
+    monkeypatch.setattr("common.decoding.fallbacks.small_network", lambda *_: None)
     (line,) = foreseen(model_of("llama", **SHAPE))
     assert line.startswith("what the architecture falls back to is not known before the run, since a small")
