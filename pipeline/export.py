@@ -1,8 +1,8 @@
 """`python -m pipeline export PATH`: any kept checkpoint of any step as an artifact, in any form.
 
 Takes a run, a step's folder or a checkpoint; leaves an artifact as the step itself would have, had it ended
-there: the step is started by one process, on whatever ranks it was trained, in a folder of its own in which
-that checkpoint is its last step. It resumes, has nothing left to train, and exports with its own checks. In
+there: the step is started by one process, on whatever ranks it was trained, in a folder of its own that says
+so. It resumes, trains nothing, and exports with its own checks. In
 another dtype it does so in fp32, the optimizer's own, and the artifact is rounded once. An artifact's folder
 is taken as it is. Uploading is that of `publish.py`.
 """
@@ -33,10 +33,10 @@ from common.artifacts import (
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
-from common.config import Dtype, Exported
+from common.config import Dtype, Exported, to_plain
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, write_text
-from common.handoff import similar
+from common.handoff import TAKEN_FROM, TakenFrom, similar
 from common.stage import Role, Step
 from common.text import nearest
 from launch.local import Job, count_gpus
@@ -44,7 +44,7 @@ from launch.supervise import supervise
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES
 from pipeline.publish import Destination, check_gguf, find_converter, write_gguf
-from pipeline.state import METRICS, RESOLVED, read_resolved
+from pipeline.state import METRICS, RESOLVED, read_resolved, read_state
 
 CHECKPOINTS, COUNTERS = "checkpoints", "counters.json"
 TOKENIZER = "tokenizer"
@@ -386,8 +386,14 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is damaged: {error!r}", hint="name another checkpoint") from None
 
 
+def has_ended(found: Checkpoint) -> bool:
+    """Whether the step that a checkpoint is of was done; False while it can still go on."""
+    state = read_state(found.run / found.step.value)
+    return state is not None and state["status"] == "done"
+
+
 def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
-    """Write a run's folder in which the checkpoint is the last that the step can do, on one rank.
+    """Write a run's folder in which the step does nothing but export the checkpoint, on one rank.
 
     dtype: None for that of the run.
     """
@@ -395,7 +401,7 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
 
     name, step = found.step.value, run / found.step.value
     resolved = OmegaConf.create(read_resolved(found.run))
-    OmegaConf.update(resolved, f"{name}.train.max_steps", found.counters["step"])
+    trained = resolved.model.dtype
     OmegaConf.update(resolved, f"{name}.train.export", Exported.last.value)
     if dtype is not None:
         OmegaConf.update(resolved, "model.dtype", dtype.value)
@@ -404,6 +410,8 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
     (step / CHECKPOINTS).mkdir(parents=True)
     (step / CHECKPOINTS / found.folder.name).symlink_to(found.folder.resolve())
     write_text(run / RESOLVED, OmegaConf.to_yaml(resolved))
+    of_run = TakenFrom(has_ended(found), file_sha256(found.run / RESOLVED), {"model.dtype": trained})
+    write_json(step / TAKEN_FROM, to_plain(of_run))
     for there in (found.run / name / METRICS, found.run / name / TOKENIZER):
         if there.is_dir():
             shutil.copytree(there, step / there.name)

@@ -31,7 +31,7 @@ from common.data.kinds import Kind
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.errors import UserError
-from common.handoff import load_named, parent_record
+from common.handoff import TakenFrom, load_named, parent_record
 from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
 from common.model.loading import load_model
@@ -106,6 +106,7 @@ class Session:
         """train_config: of the step's loop. The step's files are under `run_dir/<step>`."""
         self.job, self.step, self.train_config, self.run_dir = job, step, train_config, run_dir
         self.folder = run_dir / step.value
+        self.taken_from = TakenFrom.read(self.folder)
         self._base_revision: str | None = None
         self.world = init_world()
         self.stop = StopSignal()
@@ -255,6 +256,7 @@ class Session:
         documents: Sequence[torch.Tensor],
         *,
         steps: int,
+        total_steps: int,
         parents: Sequence[Artifact],
         data: Mapping[str, Any],
         counters: Mapping[str, Any],
@@ -263,8 +265,8 @@ class Session:
     ) -> None:
         """Export what was trained to `<step>/export`, checked against the live model's answer to `documents`.
 
-        documents: int64 [T] each, of the run; one for a policy. steps: how many there were. parents: what
-        training started from; data: fingerprints of the rows; counters: where the run ended. A collective;
+        documents: int64 [T] each, of the run; one for a policy. steps: how many there were, of
+        total_steps. parents: what training started from; data: fingerprints of the rows; counters: where the run ended. A collective;
         `begin_export` comes before.
         """
         engine.eval()
@@ -277,14 +279,19 @@ class Session:
                 self.progress.log(line)
             details = {
                 "parents": [parent_record(parent.path, self.run_dir) for parent in parents],
-                "resolved_config_hash": file_sha256(self.run_dir / "resolved.yaml"),
+                "resolved_config_hash": (
+                    file_sha256(self.run_dir / "resolved.yaml")
+                    if self.taken_from is None
+                    else self.taken_from.resolved_config_hash
+                ),
                 "data": data,
                 "progress": counters,
                 "metrics": final,
                 "origin": origin_of(self.job.model, self._base_revision, parents),
                 "training": account_of(
-                    self.job, self.step, self.folder, before, adapters=hasattr(model, "peft_config")
-                ),
+                    self.job, self.step, self.folder, before, total_steps=total_steps,
+                    adapters=hasattr(model, "peft_config"), taken_from=self.taken_from,
+                ),  # fmt: skip
                 **extra_details(final),
             }
             folder, say = self.folder / "export", self.progress.log
