@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.files import OUTPUT_DIR, written_with
 from common.redact import shown
 from common.text import did_you_mean
 
@@ -63,6 +64,11 @@ TAKES = {
     "explain": ("one key", "sft.optim.lr"),
 }
 """What a verb with one argument takes, and an example."""
+WRITES = {
+    "report": "--out FILE.html", "generate": "--out FILE", "evaluate": "--out FILE", "export": "--out FOLDER",
+    "import": "--out FOLDER", "chat": "a working directory on another disk",
+}  # fmt: skip
+"""With what a verb is told to write elsewhere; the others take output_dir=DIR."""
 INTERRUPTED = 130
 SEARCHPATH = "hydra.searchpath="
 
@@ -90,6 +96,12 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit status."""
+    with written_with(WRITES.get(arguments[0] if arguments else "", OUTPUT_DIR)):
+        return dispatched(arguments)
+
+
+def dispatched(arguments: Sequence[str]) -> int:
+    """`dispatch`, where it is known with what the verb writes elsewhere."""
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0

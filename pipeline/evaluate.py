@@ -57,7 +57,7 @@ def check_new(out: Path) -> None:
     """Make the folder of a file that is to be written. UserError where that, or the file, cannot be."""
     if out.exists():
         raise UserError(f"--out {out} exists, and nothing is overwritten", hint="name a new file")
-    with disk_errors(out, "--out FILE.json"):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from common.artifacts import (
 from common.card import HUB_NAME, model_card
 from common.config import Dtype, Exported, to_plain
 from common.errors import UserError
-from common.files import commit_folder, disk_errors, write_text
+from common.files import commit_folder, disk_errors, unfinished, write_text
 from common.handoff import TAKEN_FROM, TakenFrom, similar
 from common.stage import Role, Step
 from common.text import nearest
@@ -189,7 +188,7 @@ def export_checkpoint(
     if form.dtype is None and trained is Dtype.fp16 and not count_gpus():  # CPUs train in fp32 and bf16
         form = replace(form, dtype=Dtype.fp16)
     say(f"{name}: exporting {found.folder}, step {number}")
-    with beside(out) as folder:
+    with beside(out, say) as folder:
         run = folder / found.run.name
         lay_out(found, run, Dtype.fp32 if form.dtype is not None else trained)
         job = Job(STAGES[found.step].module, ("--config", str(run / RESOLVED), "--run-dir", str(run)))
@@ -247,7 +246,7 @@ def export_artifact(
         say(f"{path} was exported before: {out}")
         return 0, out
     check_is_new(out)
-    with beside(out) as folder:
+    with beside(out, say) as folder:
         made = shutil.copytree(path, folder / path.name) if form.adapters else path
         return commit_as(made, out, form, folder, say), out
 
@@ -266,12 +265,12 @@ def no_adapters(path: Path) -> UserError:
 
 
 @contextmanager
-def beside(out: Path) -> Iterator[Path]:
+def beside(out: Path, say: Say) -> Iterator[Path]:
     """A folder for what is not finished, on the disk of `out`."""
-    with disk_errors(out, "--out FOLDER"):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export.", dir=out.parent) as folder:
-            yield Path(folder)
+        with unfinished(".export.", out.parent, say) as folder:
+            yield folder
 
 
 def commit_as(made: Path, out: Path, form: Form, folder: Path, say: Say) -> int:

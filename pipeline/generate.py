@@ -14,6 +14,7 @@ from typing import Any
 
 from common.artifacts import write_json
 from common.config import to_plain
+from common.files import written_with
 from common.handoff import check_is_artifact
 from common.inference_config import GenerateJob, ManySettings
 from common.stage import Role
@@ -60,5 +61,6 @@ def work(module: str, job: object) -> int:
     """Have a process of its own do a job that is described by a dataclass; returns its exit status."""
     with tempfile.TemporaryDirectory(prefix="rlhf_job_") as folder:
         written = Path(folder) / "job.json"
-        write_json(written, to_plain(job))
+        with written_with("TMPDIR=DIR in the environment"):
+            write_json(written, to_plain(job))
         return supervise(Job(module, (str(written),))).status

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.artifacts import MANIFEST, Artifact, content_sha256
 from common.errors import UserError
-from common.files import disk_errors
+from common.files import OUTPUT_DIR, disk_errors, written_where, written_with
 from common.handoff import check_same_tokens, load_named, scores_text, similar
 from common.stage import Role, Step
 from launch.local import Job
@@ -144,7 +144,10 @@ def import_model(named: str, role: Role, typed: str, models: Path, say: Say, opt
         say(f"{typed} was imported before: {out}")
         return out
     say(f"{typed} is imported as an artifact: {out}")
-    start_import(named, role, typed, out, options)
+    # a verb without settings keeps it below the working directory
+    elsewhere = f"python -m pipeline import {named} --out FOLDER, and name that"
+    with written_with(OUTPUT_DIR if written_where() == OUTPUT_DIR else elsewhere):
+        start_import(named, role, typed, out, options)
     return out
 
 

@@ -21,7 +21,7 @@ from common.artifacts import file_sha256
 from common.config import Dtype, ModelConfig, TokenizerConfig
 from common.data.chat import check_template
 from common.errors import UserError
-from common.files import commit_folder, disk_errors
+from common.files import commit_folder, disk_errors, unfinished
 from common.handoff import PAD
 from common.model.adapter_folder import Adapter, adapters_base, read_adapter
 from common.model.architecture import CAUSAL_LM, HeadSpec, read_config
@@ -89,17 +89,19 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
             PAD: read_config(model).pad_token_id,
         },
     }
-    with (
-        disk_errors(out, "--out FOLDER"),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside,
-    ):
+    with disk_errors(out), unfinished(f".{out.name}.", out.parent, say) as beside:
         try:
-            made = _export(model, adapter, role, tokenizer, Path(beside) / "export", details)
+            made = _export(model, adapter, role, tokenizer, beside / "export", details)
         except ExportMismatch as error:
             fault = error.message.partition("; ")[0]
             raise UserError(f"what is read back of it differs: {fault}", hint="use another model") from error
         commit_folder(made, out)
     return out
+
+
+def say(line: str) -> None:
+    """Print a line at once, in order with what the controller prints."""
+    print(shown(line), flush=True)
 
 
 def _export(
@@ -116,10 +118,6 @@ def _export(
     network: Any = load_model(model, tokenizer, head, seed=0, device=torch.device("cpu"))
     network = (network if adapter is None else adapter.around(network)).eval()
     probe = ask_live(packed(network, Shortcuts()), [document])
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     return export_model(network, None, tokenizer, folder, probe, details=details, say=say)
 
 

@@ -279,7 +279,8 @@ class Loop(Generic[Rows]):
         self._take_exported()
         session.export(
             module, self._learner.engine, tokenizer, documents, steps=self.counters.step,
-            total_steps=self.total_steps, parents=parents, data=self._data.fingerprints(), counters=asdict(self.counters),
+            total_steps=self.total_steps, parents=parents, data=self._data.fingerprints(),
+            counters=asdict(self.counters),
             final_lines=lambda final: [
                 *final_lines(final), skipped_warning(self.counters, session.job.model.dtype, session.step),
             ],

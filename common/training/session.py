@@ -265,9 +265,9 @@ class Session:
     ) -> None:
         """Export what was trained to `<step>/export`, checked against the live model's answer to `documents`.
 
-        documents: int64 [T] each, of the run; one for a policy. steps: how many there were, of
-        total_steps. parents: what training started from; data: fingerprints of the rows; counters: where the run ended. A collective;
-        `begin_export` comes before.
+        documents: int64 [T] each, of the run; one for a policy. steps: how many there were, of total_steps.
+        parents: what training started from; data: fingerprints of the rows; counters: where the run ended. A
+        collective; `begin_export` comes before.
         """
         engine.eval()
         model: Any = module.model
@@ -289,8 +289,13 @@ class Session:
                 "metrics": final,
                 "origin": origin_of(self.job.model, self._base_revision, parents),
                 "training": account_of(
-                    self.job, self.step, self.folder, before, total_steps=total_steps,
-                    adapters=hasattr(model, "peft_config"), taken_from=self.taken_from,
+                    self.job,
+                    self.step,
+                    self.folder,
+                    before,
+                    total_steps=total_steps,
+                    adapters=hasattr(model, "peft_config"),
+                    taken_from=self.taken_from,
                 ),  # fmt: skip
                 **extra_details(final),
             }

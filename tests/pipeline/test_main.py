@@ -12,6 +12,7 @@ import pytest
 from common.artifacts import Manifest, write_manifest
 from pipeline.config import PROJECT
 from tests.conftest import Command
+from tests.pipeline.report_runs import make_run
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -89,6 +90,32 @@ def test_what_the_user_can_fix_ends_with_status_two_and_no_traceback(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("report", "--out FILE.html"),
+        ("import", "--out FOLDER"),
+        ("evaluate", "--out FILE"),
+        ("run", "output_dir=DIR"),
+    ],
+)
+def test_a_disk_that_refuses_ends_with_the_option_of_the_verb(
+    verb: str, option: str, tmp_path: Path, command: Command
+) -> None:
+    in_the_way, model = tmp_path / "file", tmp_path / "model"
+    in_the_way.touch(), model.mkdir()
+    (model / "config.json").write_text("{}")
+    make_run(tmp_path / "run", ["sft"])
+    arguments = {
+        "report": [str(tmp_path / "run"), "--out", f"{in_the_way}/page.html"],
+        "import": [str(model), "--out", f"{in_the_way}/policy"],
+        "evaluate": [str(model), "--data", f"{in_the_way}", "--out", f"{in_the_way}/numbers.json"],
+        "run": ["experiment=demo", "steps=[sft]", f"output_dir={tmp_path}", "run_name=file"],
+    }
+    ended = command(verb, *arguments[verb], folder=tmp_path)
+    assert ended.returncode == 2 and ended.stderr.rstrip().endswith(option)
 
 
 def test_an_error_is_no_traceback_in_a_process_of_its_own_either(tmp_path: Path) -> None:
