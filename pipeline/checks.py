@@ -34,7 +34,7 @@ from common.stage import Role, Step
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
 from common.webhook import address_of
-from launch.local import count_gpus
+from launch.local import gpus_of
 from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
 from pipeline.plan import STAGES, start_of, wire_run
@@ -55,12 +55,12 @@ def check(
     can_lack: what a step need not have yet; what is asked of it is then asked of the policy.
     """
     wired = wire_run(config, can_lack=can_lack)
-    check_tracking(config.tracking)
+    check_tracking(config.tracking, elsewhere=config.launch.is_elsewhere)
     if Step.sft in config.steps:
         check_model(config.model)
     if (quantize := config.model.quantize) is not Quantize.none:
         way_out = "model=lora, or model.quantize=none: adapters alone work anywhere"
-        check_gpu(f"model.quantize={quantize.value}", way_out)
+        check_gpu(config.launch, f"model.quantize={quantize.value}", way_out)
     for step in wired:
         starts = {role: start_of(step.stage.name, wired, role) for role in step.sources}
         models = {
@@ -91,14 +91,17 @@ def check_launch(launch: LaunchConfig) -> None:
     endpoint_of(launch)
 
 
-def check_tracking(tracking: TrackingConfig) -> None:
-    """What shows the numbers is installed, and the webhook's address is known here."""
+def check_tracking(tracking: TrackingConfig, *, elsewhere: bool = False) -> None:
+    """What shows the numbers is installed, and the webhook's address is known.
+
+    elsewhere: the run goes to machines with the same packages and an environment of their own.
+    """
     if MirrorName.tensorboard in tracking.to and find_spec("tensorboard") is None:
         raise UserError(
             "tracking.to names tensorboard, which is not installed",
             hint="pip install tensorboard (the extra rlhf-pipeline[tensorboard]); or 'tracking.to=[wandb]'",
         )
-    if tracking.webhook is not None:
+    if tracking.webhook is not None and not elsewhere:
         address_of(tracking.webhook)
 
 
@@ -119,7 +122,8 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
             trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
     for key, (_, optim) in trained.items():
         if optim.name in GPU_OPTIMIZERS:
-            check_gpu(f"{key}.name={optim.name.value}", f"{key}.name=adamw or adafactor")
+            way_out = f"{key}.name=adamw or adafactor"
+            check_gpu(config.launch, f"{key}.name={optim.name.value}", way_out)
         check_muon(config, optim, key)
     check_disk(config, [model for model, _ in trained.values()])
 
@@ -281,10 +285,15 @@ def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
         )
 
 
-def check_gpu(setting: str, way_out: str) -> None:
-    """What exists on GPUs only, 8-bit optimizers and 4-bit weights, is not asked for on a machine without."""
-    if count_gpus() == 0:
-        raise UserError(f"{setting} needs a GPU, and this machine offers none", hint=way_out)
+def check_gpu(launch: LaunchConfig, setting: str, way_out: str) -> None:
+    """What exists on GPUs only, 8-bit optimizers and 4-bit weights, is not asked for where there are none.
+
+    Other machines are asked when they begin, unless it is known here what they have.
+    """
+    if gpus_of(launch) == 0:
+        there = f"launch.{launch.kind.value}.gpus_per_node=0"
+        why = there if launch.is_elsewhere else "this machine offers none"
+        raise UserError(f"{setting} needs a GPU, and {why}", hint=way_out)
 
 
 def check_muon(config: PipelineConfig, optim: OptimConfig, key: str) -> None:

@@ -3,13 +3,15 @@
 Takes a configuration in which `STEP.policy` or `STEP.reward_model` is an artifact, a run, a folder that
 transformers reads, or a hub model; returns it with artifacts in their place. A published model is imported
 once, by a process of its own, and kept by content under `<output_dir>/.cache/models`. In `model.path` only a
-run is replaced: SFT starts from published models as they are. Rows are settled in `rows.py`.
+run is replaced: SFT starts from published models as they are. Rows are settled in `rows.py`. Functions that
+score are tried by a process, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +21,14 @@ from common.errors import UserError
 from common.files import OUTPUT_DIR, disk_errors, written_where, written_with
 from common.handoff import check_same_tokens, load_named, scores_text, similar
 from common.stage import Role, Step
+from launch.agent import STOPPED
 from launch.local import Job
 from launch.supervise import supervise
 from pipeline.config import PipelineConfig
 from pipeline.options import Options
-from pipeline.plan import EXPORT, STAGES, named_sources, start_of, wire_run
+from pipeline.plan import EXPORT, STAGES, Wired, named_sources, start_of, wire_run
 from pipeline.rows import settle_rows
-from pipeline.state import fingerprint, run_name
+from pipeline.state import fingerprint, run_name, write_resolved
 from step3_ppo.config import CriticStart
 
 IMPORTER = "common.training.import_model"
@@ -84,6 +87,23 @@ def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
     say("note: the critic begins as the policy, with a new head: the reward model reads other tokens")
     critic = replace(critic, start=CriticStart.policy)
     return replace(config, ppo=replace(config.ppo, critic=critic))
+
+
+def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
+    """Let PPO import what it scores with, before hours are spent on the steps that come first.
+
+    A process of the step does it, since it is the user's code: it prints what is wrong. Returns its exit
+    status; 0 without asking where there is nothing to import, or PPO is done.
+    """
+    steps = {step.stage.name: step for step in wired}
+    done = (run_dir / Step.ppo.value / EXPORT / MANIFEST).exists()
+    if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
+        return 0
+    with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
+        resolved = write_resolved(config, Path(folder))
+        job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
+        ended = supervise(job)
+    return STOPPED if ended.stopped else ended.status
 
 
 def models_below(output_dir: str) -> Path:

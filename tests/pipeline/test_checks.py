@@ -23,8 +23,10 @@ from common.config import (
 )
 from common.errors import UserError
 from common.fields import as_schema
+from common.launch_config import LaunchConfig, Launcher, SlurmConfig
 from common.stage import Step
 from common.tracking_config import MirrorName
+from launch import local
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from step3_ppo.config import Estimator, RewardSourceConfig
@@ -36,7 +38,7 @@ LLAMA = {"model_type": "llama", "max_position_embeddings": 256}
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
     """A configuration that passes every check."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checks, "count_gpus", lambda: 0)
+    monkeypatch.setattr(local, "count_gpus", lambda: 0)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     config = PipelineConfig(
         model=ModelConfig(config=dict(LLAMA), tokenizer=TokenizerConfig(None, 512), dtype=Dtype.bf16)
@@ -176,7 +178,7 @@ def test_an_optimizer_for_gpus_is_refused_without_one(
 ) -> None:
     config.sft.optim.name = name
     assert f"sft.optim.name={name.value} needs a GPU" in error_of(config).message
-    monkeypatch.setattr(checks, "count_gpus", lambda: 1)
+    monkeypatch.setattr(local, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
 
 
@@ -185,8 +187,23 @@ def test_four_bit_weights_are_refused_without_a_gpu(
 ) -> None:
     config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
     assert "model.quantize=nf4 needs a GPU" in error_of(config).message
-    monkeypatch.setattr(checks, "count_gpus", lambda: 1)
+    monkeypatch.setattr(local, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
+
+
+def test_what_other_machines_have_is_not_judged_by_this_one(config: PipelineConfig) -> None:
+    config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
+    config.sft.optim.name = OptimizerName.adamw_8bit
+    config.tracking.webhook = "env:SET_ON_THE_NODES_ALONE"
+    for launch in (LaunchConfig(Launcher.slurm), LaunchConfig(Launcher.ssh), LaunchConfig(Launcher.k8s)):
+        config.launch = launch
+        checks.check(config, ranks=1)
+    config.launch = LaunchConfig(Launcher.slurm, slurm=SlurmConfig(gpus_per_node=0))
+    assert error_of(config).message.endswith("needs a GPU, and launch.slurm.gpus_per_node=0")
+    config.launch = LaunchConfig(Launcher.slurm, node_rank=0)  # it takes part in the run
+    assert "SET_ON_THE_NODES_ALONE is not set" in error_of(config).message
+    config.tracking.webhook = None
+    assert "this machine offers none" in error_of(config).message
 
 
 @pytest.mark.parametrize(
