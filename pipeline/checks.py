@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from common.config import (
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
-from common.paths import files_of, is_glob
+from common.paths import files_of, is_glob, name_of
 from common.stage import Role, Step
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
@@ -42,6 +43,10 @@ from step3_ppo.config import PPOConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
+SOURCE = "{source}"
+"""In the name of a metric: of a source, where rows of several are held out."""
+EVAL = "eval/"
+"""Begins the name of every metric of an evaluation."""
 SMALLEST_DISK = 64 * 2**20
 """Bytes that must be free for any run: logs, metrics and a tokenized cache."""
 
@@ -115,6 +120,7 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Role, ModelCo
         check_length(model, part.data.max_length, f"{name}.data.max_length", role)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
     check_exported(part.train, part.data, name)
+    check_watched(part.train.stop_when.metric, part.measured(), part.data, name)
     trained = {f"{name}.optim": (models[Role.policy], part.optim)}
     if step is Step.ppo:
         check_ptx(part, models[Role.policy], ranks)
@@ -141,6 +147,22 @@ def check_exported(train: TrainConfig, data: DataConfig, name: str) -> None:
         raise UserError(
             f"{judged[0]} needs held-out rows, and {name}.data.eval_fraction=0 leaves none",
             hint=f"{name}.data.eval_fraction=0.05, or {name}.data.eval_path=FILE",
+        )
+
+
+def check_watched(metric: str | None, measured: Sequence[str], data: DataConfig, name: str) -> None:
+    """What early stopping watches is a number of the step's evaluations."""
+    of_several = data.eval_path is None and len(data.all_sources()) > 1
+    sources = {each.name or name_of(each.path) for each in data.all_sources()} if of_several else set()
+    known = [each for each in measured if SOURCE not in each]
+    known += [each.replace(SOURCE, name) for each in measured if SOURCE in each for name in sorted(sources)]
+    numbered = re.sub(r"-\d+(?=/)", "", metric or "")  # of sources that have one name
+    if metric is not None and not {metric, numbered} & set(known):
+        key = f"{name}.train.stop_when.metric"
+        listed, names = f"measured are {', '.join(known)}", [each.removeprefix(EVAL) for each in known]
+        raise UserError(
+            f"{key}={metric} is not measured on held-out rows",
+            hint=did_you_mean(metric.removeprefix(EVAL), names, listed, prefix=f"{key}={EVAL}"),
         )
 
 

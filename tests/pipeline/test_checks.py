@@ -448,6 +448,44 @@ def test_what_is_judged_needs_rows_and_several_evaluations(config: PipelineConfi
     )
 
 
+@pytest.mark.parametrize(
+    ("step", "metric", "way_out"),
+    [
+        (Step.sft, "eval/los", "did you mean sft.train.stop_when.metric=eval/loss?"),
+        (
+            Step.sft,
+            "accuracy",
+            "measured are eval/loss, eval/perplexity, eval/mean_token_accuracy, eval/stop_rate",
+        ),
+        (Step.sft, "eval/rows/loss", "did you mean sft.train.stop_when.metric=eval/loss?"),  # of one source
+        (Step.ppo, "eval/loss", "measured are eval/reward, eval/reward_se"),
+        (Step.ppo, "eval/greedy/kl", "did you mean"),  # it is measured of sampled responses
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_before_anything_starts(
+    config: PipelineConfig, ppo: PipelineConfig, step: Step, metric: str, way_out: str
+) -> None:
+    made = config if step is Step.sft else ppo
+    train = getattr(made, step.value).train
+    train.eval_every, train.stop_when.metric = 1, metric
+    error = error_of(made)
+    assert error.message == f"{step.value}.train.stop_when.metric={metric} is not measured on held-out rows"
+    assert str(error.hint).startswith(way_out)
+    train.stop_when.metric = "eval/loss" if step is Step.sft else "eval/greedy/length"
+    checks.check(made, ranks=1)
+
+
+def test_the_loss_of_a_source_can_be_watched_where_rows_of_several_are_held_out(
+    config: PipelineConfig,
+) -> None:
+    train, data = config.sft.train, config.sft.data
+    train.eval_every, train.stop_when.metric = 1, "eval/words/loss"
+    data.path, data.sources = None, [SourceConfig("rows.jsonl", "words"), SourceConfig("rows.jsonl")]
+    checks.check(config, ranks=1)
+    data.eval_path = "rows.jsonl"
+    assert "eval/words/loss is not measured" in error_of(config).message
+
+
 def test_ppo_has_no_best_step_and_watches_only_what_is_evaluated() -> None:
     with pytest.raises(UserError, match=r"ppo\.train\.export=best: PPO has no loss"):
         as_schema(PipelineConfig, {"ppo": {"train": {"export": "best"}}})
