@@ -1,8 +1,9 @@
 """Values with their uncertainty: means of samples, shares, differences, each with a 95 % interval.
 
 Pure: numbers in, `Estimate` out. Intervals of a share are Wilson's (E. B. Wilson, 1927, "Probable inference,
-the law of succession, and statistical inference"); those of a mean are Student's, on the scale of Fisher's z where a number has bounds. Responses to one prompt
-are not independent, so they are averaged first and prompts are what is counted. Nothing here rounds.
+the law of succession, and statistical inference"); those of a mean are Student's, on the scale of Fisher's z
+where a number has bounds. Responses to one prompt are not independent, so they are averaged first and prompts
+are what is counted. Nothing here rounds.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def on_z_scale(estimate: Estimate, least: float, most: float) -> Estimate:
 
 
 def within_0_and_1(estimate: Estimate) -> Estimate:
-    """The estimate of a share that is none of trials: on the scale of its logit where its interval, Student's or
-    a normal one, would leave 0 to 1."""
+    """The estimate of a share that is none of trials: on its logit's scale where the interval, Student's or a
+    normal one, would leave 0 to 1."""
     leaves = estimate.has_interval and (estimate.low < 0 or estimate.high > 1) and 0 <= estimate.value <= 1
     return on_z_scale(estimate, 0, 1) if leaves else estimate
 
