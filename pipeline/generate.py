@@ -38,7 +38,8 @@ def generate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     policy = artifact_of(given.model, Role.policy, "MODEL", models_below(output_dir), say)
     check_is_artifact(policy, Role.policy, "MODEL")
     say(f"policy    {policy}")
-    return work(GENERATOR, GenerateJob(policy, data, settings, given.out, "max_length" not in typed))
+    whole_context = "max_length" not in typed
+    return work(GENERATOR, GenerateJob(policy, data, settings, given.out, whole_context, given.system))
 
 
 def generate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -48,6 +49,7 @@ def generate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict
     parser.add_argument("model", metavar="MODEL", help="an artifact, a run, a model's folder, a hub model")
     parser.add_argument("--prompts", metavar="FILE", help="as ppo.data.path; further keys as data.KEY=VALUE")
     parser.add_argument("--out", required=True, metavar="FILE", help="a line of JSON for each prompt")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the prompts that have none")
     parser.add_fields(ManySettings)
     return parser.parse_args(others), typed
 

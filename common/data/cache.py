@@ -70,13 +70,14 @@ def cache_key(
     *,
     kind: str,
     room: int,
+    system: str | None = None,
     stage: str | None,
     seed: int,
 ) -> dict[str, Any]:
     """Everything that decides the tokenized rows, part by part, as JSON values.
 
     named: the sources with their names. kind: what rows are read as. room: what of data.max_length they
-    leave free. stage: whose rows, of those shared.
+    leave free. system: the message of prompts that have none. stage: whose rows, of those shared.
     """
     reading = {
         name: {
@@ -103,6 +104,7 @@ def cache_key(
         "on_bad_row": data.on_bad_row.value,
         "max_bad_rows": data.max_bad_rows,
         "sources": reading,
+        **({} if system is None else {"system": system}),
     }
     return {
         "kind": kind,
