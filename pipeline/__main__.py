@@ -209,6 +209,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     from pipeline.effects import check_effects
     from pipeline.sweep import conclude
 
+    refuse_options_of_others(arguments)
     args = get_args_parser().parse_args(list(arguments))
     prepared = prepare(args.overrides, multirun=args.multirun)
     register()
@@ -233,6 +234,16 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
         if task.ended:
             conclude(task.ended, say)
     return 0
+
+
+def refuse_options_of_others(arguments: Sequence[str]) -> None:
+    """UserError for --learning_rate and its like, which are keys here."""
+    from pipeline.habits import meant
+
+    for text in arguments:
+        option, _, value = text.partition("=")
+        if option.startswith("--") and (way_out := meant(option)) is not None:
+            raise UserError(f"{option} is no option: settings are KEY={value or 'VALUE'}", hint=way_out)
 
 
 class _Task:

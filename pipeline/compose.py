@@ -23,6 +23,7 @@ from common.redact import credentials_in
 from common.stage import Step
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
+from pipeline.habits import meant
 from pipeline.plan import STAGES
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     ready = []
     for override in parsed:
         refuse_credentials({override.key_or_group: _values_of(override)})
-        _check_key(override)
+        _check_key(override, steps)
         ready.append(_rewritten(override))
     if names_a_job:
         return Prepared(ready, [])
@@ -292,7 +293,7 @@ def _for_one_step(override: Override, steps: Sequence[str]) -> str:
     return text.replace(group, f"{group}@{steps[0]}.{group}", 1)
 
 
-def _check_key(override: Override) -> None:
+def _check_key(override: Override, steps: Sequence[str]) -> None:
     """An unknown key is an error, also one added with `+`."""
     key = override.key_or_group
     is_own = override.package is None and key not in _groups() and not schema.is_free_form(key)
@@ -303,7 +304,7 @@ def _check_key(override: Override) -> None:
         if is_group or schema.type_of(key) is not None or key.startswith("hydra"):
             return
     if schema.type_of(key) is None:
-        raise UserError(f"unknown key {key} (in {override.input_line})", hint=_did_you_mean(key))
+        raise UserError(f"unknown key {key} (in {override.input_line})", hint=_did_you_mean(key, steps))
 
 
 def _rewritten(override: Override) -> str:
@@ -381,8 +382,10 @@ def _unknown_option(error: Any) -> UserError:
     return UserError(f"{group}={option} is unknown", hint=hint)
 
 
-def _did_you_mean(key: str) -> str:
-    """The nearest known key, or what there is at the level the key was written at."""
+def _did_you_mean(key: str, steps: Sequence[str] = ()) -> str:
+    """What other programs call so, the nearest known key, or what there is at the level it was written at."""
+    if (known := meant(key, steps)) is not None:
+        return known
     if (entry := schema.in_a_list(key)) is not None:
         return entry
     near = schema.nearest(key, [*schema.known_keys(), *_groups()])
