@@ -60,10 +60,16 @@ VERBS = (
     "import", "doctor", "explain",
 )  # fmt: skip
 TAKES = {
-    "verify": ("one path", "runs/NAME"),
-    "explain": ("one key", "sft.optim.lr"),
-}
-"""What a verb with one argument takes, and an example."""
+    "verify": (
+        "PATH", "runs/NAME", "Re-hash an artifact, a checkpoint or a whole run, and check its lineage.",
+        "a run's folder, that of a step, an artifact or a checkpoint, or what runs have cached",
+    ),
+    "explain": (
+        "KEY", "sft.optim.lr", "Type, default and meaning of a key, or of all keys of a group.",
+        "dotted, as run takes it: sft.optim.lr, or a group: sft.optim, launch; docs/keys.md has all of them",
+    ),
+}  # fmt: skip
+"""What a verb with one argument takes, an example of it, what is done with it, and what it may be."""
 WRITES = {
     "report": "--out FILE.html", "generate": "--out FILE", "evaluate": "--out FILE", "export": "--out FOLDER",
     "import": "--out FOLDER", "chat": "a working directory on another disk",
@@ -159,11 +165,13 @@ def dispatched(arguments: Sequence[str]) -> int:
 
 
 def only(verb: str, arguments: Sequence[str]) -> str:
-    """The one argument of a verb that takes one."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        what, example = TAKES[verb]
-        raise UserError(f"{verb} takes {what}", hint=f"python -m pipeline {verb} {example}")
-    return arguments[0]
+    """The one argument of a verb that takes one. SystemExit behind --help."""
+    from pipeline.options import Options
+
+    named, example, description, what = TAKES[verb]
+    parser = Options(verb, example, description)
+    parser.add_argument("only", metavar=named, help=what)
+    return str(parser.parse_args(list(arguments)).only)
 
 
 def composed(verb: str, arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.artifacts import Manifest, write_manifest
+from pipeline.__main__ import VERBS
 from pipeline.config import PROJECT
 from tests.conftest import Command
 from tests.pipeline.report_runs import make_run
@@ -60,7 +61,7 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
             ("run", "-m", "seed=1,2", "steps=[dpo]", "dpo.policy=P", "model.path=x"),
             "model.path=x has no effect",
         ),
-        (("verify",), "verify takes one path"),
+        (("verify",), "verify: the following arguments are required: PATH"),
         (("verify", "nowhere"), "nowhere: no such folder"),
         (("verify", __file__), "test_main.py: a file"),
         (("report",), "arguments are required: RUN"),
@@ -192,6 +193,17 @@ def test_chains_run_on_the_demos_data_with_nothing_else_named(tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         assert "no data named" in done.stdout and f"artifact  runs/b/{step}/export" in done.stdout
     assert rlhf("verify", "runs", folder=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "preview")]
+)  # those are Hydra's
+def test_every_verb_has_a_usage(verb: str, tmp_path: Path, command: Command) -> None:
+    for option in ("--help", "-h"):
+        asked = command(verb, option, folder=tmp_path)
+        assert asked.returncode == 0 and asked.stderr == ""
+        assert asked.stdout.startswith(f"usage: python -m pipeline {verb} [-h]")
+        assert len(asked.stdout.splitlines()) > 5
 
 
 def test_help_is_no_error(tmp_path: Path) -> None:
