@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.artifacts import MANIFEST, Artifact, content_sha256
+from common.artifacts import MANIFEST, Artifact, content_sha256, read_json
 from common.errors import UserError
 from common.files import OUTPUT_DIR, disk_errors, written_where, written_with
 from common.handoff import check_same_tokens, load_named, scores_text, similar
@@ -151,6 +151,16 @@ def is_published(named: str) -> bool:
     return is_hub_name and not path.parent.exists()
 
 
+def role_of_published(folder: Path) -> Role:
+    """A reward model where its config names a sequence classifier; else a policy."""
+    try:
+        heads = read_json(folder / "config.json")["architectures"]
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in heads)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Role.policy
+    return Role.reward_model if is_classifier else Role.policy
+
+
 def import_model(named: str, role: Role, typed: str, models: Path, say: Say, options: Sequence[str]) -> Path:
     """The artifact that is made of a published model, found again by its content (a hub model: its name).
 
@@ -176,13 +186,18 @@ def import_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     given = import_options(arguments)
     if given.out.exists():
         raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new folder")
+    place, role = Path(given.model).expanduser(), Role(given.role)
     if not is_published(given.model):
-        found = "holds no config.json" if Path(given.model).expanduser().exists() else "does not exist"
-        raise UserError(f"{given.model} {found}", hint=similar(Path(given.model)))
+        if not place.exists():
+            raise UserError(f"{given.model} does not exist", hint=similar(Path(given.model)))
+        found = "holds neither config.json nor adapter_config.json" if place.is_dir() else "is a file"
+        raise UserError(f"{given.model} {found}", hint="name the folder of a saved model, or ORG/NAME")
+    if role is Role.policy and role_of_published(place) is Role.reward_model:
+        raise UserError(f"{given.model} is a sequence classifier, and no policy", hint="--as reward_model")
     options = ["--chat-template", given.chat_template] if given.chat_template else []
     options += ["--trust-remote-code"] if given.trust_remote_code else []
-    start_import(given.model, Role(given.role), given.model, given.out, options)
-    artifact = Artifact.load(given.out, Role(given.role))
+    start_import(given.model, role, given.model, given.out, options)
+    artifact = Artifact.load(given.out, role)
     say(f"artifact  {given.out} ({artifact.sha256[:12]}), a {given.role}")
     return 0
 

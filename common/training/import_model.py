@@ -10,6 +10,7 @@ torch.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -147,6 +148,11 @@ def check_head(model: ModelConfig, role: Role) -> None:
         raise UserError(f"it is a {', '.join(named)}, where {what} is needed", hint=f"name a ...{wanted}")
 
 
+def as_typed(message: str, model: str) -> str:
+    """The message with `it` for `model.path=MODEL`, which nobody typed: a step names its base model so."""
+    return re.sub(rf"\bmodel(\.path)?=({re.escape(model)}(?![\w/-])|\S+)", "it", message)
+
+
 def main() -> int:
     """0, or 2 with one line where the model cannot be taken."""
     parser = argparse.ArgumentParser(prog="python -m common.training.import_model")
@@ -168,7 +174,8 @@ def main() -> int:
         try:
             import_model(model, given.role, given.out)
         except UserError as error:
-            raise UserError(f"{given.named} cannot be imported: {error.message}", hint=error.hint) from error
+            said = as_typed(error.message, given.model)
+            raise UserError(f"{given.named} cannot be imported: {said}", hint=error.hint) from error
         return 0
 
     with tempfile.TemporaryDirectory(prefix="rlhf_import_") as logs:
