@@ -15,11 +15,6 @@ LARGEST_TOKENIZER = 2**27
 
 def check_tokenizer_files(folder: Path, key: str) -> None:
     """UserError where there is no tokenizer, or one that would take gigabytes to read, or cannot be read."""
-    if folder.is_dir() and not any(found for pattern in HOLDING_IT for found in folder.glob(pattern)):
-        raise UserError(
-            f"{key}={folder} has no tokenizer (tokenizer.json, tokenizer_config.json)",
-            hint="put the files of the tokenizer that the model was trained with beside its weights",
-        )
     for file in sorted(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
         if not file.is_file():
             raise UserError(f"{key}={folder}: {file.name} is no file", hint="get the model again")
@@ -28,3 +23,8 @@ def check_tokenizer_files(folder: Path, key: str) -> None:
                 f"{key}={folder}: {file.name} has {size / 2**20:.0f} MiB",
                 hint=f"expected the file of a tokenizer, of at most {LARGEST_TOKENIZER // 2**20} MiB",
             )
+    if folder.is_dir() and not any(found for pattern in HOLDING_IT for found in folder.glob(pattern)):
+        raise UserError(
+            f"{key}={folder} has no tokenizer (tokenizer.json, tokenizer_config.json)",
+            hint="put the files of the tokenizer that the model was trained with beside its weights",
+        )

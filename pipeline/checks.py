@@ -30,7 +30,7 @@ from common.config import (
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
-from common.paths import files_of, is_glob, name_of
+from common.paths import check_pattern, is_glob, name_of
 from common.stage import Role, Step
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
@@ -416,8 +416,7 @@ def _check_readable(path: str, key: str) -> None:
         if place.is_file() and place.stat().st_size == 0:
             raise UserError(f"{key}={path} is empty", hint="name a file with rows in it")
     elif is_glob(path):
-        if not files_of(path):
-            raise UserError(f"{key}={path}: no file matches", hint="correct the pattern, or name a folder")
+        check_pattern(path, key)
     elif _must_be_local(path) or path.endswith(DATA_SUFFIXES):
         raise UserError(f"{key}={path}: no such file or folder", hint=similar(place))
 
