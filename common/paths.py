@@ -42,9 +42,10 @@ def check_pattern(path: str, key: str) -> None:
     left_out = [match for match in matches if match.is_dir() and not files.issuperset(files_of(str(match)))]
     if left_out:
         beside = f" beside {len(files)} file(s)" if files else ""
+        way_out = f"{path.rstrip('/')}/* for the files in such folders"
         raise UserError(
             f"{key}={path} matches {counted(left_out)}{beside}, and a pattern is one of files",
-            hint=f"{path.rstrip('/')}/* for the files in such folders, or one by its name: {key}={left_out[0]}",
+            hint=f"{way_out}, or one by its name: {key}={left_out[0]}",
         )
     if not files:
         raise UserError(f"{key}={path}: no file matches", hint="correct the pattern, or name a folder")
