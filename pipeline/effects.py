@@ -112,12 +112,13 @@ def check_choices_are_used(configs: Sequence[PipelineConfig], overrides: Sequenc
             )
 
 
-def _is_read(value: Any, needed: str | tuple[str, ...]) -> bool:
+def _is_read(value: Any, needed: str | Sequence[str]) -> bool:
     return value is not None if needed == SET else _as_typed(value) in needed
 
 
 def _as_typed(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value) or getattr(value, "name", str(value))
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(getattr(value, "name", value))
 
 
 def _names_base_model(override: Override) -> bool:

@@ -7,7 +7,6 @@ train something else.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,8 @@ def of_other_rows(overrides: Sequence[Override]) -> tuple[list[str], list[str]]:
     name = {override.key_or_group: override.value() for override in overrides}.get("experiment")
     if not isinstance(name, str):
         return [], []
-    left_out, notes = [], []
+    left_out: list[str] = []
+    notes: list[str] = []
     for place in schema.keys_of_type(DataConfig):
         own = [key for key in (f"{place}.path", f"{place}.sources", f"data@{place}") if key in keys]
         found = dict(_beside(name, place, keys)) if own else {}
@@ -72,7 +72,9 @@ def _beside(name: str, place: str, keys: Iterable[str]) -> Iterable[tuple[str, s
 def _said(name: str, key: str) -> Any:
     """What an experiment, or one that it begins with, sets for a key; None where it does not."""
     file = content(CONF / "experiment" / f"{name}.yaml")
-    found = functools.reduce(lambda at, part: (at or {}).get(part), key.split("."), file)
+    found: Any = file
+    for part in key.split("."):
+        found = (found or {}).get(part)
     bases = [base for base in file.get("defaults") or [] if isinstance(base, str) and base != "_self_"]
     return found if found is not None else next(filter(None, (_said(base, key) for base in bases)), None)
 
