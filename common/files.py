@@ -13,6 +13,7 @@ import fcntl
 import glob
 import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -154,6 +155,8 @@ def disk_errors(path: str | os.PathLike[str], way_out: str | None = None) -> Ite
 
 def refused_by_disk(error: OSError, path: Path, way_out: str) -> UserError | None:
     """What the disk said to writing at or beside `path`; None for an error that is not of this disk."""
+    if isinstance(error, shutil.Error):
+        error = _of_first_file(error)
     number, names = error.errno or 0, (error.filename, error.filename2)
     named = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | os.PathLike)]
     if number == errno.ENOENT and not path.parent.exists():
@@ -169,6 +172,13 @@ def refused_by_disk(error: OSError, path: Path, way_out: str) -> UserError | Non
         return None
     what, first = _DISK_REASONS[number]
     return UserError(f"cannot write {path}: {what}", hint=f"{first}write elsewhere with {way_out}")
+
+
+def _of_first_file(error: shutil.Error) -> OSError:
+    """The error of the first file that `shutil.copytree` could not copy: it keeps them as texts."""
+    (_, target, text), *_ = error.args[0]
+    found = re.match(r"\[Errno (\d+)\] ([^:]*)", str(text))
+    return OSError(int(found[1]), found[2], str(target)) if found else error
 
 
 def is_of_disk(error: OSError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,15 @@ def test_what_a_killed_process_left_is_removed_and_said_and_what_another_uses_st
         with unfinished(".export.", tmp_path, lines.append) as second:
             assert first.is_dir() and second != first and len(lines) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".export.of_somebody"]
+
+
+def test_a_folder_that_cannot_be_copied_for_want_of_space_is_said(tmp_path: Path) -> None:
+    source, small = filled(tmp_path / "export"), tmp_path / "small"
+    (source / "model.safetensors").write_bytes(b"x" * 100_000)
+    with (
+        mounts.small_disk(small, 20_000),
+        pytest.raises(UserError, match="the disk is full") as error,
+        disk_errors(small / "out", "--out FOLDER"),
+    ):
+        shutil.copytree(source, small / "out")
+    assert str(error.value.hint).endswith("write elsewhere with --out FOLDER")
