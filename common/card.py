@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import VARIABLES
+from common.estimates import Estimate, within_0_and_1
 from common.evidence import Z, share_interval
 from common.redact import shown
 from common.stage import Input, Role, Step
@@ -40,6 +41,8 @@ LONGEST_ANSWER = 256
 """Tokens that a card's program samples, at most."""
 LICENSE = ("license", "license_name", "license_link")
 SHARES_OF_PAIRS = ("eval/accuracy", "eval/rewards/accuracies")
+STOP_RATE = "stop_rate"
+"""Ends the names of shares that have a standard error."""
 ERROR = "_se"
 """Ends the name of a metric that is the standard error of another."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -157,7 +160,9 @@ def with_interval(metrics: Mapping[str, Any], name: str, pairs: int) -> str:
     if name in SHARES_OF_PAIRS and pairs and 0 <= value <= 1:
         low, high = share_interval(value, pairs)
     elif isinstance(error, int | float) and error > 0:
-        low, high = value - Z * error, value + Z * error
+        of_mean = Estimate(value, value - Z * error, value + Z * error)
+        ends = within_0_and_1(of_mean) if name.endswith(STOP_RATE) else of_mean
+        low, high = ends.low, ends.high
     else:
         return figure(value)
     return f"{figure(value)} ({figure(low)} to {figure(high)})"

@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from common.artifacts import file_sha256, read_json
 from common.errors import UserError
-from common.files import disk_errors, write_text
+from common.files import disk_errors, write_text, written_where
 from common.redact import redact_text
 from common.remote import BLOCK_BYTES, Changed, RemoteFile, Transient, Version, names_below, remote_file
 from common.text import printable
@@ -251,7 +251,7 @@ class Kept:
         if missing + SPARE > free:
             raise UserError(
                 f"{self._named} needs {_size(missing)} more, and {self.cache} has {_size(free)} free",
-                hint="make room, or keep runs elsewhere: output_dir=DIR",
+                hint=f"make room, or write elsewhere with {written_where()}",
             )
 
     def _wait(self, failures: list[Transient]) -> None:

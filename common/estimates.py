@@ -1,8 +1,9 @@
 """Values with their uncertainty: means of samples, shares, differences, each with a 95 % interval.
 
 Pure: numbers in, `Estimate` out. Intervals of a share are Wilson's (E. B. Wilson, 1927, "Probable inference,
-the law of succession, and statistical inference"); those of a mean are Student's. Responses to one prompt are
-not independent, so they are averaged first and prompts are what is counted. Nothing here rounds.
+the law of succession, and statistical inference"); those of a mean are Student's, on the scale of Fisher's z
+where a number has bounds. Responses to one prompt are not independent, so they are averaged first and prompts
+are what is counted. Nothing here rounds.
 """
 
 from __future__ import annotations
@@ -75,6 +76,28 @@ def of_change(
     pairs = [(fmean(before[name]), fmean(after[name])) for name in before]
     changes = [later - earlier for earlier, later in pairs if math.isfinite(later - earlier)]
     return _student(changes, fmean(changes) if value is None else value) if changes else None
+
+
+def on_z_scale(estimate: Estimate, least: float, most: float) -> Estimate:
+    """The estimate of a number that lies between `least` and `most`, with an interval that does so, too.
+
+    The same interval is laid on Fisher's z = artanh of the number, scaled to -1 to 1, by the delta method: of
+    a correlation his transformation (R. A. Fisher, 1915), of a share half its logit. None at the ends.
+    """
+    middle, scale = (least + most) / 2, (most - least) / 2
+    at = (estimate.value - middle) / scale
+    if not estimate.has_interval or not -1 < at < 1:
+        return Estimate(estimate.value, count=estimate.count)
+    half = (estimate.high - estimate.value) / scale / (1 - at * at)
+    low, high = (middle + scale * math.tanh(math.atanh(at) + sign * half) for sign in (-1, 1))
+    return Estimate(estimate.value, low, high, estimate.count)
+
+
+def within_0_and_1(estimate: Estimate) -> Estimate:
+    """The estimate of a share that is none of trials: on its logit's scale where the interval, Student's or a
+    normal one, would leave 0 to 1."""
+    leaves = estimate.has_interval and (estimate.low < 0 or estimate.high > 1) and 0 <= estimate.value <= 1
+    return on_z_scale(estimate, 0, 1) if leaves else estimate
 
 
 def student_quantile(freedom: int) -> float:

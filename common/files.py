@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import itertools
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from common.errors import UserError
+
+OUTPUT_DIR = "output_dir=DIR"
+WRITTEN_WITH = "RLHF_WRITTEN_WITH"
+"""Environment variable with what a process was told by `written_with`; unset: output_dir=DIR."""
+IN_USE = ".in_use"
+"""In a folder of `unfinished`: locked by the process that works there, from before it has this name."""
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -83,22 +93,70 @@ def set_aside(folder: Path, into: Path | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(path: str | os.PathLike[str], way_out: str = "output_dir=DIR") -> Iterator[None]:
+def unfinished(prefix: str, folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """A new folder `folder`/`prefix`... for what is not finished; it is removed in the end.
+
+    What a killed process has left of such a folder is removed first, and said: nobody holds its lock.
+    """
+    for left in sorted(folder.glob(f"{glob.escape(prefix)}*")):
+        if (left / IN_USE).is_file() and not _is_in_use(left / IN_USE):
+            shutil.rmtree(left, ignore_errors=True)
+            say(f"removed {left}, which a process that was killed had left unfinished")
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name:
+        made = Path(name)
+        with open(made / f"{IN_USE}.new", "w") as lock:
+            with contextlib.suppress(OSError):  # without locks nothing is known of it, and it stays
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(lock.name, made / IN_USE)
+            yield made
+
+
+def _is_in_use(lock: Path) -> bool:
+    """Whether a process holds the lock; True as well where that cannot be known."""
+    try:
+        with open(lock, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def written_where() -> str:
+    """The setting with which what is being done writes elsewhere, as `written_with` has said."""
+    return os.environ.get(WRITTEN_WITH, OUTPUT_DIR)
+
+
+@contextlib.contextmanager
+def written_with(setting: str) -> Iterator[None]:
+    """Within it, here and in processes that are started, a disk's refusal ends with this setting."""
+    before = os.environ.get(WRITTEN_WITH)
+    os.environ[WRITTEN_WITH] = setting
+    try:
+        yield
+    finally:
+        os.environ.pop(WRITTEN_WITH)
+        os.environ |= {} if before is None else {WRITTEN_WITH: before}
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str], way_out: str | None = None) -> Iterator[None]:
     """Turn what a full, broken, read-only or forbidden disk raises inside into a UserError naming `path`.
 
-    way_out: the setting with which to write elsewhere. What is no fault of the place that is written to (too
-    many open files, a connection, a file of others) stays what it is.
+    way_out: the setting with which to write elsewhere, by default `written_where`. What is no fault of the
+    place that is written to (too many open files, a connection, a file of others) stays what it is.
     """
     try:
         yield
     except OSError as error:
-        if (refused := refused_by_disk(error, Path(path), way_out)) is None:
+        if (refused := refused_by_disk(error, Path(path), way_out or written_where())) is None:
             raise
         raise refused from error
 
 
 def refused_by_disk(error: OSError, path: Path, way_out: str) -> UserError | None:
     """What the disk said to writing at or beside `path`; None for an error that is not of this disk."""
+    if isinstance(error, shutil.Error):
+        error = _of_first_file(error)
     number, names = error.errno or 0, (error.filename, error.filename2)
     named = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | os.PathLike)]
     if number == errno.ENOENT and not path.parent.exists():
@@ -114,6 +172,13 @@ def refused_by_disk(error: OSError, path: Path, way_out: str) -> UserError | Non
         return None
     what, first = _DISK_REASONS[number]
     return UserError(f"cannot write {path}: {what}", hint=f"{first}write elsewhere with {way_out}")
+
+
+def _of_first_file(error: shutil.Error) -> OSError:
+    """The error of the first file that `shutil.copytree` could not copy: it keeps them as texts."""
+    (_, target, text), *_ = error.args[0]
+    found = re.match(r"\[Errno (\d+)\] ([^:]*)", str(text))
+    return OSError(int(found[1]), found[2], str(target)) if found else error
 
 
 def is_of_disk(error: OSError) -> bool:

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import MANIFEST, Artifact, file_sha256, read_manifest
+from common.artifacts import MANIFEST, Artifact, file_sha256, read_json, read_manifest
 from common.config import ModelConfig, TokenizerConfig
 from common.errors import UserError
 from common.stage import Input, Role
 from common.text import nearest
 
+TAKEN_FROM = "taken_from.json"
+"""In a step's folder that was laid out to export one checkpoint: the `TakenFrom` of the run it is of."""
 TOKEN_FIELDS = {
     "tokenizer_hash": "tokenizer",
     "chat_template_hash": "chat template",
@@ -30,6 +32,24 @@ TOKEN_FIELDS = {
 
 PAD = "pad_token_id"
 """Of a published reward model's own config: transformers reads its score at the last token that is no pad."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TakenFrom:
+    """What the record of an exported checkpoint says of its run, where the export's own settings differ.
+
+    ended: whether the step had ended. resolved_config_hash: of the run's resolved.yaml. settings: by key.
+    """
+
+    ended: bool
+    resolved_config_hash: str
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> TakenFrom | None:
+        """Of a step's folder; None for the run itself."""
+        path = folder / TAKEN_FROM
+        return cls(**read_json(path)) if path.exists() else None
 
 
 def scores_text(artifact: Artifact) -> bool:

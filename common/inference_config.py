@@ -55,6 +55,8 @@ class GenerateJob:
     """file that the completions are appended to"""
     whole_context: bool = True
     """whether a prompt and its completion may fill the model's context, in place of data.max_length"""
+    system: Optional[str] = None
+    """message of the prompts that have no system message"""
 
 
 @dataclass(frozen=True)

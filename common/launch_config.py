@@ -101,6 +101,11 @@ class LaunchConfig:
     k8s: KubernetesConfig = field(default_factory=KubernetesConfig)
     """of launch=k8s"""
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether other machines run the steps; one that has its number takes part in it."""
+        return self.kind is not Launcher.local and self.node_rank is None
+
     def check(self, at: str) -> None:
         """Of so many machines this is one."""
         rank = self.node_rank

@@ -1,7 +1,8 @@
 """A model's numbers: one per row, whose mean is the metric; estimates of them, and a table.
 
 Pure: numbers in, estimates and text out. Intervals are those of the report (`common/estimates.py`):
-Wilson's of shares, Student's of means and of the changes of the same rows.
+Wilson's of shares, Student's of means and of the changes of the same rows, those of correlations on the scale
+of Fisher's z.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.estimates import Estimate, of_change, of_mean
+from common.estimates import Estimate, of_change, of_mean, on_z_scale, within_0_and_1
 
 Values = Mapping[str, Mapping[str, float]]
 """Of each metric, by its name: the rows that have a part in it, by their key, and that part."""
@@ -25,6 +26,8 @@ class Measured:
     rows: Values
 
 
+SHARES = ("accuracy", "stop_rate", "win_rate", "calibration_error")
+"""In the last part of the name of what lies between 0 and 1."""
 NO_SHARES = ("length", "loss", "margin")
 """Metrics that are no shares even where all of their values are 0 or 1, by the last part of their names."""
 
@@ -46,7 +49,15 @@ def estimates(values: Values) -> dict[str, Estimate]:
         name: of_mean(_groups(rows), may_be_share=name.rpartition("/")[2] not in NO_SHARES)
         for name, rows in values.items()
     }
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+    return {name: bounded(name, estimate) for name, estimate in found.items() if estimate is not None}
+
+
+def bounded(name: str, estimate: Estimate) -> Estimate:
+    """The estimate with an interval in which the metric can lie."""
+    last = name.rpartition("/")[2]
+    if last.endswith("correlation"):
+        return on_z_scale(estimate, -1, 1)
+    return within_0_and_1(estimate) if any(word in last for word in SHARES) else estimate
 
 
 def changes(values: Values, against: Values) -> dict[str, Estimate]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.launch_config import LaunchConfig
+from common.launch_config import LaunchConfig, Launcher
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages, so that ranks find them from any working directory."""
@@ -64,20 +64,34 @@ class Job:
         return self.ranks == 1 and self.meeting is None
 
 
+def gpus_of(launch: LaunchConfig) -> int | None:
+    """GPUs of each machine that runs the steps; None where that is another one, and nothing says how many."""
+    if not launch.is_elsewhere:
+        return count_gpus()
+    asked = {Launcher.slurm: launch.slurm.gpus_per_node, Launcher.k8s: launch.k8s.gpus_per_node}
+    return asked.get(launch.kind)
+
+
 def ranks_of(launch: LaunchConfig) -> int:
-    """How many ranks the configuration asks for on this machine. UserError when it cannot have them."""
-    devices = count_gpus()
-    asked = launch.nproc_per_node.strip()
+    """How many ranks the configuration asks for on each machine. UserError when it cannot have them.
+
+    A machine of which nothing is known is taken to have as many GPUs as this one.
+    """
+    known, asked = gpus_of(launch), launch.nproc_per_node.strip()
     if asked == "auto":
-        return max(devices, 1)
+        return max(count_gpus() if known is None else known, 1)
     if not asked.isdecimal() or int(asked) < 1:
         raise UserError(
             f"launch.nproc_per_node={asked} is not allowed", hint="allowed: auto, or a number from 1"
         )
-    if 0 < devices < int(asked):
+    if known and known < int(asked):
+        here, there = (
+            f"this machine offers {known} GPU(s)",
+            f"launch.{launch.kind.value}.gpus_per_node={known}",
+        )
         raise UserError(
-            f"launch.nproc_per_node={asked}, but this machine offers {devices} GPU(s)",
-            hint=f"launch.nproc_per_node={devices}, or auto",
+            f"launch.nproc_per_node={asked}, but {there if launch.is_elsewhere else here}",
+            hint=f"launch.nproc_per_node={known}, or auto",
         )
     return int(asked)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.files import OUTPUT_DIR, written_with
 from common.redact import shown
 from common.text import did_you_mean
 
@@ -59,10 +60,21 @@ VERBS = (
     "import", "doctor", "explain",
 )  # fmt: skip
 TAKES = {
-    "verify": ("one path", "runs/NAME"),
-    "explain": ("one key", "sft.optim.lr"),
-}
-"""What a verb with one argument takes, and an example."""
+    "verify": (
+        "PATH", "runs/NAME", "Re-hash an artifact, a checkpoint or a whole run, and check its lineage.",
+        "a run's folder, that of a step, an artifact or a checkpoint, or what runs have cached",
+    ),
+    "explain": (
+        "KEY", "sft.optim.lr", "Type, default and meaning of a key, or of all keys of a group.",
+        "dotted, as run takes it: sft.optim.lr, or a group: sft.optim, launch; docs/keys.md has all of them",
+    ),
+}  # fmt: skip
+"""What a verb with one argument takes, an example of it, what is done with it, and what it may be."""
+WRITES = {
+    "report": "--out FILE.html", "generate": "--out FILE", "evaluate": "--out FILE", "export": "--out FOLDER",
+    "import": "--out FOLDER", "chat": "a working directory on another disk",
+}  # fmt: skip
+"""With what a verb is told to write elsewhere; the others take output_dir=DIR."""
 INTERRUPTED = 130
 SEARCHPATH = "hydra.searchpath="
 
@@ -90,6 +102,12 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit status."""
+    with written_with(WRITES.get(arguments[0] if arguments else "", OUTPUT_DIR)):
+        return dispatched(arguments)
+
+
+def dispatched(arguments: Sequence[str]) -> int:
+    """`dispatch`, where it is known with what the verb writes elsewhere."""
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -147,11 +165,13 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def only(verb: str, arguments: Sequence[str]) -> str:
-    """The one argument of a verb that takes one."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        what, example = TAKES[verb]
-        raise UserError(f"{verb} takes {what}", hint=f"python -m pipeline {verb} {example}")
-    return arguments[0]
+    """The one argument of a verb that takes one. SystemExit behind --help."""
+    from pipeline.options import Options
+
+    named, example, description, what = TAKES[verb]
+    parser = Options(verb, example, description)
+    parser.add_argument("only", metavar=named, help=what)
+    return str(parser.parse_args(list(arguments)).only)
 
 
 def composed(verb: str, arguments: Sequence[str]) -> int:
@@ -197,6 +217,7 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
     from pipeline.effects import check_effects
     from pipeline.sweep import conclude
 
+    refuse_options_of_others(arguments)
     args = get_args_parser().parse_args(list(arguments))
     prepared = prepare(args.overrides, multirun=args.multirun)
     register()
@@ -221,6 +242,16 @@ def with_hydra(verb: str, arguments: Sequence[str]) -> int:
         if task.ended:
             conclude(task.ended, say)
     return 0
+
+
+def refuse_options_of_others(arguments: Sequence[str]) -> None:
+    """UserError for --learning_rate and its like, which are keys here."""
+    from pipeline.habits import meant
+
+    for text in arguments:
+        option, _, value = text.partition("=")
+        if option.startswith("--") and (way_out := meant(option)) is not None:
+            raise UserError(f"{option} is no option: settings are KEY={value or 'VALUE'}", hint=way_out)
 
 
 class _Task:

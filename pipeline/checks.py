@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
@@ -29,12 +30,12 @@ from common.config import (
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
-from common.paths import files_of, is_glob
+from common.paths import check_pattern, is_glob, name_of
 from common.stage import Input, Step
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
 from common.webhook import address_of
-from launch.local import count_gpus
+from launch.local import gpus_of
 from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
 from pipeline.plan import STAGES, start_of, wire_run
@@ -42,6 +43,10 @@ from step3_ppo.config import PPOConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
+SOURCE = "{source}"
+"""In the name of a metric: of a source, where rows of several are held out."""
+EVAL = "eval/"
+"""Begins the name of every metric of an evaluation."""
 SMALLEST_DISK = 64 * 2**20
 """Bytes that must be free for any run: logs, metrics and a tokenized cache."""
 
@@ -55,12 +60,12 @@ def check(
     can_lack: what a step need not have yet; what is asked of it is then asked of the policy.
     """
     wired = wire_run(config, can_lack=can_lack)
-    check_tracking(config.tracking)
+    check_tracking(config.tracking, elsewhere=config.launch.is_elsewhere)
     if Step.sft in config.steps:
         check_model(config.model)
     if (quantize := config.model.quantize) is not Quantize.none:
         way_out = "model=lora, or model.quantize=none: adapters alone work anywhere"
-        check_gpu(f"model.quantize={quantize.value}", way_out)
+        check_gpu(config.launch, f"model.quantize={quantize.value}", way_out)
     for step in wired:
         starts = {taken: start_of(step.stage.name, wired, taken) for taken in step.sources}
         models = {
@@ -91,14 +96,17 @@ def check_launch(launch: LaunchConfig) -> None:
     endpoint_of(launch)
 
 
-def check_tracking(tracking: TrackingConfig) -> None:
-    """What shows the numbers is installed, and the webhook's address is known here."""
+def check_tracking(tracking: TrackingConfig, *, elsewhere: bool = False) -> None:
+    """What shows the numbers is installed, and the webhook's address is known.
+
+    elsewhere: the run goes to machines with the same packages and an environment of their own.
+    """
     if MirrorName.tensorboard in tracking.to and find_spec("tensorboard") is None:
         raise UserError(
             "tracking.to names tensorboard, which is not installed",
             hint="pip install tensorboard (the extra rlhf-pipeline[tensorboard]); or 'tracking.to=[wandb]'",
         )
-    if tracking.webhook is not None:
+    if tracking.webhook is not None and not elsewhere:
         address_of(tracking.webhook)
 
 
@@ -113,6 +121,7 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelC
         check_length(model, part.data.max_length, f"{name}.data.max_length", whose)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
     check_exported(part.train, part.data, name)
+    check_watched(part.train.stop_when.metric, part.measured(), part.data, name)
     trained = {f"{name}.optim": (models[Input.policy], part.optim)}
     if step is Step.ppo:
         check_ptx(part, models[Input.policy], ranks)
@@ -120,7 +129,8 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelC
             trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
     for key, (_, optim) in trained.items():
         if optim.name in GPU_OPTIMIZERS:
-            check_gpu(f"{key}.name={optim.name.value}", f"{key}.name=adamw or adafactor")
+            way_out = f"{key}.name=adamw or adafactor"
+            check_gpu(config.launch, f"{key}.name={optim.name.value}", way_out)
         check_muon(config, optim, key)
     check_disk(config, [model for model, _ in trained.values()])
 
@@ -138,6 +148,22 @@ def check_exported(train: TrainConfig, data: DataConfig, name: str) -> None:
         raise UserError(
             f"{judged[0]} needs held-out rows, and {name}.data.eval_fraction=0 leaves none",
             hint=f"{name}.data.eval_fraction=0.05, or {name}.data.eval_path=FILE",
+        )
+
+
+def check_watched(metric: str | None, measured: Sequence[str], data: DataConfig, name: str) -> None:
+    """What early stopping watches is a number of the step's evaluations."""
+    of_several = data.eval_path is None and len(data.all_sources()) > 1
+    sources = {each.name or name_of(each.path) for each in data.all_sources()} if of_several else set()
+    known = [each for each in measured if SOURCE not in each]
+    known += [each.replace(SOURCE, name) for each in measured if SOURCE in each for name in sorted(sources)]
+    numbered = re.sub(r"-\d+(?=/)", "", metric or "")  # of sources that have one name
+    if metric is not None and not {metric, numbered} & set(known):
+        key = f"{name}.train.stop_when.metric"
+        listed, names = f"measured are {', '.join(known)}", [each.removeprefix(EVAL) for each in known]
+        raise UserError(
+            f"{key}={metric} is not measured on held-out rows",
+            hint=did_you_mean(metric.removeprefix(EVAL), names, listed, prefix=f"{key}={EVAL}"),
         )
 
 
@@ -281,10 +307,15 @@ def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
         )
 
 
-def check_gpu(setting: str, way_out: str) -> None:
-    """What exists on GPUs only, 8-bit optimizers and 4-bit weights, is not asked for on a machine without."""
-    if count_gpus() == 0:
-        raise UserError(f"{setting} needs a GPU, and this machine offers none", hint=way_out)
+def check_gpu(launch: LaunchConfig, setting: str, way_out: str) -> None:
+    """What exists on GPUs only, 8-bit optimizers and 4-bit weights, is not asked for where there are none.
+
+    Other machines are asked when they begin, unless it is known here what they have.
+    """
+    if gpus_of(launch) == 0:
+        there = f"launch.{launch.kind.value}.gpus_per_node=0"
+        why = there if launch.is_elsewhere else "this machine offers none"
+        raise UserError(f"{setting} needs a GPU, and {why}", hint=way_out)
 
 
 def check_muon(config: PipelineConfig, optim: OptimConfig, key: str) -> None:
@@ -385,8 +416,7 @@ def _check_readable(path: str, key: str) -> None:
         if place.is_file() and place.stat().st_size == 0:
             raise UserError(f"{key}={path} is empty", hint="name a file with rows in it")
     elif is_glob(path):
-        if not files_of(path):
-            raise UserError(f"{key}={path}: no file matches", hint="correct the pattern, or name a folder")
+        check_pattern(path, key)
     elif _must_be_local(path) or path.endswith(DATA_SUFFIXES):
         raise UserError(f"{key}={path}: no such file or folder", hint=similar(place))
 

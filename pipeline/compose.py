@@ -23,6 +23,8 @@ from common.redact import credentials_in
 from common.stage import Step
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
+from pipeline.experiments import content, of_other_rows
+from pipeline.habits import meant
 from pipeline.plan import STAGES
 
 if TYPE_CHECKING:
@@ -56,10 +58,11 @@ def prepare(overrides: Sequence[str], *, multirun: bool = False) -> Prepared:
     ready = []
     for override in parsed:
         refuse_credentials({override.key_or_group: _values_of(override)})
-        _check_key(override)
+        _check_key(override, steps)
         ready.append(_rewritten(override))
     if names_a_job:
-        return Prepared(ready, [])
+        left_out, notes = of_other_rows(parsed)
+        return Prepared([*ready, *left_out], notes)
     has_policy = any(override.key_or_group.endswith((".policy", ".reward_model")) for override in parsed)
     return Prepared(["experiment=demo", *ready], [DEMO_DATA if has_policy else DEMO])
 
@@ -258,17 +261,8 @@ def _steps_of(overrides: Sequence[Override]) -> list[str]:
 
 def _steps_in(experiment: str) -> list[str]:
     """`steps` of an experiment's file; empty when it does not say, or is not there."""
-    named = _content(CONF / "experiment" / f"{experiment}.yaml").get("steps") or []
+    named = content(CONF / "experiment" / f"{experiment}.yaml").get("steps") or []
     return [str(name) for name in named]
-
-
-def _content(file: Path) -> dict[str, Any]:
-    """A file of `conf/`, as it is written; empty when it is not there."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it was compiled
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return yaml.load(text, Loader=loader) or {}  # noqa: S506 - a safe loader, see above
 
 
 def _mounted(override: Override) -> str:
@@ -292,7 +286,7 @@ def _for_one_step(override: Override, steps: Sequence[str]) -> str:
     return text.replace(group, f"{group}@{steps[0]}.{group}", 1)
 
 
-def _check_key(override: Override) -> None:
+def _check_key(override: Override, steps: Sequence[str]) -> None:
     """An unknown key is an error, also one added with `+`."""
     key = override.key_or_group
     is_own = override.package is None and key not in _groups() and not schema.is_free_form(key)
@@ -303,7 +297,7 @@ def _check_key(override: Override) -> None:
         if is_group or schema.type_of(key) is not None or key.startswith("hydra"):
             return
     if schema.type_of(key) is None:
-        raise UserError(f"unknown key {key} (in {override.input_line})", hint=_did_you_mean(key))
+        raise UserError(f"unknown key {key} (in {override.input_line})", hint=_did_you_mean(key, steps))
 
 
 def _rewritten(override: Override) -> str:
@@ -341,7 +335,7 @@ def _names_a_job(override: Override, steps: Sequence[str]) -> bool:
 def keys_of_options(override: Override) -> list[set[str]]:
     """Top-level keys of the file of each option that an override chooses for a group; empty for no file."""
     group = CONF / override.key_or_group
-    return [set(_content(group / f"{option}.yaml")) for option in _values_of(override)]
+    return [set(content(group / f"{option}.yaml")) for option in _values_of(override)]
 
 
 def _values_of(override: Override) -> list[Any]:
@@ -369,6 +363,10 @@ def _replace_what_an_experiment_chose(plain: dict[str, Any], overrides: Sequence
             data["sources"] = []
         if sources in keys and path not in keys:
             data["path"] = None
+        if f"{place}.eval_fraction" in keys and f"{place}.eval_path" not in keys:
+            data["eval_path"] = data["eval_split"] = None
+        if f"{place}.eval_path" in keys and f"{place}.eval_fraction" not in keys:
+            data["eval_fraction"] = None
 
 
 def _unknown_option(error: Any) -> UserError:
@@ -381,8 +379,10 @@ def _unknown_option(error: Any) -> UserError:
     return UserError(f"{group}={option} is unknown", hint=hint)
 
 
-def _did_you_mean(key: str) -> str:
-    """The nearest known key, or what there is at the level the key was written at."""
+def _did_you_mean(key: str, steps: Sequence[str] = ()) -> str:
+    """What other programs call so, the nearest known key, or what there is at the level it was written at."""
+    if (known := meant(key, steps)) is not None:
+        return known
     if (entry := schema.in_a_list(key)) is not None:
         return entry
     near = schema.nearest(key, [*schema.known_keys(), *_groups()])

@@ -55,7 +55,7 @@ class PipelineConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """where the ranks run"""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Weights & Biases"""
+    """where numbers go beside metrics.jsonl (W&B, TensorBoard), and alerts"""
 
     def check(self, at: str) -> None:
         """The run has steps, and a name that a folder can have."""

@@ -8,24 +8,38 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from common.config import LoraConfig, OptimConfig
 from common.errors import UserError
 from common.stage import Input, Step
 from pipeline.compose import keys_of_options, parse
 from pipeline.config import PipelineConfig
 from pipeline.plan import STAGES, named_sources, start_of, wire_run
+from pipeline.schema import keys_of_type
 from pipeline.state import BASE_MODEL_KEYS
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+SET = "a value"
 OF_A_CHOICE = {
-    "ppo.critic": ("ppo.estimator", "gae"),
-    "ppo.kl.target": ("ppo.kl.controller", "adaptive"),
-    "ppo.kl.horizon": ("ppo.kl.controller", "adaptive"),
+    "ppo.critic": ("ppo.estimator", ("gae",)),
+    "ppo.kl.target": ("ppo.kl.controller", ("adaptive",)),
+    "ppo.kl.horizon": ("ppo.kl.controller", ("adaptive",)),
+    **{f"model.lora.{field.name}": ("model.lora.enabled", ("true",)) for field in fields(LoraConfig)},
+    **{
+        f"{step.value}.train.stop_when.patience": (f"{step.value}.train.stop_when.metric", SET)
+        for step in Step
+    },
+    **{
+        f"{place}.min_lr_ratio": (f"{place}.scheduler", ("cosine", "wsd"))
+        for place in keys_of_type(OptimConfig)
+    },
 }
-"""Keys that only one choice of another key reads: that key and the choice."""
+"""Keys that only some choices of another key read: that key and these choices; SET: any but null."""
+EXAMPLES = {"metric": "eval/loss"}
 
 
 def check_effects(configs: Sequence[PipelineConfig], overrides: Sequence[str]) -> None:
@@ -81,21 +95,32 @@ def check_base_model_is_used(configs: Sequence[PipelineConfig], overrides: Seque
 
 
 def check_choices_are_used(configs: Sequence[PipelineConfig], overrides: Sequence[Override]) -> None:
-    """A setting of PPO is an error when no run has what it sets."""
-    with_ppo = [config for config in configs if Step.ppo in config.steps]
+    """A setting is an error when no run has the choice that reads it; those of steps that do not run pass."""
     for override in overrides:
         place = override.key_or_group
         for key, (choice, needed) in OF_A_CHOICE.items():
-            if with_ppo and (place == key or place.startswith(f"{key}.")):
-                values: list[Any] = [
-                    functools.reduce(getattr, choice.split("."), config) for config in with_ppo
-                ]
-                chosen = {getattr(value, "name", "") for value in values}
-                if needed not in chosen:
-                    raise UserError(
-                        f"{override.input_line} has no effect with {choice}={', '.join(sorted(chosen))}",
-                        hint=f"leave it out, or {choice}={needed}",
-                    )
+            step = key.partition(".")[0]
+            of_step = [config for config in configs if step == "model" or Step(step) in config.steps]
+            if not of_step or key == choice or not (place == key or place.startswith(f"{key}.")):
+                continue
+            values: list[Any] = [functools.reduce(getattr, choice.split("."), config) for config in of_step]
+            if any(_is_read(value, needed) for value in values):
+                continue
+            chosen = ", ".join(sorted({_as_typed(value) for value in values}))
+            way_out = EXAMPLES.get(choice.rpartition(".")[2], needed[0])
+            raise UserError(
+                f"{override.input_line} has no effect with {choice}={chosen}",
+                hint=f"leave it out, or {choice}={way_out}",
+            )
+
+
+def _is_read(value: Any, needed: str | Sequence[str]) -> bool:
+    return value is not None if needed == SET else _as_typed(value) in needed
+
+
+def _as_typed(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(getattr(value, "name", value))
 
 
 def _names_base_model(override: Override) -> bool:

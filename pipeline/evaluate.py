@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import read_json, read_manifest
+from common.artifacts import read_manifest
 from common.errors import UserError
 from common.files import disk_errors
 from common.handoff import check_is_artifact
@@ -21,7 +21,7 @@ from common.stage import Role
 from pipeline.config import PipelineConfig
 from pipeline.generate import cached_rows, work
 from pipeline.options import Options, data_given, data_of, fields_given
-from pipeline.sources import artifact_of, artifacts_in, models_below
+from pipeline.sources import artifact_of, artifacts_in, models_below, role_of_published
 from step3_ppo.rewards.config import check_reference
 
 EVALUATOR = "evaluation"
@@ -57,7 +57,7 @@ def check_new(out: Path) -> None:
     """Make the folder of a file that is to be written. UserError where that, or the file, cannot be."""
     if out.exists():
         raise UserError(f"--out {out} exists, and nothing is overwritten", hint="name a new file")
-    with disk_errors(out, "--out FILE.json"):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -86,16 +86,6 @@ def artifact_of_any(named: str, key: str, models: Path, say: Say) -> str:
     path = artifact_of(named, role, key, models, say)
     check_is_artifact(path, role, key)
     return path
-
-
-def role_of_published(folder: Path) -> Role:
-    """A reward model where its config names a sequence classifier; else a policy."""
-    try:
-        heads = read_json(folder / "config.json")["architectures"]
-        is_classifier = any(name.endswith("ForSequenceClassification") for name in heads)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Role.policy
-    return Role.reward_model if is_classifier else Role.policy
 
 
 def judge_of(named: str, models: Path, say: Say) -> str:

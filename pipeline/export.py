@@ -1,8 +1,8 @@
 """`python -m pipeline export PATH`: any kept checkpoint of any step as an artifact, in any form.
 
 Takes a run, a step's folder or a checkpoint; leaves an artifact as the step itself would have, had it ended
-there: the step is started by one process, on whatever ranks it was trained, in a folder of its own in which
-that checkpoint is its last step. It resumes, has nothing left to train, and exports with its own checks. In
+there: the step is started by one process, on whatever ranks it was trained, in a folder of its own that says
+so. It resumes, trains nothing, and exports with its own checks. In
 another dtype it does so in fp32, the optimizer's own, and the artifact is rounded once. An artifact's folder
 is taken as it is. Uploading is that of `publish.py`.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,10 +32,10 @@ from common.artifacts import (
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
-from common.config import Dtype, Exported
+from common.config import Dtype, Exported, to_plain
 from common.errors import UserError
-from common.files import commit_folder, disk_errors, write_text
-from common.handoff import similar
+from common.files import commit_folder, disk_errors, unfinished, write_text
+from common.handoff import TAKEN_FROM, TakenFrom, similar
 from common.stage import Role, Step
 from common.text import nearest
 from launch.local import Job, count_gpus
@@ -44,7 +43,7 @@ from launch.supervise import supervise
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES
 from pipeline.publish import Destination, check_gguf, find_converter, write_gguf
-from pipeline.state import METRICS, RESOLVED, read_resolved
+from pipeline.state import METRICS, RESOLVED, read_resolved, read_state
 
 CHECKPOINTS, COUNTERS = "checkpoints", "counters.json"
 TOKENIZER = "tokenizer"
@@ -189,7 +188,7 @@ def export_checkpoint(
     if form.dtype is None and trained is Dtype.fp16 and not count_gpus():  # CPUs train in fp32 and bf16
         form = replace(form, dtype=Dtype.fp16)
     say(f"{name}: exporting {found.folder}, step {number}")
-    with beside(out) as folder:
+    with beside(out, say) as folder:
         run = folder / found.run.name
         lay_out(found, run, Dtype.fp32 if form.dtype is not None else trained)
         job = Job(STAGES[found.step].module, ("--config", str(run / RESOLVED), "--run-dir", str(run)))
@@ -247,7 +246,7 @@ def export_artifact(
         say(f"{path} was exported before: {out}")
         return 0, out
     check_is_new(out)
-    with beside(out) as folder:
+    with beside(out, say) as folder:
         made = shutil.copytree(path, folder / path.name) if form.adapters else path
         return commit_as(made, out, form, folder, say), out
 
@@ -266,12 +265,12 @@ def no_adapters(path: Path) -> UserError:
 
 
 @contextmanager
-def beside(out: Path) -> Iterator[Path]:
+def beside(out: Path, say: Say) -> Iterator[Path]:
     """A folder for what is not finished, on the disk of `out`."""
-    with disk_errors(out, "--out FOLDER"):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export.", dir=out.parent) as folder:
-            yield Path(folder)
+        with unfinished(".export.", out.parent, say) as folder:
+            yield folder
 
 
 def commit_as(made: Path, out: Path, form: Form, folder: Path, say: Say) -> int:
@@ -386,8 +385,14 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is damaged: {error!r}", hint="name another checkpoint") from None
 
 
+def has_ended(found: Checkpoint) -> bool:
+    """Whether the step that a checkpoint is of was done; False while it can still go on."""
+    state = read_state(found.run / found.step.value)
+    return state is not None and state["status"] == "done"
+
+
 def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
-    """Write a run's folder in which the checkpoint is the last that the step can do, on one rank.
+    """Write a run's folder in which the step does nothing but export the checkpoint, on one rank.
 
     dtype: None for that of the run.
     """
@@ -395,7 +400,7 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
 
     name, step = found.step.value, run / found.step.value
     resolved = OmegaConf.create(read_resolved(found.run))
-    OmegaConf.update(resolved, f"{name}.train.max_steps", found.counters["step"])
+    trained = resolved.model.dtype
     OmegaConf.update(resolved, f"{name}.train.export", Exported.last.value)
     if dtype is not None:
         OmegaConf.update(resolved, "model.dtype", dtype.value)
@@ -404,6 +409,8 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
     (step / CHECKPOINTS).mkdir(parents=True)
     (step / CHECKPOINTS / found.folder.name).symlink_to(found.folder.resolve())
     write_text(run / RESOLVED, OmegaConf.to_yaml(resolved))
+    of_run = TakenFrom(has_ended(found), file_sha256(found.run / RESOLVED), {"model.dtype": trained})
+    write_json(step / TAKEN_FROM, to_plain(of_run))
     for there in (found.run / name / METRICS, found.run / name / TOKENIZER):
         if there.is_dir():
             shutil.copytree(there, step / there.name)

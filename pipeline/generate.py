@@ -14,6 +14,7 @@ from typing import Any
 
 from common.artifacts import write_json
 from common.config import to_plain
+from common.files import written_with
 from common.handoff import check_is_artifact
 from common.inference_config import GenerateJob, ManySettings
 from common.stage import Role
@@ -37,7 +38,8 @@ def generate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     policy = artifact_of(given.model, Role.policy, "MODEL", models_below(output_dir), say)
     check_is_artifact(policy, Role.policy, "MODEL")
     say(f"policy    {policy}")
-    return work(GENERATOR, GenerateJob(policy, data, settings, given.out, "max_length" not in typed))
+    whole_context = "max_length" not in typed
+    return work(GENERATOR, GenerateJob(policy, data, settings, given.out, whole_context, given.system))
 
 
 def generate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -47,6 +49,7 @@ def generate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict
     parser.add_argument("model", metavar="MODEL", help="an artifact, a run, a model's folder, a hub model")
     parser.add_argument("--prompts", metavar="FILE", help="as ppo.data.path; further keys as data.KEY=VALUE")
     parser.add_argument("--out", required=True, metavar="FILE", help="a line of JSON for each prompt")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the prompts that have none")
     parser.add_fields(ManySettings)
     return parser.parse_args(others), typed
 
@@ -60,5 +63,6 @@ def work(module: str, job: object) -> int:
     """Have a process of its own do a job that is described by a dataclass; returns its exit status."""
     with tempfile.TemporaryDirectory(prefix="rlhf_job_") as folder:
         written = Path(folder) / "job.json"
-        write_json(written, to_plain(job))
+        with written_with("TMPDIR=DIR in the environment"):
+            write_json(written, to_plain(job))
         return supervise(Job(module, (str(written),))).status

@@ -20,6 +20,7 @@ from typing import Any
 from common.errors import UserError
 from common.fields import Range, fields_of, types_of, without_none
 from pipeline import schema
+from pipeline.habits import meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,8 @@ def explain(name: str) -> str:
     found = [key for key, plain in names.items() if plain == wanted or plain.startswith(f"{wanted}.")]
     if not found:
         near = schema.nearest(name)
-        raise UserError(
-            f"there is no key {name}", hint=f"did you mean {near}?" if near else "see docs/keys.md"
-        )
+        way_out = f"did you mean {near}?" if near else "see docs/keys.md"
+        raise UserError(f"there is no key {name}", hint=meant(name) or way_out)
     whole, *below = found
     lines = [f"{whole.name}: {whole.line}", f"  {whole.type_name}; default: {whole.default}"]
     shown = [key for key in below if names[key].count(".") == wanted.count(".") + 1]

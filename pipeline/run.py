@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +38,7 @@ from pipeline.config import PipelineConfig
 from pipeline.lineage import check_parents, load_sources, record_lineage
 from pipeline.plan import EXPORT, Wired, wire_run, with_sources
 from pipeline.resume import Changes, changes
-from pipeline.sources import settle_sources
+from pipeline.sources import check_functions, settle_sources
 
 REPORT = "report.html"
 CONTINUES = "continues"
@@ -154,23 +153,6 @@ def jobs_of(wired: Sequence[Wired], run_dir: Path, ranks: int) -> dict[str, Job]
     arguments = ("--config", str(run_dir / state.RESOLVED), "--run-dir", str(run_dir))
     modules = {step.stage.name.value: step.stage.module for step in wired}
     return {name: Job(module, arguments, ranks, run_dir / name / "logs") for name, module in modules.items()}
-
-
-def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
-    """Let PPO import what it scores with, before hours are spent on the steps that come first.
-
-    A process of the step does it, since it is the user's code: it prints what is wrong. Returns its exit
-    status; 0 without asking where there is nothing to import, or PPO is done.
-    """
-    steps = {step.stage.name: step for step in wired}
-    done = (run_dir / Step.ppo.value / EXPORT / MANIFEST).exists()
-    if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
-        return 0
-    with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
-        resolved = state.write_resolved(config, Path(folder))
-        job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
-        ended = supervise(job)
-    return STOPPED if ended.stopped else ended.status
 
 
 def make_report(run_dir: Path, say: Say) -> None:

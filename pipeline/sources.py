@@ -3,29 +3,32 @@
 Takes a configuration in which `STEP.policy` or `STEP.reward_model` is an artifact, a run, a folder that
 transformers reads, or a hub model; returns it with artifacts in their place. A published model is imported
 once, by a process of its own, and kept by content under `<output_dir>/.cache/models`. In `model.path` only a
-run is replaced: SFT starts from published models as they are. Rows are settled in `rows.py`.
+run is replaced: SFT starts from published models as they are. Rows are settled in `rows.py`. Functions that
+score are tried by a process, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.artifacts import MANIFEST, Artifact, content_sha256
+from common.artifacts import MANIFEST, Artifact, content_sha256, read_json
 from common.errors import UserError
-from common.files import disk_errors
+from common.files import OUTPUT_DIR, disk_errors, written_where, written_with
 from common.handoff import check_same_tokens, load_named, scores_text, similar
 from common.stage import Input, Role, Step
+from launch.agent import STOPPED
 from launch.local import Job
 from launch.supervise import supervise
 from pipeline.config import PipelineConfig
 from pipeline.options import Options
-from pipeline.plan import EXPORT, STAGES, named_sources, start_of, wire_run
+from pipeline.plan import EXPORT, STAGES, Wired, named_sources, start_of, wire_run
 from pipeline.rows import settle_rows
-from pipeline.state import fingerprint, run_name
+from pipeline.state import fingerprint, run_name, write_resolved
 from step3_ppo.config import CriticStart
 
 IMPORTER = "common.training.import_model"
@@ -87,6 +90,23 @@ def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
     return replace(config, ppo=replace(config.ppo, critic=critic))
 
 
+def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
+    """Let PPO import what it scores with, before hours are spent on the steps that come first.
+
+    A process of the step does it, since it is the user's code: it prints what is wrong. Returns its exit
+    status; 0 without asking where there is nothing to import, or PPO is done.
+    """
+    steps = {step.stage.name: step for step in wired}
+    done = (run_dir / Step.ppo.value / EXPORT / MANIFEST).exists()
+    if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
+        return 0
+    with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
+        resolved = write_resolved(config, Path(folder))
+        job = Job(steps[Step.ppo].stage.module, ("--check", "--config", str(resolved)))
+        ended = supervise(job)
+    return STOPPED if ended.stopped else ended.status
+
+
 def models_below(output_dir: str) -> Path:
     """Where imported models are kept."""
     return Path(output_dir) / ".cache" / "models"
@@ -132,6 +152,16 @@ def is_published(named: str) -> bool:
     return is_hub_name and not path.parent.exists()
 
 
+def role_of_published(folder: Path) -> Role:
+    """A reward model where its config names a sequence classifier; else a policy."""
+    try:
+        heads = read_json(folder / "config.json")["architectures"]
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in heads)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Role.policy
+    return Role.reward_model if is_classifier else Role.policy
+
+
 def import_model(named: str, role: Role, typed: str, models: Path, say: Say, options: Sequence[str]) -> Path:
     """The artifact that is made of a published model, found again by its content (a hub model: its name).
 
@@ -145,7 +175,10 @@ def import_model(named: str, role: Role, typed: str, models: Path, say: Say, opt
         say(f"{typed} was imported before: {out}")
         return out
     say(f"{typed} is imported as an artifact: {out}")
-    start_import(named, role, typed, out, options)
+    # a verb without settings keeps it below the working directory
+    elsewhere = f"python -m pipeline import {named} --out FOLDER, and name that"
+    with written_with(OUTPUT_DIR if written_where() == OUTPUT_DIR else elsewhere):
+        start_import(named, role, typed, out, options)
     return out
 
 
@@ -154,13 +187,18 @@ def import_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     given = import_options(arguments)
     if given.out.exists():
         raise UserError(f"--out {given.out} exists, and nothing is overwritten", hint="name a new folder")
+    place, role = Path(given.model).expanduser(), Role(given.role)
     if not is_published(given.model):
-        found = "holds no config.json" if Path(given.model).expanduser().exists() else "does not exist"
-        raise UserError(f"{given.model} {found}", hint=similar(Path(given.model)))
+        if not place.exists():
+            raise UserError(f"{given.model} does not exist", hint=similar(Path(given.model)))
+        found = "holds neither config.json nor adapter_config.json" if place.is_dir() else "is a file"
+        raise UserError(f"{given.model} {found}", hint="name the folder of a saved model, or ORG/NAME")
+    if role is Role.policy and role_of_published(place) is Role.reward_model:
+        raise UserError(f"{given.model} is a sequence classifier, and no policy", hint="--as reward_model")
     options = ["--chat-template", given.chat_template] if given.chat_template else []
     options += ["--trust-remote-code"] if given.trust_remote_code else []
-    start_import(given.model, Role(given.role), given.model, given.out, options)
-    artifact = Artifact.load(given.out, Role(given.role))
+    start_import(given.model, role, given.model, given.out, options)
+    artifact = Artifact.load(given.out, role)
     say(f"artifact  {given.out} ({artifact.sha256[:12]}), a {given.role}")
     return 0
 

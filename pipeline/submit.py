@@ -19,7 +19,7 @@ from pipeline.sources import settle_sources
 
 def is_for_other_machines(config: PipelineConfig) -> bool:
     """Whether this process only starts the run; a machine that has its number takes part in it."""
-    return config.launch.kind is not Launcher.local and config.launch.node_rank is None
+    return config.launch.is_elsewhere
 
 
 def submit(config: PipelineConfig, overrides: Sequence[str], *, say: Callable[[str], None] = print) -> int:

@@ -7,6 +7,8 @@ from common.stage import Role, Stage, Step
 
 STAGE = Stage(name=Step.sft, consumes=(), produces=Role.policy, module="step1_sft")
 """SFT consumes nothing but the base model and produces a policy."""
+MEASURED = ("loss", "perplexity", "mean_token_accuracy")
+"""What every evaluation measures."""
 
 
 @dataclass
@@ -21,6 +23,11 @@ class SFTConfig:
     """optimizer and schedule"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """completions sampled at each evaluation"""
+
+    def measured(self) -> list[str]:
+        """Names of what an evaluation can give; `{source}` stands for the name of a source."""
+        stop_rate = ["eval/stop_rate"] if self.sampling.num_prompts else []
+        return [*(f"eval/{name}" for name in MEASURED), "eval/{source}/loss", *stop_rate]
 
     def peak_lr(self, *, lora: bool) -> float:
         """The learning rate after warm-up."""

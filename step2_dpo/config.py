@@ -13,6 +13,11 @@ STAGE = Stage(
     name=Step.dpo, consumes=(Input.policy, Input.reference), produces=Role.policy, module="step2_dpo"
 )
 """DPO starts from a policy, which is its reference unless another is named, and produces a policy."""
+MEASURED = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "entropy", "mean_token_accuracy",
+)  # fmt: skip
+"""What every evaluation measures, and every training step."""
 
 
 class LossType(Enum):
@@ -56,6 +61,11 @@ class DPOConfig:
                 f"{at}label_smoothing={smoothing} has no effect with {at}loss_type={self.loss_type.value}",
                 hint=f"{at}loss_type=sigmoid, or {at}label_smoothing=0",
             )
+
+    def measured(self) -> list[str]:
+        """Names of what an evaluation can give."""
+        stop_rate = ["eval/stop_rate"] if self.sampling.num_prompts else []
+        return [*(f"eval/{name}" for name in MEASURED), *stop_rate]
 
     def peak_lr(self, *, lora: bool) -> float:
         """The learning rate after warm-up."""

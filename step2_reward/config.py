@@ -9,6 +9,13 @@ from common.stage import Input, Role, Stage, Step
 
 STAGE = Stage(name=Step.reward, consumes=(Input.policy,), produces=Role.reward_model, module="step2_reward")
 """The reward model starts from a policy and produces a reward model."""
+MEASURED = (
+    "loss", "accuracy", "margin", "mean_reward", "std_reward", "expected_calibration_error",
+    "reward_length_correlation",
+)  # fmt: skip
+"""What every evaluation measures."""
+BY_LENGTH = ("accuracy_chosen_longer", "accuracy_chosen_shorter", "accuracy_same_length")
+"""What is measured where there are such pairs."""
 
 
 @dataclass
@@ -27,6 +34,10 @@ class RewardConfig:
     """weight of the mean squared sum of a pair's rewards, which draws rewards towards 0 (0.01 is usual)"""
     warn_below_accuracy: float = number(0.6, 0, 1)
     """say so when fewer held-out pairs than this share are ordered as people ordered them"""
+
+    def measured(self) -> list[str]:
+        """Names of what an evaluation can give; `{source}` stands for the name of a source."""
+        return [*(f"eval/{name}" for name in (*MEASURED, *BY_LENGTH)), "eval/{source}/accuracy"]
 
     def peak_lr(self, *, lora: bool) -> float:
         """The learning rate after warm-up."""

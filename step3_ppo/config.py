@@ -254,6 +254,13 @@ class PPOConfig:
                 hint="raise the first or lower the second",
             )
 
+    def measured(self) -> list[str]:
+        """Names of what an evaluation gives."""
+        names = [*MEASURED, *self.evaluation.functions]
+        sampled = [name for name in names if name != "kl" or self.kl.coef > 0]
+        both = [*sampled, *(f"greedy/{name}" for name in names if name != "kl")]
+        return [f"eval/{name}{ending}" for name in both for ending in ("", "_se")]
+
     @property
     def responses_per_iteration(self) -> int:
         """Over all ranks."""

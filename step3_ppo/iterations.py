@@ -78,8 +78,10 @@ class Iterations:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is another iteration: not after the last, nor when the evaluations got no better."""
-        return self.counters.step < self._total_steps and not self._is_over
+        """Whether there is another iteration: not after the last, nor when the evaluations got no better, nor
+        where a checkpoint is exported."""
+        is_exported = self._session.taken_from is not None
+        return self.counters.step < self._total_steps and not self._is_over and not is_exported
 
     @property
     def _is_over(self) -> bool:

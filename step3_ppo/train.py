@@ -169,7 +169,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
         with swapped_in(run.average):
             session.export(
                 networks.module, actor, tokenizer, probe_of(data.train[0], world.device),
-                steps=run.counters.step, parents=parents, data=fingerprints,
+                steps=run.counters.step, total_steps=total_steps, parents=parents, data=fingerprints,
                 counters=asdict(replace(run.counters, watchdogs={})),
                 final_lines=lambda final: skipped_warnings(run.counters, job.model.dtype),
             )  # fmt: skip

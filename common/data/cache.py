@@ -70,13 +70,15 @@ def cache_key(
     *,
     kind: str,
     room: int,
+    system: str | None = None,
     stage: str | None,
     seed: int,
 ) -> dict[str, Any]:
     """Everything that decides the tokenized rows, part by part, as JSON values.
 
     named: the sources with their names. kind: the type of data set. room: tokens of data.max_length that rows
-    leave free. stage: the step whose rows are wanted, where steps share a source.
+    leave free. system: the message of prompts that have none. stage: the step whose rows are wanted, where
+    steps share a source.
     """
     reading = {
         name: {
@@ -103,6 +105,7 @@ def cache_key(
         "on_bad_row": data.on_bad_row.value,
         "max_bad_rows": data.max_bad_rows,
         "sources": reading,
+        **({} if system is None else {"system": system}),
     }
     return {
         "kind": kind,

@@ -59,7 +59,14 @@ def build(
     split = StageSplit(data.stage_split, stage, seed)
     root = Path(cache_dir)
     key = cache.cache_key(
-        data, named_sources(data), tokenizer, kind=kind.name, room=kind.room, stage=stage, seed=seed
+        data,
+        named_sources(data),
+        tokenizer,
+        kind=kind.name,
+        room=kind.room,
+        system=kind.system,
+        stage=stage,
+        seed=seed,
     )
     folder = root / cache.digest(key)
     if wait:

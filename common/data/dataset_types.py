@@ -35,6 +35,8 @@ class DatasetType(Generic[Opened]):
     """how the records are stored, and read again"""
     room: int = 0
     """tokens of `data.max_length` that a record leaves free"""
+    system: str | None = None
+    """system message of the prompts that have none"""
 
 
 DEMONSTRATIONS = DatasetType(
@@ -58,6 +60,14 @@ PROMPTS = DatasetType(
 )
 
 
-def prompts_with_room(room: int) -> DatasetType[PromptDataset]:
-    """Prompts that leave `room` tokens of `data.max_length` for the response."""
-    return replace(PROMPTS, fit=partial(prompts.fit_prompt, room=room), room=room)
+def prompts_with_room(room: int, system: str | None = None) -> DatasetType[PromptDataset]:
+    """Prompts that leave `room` tokens of `data.max_length` for the response.
+
+    system: the message that those without a system message get.
+    """
+    kind = replace(PROMPTS, fit=partial(prompts.fit_prompt, room=room), room=room)
+    return kind if system is None else replace(kind, read=partial(_read_with, system), system=system)
+
+
+def _read_with(system: str, raw: RawExample, format: Any, columns_map: Mapping[str, str]) -> Any:
+    return prompts.with_system(prompts.to_prompt(raw, format, columns_map), system)

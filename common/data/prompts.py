@@ -10,7 +10,7 @@ not sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,6 +101,19 @@ def to_prompt(raw: RawExample, format: PromptFormat, columns_map: Mapping[str, s
         if name not in format.asks and not _holds_bytes(value)
     }
     return Prompt(turns, as_given, others, raw.source, raw.place, cells.context(columns))
+
+
+def with_system(prompt: Prompt, system: str) -> Prompt:
+    """The prompt with a system message, unless it has one; what the row called its prompt stays."""
+    if prompt.messages[0].role == "system":
+        return prompt
+    return replace(prompt, messages=(Message("system", system), *prompt.messages))
+
+
+def has_system(prompt: TokenizedPrompt) -> bool:
+    """Whether the row itself has a system message."""
+    first = prompt.prompt[0] if isinstance(prompt.prompt, list) else {}
+    return first.get("role") == "system" or bool(prompt.columns.get("system"))
 
 
 def turns_again(

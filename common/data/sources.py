@@ -18,7 +18,7 @@ from common.data.outcomes import RowError
 from common.data.saved import load_hub, load_saved, saved_records
 from common.data.types import Place, RawExample
 from common.errors import UserError
-from common.paths import files_of, is_glob, name_of
+from common.paths import check_pattern, files_of, is_glob, name_of
 from common.text import nearest
 
 
@@ -117,10 +117,10 @@ def _sampled_rows(source: SourceConfig, seed: int) -> set[int] | None:
 def _check_is_there(path: str) -> None:
     """UserError where a path, or a pattern of paths, names nothing."""
     found = Path(path)
-    if found.exists() or files_of(path):
-        return
     if is_glob(path):
-        raise UserError(f"data.path={path}: no file matches", hint="correct the pattern, or name a folder")
+        return check_pattern(path, "data.path")
+    if found.exists():
+        return None
     folder = found.parent
     near: list[str] = []
     if folder.is_dir():

@@ -34,7 +34,7 @@ class CompletionsFile:
 
     def __enter__(self) -> CompletionsFile:
         """UserError where these settings do not go on with the file, or another process writes it."""
-        with disk_errors(self.path, "--out FILE"):
+        with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._check_settings()
@@ -61,7 +61,7 @@ class CompletionsFile:
         """Add the line of the next prompt."""
         assert record["index"] == self.count
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with disk_errors(self.path, "--out FILE"):
+        with disk_errors(self.path):
             write_whole(self._file, line.encode("utf-8", "replace"))
         self._note(record)
 

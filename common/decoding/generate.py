@@ -23,6 +23,7 @@ from common.config import DataConfig, Dtype, ModelConfig, dtype_on
 from common.data import cache
 from common.data.dataset import build_whole
 from common.data.dataset_types import DatasetType, Opened, prompts_with_room
+from common.data.prompts import has_system
 from common.data.stored import PromptDataset
 from common.decoding.completions import CompletionsFile
 from common.decoding.decoder import Decoder
@@ -67,13 +68,16 @@ def generate(job: GenerateJob) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ModelConfig(path=job.model, dtype=dtype_on(settings.dtype, gpu=device.type == "cuda"))
     tokenizer = load_tokenizer(model)
-    kind = prompts_with_room(settings.max_new_tokens)
+    kind = prompts_with_room(settings.max_new_tokens, job.system)
     rows = read_rows(job.data, artifact, tokenizer, kind, whole_context=job.whole_context, say=say)
     made_with = {
         **dataclasses.asdict(settings),
         "dtype": model.dtype.value, "device": device.type,
         "model": weights_of(artifact), "prompts": cache.rows_sha256(rows.folder),
+        **({} if job.system is None else {"system": job.system}),
     }  # fmt: skip
+    if job.system is not None and (own := sum(has_system(rows[number]) for number in range(len(rows)))):
+        say(f"note: {own:,} of {len(rows):,} prompts have a system message of their own, and keep it")
     with CompletionsFile(Path(job.out), made_with) as file:
         done = file.count
         if done:

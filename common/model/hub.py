@@ -23,6 +23,7 @@ from common.text import one_line, told
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 """What is read of a hub model; no pickles."""
+AGAIN = "get the model again, or name another one"
 
 
 def locate(path: str, revision: str | None, key: str) -> tuple[str, str | None]:
@@ -136,7 +137,7 @@ def loading_errors(name: str, key: str, revision: str | None = None) -> Iterator
         ) from error
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         if Path(name).expanduser().is_dir():
-            raise UserError(f"{key}={at} cannot be loaded: {one_line(error)}") from error
+            raise UserError(f"{key}={at} cannot be loaded: {one_line(error)}", hint=AGAIN) from error
         raise _hub_error(at, key, error) from error
     except UserError:
         raise
@@ -151,7 +152,7 @@ def loading_errors(name: str, key: str, revision: str | None = None) -> Iterator
             text = "the shapes of its weights are not those its config.json says"
         elif not isinstance(error, (ValueError, ImportError)):
             text = told(error)
-        raise UserError(f"{key}={at} cannot be loaded: {text}") from error
+        raise UserError(f"{key}={at} cannot be loaded: {text}", hint=AGAIN) from error
 
 
 def _hub_error(at: str, key: str, error: Exception) -> UserError:

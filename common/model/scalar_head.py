@@ -81,7 +81,7 @@ def _check_head(network: PreTrainedModel, model: ModelConfig, seed: int) -> None
     if fault:
         raise UserError(
             f"model.path={model.path} is no reward model: its head {HEAD_WEIGHT} {fault}",
-            hint="name the export/ folder of a reward step",
+            hint="name a trained sequence classifier with one label: of a reward step, or a published one",
         )
 
 

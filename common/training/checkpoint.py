@@ -35,7 +35,7 @@ from common.artifacts import (
     write_manifest,
 )
 from common.errors import UserError
-from common.files import commit_folder, disk_errors, is_damage, set_aside
+from common.files import commit_folder, disk_errors, is_damage, set_aside, written_where
 from common.phases import enter
 from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
 
@@ -213,7 +213,7 @@ class Checkpoints:
         try:
             return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
         except OSError as error:
-            way_out = "all ranks need one disk that works: check it, or use another one with output_dir=DIR"
+            way_out = f"all ranks need one disk that works: check it, or another one with {written_where()}"
             raise UserError(
                 f"{path} was written, but rank {self._world.rank} cannot read it: {error.strerror}",
                 hint=way_out if is_damage(error) else None,

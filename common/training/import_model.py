@@ -10,8 +10,8 @@ torch.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from common.artifacts import file_sha256
 from common.config import Dtype, ModelConfig, TokenizerConfig
 from common.data.chat import check_template
 from common.errors import UserError
-from common.files import commit_folder, disk_errors
+from common.files import commit_folder, disk_errors, unfinished
 from common.handoff import PAD
 from common.model.adapter_folder import Adapter, adapters_base, read_adapter
 from common.model.architecture import CAUSAL_LM, HeadSpec, read_config
@@ -89,17 +89,19 @@ def import_model(model: ModelConfig, role: Role, out: Path) -> Path:
             PAD: read_config(model).pad_token_id,
         },
     }
-    with (
-        disk_errors(out, "--out FOLDER"),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside,
-    ):
+    with disk_errors(out), unfinished(f".{out.name}.", out.parent, say) as beside:
         try:
-            made = _export(model, adapter, role, tokenizer, Path(beside) / "export", details)
+            made = _export(model, adapter, role, tokenizer, beside / "export", details)
         except ExportMismatch as error:
             fault = error.message.partition("; ")[0]
             raise UserError(f"what is read back of it differs: {fault}", hint="use another model") from error
         commit_folder(made, out)
     return out
+
+
+def say(line: str) -> None:
+    """Print a line at once, in order with what the controller prints."""
+    print(shown(line), flush=True)
 
 
 def _export(
@@ -116,10 +118,6 @@ def _export(
     network: Any = load_model(model, tokenizer, head, seed=0, device=torch.device("cpu"))
     network = (network if adapter is None else adapter.around(network)).eval()
     probe = ask_live(packed(network, Shortcuts()), [document])
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     return export_model(network, None, tokenizer, folder, probe, details=details, say=say)
 
 
@@ -149,6 +147,11 @@ def check_head(model: ModelConfig, role: Role) -> None:
         raise UserError(f"it is a {', '.join(named)}, where {what} is needed", hint=f"name a ...{wanted}")
 
 
+def as_typed(message: str, model: str) -> str:
+    """The message with `it` for `model.path=MODEL`, which nobody typed: a step names its base model so."""
+    return re.sub(rf"\bmodel(\.path)?=({re.escape(model)}(?![\w/-])|\S+)", "it", message)
+
+
 def main() -> int:
     """0, or 2 with one line where the model cannot be taken."""
     parser = argparse.ArgumentParser(prog="python -m common.training.import_model")
@@ -170,7 +173,8 @@ def main() -> int:
         try:
             import_model(model, given.role, given.out)
         except UserError as error:
-            raise UserError(f"{given.named} cannot be imported: {error.message}", hint=error.hint) from error
+            said = as_typed(error.message, given.model)
+            raise UserError(f"{given.named} cannot be imported: {said}", hint=error.hint) from error
         return 0
 
     return command_main(work)

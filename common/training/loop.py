@@ -151,8 +151,10 @@ class Loop(Generic[Rows]):
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is another step: not after the last, nor when the evaluations got no better."""
-        return self.counters.step < self.total_steps and not self._is_over
+        """Whether there is another step: not after the last, nor when the evaluations got no better, nor
+        where a checkpoint is exported."""
+        is_exported = self._session.taken_from is not None
+        return self.counters.step < self.total_steps and not self._is_over and not is_exported
 
     @property
     def _is_over(self) -> bool:
@@ -279,8 +281,9 @@ class Loop(Generic[Rows]):
         session = self._session
         self._take_exported()
         session.export(
-            module, self._learner.engine, tokenizer, documents, steps=self.counters.step, parents=parents,
-            data=self._data.fingerprints(), counters=asdict(self.counters),
+            module, self._learner.engine, tokenizer, documents, steps=self.counters.step,
+            total_steps=self.total_steps, parents=parents, data=self._data.fingerprints(),
+            counters=asdict(self.counters),
             final_lines=lambda final: [
                 *final_lines(final), skipped_warning(self.counters, session.job.model.dtype, session.step),
             ],

@@ -31,7 +31,7 @@ from common.data.dataset_types import DatasetType
 from common.data.types import TokenizedExample, TokenizedPrompt
 from common.decoding.sampling import sample_completions, stop_rate
 from common.errors import UserError
-from common.handoff import load_named, parent_record
+from common.handoff import TakenFrom, load_named, parent_record
 from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
 from common.model.loading import load_model
@@ -106,6 +106,7 @@ class Session:
         """train_config: of the step's loop. The step's files are under `run_dir/<step>`."""
         self.job, self.step, self.train_config, self.run_dir = job, step, train_config, run_dir
         self.folder = run_dir / step.value
+        self.taken_from = TakenFrom.read(self.folder)
         self._base_revision: str | None = None
         self.world = init_world()
         self.stop = StopSignal()
@@ -257,6 +258,7 @@ class Session:
         documents: Sequence[torch.Tensor],
         *,
         steps: int,
+        total_steps: int,
         parents: Mapping[Input, Artifact],
         data: Mapping[str, Any],
         counters: Mapping[str, Any],
@@ -265,8 +267,9 @@ class Session:
     ) -> None:
         """Export the trained model to `<step>/export`, checked against its answers to `documents`.
 
-        documents: int64 [T] each, of the run; one for a policy. steps: their number. parents: the artifacts
-        that training started from; data: fingerprints of the rows; counters: where the run ended. A
+        documents: int64 [T] each, of the run; one for a policy. steps: their number, of total_steps. parents:
+        the artifacts that training started from; data: fingerprints of the rows; counters: where the run
+        ended. A
         collective; `begin_export` comes before.
         """
         engine.eval()
@@ -281,13 +284,23 @@ class Session:
                 "parents": [
                     parent_record(parent.path, self.run_dir, taken) for taken, parent in parents.items()
                 ],
-                "resolved_config_hash": file_sha256(self.run_dir / "resolved.yaml"),
+                "resolved_config_hash": (
+                    file_sha256(self.run_dir / "resolved.yaml")
+                    if self.taken_from is None
+                    else self.taken_from.resolved_config_hash
+                ),
                 "data": data,
                 "progress": counters,
                 "metrics": final,
                 "origin": origin_of(self.job.model, self._base_revision, parents.get(Input.policy)),
                 "training": training_record(
-                    self.job, self.step, self.folder, before, adapters=hasattr(model, "peft_config")
+                    self.job,
+                    self.step,
+                    self.folder,
+                    before,
+                    total_steps=total_steps,
+                    adapters=hasattr(model, "peft_config"),
+                    taken_from=self.taken_from,
                 ),
                 **extra_details(final),
             }

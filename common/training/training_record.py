@@ -15,6 +15,7 @@ from typing import Any
 from common.artifacts import CARD, MANIFEST, Artifact, read_json, read_manifest
 from common.card import HUB_NAME, license_in
 from common.config import JobConfig, ModelConfig, to_plain
+from common.handoff import TakenFrom
 from common.model.hub import cached_card
 from common.stage import Step
 
@@ -30,17 +31,31 @@ NOT_TOLD = (
 
 
 def training_record(
-    job: JobConfig, step: Step, folder: Path, before: Mapping[str, float], *, adapters: bool
+    job: JobConfig,
+    step: Step,
+    folder: Path,
+    before: Mapping[str, float],
+    *,
+    total_steps: int,
+    adapters: bool,
+    taken_from: TakenFrom | None = None,
 ) -> dict[str, Any]:
-    """The training of a step, by name. before: its metrics before the first step. adapters: LoRA."""
+    """The training of a step, by name.
+
+    before: its metrics before the first step. total_steps: those of the whole training. adapters: LoRA.
+    taken_from: the run, where a checkpoint of it is exported; None where the training itself ends.
+    """
     part = getattr(job, step.value)
     groups = {"model": job.model, step.value: part}
     told = {name: value for key, group in groups.items() for name, value in settings_of(group, key)}
     told[f"{step.value}.optim.lr"] = part.peak_lr(lora=adapters)
     if part.train.max_steps is not None:  # takes the place of epochs
         told.pop(f"{step.value}.train.epochs")
+    told |= taken_from.settings if taken_from is not None else {}
     return {
         "step": step.value,
+        "total_steps": total_steps,
+        "ended": taken_from is None or taken_from.ended,
         "adapters": adapters,
         "settings": dict(sorted({**told, "seed": job.seed}.items())),
         "rows": rows_of(folder / "ledger.json"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from common.errors import UserError
 from pipeline.doctor import hardware, software, system
 from pipeline.doctor.findings import Finding, Level, Machine, Probe, note, warning
+from pipeline.options import Options
 
 SECONDS = 10.0
 """How long a probe may take; a disk or a name server that is away can take for ever."""
@@ -47,14 +48,15 @@ PROBES: tuple[Probe, ...] = (
 
 def doctor(arguments: Sequence[str], *, say: Callable[[str], None] = print) -> int:
     """The verb. Returns 0, or 2 when a finding would stop a run."""
+    parser = Options(
+        "doctor", "output_dir=runs", "What this machine can do, and what would stop a run on it."
+    )
+    parser.add_argument("settings", nargs="*", metavar="output_dir=FOLDER", help="where runs would be kept")
     output_dir = Path("runs")
-    for argument in arguments:
+    for argument in parser.parse_args(list(arguments)).settings:
         key, _, value = argument.partition("=")
         if key != "output_dir" or not value:
-            raise UserError(
-                f"doctor takes output_dir=FOLDER or nothing, not {argument}",
-                hint="python -m pipeline doctor output_dir=runs",
-            )
+            parser.error(f"takes output_dir=FOLDER or nothing, not {argument}")
         output_dir = Path(value)
     machine = Machine(dict(os.environ), output_dir)
     return report(examine(machine), say)

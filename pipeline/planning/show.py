@@ -22,17 +22,19 @@ from common.stage import Input, Step
 from common.text import table
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
-from launch.local import count_gpus, ranks_of
+from launch.local import count_gpus, gpus_of, ranks_of
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.fitting import ways_out_of
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
-from pipeline.sources import settle_sources
+from pipeline.sources import check_functions, settle_sources
 
 Say = Callable[[str], None]
 STAGES = (1, 2, 3)
+GUESSED = "what GPUs the machines of launch={kind} have is not known here: planned as for this one"
+NOT_IMPORTED = "what ppo scores with beside a reward model is tried where it runs, before the first step"
 WIDTH = 98
 """Of a section's lines, which are moved in by two more."""
 COLUMNS = {
@@ -51,12 +53,14 @@ class Where:
     gpu: bool
     hosts: Mapping[str, int] = field(default_factory=dict)
     """over ssh: the machines, and the ranks of each"""
+    elsewhere: bool = False
+    """whether these are other machines than this one"""
 
 
 def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) -> int:
     """Print the plan; of a job of Kubernetes its launch only, for its paths are those in the container.
 
-    Returns 0; UserError for what a run would refuse.
+    Returns 0; UserError for what a run would refuse, or its status where that is the user's own code.
     """
     wired = wire_run(config)
     if config.launch.kind is Launcher.k8s:
@@ -66,8 +70,12 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
         config = settle_sources(config, say)
         wired = wire_run(config)
         config, line = state.settle_dtype(config, state.run_folder(config), gpu=where.gpu)
-        in_doubt = [f"{line}; `doctor` measures which dtype is faster here"] if line is not None else []
+        measured = "" if where.elsewhere else "; `doctor` measures which dtype is faster here"
+        in_doubt = [f"{line}{measured}"] if line is not None else []
         checks.check(config, where.ranks, [*where.hosts.values()] or [where.here])
+        run_dir = state.run_folder(config)
+        if not where.elsewhere and (status := check_functions(config, wired, run_dir)):
+            return status
         counts = counting.count(config, wired)
         sections = {
             "run": [*run_lines(config, where), *in_doubt],
@@ -85,29 +93,33 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
 
 
 def where_of(config: PipelineConfig) -> Where:
-    """How many ranks there will be, and on what: SLURM's nodes as they were asked for, hosts as this one."""
+    """How many ranks there will be, and on what: SLURM's nodes as they were asked for, others as this one."""
     launch = config.launch
-    gpus = launch.slurm.gpus_per_node if launch.kind is Launcher.slurm else None
+    known = gpus_of(launch)
+    gpu = bool(count_gpus() if known is None else known)
     is_given = launch.nproc_per_node.strip() != "auto"
     if launch.kind is Launcher.ssh and launch.node_rank is None:
         hosts = {
             host.name: ranks_of(launch) if is_given or host.slots is None else host.slots
             for host in ssh.hosts_of(launch)
         }
-        return Where(sum(hosts.values()), max(hosts.values()), count_gpus() > 0, hosts)
-    here = gpus if gpus is not None and not is_given else ranks_of(launch)
-    return Where(here * launch.nnodes, here, gpus is not None or count_gpus() > 0)
+        return Where(sum(hosts.values()), max(hosts.values()), gpu, hosts, elsewhere=True)
+    here = ranks_of(launch)
+    return Where(here * launch.nnodes, here, gpu, elsewhere=launch.is_elsewhere)
 
 
 def run_lines(config: PipelineConfig, where: Where) -> list[str]:
     """Name, folder, ranks."""
     device = "one per GPU" if where.gpu else "on the CPU"
     number = len(where.hosts) or config.launch.nnodes
+    guessed = gpus_of(config.launch) is None
     machines = f" on {number} machines" if number > 1 else ""
     return [
         f"{state.run_name(config)} in {state.run_folder(config)}, seed {config.seed}",
         f"{where.ranks} rank(s){machines}, {device}, ZeRO {config.deepspeed.stage}, "
         f"{config.model.dtype.value}",
+        *([GUESSED.format(kind=config.launch.kind.value)] if guessed else []),
+        *([NOT_IMPORTED] if where.elsewhere and Step.ppo in config.steps and config.ppo.names_code else []),
     ]
 
 
@@ -197,8 +209,9 @@ def memory_lines(
     config: PipelineConfig, wired: Sequence[Wired], where: Where, counts: dict[Step, DataCounts]
 ) -> list[str]:
     """Per step a table: one line for each ZeRO stage, the chosen one marked."""
-    available = devices.memory_per_rank(where.gpu, where.here)
+    available = None if where.elsewhere else devices.memory_per_rank(where.gpu, where.here)
     has = "" if available is None else f"; a rank has {gigabytes(available)} GB"
+    has += "; what a rank has there is not known here" if where.elsewhere else ""
     lines = [f"estimated peak per rank in GB (10^9 bytes){has}"]
     for step in wired:
         name = step.stage.name

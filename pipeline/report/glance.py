@@ -217,11 +217,11 @@ def before_and_after(
         if pairs:
             return estimates.of_share(value, pairs)
         trials = is_function or name == "stop_rate"
-        if (found := estimates.of_mean(values, value, may_be_share=trials)) is not None:
-            return found
-        if (error := errors.get(at)) is not None and error > 0:
-            return Estimate(value, value - estimates.Z * error, value + estimates.Z * error)
-        return Estimate(value)
+        found = estimates.of_mean(values, value, may_be_share=trials)
+        if found is None and (error := errors.get(at)) is not None and error > 0:
+            found = Estimate(value, value - estimates.Z * error, value + estimates.Z * error)
+        found = found or Estimate(value)
+        return estimates.within_0_and_1(found) if name == "stop_rate" else found
 
     change = estimates.of_change(groups[0], groups[1], last - first) or Estimate(last - first)
     return Measure(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ from common.files import (
     is_damage,
     is_of_disk,
     set_aside,
+    unfinished,
     write_atomically,
+    written_with,
 )
 from tests import mounts
 
@@ -195,3 +200,46 @@ def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
 def test_a_file_is_damaged_where_the_disk_lost_it_and_not_where_we_cannot_open_it() -> None:
     assert is_damage(system_error(errno.EIO)) and is_damage(system_error(errno.EISDIR))
     assert not any(is_damage(system_error(number)) for number in (errno.EMFILE, errno.EACCES, errno.ESTALE))
+
+
+def test_where_to_write_elsewhere_is_said_as_the_verb_has_it_also_by_what_it_starts() -> None:
+    show = "import os, common.files as f; print(f.written_where())"
+
+    def said() -> list[str]:
+        with pytest.raises(UserError) as error, disk_errors("here"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        started = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+        return [str(error.value.hint).rpartition(" with ")[2], started.stdout.strip()]
+
+    assert said() == ["output_dir=DIR"] * 2
+    with written_with("--out FILE"):
+        with written_with("TMPDIR=DIR"):
+            assert said() == ["TMPDIR=DIR"] * 2
+        assert said() == ["--out FILE"] * 2
+    assert said() == ["output_dir=DIR"] * 2
+
+
+def test_what_a_killed_process_left_is_removed_and_said_and_what_another_uses_stays(tmp_path: Path) -> None:
+    (tmp_path / ".export.of_somebody").mkdir()  # not of this mechanism
+    killed = tmp_path / ".export.killed"
+    killed.mkdir()
+    (killed / ".in_use").touch()
+    (killed / "model.safetensors").write_bytes(b"half")
+    lines: list[str] = []
+    with unfinished(".export.", tmp_path, lines.append) as first:
+        assert lines == [f"removed {killed}, which a process that was killed had left unfinished"]
+        with unfinished(".export.", tmp_path, lines.append) as second:
+            assert first.is_dir() and second != first and len(lines) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".export.of_somebody"]
+
+
+def test_a_folder_that_cannot_be_copied_for_want_of_space_is_said(tmp_path: Path) -> None:
+    source, small = filled(tmp_path / "export"), tmp_path / "small"
+    (source / "model.safetensors").write_bytes(b"x" * 100_000)
+    with (
+        mounts.small_disk(small, 20_000),
+        pytest.raises(UserError, match="the disk is full") as error,
+        disk_errors(small / "out", "--out FOLDER"),
+    ):
+        shutil.copytree(source, small / "out")
+    assert str(error.value.hint).endswith("write elsewhere with --out FOLDER")

@@ -75,3 +75,25 @@ def test_a_source_is_named_by_the_last_part_that_is_no_pattern(folder: Path) -> 
     assert source_name(SourceConfig(path=f"{folder}/b/*.jsonl")) == "b"
     assert source_name(SourceConfig(path=f"{folder}/b/one.jsonl")) == "one"
     assert source_name(SourceConfig(path="*.jsonl")) == "rows"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("[bc]", r"2 folders \(.*/b, \.\.\.\)"), ("[cd]*", r"the folder .*/c beside 1 file\(s\)")],
+)
+def test_a_pattern_that_matches_a_folder_with_files_says_what_it_expects(
+    pattern: str, found: str, folder: Path
+) -> None:
+    (folder / "d.jsonl").write_text('{"text": "4"}\n')
+    path, words = f"{folder}/{pattern}", rf"data\.path=.* matches {found}, and a pattern is one of files"
+    with pytest.raises(UserError, match=words) as said:
+        check_data(DataConfig(path=path), "sft.data")
+    assert f"{path}/* for the files in such folders" in str(said.value.hint)
+    with pytest.raises(UserError, match=words):
+        texts(path)
+
+
+def test_a_pattern_for_all_files_below_may_match_their_folders(folder: Path) -> None:
+    (folder / "b" / "notes.md").unlink()
+    check_data(DataConfig(path=f"{folder}/**"), "sft.data")
+    assert texts(f"{folder}/**") == ["1", "2", "3"]

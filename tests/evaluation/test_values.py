@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 import pytest
 
-from common.estimates import Estimate, student_quantile
+from common.estimates import Estimate, on_z_scale, student_quantile
 from evaluation.values import by_row, changes, estimates, of_ratio, plain, table
 
 
@@ -65,3 +65,38 @@ def test_what_is_kept_of_estimates_and_rows() -> None:
     assert by_row({"x": {"b": 2.0, "a": 1.0}, "y": {"a": 3.0}}, ["a", "b"]) == [
         {"row": "a", "x": 1.0, "y": 3.0}, {"row": "b", "x": 2.0},
     ]  # fmt: skip
+
+
+def test_the_interval_of_a_correlation_is_laid_on_fishers_z_and_stays_between_its_bounds() -> None:
+    # 0.9 with half an interval of 0.3: artanh 0.9 = 1.4722, and 0.3 / (1 - 0.81) = 1.5789 on that scale
+    found = on_z_scale(Estimate(0.9, 0.6, 1.2, 10), -1, 1)
+    assert (found.low, found.high) == pytest.approx((-0.10632, 0.99553), abs=1e-5)
+    assert (found.value, found.count) == (0.9, 10)
+    assert not on_z_scale(Estimate(1.0, 0.5, 1.5, 10), -1, 1).has_interval
+    few = {"a": 3.0, "b": 0.2, "c": -0.5}  # influences of three pairs on a correlation of 0.9
+    for name in ("reward_length_correlation", "words/reward_length_correlation"):
+        one = estimates({name: few})[name]
+        assert -1 <= one.low < one.value < one.high <= 1
+
+
+def test_the_interval_of_a_correlation_of_many_normal_pairs_is_fishers() -> None:
+    import math
+    import random
+
+    draw, count, r = random.Random(0), 4_000, 0.6
+    pairs = [(x := draw.gauss(0, 1), r * x + math.sqrt(1 - r * r) * draw.gauss(0, 1)) for _ in range(count)]
+    z = [[(value - fmean(side)) / pstdev(side) for value in side] for side in zip(*pairs, strict=True)]
+    found = fmean(a * b for a, b in zip(*z, strict=True))
+    influence = {
+        str(n): a * b - found * (a * a + b * b) / 2 + found for n, (a, b) in enumerate(zip(*z, strict=True))
+    }
+    interval = estimates({"correlation": influence})["correlation"]
+    fisher = [math.tanh(math.atanh(found) + sign * 1.96 / math.sqrt(count - 3)) for sign in (-1, 1)]
+    assert (interval.low, interval.high) == pytest.approx(fisher, abs=2e-3)  # their spread is an estimate
+
+
+def test_the_interval_of_a_share_that_is_none_of_trials_stays_between_0_and_1() -> None:
+    found = estimates({"mean_token_accuracy": {"a": 0.9, "b": 0.7, "c": 0.98}})["mean_token_accuracy"]
+    assert 0 < found.low < found.value < found.high < 1
+    inside = estimates({"mean_token_accuracy": {"a": 0.5, "b": 0.6, "c": 0.55}})["mean_token_accuracy"]
+    assert inside.high - inside.value == pytest.approx(inside.value - inside.low)  # Student's

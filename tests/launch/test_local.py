@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.launch_config import LaunchConfig
+from common.launch_config import LaunchConfig, Launcher, SlurmConfig
 from launch import local
 from launch.local import Job, command, count_gpus, environment, ranks_of
 
@@ -57,6 +57,17 @@ def test_a_number_of_ranks_may_be_named_up_to_the_number_of_gpus(monkeypatch: py
     assert ranks_of(LaunchConfig(nproc_per_node="2")) == 2
     with pytest.raises(UserError, match=r"launch\.nproc_per_node=3, but this machine offers 2"):
         ranks_of(LaunchConfig(nproc_per_node="3"))
+
+
+def test_ranks_of_other_machines_are_not_bound_by_the_gpus_of_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "count_gpus", lambda: 1)
+    assert ranks_of(LaunchConfig(Launcher.slurm, nproc_per_node="8")) == 8
+    asked = SlurmConfig(gpus_per_node=4)
+    assert ranks_of(LaunchConfig(Launcher.slurm, slurm=asked)) == 4
+    with pytest.raises(UserError, match=r"nproc_per_node=8, but launch\.slurm\.gpus_per_node=4\n"):
+        ranks_of(LaunchConfig(Launcher.slurm, nproc_per_node="8", slurm=asked))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", ""])

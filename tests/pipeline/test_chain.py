@@ -15,7 +15,7 @@ from common.artifacts import MANIFEST, Artifact, Manifest, file_sha256, read_man
 from common.config import DataConfig, Dtype, ModelConfig
 from common.errors import UserError
 from common.stage import Role, Step
-from pipeline import lineage, plan, run, state
+from pipeline import lineage, plan, run, sources, state
 from pipeline.verify import verify_path
 from step3_ppo.config import EvaluationConfig, RewardSourceConfig
 from tests.pipeline.fakes import (
@@ -357,9 +357,9 @@ def test_functions_are_looked_at_when_there_are_some(
 ) -> None:
     jobs: list[Any] = []
     monkeypatch.setitem(plan.STAGES, PPO, dataclasses.replace(plan.STAGES[PPO], module="step3_ppo"))  # type: ignore[arg-type]
-    supervise = run.supervise
+    supervise = sources.supervise
     monkeypatch.setattr(
-        run, "supervise", lambda job, *held, **more: jobs.append(job) or supervise(job, *held, **more)
+        sources, "supervise", lambda job, *held, **more: jobs.append(job) or supervise(job, *held, **more)
     )
     made = config(SFT, REWARD, PPO)
     made.ppo.evaluation.functions = references

@@ -23,8 +23,10 @@ from common.config import (
 )
 from common.errors import UserError
 from common.fields import as_schema
+from common.launch_config import LaunchConfig, Launcher, SlurmConfig
 from common.stage import Step
 from common.tracking_config import MirrorName
+from launch import local
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from step3_ppo.config import Estimator, RewardSourceConfig
@@ -36,7 +38,7 @@ LLAMA = {"model_type": "llama", "max_position_embeddings": 256}
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
     """A configuration that passes every check."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checks, "count_gpus", lambda: 0)
+    monkeypatch.setattr(local, "count_gpus", lambda: 0)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     config = PipelineConfig(
         model=ModelConfig(config=dict(LLAMA), tokenizer=TokenizerConfig(None, 512), dtype=Dtype.bf16)
@@ -176,7 +178,7 @@ def test_an_optimizer_for_gpus_is_refused_without_one(
 ) -> None:
     config.sft.optim.name = name
     assert f"sft.optim.name={name.value} needs a GPU" in error_of(config).message
-    monkeypatch.setattr(checks, "count_gpus", lambda: 1)
+    monkeypatch.setattr(local, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
 
 
@@ -185,8 +187,23 @@ def test_four_bit_weights_are_refused_without_a_gpu(
 ) -> None:
     config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
     assert "model.quantize=nf4 needs a GPU" in error_of(config).message
-    monkeypatch.setattr(checks, "count_gpus", lambda: 1)
+    monkeypatch.setattr(local, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
+
+
+def test_what_other_machines_have_is_not_judged_by_this_one(config: PipelineConfig) -> None:
+    config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
+    config.sft.optim.name = OptimizerName.adamw_8bit
+    config.tracking.webhook = "env:SET_ON_THE_NODES_ALONE"
+    for launch in (LaunchConfig(Launcher.slurm), LaunchConfig(Launcher.ssh), LaunchConfig(Launcher.k8s)):
+        config.launch = launch
+        checks.check(config, ranks=1)
+    config.launch = LaunchConfig(Launcher.slurm, slurm=SlurmConfig(gpus_per_node=0))
+    assert error_of(config).message.endswith("needs a GPU, and launch.slurm.gpus_per_node=0")
+    config.launch = LaunchConfig(Launcher.slurm, node_rank=0)  # it takes part in the run
+    assert "SET_ON_THE_NODES_ALONE is not set" in error_of(config).message
+    config.tracking.webhook = None
+    assert "this machine offers none" in error_of(config).message
 
 
 @pytest.mark.parametrize(
@@ -429,6 +446,44 @@ def test_what_is_judged_needs_rows_and_several_evaluations(config: PipelineConfi
     assert error_of(config).message == (
         f"sft.train.{judged} needs held-out rows, and sft.data.eval_fraction=0 leaves none"
     )
+
+
+@pytest.mark.parametrize(
+    ("step", "metric", "way_out"),
+    [
+        (Step.sft, "eval/los", "did you mean sft.train.stop_when.metric=eval/loss?"),
+        (
+            Step.sft,
+            "accuracy",
+            "measured are eval/loss, eval/perplexity, eval/mean_token_accuracy, eval/stop_rate",
+        ),
+        (Step.sft, "eval/rows/loss", "did you mean sft.train.stop_when.metric=eval/loss?"),  # of one source
+        (Step.ppo, "eval/loss", "measured are eval/reward, eval/reward_se"),
+        (Step.ppo, "eval/greedy/kl", "did you mean"),  # it is measured of sampled responses
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_before_anything_starts(
+    config: PipelineConfig, ppo: PipelineConfig, step: Step, metric: str, way_out: str
+) -> None:
+    made = config if step is Step.sft else ppo
+    train = getattr(made, step.value).train
+    train.eval_every, train.stop_when.metric = 1, metric
+    error = error_of(made)
+    assert error.message == f"{step.value}.train.stop_when.metric={metric} is not measured on held-out rows"
+    assert str(error.hint).startswith(way_out)
+    train.stop_when.metric = "eval/loss" if step is Step.sft else "eval/greedy/length"
+    checks.check(made, ranks=1)
+
+
+def test_the_loss_of_a_source_can_be_watched_where_rows_of_several_are_held_out(
+    config: PipelineConfig,
+) -> None:
+    train, data = config.sft.train, config.sft.data
+    train.eval_every, train.stop_when.metric = 1, "eval/words/loss"
+    data.path, data.sources = None, [SourceConfig("rows.jsonl", "words"), SourceConfig("rows.jsonl")]
+    checks.check(config, ranks=1)
+    data.eval_path = "rows.jsonl"
+    assert "eval/words/loss is not measured" in error_of(config).message
 
 
 def test_ppo_has_no_best_step_and_watches_only_what_is_evaluated() -> None:

@@ -95,6 +95,14 @@ def test_an_artifact_for_a_step_that_does_not_run_is_refused(overrides: list[str
         (["ppo.estimator=reinforce_pp", "ppo.critic.start=policy"], "or ppo.estimator=gae"),
         (["ppo.estimator=reinforce_pp", "ppo.critic.optim.lr=1"], "ppo.critic.optim.lr=1 has no effect"),
         (["ppo.estimator=reinforce_pp", "ppo.critic.optim=muon"], "ppo.critic.optim=muon has no effect"),
+        (["sft.train.stop_when.patience=5"], "or sft.train.stop_when.metric=eval/loss"),
+        (["sft.train.stop_when.patience=5", "sft.train.stop_when.metric=eval/loss"], None),
+        (["dpo.train.stop_when.patience=5"], None),  # dpo does not run
+        (["model.lora.r=8"], "model.lora.r=8 has no effect with model.lora.enabled=false"),
+        (["model.lora.r=8", "model.lora.enabled=true"], None),
+        (["model.lora.enabled=false"], None),
+        (["reward.optim.scheduler=linear", "reward.optim.min_lr_ratio=0.5"], "scheduler=cosine"),
+        (["reward.optim.scheduler=wsd", "reward.optim.min_lr_ratio=0.5"], None),
     ],
 )
 def test_a_setting_that_only_another_choice_reads_is_refused(overrides: list[str], said: str | None) -> None:

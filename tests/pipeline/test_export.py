@@ -115,6 +115,28 @@ def test_a_step_of_two_ranks_under_zero_3_is_exported_by_one_as_the_run_had_it(t
         assert made == kept
 
 
+def test_the_record_of_a_checkpoint_is_that_of_its_run_and_says_how_far_that_was(tmp_path: Path) -> None:
+    base = runs.Base.make(tmp_path)
+    job = base.job(max_steps=4, save_every=2, eval_every=0)
+    job.model.dtype = Dtype.bf16
+    run = base.run("whole", job)
+    (run / "sft" / "state.json").write_text('{"status": "running", "config": {}, "inputs": {}}')
+    lay_out(checkpoint_of(run, "2"), tmp_path / "unfinished", Dtype.fp32)
+    (run / "sft" / "state.json").write_text('{"status": "done", "config": {}, "inputs": {}}')
+    lay_out(checkpoint_of(run, "2"), tmp_path / "done")
+    own = verify(run / "sft" / "export")
+    assert "Step 4 of 4" in (run / "sft" / "export" / CARD).read_text()
+    for folder, ended in (("unfinished", "not ended"), ("done", "ended")):
+        runs.finish(tmp_path / folder, 1)
+        made = verify(tmp_path / folder / "sft" / "export")
+        assert re.search(
+            rf"\nStep 2 of 4, [\d,]+ tokens; the training had {ended} when this was exported\. Settings that",
+            (tmp_path / folder / "sft" / "export" / CARD).read_text(),
+        )
+        assert made.details["training"]["settings"] == own.details["training"]["settings"]
+        assert made.details["resolved_config_hash"] == own.details["resolved_config_hash"]
+
+
 def test_the_best_step_is_exported_where_the_step_is_told_so(tmp_path: Path) -> None:
     base = runs.Base.make(tmp_path)
     job = base.job(max_steps=6, eval_every=1, export=Exported.best)

@@ -45,11 +45,12 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 def test_generate_is_told_what_was_typed_and_ends_as_its_process(run: Path, jobs: list[Any]) -> None:
     typed = ["generate", "first", "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--samples", "3"]
-    assert dispatch([*typed, "--top-p", "0.9", "data.on_bad_row=skip"]) == 7
+    assert dispatch([*typed, "--top-p", "0.9", "--system", "Be brief.", "data.on_bad_row=skip"]) == 7
     ((module, told),) = jobs
     job = as_schema(GenerateJob, told)
     assert module == "common.decoding.generate"
     assert (job.model, job.out, job.whole_context) == ("first/sft/export", "out.jsonl", True)
+    assert job.system == "Be brief."
     assert (job.settings.samples, job.settings.top_p, job.settings.temperature) == (3, 0.9, 0.7)
     assert (job.data.path, job.data.on_bad_row.value) == ("prompts.jsonl", "skip")
     assert job.data.cache_dir == "runs/.cache/data"

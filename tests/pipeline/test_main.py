@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from common.artifacts import Manifest, write_manifest
+from pipeline.__main__ import VERBS
 from pipeline.config import PROJECT
 from tests.conftest import Command
+from tests.pipeline.report_runs import make_run
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -59,7 +61,7 @@ def test_a_run_leaves_nothing_in_the_working_directory_but_its_folder(tmp_path: 
             ("run", "-m", "seed=1,2", "steps=[dpo]", "dpo.policy=P", "model.path=x"),
             "model.path=x has no effect",
         ),
-        (("verify",), "verify takes one path"),
+        (("verify",), "verify: the following arguments are required: PATH"),
         (("verify", "nowhere"), "nowhere: no such folder"),
         (("verify", __file__), "test_main.py: a file"),
         (("report",), "arguments are required: RUN"),
@@ -89,6 +91,32 @@ def test_what_the_user_can_fix_ends_with_status_two_and_no_traceback(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("report", "--out FILE.html"),
+        ("import", "--out FOLDER"),
+        ("evaluate", "--out FILE"),
+        ("run", "output_dir=DIR"),
+    ],
+)
+def test_a_disk_that_refuses_ends_with_the_option_of_the_verb(
+    verb: str, option: str, tmp_path: Path, command: Command
+) -> None:
+    in_the_way, model = tmp_path / "file", tmp_path / "model"
+    in_the_way.touch(), model.mkdir()
+    (model / "config.json").write_text("{}")
+    make_run(tmp_path / "run", ["sft"])
+    arguments = {
+        "report": [str(tmp_path / "run"), "--out", f"{in_the_way}/page.html"],
+        "import": [str(model), "--out", f"{in_the_way}/policy"],
+        "evaluate": [str(model), "--data", f"{in_the_way}", "--out", f"{in_the_way}/numbers.json"],
+        "run": ["experiment=demo", "steps=[sft]", f"output_dir={tmp_path}", "run_name=file"],
+    }
+    ended = command(verb, *arguments[verb], folder=tmp_path)
+    assert ended.returncode == 2 and ended.stderr.rstrip().endswith(option)
 
 
 def test_an_error_is_no_traceback_in_a_process_of_its_own_either(tmp_path: Path) -> None:
@@ -165,6 +193,17 @@ def test_chains_run_on_the_demos_data_with_nothing_else_named(tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         assert "no data named" in done.stdout and f"artifact  runs/b/{step}/export" in done.stdout
     assert rlhf("verify", "runs", folder=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "preview")]
+)  # those are Hydra's
+def test_every_verb_has_a_usage(verb: str, tmp_path: Path, command: Command) -> None:
+    for option in ("--help", "-h"):
+        asked = command(verb, option, folder=tmp_path)
+        assert asked.returncode == 0 and asked.stderr == ""
+        assert asked.stdout.startswith(f"usage: python -m pipeline {verb} [-h]")
+        assert len(asked.stdout.splitlines()) > 5
 
 
 def test_help_is_no_error(tmp_path: Path) -> None:

@@ -84,6 +84,26 @@ def test_data_that_a_run_would_refuse_is_refused_by_the_plan(tmp_path: Path) -> 
     assert "rows.jsonl:2" in done.stderr
 
 
+def test_what_scores_is_imported_by_the_plan_as_by_a_run_without_torch_in_the_controller(
+    tmp_path: Path,
+) -> None:
+    typed = ["experiment=demo", "ppo.evaluation.functions.gold=demo.nowhere:gold"]
+    program = (
+        "import sys; from pipeline.__main__ import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'demo.gold'} & sys.modules.keys()"
+    )
+    run = [sys.executable, "-c", program, "plan", *typed]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "there is no module demo.nowhere" in done.stderr
+    assert "Traceback" not in done.stderr and "memory" not in done.stdout
+    said: list[str] = []
+    elsewhere = compose(prepare([*typed, "launch=slurm", f"output_dir={tmp_path}"]).overrides)
+    assert show_plan(elsewhere, typed, say=said.append) == 0  # its machines try it
+    assert any("is tried where it runs" in line for line in said)
+
+
 def test_the_batch_arithmetic_is_ranks_times_micro_times_accumulation() -> None:
     config = compose(prepare(["experiment=gsm8k"]).overrides)  # 32 rows, micro batches of 4
     lines = schedule_lines(config, wire_run(config), Where(2, 2, gpu=False), {Step.sft: COUNTS})
@@ -131,7 +151,9 @@ def test_a_stage_that_does_not_fit_is_marked_and_ways_out_are_named(monkeypatch:
 
 def test_ranks_of_a_cluster_are_its_nodes_times_their_gpus() -> None:
     config = compose(prepare(["experiment=gsm8k", "launch=slurm", "launch.nnodes=3", GPUS]).overrides)
-    assert where_of(config) == Where(12, 4, gpu=True)
+    assert where_of(config) == Where(12, 4, gpu=True, elsewhere=True)
+    lines = memory_lines(config, wire_run(config), where_of(config), {Step.sft: COUNTS})
+    assert lines[0].endswith("(10^9 bytes); what a rank has there is not known here")
     lines = launch_lines(config, ["experiment=gsm8k", "launch=slurm", "launch.nnodes=3"], where_of(config))
     assert any(line.startswith("#SBATCH --nodes=3") for line in lines)
 
@@ -144,6 +166,7 @@ def test_ranks_over_ssh_are_those_of_the_hostfile(tmp_path: Path) -> None:
     where = where_of(config)
     assert (where.ranks, where.here) == (12, 8)
     assert "12 rank(s) on 2 machines" in run_lines(config, where)[1]
+    assert run_lines(config, where)[2].startswith("what GPUs the machines of launch=ssh have is not known")
     assert launch_lines(config, typed, where)[-2:] == ["node-a: 8 rank(s)", "me@node-b: 4 rank(s)"]
     with pytest.raises(UserError, match="hostfile is missing"):
         where_of(compose(prepare(["experiment=gsm8k", "launch=ssh"]).overrides))

@@ -212,6 +212,34 @@ def test_the_verb_makes_an_artifact_and_overwrites_nothing(
     assert "python -m pipeline import MODEL --out FOLDER" in str(missing.value.hint)
 
 
+def test_the_verb_names_what_it_was_given_and_a_way_out_that_it_has(
+    here: list[tuple[str, ...]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    three = published(tmp_path / "three", AutoModelForSequenceClassification, labels=3)
+    bare = published(tmp_path / "bare")
+    for path in (*bare.glob("*token*"), *bare.glob("*.jinja")):
+        path.unlink()
+
+    def printed(*typed: str) -> str:
+        with pytest.raises(SystemExit):
+            dispatch(["import", *typed, "--out", str(tmp_path / "out")])
+        return capfd.readouterr().err
+
+    said = printed(str(three), "--as", "reward_model")
+    assert f"error: {three} cannot be imported: it is no reward model: its head" in said
+    assert "3 labels" in said and "model.path" not in said and "export/" not in said
+    said = printed(str(bare))
+    assert f"error: {bare} cannot be imported: it has no tokenizer (tokenizer.json" in said
+    assert "put the files of the tokenizer" in said
+    for named, way_out in (
+        (three, "--as reward_model"),
+        (three / "config.json", "name the folder of a saved model"),
+    ):
+        with pytest.raises(UserError) as refused:
+            dispatch(["import", str(named), "--out", str(tmp_path / "out")])
+        assert str(refused.value.hint).startswith(way_out)
+
+
 def test_what_cannot_be_imported_is_said_with_what_was_typed(
     here: list[tuple[str, ...]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

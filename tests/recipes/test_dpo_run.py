@@ -12,7 +12,7 @@ import pytest
 from common.artifacts import file_sha256, read_manifest, verify, write_manifest
 from common.config import Dtype, LoraConfig
 from common.stage import Role
-from step2_dpo.config import DPOJob, LossType
+from step2_dpo.config import DPOConfig, DPOJob, LossType
 from tests.runs import CHECKPOINT, EXPORT, Base, files_below, finish
 from tests.step2_dpo.runs import (
     dpo,
@@ -68,6 +68,7 @@ def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
     evaluation = {"step", "eval/stop_rate", *(f"eval/{name}" for name in PREFERENCE)}
     assert [line["step"] for line in lines_of(run_dir, "eval/loss")] == [0, 2, 4, 5]
     assert all(set(line) == evaluation for line in lines_of(run_dir, "eval/loss"))
+    assert evaluation == {"step", *DPOConfig().measured()}  # what early stopping may watch
 
 
 def test_a_run_begins_at_log_2_and_learns_the_pairs(run_dir: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from common.artifacts import file_sha256, read_manifest, verify
 from common.stage import Role
 from step3_ppo.advantages import token_rewards
+from step3_ppo.config import EvaluationConfig, PPOConfig
 from step3_ppo.rollout import Experience
 from tests.runs import finish
 from tests.step3_ppo import reference
@@ -93,6 +94,8 @@ def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
         assert set(line) == TRAINING and all(math.isfinite(value) for value in line.values())
     # before anything is learned, when due, and at the end
     assert [line["step"] for line in lines_of(run_dir, "eval/reward")] == [0, 2, 3]
+    measured = PPOConfig(evaluation=EvaluationConfig(functions={"style": "m:f"})).measured()
+    assert {"step", *measured} == EVALUATION  # what early stopping may watch
     for line in lines_of(run_dir, "eval/reward"):
         assert set(line) == EVALUATION and all(math.isfinite(value) for value in line.values())
 

@@ -11,7 +11,7 @@ from common.artifacts import Artifact, file_sha256, read_manifest, verify
 from common.config import SourceConfig
 from common.evidence import share_interval
 from common.stage import Role
-from step2_reward.config import RewardJob
+from step2_reward.config import RewardConfig, RewardJob
 from tests.runs import CHECKPOINT, EXPORT, Base, files_below, finish, write_job
 from tests.step2_dpo.runs import make_policy, pairs, write_rows
 from tests.step2_reward.runs import lines_of, make_job, reward, run_job, series
@@ -63,6 +63,8 @@ def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
     }  # fmt: skip
     assert [line["step"] for line in lines_of(run_dir, "eval/loss")] == [0, 2, 4, 5]
     assert all(set(line) == evaluation for line in lines_of(run_dir, "eval/loss"))
+    not_here = {"eval/accuracy_chosen_longer", "eval/accuracy_same_length", "eval/{source}/accuracy"}
+    assert evaluation | not_here == {"step", *RewardConfig().measured()}  # what early stopping may watch
 
 
 def test_a_run_learns_to_order_the_pairs(run_dir: Path) -> None:

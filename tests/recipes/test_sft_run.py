@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from common.artifacts import file_sha256, verify
 from common.stage import Role
-from step1_sft.config import SFTJob
+from step1_sft.config import SFTConfig, SFTJob
 from tests.recipes import golden
 from tests.runs import CHECKPOINT, EXPORT, Base, evaluation_lines, files_below, finish, training_lines
 
@@ -57,6 +58,8 @@ def test_every_evaluation_line_has_the_metrics_of_the_whole_and_of_each_source(r
         "step", "eval/loss", "eval/perplexity", "eval/mean_token_accuracy", "eval/stop_rate",
         "eval/sums/loss", "eval/words/loss",
     }  # fmt: skip
+    by_source = [[name.format(source=of) for of in ("sums", "words")] for name in SFTConfig().measured()]
+    assert names == {"step", *itertools.chain.from_iterable(by_source)}  # what early stopping may watch
     for line in lines:
         assert set(line) == names
         assert line["eval/perplexity"] == pytest.approx(math.exp(line["eval/loss"]))
@@ -180,4 +183,4 @@ def test_the_card_tells_of_the_training_and_of_no_folder_of_this_machine(
         assert f"| {source['name']} | {source['rows_read']} | {source['rows_kept']} |" in card
     first, last = (evaluation_lines(run_dir)[at]["eval/loss"] for at in (0, -1))
     assert f"| `eval/loss` | {first:.4g} | {last:.4g} |" in card
-    assert f"| `sft.optim.lr` | {job.sft.optim.lr:g} |" in card and "8 steps, " in card
+    assert f"| `sft.optim.lr` | {job.sft.optim.lr:g} |" in card and "Step 8 of 8, " in card

@@ -161,6 +161,31 @@ def test_other_settings_prompts_and_weights_are_refused_with_what_differs(
     assert Path(given.out).read_bytes() == before
 
 
+def test_a_system_message_is_for_the_prompts_that_have_none(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        {"prompt": "a b"},
+        {"prompt": "a b", "system": "c"},
+        {"messages": [{"role": "user", "content": "d"}]},
+    ]
+    write_rows(tmp_path / "prompts.jsonl", asked[:2])
+    given = dataclasses.replace(job(tmp_path, policy), system="e")
+    generate(given)
+    assert "note: 1 of 2 prompts have a system message of their own, and keep it" in capsys.readouterr().out
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a b", "system": "e"}, asked[1]])
+    same = job(tmp_path, policy, "same.jsonl")
+    generate(same)
+    said = [[line["completions"] for line in lines(each)] for each in (given, same)]
+    assert said[0] == said[1] and lines(given)[0]["prompt"] == "a b"
+    with pytest.raises(UserError, match=r"system=None \(it was e\)"):
+        write_rows(tmp_path / "prompts.jsonl", asked[:2])
+        generate(dataclasses.replace(given, system=None))
+    write_rows(tmp_path / "prompts.jsonl", asked[2:])
+    generate(dataclasses.replace(given, out=str(tmp_path / "turns.jsonl")))
+    assert "of their own" not in capsys.readouterr().out
+
+
 def test_the_same_model_at_another_place_goes_on(policy: Path, whole: bytes, tmp_path: Path) -> None:
     import shutil
 
