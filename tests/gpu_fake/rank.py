@@ -1,0 +1,134 @@
+"""Run steps on the fake device: `python -m tests.gpu_fake.rank` reads a case per line, and prints its outcome.
+
+Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config, size,
+change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, and a function of `mutations` that
+is called first. Its outcome is JSON: {status, printed, ...}, and what was recorded, as in `record.Record.plain`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
+IMPORTED = (
+    "deepspeed", "peft", "sympy", "torch._dynamo", "torch._inductor.lowering", "omegaconf", "pyarrow.compute",
+    "rich.console", "transformers.generation.utils", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+"""What the first case would import."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled", "RANK": "0"}
+
+
+def main() -> None:
+    from tests.gpu_fake import guard
+
+    os.environ.update(ENVIRONMENT, LOCAL_RANK="0")
+    guard.load()
+    from tests.gpu_fake import cuda
+
+    cuda.install()
+    for name in (*(f"{module}.train" for module in MODULES.values()), *IMPORTED):
+        importlib.import_module(name)
+    gc.freeze()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_in_a_fork(json.loads(line))), flush=True)
+
+
+def _in_a_fork(case: dict[str, Any]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(_outcome(case), pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    status = os.wait()[1]
+    return json.loads(text) if text else {"status": status, "printed": f"the process ended with {status}"}
+
+
+def _outcome(case: dict[str, Any]) -> dict[str, Any]:
+    """Run the case and say what came of it; status 0: it returned."""
+    from tests.gpu_fake.device import Device
+
+    printed, device, calls = io.StringIO(), Device(), Counter[str]()
+    status: Any = 1
+    with redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            _prepare(case, calls)
+            with device:
+                status = _train(case)
+        except SystemExit as error:
+            status = error.code
+        except BaseException:
+            traceback.print_exc()
+    return {"status": status, "printed": printed.getvalue(), "calls": calls, **device.record.plain()}
+
+
+def _prepare(case: dict[str, Any], calls: Counter[str]) -> None:
+    from tests.gpu_fake import cuda
+
+    size = case.get("size", 1)
+    os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(min(size, 8)))
+    cuda.join(0, size)
+    if size > 1:
+        _work_alone()
+    _count(calls)
+    if change := case.get("change"):
+        getattr(importlib.import_module("tests.gpu_fake.mutations"), change)()
+
+
+def _work_alone() -> None:
+    """Without the other ranks' heartbeats and words."""
+    from common.runtime import distributed
+    from common.training import session
+
+    distributed.start_heartbeat = lambda *_: SimpleNamespace(stop=lambda: None)
+    distributed.wait_for_rank0 = session.wait_for_rank0 = lambda world, name: None
+    distributed.all_gather_objects = lambda value: [value] * int(os.environ["WORLD_SIZE"])
+
+
+def _count(calls: Counter[str]) -> None:
+    """Forward and backward passes, steps and passes of the decoder, as they are called."""
+    from common.decoding.scheduler import Run
+    from common.training.engine import Engine
+
+    for owner, name in ((Engine, "backward"), (Engine, "step"), (Run, "step")):
+        _counted(owner, name, calls)
+
+
+def _counted(owner: Any, name: str, calls: Counter[str]) -> None:
+    real = getattr(owner, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[f"{owner.__name__}.{name}"] += 1
+        return real(*args, **kwargs)
+
+    setattr(owner, name, counting)
+
+
+def _train(case: dict[str, Any]) -> int:
+    from common.config import load_resolved
+    from common.runtime.entry import on_this_device
+
+    module = MODULES[case["step"]]
+    schema = getattr(importlib.import_module(f"{module}.config"), {"sft": "SFTJob", "reward": "RewardJob", "dpo": "DPOJob", "ppo": "PPOJob"}[case["step"]])
+    config = Path(case["config"])
+    job = on_this_device(load_resolved(config, schema))
+    return int(importlib.import_module(f"{module}.train").train(job, config.parent))
+
+
+if __name__ == "__main__":
+    main()

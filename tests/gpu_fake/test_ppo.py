@@ -1,0 +1,25 @@
+"""PPO on a GPU that is not there."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config import Dtype
+from tests.gpu_fake.jobs import Fake, Shape
+
+pytestmark = pytest.mark.gpu_fake
+
+SHAPES = {
+    "zero1": Shape(),
+    "fp16, zero2": Shape(stage=2, dtype=Dtype.fp16),
+    "lora, zero2 offload": Shape(stage=2, lora=True, offload_optimizer=True),
+    "zero3": Shape(stage=3),
+    "8 ranks, zero3": Shape(size=8, stage=3),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_trains_and_exports(fake: Fake, name: str) -> None:
+    outcome = fake.run("ppo", SHAPES[name])
+    assert outcome.status == 0, outcome.printed[-3000:]
+    assert "skipped" not in outcome.printed

@@ -1,0 +1,34 @@
+"""SFT on a GPU that is not there: it runs, and waits for the device where it has to and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config import Dtype
+from tests.gpu_fake.jobs import MOE, Fake, Shape
+
+pytestmark = pytest.mark.gpu_fake
+
+SHAPES = {
+    "zero1": Shape(),
+    "fp16": Shape(dtype=Dtype.fp16),
+    "fp32": Shape(dtype=Dtype.fp32),
+    "zero2": Shape(stage=2),
+    "zero3": Shape(stage=3),
+    "zero2 offload": Shape(stage=2, offload_optimizer=True),
+    "zero3 offload": Shape(stage=3, offload_optimizer=True, offload_param=True),
+    "checkpointing": Shape(checkpointing=True),
+    "lora": Shape(stage=2, lora=True),
+    "moe": Shape(model=tuple(MOE.items())),
+    "8 ranks": Shape(size=8),
+    "8 ranks, zero2": Shape(size=8, stage=2),
+    "8 ranks, zero3": Shape(size=8, stage=3),
+    "8 ranks, hpz": Shape(size=8, stage=3, hpz=4),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_trains_and_exports(fake: Fake, name: str) -> None:
+    outcome = fake.run("sft", SHAPES[name])
+    assert outcome.status == 0, outcome.printed[-3000:]
+    assert "skipped" not in outcome.printed
