@@ -117,7 +117,8 @@ class Device(TorchDispatchMode):
         else:
             fake_args, fake_kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
             with self._fake:
-                out = func(*fake_args, **fake_kwargs)
+                kernel = _grouped_product if func.overloadpacket is aten._grouped_mm else func
+                out = kernel(*fake_args, **fake_kwargs)
             if on_device and not _is_view(func, args, kwargs, out):
                 self.record.kernel(func.overloadpacket.__name__)
         self._allocate(out)
@@ -257,6 +258,12 @@ class Device(TorchDispatchMode):
         with contextlib.suppress(Exception):  # what has no kernel on the host is not known
             for tensor, value in zip(made, tree_leaves(func(*host_args, **host_kwargs)), strict=True):
                 self._values[tensor] = value
+
+
+def _grouped_product(a: torch.Tensor, b: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+    """Any dtype, as the kernel takes it; what derives its shape knows bf16 only."""
+    made = aten._grouped_mm(a.bfloat16(), b.bfloat16(), *more, **options)
+    return made if options.get("out_dtype") else made.to(a.dtype)
 
 
 def _is_cuda(device: Any) -> bool:

@@ -60,7 +60,6 @@ class Outcome:
 
     status: Any
     printed: str
-    calls: dict[str, int] = field(default_factory=dict)
     passes: list[list[int]] = field(default_factory=list)
     syncs: list[list[Any]] = field(default_factory=list)
     kernels: list[list[Any]] = field(default_factory=list)

@@ -14,13 +14,13 @@ import json
 import os
 import sys
 import traceback
-from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
+SCHEMAS = {"sft": "SFTJob", "reward": "RewardJob", "dpo": "DPOJob", "ppo": "PPOJob"}
 IMPORTED = (
     "deepspeed", "peft", "sympy", "torch._dynamo", "torch._inductor.lowering", "omegaconf", "pyarrow.compute",
     "rich.console", "transformers.generation.utils", "transformers.models.llama.modeling_llama",
@@ -63,21 +63,21 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
     """Run the case and say what came of it; status 0: it returned."""
     from tests.gpu_fake.device import Device
 
-    printed, device, calls = io.StringIO(), Device(), Counter[str]()
+    printed, device, passes = io.StringIO(), Device(), []
     status: Any = 1
     with redirect_stdout(printed), redirect_stderr(printed):
         try:
-            _prepare(case, calls)
+            _prepare(case, passes)
             with device:
                 status = _train(case)
         except SystemExit as error:
             status = error.code
         except BaseException:
             traceback.print_exc()
-    return {"status": status, "printed": printed.getvalue(), "calls": calls, **device.record.plain()}
+    return {"status": status, "printed": printed.getvalue(), "passes": passes, **device.record.plain()}
 
 
-def _prepare(case: dict[str, Any], calls: Counter[str]) -> None:
+def _prepare(case: dict[str, Any], passes: list[list[int]]) -> None:
     from tests.gpu_fake import cuda
 
     size = case.get("size", 1)
@@ -85,7 +85,7 @@ def _prepare(case: dict[str, Any], calls: Counter[str]) -> None:
     cuda.join(0, size)
     if size > 1:
         _work_alone()
-    _count(calls)
+    _watch_decoding(passes)
     if change := case.get("change"):
         getattr(importlib.import_module("tests.gpu_fake.mutations"), change)()
 
@@ -98,25 +98,38 @@ def _work_alone() -> None:
     distributed.start_heartbeat = lambda *_: SimpleNamespace(stop=lambda: None)
     distributed.wait_for_rank0 = session.wait_for_rank0 = lambda world, name: None
     distributed.all_gather_objects = lambda value: [value] * int(os.environ["WORLD_SIZE"])
+    _fill_in_responses()
 
 
-def _count(calls: Counter[str]) -> None:
-    """Forward and backward passes, steps and passes of the decoder, as they are called."""
+def _fill_in_responses() -> None:
+    """What other ranks would find of their responses is 0."""
+    from step3_ppo import minibatches
+
+    gather = minibatches._all_gathered
+
+    def gathered(experience: Any, batches: Any, compute: Any, sizes: Any) -> Any:
+        own = dict(gather(experience, batches, compute, sizes))
+        return [(response, own.get(response, [0.0] * size)) for response, size in enumerate(sizes)]
+
+    minibatches._all_gathered = gathered
+
+
+def _watch_decoding(passes: list[list[int]]) -> None:
+    """Of each pass of the decoder: prompts that it takes in, and synchronisations."""
     from common.decoding.scheduler import Run
-    from common.training.engine import Engine
+    from tests.gpu_fake.device import Device
 
-    for owner, name in ((Engine, "backward"), (Engine, "step"), (Run, "step")):
-        _counted(owner, name, calls)
+    real = Run.step
 
+    def step(self: Run, through: Any) -> Any:
+        device = Device.current
+        assert device is not None
+        waiting, before = len(self.queue), device.record.syncs.total()
+        ended = real(self, through)
+        passes.append([waiting - len(self.queue), device.record.syncs.total() - before])
+        return ended
 
-def _counted(owner: Any, name: str, calls: Counter[str]) -> None:
-    real = getattr(owner, name)
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls[f"{owner.__name__}.{name}"] += 1
-        return real(*args, **kwargs)
-
-    setattr(owner, name, counting)
+    Run.step = step
 
 
 def _train(case: dict[str, Any]) -> int:
@@ -124,7 +137,7 @@ def _train(case: dict[str, Any]) -> int:
     from common.runtime.entry import on_this_device
 
     module = MODULES[case["step"]]
-    schema = getattr(importlib.import_module(f"{module}.config"), {"sft": "SFTJob", "reward": "RewardJob", "dpo": "DPOJob", "ppo": "PPOJob"}[case["step"]])
+    schema = getattr(importlib.import_module(f"{module}.config"), SCHEMAS[case["step"]])
     config = Path(case["config"])
     job = on_this_device(load_resolved(config, schema))
     return int(importlib.import_module(f"{module}.train").train(job, config.parent))
