@@ -72,11 +72,11 @@ class Outcome:
         found: Counter[str] = Counter()
         for phase, at, what, site, count in self.syncs:
             if at == step and phase in phases:
-                found[f"{what}: {_without_lines(site)}"] += count
+                found[f"{what}: {without_lines(site)}"] += count
         return found
 
 
-def _without_lines(site: str) -> str:
+def without_lines(site: str) -> str:
     return " <- ".join(f"{part.split(':')[0]} {part.split(' ')[-1]}" for part in site.split(" <- "))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from common.config import Dtype
-from tests.gpu_fake.jobs import Fake, Shape
+from tests.gpu_fake.jobs import Fake, Outcome, Shape
+from tests.gpu_fake.waits import SAMPLING, SCORING, assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
 
@@ -23,3 +24,29 @@ def test_it_trains_and_exports(fake: Fake, name: str) -> None:
     outcome = fake.run("ppo", SHAPES[name])
     assert outcome.status == 0, outcome.printed[-3000:]
     assert "skipped" not in outcome.printed
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3", "8 ranks, zero3"])
+def test_an_update_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
+    assert_waits(fake.run("ppo", SHAPES[name]), expected("ppo", SHAPES[name]))
+
+
+def assert_passes_wait_once(outcome: Outcome) -> None:
+    admitted = [prompts for prompts, _ in outcome.passes]
+    assert any(admitted) and not all(admitted)  # both kinds are looked at
+    assert [waits for _, waits in outcome.passes] == [1] * len(outcome.passes)
+
+
+def test_a_pass_of_the_decoder_waits_once_also_where_it_takes_in_prompts(fake: Fake) -> None:
+    outcome = fake.run("ppo", SHAPES["zero1"])
+    assert_passes_wait_once(outcome)
+    assert outcome.syncs_of(3, ("rollout",)).keys() == SAMPLING.keys()
+
+
+def test_that_holds_whatever_the_layers(fake: Fake) -> None:
+    assert_passes_wait_once(fake.run("ppo", Shape(model=(("num_hidden_layers", 4),))))
+
+
+def test_scoring_waits_once_for_each_network_and_micro_batch(fake: Fake) -> None:
+    found = fake.run("ppo", SHAPES["zero1"]).syncs_of(3, ("score",))
+    assert found.keys() == SCORING.keys() and found.total() == 4 * 2  # networks, micro-batches

@@ -6,6 +6,7 @@ import pytest
 
 from common.config import Dtype
 from tests.gpu_fake.jobs import MOE, Fake, Shape
+from tests.gpu_fake.waits import assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
 
@@ -32,3 +33,15 @@ def test_it_trains_and_exports(fake: Fake, name: str) -> None:
     outcome = fake.run("sft", SHAPES[name])
     assert outcome.status == 0, outcome.printed[-3000:]
     assert "skipped" not in outcome.printed
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "offload" not in name and name != "fp32"])
+def test_an_optimizer_step_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
+    """With offload DeepSpeed waits at every parameter; in fp32 attention goes document by document."""
+    assert_waits(fake.run("sft", SHAPES[name]), expected("sft", SHAPES[name]))
+
+
+def test_more_micro_batches_wait_no_more_often(fake: Fake) -> None:
+    job = fake.job("sft", Shape())
+    job.sft.train.micro_batch_size = 1
+    assert_waits(fake.run("sft", job=job), expected("sft", Shape()))
