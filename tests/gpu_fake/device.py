@@ -16,18 +16,17 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.gpu_fake.answers import answer
-from tests.gpu_fake.record import Record, site
+from tests.gpu_fake.contracts import refuse
+from tests.gpu_fake.record import Record, site, tensors_in
 
 aten = torch.ops.aten
 FOLLOWED = 1 << 16
@@ -51,6 +50,7 @@ MADE_FROM_NOTHING = {
     "ones_like", "full_like",
 }  # fmt: skip
 MAKES = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "arange"}
+Tensors = list[torch.Tensor]
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 
@@ -86,7 +86,7 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         fakes = [x for x in tensors if isinstance(x, FakeTensor)]
         on_device = _is_cuda(kwargs.get("device")) or any(x.is_cuda for x in fakes)
         if not fakes and not on_device:
@@ -98,7 +98,7 @@ class Device(TorchDispatchMode):
             self._waits(str(packet), on_device)
             return True
         if packet in (aten._to_copy, aten.copy_):
-            return self._copy(func, args, kwargs)
+            return self._copy(func, args, kwargs, tensors, fakes)
         if packet is aten._pin_memory:
             return args[0]
         if packet is aten.is_pinned:
@@ -107,22 +107,24 @@ class Device(TorchDispatchMode):
             return self._sized_by_values(func, args, kwargs, fakes)
         if on_device:
             self._refuse_host_tensors(func, tensors)
-        return self._run(func, args, kwargs, on_device)
+            refuse(func, args, kwargs)
+        return self._run(func, args, kwargs, tensors, fakes)
 
-    def _run(self, func: Any, args: Any, kwargs: Any, on_device: bool) -> Any:
-        """One operation of which something is fake."""
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: Tensors, fakes: Tensors) -> Any:
+        """One operation of which something is fake. tensors: all of its arguments; fakes: those among them."""
         if func.namespace == "c10d":
             self.record.collective(func.overloadpacket.__name__, args)
             out = func(*args, **kwargs)
         else:
-            fake_args, fake_kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
+            if len(fakes) < len(tensors):
+                args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
             with self._fake:
                 kernel = _grouped_product if func.overloadpacket is aten._grouped_mm else func
-                out = kernel(*fake_args, **fake_kwargs)
-            if on_device and not _is_view(func, args, kwargs, out):
+                out = kernel(*args, **kwargs)
+            if not _is_view(func, tensors, out) and any(x.is_cuda for x in tensors_in(out) or fakes):
                 self.record.kernel(func.overloadpacket.__name__)
         self._allocate(out)
-        self._follow(func, args, kwargs, out)
+        self._follow(func, args, kwargs, fakes, out)
         return out
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +151,7 @@ class Device(TorchDispatchMode):
     # Memory -----------------------------------------------------------------------------------------
 
     def _allocate(self, made: Any) -> None:
-        for tensor in tree_leaves(made):
+        for tensor in tensors_in(made):
             if not isinstance(tensor, FakeTensor) or not tensor.is_cuda:
                 continue
             storage = tensor.untyped_storage()
@@ -171,7 +173,7 @@ class Device(TorchDispatchMode):
         known = self._values.get(tensor)
         return answer(tensor.dtype) if known is None else known.item()
 
-    def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _copy(self, func: Any, args: Any, kwargs: Any, tensors: Tensors, fakes: Tensors) -> Any:
         """`to` and `copy_`. Between host and device the host waits, unless it is told not to."""
         in_place = func.overloadpacket is aten.copy_
         source = args[1] if in_place else args[0]
@@ -183,7 +185,7 @@ class Device(TorchDispatchMode):
         if source.is_cuda and target.type == "cpu":
             self._waits("copy to host", waits)
             return self._to_host(func, source, args, kwargs, in_place)
-        return self._run(func, args, kwargs, source.is_cuda)
+        return self._run(func, args, kwargs, tensors, fakes)
 
     def _to_device(self, source: torch.Tensor, args: Any, kwargs: Any, in_place: bool) -> torch.Tensor:
         out = args[0]
@@ -240,14 +242,13 @@ class Device(TorchDispatchMode):
     def _known(self, tree: Any) -> Any:
         return tree_map_only(FakeTensor, lambda tensor: self._values[tensor], tree)
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _follow(self, func: Any, args: Any, kwargs: Any, fakes: Tensors, out: Any) -> None:
         """Compute on the host what small integers become; forget what is written over by unknown numbers."""
-        fakes = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
         if not all(x in self._values for x in fakes):
             if func._schema.is_mutable:
                 self._values.pop(fakes[0], None)
             return
-        made = [x for x in tree_leaves(out) if isinstance(x, FakeTensor)]
+        made = [x for x in tensors_in(out) if isinstance(x, FakeTensor)]
         if not made or not all(_is_followed(x) for x in made):
             return
         if not fakes and func.overloadpacket.__name__ not in MADE_FROM_NOTHING:
@@ -256,7 +257,7 @@ class Device(TorchDispatchMode):
         if "device" in host_kwargs:
             host_kwargs["device"] = "cpu"
         with contextlib.suppress(Exception):  # what has no kernel on the host is not known
-            for tensor, value in zip(made, tree_leaves(func(*host_args, **host_kwargs)), strict=True):
+            for tensor, value in zip(made, tensors_in(func(*host_args, **host_kwargs)), strict=True):
                 self._values[tensor] = value
 
 
@@ -287,10 +288,10 @@ def _is_sized_by_values(func: Any, args: Any, kwargs: Any) -> bool:
     return packet in SIZED_BY_VALUES
 
 
-def _is_view(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+def _is_view(func: Any, tensors: Tensors, out: Any) -> bool:
     """Whether nothing is computed."""
-    if func.overloadpacket in NO_KERNEL:
-        return True
-    given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-    made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-    return bool(made) and not func._schema.is_mutable and all(id(x.untyped_storage()) in given for x in made)
+    if func.overloadpacket in NO_KERNEL or func._schema.is_mutable:
+        return func.overloadpacket in NO_KERNEL
+    given = {id(x.untyped_storage()) for x in tensors}
+    made = tensors_in(out)
+    return bool(made) and all(id(x.untyped_storage()) in given for x in made)

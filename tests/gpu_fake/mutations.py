@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
@@ -33,22 +34,18 @@ def keys_of_another_dtype() -> None:
 
 
 def an_argument_that_the_kernel_does_not_have() -> None:
-    from common.model import attention
-
-    function = attention._varlen_function()
-    attention._varlen_function = lambda: lambda *args, **kwargs: function(*args, is_causal=True, **kwargs)
+    _wrap_attention(lambda function: lambda *args, **kwargs: function(*args, is_causal=True, **kwargs))
 
 
 def grouped_heads_without_saying_so() -> None:
     """Fewer heads of keys than of queries."""
-    from common.model import attention
-
-    function = attention._varlen_function()
-    attention._varlen_function = lambda: lambda *args, enable_gqa=False, **kwargs: function(*args, **kwargs)
+    _wrap_attention(
+        lambda function: lambda *args, enable_gqa=False, **kwargs: function(*args, **kwargs)
+    )
 
 
 def a_target_too_few() -> None:
-    _change_loss(lambda hidden, weight, targets, *more: (hidden, weight, targets[:-1], *more))
+    _change_loss(lambda hidden, weight, bias, targets, *more: (hidden, weight, bias, targets[:-1], *more))
 
 
 def a_weight_in_another_dtype() -> None:
@@ -110,10 +107,16 @@ def whole_logits() -> None:
 
 
 def _change_attention(change: Any) -> None:
+    _wrap_attention(lambda function: lambda *args, **kwargs: function(*change(*args), **kwargs))
+
+
+def _wrap_attention(wrap: Any) -> None:
+    """With the signature of what is wrapped: the product looks at it."""
     from common.model import attention
 
     function = attention._varlen_function()
-    attention._varlen_function = lambda: lambda *args, **kwargs: function(*change(*args), **kwargs)
+    wrapped = functools.wraps(function)(wrap(function))
+    attention._varlen_function = lambda: wrapped
 
 
 def _change_loss(change: Any) -> None:

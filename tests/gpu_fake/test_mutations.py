@@ -13,14 +13,14 @@ REFUSED = {
     "a_host_tensor_among_device_tensors": ("sft", "a host tensor meets a device tensor"),
     "a_prefix_made_on_the_host": ("reward", "a host tensor meets a device tensor"),
     "boundaries_of_documents_in_int64": ("sft", "int32"),
-    "keys_of_another_dtype": ("sft", "dtype"),
+    "keys_of_another_dtype": ("sft", "expected one half-precision dtype"),
     "an_argument_that_the_kernel_does_not_have": ("sft", "unexpected keyword argument 'is_causal'"),
     "grouped_heads_without_saying_so": ("sft", "enable_gqa"),
     "a_target_too_few": ("sft", "size"),
-    "a_weight_in_another_dtype": ("sft", "dtype"),
+    "a_weight_in_another_dtype": ("sft", "expected one dtype"),
 }
 WAITING = {
-    "an_item_in_every_micro_batch": "item at tests/gpu_fake/mutations.py",
+    "an_item_in_every_micro_batch": "item at step1_sft/train.py:",
     "positions_that_differ_asked_of_the_device": "_unique2, sized by values at common/model/packed.py",
     "a_blocking_copy_of_the_batch": "copy from host at ",
 }
