@@ -170,7 +170,8 @@ def decoding_attention(
         q, k, v = (x[:, :, rows:] for x in (query, key, value))
         out, _ = packed_attention(
             module, q, k, v, None, scaling, cu_seq_lens_q=decoding.prompts.cu_seqlens,
-            max_length_q=decoding.prompts.longest, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux,
+            max_length_q=decoding.prompts.longest, sliding_window=sliding_window, softcap=softcap,
+            s_aux=s_aux,
         )  # fmt: skip
         outs.append(out)
     return torch.cat(outs, 1), None

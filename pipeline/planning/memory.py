@@ -139,9 +139,9 @@ class MemoryEstimate:
 def estimate(work: Workload) -> MemoryEstimate:
     """The peak of one rank.
 
-    Moments compete: the loss of a pass, its backward pass, the update (gradients, buffers, activations, logits)
-    and sampling (the KV cache). On a GPU the largest one counts. On the CPU all do: freed blocks below 32 MB
-    stay with the process (glibc).
+    Moments compete: the loss of a pass, its backward pass, the update (gradients, buffers, activations,
+    logits) and sampling (the KV cache). On a GPU the largest one counts. On the CPU all do: freed blocks
+    below 32 MB stay with the process (glibc).
     """
     activated = max(activations(work, part) for part in work.networks)
     training = max(_moments(work), key=lambda terms: sum(map(_total, terms)))
@@ -156,7 +156,7 @@ def estimate(work: Workload) -> MemoryEstimate:
 
 
 def _moments(work: Workload) -> list[list[Term]]:
-    """The terms of each moment of training, of the networks' largest; on the CPU one moment has all of them."""
+    """The terms of each moment of training, of the largest network; on the CPU one moment has them all."""
     activated = Term("activations", max(activations(work, part) for part in work.networks))
     logits = Term("logits", max(head_memory(work, part) for part in work.networks))
     reducing = max((buffers(work, part) for part in work.networks), key=_total)
@@ -265,8 +265,9 @@ def head_memory(work: Workload, part: Trained) -> float:
     """Logits of one chunk, fp32, up to three times (entropy needs a copy), and the output projection's
     gradient in fp32, 4 V h, with its product in the weights' dtype beside it in half precision on the CPU.
 
-    On a GPU two moments of a chunk of c logits: 8 c (a copy for the entropy) + 4 V h, and 4 c + 2 c (rounded) +
-    8 V h, the gradient and what is added to it."""
+    On a GPU two moments of a chunk of c logits: 8 c (a copy for the entropy) + 4 V h, and 4 c + 2 c
+    (rounded) + 8 V h, the gradient and what is added to it.
+    """
     if part.head is Head.scalar:
         return 0.0
     net, m = part.network, min(work.batch.trained, work.batch.tokens)
@@ -319,7 +320,7 @@ def sharded(work: Workload, stage: int, offload_optimizer: bool, offload_param: 
 
 
 def _attention_bytes(work: Workload, net: Network) -> int:
-    """Per token: q, k, v and the output as the kernel took them, and on the CPU the output for the projection."""
+    """Per token: q, k, v and the output as the kernel took them; on the CPU the output end to end, too."""
     b = work.weight_bytes
     if work.gpu:
         return b * 2 * (net.query_width + net.kv_width)

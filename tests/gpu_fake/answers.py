@@ -1,4 +1,4 @@
-"""What the host is told when it reads a number of the device that nobody computed: that the run is healthy."""
+"""What the host is told when it reads a number that no device computed: that the run is healthy."""
 
 from __future__ import annotations
 

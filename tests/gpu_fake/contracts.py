@@ -48,7 +48,9 @@ def _refuse_attention(
 ) -> None:
     dtypes = {query.dtype, key.dtype, value.dtype}
     if len(dtypes) > 1 or query.dtype not in HALF:
-        raise RuntimeError(f"flash attention: expected one half-precision dtype, got {sorted(map(str, dtypes))}")
+        raise RuntimeError(
+            f"flash attention: expected one half-precision dtype, got {sorted(map(str, dtypes))}"
+        )
     for bounds in (cu_seq_q, cu_seq_k):
         if bounds.dtype is not torch.int32:
             raise RuntimeError(f"flash attention: boundaries must be int32, got {bounds.dtype}")

@@ -34,19 +34,22 @@ def install(hardware: Hardware = Hardware()) -> None:
     torch.version.cuda = "13.0"
     torch.cuda.nccl = types.SimpleNamespace(version=lambda: (2, 28, 3))
     for name, dtype in _TENSORS.items():
-        setattr(torch.cuda, name, lambda values, dtype=dtype: torch.tensor(values, dtype=dtype, device="cuda"))
+        setattr(
+            torch.cuda, name, lambda values, dtype=dtype: torch.tensor(values, dtype=dtype, device="cuda")
+        )
     _let_fake_tensors_be_used()
     torch.nn.Module._apply = _apply
 
 
 _TENSORS = {
     "FloatTensor": torch.float32, "HalfTensor": torch.float16, "BFloat16Tensor": torch.bfloat16,
-    "ByteTensor": torch.uint8, "IntTensor": torch.int32, "LongTensor": torch.int64, "DoubleTensor": torch.float64,
+    "ByteTensor": torch.uint8, "IntTensor": torch.int32, "LongTensor": torch.int64,
+    "DoubleTensor": torch.float64,
 }  # fmt: skip
 
 
 def join(rank: int, size: int) -> None:
-    """Let `init_process_group` give a group whose other ranks exist in name only: collectives return at once."""
+    """Let `init_process_group` give a group whose other ranks are names: collectives return at once."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -117,13 +120,17 @@ def _answers(hardware: Hardware) -> dict[str, Any]:
     said = {
         "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
         "get_device_name": hardware.name, "get_device_capability": (9, 0), "is_bf16_supported": True,
-        "get_device_properties": properties, "can_device_access_peer": True, "is_current_stream_capturing": False,
+        "get_device_properties": properties, "can_device_access_peer": True,
+        "is_current_stream_capturing": False,
         "set_device": None, "init": None, "_lazy_init": None, "_lazy_call": None, "empty_cache": None,
         "ipc_collect": None,
     }  # fmt: skip
     answers: dict[str, Any] = {name: lambda *_, value=value, **__: value for name, value in said.items()}
     streams = {"current_stream": Stream, "default_stream": Stream, "Stream": Stream, "Event": Event}
-    switch = {"stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda *_: _waits("synchronize")}
+    switch = {
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda *_: _waits("synchronize"),
+    }
     return {**answers, **streams, **switch}
 
 
@@ -147,7 +154,9 @@ def _memory(hardware: Hardware) -> dict[str, Any]:
 def _random_states() -> dict[str, Any]:
     state = torch.zeros(16, dtype=torch.uint8)
     return {
-        **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"), lambda *_: None),
+        **dict.fromkeys(
+            ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"), lambda *_: None
+        ),
         "get_rng_state": lambda *_: state,
         "get_rng_state_all": lambda: [state],
         "initial_seed": lambda: 0,

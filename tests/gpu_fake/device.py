@@ -1,14 +1,14 @@
-"""A GPU that is not there: host tensors are real, device tensors are fake (shape, dtype and device, no numbers).
+"""A GPU that is not there: host tensors are real, device tensors have shape, dtype and device, no numbers.
 
-Within `with Device():` every operation of torch passes through here. Among host tensors it is computed. With a
-device tensor torch's FakeTensorMode derives shape and dtype of the result; what a GPU would refuse (a host
+Within `with Device():` every operation of torch passes through here. Among host tensors it is computed. With
+a device tensor torch's FakeTensorMode derives shape and dtype of the result; what a GPU would refuse (a host
 tensor among device tensors, dtypes or shapes that no kernel takes) raises here too. Recorded are:
 
 * each synchronisation: the host waits for the device, with the line that asks;
 * each kernel and collective, and the bytes that are allocated on the device, with their peak.
 
-Integers that came from the host keep their values on the side, so that what is decided by them is right. Other
-numbers are not known: see `answers`. Kernels' numbers, races, NCCL and speed are not shown here.
+Integers that came from the host keep their values on the side, so that what is decided by them is right.
+Other numbers are not known: see `answers`. Kernels' numbers, races, NCCL and speed are not shown here.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Device(TorchDispatchMode):
         return self._run(func, args, kwargs, tensors, fakes)
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: Tensors, fakes: Tensors) -> Any:
-        """One operation of which something is fake. tensors: all of its arguments; fakes: those among them."""
+        """One operation with something fake. tensors: all of its arguments; fakes: those among them."""
         if func.namespace == "c10d":
             self.record.collective(func.overloadpacket.__name__, args)
             out = func(*args, **kwargs)

@@ -27,7 +27,11 @@ def compiler() -> str | None:
 def build() -> Path:
     """The compiled guard; three seconds when it is not there yet."""
     key = SOURCE.read_bytes() + importlib.metadata.version("torch").encode() + sys.version.encode()
-    library = Path(tempfile.gettempdir()) / f"rlhf-gpu-fake-{os.getuid()}" / f"{hashlib.sha256(key).hexdigest()[:16]}.so"
+    library = (
+        Path(tempfile.gettempdir())
+        / f"rlhf-gpu-fake-{os.getuid()}"
+        / f"{hashlib.sha256(key).hexdigest()[:16]}.so"
+    )
     if not library.exists():
         library.parent.mkdir(mode=0o700, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
@@ -41,7 +45,7 @@ def build() -> Path:
 
 
 def load() -> None:
-    """Load the guard into this process. RuntimeError where torch was imported first: it would not look again."""
+    """Load the guard into this process. RuntimeError after torch is imported: it would not look again."""
     if "torch" in sys.modules:
         raise RuntimeError("the guard has to be loaded before torch is imported")
     for name in ("libtorch_global_deps.so", "libtorch_cpu.so"):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, LoraConfig, Offload
+from step1_sft.config import SFTJob
 from step2_dpo.config import DPOJob
 from step2_reward.config import RewardJob
 from step3_ppo.config import PPOJob
-from step1_sft.config import SFTJob
 from tests.runs import Base
 from tests.step2_dpo import runs as dpo
 from tests.step2_reward import runs as reward
@@ -118,7 +118,9 @@ class Fake:
             rollout.max_new_tokens, rollout.slots = 4, 3
             job.ppo.data.eval_fraction, job.ppo.ppo_epochs = 0.0, 1
         else:
-            made = {"reward": reward, "dpo": dpo}[step].make_job(self.folder, self.artifacts(shape).policy, **train)
+            made = {"reward": reward, "dpo": dpo}[step].make_job(
+                self.folder, self.artifacts(shape).policy, **train
+            )
             job = made
             getattr(job, step).data.eval_fraction = 0.0
             if isinstance(job, DPOJob):
@@ -126,14 +128,21 @@ class Fake:
         shape.put_into(job)
         return job
 
-    def run(self, step: str, shape: Shape = Shape(), *, change: str | None = None, job: Any = None) -> Outcome:
+    def run(
+        self, step: str, shape: Shape = Shape(), *, change: str | None = None, job: Any = None
+    ) -> Outcome:
         """Run a step of this shape, once. change: a function of `mutations` that is called before."""
         key = (step, shape, change)
         if job is not None or key not in self._known:
             self._number += 1
             run_dir = self.folder / "runs" / str(self._number)
             dpo.write_job(job or self.job(step, shape), run_dir)
-            case = {"step": step, "config": str(run_dir / "resolved.yaml"), "size": shape.size, "change": change}
+            case = {
+                "step": step,
+                "config": str(run_dir / "resolved.yaml"),
+                "size": shape.size,
+                "change": change,
+            }
             outcome = self._ask(case)
             if job is not None:
                 return outcome

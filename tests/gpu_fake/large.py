@@ -1,4 +1,4 @@
-"""Optimizer steps of real sizes on the fake device: only shapes are there, so that a 70B model fits this machine."""
+"""Optimizer steps of real sizes on the fake device: only shapes are there, so that 70B fit anywhere."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ DOCUMENT = 512
 
 
 def train(case: dict[str, Any]) -> int:
-    """Two optimizer steps of `case["micro_batches"]` passes. case: names, tokens, stage, size, offload_optimizer,
-    offload_param, hpz, lora, checkpointing; names: sizes of the networks that learn; frozen: of those that do
-    not. The first has a head of tokens, the others a scalar one."""
+    """Two optimizer steps of `micro_batches` passes; returns 0.
+
+    case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora and
+    checkpointing. names: sizes of the networks that learn, the first with a head of tokens, the others with a
+    scalar one; frozen: of those that do not learn.
+    """
     from common.runtime.distributed import init_world
 
     world = init_world()
@@ -57,7 +60,10 @@ def _step(engine: Any, batch: Any, micro_batches: int, is_scalar: bool, step: in
     enter("step", step)
     for _ in range(micro_batches):
         if is_scalar:
-            positions = {"score_positions": batch.trained_positions, "computed_positions": batch.computed_positions}
+            positions = {
+                "score_positions": batch.trained_positions,
+                "computed_positions": batch.computed_positions,
+            }
             loss = engine(**document_arguments(batch), **positions).sum()
         else:
             loss = engine(**batch_arguments(batch), with_entropy=True).loss_sum
@@ -125,4 +131,6 @@ def _batch(tokens: int) -> Any:
     labels = np.full(DOCUMENT, 5, np.int32)
     labels[-1] = IGNORE
     count = tokens // DOCUMENT
-    return collate([TokenizedExample(np.full(DOCUMENT, 7, np.int32), labels, "")] * count, range(count), [0] * count)
+    return collate(
+        [TokenizedExample(np.full(DOCUMENT, 7, np.int32), labels, "")] * count, range(count), [0] * count
+    )

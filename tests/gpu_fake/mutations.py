@@ -39,9 +39,7 @@ def an_argument_that_the_kernel_does_not_have() -> None:
 
 def grouped_heads_without_saying_so() -> None:
     """Fewer heads of keys than of queries."""
-    _wrap_attention(
-        lambda function: lambda *args, enable_gqa=False, **kwargs: function(*args, **kwargs)
-    )
+    _wrap_attention(lambda function: lambda *args, enable_gqa=False, **kwargs: function(*args, **kwargs))
 
 
 def a_target_too_few() -> None:
@@ -75,7 +73,9 @@ def a_blocking_copy_of_the_batch() -> None:
     from common.data import types
 
     tensors = types._tensors
-    types._tensors = lambda batch, device: {name: x.cpu() .to(device) for name, x in tensors(batch, "cpu").items()}
+    types._tensors = lambda batch, device: {
+        name: x.cpu().to(device) for name, x in tensors(batch, "cpu").items()
+    }
 
 
 def activations_that_are_kept() -> None:

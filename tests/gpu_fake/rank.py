@@ -1,8 +1,9 @@
-"""Run steps on the fake device: `python -m tests.gpu_fake.rank` reads a case per line, and prints its outcome.
+"""Run steps on the fake device: `python -m tests.gpu_fake.rank` reads a case per line, prints its outcome.
 
-Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config, size,
-change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, and a function of `mutations` that
-is called first; or what `large.train` takes. Its outcome is JSON: {status, printed, ...}, and what was recorded, as in `record.Record.plain`.
+Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
+size, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, and a function of
+`mutations` that is called first; or what `large.train` takes. Its outcome is JSON: {status, printed, passes},
+and what was recorded, as in `record.Record.plain`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ IMPORTED = (
     "rich.console", "transformers.generation.utils", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 """What the first case would import."""
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled", "RANK": "0"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+    "RANK": "0",
+}
 
 
 def main() -> None:

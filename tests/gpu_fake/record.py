@@ -26,7 +26,7 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def site() -> str:
-    """`file:line function` of the innermost frame outside of torch; behind <- the project's own, if it is not."""
+    """`file:line function` of the innermost frame outside of torch; behind <- the project's innermost."""
     frame, first = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""Where the host waits for the device in an optimizer step, and why; a wait that is not in the table is a fault.
+"""Where the host waits for the device in an optimizer step, and why; what is not in the table is a fault.
 
 Counted in a run's last step: DeepSpeed does more in its first. Lines are left out, functions are not.
 """

@@ -1,7 +1,7 @@
 """The CUDA branch of packed attention with real numbers on the CPU, against the branch that computes there.
 
 torch's op gets a kernel for the CPU that follows flash attention's contract: int32 boundaries, the last query
-aligned with the last key, a window that counts the tokens before the query, grouped heads only when asked for.
+aligned with the last key, a window that counts the tokens before the query, grouped heads when asked for.
 """
 
 from __future__ import annotations
