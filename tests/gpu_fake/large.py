@@ -27,6 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
+SIZES["70B, 8 of 80 layers"] = {**SIZES["70B"], "num_hidden_layers": 8}
 """Configs of Llama 3.2 1B, Qwen 2.5 7B (as a Llama), Llama 3.1 8B and 70B."""
 DOCUMENT = 512
 """Tokens of each document of a row."""
