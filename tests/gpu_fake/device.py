@@ -5,7 +5,7 @@ a device tensor torch's FakeTensorMode derives shape and dtype of the result; wh
 tensor among device tensors, dtypes or shapes that no kernel takes) raises here too. Recorded are:
 
 * each synchronisation: the host waits for the device, with the line that asks;
-* each kernel and collective, and the bytes that are allocated on the device, with their peak.
+* each collective, and the bytes that are allocated on the device, with their peak.
 
 Integers that came from the host keep their values on the side, so that what is decided by them is right.
 Other numbers are not known: see `answers`. Kernels' numbers, races, NCCL and speed are not shown here.
@@ -35,13 +35,6 @@ LARGE = 1 << 20
 """Elements of a host tensor above which it is fake as well: a state of 70B weights fits no test machine."""
 BLOCK = 512
 """Bytes that the caching allocator rounds up to."""
-NO_KERNEL = {
-    aten.view, aten._unsafe_view, aten.detach, aten.alias, aten.t, aten.transpose, aten.slice, aten.select,
-    aten.expand, aten.unsqueeze, aten.squeeze, aten.permute, aten.as_strided, aten.split, aten.unbind,
-    aten.split_with_sizes, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.lift_fresh,
-    aten.new_empty_strided, aten.set_, aten.reshape, aten._reshape_alias, aten.resize_, aten.unfold,
-    aten.record_stream, aten.is_pinned, torch.ops.prim.device,
-}  # fmt: skip
 SIZED_BY_VALUES = {
     aten.bincount, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.nonzero, aten.masked_select,
 }  # fmt: skip
@@ -107,6 +100,7 @@ class Device(TorchDispatchMode):
             return self._sized_by_values(func, args, kwargs, fakes)
         if on_device:
             self._refuse_host_tensors(func, tensors)
+            self._waits("index_put by a mask", _puts_by_mask(packet, args))
             refuse(func, args, kwargs)
         return self._run(func, args, kwargs, tensors, fakes)
 
@@ -121,8 +115,6 @@ class Device(TorchDispatchMode):
             with self._fake:
                 kernel = _grouped_product if func.overloadpacket is aten._grouped_mm else func
                 out = kernel(*args, **kwargs)
-            if not _is_view(func, tensors, out) and any(x.is_cuda for x in tensors_in(out) or fakes):
-                self.record.kernel(func.overloadpacket.__name__)
         self._allocate(out)
         self._follow(func, args, kwargs, fakes, out)
         return out
@@ -261,6 +253,13 @@ class Device(TorchDispatchMode):
                 self._values[tensor] = value
 
 
+def _puts_by_mask(packet: Any, args: Any) -> bool:
+    """A single value is filled in; several have to be counted first."""
+    if packet not in INDEXED or packet is aten.index or args[2].numel() == 1:
+        return False
+    return any(x is not None and x.dtype is torch.bool for x in args[1])
+
+
 def _grouped_product(a: torch.Tensor, b: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
     """Any dtype, as the kernel takes it; what derives its shape knows bf16 only."""
     made = aten._grouped_mm(a.bfloat16(), b.bfloat16(), *more, **options)
@@ -286,12 +285,3 @@ def _is_sized_by_values(func: Any, args: Any, kwargs: Any) -> bool:
     if packet is aten.index:
         return any(x is not None and x.dtype is torch.bool for x in args[1])
     return packet in SIZED_BY_VALUES
-
-
-def _is_view(func: Any, tensors: Tensors, out: Any) -> bool:
-    """Whether nothing is computed."""
-    if func.overloadpacket in NO_KERNEL or func._schema.is_mutable:
-        return func.overloadpacket in NO_KERNEL
-    given = {id(x.untyped_storage()) for x in tensors}
-    made = tensors_in(out)
-    return bool(made) and all(id(x.untyped_storage()) in given for x in made)

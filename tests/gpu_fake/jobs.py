@@ -62,7 +62,6 @@ class Outcome:
     printed: str
     passes: list[list[int]] = field(default_factory=list)
     syncs: list[list[Any]] = field(default_factory=list)
-    kernels: list[list[Any]] = field(default_factory=list)
     collectives: list[list[Any]] = field(default_factory=list)
     peak: int = 0
     peak_site: str = ""

@@ -45,7 +45,6 @@ class Record:
 
     def __init__(self) -> None:
         self.syncs: Counter[tuple[str, int, str, str]] = Counter()  # (phase, step, what, site)
-        self.kernels: Counter[tuple[str, int]] = Counter()
         self.collectives: Counter[tuple[str, int, str]] = Counter()
         self.sent: Counter[tuple[str, int, str]] = Counter()  # bytes given to each kind of collective
         self.now = self.peak = 0
@@ -53,9 +52,6 @@ class Record:
 
     def sync(self, what: str) -> None:
         self.syncs[*_place(), what, site()] += 1
-
-    def kernel(self, name: str) -> None:
-        self.kernels[_place()] += 1
 
     def collective(self, name: str, arguments: Any) -> None:
         on_device = [x for x in tensors_in(arguments) if x.is_cuda]
@@ -71,14 +67,10 @@ class Record:
     def freed(self, size: int) -> None:
         self.now -= size
 
-    def restart_peak(self) -> None:
-        self.peak = self.now
-
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
             "syncs": [[*key, count] for key, count in sorted(self.syncs.items())],
-            "kernels": [[*key, count] for key, count in sorted(self.kernels.items())],
             "collectives": [[*key, n, self.sent[key]] for key, n in sorted(self.collectives.items())],
             "peak": self.peak,
             "peak_site": self.peak_site,
