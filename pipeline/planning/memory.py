@@ -152,7 +152,16 @@ def estimate(work: Workload) -> MemoryEstimate:
         training = [term for term in training if term.name == "gradients" and work.sharding.stage == 3]
     base = Term("libraries", GPU_BASE if work.gpu else CPU_BASE)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
-    return MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
+    found = MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
+    return max(found, MemoryEstimate((base, loading(work)), work.gpu), key=lambda each: each.device)
+
+
+def loading(work: Workload) -> Term:
+    """On a GPU at stage 3: every rank has all weights of a network, b P, before they are partitioned."""
+    if not work.gpu or work.sharding.stage < 3:
+        return Term("loading", 0.0)
+    networks = [*(part.network for part in work.networks), *work.frozen]
+    return Term("loading", work.weight_bytes * max(network.parameters for network in networks))
 
 
 def _moments(work: Workload) -> list[list[Term]]:
@@ -195,6 +204,10 @@ def states(work: Workload) -> list[Term]:
         # a layer's whole weights, kept until as many are live as DeepSpeed allows
         whole = max(part.network.parameters for part in work.networks)
         terms.append(Term("gathered weights", min(whole, LIVE_PARAMETERS) * work.weight_bytes))
+    if sharding.stage == 2 and sharding.offload_optimizer and work.gpu:
+        # on their way to the host gradients pass through a buffer of the largest weight
+        largest = max(min(part.trained, part.network.largest) for part in work.networks)
+        terms.append(Term("buffers", work.weight_bytes * largest))
     return terms
 
 

@@ -26,6 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
     "7B, zero2, 8 ranks": {"names": ["7B"], "stage": 2, "size": 8},
+    "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
+    "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
+    "70B, 8 of 80 layers, zero3, 64 ranks": {
+        "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
+    },
     "1B, lora": {"lora": 16},
     "7B, lora, zero2, checkpointing": {"names": ["7B"], "lora": 16, "stage": 2, "checkpointing": True},
     "PPO's four 1B, zero2, 8 ranks": {
