@@ -121,7 +121,8 @@ class Fake:
                 self.folder, self.artifacts(shape).policy, **train
             )
             job = made
-            getattr(job, step).data.eval_fraction = 0.0
+            data = getattr(job, step).data
+            data.eval_fraction, data.packing = 0.0, False  # a row for each pair, and so two micro-batches
             if isinstance(job, DPOJob):
                 job.dpo.sampling.num_prompts = 0
         shape.put_into(job)

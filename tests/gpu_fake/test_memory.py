@@ -21,11 +21,9 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "1B": {},
-    "7B": {"names": ["7B"]},
     "7B, checkpointing": {"names": ["7B"], "checkpointing": True},
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
-    "7B, zero2, 8 ranks": {"names": ["7B"], "stage": 2, "size": 8},
     "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
     "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
     "70B, 8 of 80 layers, zero3, 64 ranks": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.config import Dtype
-from tests.gpu_fake.jobs import Fake, Outcome, Shape
+from tests.gpu_fake.jobs import STEPS, Fake, Shape
 from tests.gpu_fake.waits import SAMPLING, SCORING, assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
@@ -31,22 +31,14 @@ def test_an_update_waits_for_the_device_where_the_table_says(fake: Fake, name: s
     assert_waits(fake.run("ppo", SHAPES[name]), expected("ppo", SHAPES[name]))
 
 
-def assert_passes_wait_once(outcome: Outcome) -> None:
+def test_a_pass_of_the_decoder_waits_once_whatever_the_layers_also_with_new_prompts(fake: Fake) -> None:
+    outcome = fake.run("ppo", SHAPES["zero1"])  # of two layers
     admitted = [prompts for prompts, _ in outcome.passes]
     assert any(admitted) and not all(admitted)  # both kinds are looked at
     assert [waits for _, waits in outcome.passes] == [1] * len(outcome.passes)
-
-
-def test_a_pass_of_the_decoder_waits_once_also_where_it_takes_in_prompts(fake: Fake) -> None:
-    outcome = fake.run("ppo", SHAPES["zero1"])
-    assert_passes_wait_once(outcome)
-    assert outcome.syncs_of(3, ("rollout",)).keys() == SAMPLING.keys()
-
-
-def test_that_holds_whatever_the_layers(fake: Fake) -> None:
-    assert_passes_wait_once(fake.run("ppo", Shape(model=(("num_hidden_layers", 4),))))
+    assert outcome.syncs_of(STEPS, ("rollout",)).keys() == SAMPLING.keys()
 
 
 def test_scoring_waits_once_for_each_network_and_micro_batch(fake: Fake) -> None:
-    found = fake.run("ppo", SHAPES["zero1"]).syncs_of(3, ("score",))
+    found = fake.run("ppo", SHAPES["zero1"]).syncs_of(STEPS, ("score",))
     assert found.keys() == SCORING.keys() and found.total() == 4 * 2  # networks, micro-batches

@@ -60,6 +60,13 @@ STAGE_3 = (
 GATHERED = "small weights that stay whole are gathered again"
 ALONE = (Wait(f"stream.synchronize: {ZERO}/partition_parameters.py wait {STEP}", GATHERED),)
 SEVERAL = (Wait(f"{SYNCHRONIZE} {STEP}", GATHERED),)
+WEIGHTS = 20
+"""Of the tiny model."""
+HPZ = Wait(
+    f"stream.synchronize: {ZERO}/partition_parameters.py _partition_param_sec {STEP}",
+    "each weight's copy within the node is made anew",
+    count=WEIGHTS,
+)
 SAMPLING = {"copy to host: common/decoding/scheduler.py _draw": "the tokens that were drawn"}
 """Once per pass of the decoder, whether it takes in prompts or not."""
 SCORING = {"copy to host: step3_ppo/minibatches.py _all_gathered": "what a network says of a micro-batch"}
@@ -69,7 +76,8 @@ def waits_of(step: str, shape: Shape) -> tuple[Wait, ...]:
     """What a step of this shape may wait for."""
     ours = OF_REWARD if step == "reward" else OURS
     if shape.stage == 3:
-        return (*ours, *STAGE_3, *(ALONE if shape.size == 1 else SEVERAL))
+        gathered = (HPZ,) if shape.hpz > 1 else ()
+        return (*ours, *STAGE_3, *(ALONE if shape.size == 1 else SEVERAL), *gathered)
     if shape.stage == 2:
         return (*ours, *STAGE_2)
     return (*ours, *(STAGE_1 if shape.dtype is Dtype.bf16 else WITH_SCALE))
