@@ -33,7 +33,7 @@ slow: $(VENV)/.dev
 
 # Shapes, dtypes, devices, memory and synchronisations; no kernel computes. Skipped, and said so, without g++.
 gpu-fake: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/gpu_fake -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
 
 # The audit is last: what it could not look up is read.
 check: browser style test slow gpu-fake real audit
