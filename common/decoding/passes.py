@@ -88,7 +88,8 @@ class SlotPasses:
         return cast(torch.Tensor, output.logits[0, : len(kept)])
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True, non_blocking=True)
+        """A copy, which what the run does next to its arrays does not reach."""
+        return torch.from_numpy(np.array(array)).to(self.device, non_blocking=True)
 
 
 class WholePasses:
