@@ -30,7 +30,6 @@ CASES: dict[str, dict[str, Any]] = {
         "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
     },
     "1B, lora": {"lora": 16},
-    "7B, lora, zero2, checkpointing": {"names": ["7B"], "lora": 16, "stage": 2, "checkpointing": True},
     "PPO's four 1B, zero2, 8 ranks": {
         "names": ["1B", "1B"], "frozen": ["1B", "1B"], "stage": 2, "size": 8,
     },
