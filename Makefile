@@ -2,6 +2,7 @@
 # make test   the test suite, one worker per core
 # make check  what CI runs: style, types, import contracts, tests, also those that train for minutes or a real model
 # make pretrained  a small real model, SmolLM2-135M-Instruct, in models/smollm2 (93 MB are downloaded); make real tests with it
+# make gpu-fake  the CUDA path of every recipe on a GPU that is not there, its synchronisations and its memory (needs g++)
 # make audit  known vulnerabilities of the pinned versions; says so when it cannot look them up
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
@@ -16,7 +17,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow browser pretrained real check style audit faults fuzz versions docs bench clean
+.PHONY: demo test slow gpu-fake browser pretrained real check style audit faults fuzz versions docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -30,8 +31,12 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder
 
+# Shapes, dtypes, devices, memory and synchronisations; no kernel computes. Skipped, and said so, without g++.
+gpu-fake: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/gpu_fake -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
+
 # The audit is last: what it could not look up is read.
-check: browser style test slow real audit
+check: browser style test slow gpu-fake real audit
 
 # What is there already is left alone.
 pretrained: models/smollm2

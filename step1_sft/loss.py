@@ -15,7 +15,7 @@ import torch
 from common.data.types import Batch
 from common.model.fused_loss import TokenLoss
 from common.model.packed import batch_arguments
-from common.runtime.distributed import all_reduce_sum
+from common.runtime.distributed import all_reduce_sum, on_host
 from common.training.engine import Engine
 
 
@@ -40,7 +40,7 @@ class TokenSums:
 
     def means(self, tokens: float) -> dict[str, float]:
         """Token means over all ranks; `tokens` is the global number of trained tokens."""
-        loss, correct, entropy = all_reduce_sum([float(self.loss), float(self.correct), float(self.entropy)])
+        loss, correct, entropy = all_reduce_sum(on_host([self.loss, self.correct, self.entropy]))
         return {
             "loss": loss / tokens,
             "mean_token_accuracy": correct / tokens,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common.data.types import PairBatch
 from common.model.fused_loss import TokenLoss
 from common.model.packed import batch_arguments
-from common.runtime.distributed import all_reduce_sum
+from common.runtime.distributed import all_reduce_sum, on_host
 from common.training.engine import Engine
 from step2_dpo.config import DPOConfig, LossType
 
@@ -103,7 +103,8 @@ def answer_sums(values: torch.Tensor, document_of_target: torch.Tensor, pairs: i
 
     By segments, in order: adding by index would sum in another order each time on a GPU.
     """
-    lengths = torch.bincount(document_of_target, minlength=2 * pairs)
+    documents = torch.arange(2 * pairs + 1, device=document_of_target.device)
+    lengths = torch.searchsorted(document_of_target, documents).diff()  # bincount would wait for the device
     # `unsafe` skips checks that fail for a batch without pairs
     sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
     return ChosenRejected(sums[0::2], sums[1::2])
@@ -137,8 +138,8 @@ def pair_losses(
     nll = answer_sums(tokens.token_losses, batch.document_of_target, len(batch.pair_ids))
     logps = ChosenRejected(-nll.chosen, -nll.rejected)
     ratios = ChosenRejected(
-        logps.chosen - reference.chosen.to(logps.chosen.device),
-        logps.rejected - reference.rejected.to(logps.rejected.device),
+        logps.chosen - reference.chosen.to(logps.chosen.device, non_blocking=True),
+        logps.rejected - reference.rejected.to(logps.rejected.device, non_blocking=True),
     )
     losses = objective.losses(ratios, count_answers(batch))
     return PairLosses(losses, nll.chosen.sum(), logps, ratios, tokens)
@@ -205,7 +206,7 @@ class PairSums:
         Rewards are implicit, β (log π − log π_ref), never divided by lengths. `entropy` and
         `mean_token_accuracy` are over the tokens of both answers.
         """
-        total = PairSums(*all_reduce_sum([float(value) for value in vars(self).values()]))
+        total = PairSums(*all_reduce_sum(on_host(list(vars(self).values()))))
         preference = objective.at_reference() + total.above_reference / counts.pairs
         nll = total.chosen_nll / counts.chosen_tokens
         chosen, rejected = (

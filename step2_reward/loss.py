@@ -27,7 +27,8 @@ def score(engine: Engine, batch: PairBatch, device: torch.device) -> torch.Tenso
     """fp32 [P, 2], the scores of the chosen and of the rejected answers; they carry the gradient."""
     batch = batch.to(device)
     arguments = document_arguments(batch.documents)
-    scores: torch.Tensor = engine(**arguments, score_positions=batch.score_positions)
+    ends = batch.score_positions
+    scores: torch.Tensor = engine(**arguments, score_positions=ends, computed_positions=ends)
     return scores.view(-1, 2)
 
 

@@ -75,7 +75,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
             scored = []
             for batch in micro_batches:
                 scores = score(engine, batch, world.device)
-                losses = pair_losses(scores, batch.margins.to(world.device), centering)
+                losses = pair_losses(scores, batch.margins.to(world.device, non_blocking=True), centering)
                 engine.backward(losses.sum(), pairs)
                 scored.append(ScoredPairs.of(batch, scores))
             loop.update(tokens)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common.model.fused_loss import TokenLoss
-from common.runtime.distributed import all_reduce_sum
+from common.runtime.distributed import all_reduce_sum, on_host
 
 LARGEST_LOG_RATIO = 20.0
 """Bound of log ρ: a larger ratio is an error already; e^20 is finite in fp32, with room for sums."""
@@ -171,7 +171,7 @@ class UpdateSums:
 
     def state(self) -> dict[str, float]:
         """What `UpdateSums(**state)` continues from, exactly; JSON keeps float64 as it is."""
-        return {name: float(value) for name, value in vars(self).items()}
+        return dict(zip(vars(self), on_host(list(vars(self).values())), strict=True))
 
     def all_reduced(self) -> UpdateSums:
         """The sums over all ranks, which all call it."""

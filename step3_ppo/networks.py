@@ -100,13 +100,18 @@ class Networks:
         """fp32 [M], the critic's value of each response token, read at the position that predicts it."""
         assert self.critic is not None
         batch = batch.to(self.device)
-        return self.critic.engine(**document_arguments(batch), score_positions=batch.trained_positions)
+        return self.critic.engine(
+            **document_arguments(batch),
+            score_positions=batch.trained_positions,
+            computed_positions=batch.computed_positions,
+        )
 
     def document_scores(self, batch: Batch) -> torch.Tensor:
         """fp32 [D], the reward model's raw score of each document, read at its last token."""
         assert self.reward_model is not None
         batch = batch.to(self.device)
-        return self.reward_model(**document_arguments(batch), score_positions=last_positions(batch))
+        ends = last_positions(batch)
+        return self.reward_model(**document_arguments(batch), score_positions=ends, computed_positions=ends)
 
     def with_token_numbers(
         self, experience: Experience, batches: Sequence[Batch], *, values: bool = True

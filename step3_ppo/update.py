@@ -169,4 +169,4 @@ def _part(
 ) -> torch.Tensor:
     """fp32 [M]: the values of a micro-batch's response tokens."""
     assert values is not None
-    return torch.from_numpy(experience.of_tokens(values, responses)).to(device)
+    return torch.from_numpy(experience.of_tokens(values, responses)).to(device, non_blocking=True)

@@ -248,18 +248,20 @@ def collate(
     within = trained - (np.cumsum(lengths) - lengths)[document]
     owner = np.array(prefix_owners_of(shared.tolist()))[document]
     is_in_owner = within < shared[document]
+    positions = within + np.where(is_in_owner, starts[owner], (starts - shared)[document])
     return Batch(
         input_ids=_tensor(
             np.concatenate([e.input_ids[count:] for e, count in zip(examples, shared, strict=True)])
         )[None],
         position_ids=_tensor(np.arange(own_lengths.sum()) - np.repeat(starts - shared, own_lengths))[None],
         cu_seqlens=_tensor(np.append(starts, own_lengths.sum())).to(torch.int32),
-        trained_positions=_tensor(within + np.where(is_in_owner, starts[owner], (starts - shared)[document])),
+        trained_positions=_tensor(positions),
         targets=_tensor(labels[trained]),
         source_of_target=_tensor(np.asarray(source_ids)[document]),
         max_seqlen=int(own_lengths.max()),
         row_ids=tuple(int(index) for index in row_ids),
         shared_prefix=tuple(shared.tolist()) if shared.any() else (),
+        computed_positions=_tensor(np.unique(positions)),
     )
 
 

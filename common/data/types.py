@@ -170,6 +170,7 @@ class Batch:
     max_seqlen: longest document. row_ids: dataset indices of its documents, for logs.
     shared_prefix: for each document, the length of its prefix that is stored only in its owner: the nearest
     document before it that shares nothing (0). Empty: no document shares a prefix.
+    computed_positions: int64 [C], the different ones among trained_positions, ascending (None: not listed).
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -182,6 +183,7 @@ class Batch:
     max_seqlen: int
     row_ids: tuple[int, ...]
     shared_prefix: tuple[int, ...] = ()
+    computed_positions: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from common.decoding.scheduler import CPU_CHUNK_SLOTS, FEWEST_ROWS, LENGTH_STEP, Scheduler, rounded_up
-from common.decoding.slots import DecodingStep, SlotCache, decoding_into_slots
+from common.decoding.slots import DecodingStep, PromptsOfPass, SlotCache, decoding_into_slots
 from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.model.attention import packed_arguments, plain_attention, positions_within
@@ -67,13 +67,13 @@ class CachedPasses:
         ends = np.cumsum([len(tokens), *map(len, documents)])[1:] - 1
         ids = np.concatenate([tokens, *documents, *padding]).astype(np.int64)
         places = np.concatenate([positions, *(np.arange(len(part)) for part in [*documents, *padding])])
-        boundaries = np.cumsum([0, *map(len, [*documents, *padding])]).astype(np.int32)
+        lengths = [*map(len, [*documents, *padding])]
         into = [*slots, *(None for _ in padding)]
         step = DecodingStep(
             self.cache,
             self._tensor(positions),
             chunks,
-            (into, torch.from_numpy(boundaries).to(self.device)) if into else None,
+            PromptsOfPass.of(into, lengths, self.device) if into else None,
         )
         kept = np.concatenate([wanted, ends])
         padded = np.pad(kept, (0, max(0, FEWEST_ROWS - len(kept))))
@@ -88,7 +88,8 @@ class CachedPasses:
         return cast(torch.Tensor, output.logits[0, : len(kept)])
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True)
+        """A copy, which what the run does next to its arrays does not reach."""
+        return torch.from_numpy(np.array(array)).to(self.device, non_blocking=True)
 
 
 class UncachedPasses:

@@ -119,7 +119,7 @@ class Scheduler:
             return []
         self._hold(begun, logits, len(going_on))
         if chosen != list(range(len(logits))):
-            logits = logits[torch.tensor(chosen, device=logits.device)]
+            logits = logits[torch.tensor(chosen).to(logits.device, non_blocking=True)]
         return self._draw(np.array(slots), logits)
 
     def _admit(self, passes: Passes) -> tuple[list[tuple[int, list[int]]], list[int]]:
@@ -162,7 +162,7 @@ class Scheduler:
         """Choose a token for each of these slots and note what has become of its request; those that end."""
         requests = self.request[slots]
         made = self.made[requests]
-        numbers = torch.from_numpy(self.draws[slots, made]).to(logits.device)
+        numbers = torch.from_numpy(self.draws[slots, made]).to(logits.device, non_blocking=True)
         chosen, probabilities = choose(logits, numbers, self.params)
         # in one transfer: float64 holds every token id
         host = torch.stack([chosen.double(), probabilities.double()]).cpu().numpy()

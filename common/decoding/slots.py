@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,20 +67,35 @@ class SlotCache:
     def rearrange(self, order: Sequence[int], length: int) -> None:
         """Slot s gets the first `length` tokens of what was in slot `order[s]`. order: a permutation."""
         moved = [slot for slot, before in enumerate(order) if slot != before]
+        places = torch.tensor([moved, [order[slot] for slot in moved]])
         for layer in self._layers.values():
             for cached in layer:
-                rows = torch.tensor(moved, device=cached.device)
-                before = torch.tensor([order[slot] for slot in moved], device=cached.device)
+                rows, before = places.to(cached.device, non_blocking=True)
                 cached[rows, :, :length] = cached[before, :, :length]
+
+
+class PromptsOfPass(NamedTuple):
+    """Prompts that a pass takes in. slots: where each goes (None: nowhere). bounds: where they begin and the
+    last ends, counted from the first; on the host, and as cu_seqlens int32 [D + 1]. longest: tokens."""
+
+    slots: Sequence[int | None]
+    bounds: Sequence[int]
+    cu_seqlens: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, slots: Sequence[int | None], lengths: Sequence[int], device: torch.device) -> PromptsOfPass:
+        bounds = [0, *accumulate(lengths)]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(slots, bounds, cu_seqlens, max(lengths))
 
 
 class DecodingStep:
     """What one forward pass of a decoder computes: a next token of M sequences, then whole prompts.
 
     cache: where keys and values go. positions: int64 [M], of the tokens of the slots 0 to M - 1. chunks:
-    (begin, end, length): slots that are computed together, and how far their keys are read. prompts: of the
-    documents that follow the slots (None: nowhere) and the boundaries, cu_seqlens int32 [D + 1] counted from
-    the first of them; None without any.
+    (begin, end, length): slots that are computed together, and how far their keys are read. prompts: that
+    follow the slots; None without any.
     """
 
     def __init__(
@@ -88,7 +103,7 @@ class DecodingStep:
         cache: SlotCache,
         positions: torch.Tensor,
         chunks: Sequence[tuple[int, int, int]],
-        prompts: tuple[Sequence[int | None], torch.Tensor] | None,
+        prompts: PromptsOfPass | None,
     ) -> None:
         self.cache, self.positions, self.chunks, self.prompts = cache, positions, chunks, prompts
         self._rows = torch.arange(len(positions), device=positions.device)
@@ -104,8 +119,9 @@ class DecodingStep:
                 cached[slot, :, : end - begin] = new[:, rows + begin : rows + end]
 
     def _documents(self) -> Iterator[tuple[int, int, int]]:
-        slots, boundaries = self.prompts or ((), torch.zeros(1))
-        for slot, (begin, end) in zip(slots, pairwise(boundaries.tolist()), strict=True):
+        if self.prompts is None:
+            return
+        for slot, (begin, end) in zip(self.prompts.slots, pairwise(self.prompts.bounds), strict=True):
             if slot is not None:
                 yield slot, begin, end
 
@@ -152,10 +168,10 @@ def decoding_attention(
         outs = [_attend_to_slots(query[0, :, :rows], keys, values, decoding, scores, sliding_window)]
     if decoding.prompts is not None:
         q, k, v = (x[:, :, rows:] for x in (query, key, value))
-        boundaries = decoding.prompts[1]
         out, _ = packed_attention(
-            module, q, k, v, None, scaling, cu_seq_lens_q=boundaries, sliding_window=sliding_window,
-            softcap=softcap, s_aux=s_aux,
+            module, q, k, v, None, scaling, cu_seq_lens_q=decoding.prompts.cu_seqlens,
+            max_length_q=decoding.prompts.longest, sliding_window=sliding_window, softcap=softcap,
+            s_aux=s_aux,
         )  # fmt: skip
         outs.append(out)
     return torch.cat(outs, 1), None

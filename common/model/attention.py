@@ -17,7 +17,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property, lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,29 +55,34 @@ class SharedPrefix:
     """Prefix sharing: documents whose prefix is stored once, in an earlier document of the row.
 
     tokens: for each document, the length of its shared prefix (0: none). cu_seqlens: int32 [D + 1], bounds
-    of the stored tokens. owners: for each document, the one that stores its prefix.
+    of the stored tokens. length: of them all. max_seqlen: most of a document. owners: for each document, the
+    one that stores its prefix.
     """
 
-    def __init__(self, tokens: Sequence[int], cu_seqlens: torch.Tensor) -> None:
+    def __init__(self, tokens: Sequence[int], cu_seqlens: torch.Tensor, length: int, max_seqlen: int) -> None:
         self.tokens = tuple(tokens)
         self.owners = prefix_owners_of(self.tokens)
-        self._cu_seqlens = cu_seqlens
+        self._cu_seqlens, self._length, self._max_seqlen = cu_seqlens, length, max_seqlen
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The keys of all documents, end to end: positions int64 [K], boundaries int32 [D + 1], longest.
+        """The keys of all documents, end to end: positions int64 [K], boundaries int32 [D + 1], and how many
+        a document has at most.
 
         Flash attention aligns the last query with the last key, so every query sees the keys in front. Made
-        once per batch, for all layers.
+        once per batch, for all layers, on the device: the host waits for nothing.
         """
-        starts, device = self._cu_seqlens.tolist(), self._cu_seqlens.device
-        parts, ends = [], [0]
-        for index, shared in enumerate(self.tokens):
-            before = starts[self.owners[index]]
-            parts += [torch.arange(before, before + shared), torch.arange(starts[index], starts[index + 1])]
-            ends.append(ends[-1] + shared + starts[index + 1] - starts[index])
-        longest = max(end - start for start, end in pairwise(ends))
-        return torch.cat(parts).to(device), torch.tensor(ends, dtype=torch.int32, device=device), longest
+        device, count = self._cu_seqlens.device, self._length + sum(self.tokens)
+        numbers = torch.tensor([self.tokens, self.owners]).to(device, non_blocking=True)
+        shared, owners = numbers.unbind()
+        starts = self._cu_seqlens.long()
+        ends = F.pad((starts.diff() + shared).cumsum(0), (1, 0))
+        document = torch.arange(len(self.tokens), device=device)
+        document = document.repeat_interleave(ends.diff(), output_size=count)
+        within = torch.arange(count, device=device) - ends[document]
+        own = starts[document] + within - shared[document]
+        positions = torch.where(own < starts[document], starts[owners[document]] + within, own)
+        return positions, ends.int(), self._max_seqlen + max(self.tokens)
 
 
 def packed_arguments(
@@ -89,7 +93,10 @@ def packed_arguments(
     shared_prefix: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """What a transformers model wants to hear about a packed sequence. Shapes as in `Batch`."""
-    shared = {"shared_prefix": SharedPrefix(shared_prefix, cu_seqlens)} if any(shared_prefix) else {}
+    shared = {}
+    if any(shared_prefix):
+        length = input_ids.shape[1]
+        shared["shared_prefix"] = SharedPrefix(shared_prefix, cu_seqlens, length, max_seqlen)
     return {
         **shared,
         "input_ids": input_ids,

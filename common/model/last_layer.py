@@ -42,17 +42,16 @@ def runs_layers_its_own_way(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def computed_at(network: nn.Module, rows: torch.Tensor, length: int) -> Iterator[None]:
-    """While the block runs, `network` is computed at `rows` (int64 [M], indices into `length` positions), and
-    is zero elsewhere."""
-    chosen = rows.unique()  # a position that is read twice is computed once
+    """While the block runs, `network` is computed at `rows` (int64 [M], different indices into `length`
+    positions), and is zero elsewhere."""
 
     def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = arguments
-        return (hidden.index_select(1, chosen), *rest)
+        return (hidden.index_select(1, rows), *rest)
 
     def put_back(_: nn.Module, arguments: tuple[Any, ...], result: Any) -> Any:
         whole = result.new_zeros((result.shape[0], length, *result.shape[2:]))
-        return whole.index_copy(1, chosen, result)
+        return whole.index_copy(1, rows, result)
 
     hooks = [network.register_forward_pre_hook(select), network.register_forward_hook(put_back)]
     try:

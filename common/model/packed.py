@@ -47,10 +47,17 @@ class PackedModel(nn.Module):
         """What the model says to a few documents (int64 [T] each), to compare an export with."""
         raise NotImplementedError
 
-    def read_at(self, rows: torch.Tensor, length: int) -> AbstractContextManager[None]:
-        """While the block runs, hidden states are needed at `rows` only (int64, of `length` positions)."""
+    def read_at(
+        self, rows: torch.Tensor, length: int, different: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """While the block runs, hidden states are needed at `rows` only (int64, of `length` positions).
+
+        different: those that differ, ascending; without them the device is asked, for which the host waits.
+        """
         network = feed_forward_of(self.base()) if self.shortcuts.partial_last_layer else None
-        return nullcontext() if network is None else computed_at(network, rows, length)
+        if network is None:
+            return nullcontext()
+        return computed_at(network, rows.unique() if different is None else different, length)
 
     def replace_linears(self, part: nn.Module, kind: type[nn.Linear]) -> None:
         """Put a `kind` with the same parameters, and so the same names of tensors, in the place of each
@@ -92,6 +99,7 @@ class PackedCausalLM(PackedModel):
         with_entropy: bool = False,
         per_token: bool = False,
         temperature: float = 1.0,
+        computed_positions: torch.Tensor | None = None,
     ) -> TokenLoss:
         """Score the trained positions of one packed sequence. Shapes as in `Batch`.
 
@@ -100,7 +108,7 @@ class PackedCausalLM(PackedModel):
         """
         base: Any = self.base()
         arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
-        with self.read_at(trained_positions, input_ids.shape[1]):
+        with self.read_at(trained_positions, input_ids.shape[1], computed_positions):
             if not self.shortcuts.fused_loss:
                 logits = base(**arguments, logits_to_keep=trained_positions).logits[0]
                 return _plain_cross_entropy(logits, targets, with_entropy, per_token, temperature)
@@ -138,7 +146,7 @@ def document_arguments(batch: Batch) -> dict[str, Any]:
 def batch_arguments(batch: Batch) -> dict[str, Any]:
     """The arguments of `PackedCausalLM.forward` for a batch."""
     trained = {"trained_positions": batch.trained_positions, "targets": batch.targets}
-    return {**document_arguments(batch), **trained}
+    return {**document_arguments(batch), **trained, "computed_positions": batch.computed_positions}
 
 
 def _plain_cross_entropy(

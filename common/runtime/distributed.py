@@ -113,6 +113,13 @@ def all_reduce_sum(values: Sequence[float] | torch.Tensor) -> list[float]:
     return total.tolist()
 
 
+def on_host(values: Sequence[torch.Tensor | float]) -> list[float]:
+    """The numbers in float64; those on a device come in one transfer, for which the host waits once."""
+    tensors = [value.detach().double() for value in values if isinstance(value, torch.Tensor)]
+    fetched = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [next(fetched) if isinstance(value, torch.Tensor) else float(value) for value in values]
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """All-gather: the values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

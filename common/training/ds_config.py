@@ -35,6 +35,7 @@ def build_ds_config(
         "fp16": {"enabled": dtype is Dtype.fp16, "hysteresis": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": _zero(deepspeed, num_parameters, optimizer),
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every pass
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -52,6 +53,7 @@ def build_frozen_config(
         "bf16": {"enabled": dtype is Dtype.bf16},
         "fp16": {"enabled": dtype is Dtype.fp16},
         "zero_optimization": zero,
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

@@ -6,17 +6,22 @@ Takes a configuration, a step and its ranks; returns lines for a person. By the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 
 from common.stage import Step
 from launch.local import count_gpus
 from pipeline.config import PipelineConfig
-from pipeline.planning import devices, memory
+from pipeline.planning import devices, memory, workload
 from pipeline.planning.memory import Workload
-from pipeline.planning.workload import workload_of
 
 WORTH_NAMING = 0.97
 """A way out needs less than this share of what the run needs."""
+
+
+GPUS = {"H100 (85.5 GB)": 81_559 * 2**20, "H200 (151 GB)": 143_771 * 2**20}
+"""Bytes as nvidia-smi says them."""
 
 
 def ways_out(config: PipelineConfig, step: Step, ranks: int, *, ranks_here: int | None = None) -> list[str]:
@@ -26,7 +31,7 @@ def ways_out(config: PipelineConfig, step: Step, ranks: int, *, ranks_here: int 
     not known.
     """
     gpu = count_gpus() > 0
-    work = workload_of(config, step, ranks, gpu=gpu)
+    work = workload.workload_of(config, step, ranks, gpu=gpu)
     if work is None:
         return []
     available = devices.memory_per_rank(gpu, ranks_here or ranks)
@@ -83,6 +88,27 @@ def with_rows(work: Workload, share: float) -> Workload:
         batch, tokens=max(1, round(batch.tokens * share)), trained=max(1, round(batch.trained * share))
     )
     return dataclasses.replace(work, batch=fewer)
+
+
+def largest_rows(work: Workload, rows: int, limit: float, most: int) -> int:
+    """The most rows of a pass, up to `most`, with which a rank needs at most `limit` bytes; 0: not even one.
+
+    rows: that the work has now.
+    """
+    fits = (memory.estimate(with_rows(work, number / rows)).device <= limit for number in range(1, most + 1))
+    return sum(1 for _ in itertools.takewhile(bool, fits))
+
+
+def rows_that_fit(work: Workload, step: Step, config: PipelineConfig, ranks: int, here: float | None) -> str:
+    """The largest micro-batch on this GPU (here: bytes, None: not known) and on others, in a line."""
+    train = getattr(config, step.value).train
+    most, rows = math.ceil(train.global_batch_size / ranks), workload.rows_per_pass(train, ranks)
+    sizes = {**({} if here is None else {"here": here}), **GPUS}
+    found = [
+        f"{largest_rows(work, rows, size, most) or 'none'} {name if name == 'here' else f'on an {name}'}"
+        for name, size in sizes.items()
+    ]
+    return f"largest {step.value}.train.micro_batch_size that fits, up to {most}: {', '.join(found)}"
 
 
 def sharded(work: Workload) -> Iterator[tuple[str, Workload]]:

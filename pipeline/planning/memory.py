@@ -139,16 +139,12 @@ class MemoryEstimate:
 def estimate(work: Workload) -> MemoryEstimate:
     """The peak of one rank.
 
-    Two moments compete: training (gradients, buffers, activations, logits) and sampling (the KV cache). On a
-    GPU the larger one counts. On the CPU both do: freed blocks below 32 MB stay with the process (glibc).
+    Moments compete: the loss of a pass, its backward pass, the update (gradients, buffers, activations,
+    logits) and sampling (the KV cache). On a GPU the largest one counts. On the CPU all do: freed blocks
+    below 32 MB stay with the process (glibc).
     """
     activated = max(activations(work, part) for part in work.networks)
-    training = [
-        _gradients_of_all(work),
-        max((buffers(work, part) for part in work.networks), key=_total),
-        Term("activations", activated),
-        Term("logits", max(head_memory(work, part) for part in work.networks)),
-    ]
+    training = max(_moments(work), key=lambda terms: sum(map(_total, terms)))
     sampling = [Term("KV cache", kv_cache(work))]
     if work.gpu and sum(map(_total, sampling)) <= sum(map(_total, training)):
         sampling = []  # what training needs is free while responses are sampled
@@ -156,7 +152,33 @@ def estimate(work: Workload) -> MemoryEstimate:
         training = [term for term in training if term.name == "gradients" and work.sharding.stage == 3]
     base = Term("libraries", GPU_BASE if work.gpu else CPU_BASE)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
-    return MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
+    found = MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
+    return max(found, MemoryEstimate((base, loading(work)), work.gpu), key=lambda each: each.device)
+
+
+def loading(work: Workload) -> Term:
+    """On a GPU at stage 3: every rank has all weights of a network, b P, before they are partitioned."""
+    if not work.gpu or work.sharding.stage < 3:
+        return Term("loading", 0.0)
+    networks = [*(part.network for part in work.networks), *work.frozen]
+    return Term("loading", work.weight_bytes * max(network.parameters for network in networks))
+
+
+def _moments(work: Workload) -> list[list[Term]]:
+    """The terms of each moment of training, of the largest network; on the CPU one moment has them all."""
+    activated = Term("activations", max(activations(work, part) for part in work.networks))
+    logits = Term("logits", max(head_memory(work, part) for part in work.networks))
+    reducing = max((buffers(work, part) for part in work.networks), key=_total)
+    gradients = _gradients_of_all(work)
+    if not work.gpu:
+        return [[gradients, reducing, activated, logits]]
+    of_head = Term("logits", max(_head_gradient(part) for part in work.networks))
+    updating = max((update_buffers(work, part) for part in work.networks), key=_total)
+    return [
+        [gradients, activated, logits],
+        [gradients, reducing, activated, of_head],
+        [gradients, updating],
+    ]
 
 
 def states(work: Workload) -> list[Term]:
@@ -182,6 +204,10 @@ def states(work: Workload) -> list[Term]:
         # a layer's whole weights, kept until as many are live as DeepSpeed allows
         whole = max(part.network.parameters for part in work.networks)
         terms.append(Term("gathered weights", min(whole, LIVE_PARAMETERS) * work.weight_bytes))
+    if sharding.stage == 2 and sharding.offload_optimizer and work.gpu:
+        # on their way to the host gradients pass through a buffer of the largest weight
+        largest = max(min(part.trained, part.network.largest) for part in work.networks)
+        terms.append(Term("buffers", work.weight_bytes * largest))
     return terms
 
 
@@ -215,6 +241,14 @@ def buffers(work: Workload, part: Trained) -> Term:
     return Term("buffers", width * bucket + max(flat, width * bucket + width * bucket / sharding.ranks))
 
 
+def update_buffers(work: Workload, part: Trained) -> Term:
+    """On a GPU, in the update: stage 1 in half precision sends all gradients at once, rounded to b T; the
+    others flatten the share in fp32, 4 T / R."""
+    if work.sharding.stage == 1 and work.half:
+        return Term("buffers", work.weight_bytes * part.trained)
+    return Term("buffers", FP32 * part.trained / work.sharding.ranks)
+
+
 def activations(work: Workload, part: Trained) -> float:
     """What autograd keeps of a micro-batch, bytes.
 
@@ -229,6 +263,8 @@ def activations(work: Workload, part: Trained) -> float:
     n, m = batch.tokens, min(batch.trained, batch.tokens)
     b = work.weight_bytes
     norm = (8 if work.half else 12) * net.hidden
+    if part.trained < net.parameters:
+        norm -= b * net.hidden  # a frozen weight needs no normalised input
     attention = _attention_bytes(work, net)
     feed_forward = 4 * net.intermediate * b
     layer = 2 * norm + attention + feed_forward
@@ -240,16 +276,29 @@ def activations(work: Workload, part: Trained) -> float:
 
 def head_memory(work: Workload, part: Trained) -> float:
     """Logits of one chunk, fp32, up to three times (entropy needs a copy), and the output projection's
-    gradient in fp32, 4 V h, with its product in the weights' dtype beside it in half precision on the CPU."""
+    gradient in fp32, 4 V h, with its product in the weights' dtype beside it in half precision on the CPU.
+
+    On a GPU two moments of a chunk of c logits: 8 c (a copy for the entropy) + 4 V h, and 4 c + 2 c
+    (rounded) + 8 V h, the gradient and what is added to it.
+    """
     if part.head is Head.scalar:
         return 0.0
     net, m = part.network, min(work.batch.trained, work.batch.tokens)
     rows = GPU_CHUNK_ROWS if work.gpu else max(64, CPU_CHUNK_BYTES // (FP32 * net.vocabulary))
-    chunk = 3 * FP32 * min(rows, max(m, 1)) * net.vocabulary
-    if part.trained < net.parameters:
-        return chunk  # adapters: the projection is frozen
-    product = FP32 + 2 if work.half and not work.gpu else 0
-    return chunk + (FP32 + product) * net.vocabulary * net.hidden
+    chunk = min(rows, max(m, 1)) * net.vocabulary
+    weight = 0 if part.trained < net.parameters else net.vocabulary * net.hidden  # adapters: it is frozen
+    if work.gpu:
+        copied = work.weight_bytes if work.half else 0
+        return max(2 * FP32 * chunk + FP32 * weight, (FP32 + copied) * chunk + 2 * FP32 * weight)
+    product = FP32 + 2 if work.half else 0
+    return 3 * FP32 * chunk + (FP32 + product) * weight
+
+
+def _head_gradient(part: Trained) -> float:
+    """Bytes of the output projection's gradient when the backward pass begins: fp32, and rounded."""
+    if part.head is Head.scalar or part.trained < part.network.parameters:
+        return 0.0
+    return (FP32 + 2) * part.network.vocabulary * part.network.hidden
 
 
 def kv_cache(work: Workload) -> float:
@@ -284,9 +333,11 @@ def sharded(work: Workload, stage: int, offload_optimizer: bool, offload_param: 
 
 
 def _attention_bytes(work: Workload, net: Network) -> int:
-    """Per token: q, k, v and the output as the kernel took them, and the output for the projection."""
+    """Per token: q, k, v and the output as the kernel took them; on the CPU the output end to end, too."""
     b = work.weight_bytes
-    kernel = FP32 if work.batch.short and not work.gpu else b
+    if work.gpu:
+        return b * 2 * (net.query_width + net.kv_width)
+    kernel = FP32 if work.batch.short else b
     return kernel * 2 * (net.query_width + net.kv_width) + b * net.query_width
 
 

@@ -50,6 +50,11 @@ class Network:
         return self.kv_heads * self.head_dim
 
     @property
+    def largest(self) -> int:
+        """Numbers of the largest weight: the embeddings or a matrix of the feed-forward network."""
+        return self.hidden * max(self.vocabulary, self.intermediate)
+
+    @property
     def linear_sizes(self) -> list[tuple[int, int]]:
         """(in, out) of each linear layer of one decoder layer."""
         h, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate

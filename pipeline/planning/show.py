@@ -27,7 +27,7 @@ from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
-from pipeline.planning.fitting import ways_out_of
+from pipeline.planning.fitting import rows_that_fit, ways_out_of
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
 from pipeline.sources import check_functions, settle_sources
 
@@ -237,6 +237,8 @@ def memory_lines(
             sizes = [*terms, of_stage.device + of_stage.host - sum(terms), of_stage.device]
             rows.append([str(stage), *map(gigabytes, sizes), mark])
         lines += [f"  {line}" for line in table(rows, right=range(1, len(COLUMNS) + 3))]
+        if where.gpu:
+            lines.append(f"  {rows_that_fit(work, name, config, where.ranks, available)}")
         if available is not None and memory.estimate(work).device > available:
             ways = ways_out_of(work, name, config, available)
             lines += [f"  does not fit; {way}" for way in ways] or ["  does not fit, whatever is set"]
@@ -246,7 +248,7 @@ def memory_lines(
     return [
         *lines,
         "states: the optimizer's and fp32 masters; kept: activations, for the backward pass",
-        "others: frozen models, gathered weights, an average;",
+        "others: frozen models, gathered weights, an average, on GPUs at ZeRO-3 a network as it is loaded;",
         f"  {loaded} ({gigabytes(base)} GB)",
         *([] if where.gpu else [left_out]),
     ]

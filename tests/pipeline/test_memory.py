@@ -18,7 +18,7 @@ from common.config import LoraConfig, ModelConfig, TokenizerConfig
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
-from pipeline.planning.fitting import ways_out, ways_out_of
+from pipeline.planning.fitting import largest_rows, rows_that_fit, ways_out, ways_out_of, with_rows
 from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import from_fields, network_of
 from pipeline.planning.workload import workload_of
@@ -256,3 +256,52 @@ def test_a_way_out_is_named_once() -> None:
     work = replace(work, batch=MicroBatchShape(100_000, 50_000))
     ways = ways_out_of(work, Step.sft, config, 0)
     assert ways and len(ways) == len(set(ways))
+
+
+def test_on_a_gpu_the_worst_moment_counts_not_all_of_them() -> None:
+    """By hand, bf16 at stage 1: of many tokens the loss, of few the update, which sends 2 bytes a weight."""
+    work = work_of(half=True, gpu=True)
+    (part,), vocabulary, hidden = work.networks, 320, 48
+    chunk = 400 * vocabulary
+    logits = max(8 * chunk + 4 * vocabulary * hidden, 6 * chunk + 8 * vocabulary * hidden)
+    of_loss = memory.estimate(work)
+    assert of_loss.of("logits") == logits and of_loss.of("buffers") == 0
+    assert of_loss.of("activations") == memory.activations(work, part)
+    few = memory.estimate(replace(work, batch=MicroBatchShape(4, 4)))
+    assert few.of("buffers") == 2 * part.trained and few.of("activations") == few.of("logits") == 0
+
+
+def test_on_a_gpu_the_backward_pass_has_the_buckets_and_no_logits() -> None:
+    work = work_of(half=True, gpu=True, batch=MicroBatchShape(600, 1), sharding=Sharding(2, 1))
+    found, size = memory.estimate(work), work.networks[0].trained
+    assert (
+        found.of("buffers") == 2 * 4 * size + 2 * size
+    )  # two buckets, and the newest micro-batch's gradients
+    assert found.of("logits") == 6 * 320 * 48  # the projection's gradient, in fp32 and rounded
+
+
+def test_frozen_norms_keep_no_normalised_input() -> None:
+    full = work_of(half=True, gpu=True)
+    (part,) = full.networks
+    adapted = replace(full, networks=(replace(part, trained=100),))
+    norms = 2 * 3 + 1  # two in each layer, and the last one
+    saved = memory.activations(full, part) - memory.activations(adapted, adapted.networks[0])
+    assert saved == norms * 600 * 2 * 48
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    work = work_of(half=True, gpu=True)  # of two rows
+    sizes = [memory.estimate(with_rows(work, number / 2)).device for number in range(1, 6)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 5
+    assert [largest_rows(work, 2, size, 9) for size in sizes] == [1, 2, 3, 4, 5]
+    assert largest_rows(work, 2, sizes[0] - 1, 9) == 0 and largest_rows(work, 2, sizes[4], 3) == 3
+
+
+def test_plan_names_it_for_the_gpus_here_and_for_others() -> None:
+    config = compose(prepare(["steps=[sft]", "sft.data.path=x", "sft.train.global_batch_size=64"]).overrides)
+    work = replace(work_of(half=True, gpu=True))
+    line = rows_that_fit(work, Step.sft, config, 2, 1e6)
+    assert line.startswith(
+        "largest sft.train.micro_batch_size that fits, up to 32: none here, 32 on an H100 "
+    )
+    assert line.endswith("32 on an H200 (151 GB)")

@@ -263,7 +263,7 @@ def test_sinks_and_caps_that_change_nothing_give_what_plain_attention_gives(wind
     torch.manual_seed(0)
     q, k, v = (heads(n, 9) for n in (4, 2, 2))
     cu_seqlens = boundaries([5, 4])
-    shared = attention.SharedPrefix((0, 3), cu_seqlens)
+    shared = attention.SharedPrefix((0, 3), cu_seqlens, int(cu_seqlens[-1]), max(LENGTHS))
     run = lambda **asked: attention.packed_attention(  # noqa: E731
         torch.nn.Identity(), q, k, v, None, cu_seq_lens_q=cu_seqlens, sliding_window=window,
         shared_prefix=shared, **asked,

@@ -96,3 +96,9 @@ def test_a_signal_while_deferred_sets_a_flag_and_before_that_ends_the_process(
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
     assert stop.received
+
+
+def test_numbers_come_to_the_host_as_they_are_whatever_they_are() -> None:
+    found = distributed.on_host([torch.tensor(0.1), 0.1, torch.tensor(2**53 - 1), 3, torch.tensor(True)])
+    assert found == [float(torch.tensor(0.1)), 0.1, 2.0**53 - 1, 3.0, 1.0]
+    assert all(type(number) is float for number in found) and distributed.on_host([]) == []

@@ -1,0 +1,61 @@
+"""What kernels of a GPU refuse and torch's derivation of shapes lets pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.gpu_fake.record import tensors_in
+
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "mv", "dot"}
+HALF = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256
+
+
+def refuse(func: Any, args: Any, kwargs: Any) -> None:
+    """RuntimeError where the kernel would raise one."""
+    name = func.overloadpacket.__name__
+    if name in PRODUCTS:
+        _refuse_dtypes(name, func, args)
+    if name == "_varlen_attn":
+        _refuse_attention(*args, **kwargs)
+
+
+def _refuse_dtypes(name: str, func: Any, args: Any) -> None:
+    """Factors have one dtype; what they are added to may have another where the product says its own."""
+    tensors = tensors_in(args)
+    factors = tensors[1:] if name.startswith(("addmm", "baddbmm")) else tensors
+    dtypes = {x.dtype for x in (factors if "dtype" in func._overloadname else tensors)}
+    if len(dtypes) > 1:
+        raise RuntimeError(f"{func}: expected one dtype, got {sorted(map(str, dtypes))}")
+
+
+def _refuse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: Any = None,
+    enable_gqa: bool = False,
+    *more: Any,
+    **options: Any,
+) -> None:
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if len(dtypes) > 1 or query.dtype not in HALF:
+        raise RuntimeError(
+            f"flash attention: expected one half-precision dtype, got {sorted(map(str, dtypes))}"
+        )
+    for bounds in (cu_seq_q, cu_seq_k):
+        if bounds.dtype is not torch.int32:
+            raise RuntimeError(f"flash attention: boundaries must be int32, got {bounds.dtype}")
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise RuntimeError(f"flash attention: {query.shape[1]} heads on {key.shape[1]} without enable_gqa")
+    width = query.shape[2]
+    if width % 8 or width > WIDEST_HEAD or any(x.stride(-1) != 1 for x in (query, key, value)):
+        raise RuntimeError(f"flash attention: a head of width {width}, or elements that are not side by side")

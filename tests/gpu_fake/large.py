@@ -1,0 +1,138 @@
+"""Optimizer steps of real sizes on the fake device: only shapes are there, so that 70B fit anywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    "1B": {
+        **LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        **LLAMA, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    "8B": {
+        **LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "70B": {
+        **LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+SIZES["70B, 8 of 80 layers"] = {**SIZES["70B"], "num_hidden_layers": 8}
+"""Configs of Llama 3.2 1B, Qwen 2.5 7B (as a Llama), Llama 3.1 8B and 70B."""
+DOCUMENT = 512
+"""Tokens of each document of a row."""
+
+
+def train(case: dict[str, Any]) -> int:
+    """Two optimizer steps, the second of `micro_batches` passes; returns 0.
+
+    case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora and
+    checkpointing. names: sizes of the networks that learn, the first with a head of tokens, the others with a
+    scalar one; frozen: of those that do not learn.
+    """
+    from common.runtime.distributed import init_world
+
+    world = init_world()
+    learning = [_learner(case, name, number > 0) for number, name in enumerate(case["names"])]
+    held = [_module(case, name, False) for name in case.get("frozen", ())]
+    for module in held:
+        module.requires_grad_(False)
+    batch = _batch(case["tokens"]).to(world.device)
+    for step in (1, 2):
+        for number, engine in enumerate(learning):
+            passes = 1 if step == 1 else case["micro_batches"]  # the first makes the optimizer's state
+            _step(engine, batch, passes, number > 0, step)
+    return 0
+
+
+def _step(engine: Any, batch: Any, micro_batches: int, is_scalar: bool, step: int) -> None:
+    from common.model.packed import batch_arguments, document_arguments
+    from common.phases import enter
+
+    enter("step", step)
+    for _ in range(micro_batches):
+        if is_scalar:
+            positions = {
+                "score_positions": batch.trained_positions,
+                "computed_positions": batch.computed_positions,
+            }
+            loss = engine(**document_arguments(batch), **positions).sum()
+        else:
+            loss = engine(**batch_arguments(batch), with_entropy=True).loss_sum
+        engine.backward(loss, 1000.0)
+        del loss
+    engine.step()
+
+
+def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
+    """The network of this size, as a step makes it."""
+    import torch
+
+    from common.config import Dtype, LoraConfig, ModelConfig
+    from common.model import adapters, attention, loading
+    from common.model.architecture import CAUSAL_LM, build_config
+    from common.model.packed import PackedCausalLM
+    from common.model.probes import find_shortcuts
+    from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel
+
+    attention.register()
+    head = NEW_REWARD_MODEL if is_scalar else CAUSAL_LM
+    config = build_config(SIZES[name])
+    config.update(dict(head.fields))
+    with torch.device("cuda"):
+        network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
+    if case["checkpointing"]:
+        loading.enable_checkpointing(network)
+    if case["lora"]:
+        lora = LoraConfig(enabled=True, r=case["lora"], alpha=16)
+        network = adapters.add_adapters(network, lora, head.task_type)
+    network.train()
+    kind = PackedScalarModel if is_scalar else PackedCausalLM
+    return kind(network, find_shortcuts(network))
+
+
+def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
+    from common.config import DeepSpeedConfig, Dtype, Offload, OptimConfig
+    from common.training.ds_config import build_ds_config
+    from common.training.engine import Engine
+    from common.training.optim import build_optimizer
+
+    module = _module(case, name, is_scalar)
+    settings = DeepSpeedConfig(
+        stage=case["stage"],
+        hpz_partition_size=case["hpz"],
+        offload_optimizer=Offload.cpu if case["offload_optimizer"] else Offload.none,
+        offload_param=Offload.cpu if case["offload_param"] else Offload.none,
+    )
+    config = build_ds_config(
+        settings, dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1, world_size=case["size"],
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+    )  # fmt: skip
+    engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-5), 1e-5), config)
+    engine.train()
+    return engine
+
+
+def _batch(tokens: int) -> Any:
+    """Documents of DOCUMENT tokens, all but the last of each trained."""
+    import numpy as np
+
+    from common.data.batches import collate
+    from common.data.types import IGNORE, TokenizedExample
+
+    labels = np.full(DOCUMENT, 5, np.int32)
+    labels[-1] = IGNORE
+    count = tokens // DOCUMENT
+    return collate(
+        [TokenizedExample(np.full(DOCUMENT, 7, np.int32), labels, "")] * count, range(count), [0] * count
+    )

@@ -1,0 +1,154 @@
+"""Run steps on the fake device: `python -m tests.gpu_fake.rank` reads a case per line, prints its outcome.
+
+Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
+size, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, and a function of
+`mutations` that is called first; or what `large.train` takes. Its outcome is JSON: {status, printed, passes},
+and what was recorded, as in `record.Record.plain`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import json
+import os
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
+SCHEMAS = {"sft": "SFTJob", "reward": "RewardJob", "dpo": "DPOJob", "ppo": "PPOJob"}
+IMPORTED = (
+    "deepspeed", "peft", "sympy", "torch._dynamo", "torch._inductor.lowering", "omegaconf", "pyarrow.compute",
+    "rich.console", "transformers.generation.utils", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+"""What the first case would import."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+    "RANK": "0",
+}
+
+
+def main() -> None:
+    from tests.gpu_fake import guard
+
+    os.environ.update(ENVIRONMENT, LOCAL_RANK="0")
+    guard.load()
+    from tests.gpu_fake import cuda
+
+    cuda.install()
+    for name in (*(f"{module}.train" for module in MODULES.values()), *IMPORTED):
+        importlib.import_module(name)
+    gc.freeze()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_in_a_fork(json.loads(line))), flush=True)
+
+
+def _in_a_fork(case: dict[str, Any]) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(_outcome(case), pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    status = os.wait()[1]
+    return json.loads(text) if text else {"status": status, "printed": f"the process ended with {status}"}
+
+
+def _outcome(case: dict[str, Any]) -> dict[str, Any]:
+    """Run the case and say what came of it; status 0: it returned."""
+    from tests.gpu_fake import large
+    from tests.gpu_fake.device import Device
+
+    printed, device, passes = io.StringIO(), Device(), []
+    status: Any = 1
+    with redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            _prepare(case, passes)
+            with device:
+                status = large.train(case) if "names" in case else _train(case)
+        except SystemExit as error:
+            status = error.code
+        except BaseException:
+            traceback.print_exc()
+    return {"status": status, "printed": printed.getvalue(), "passes": passes, **device.record.plain()}
+
+
+def _prepare(case: dict[str, Any], passes: list[list[int]]) -> None:
+    from tests.gpu_fake import cuda
+
+    size = case.get("size", 1)
+    os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(min(size, 8)))
+    cuda.join(0, size)
+    if size > 1:
+        _work_alone()
+    _watch_decoding(passes)
+    if change := case.get("change"):
+        getattr(importlib.import_module("tests.gpu_fake.mutations"), change)()
+
+
+def _work_alone() -> None:
+    """Without the other ranks' heartbeats and words."""
+    from common.runtime import distributed
+    from common.training import session
+
+    distributed.start_heartbeat = lambda *_: SimpleNamespace(stop=lambda: None)
+    distributed.wait_for_rank0 = session.wait_for_rank0 = lambda world, name: None
+    distributed.all_gather_objects = lambda value: [value] * int(os.environ["WORLD_SIZE"])
+    _fill_in_responses()
+
+
+def _fill_in_responses() -> None:
+    """What other ranks would find of their responses is 0."""
+    from step3_ppo import minibatches
+
+    gather = minibatches._all_gathered
+
+    def gathered(experience: Any, batches: Any, compute: Any, sizes: Any) -> Any:
+        own = dict(gather(experience, batches, compute, sizes))
+        return [(response, own.get(response, [0.0] * size)) for response, size in enumerate(sizes)]
+
+    minibatches._all_gathered = gathered
+
+
+def _watch_decoding(passes: list[list[int]]) -> None:
+    """Of each pass of the decoder: prompts that it takes in, and synchronisations."""
+    from common.decoding.scheduler import Run
+    from tests.gpu_fake.device import Device
+
+    real = Run.step
+
+    def step(self: Run, through: Any) -> Any:
+        device = Device.current
+        assert device is not None
+        waiting, before = len(self.queue), device.record.syncs.total()
+        ended = real(self, through)
+        passes.append([waiting - len(self.queue), device.record.syncs.total() - before])
+        return ended
+
+    Run.step = step
+
+
+def _train(case: dict[str, Any]) -> int:
+    from common.config import load_resolved
+    from common.runtime.entry import on_this_device
+
+    module = MODULES[case["step"]]
+    schema = getattr(importlib.import_module(f"{module}.config"), SCHEMAS[case["step"]])
+    config = Path(case["config"])
+    job = on_this_device(load_resolved(config, schema))
+    return int(importlib.import_module(f"{module}.train").train(job, config.parent))
+
+
+if __name__ == "__main__":
+    main()

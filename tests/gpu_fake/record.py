@@ -1,0 +1,82 @@
+"""What the fake device was asked to do, and which line asked."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+from common.phases import current
+
+ROOT = __file__.rsplit("/tests/", 1)[0] + "/"
+NOT_ASKING = ("/tests/gpu_fake/", "/torch/", "<frozen", "/contextlib.py", "/functools.py")
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors of nested arguments; torch's own function for this takes several times as long."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for part in tree for tensor in tensors_in(part)]
+
+
+def site() -> str:
+    """`file:line function` of the innermost frame outside of torch; behind <- the project's innermost."""
+    frame, first = sys._getframe(1), None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not any(part in name for part in NOT_ASKING):
+            short = name.split("site-packages/")[-1].removeprefix(ROOT)
+            here = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
+            if "site-packages" not in name:
+                return here if first is None else f"{first} <- {here}"
+            first = first or here
+        frame = frame.f_back  # type: ignore[assignment]
+    return first or "?"
+
+
+class Record:
+    """Counts by phase and step of the run (`common.phases`), and memory in bytes."""
+
+    def __init__(self) -> None:
+        self.syncs: Counter[tuple[str, int, str, str]] = Counter()  # (phase, step, what, site)
+        self.collectives: Counter[tuple[str, int, str]] = Counter()
+        self.sent: Counter[tuple[str, int, str]] = Counter()  # bytes given to each kind of collective
+        self.now = self.peak = 0
+        self.peak_site = ""
+
+    def sync(self, what: str) -> None:
+        self.syncs[*_place(), what, site()] += 1
+
+    def collective(self, name: str, arguments: Any) -> None:
+        on_device = [x for x in tensors_in(arguments) if x.is_cuda]
+        if on_device:
+            self.collectives[*_place(), name] += 1
+            self.sent[*_place(), name] += sum(x.numel() * x.element_size() for x in on_device)
+
+    def allocated(self, size: int) -> None:
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peak_site = self.now, site()
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "syncs": [[*key, count] for key, count in sorted(self.syncs.items())],
+            "collectives": [[*key, n, self.sent[key]] for key, n in sorted(self.collectives.items())],
+            "peak": self.peak,
+            "peak_site": self.peak_site,
+        }
+
+
+def _place() -> tuple[str, int]:
+    phase = current()
+    return phase.name, phase.step or 0

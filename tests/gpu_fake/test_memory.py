@@ -1,0 +1,72 @@
+"""`plan`'s memory against the fake device's peak at real sizes: within 5 %, CUDA's own memory left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from common.config import LoraConfig
+from pipeline.planning import memory
+from pipeline.planning.memory import Head, MicroBatchShape, Sharding, Trained, Workload
+from pipeline.planning.network import Network, from_fields
+from tests.gpu_fake.jobs import Fake
+from tests.gpu_fake.large import SIZES
+
+pytestmark = pytest.mark.gpu_fake
+
+PLAIN: dict[str, Any] = {
+    "names": ["1B"], "frozen": [], "tokens": 4096, "micro_batches": 2, "stage": 1, "size": 1, "hpz": 1,
+    "lora": 0, "checkpointing": False, "offload_optimizer": False, "offload_param": False,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "1B": {},
+    "7B, checkpointing": {"names": ["7B"], "checkpointing": True},
+    "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
+    "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
+    "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
+    "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
+    "70B, 8 of 80 layers, zero3, 64 ranks": {
+        "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
+    },
+    "1B, lora": {"lora": 16},
+    "PPO's four 1B, zero2, 8 ranks": {
+        "names": ["1B", "1B"], "frozen": ["1B", "1B"], "stage": 2, "size": 8,
+    },
+}  # fmt: skip
+
+
+def network(name: str, *, scalar: bool = False) -> Network:
+    found = from_fields(SIZES[name])
+    assert found is not None
+    return found.without_head() if scalar else found
+
+
+def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
+    lora = LoraConfig(enabled=True, r=case["lora"]) if case["lora"] else None
+    learning = []
+    for number, name in enumerate(case["names"]):
+        net = network(name, scalar=number > 0)
+        trained = net.adapter_parameters(lora) if lora else net.parameters
+        learning.append(Trained(net, trained, Head.scalar if number else Head.tokens))
+    return memory.estimate(
+        Workload(
+            networks=tuple(learning),
+            batch=MicroBatchShape(case["tokens"], case["tokens"], short=False),
+            sharding=Sharding(case["stage"], case["size"], case["offload_optimizer"], case["offload_param"]),
+            half=True,
+            gpu=True,
+            checkpointing=case["checkpointing"],
+            frozen=tuple(network(name) for name in case["frozen"]),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_the_peak(fake: Fake, name: str) -> None:
+    case = {**PLAIN, **CASES[name]}
+    outcome = fake.run_large(case)
+    assert outcome.status == 0, outcome.printed[-3000:]
+    estimate = planned(case)
+    base = estimate.of("libraries")  # CUDA's context and workspaces, which are not on the fake device
+    assert estimate.device - base == pytest.approx(outcome.peak, rel=0.05), outcome.peak_site

@@ -1,0 +1,44 @@
+"""PPO on a GPU that is not there."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config import Dtype
+from tests.gpu_fake.jobs import STEPS, Fake, Shape
+from tests.gpu_fake.waits import SAMPLING, SCORING, assert_waits, expected
+
+pytestmark = pytest.mark.gpu_fake
+
+SHAPES = {
+    "zero1": Shape(),
+    "fp16, zero2": Shape(stage=2, dtype=Dtype.fp16),
+    "lora, zero2 offload": Shape(stage=2, lora=True, offload_optimizer=True),
+    "zero3": Shape(stage=3),
+    "8 ranks, zero3": Shape(size=8, stage=3),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_trains_and_exports(fake: Fake, name: str) -> None:
+    outcome = fake.run("ppo", SHAPES[name])
+    assert outcome.status == 0, outcome.printed[-3000:]
+    assert "skipped" not in outcome.printed
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3", "8 ranks, zero3"])
+def test_an_update_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
+    assert_waits(fake.run("ppo", SHAPES[name]), expected("ppo", SHAPES[name]))
+
+
+def test_a_pass_of_the_decoder_waits_once_whatever_the_layers_also_with_new_prompts(fake: Fake) -> None:
+    outcome = fake.run("ppo", SHAPES["zero1"])  # of two layers
+    admitted = [prompts for prompts, _ in outcome.passes]
+    assert any(admitted) and not all(admitted)  # both kinds are looked at
+    assert [waits for _, waits in outcome.passes] == [1] * len(outcome.passes)
+    assert outcome.syncs_of(STEPS, ("rollout",)).keys() == SAMPLING.keys()
+
+
+def test_scoring_waits_once_for_each_network_and_micro_batch(fake: Fake) -> None:
+    found = fake.run("ppo", SHAPES["zero1"]).syncs_of(STEPS, ("score",))
+    assert found.keys() == SCORING.keys() and found.total() == 4 * 2  # networks, micro-batches

@@ -1,0 +1,47 @@
+"""SFT on a GPU that is not there: it runs, and waits for the device where it has to and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.config import Dtype
+from tests.gpu_fake.jobs import MOE, Fake, Shape
+from tests.gpu_fake.waits import assert_waits, expected
+
+pytestmark = pytest.mark.gpu_fake
+
+SHAPES = {
+    "zero1": Shape(),
+    "fp16": Shape(dtype=Dtype.fp16),
+    "fp32": Shape(dtype=Dtype.fp32),
+    "zero2": Shape(stage=2),
+    "zero3": Shape(stage=3),
+    "zero2 offload": Shape(stage=2, offload_optimizer=True),
+    "zero3 offload": Shape(stage=3, offload_optimizer=True, offload_param=True),
+    "checkpointing": Shape(checkpointing=True),
+    "lora": Shape(stage=2, lora=True),
+    "moe": Shape(model=tuple(MOE.items())),
+    "8 ranks": Shape(size=8),
+    "8 ranks, zero2": Shape(size=8, stage=2),
+    "8 ranks, zero3": Shape(size=8, stage=3),
+    "8 ranks, hpz": Shape(size=8, stage=3, hpz=4),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_trains_and_exports(fake: Fake, name: str) -> None:
+    outcome = fake.run("sft", SHAPES[name])
+    assert outcome.status == 0, outcome.printed[-3000:]
+    assert "skipped" not in outcome.printed
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "offload" not in name and name != "fp32"])
+def test_an_optimizer_step_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
+    """With offload DeepSpeed waits at every parameter; in fp32 attention goes document by document."""
+    assert_waits(fake.run("sft", SHAPES[name]), expected("sft", SHAPES[name]))
+
+
+def test_more_micro_batches_wait_no_more_often(fake: Fake) -> None:
+    job = fake.job("sft", Shape())
+    job.sft.train.micro_batch_size = 1
+    assert_waits(fake.run("sft", job=job), expected("sft", Shape()))
