@@ -82,14 +82,14 @@ def activations_that_are_kept() -> None:
     """Hidden states of every micro-batch stay on the device."""
     from step1_sft import train
 
-    score, kept = train.score, []
+    compute_loss, kept = train.compute_loss, []
 
-    def scoring(*args: Any, **kwargs: Any) -> Any:
-        kept.append(score(*args, **kwargs))
+    def computing(*args: Any, **kwargs: Any) -> Any:
+        kept.append(compute_loss(*args, **kwargs))
         kept.append(kept[-1].token_losses.new_zeros(1 << 20))
         return kept[-2]
 
-    train.score = scoring
+    train.compute_loss = computing
 
 
 def whole_logits() -> None:
@@ -99,11 +99,11 @@ def whole_logits() -> None:
     chunk = fused_loss._score_chunk
     held = []
 
-    def scoring(logits: Any, *more: Any) -> Any:
+    def computing(logits: Any, *more: Any) -> Any:
         held.append(logits.new_zeros(64, *logits.shape))
         return chunk(logits, *more)
 
-    fused_loss._score_chunk = scoring
+    fused_loss._score_chunk = computing
 
 
 def _change_attention(change: Any) -> None:

@@ -123,12 +123,12 @@ def _fill_in_responses() -> None:
 
 def _watch_decoding(passes: list[list[int]]) -> None:
     """Of each pass of the decoder: prompts that it takes in, and synchronisations."""
-    from common.decoding.scheduler import Run
+    from common.decoding.scheduler import Scheduler
     from tests.gpu_fake.device import Device
 
-    real = Run.step
+    real = Scheduler.step
 
-    def step(self: Run, through: Any) -> Any:
+    def step(self: Scheduler, through: Any) -> Any:
         device = Device.current
         assert device is not None
         waiting, before = len(self.queue), device.record.syncs.total()
@@ -136,7 +136,7 @@ def _watch_decoding(passes: list[list[int]]) -> None:
         passes.append([waiting - len(self.queue), device.record.syncs.total() - before])
         return ended
 
-    Run.step = step
+    Scheduler.step = step
 
 
 def _train(case: dict[str, Any]) -> int:
