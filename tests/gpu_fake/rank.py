@@ -114,8 +114,8 @@ def _fill_in_responses() -> None:
 
     gather = minibatches._all_gathered
 
-    def gathered(experience: Any, batches: Any, compute: Any, sizes: Any) -> Any:
-        own = dict(gather(experience, batches, compute, sizes))
+    def gathered(batches: Any, compute: Any, sizes: Any) -> Any:
+        own = dict(gather(batches, compute, sizes))
         return [(response, own.get(response, [0.0] * size)) for response, size in enumerate(sizes)]
 
     minibatches._all_gathered = gathered
