@@ -44,6 +44,7 @@ from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES
 from pipeline.publish import Destination, check_gguf, find_converter, write_gguf
 from pipeline.state import METRICS, RESOLVED, read_resolved, read_state
+from step3_ppo.config import CALIBRATION
 
 CHECKPOINTS, COUNTERS = "checkpoints", "counters.json"
 TOKENIZER = "tokenizer"
@@ -411,7 +412,7 @@ def lay_out(found: Checkpoint, run: Path, dtype: Dtype | None = None) -> None:
     write_text(run / RESOLVED, OmegaConf.to_yaml(resolved))
     of_run = TakenFrom(has_ended(found), file_sha256(found.run / RESOLVED), {"model.dtype": trained})
     write_json(step / TAKEN_FROM, to_plain(of_run))
-    for there in (found.run / name / METRICS, found.run / name / TOKENIZER):
+    for there in (found.run / name / kept for kept in (METRICS, TOKENIZER, CALIBRATION)):
         if there.is_dir():
             shutil.copytree(there, step / there.name)
         elif there.exists():

@@ -17,12 +17,12 @@ from common.data.stored import PromptDataset
 from common.files import disk_errors
 from common.phases import enter
 from common.runtime.distributed import World, broadcast_from_rank0
+from step3_ppo.config import CALIBRATION
 from step3_ppo.networks import Networks
 from step3_ppo.rewards.sources import Calibration
 from step3_ppo.rollout import Experience, Sampler
 from step3_ppo.scoring import Scoring
 
-FILE = "calibration.json"
 STREAM = 0x63616C
 """Sets these draws apart from those of iterations."""
 log = logging.getLogger("rlhf.ppo")
@@ -47,7 +47,7 @@ def calibrate(
     samples: responses to each. folder: the step's. UserError where all scores are the same.
     """
     key = {"reward_model": reward_model.sha256, "seed": seed, "prompts": len(prompt_ids), "samples": samples}
-    found = broadcast_from_rank0(world, lambda: _kept(folder / FILE, key))
+    found = broadcast_from_rank0(world, lambda: _kept(folder / CALIBRATION, key))
     if found is None:
         enter("rollout")
         responses = sampler(rows, prompt_ids, key=(seed, STREAM), samples=samples, to_the_end=True)
@@ -55,7 +55,7 @@ def calibrate(
         scores = scoring.by_model(Experience(responses), scoring.texts(responses, rows), networks)
         assert scores is not None
         found = {**key, "mean": float(scores.mean()), "std": float(scores.std())}
-        broadcast_from_rank0(world, lambda: _keep(folder / FILE, found))
+        broadcast_from_rank0(world, lambda: _keep(folder / CALIBRATION, found))
     scoring.calibration = Calibration.of({"calibration": found}, reward_model.path)
     say(
         f"reward model: mean {found['mean']:.4g} and standard deviation {found['std']:.4g} over "

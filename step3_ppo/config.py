@@ -20,6 +20,8 @@ STAGE = Stage(
     name=Step.ppo, consumes=(Input.policy, Input.reward_model), produces=Role.policy, module="step3_ppo"
 )
 """PPO starts from a policy and a reward model, and produces a policy."""
+CALIBRATION = "calibration.json"
+"""In the step's folder: that of a reward model which others published (`calibrate.py`)."""
 
 
 class Estimator(Enum):

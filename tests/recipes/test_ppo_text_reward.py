@@ -15,6 +15,7 @@ from common.artifacts import read_json, write_json
 from common.config import ModelConfig
 from common.stage import Role
 from common.training.import_model import import_model
+from pipeline.export import checkpoint_of, lay_out
 from step3_ppo.config import CriticStart, PPOJob
 from step3_ppo.rollout import Experience
 from tests.common.training.exporting import published
@@ -119,6 +120,12 @@ def test_a_resumed_run_counts_in_the_units_in_which_it_began(folder: Path, artif
     expected = (last.scores["reward_model"] - kept["mean"]) / kept["std"] - 1 - ~stopped
     assert last.rewards == pytest.approx(expected)
     assert [line["step"] for line in lines_of(where)] == [1, 2]
+
+
+def test_an_exported_checkpoint_is_not_calibrated_anew(run_dir: Path, tmp_path: Path) -> None:
+    lay_out(checkpoint_of(run_dir, "last"), tmp_path / "taken")
+    kept = read_json(run_dir / "ppo" / "calibration.json")
+    assert read_json(tmp_path / "taken" / "ppo" / "calibration.json") == kept
 
 
 def test_what_was_measured_of_another_reward_model_does_not_count(folder: Path, artifacts: Artifacts) -> None:
