@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,12 @@ KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 """How many compiled kernels torch and oneDNN keep on the CPU. Packed rows vary in length, and in bf16 each
 length has kernels of its own: with the default, 1,024 each, a model of 4M parameters grows by 25 MB per
 micro-batch. What the layers of a micro-batch share still fits: it is no slower."""
+
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+"""How glibc is told to keep what was freed. By default every tensor of 32 MB and more is mapped anew, and the
+kernel clears its pages at each use: 19 % of the time of SmolLM2-135M in bf16, 3 % so."""
+TCMALLOC = "tcmalloc_minimal"
+"""An allocator that keeps it too, with less memory and more speed; taken where it is installed."""
 
 ALLOWED_LOAD = 0.2
 """Share of a machine's processor time that others may use while it still counts as idle."""
@@ -150,6 +157,8 @@ def environment(job: Job) -> dict[str, str]:
     if "OMP_NUM_THREADS" not in os.environ:
         values["OMP_NUM_THREADS"] = str(max(1, count_cores() // job.ranks))
     values |= {name: value for name, value in KERNELS.items() if name not in os.environ}
+    if not count_gpus():
+        values |= allocator()
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         values |= _how_threads_wait()
     values |= {name: value for name, value in _interfaces(job.meeting).items() if name not in os.environ}
@@ -157,6 +166,14 @@ def environment(job: Job) -> dict[str, str]:
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return values
+
+
+def allocator(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that have a process keep freed memory; none where the user chose an allocator."""
+    if not {"LD_PRELOAD", "GLIBC_TUNABLES", *KEEPING}.isdisjoint(environment):
+        return {}
+    library = find_library(TCMALLOC)
+    return KEEPING if library is None else {"LD_PRELOAD": library}
 
 
 def python_path(environment: Mapping[str, str] = os.environ) -> str:

@@ -32,6 +32,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("/dev/shm", hardware.shared_memory),
     Probe("versions", software.versions),
     Probe("compilers", software.compilers),
+    Probe("allocator", software.allocator),
     Probe("jit", software.jit_locks, f"{_DISK} with TORCH_EXTENSIONS_DIR=FOLDER"),
     Probe("output_dir", system.output_folder, f"{_DISK} with output_dir=FOLDER"),
     Probe("caches", system.cache_folders, f"{_DISK} with HF_HOME, TORCH_EXTENSIONS_DIR or TMPDIR"),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common import jit
 from common.redact import has_wandb_key, redact, redact_text
-from launch.local import PROJECT
+from launch.local import KEEPING, PROJECT
+from launch.local import allocator as chosen_allocator
 from pipeline.doctor.findings import Findings, Machine, note, ok, warning
 
 
@@ -81,6 +82,22 @@ def compilers(machine: Machine) -> Findings:
     text = f"{cxx or 'no C++ compiler'}, {'nvcc' if has_nvcc else 'no nvcc'}"
     without = f"{text}: model.compile=true would not work; nothing else compiles"
     yield note("compilers", without) if cxx is None else ok("compilers", text)
+
+
+def allocator(machine: Machine) -> Findings:
+    """What hands out the memory of ranks on the CPU."""
+    chosen = chosen_allocator(machine.environment)
+    if not chosen:
+        yield ok("allocator", "chosen by the environment")
+    elif chosen is KEEPING:
+        faster = "on the CPU, tcmalloc is a few percent faster and needs less memory"
+        yield note(
+            "allocator",
+            f"glibc, told to keep what was freed; {faster}",
+            "apt-get install libtcmalloc-minimal4",
+        )
+    else:
+        yield ok("allocator", f"{chosen['LD_PRELOAD']} for ranks on the CPU")
 
 
 def jit_locks(machine: Machine) -> Findings:

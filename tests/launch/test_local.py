@@ -114,6 +114,21 @@ def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch: pytest.
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in environment(Job("m", ()))
 
 
+def test_freed_memory_is_kept_on_the_cpu_unless_the_user_chose_an_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for library, expected in ((None, local.KEEPING), ("lib.so.4", {"LD_PRELOAD": "lib.so.4"})):
+        monkeypatch.setattr(local, "find_library", lambda name, library=library: library)
+        assert local.allocator({}) == expected
+        for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_"):
+            assert local.allocator({name: "of the user"}) == {}
+        for name in ("LD_PRELOAD", "GLIBC_TUNABLES", *local.KEEPING):
+            monkeypatch.delenv(name, raising=False)
+        for gpus in (0, 1):
+            monkeypatch.setattr(local, "count_gpus", lambda gpus=gpus: gpus)
+            assert (expected.items() <= environment(Job("m", ())).items()) == (gpus == 0)
+
+
 def test_threads_spin_for_a_moment_on_an_idle_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)

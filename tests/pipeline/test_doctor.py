@@ -15,6 +15,7 @@ import pytest
 
 from common import jit
 from common.errors import UserError
+from launch import local
 from pipeline.doctor import doctor, hardware, software, system
 from pipeline.doctor.examine import PROBES, examine, report
 from pipeline.doctor.findings import GIB, Finding, Level, Machine, Probe
@@ -220,6 +221,16 @@ def test_the_pins_of_this_project_cover_what_it_depends_on(tmp_path: Path) -> No
     assert pins["torch"] == "2.13.0" and pins["pyyaml"]
     assert software.parse_pins("# torch==1\nA_b==2\n") == {"a-b": "2"}
     assert all(finding.name == "versions" for finding in software.versions(machine(tmp_path)))
+
+
+def test_the_allocator_of_ranks_on_the_cpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, str]] = []
+    for environment, library in (({}, None), ({}, "lib.so.4"), ({"LD_PRELOAD": "own"}, None)):
+        monkeypatch.setattr(local, "find_library", lambda name, library=library: library)
+        (found,) = software.allocator(Machine(environment, Path()))
+        said.append((found.text, found.way_out))
+    assert said[0][0].startswith("glibc, told to keep") and "libtcmalloc" in said[0][1]
+    assert said[1:] == [("lib.so.4 for ranks on the CPU", ""), ("chosen by the environment", "")]
 
 
 def test_a_lock_of_a_compilation_at_work_is_noted_and_a_stale_one_warned_of(
