@@ -1,4 +1,4 @@
-"""The glossary of CONTRIBUTING.md is the vocabulary: names that it replaced do not come back."""
+"""Rules of CONTRIBUTING.md: names that its glossary replaced do not come back, and no file grows too long."""
 
 from __future__ import annotations
 
@@ -63,3 +63,10 @@ def test_the_glossarys_words_stand_where_their_thing_is() -> None:
         "Heartbeats": "common/runtime/heartbeat.py",
     }
     assert [word for word, path in where.items() if not re.search(word, (ROOT / path).read_text())] == []
+
+
+def test_no_file_has_more_than_450_lines() -> None:
+    files = [path for folder in [*FOLDERS, "tests"] for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 500
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {path: count for path, count in lines.items() if count > 450} == {}

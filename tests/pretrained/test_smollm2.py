@@ -237,6 +237,19 @@ def test_ppo_and_dpo_start_from_the_plain_folder_and_leave_it_as_their_reference
         assert all(torch.equal(tensor, reference[name]) for name, tensor in given.items())
 
 
+def test_dpo_compares_with_the_plain_model_where_that_is_named(folder: Path, full_fp32: Ran) -> None:
+    policy = full_fp32.folder / "sft" / "export"
+    dpo = run(
+        folder, "other_reference", "model.dtype=fp32", "steps=[dpo]", f"dpo.policy={policy}",
+        f"dpo.reference={find()}", "dpo.train.max_steps=1",
+    )  # fmt: skip
+    first = dpo.lines("dpo", "loss")[0]
+    assert math.isfinite(first["loss"]) and abs(first["loss"] - math.log(2)) > 1e-3
+    parents = read_json(dpo.folder / "lineage.json")["artifacts"]["dpo"]["parents"]
+    assert [parent.get("taken_as") for parent in parents] == [None, "reference"]
+    assert parents[1]["imported"]["from"] == str(find())
+
+
 def test_the_chat_answers_as_the_policy_was_taught(full_fp32: Ran) -> None:
     said = pipeline(
         "chat", str(full_fp32.folder / "sft" / "export"), "--max-new-tokens", "12", "--temperature", "0",
