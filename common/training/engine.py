@@ -21,9 +21,10 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,20 @@ class Engine:
         """Write weights and optimizer state of this rank into `folder`; all ranks call it.
 
         Raises this rank's disk error once all ranks are done: DeepSpeed has collectives between its writes,
-        and a rank that leaves them early takes the others down with it.
+        and a rank that leaves them early takes the others down with it. A removed run's folder stays removed.
         """
         refused: list[Exception] = []
         writer = self._engine.checkpoint_engine
-        write = writer.save
+        write, make_folders = writer.save, writer.makedirs
 
-        def try_to_write(*args: Any, **kwargs: Any) -> None:
+        def tried(do: Callable[..., object], *args: Any, **kwargs: Any) -> None:
             try:
-                write(*args, **kwargs)
+                do(*args, **kwargs)
             except (OSError, RuntimeError) as error:
                 refused.append(error)
 
-        writer.save = try_to_write
+        writer.save = partial(tried, write)
+        writer.makedirs = partial(tried, lambda path, exist_ok: Path(path).mkdir(exist_ok=exist_ok))
         try:
             self._engine.save_checkpoint(
                 str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen()
@@ -124,7 +126,7 @@ class Engine:
         except OSError as error:
             refused.append(error)
         finally:
-            writer.save = write
+            writer.save, writer.makedirs = write, make_folders
         if refused:
             raise refused[0]
 

@@ -57,6 +57,9 @@ def one_step(folder: str) -> int:
     assert engine.step().applied and module.weight[0, 0].item() < 0.5
     engine.load(Path(folder))
     torch.testing.assert_close(module.weight, torch.tensor([[0.7, 1.0, 0.6]]))
+    with pytest.raises(FileNotFoundError):
+        engine.save(Path(folder) / "of a run that was removed" / "step")
+    assert not (Path(folder) / "of a run that was removed").exists()
     return 0
 
 
