@@ -85,7 +85,8 @@ def test_the_interval_of_a_correlation_of_many_normal_pairs_is_fishers() -> None
 
     draw, count, r = random.Random(0), 4_000, 0.6
     pairs = [(x := draw.gauss(0, 1), r * x + math.sqrt(1 - r * r) * draw.gauss(0, 1)) for _ in range(count)]
-    z = [[(value - fmean(side)) / pstdev(side) for value in side] for side in zip(*pairs, strict=True)]
+    sides = [(side, fmean(side), pstdev(side)) for side in zip(*pairs, strict=True)]
+    z = [[(value - mean) / deviation for value in side] for side, mean, deviation in sides]
     found = fmean(a * b for a, b in zip(*z, strict=True))
     influence = {
         str(n): a * b - found * (a * a + b * b) / 2 + found for n, (a, b) in enumerate(zip(*z, strict=True))
