@@ -159,6 +159,8 @@ def environment(job: Job) -> dict[str, str]:
     values |= {name: value for name, value in KERNELS.items() if name not in os.environ}
     if not count_gpus():
         values |= allocator()
+        # spares DeepSpeed its search and a warning, also in processes that are no ranks
+        values["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         values |= _how_threads_wait()
     values |= {name: value for name, value in _interfaces(job.meeting).items() if name not in os.environ}

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common import jit
+from common.files import WRITTEN_WITH
 from common.redact import has_wandb_key, redact, redact_text
 from launch.local import KEEPING, PROJECT
 from launch.local import allocator as chosen_allocator
@@ -162,9 +163,14 @@ CHANGES_RUNS = re.compile(
 LAUNCHER_S = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def changes_runs(name: str) -> bool:
+    """Whether a variable does, of those that are not our own to each other."""
+    return CHANGES_RUNS.match(name) is not None and name != WRITTEN_WITH
+
+
 def variables(machine: Machine) -> Findings:
     """Environment variables that change runs, credentials hidden."""
-    there = {name: value for name, value in sorted(machine.environment.items()) if CHANGES_RUNS.match(name)}
+    there = {name: value for name, value in sorted(machine.environment.items()) if changes_runs(name)}
     if not there:
         yield ok("environment", "no variable that changes runs")
         return

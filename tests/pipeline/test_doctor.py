@@ -15,6 +15,7 @@ import pytest
 
 from common import jit
 from common.errors import UserError
+from common.files import WRITTEN_WITH
 from launch import local
 from pipeline.doctor import doctor, hardware, software, system
 from pipeline.doctor.examine import PROBES, examine, report
@@ -370,6 +371,11 @@ def test_where_numbers_go_follows_key_and_environment(
     netrc.chmod(0o600)
     assert look().text.startswith("online")
     assert look(WANDB_BASE_URL="https://another.example").text.startswith("offline")
+
+
+def test_what_verbs_tell_their_own_processes_is_not_listed() -> None:
+    (found,) = software.variables(Machine({WRITTEN_WITH: "output_dir=DIR"}, Path()))
+    assert found.text == "no variable that changes runs"
 
 
 def test_variables_that_change_runs_are_listed_without_credentials(tmp_path: Path) -> None:
