@@ -52,6 +52,7 @@ from common.model import (
 from common.model.adapters import adapters_off
 from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments
 from common.runtime.distributed import World, all_gather_objects, broadcast_from_rank0
+from common.training import frozen
 from common.training.engine import Engine
 from common.training.frozen import load_frozen_policy
 from step2_dpo import loss
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
 HASHED = (
     adapters, architecture, attention, fused_loss, hub, last_layer, loading, miniature, one_by_one, packed,
-    probes, tokenizer, batches_module, packing, loss,
+    probes, tokenizer, frozen, batches_module, packing, loss,
 )  # fmt: skip
 """The modules that load the model, lay out the pairs and compute the numbers."""
 
@@ -117,8 +118,8 @@ def other_model(
     job: JobConfig, artifact: Artifact, tokenizer: PreTrainedTokenizerFast, world: World
 ) -> Iterator[tuple[Ask, bool]]:
     """Another policy, on the device while it is asked; and whether it can share prefixes."""
-    frozen = load_frozen_policy(job, artifact, tokenizer, world)
-    yield frozen, cast(PackedCausalLM, frozen.module).shortcuts.shared_prefix
+    model = load_frozen_policy(job, artifact, tokenizer, world)
+    yield model, cast(PackedCausalLM, model.module).shortcuts.shared_prefix
 
 
 def reference_key(

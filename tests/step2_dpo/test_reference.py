@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,6 +82,33 @@ def test_the_numbers_are_the_models_own_log_probabilities(cached: Cached) -> Non
     with torch.no_grad():
         expected = [[float(side) for side in plain_logps(model, pairs[index])] for index in range(len(pairs))]
     assert reference.train.dtype == np.float64
+    np.testing.assert_allclose(reference.train, expected, rtol=1e-6)
+    np.testing.assert_allclose(reference.held_out, expected, rtol=1e-6)
+
+
+def test_a_reference_that_cannot_share_prefixes_reads_one_by_one_and_says_so(tmp_path: Path) -> None:
+    engine, said, asked = PlainEngine(tiny_llama()), list[str](), list[bool]()
+
+    def ask(**arguments: Any) -> Any:
+        asked.append(bool(arguments.get("shared_prefix")))
+        return engine(**arguments)
+
+    batches: Any = PairBatches(SomePairs(), plan())
+    pairs: Any = SomePairs()
+
+    def reference_of(*, shares: bool) -> Reference:
+        opened = contextlib.nullcontext((ask, shares))
+        return load_or_compute(opened, batches, pairs, 3, {"shares": shares}, tmp_path, ALONE, said.append)
+
+    reference_of(shares=True)
+    assert any(asked) and not any("cannot share" in line for line in said)
+    asked.clear()
+    reference = reference_of(shares=False)
+    assert asked and not any(asked) and batches.plan.share_prefix
+    assert any("cannot share prefixes" in line for line in said)
+    model = tiny_llama("eager").double()
+    with torch.no_grad():
+        expected = [[float(side) for side in plain_logps(model, pairs[index])] for index in range(len(pairs))]
     np.testing.assert_allclose(reference.train, expected, rtol=1e-6)
     np.testing.assert_allclose(reference.held_out, expected, rtol=1e-6)
 
