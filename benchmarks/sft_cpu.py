@@ -73,6 +73,7 @@ class Setup:
     threads: int
     micro_batch: int
     rows: int
+    rows_per_step: int = ROWS_PER_STEP
 
 
 def main() -> int:
@@ -109,7 +110,7 @@ def main() -> int:
 def sides_of(setup: Setup) -> dict[str, comparison.Start]:
     """Ours, TRL's best and TRL's defaults."""
     trl = {comparison.BEST: BEST[setup.dtype], comparison.DEFAULT: DEFAULT}
-    return {comparison.OURS: functools.partial(_ours, setup), **trl_sides(setup, trl)}
+    return {comparison.OURS: functools.partial(ours, setup), **trl_sides(setup, trl)}
 
 
 def trl_sides(setup: Setup, named: Mapping[str, Mapping[str, Any]]) -> dict[str, comparison.Start]:
@@ -117,7 +118,8 @@ def trl_sides(setup: Setup, named: Mapping[str, Mapping[str, Any]]) -> dict[str,
     return {name: functools.partial(_trl, setup, arguments) for name, arguments in named.items()}
 
 
-def _ours(setup: Setup, folder: Path, cache: Path) -> tuple[list[str], Path]:
+def ours(setup: Setup, folder: Path, cache: Path) -> tuple[list[str], Path]:
+    """The command of a run in `folder`, and the file that gets a line per step."""
     overrides = [
         "experiment=gsm8k",
         "run_name=ours",
@@ -129,7 +131,7 @@ def _ours(setup: Setup, folder: Path, cache: Path) -> tuple[list[str], Path]:
         f"sft.data.max_length={workload.MAX_LENGTH}",
         "sft.data.packing=false",  # so that a step has as many documents as TRL's
         "sft.data.eval_fraction=0",
-        f"sft.train.global_batch_size={ROWS_PER_STEP}",
+        f"sft.train.global_batch_size={setup.rows_per_step}",
         f"sft.train.micro_batch_size={setup.micro_batch}",
         "sft.train.epochs=1",
         f"sft.optim.lr={setup.made.learning_rate}",
