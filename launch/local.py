@@ -35,7 +35,7 @@ micro-batch. What the layers of a micro-batch share still fits: it is no slower.
 
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """How glibc is told to keep what was freed. By default every tensor of 32 MB and more is mapped anew, and the
-kernel clears its pages at each use: 19 % of the time of SmolLM2-135M in bf16, 3 % so."""
+kernel clears its pages at each use (`benchmarks/results/allocator_bf16.json`)."""
 TCMALLOC = "tcmalloc_minimal"
 """An allocator that keeps it too, with less memory and more speed; taken where it is installed."""
 
