@@ -37,7 +37,7 @@ KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str
 """How glibc is told to keep what was freed. By default every tensor of 32 MB and more is mapped anew, and the
 kernel clears its pages at each use (`benchmarks/results/allocator_bf16.json`)."""
 TCMALLOC = "tcmalloc_minimal"
-"""An allocator that keeps it too, with less memory and more speed; taken where it is installed."""
+"""An allocator that keeps it too, with less memory; taken where it is installed."""
 
 ALLOWED_LOAD = 0.2
 """Share of a machine's processor time that others may use while it still counts as idle."""

@@ -91,10 +91,10 @@ def allocator(machine: Machine) -> Findings:
     if not chosen:
         yield ok("allocator", "chosen by the environment")
     elif chosen is KEEPING:
-        faster = "on the CPU, tcmalloc is a few percent faster and needs less memory"
+        smaller = "on the CPU, tcmalloc needs less memory"
         yield note(
             "allocator",
-            f"glibc, told to keep what was freed; {faster}",
+            f"glibc, told to keep what was freed; {smaller}",
             "apt-get install libtcmalloc-minimal4",
         )
     else:
