@@ -33,9 +33,10 @@ KERNELS = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 length has kernels of its own: with the default, 1,024 each, a model of 4M parameters grows by 25 MB per
 micro-batch. What the layers of a micro-batch share still fits: it is no slower."""
 
-KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-"""How glibc is told to keep what was freed. By default every tensor of 32 MB and more is mapped anew, and the
-kernel clears its pages at each use (`benchmarks/results/allocator_bf16.json`)."""
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 26), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+"""How glibc is told to keep what was freed. By default the end of its heap goes back after every backward
+pass, and the kernel clears it at the next use (`benchmarks/results/allocator_bf16.json`). Tensors of 64 MiB
+and more are mapped anew all the same: few are made, and kept ones leave gaps that no other fits."""
 TCMALLOC = "tcmalloc_minimal"
 """An allocator that keeps it too, with less memory; taken where it is installed."""
 

@@ -19,6 +19,10 @@ from torch.autograd.function import once_differentiable
 CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
 
+CPU_CHUNK_ROWS = 256
+"""Rows that a chunk on the CPU has at least. Each chunk is added to the weight's gradient, all of it: with 64
+rows of a vocabulary of 49,152 the loss took 1.2 times as long in fp32, and 1.8 times in bf16."""
+
 GPU_CHUNK_ROWS = 4096
 """Rows of a chunk on a GPU: fewer leave the matrix units idle."""
 
@@ -44,7 +48,7 @@ def chunk_rows_for(device: torch.device, vocab_size: int) -> int:
     """Rows of logits made at once."""
     if device.type != "cpu":
         return GPU_CHUNK_ROWS
-    return max(64, CPU_CHUNK_BYTES // (4 * vocab_size))
+    return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (4 * vocab_size))
 
 
 def token_cross_entropy(

@@ -34,7 +34,7 @@ def build_ds_config(
         "bf16": {"enabled": dtype is Dtype.bf16},
         "fp16": {"enabled": dtype is Dtype.fp16, "hysteresis": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(deepspeed, num_parameters, optimizer),
+        "zero_optimization": {**_zero(deepspeed, num_parameters, optimizer), **_alone(deepspeed, world_size)},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every pass
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -81,3 +81,9 @@ def _zero(deepspeed: DeepSpeedConfig, num_parameters: int, optimizer: OptimizerN
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         zero["zero_hpz_partition_size"] = deepspeed.hpz_partition_size
     return zero
+
+
+def _alone(deepspeed: DeepSpeedConfig, world_size: int) -> dict[str, object]:
+    """One rank of stage 1 reduces nothing: with a bucket that holds no gradient each stays where it is."""
+    without = world_size == 1 and deepspeed.stage == 1 and deepspeed.offload_optimizer is Offload.none
+    return {"reduce_bucket_size": 2} if without else {}

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
+from common.training.masters import share_masters
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 
 STATE_TAG = "zero"
@@ -55,6 +56,7 @@ class Engine:
         self._engine = _initialized(module, optimizer, config)
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._engine.checkpoint_engine.load = _read
+        share_masters(self._engine.optimizer)
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
@@ -379,11 +381,9 @@ def _initialized(
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     _import_muon(compiled=False)
-    # On the CPU DeepSpeed would compile a shared-memory collective with g++ at the first start
-    # (and hang at the next one if that was killed); gloo serves, and no compiler is needed.
+    # on the CPU it would compile a collective with g++ at the first start, and hang if that was killed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Its wrappers of torch collectives warn at every call about their own older names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its older names
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False

@@ -20,6 +20,8 @@ from pipeline.planning.network import Network
 FP32 = 4
 CPU_CHUNK_BYTES = 4 << 20
 """As in `common.model.fused_loss`: fp32 logits made at once on the CPU."""
+CPU_CHUNK_ROWS = 256
+"""As in `common.model.fused_loss`: rows that are made at least."""
 GPU_CHUNK_ROWS = 4096
 """As in `common.model.fused_loss`: rows of logits made at once on a GPU."""
 CPU_BASE = 463_000_000
@@ -183,7 +185,8 @@ def _moments(work: Workload) -> list[list[Term]]:
 
 def states(work: Workload) -> list[Term]:
     """Weights b P, whole on stages 1 and 2 and shared by R on stage 3; of what learns an fp32 master 4 T / R
-    and the optimizer's state s T / R; frozen networks b P, shared like weights; an average 4 T / R.
+    (none where fp32 weights are their own) and the optimizer's state s T / R; frozen networks b P, shared
+    like weights; an average 4 T / R.
 
     ZeRO's P_os, P_os+g and P_os+g+p (arXiv 1910.02054, section 5), with s = 8 for AdamW.
     """
@@ -193,7 +196,9 @@ def states(work: Workload) -> list[Term]:
     weights = sum(_weights(work, part) for part in work.networks) / share
     frozen = sum(network.parameters for network in work.frozen) * work.weight_bytes / share
     trained = sum(part.trained for part in work.networks)
-    state = sum(part.trained * (FP32 + part.state_bytes) for part in work.networks) / ranks
+    own_masters = not work.half and sharding.stage < 3 and not sharding.offload_optimizer
+    master = 0 if own_masters else FP32
+    state = sum(part.trained * (master + part.state_bytes) for part in work.networks) / ranks
     terms = [
         _placed("weights", weights, on_host),
         _placed("optimizer", state, sharding.offload_optimizer),
@@ -225,14 +230,16 @@ def buffers(work: Workload, part: Trained) -> Term:
     """DeepSpeed's copies around a reduction and a step, as read in its 0.19.8 and seen in a process:
 
     stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half precision
-    its other optimizer updates in place). Stage 2: one bucket, on a GPU with overlap two, and the share of
-    the newest micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share.
+    its other optimizer updates in place); one rank alone has the last of them only. Stage 2: one bucket, on a
+    GPU with overlap two, and the share of the newest micro-batch b T / R. Stage 3: a bucket, its
+    concatenation and the reduced share.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
     share = trained / sharding.ranks
     if sharding.stage == 1:
-        return Term("buffers", 0.0 if work.half else FP32 * bucket + 2 * FP32 * share)
+        copies = share if sharding.ranks == 1 and not sharding.offload_optimizer else bucket + 2 * share
+        return Term("buffers", 0.0 if work.half else FP32 * copies)
     if sharding.stage == 2:
         count = 2 if work.gpu and sharding.overlap_comm else 1
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
@@ -284,7 +291,7 @@ def head_memory(work: Workload, part: Trained) -> float:
     if part.head is Head.scalar:
         return 0.0
     net, m = part.network, min(work.batch.trained, work.batch.tokens)
-    rows = GPU_CHUNK_ROWS if work.gpu else max(64, CPU_CHUNK_BYTES // (FP32 * net.vocabulary))
+    rows = GPU_CHUNK_ROWS if work.gpu else max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (FP32 * net.vocabulary))
     chunk = min(rows, max(m, 1)) * net.vocabulary
     weight = 0 if part.trained < net.parameters else net.vocabulary * net.hidden  # adapters: it is frozen
     if work.gpu:

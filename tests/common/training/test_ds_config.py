@@ -33,6 +33,18 @@ def test_reduce_bucket_is_never_larger_than_the_model() -> None:
     assert build(small, num_parameters=10)["zero_optimization"]["reduce_bucket_size"] == 8
 
 
+def test_one_rank_of_stage_1_has_no_bucket_and_everything_else_has_one() -> None:
+    alone = build(DeepSpeedConfig(stage=1), world_size=1)["zero_optimization"]
+    assert (alone["reduce_bucket_size"], alone["allgather_bucket_size"]) == (2, 1000)
+    for config, ranks in (
+        (DeepSpeedConfig(stage=1), 2),
+        (DeepSpeedConfig(stage=2), 1),
+        (DeepSpeedConfig(stage=3), 1),
+        (DeepSpeedConfig(stage=1, offload_optimizer=Offload.cpu), 1),
+    ):
+        assert build(config, world_size=ranks)["zero_optimization"]["reduce_bucket_size"] == 1000
+
+
 def test_buckets_are_even_because_deepspeed_refuses_odd_ones() -> None:
     for config in (build(DeepSpeedConfig(reduce_bucket_size=7)), build(DeepSpeedConfig(), num_parameters=7)):
         zero = config["zero_optimization"]
