@@ -17,13 +17,15 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.measure import ChildFailed, run_measured, table, threads_environment, write_results
+from benchmarks.profiled import profiled
 from launch import local
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Run:
     rows_per_pass: int
     passes: int
     out: str
+    profile: bool = False
 
     @property
     def rows_per_step(self) -> int:
@@ -103,6 +106,7 @@ def main() -> int:
     parser.add_argument(
         "--trl-attention", nargs="+", help="measure each; by default the best that is installed"
     )
+    parser.add_argument("--profile", action="store_true", help="ours alone: the kernels of its last step")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -115,8 +119,12 @@ def main() -> int:
             runs = plan(
                 arguments.shape, length, arguments.steps, arguments.zero_stage, attentions, Path(folder)
             )
+            if arguments.profile:
+                runs = {"ours": replace(runs["ours"], profile=True)}
             records = {name: measure(run) for name, run in runs.items()}
         result = {"shape": arguments.shape, "length": length, **summary(records)}
+        for kernel in records["ours"].get("kernels", [])[:20]:
+            print(f"{kernel['share']:6.1%}  {kernel['calls']:5}  {kernel['kernel'][:90]}")
         print(f"\n{arguments.shape}, rows of {length} tokens\n{rendered(records)}\n{verdict(result)}")
         path = write_results(f"sft_gpu_{arguments.shape}_{length}", result, to=arguments.results)
         print(f"written: {path}", flush=True)
@@ -164,6 +172,8 @@ def measure(run: Run) -> dict[str, Any]:
         print(f"{run.side} {run.attention} failed:\n{error}", flush=True)
         return {"error": str(error)[-2000:], "run": vars(run)}
     record = json.loads((out / "record.json").read_text())
+    if run.profile:
+        record["kernels"] = json.loads((out / "kernels.json").read_text())
     print(f"{run.side} {run.attention}: {record['tokens_per_second']:,.0f} tokens/s", flush=True)
     return {**record, "wall_seconds": usage.wall_seconds, "run": vars(run)}
 
@@ -238,6 +248,7 @@ def run_side(run: Run) -> None:
         record["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
         if peak := peak_flops(torch.cuda.get_device_name(), "bf16"):
             record["mfu"] = flops * rate / peak
+        record["planned_memory_gb"] = planned(run)
     record["parameters"] = sum(p.numel() for p in model.parameters())
     Path(run.out, "record.json").write_text(json.dumps(record))
 
@@ -252,6 +263,23 @@ def new_model(run: Run, device: torch.device, attention: str) -> Any:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     return model.train()
+
+
+def planned(run: Run) -> float:
+    """GB that `plan` would say for our side."""
+    from pipeline.planning.memory import Head, MicroBatchShape, Sharding, Trained, Workload, estimate
+    from pipeline.planning.network import from_fields
+
+    network = from_fields(SHAPES[run.shape].config)
+    assert network is not None
+    tokens = run.rows_per_pass * run.length
+    batch = MicroBatchShape(tokens, int(tokens * TRAINED_SHARE), short=False)
+    work = Workload(
+        networks=(Trained(network, network.parameters, Head.tokens),), batch=batch,
+        sharding=Sharding(max(run.zero_stage, 1), 1), half=True, gpu=True,
+        checkpointing=SHAPES[run.shape].gradient_checkpointing,
+    )  # fmt: skip
+    return estimate(work).device / 1e9
 
 
 def _now(device: torch.device) -> float:
@@ -296,11 +324,13 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
         batches = batches_of(run, step)
         _, trained, _ = count_tokens(batches)
         sums = TokenSums()
-        for batch in batches:
-            result = compute_loss(engine, batch, device, with_entropy=True)
-            engine.backward(result.loss_sum, trained)
-            sums.add(result)
-        assert engine.step().applied
+        profiling = run.profile and step == run.steps - 1
+        with profiled(Path(run.out, "kernels.json"), device) if profiling else nullcontext():
+            for batch in batches:
+                result = compute_loss(engine, batch, device, with_entropy=True)
+                engine.backward(result.loss_sum, trained)
+                sums.add(result)
+            assert engine.step().applied
         losses.append(sums.means(trained)["loss"])
         ends.append(_now(device))
     close_world()
