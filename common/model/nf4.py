@@ -6,6 +6,7 @@ one layout. Quantizes nothing itself.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -34,6 +35,12 @@ def nf4_config(dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def is_scale(name: str, names: Collection[str]) -> bool:
+    """Whether a name of a state dict, one of `names`, is that of a 4-bit weight's scales or codes."""
+    weight, dot, _ = name.rpartition(".weight.")
+    return bool(dot) and f"{weight}.weight" in names
 
 
 def keep_one_layout(network: torch.nn.Module) -> None:
