@@ -333,7 +333,7 @@ def check_bitsandbytes(launch: LaunchConfig, setting: str, way_out: str) -> None
     if find_spec("bitsandbytes") is None:
         raise UserError(
             f"{setting} needs bitsandbytes, which is not installed",
-            hint=f"pip install 'bitsandbytes>={BITSANDBYTES_ON_CPU}' (the extra rlhf-pipeline[gpu]); or {way_out}",
+            hint=f"pip install 'rlhf-pipeline[gpu]', or {way_out}",
         )
     from packaging.version import Version
 

@@ -39,7 +39,7 @@ from common.model.one_by_one import decoder_of
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
-from common.text import one_line, told
+from common.text import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

@@ -1,13 +1,13 @@
 """4-bit base weights under adapters (QLoRA, arXiv 2305.14314), by bitsandbytes, on a GPU or on the CPU.
 
-Takes a dtype and gives transformers its quantization settings; takes a loaded network and keeps its weights in
-one layout. Quantizes nothing itself.
+Takes a dtype and gives transformers its quantization settings; takes a loaded network and keeps its weights
+in one layout. Quantizes nothing itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import UserError
 from common.text import one_line
@@ -51,4 +51,4 @@ def keep_one_layout(network: torch.nn.Module) -> None:
     """
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False

@@ -1,4 +1,4 @@
-"""4-bit base weights and 8-bit AdamW, computed by bitsandbytes without a GPU: resume, stages, and what is exported."""
+"""4-bit base weights and 8-bit AdamW by bitsandbytes, without a GPU: resume, stages, and the export."""
 
 from __future__ import annotations
 
