@@ -22,7 +22,7 @@ import torch
 
 from common.config import Dtype, ModelConfig, Quantize, dtype_on
 from common.errors import UserError
-from common.model import attention
+from common.model import attention, loss_kernel
 from common.model.adapters import add_adapters
 from common.model.architecture import (
     CAUSAL_LM,
@@ -67,6 +67,7 @@ def load_model(
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
     attention.say_without_flash(device, torch_dtype(model.dtype))
+    loss_kernel.say_without_kernel(device)
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
