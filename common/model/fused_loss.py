@@ -22,8 +22,8 @@ CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
 
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 1 << 30, 4096
-"""fp32 logits of a chunk on a GPU, and its rows, at most: few leave the matrix units idle, and each chunk adds
-to the whole gradient of the weight."""
+"""fp32 logits of a chunk on a GPU, and its rows, at most. Few rows leave the matrix units idle, and every
+chunk adds to the whole gradient of the weight."""
 
 
 class TokenLoss(NamedTuple):
@@ -326,7 +326,6 @@ class _Head(NamedTuple):
         by_logits = p.mul_(by_loss[:, None] - grad_entropies[:, None] * logp.add_(entropies[:, None]))
         by_logits[torch.arange(len(targets), device=p.device), targets] -= by_loss
         return by_logits.div_(self.temperature)
-
 
     def _gradient_by_kernel(
         self,
