@@ -164,7 +164,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """low-rank adapters"""
     quantize: Quantize = Quantize.none
-    """nf4: 4-bit base weights under LoRA (needs a GPU and bitsandbytes)"""
+    """nf4: 4-bit base weights under LoRA (needs bitsandbytes)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     compile: bool = False
@@ -187,6 +187,9 @@ class ModelConfig:
             )
         if self.quantize is Quantize.nf4 and not self.lora.enabled:
             raise UserError(f"{at}quantize=nf4 needs adapters to train", hint=f"add {at}lora.enabled=true")
+        if self.quantize is Quantize.nf4 and self.config:
+            whose = f"{at}quantize=nf4 is for weights that exist, and {at}config makes new ones"
+            raise UserError(whose, hint=f"name {at}path instead of {at}config")
         self._check_sizes(f"{at}config.")
 
     def _check_sizes(self, at: str) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ from pipeline.plan import STAGES, start_of, wire_run
 from step3_ppo.config import PPOConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
-GPU_OPTIMIZERS = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
+EIGHT_BIT = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
+BITSANDBYTES_ON_CPU = "0.50"
+"""From here on 4-bit weights and 8-bit optimizers were seen to run and to resume without a GPU."""
 SOURCE = "{source}"
 """In the name of a metric: of a source, where rows of several are held out."""
 EVAL = "eval/"
@@ -65,7 +68,7 @@ def check(
         check_model(config.model)
     if (quantize := config.model.quantize) is not Quantize.none:
         way_out = "model=lora, or model.quantize=none: adapters alone work anywhere"
-        check_gpu(config.launch, f"model.quantize={quantize.value}", way_out)
+        check_bitsandbytes(config.launch, f"model.quantize={quantize.value}", way_out)
     for step in wired:
         starts = {taken: start_of(step.stage.name, wired, taken) for taken in step.sources}
         models = {
@@ -128,9 +131,11 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelC
         if part.has_critic:
             trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
     for key, (_, optim) in trained.items():
-        if optim.name in GPU_OPTIMIZERS:
-            way_out = f"{key}.name=adamw or adafactor"
-            check_gpu(config.launch, f"{key}.name={optim.name.value}", way_out)
+        setting, way_out = f"{key}.name={optim.name.value}", f"{key}.name=adamw or adafactor"
+        if optim.name is OptimizerName.paged_adamw_8bit:
+            check_gpu(config.launch, setting, f"{key}.name=adamw_8bit, adamw or adafactor")
+        if optim.name in EIGHT_BIT:
+            check_bitsandbytes(config.launch, setting, way_out)
         check_muon(config, optim, key)
     check_disk(config, [model for model, _ in trained.values()])
 
@@ -308,7 +313,7 @@ def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
 
 
 def check_gpu(launch: LaunchConfig, setting: str, way_out: str) -> None:
-    """What exists on GPUs only, 8-bit optimizers and 4-bit weights, is not asked for where there are none.
+    """What exists on GPUs only, paged optimizers, is not asked for where there are none.
 
     Other machines are asked when they begin, unless it is known here what they have.
     """
@@ -316,6 +321,28 @@ def check_gpu(launch: LaunchConfig, setting: str, way_out: str) -> None:
         there = f"launch.{launch.kind.value}.gpus_per_node=0"
         why = there if launch.is_elsewhere else "this machine offers none"
         raise UserError(f"{setting} needs a GPU, and {why}", hint=way_out)
+
+
+def check_bitsandbytes(launch: LaunchConfig, setting: str, way_out: str) -> None:
+    """What bitsandbytes computes is asked for where it is installed, in a version that has it for the device.
+
+    Other machines are asked when they begin.
+    """
+    if launch.is_elsewhere:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{setting} needs bitsandbytes, which is not installed",
+            hint=f"pip install 'rlhf-pipeline[gpu]', or {way_out}",
+        )
+    from packaging.version import Version
+
+    found = version("bitsandbytes")
+    if gpus_of(launch) == 0 and Version(found) < Version(BITSANDBYTES_ON_CPU):
+        raise UserError(
+            f"{setting} without a GPU needs bitsandbytes {BITSANDBYTES_ON_CPU}, and {found} is installed",
+            hint=f"pip install 'bitsandbytes>={BITSANDBYTES_ON_CPU}', or {way_out}",
+        )
 
 
 def check_muon(config: PipelineConfig, optim: OptimConfig, key: str) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Triton reads it when it is imported, by whatever: kernels then run on the CPU, a program after another
+os.environ["TRITON_INTERPRET"] = "1"
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -5,7 +5,7 @@ never means: who divides knows the global number of tokens. `ScoringHead` calls 
 projection. Neither shifts labels nor reads a mask: targets come aligned.
 
 The loss is that of supervised fine-tuning in InstructGPT (arXiv 2203.02155): minus the log-likelihood of
-the trained tokens.
+the trained tokens. On a GPU a chunk of logits is scored by the kernel of `loss_kernel`; elsewhere by torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from common.model import loss_kernel
+
 CPU_CHUNK_BYTES = 4 << 20
 """fp32 logits of a chunk on the CPU: they stay in the cache between the passes over them."""
 
@@ -23,8 +25,9 @@ CPU_CHUNK_ROWS = 256
 """Rows that a chunk on the CPU has at least. Each chunk is added to the weight's gradient, all of it: with 64
 rows of a vocabulary of 49,152 the loss took 1.2 times as long in fp32, and 1.8 times in bf16."""
 
-GPU_CHUNK_ROWS = 4096
-"""Rows of a chunk on a GPU: fewer leave the matrix units idle."""
+GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 1 << 30, 4096
+"""fp32 logits of a chunk on a GPU, and its rows, at most. Few rows leave the matrix units idle, and every
+chunk adds to the whole gradient of the weight."""
 
 
 class TokenLoss(NamedTuple):
@@ -47,7 +50,7 @@ class TokenLoss(NamedTuple):
 def chunk_rows_for(device: torch.device, vocab_size: int) -> int:
     """Rows of logits made at once."""
     if device.type != "cpu":
-        return GPU_CHUNK_ROWS
+        return min(GPU_CHUNK_ROWS, max(1, GPU_CHUNK_BYTES // (4 * vocab_size * 256)) * 256)
     return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (4 * vocab_size))
 
 
@@ -167,6 +170,7 @@ class _TokenLosses(torch.autograd.Function):
                 None if grad_entropies is None else grad_entropies[part],
             )
             gradients.add(part, hidden[part], weight, by_logits)
+            del by_logits  # before the next chunk's is made
         found = [
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, head.dtypes(hidden), strict=True)
@@ -189,6 +193,8 @@ def _score(
     Writes into losses and entropies, fp32 [M]; adds the loss sum's gradients, before the division by the
     temperature, to `gradients`.
     """
+    if loss_kernel.is_used(hidden):
+        return _score_by_kernel(hidden, head, targets, rows, with_entropy, losses, entropies, gradients)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(targets), rows):
@@ -204,6 +210,42 @@ def _score(
             _subtract_targets(chunk.probabilities, targets[part])
             gradients.add(part, hidden[part], head.weight, chunk.probabilities)
     return correct, entropy
+
+
+def _score_by_kernel(
+    hidden: torch.Tensor,
+    head: _Head,
+    targets: torch.Tensor,
+    rows: int,
+    with_entropy: bool,
+    losses: torch.Tensor,
+    entropies: torch.Tensor | None,
+    gradients: _Gradients | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_score`, in two passes over a chunk's logits."""
+    correct = torch.empty(len(targets), dtype=torch.int32, device=hidden.device)
+    if with_entropy and entropies is None:
+        entropies = torch.empty_like(losses)
+    wants_gradient = gradients is not None and gradients.wanted
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        logits = head.products(hidden[part])
+        by_logits = torch.empty_like(logits, dtype=hidden.dtype) if wants_gradient else None
+        loss_kernel.score_rows(
+            logits,
+            head.bias,
+            targets[part],
+            head.temperature,
+            losses=losses[part],
+            entropies=None if entropies is None else entropies[part],
+            correct=correct[part],
+            gradient=by_logits,
+        )
+        del logits  # as large as the rest of a chunk
+        if gradients is not None and by_logits is not None:
+            gradients.add(part, hidden[part], head.weight, by_logits)
+        del by_logits
+    return correct.sum(), losses.new_zeros(()) if entropies is None else entropies.sum()
 
 
 class _Gradients(NamedTuple):
@@ -228,14 +270,14 @@ class _Gradients(NamedTuple):
         return any(gradient is not None for gradient in self)
 
     def add(self, part: slice, hidden: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor) -> None:
-        """Add one chunk. by_logits: fp32 [m, V], the gradient by what the projection gave."""
+        """Add one chunk. by_logits: [m, V], fp32 or rounded, the gradient by what the projection gave."""
         low = by_logits.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(low, weight, out=self.hidden[part])
         if self.weight is not None:
             _add_product(self.weight, low.t(), hidden)
         if self.bias is not None:
-            self.bias.add_(by_logits.sum(0))
+            self.bias.add_(by_logits.sum(0, dtype=torch.float32))
 
 
 class _Head(NamedTuple):
@@ -250,10 +292,14 @@ class _Head(NamedTuple):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 [m, V], what the softmax is taken of."""
-        logits = _product(hidden, self.weight.t())
+        logits = self.products(hidden)
         if self.bias is not None:
             logits += self.bias
         return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def products(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [m, V], before bias and temperature."""
+        return _product(hidden, self.weight.t())
 
     def gradient_by_logits(
         self,
@@ -262,11 +308,13 @@ class _Head(NamedTuple):
         grad_losses: torch.Tensor | None,
         grad_entropies: torch.Tensor | None,
     ) -> torch.Tensor:
-        """fp32 [m, V], by what the projection gave before the division by the temperature.
+        """[m, V], fp32 or rounded, by what the projection gave before the division by the temperature.
 
         grad_losses, grad_entropies: fp32 [m], how much each token's loss and entropy count. With
         H = −Σ p log p, the entropy's gradient by the softmax's logits is −p (log p + H).
         """
+        if loss_kernel.is_used(hidden):
+            return self._gradient_by_kernel(hidden, targets, grad_losses, grad_entropies)
         if grad_entropies is None:
             p = self.logits(hidden)
             p.sub_(p.amax(1, keepdim=True)).exp_()
@@ -282,6 +330,31 @@ class _Head(NamedTuple):
         by_logits = p.mul_(by_loss[:, None] - grad_entropies[:, None] * logp.add_(entropies[:, None]))
         by_logits[torch.arange(len(targets), device=p.device), targets] -= by_loss
         return by_logits.div_(self.temperature)
+
+    def _gradient_by_kernel(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        grad_losses: torch.Tensor | None,
+        grad_entropies: torch.Tensor | None,
+    ) -> torch.Tensor:
+        logits = self.products(hidden)
+        by_logits = torch.empty_like(logits, dtype=hidden.dtype)
+        by_loss, by_entropy = (
+            None if counts is None else counts / self.temperature for counts in (grad_losses, grad_entropies)
+        )
+        if by_loss is None and by_entropy is None:
+            return by_logits.zero_()
+        loss_kernel.score_rows(
+            logits,
+            self.bias,
+            targets,
+            self.temperature,
+            gradient=by_logits,
+            by_loss=by_loss,
+            by_entropy=by_entropy,
+        )
+        return by_logits
 
 
 class _Chunk(NamedTuple):
@@ -324,6 +397,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, with total in fp32."""
     if a.dtype is torch.float32:
         total.addmm_(a, b)
+    elif a.is_cuda:  # as large as the weight: nothing is made beside it
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += _product(a, b)
 

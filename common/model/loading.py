@@ -22,7 +22,7 @@ import torch
 
 from common.config import Dtype, ModelConfig, Quantize, dtype_on
 from common.errors import UserError
-from common.model import attention
+from common.model import attention, loss_kernel
 from common.model.adapters import add_adapters
 from common.model.architecture import (
     CAUSAL_LM,
@@ -34,11 +34,12 @@ from common.model.architecture import (
     say_what_differs,
 )
 from common.model.hub import loading_errors
+from common.model.nf4 import keep_one_layout, nf4_config
 from common.model.one_by_one import decoder_of
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
-from common.text import one_line, told
+from common.text import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -66,6 +67,7 @@ def load_model(
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
     attention.say_without_flash(device, torch_dtype(model.dtype))
+    loss_kernel.say_without_kernel(device)
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
@@ -142,7 +144,7 @@ def _from_weights(model: ModelConfig, device: torch.device, head: HeadSpec) -> P
     path, options = str(model.path), dict(head.fields)
     options["attn_implementation"] = attention_for(config, head)
     if model.quantize is Quantize.nf4:
-        options |= {"quantization_config": _nf4(device), "device_map": {"": device}}
+        options |= {"quantization_config": nf4_config(torch_dtype(model.dtype)), "device_map": {"": device}}
     with loading_errors(path, "model.path"), _quiet_report():
         loaded: Any = head.transformers_class.from_pretrained(
             where,
@@ -154,32 +156,11 @@ def _from_weights(model: ModelConfig, device: torch.device, head: HeadSpec) -> P
             **options,
         )
     network, report = loaded
+    keep_one_layout(network)
     _check_report(report, path, head)
     if commit is not None:
         log.info("model.path=%s is commit %s", path, commit)
     return network
-
-
-def _nf4(device: torch.device) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if device.type != "cuda":
-        raise UserError(
-            "model.quantize=nf4 needs a CUDA GPU",
-            hint="leave model.quantize out: adapters alone work anywhere",
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"model.quantize=nf4 needs bitsandbytes ({one_line(error)})", hint="install the extra: .[gpu]"
-        ) from error
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _check_report(report: Mapping[str, Any], path: str, head: HeadSpec) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from common.artifacts import ADAPTER_FOLDER, CARD
 from common.model.adapters import ADAPTER, base_name, is_adapter, is_of_base, merged_weights, unwrapped
+from common.model.nf4 import is_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,7 +40,7 @@ def rebuild(module: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: 
     is_adapted = hasattr(module, "peft_config")
     base = unwrapped(module)
     if is_adapted:
-        state = {**state, **_dequantized(module)}
+        state = {**state, **_dequantized(module, state)}
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     if not is_adapted:
         return Rebuilt(with_weights(type(base), plain_config(base), state))
@@ -78,10 +79,11 @@ def own_names(
     state_dict: None for the module's own.
     """
     own = module.state_dict()
+    names = {name for name in own if not is_scale(name, own)}
     state = own if state_dict is None else state_dict
-    if not set(own) <= set(state):
+    if not names <= set(state):
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    return _chosen(set(own), state, "module")
+    return _chosen(names, state, "module")
 
 
 def _chosen(names: set[str], state: Mapping[str, torch.Tensor], whose: str) -> dict[str, torch.Tensor]:
@@ -92,15 +94,16 @@ def _chosen(names: set[str], state: Mapping[str, torch.Tensor], whose: str) -> d
     return {name: state[name] for name in names}
 
 
-def _dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """4-bit base weights in the model's dtype; empty without quantization."""
+def _dequantized(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """4-bit base weights of `state` in the model's dtype; empty without quantization."""
     found = {}
     for name, parameter in module.named_parameters():
         quantized = getattr(parameter, "quant_state", None)
         if quantized is not None:
-            import bitsandbytes.functional
+            from bitsandbytes.functional import dequantize_4bit
 
-            found[name] = bitsandbytes.functional.dequantize_4bit(parameter.data, quantized)
+            # of `state`: on ZeRO-3 a rank holds a part of the parameter's own
+            found[name] = dequantize_4bit(state[name].to(quantized.absmax.device), quantized)
     return found
 
 

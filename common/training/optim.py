@@ -116,7 +116,7 @@ def _bitsandbytes(
     except ImportError as error:
         raise UserError(
             f"optim.name={optim.name.value} needs bitsandbytes, which is not installed",
-            hint="pip install 'rlhf-pipeline[gpu]' on a machine with a GPU, or use optim=adamw",
+            hint="pip install 'rlhf-pipeline[gpu]', or use optim=adamw",
         ) from error
     is_paged = optim.name is OptimizerName.paged_adamw_8bit
     kind = bitsandbytes.optim.PagedAdamW8bit if is_paged else bitsandbytes.optim.AdamW8bit

@@ -22,7 +22,7 @@ CPU_CHUNK_BYTES = 4 << 20
 """As in `common.model.fused_loss`: fp32 logits made at once on the CPU."""
 CPU_CHUNK_ROWS = 256
 """As in `common.model.fused_loss`: rows that are made at least."""
-GPU_CHUNK_ROWS = 4096
+GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 1 << 30, 4096
 """As in `common.model.fused_loss`: rows of logits made at once on a GPU."""
 CPU_BASE = 463_000_000
 """Resident bytes of a rank before it has a model: Python with torch, DeepSpeed and transformers imported.
@@ -285,27 +285,34 @@ def head_memory(work: Workload, part: Trained) -> float:
     """Logits of one chunk, fp32, up to three times (entropy needs a copy), and the output projection's
     gradient in fp32, 4 V h, with its product in the weights' dtype beside it in half precision on the CPU.
 
-    On a GPU two moments of a chunk of c logits: 8 c (a copy for the entropy) + 4 V h, and 4 c + 2 c
-    (rounded) + 8 V h, the gradient and what is added to it.
+    On a GPU a chunk's logits and their gradient in the weights' dtype, and 4 V h alone; or, when the backward
+    pass begins, 4 V h and what it is rounded to.
     """
     if part.head is Head.scalar:
         return 0.0
     net, m = part.network, min(work.batch.trained, work.batch.tokens)
-    rows = GPU_CHUNK_ROWS if work.gpu else max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (FP32 * net.vocabulary))
+    rows = _chunk_rows(net.vocabulary, gpu=work.gpu)
     chunk = min(rows, max(m, 1)) * net.vocabulary
     weight = 0 if part.trained < net.parameters else net.vocabulary * net.hidden  # adapters: it is frozen
     if work.gpu:
-        copied = work.weight_bytes if work.half else 0
-        return max(2 * FP32 * chunk + FP32 * weight, (FP32 + copied) * chunk + 2 * FP32 * weight)
+        rounded = work.weight_bytes if work.half else 0
+        return max((FP32 + work.weight_bytes) * chunk + FP32 * weight, (FP32 + rounded) * weight)
     product = FP32 + 2 if work.half else 0
     return 3 * FP32 * chunk + (FP32 + product) * weight
 
 
+def _chunk_rows(vocabulary: int, *, gpu: bool) -> int:
+    """Rows of logits made at once: as `chunk_rows_for` in common/model/fused_loss.py."""
+    if gpu:
+        return min(GPU_CHUNK_ROWS, max(1, GPU_CHUNK_BYTES // (FP32 * vocabulary * 256)) * 256)
+    return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (FP32 * vocabulary))
+
+
 def _head_gradient(part: Trained) -> float:
-    """Bytes of the output projection's gradient when the backward pass begins: fp32, and rounded."""
+    """Bytes of the output projection's gradient in the backward pass, rounded to the weights' dtype."""
     if part.head is Head.scalar or part.trained < part.network.parameters:
         return 0.0
-    return (FP32 + 2) * part.network.vocabulary * part.network.hidden
+    return 2 * part.network.vocabulary * part.network.hidden
 
 
 def kv_cache(work: Workload) -> float:

@@ -133,6 +133,8 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "two tokenizers"
     if model["quantize"] == "nf4" and not model["lora"]["enabled"]:
         yield "nothing to train in four bits"
+    if model["quantize"] == "nf4" and model["config"]:
+        yield "four bits of weights that are not there yet"
     if not model["lora"]["targets"]:
         yield "adapters of nothing"
     yield from _sizes(model["config"])

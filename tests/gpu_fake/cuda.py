@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from common.model import loss_kernel
 from tests.gpu_fake.device import Device
 
 GIB = 2**30
@@ -31,6 +32,7 @@ def install(hardware: Hardware = Hardware()) -> None:
         setattr(torch.cuda, name, value)
     nvtx = importlib.import_module("torch.cuda.nvtx")
     nvtx.range_push = nvtx.range_pop = nvtx.mark = lambda *words: 0
+    torch._C._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes, which peft imports, asks for it
     torch.version.cuda = "13.0"
     torch.cuda.nccl = types.SimpleNamespace(version=lambda: (2, 28, 3))
     for name, dtype in _TENSORS.items():
@@ -38,6 +40,7 @@ def install(hardware: Hardware = Hardware()) -> None:
             torch.cuda, name, lambda values, dtype=dtype: torch.tensor(values, dtype=dtype, device="cuda")
         )
     _let_fake_tensors_be_used()
+    loss_kernel.has_triton = lambda: True  # which torch's wheels for GPUs bring
     torch.nn.Module._apply = _apply
 
 

@@ -113,7 +113,7 @@ class Device(TorchDispatchMode):
             if len(fakes) < len(tensors):
                 args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
             with self._fake:
-                kernel = _grouped_product if func.overloadpacket is aten._grouped_mm else func
+                kernel = OWN_SHAPES.get(func, func)
                 out = kernel(*args, **kwargs)
         self._allocate(out)
         self._follow(func, args, kwargs, fakes, out)
@@ -264,6 +264,17 @@ def _grouped_product(a: torch.Tensor, b: torch.Tensor, *more: Any, **options: An
     """Any dtype, as the kernel takes it; what derives its shape knows bf16 only."""
     made = aten._grouped_mm(a.bfloat16(), b.bfloat16(), *more, **options)
     return made if options.get("out_dtype") else made.to(a.dtype)
+
+
+def _sum_in_place(total: Any, a: Any, b: Any, *dtype: Any, out: Any) -> Any:
+    """`torch.addmm(..., out_dtype=, out=)`, which torch would derive by a product beside the sum."""
+    if out.shape != (a.shape[0], b.shape[1]) or total.shape != out.shape:
+        raise RuntimeError(f"addmm: {tuple(a.shape)} @ {tuple(b.shape)} into {tuple(out.shape)}")
+    return out
+
+
+OWN_SHAPES = {aten._grouped_mm.default: _grouped_product, aten.addmm.dtype_out: _sum_in_place}
+"""Operations whose results are not derived by torch."""
 
 
 def _is_cuda(device: Any) -> bool:

@@ -16,7 +16,7 @@ REFUSED = {
     "keys_of_another_dtype": ("sft", "expected one half-precision dtype"),
     "an_argument_that_the_kernel_does_not_have": ("sft", "unexpected keyword argument 'is_causal'"),
     "grouped_heads_without_saying_so": ("sft", "enable_gqa"),
-    "a_target_too_few": ("sft", "Attempting to broadcast"),
+    "a_target_too_few": ("sft", "side by side, got"),
     "a_weight_in_another_dtype": ("sft", "expected one dtype"),
 }
 WAITING = {

@@ -151,26 +151,50 @@ def test_the_context_of_a_local_model_is_read_from_its_folder(config: PipelineCo
     assert "config.json cannot be read" in error_of(config).message
 
 
-@pytest.mark.parametrize("name", [OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit])
-def test_an_optimizer_for_gpus_is_refused_without_one(
-    config: PipelineConfig, name: OptimizerName, monkeypatch: pytest.MonkeyPatch
+def test_a_paged_optimizer_is_refused_without_a_gpu(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.sft.optim.name = name
-    assert f"sft.optim.name={name.value} needs a GPU" in error_of(config).message
+    has_bitsandbytes(monkeypatch, "0.50.2")
+    config.sft.optim.name = OptimizerName.paged_adamw_8bit
+    error = error_of(config)
+    assert "sft.optim.name=paged_adamw_8bit needs a GPU" in error.message
+    assert error.hint == "sft.optim.name=adamw_8bit, adamw or adafactor"
     monkeypatch.setattr(local, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
 
 
-def test_four_bit_weights_are_refused_without_a_gpu(
+def has_bitsandbytes(monkeypatch: pytest.MonkeyPatch, installed: str | None) -> None:
+    """Whatever is installed here."""
+    monkeypatch.setattr(checks, "find_spec", lambda name: installed)
+    monkeypatch.setattr(checks, "version", lambda name: installed)
+
+
+def test_four_and_eight_bits_are_refused_without_bitsandbytes_that_has_them(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
-    assert "model.quantize=nf4 needs a GPU" in error_of(config).message
+    has_bitsandbytes(monkeypatch, None)
+    assert "model.quantize=nf4 needs bitsandbytes, which is not installed" in error_of(config).message
+    has_bitsandbytes(monkeypatch, "0.49.9")
+    message = error_of(config).message
+    assert message == "model.quantize=nf4 without a GPU needs bitsandbytes 0.50, and 0.49.9 is installed"
     monkeypatch.setattr(local, "count_gpus", lambda: 1)
     checks.check(config, ranks=1)
+    monkeypatch.setattr(local, "count_gpus", lambda: 0)
+    has_bitsandbytes(monkeypatch, "0.50.0")
+    checks.check(config, ranks=1)
+    config.model.quantize, config.sft.optim.name = Quantize.none, OptimizerName.adamw_8bit
+    checks.check(config, ranks=1)
+    has_bitsandbytes(monkeypatch, None)
+    error = error_of(config)
+    assert "sft.optim.name=adamw_8bit needs bitsandbytes" in error.message
+    assert str(error.hint).endswith("or sft.optim.name=adamw or adafactor")
 
 
-def test_what_other_machines_have_is_not_judged_by_this_one(config: PipelineConfig) -> None:
+def test_what_other_machines_have_is_not_judged_by_this_one(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_bitsandbytes(monkeypatch, None)
     config.model.lora.enabled, config.model.quantize = True, Quantize.nf4
     config.sft.optim.name = OptimizerName.adamw_8bit
     config.tracking.webhook = "env:SET_ON_THE_NODES_ALONE"
@@ -178,10 +202,13 @@ def test_what_other_machines_have_is_not_judged_by_this_one(config: PipelineConf
         config.launch = launch
         checks.check(config, ranks=1)
     config.launch = LaunchConfig(Launcher.slurm, slurm=SlurmConfig(gpus_per_node=0))
+    checks.check(config, ranks=1)
+    config.sft.optim.name = OptimizerName.paged_adamw_8bit
     assert error_of(config).message.endswith("needs a GPU, and launch.slurm.gpus_per_node=0")
     config.launch = LaunchConfig(Launcher.slurm, node_rank=0)  # it takes part in the run
     assert "SET_ON_THE_NODES_ALONE is not set" in error_of(config).message
     config.tracking.webhook = None
+    has_bitsandbytes(monkeypatch, "0.50.2")
     assert "this machine offers none" in error_of(config).message
 
 
@@ -246,8 +273,8 @@ def test_every_step_of_a_chain_is_checked_under_its_own_name(config: PipelineCon
     config.dpo.data.max_length = 256
     config.dpo.train.global_batch_size = 1
     assert "dpo.train.global_batch_size=1 is less than the 2 ranks" in error_of(config, ranks=2).message
-    config.dpo.optim.name = OptimizerName.adamw_8bit
-    assert "dpo.optim.name=adamw_8bit needs a GPU" in error_of(config).message
+    config.dpo.optim.name = OptimizerName.paged_adamw_8bit
+    assert "dpo.optim.name=paged_adamw_8bit needs a GPU" in error_of(config).message
     config.dpo.data = DataConfig(path="rows.jsonl", eval_path="no.jsonl", max_length=256)
     assert "dpo.data.eval_path=no.jsonl: no such" in error_of(config).message
 

@@ -99,14 +99,14 @@ def test_demonstrations_are_mixed_in_exactly_when_they_have_a_weight(ppo: Pipeli
 def test_both_optimizers_of_ppo_are_checked_and_that_of_a_critic_only_if_there_is_one(
     ppo: PipelineConfig,
 ) -> None:
-    ppo.ppo.critic.optim = OptimConfig(name=OptimizerName.adamw_8bit)
-    assert "ppo.critic.optim.name=adamw_8bit needs a GPU" in error_of(ppo).message
+    ppo.ppo.critic.optim = OptimConfig(name=OptimizerName.paged_adamw_8bit)
+    assert "ppo.critic.optim.name=paged_adamw_8bit needs a GPU" in error_of(ppo).message
     ppo.ppo.critic.optim = OptimConfig(name=OptimizerName.muon)
     assert "ppo.critic.optim.name=muon with model.dtype=bf16" in error_of(ppo).message
     ppo.ppo.estimator, ppo.ppo.rollout.samples_per_prompt = Estimator.rloo, 2
     checks.check(ppo, ranks=1)
-    ppo.ppo.optim = OptimConfig(name=OptimizerName.adamw_8bit)
-    assert "ppo.optim.name=adamw_8bit needs a GPU" in error_of(ppo).message
+    ppo.ppo.optim = OptimConfig(name=OptimizerName.paged_adamw_8bit)
+    assert "ppo.optim.name=paged_adamw_8bit needs a GPU" in error_of(ppo).message
 
 
 def test_ppo_has_the_shares_of_the_steps_before_it(ppo: PipelineConfig) -> None:

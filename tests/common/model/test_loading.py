@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,9 +207,12 @@ def test_adapters_cannot_learn_tokens_the_base_does_not_know(base: Path) -> None
         load_model(model, tokenizer, seed=0, device=CPU)
 
 
-def test_four_bit_weights_need_a_gpu(base: Path) -> None:
+def test_four_bit_weights_say_that_bitsandbytes_is_missing(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model = ModelConfig(path=str(base), lora=LoraConfig(enabled=True), quantize=Quantize.nf4)
-    with pytest.raises(UserError, match="model.quantize=nf4 needs a CUDA GPU"):
+    with pytest.raises(UserError, match="model.quantize=nf4 needs bitsandbytes"):
         load_model(model, tiny_tokenizer(CHATML), seed=0, device=CPU)
 
 

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -144,12 +145,7 @@ def test_muons_learning_rate_is_scaled_by_the_width_of_each_matrix_to_adamws_siz
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 1.0, 0.5])
 
 
-def test_bitsandbytes_optimizers_say_what_is_missing() -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        pytest.skip("bitsandbytes is installed")
+def test_bitsandbytes_optimizers_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="optim.name=adamw_8bit needs bitsandbytes"):
         build_optimizer(Model(), OptimConfig(name=OptimizerName.adamw_8bit), lr=0.1)
