@@ -56,7 +56,8 @@ class Shape:
 
 @dataclass
 class Outcome:
-    """What came of a case. syncs: (phase, step, what, site, count); as in `record.Record.plain`."""
+    """What came of a case. syncs: (phase, step, what, site, count); as in `record.Record.plain`. kernels: as in
+    `kernels.Kernels.plain`, where they were counted."""
 
     status: Any
     printed: str
@@ -65,6 +66,7 @@ class Outcome:
     collectives: list[list[Any]] = field(default_factory=list)
     peak: int = 0
     peak_site: str = ""
+    kernels: list[list[Any]] = field(default_factory=list)
 
     def syncs_of(self, step: int, phases: tuple[str, ...] = TRAINING) -> Counter[str]:
         """By what waits and where, without line numbers: `what, file function`."""

@@ -3,7 +3,7 @@
 Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
 size, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, and a function of
 `mutations` that is called first; or what `large.train` takes. Its outcome is JSON: {status, printed, passes},
-and what was recorded, as in `record.Record.plain`.
+and what was recorded, as in `record.Record.plain`. With `kernels` in the case kernels are counted too.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
     from tests.gpu_fake.device import Device
 
     printed, device, passes = io.StringIO(), Device(), []
+    if case.get("kernels"):
+        device.count_kernels()
     status: Any = 1
     with redirect_stdout(printed), redirect_stderr(printed):
         try:
@@ -81,7 +83,9 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
             status = error.code
         except BaseException:
             traceback.print_exc()
-    return {"status": status, "printed": printed.getvalue(), "passes": passes, **device.record.plain()}
+    counted = {} if device.kernels is None else {"kernels": device.kernels.plain()}
+    found = {"status": status, "printed": printed.getvalue(), "passes": passes, **counted}
+    return {**found, **device.record.plain()}
 
 
 def _prepare(case: dict[str, Any], passes: list[list[int]]) -> None:
