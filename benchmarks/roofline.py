@@ -33,12 +33,14 @@ TOKENS, MICRO_BATCHES = 16_384, 2
 SHOWN = 24
 """Kernels of a table."""
 PLAIN: dict[str, Any] = {
-    "frozen": [], "tokens": TOKENS, "micro_batches": MICRO_BATCHES, "stage": 1, "size": 1, "hpz": 1, "lora": 0,
-    "offload_optimizer": False, "offload_param": False, "checkpointing": False, "kernels": True,
+    "frozen": [], "tokens": TOKENS, "micro_batches": MICRO_BATCHES, "stage": 1, "size": 1, "hpz": 1,
+    "lora": 0, "offload_optimizer": False, "offload_param": False, "checkpointing": False, "kernels": True,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "1B": {"names": ["1B"]},
     "7B": {"names": ["7B"], "checkpointing": True},
+    "1B, compiled": {"names": ["1B"], "compile": True},
+    "7B, compiled": {"names": ["7B"], "checkpointing": True, "compile": True},
 }
 
 
@@ -127,8 +129,8 @@ def rendered(name: str, found: dict[str, Any]) -> str:
     return (
         f"{name}: MFU at most {found['mfu']:.1%} ({found['mfu_at_peaks']:.1%} at the peaks); a step of "
         f"{MICRO_BATCHES} x {TOKENS:,} tokens takes {found['seconds'] * 1e3:,.0f} ms at least "
-        f"({found['seconds_at_peaks'] * 1e3:,.0f}), its model operations {found['model_operations_seconds'] * 1e3:,.0f}; "
-        f"{calls:,} kernels, {size / 1e9:,.0f} GB; peak memory {found['peak_memory'] / 1e9:.1f} GB\n"
+        f"({found['seconds_at_peaks'] * 1e3:,.0f}), its model operations "
+        f"{found['model_operations_seconds'] * 1e3:,.0f}; {calls:,} kernels, {size / 1e9:,.0f} GB; peak memory {found['peak_memory'] / 1e9:.1f} GB\n"
         + table(head, rows)
     )
 

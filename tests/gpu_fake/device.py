@@ -61,6 +61,11 @@ class Device(TorchDispatchMode):
         self._values = WeakIdKeyDictionary()
         self._storages = WeakIdKeyDictionary()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile work in here; see `fused`."""
+        return True
+
     def __enter__(self) -> Device:
         Device.current = self
         # torch.tensor(..., device="cuda") then makes a host tensor and copies it

@@ -56,8 +56,8 @@ class Shape:
 
 @dataclass
 class Outcome:
-    """What came of a case. syncs: (phase, step, what, site, count); as in `record.Record.plain`. kernels: as in
-    `kernels.Kernels.plain`, where they were counted."""
+    """What came of a case. syncs: (phase, step, what, site, count); as in `record.Record.plain`. kernels: as
+    in `kernels.Kernels.plain`, where they were counted."""
 
     status: Any
     printed: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from tests.gpu_fake.record import place, tensors_in
 
 VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "empty", "empty_like",
-    "empty_strided", "expand", "is_pinned", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute",
-    "record_stream", "reshape", "resize_", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t",
-    "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as",
+    "empty_strided", "expand", "is_pinned", "lift_fresh", "narrow", "new_empty", "new_empty_strided",
+    "permute", "record_stream", "reshape", "resize_", "select", "set_", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as",
 }  # fmt: skip
 """What moves nothing."""
 WRITES = {"copy_", "zero_", "fill_", "uniform_", "normal_"}
@@ -31,6 +31,8 @@ GATHERS = {"embedding", "gather", "index", "index_select"}
 """Of their first argument they read what they return."""
 SCATTERS = {"index_put_", "_index_put_impl_", "scatter_", "index_copy_", "index_add_"}
 """Of their first argument they read and write as much as they are given."""
+NOT_FUSED = {"mm", "bmm", "addmm", "_varlen_attn", "_varlen_attn_backward"}
+"""What a compiler of graphs leaves to other kernels."""
 Values = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -56,11 +58,23 @@ class Kernels:
     def __init__(self, values: Values) -> None:
         self.found: defaultdict[tuple[str, int, str], Kernel] = defaultdict(Kernel)
         self._values = values
+        self._is_fused = False
+
+    @contextlib.contextmanager
+    def fused(self, kernels: Iterable[tuple[str, float]]) -> Iterator[None]:
+        """While the block runs a graph that was compiled: (name, bytes) of its kernels."""
+        for name, size in kernels:
+            self.found[*place(), name].add(size, 0.0)
+        before, self._is_fused = self._is_fused, True
+        try:
+            yield
+        finally:
+            self._is_fused = before
 
     def add(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """One operation of torch, unless it moves nothing."""
         name = func.overloadpacket.__name__
-        if name in VIEWS or func.namespace == "profiler":
+        if name in VIEWS or func.namespace == "profiler" or (self._is_fused and name not in NOT_FUSED):
             return
         given = tensors_in([args, {key: value for key, value in kwargs.items() if key != "out"}])
         made = tensors_in(out) or _written(func, args)

@@ -93,6 +93,8 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
         network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
     if case["checkpointing"]:
         loading.enable_checkpointing(network)
+    if case.get("compile"):
+        loading._compile_layers(network)
     if case["lora"]:
         lora = LoraConfig(enabled=True, r=case["lora"], alpha=16)
         network = adapters.add_adapters(network, lora, head.task_type)

@@ -89,13 +89,15 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepare(case: dict[str, Any], passes: list[list[int]]) -> None:
-    from tests.gpu_fake import cuda
+    from tests.gpu_fake import cuda, fused
 
     size = case.get("size", 1)
     os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(min(size, 8)))
     cuda.join(0, size)
     if size > 1:
         _work_alone()
+    if case.get("compile"):
+        fused.install()
     _watch_decoding(passes)
     if change := case.get("change"):
         getattr(importlib.import_module("tests.gpu_fake.mutations"), change)()
