@@ -33,8 +33,8 @@ from common.model.architecture import (
     read_config,
     say_what_differs,
 )
+from common.model.compiled import compile_layers
 from common.model.hub import loading_errors
-from common.model.one_by_one import decoder_of
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
@@ -81,7 +81,7 @@ def load_model(
         if model.gradient_checkpointing:
             enable_checkpointing(network)
         if model.compile:
-            _compile_layers(network)
+            compile_layers(network)
         if model.lora.enabled:
             network = add_adapters(network, model.lora, head.task_type)
     return network.train()
@@ -271,17 +271,6 @@ def enable_checkpointing(network: PreTrainedModel) -> None:
         getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-
-
-def _compile_layers(network: PreTrainedModel) -> None:
-    layers = getattr(decoder_of(network), "layers", None)
-    if layers is None:
-        raise UserError(
-            f"model_type={network.config.model_type} has no list of layers to compile",
-            hint="set model.compile=false",
-        )
-    for layer in layers:
-        layer.compile()
 
 
 @contextmanager

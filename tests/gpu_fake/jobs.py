@@ -44,10 +44,12 @@ class Shape:
     hpz: int = 1
     lora: bool = False
     checkpointing: bool = False
+    compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
     def put_into(self, job: Any) -> None:
         job.model.dtype, job.model.gradient_checkpointing = self.dtype, self.checkpointing
+        job.model.compile = self.compile
         job.model.lora = LoraConfig(enabled=self.lora, r=4, alpha=8)
         job.deepspeed.stage, job.deepspeed.hpz_partition_size = self.stage, self.hpz
         job.deepspeed.offload_optimizer = Offload.cpu if self.offload_optimizer else Offload.none
@@ -143,6 +145,7 @@ class Fake:
                 "step": step,
                 "config": str(run_dir / "resolved.yaml"),
                 "size": shape.size,
+                "compile": shape.compile,
                 "change": change,
             }
             outcome = self._ask(case)

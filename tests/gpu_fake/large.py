@@ -27,6 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
+SIZES["1B, 2 of 16 layers"] = {**SIZES["1B"], "num_hidden_layers": 2}
 SIZES["70B, 8 of 80 layers"] = {**SIZES["70B"], "num_hidden_layers": 8}
 """Configs of Llama 3.2 1B, Qwen 2.5 7B (as a Llama), Llama 3.1 8B and 70B."""
 DOCUMENT = 512
@@ -36,8 +37,8 @@ DOCUMENT = 512
 def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
-    case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora and
-    checkpointing. names: sizes of the networks that learn, the first with a head of tokens, the others with a
+    case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
+    checkpointing and, if wanted, compile. names: sizes of the networks that learn, the first with a head of tokens, the others with a
     scalar one; frozen: of those that do not learn.
     """
     from common.runtime.distributed import init_world
@@ -79,7 +80,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     import torch
 
     from common.config import Dtype, LoraConfig, ModelConfig
-    from common.model import adapters, attention, loading
+    from common.model import adapters, attention, compiled, loading
     from common.model.architecture import CAUSAL_LM, build_config
     from common.model.packed import PackedCausalLM
     from common.model.probes import find_shortcuts
@@ -94,7 +95,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     if case["checkpointing"]:
         loading.enable_checkpointing(network)
     if case.get("compile"):
-        loading._compile_layers(network)
+        compiled.compile_layers(network)
     if case["lora"]:
         lora = LoraConfig(enabled=True, r=case["lora"], alpha=16)
         network = adapters.add_adapters(network, lora, head.task_type)
