@@ -119,7 +119,7 @@ def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     )
     config = build_ds_config(
         settings, dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1, world_size=case["size"],
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()), gpu=True,
     )  # fmt: skip
     engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-5), 1e-5), config)
     engine.train()
