@@ -1,8 +1,8 @@
 """Decoder layers through torch.compile: norms, rotary embeddings and activations become few kernels.
 
-On a GPU those small operations move more bytes than the matrix products between them. Each layer is compiled
-for itself, and layers of one kind share a graph. Packed attention is in it and takes the bounds of documents as
-tensors, so that batches differ in numbers only: one graph for the first shape that is seen, one for all others.
+On a GPU those small operations move more bytes than the matrix products between them. Each layer is
+compiled for itself, and layers of one kind share a graph. Packed attention is in it and takes the bounds of
+documents as tensors, so that batches differ in numbers only: a graph for the first shape, one for all others.
 """
 
 from __future__ import annotations

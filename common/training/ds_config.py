@@ -33,7 +33,7 @@ def build_ds_config(
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,  # client optimizers are ours, and tested
         "zero_force_ds_cpu_optimizer": False,  # CPUAdam would be compiled on first use
-        # each gradient is added to its fp32 sum as it comes: the same sums, and never all bf16 gradients at once
+        # each gradient is added to its fp32 sum as it comes: the same sums, and never all of them in bf16
         "bf16": {"enabled": is_bf16, "immediate_grad_update": is_bf16},
         "fp16": {"enabled": dtype is Dtype.fp16, "hysteresis": 1},
         "data_types": {"grad_accum_dtype": "fp32"},

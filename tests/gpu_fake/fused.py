@@ -1,8 +1,8 @@
 """torch.compile on the fake device: Inductor says which operations one kernel computes; none is generated.
 
-Dynamo, autograd's partition into a forward and a backward graph and Inductor's scheduler are torch's own. What
-Inductor would fuse is counted as it says; matrix products and attention, which it leaves to other kernels, are
-counted as they run.
+Dynamo, autograd's partition into a forward and a backward graph and Inductor's scheduler are torch's own.
+What Inductor would fuse is counted as it says; matrix products and attention, which it leaves to other
+kernels, are counted as they run.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
     case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
-    checkpointing and, if wanted, compile. names: sizes of the networks that learn, the first with a head of tokens, the others with a
-    scalar one; frozen: of those that do not learn.
+    checkpointing and, if wanted, compile. names: sizes of the networks that learn, the first with a head of
+    tokens, the others with a scalar one; frozen: of those that do not learn.
     """
     from common.runtime.distributed import init_world
 

@@ -2,9 +2,9 @@
 
 Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
 size, compile, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, whether layers
-may be compiled, and a function of `mutations` that is called first; or what `large.train` takes. Its outcome is
-JSON: {status, printed, passes}, and what was recorded, as in `record.Record.plain`. With `kernels` in the case
-they are counted too.
+may be compiled, and a function of `mutations` that is called first; or what `large.train` takes. Its outcome
+is JSON: {status, printed, passes}, and what was recorded, as in `record.Record.plain`. With `kernels` in the
+case they are counted too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiled layers: one graph for batches of any documents, and the numbers of layers that are not compiled.
 
-The CUDA branch of attention runs on the CPU, by the kernels of `test_varlen_on_cpu`. Graphs are run by torch's
-operations, not by kernels made for them: what is compiled is tested, not what Inductor makes of it.
+The CUDA branch of attention runs on the CPU, by the kernels of `test_varlen_on_cpu`. Graphs are run by
+torch's operations, not by kernels made for them: what is compiled is tested, not what Inductor makes of it.
 """
 
 from __future__ import annotations
