@@ -30,6 +30,15 @@ SIZES: dict[str, dict[str, Any]] = {
 SIZES["1B, 2 of 16 layers"] = {**SIZES["1B"], "num_hidden_layers": 2}
 SIZES["70B, 8 of 80 layers"] = {**SIZES["70B"], "num_hidden_layers": 8}
 """Configs of Llama 3.2 1B, Qwen 2.5 7B (as a Llama), Llama 3.1 8B and 70B."""
+OF_DEPTH = " layers of "
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """The config of a size, also of `3 layers of 8B`."""
+    layers, _, size = name.rpartition(OF_DEPTH)
+    return {**SIZES[size], "num_hidden_layers": int(layers)} if layers else SIZES[size]
+
+
 DOCUMENT = 512
 """Tokens of each document of a row."""
 
@@ -88,7 +97,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
 
     attention.register()
     head = NEW_REWARD_MODEL if is_scalar else CAUSAL_LM
-    config = build_config(SIZES[name])
+    config = build_config(fields_of(name))
     config.update(dict(head.fields))
     with torch.device("cuda"):
         network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
