@@ -316,6 +316,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     config = build_ds_config(
         DeepSpeedConfig(stage=run.zero_stage), dtype=Dtype.bf16, max_grad_norm=1.0,
         micro_batch_size=run.rows_per_pass, world_size=world.size, num_parameters=model.num_parameters(),
+        gpu=device.type == "cuda",
     )  # fmt: skip
     engine = Engine(module, optimizer, config)
     engine.train()

@@ -167,8 +167,8 @@ class ModelConfig:
     """nf4: 4-bit base weights under LoRA (needs bitsandbytes)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
-    compile: bool = False
-    """torch.compile each decoder layer"""
+    compile: Optional[bool] = None
+    """torch.compile each decoder layer; null: for SFT and the reward model on a GPU, at ZeRO 1 and 2"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 

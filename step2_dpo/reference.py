@@ -149,7 +149,7 @@ def reference_key(
             "quantize": model.quantize.value,
             # with either of them other positions of the last layer are computed: other last bits
             "gradient_checkpointing": model.gradient_checkpointing,
-            "compile": model.compile,
+            "compile": bool(model.compile),
             # whether the policy's own code runs, or that of transformers under the same name
             "trust_remote_code": model.trust_remote_code,
         },

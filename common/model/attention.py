@@ -97,6 +97,8 @@ def packed_arguments(
     if any(shared_prefix):
         length = input_ids.shape[1]
         shared["shared_prefix"] = SharedPrefix(shared_prefix, cu_seqlens, length, max_seqlen)
+        if cu_seqlens.is_cuda:
+            shared["shared_prefix"].keys  # noqa: B018  (here, and not in a layer that is compiled)
     return {
         **shared,
         "input_ids": input_ids,

@@ -33,9 +33,9 @@ from common.model.architecture import (
     read_config,
     say_what_differs,
 )
+from common.model.compiled import compile_layers
 from common.model.hub import loading_errors
 from common.model.nf4 import keep_one_layout, nf4_config
-from common.model.one_by_one import decoder_of
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
@@ -83,7 +83,7 @@ def load_model(
         if model.gradient_checkpointing:
             enable_checkpointing(network)
         if model.compile:
-            _compile_layers(network)
+            compile_layers(network)
         if model.lora.enabled:
             network = add_adapters(network, model.lora, head.task_type)
     return network.train()
@@ -252,17 +252,6 @@ def enable_checkpointing(network: PreTrainedModel) -> None:
         getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
-
-
-def _compile_layers(network: PreTrainedModel) -> None:
-    layers = getattr(decoder_of(network), "layers", None)
-    if layers is None:
-        raise UserError(
-            f"model_type={network.config.model_type} has no list of layers to compile",
-            hint="set model.compile=false",
-        )
-    for layer in layers:
-        layer.compile()
 
 
 @contextmanager

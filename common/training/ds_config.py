@@ -14,6 +14,7 @@ def build_ds_config(
     world_size: int,
     num_parameters: int,
     optimizer: OptimizerName = OptimizerName.adamw,
+    gpu: bool = False,
 ) -> dict[str, object]:
     """The dict given to `deepspeed.initialize`.
 
@@ -23,7 +24,8 @@ def build_ds_config(
     micro-batches as were run, and the batch sizes below only satisfy DeepSpeed's own arithmetic.
     `num_parameters` bounds the reduce bucket, which DeepSpeed allocates whole.
     """
-    return {
+    is_bf16 = dtype is Dtype.bf16
+    config: dict[str, object] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "train_batch_size": micro_batch_size * world_size,
@@ -31,7 +33,8 @@ def build_ds_config(
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,  # client optimizers are ours, and tested
         "zero_force_ds_cpu_optimizer": False,  # CPUAdam would be compiled on first use
-        "bf16": {"enabled": dtype is Dtype.bf16},
+        # each gradient is added to its fp32 sum as it comes: the same sums, and never all of them in bf16
+        "bf16": {"enabled": is_bf16, "immediate_grad_update": is_bf16},
         "fp16": {"enabled": dtype is Dtype.fp16, "hysteresis": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {**_zero(deepspeed, num_parameters, optimizer), **_alone(deepspeed, world_size)},
@@ -39,6 +42,9 @@ def build_ds_config(
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if is_bf16 and gpu and world_size == 1:
+        config["communication_data_type"] = "fp32"  # nothing is sent, and no bf16 copy of the sums is made
+    return config
 
 
 def build_frozen_config(

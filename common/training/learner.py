@@ -51,6 +51,7 @@ def build_learner(
         world_size=world.size,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         optimizer=optim.name,
+        gpu=world.device.type == "cuda",
     )
     engine = Engine(module, optimizer, config)
     rates = Rates.of(optim, peak_lr, steps)

@@ -34,6 +34,7 @@ from common.errors import UserError
 from common.handoff import TakenFrom, load_named, parent_record
 from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
+from common.model.compiled import settled
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, PackedModel
 from common.model.tokenizer import terminators_of
@@ -89,6 +90,10 @@ class SaveClock:
 
     def restart(self) -> None:
         self._last = self._now()
+
+
+ALONE = (Step.sft, Step.reward)
+"""Steps that compare no two passes, which may be compiled with other roundings."""
 
 
 class Session:
@@ -169,6 +174,8 @@ class Session:
         """
         self.rehearse_export(model, head)
         device, seed = self.world.device, self.job.seed
+        if self.step in ALONE:
+            model = settled(model, device, self.job.deepspeed.stage)
         network = load_model(model, tokenizer, head, seed=seed, device=device, max_length=max_length)
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)

@@ -81,7 +81,7 @@ def compilers(machine: Machine) -> Findings:
     home = machine.environment.get("CUDA_HOME", "/usr/local/cuda")
     has_nvcc = machine.tool("nvcc") is not None or Path(home, "bin", "nvcc").exists()
     text = f"{cxx or 'no C++ compiler'}, {'nvcc' if has_nvcc else 'no nvcc'}"
-    without = f"{text}: model.compile=true would not work; nothing else compiles"
+    without = f"{text}: model.compile would not work; nothing else compiles"
     yield note("compilers", without) if cxx is None else ok("compilers", text)
 
 

@@ -20,6 +20,8 @@ WORTH_NAMING = 0.97
 """A way out needs less than this share of what the run needs."""
 
 
+FULL, EIGHT_BIT = 8.0, 2.0
+"""Bytes of AdamW's states for each weight."""
 GPUS = {"H100 (85.5 GB)": 81_559 * 2**20, "H200 (151 GB)": 143_771 * 2**20}
 """Bytes as nvidia-smi says them."""
 
@@ -61,7 +63,8 @@ def ways_out_of(work: Workload, step: Step, config: PipelineConfig, limit: float
 
 
 def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tuple[str, Workload]]:
-    """(overrides, the work with them): smaller passes, recomputation, sharding, offload, all of these."""
+    """(overrides, the work with them): smaller passes, recomputation, 8-bit optimizer states, sharding and
+    offload; and all of these but the states."""
     name, micro = step.value, getattr(config, step.value).train.micro_batch_size
     smallest, small = work, ""
     rows = micro
@@ -73,12 +76,23 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
     checkpointed = dataclasses.replace(work, checkpointing=True)
     if not work.checkpointing:
         yield "model.gradient_checkpointing=true", checkpointed
+    if work.gpu and (smaller := with_8bit_states(work)) != work:
+        yield f"optim@{name}.optim=adamw_8bit", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
     everything = dataclasses.replace(smallest, checkpointing=True)
     parts = [small, "" if work.checkpointing else "model.gradient_checkpointing=true"]
     for option, other in [("", everything), *sharded(everything)]:
         yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
+
+
+def with_8bit_states(work: Workload) -> Workload:
+    """With AdamW's two states in 8 bits instead of 32."""
+    networks = tuple(
+        dataclasses.replace(part, state_bytes=EIGHT_BIT if part.state_bytes == FULL else part.state_bytes)
+        for part in work.networks
+    )
+    return dataclasses.replace(work, networks=networks)
 
 
 def with_rows(work: Workload, share: float) -> Workload:
@@ -108,7 +122,28 @@ def rows_that_fit(work: Workload, step: Step, config: PipelineConfig, ranks: int
         f"{largest_rows(work, rows, size, most) or 'none'} {name if name == 'here' else f'on an {name}'}"
         for name, size in sizes.items()
     ]
-    return f"largest {step.value}.train.micro_batch_size that fits, up to {most}: {', '.join(found)}"
+    line = f"largest {step.value}.train.micro_batch_size that fits, up to {most}: {', '.join(found)}"
+    ways = [
+        f"{name} takes one row with {way}"
+        for name, size in GPUS.items()
+        if largest_rows(work, rows, size, 1) == 0 and (way := way_for_one_row(work, rows, step, config, size))
+    ]
+    return "; ".join([line, *ways])
+
+
+def way_for_one_row(
+    work: Workload, rows: int, step: Step, config: PipelineConfig, limit: float
+) -> str | None:
+    """The mildest override with which one row fits into `limit` bytes; None: none does, nor do all together.
+
+    rows: that the work has now.
+    """
+    fitting = (
+        override
+        for override, other in variants(with_rows(work, 1 / rows), step, config)
+        if "micro_batch_size" not in override and memory.estimate(other).device <= limit
+    )
+    return next(fitting, None)
 
 
 def sharded(work: Workload) -> Iterator[tuple[str, Workload]]:

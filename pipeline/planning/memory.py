@@ -100,6 +100,8 @@ class Workload:
     frozen: tuple[Network, ...] = ()
     offload_frozen: bool = False
     averaged: bool = False
+    fp16: bool = False  # of the two half precisions
+    compiled: bool = False  # the decoder's layers
 
     @property
     def weight_bytes(self) -> int:
@@ -218,11 +220,12 @@ def states(work: Workload) -> list[Term]:
 
 def gradients(work: Workload, part: Trained) -> Term:
     """Accumulated over the micro-batches of a step: stage 1 keeps all of them on every rank (g T), stages 2
-    and 3 a share in fp32 (4 T / R). In half precision stage 1 sums in fp32 beside the gradients: 4 T + 2 T.
+    and 3 a share in fp32 (4 T / R). In fp16 stage 1 sums in fp32 beside the gradients: 4 T + 2 T; in bf16
+    each is added to its sum as it comes.
     """
     sharding, trained = work.sharding, part.trained
     if sharding.stage == 1:
-        return Term("gradients", trained * (FP32 + 2 if work.half else FP32))
+        return Term("gradients", trained * (FP32 + 2 if work.fp16 else FP32))
     return _placed("gradients", FP32 * trained / sharding.ranks, sharding.offload_optimizer)
 
 
@@ -249,9 +252,11 @@ def buffers(work: Workload, part: Trained) -> Term:
 
 
 def update_buffers(work: Workload, part: Trained) -> Term:
-    """On a GPU, in the update: stage 1 in half precision sends all gradients at once, rounded to b T; the
-    others flatten the share in fp32, 4 T / R."""
+    """On a GPU, in the update: stage 1 in half precision sends all gradients at once, rounded to b T, and one
+    rank none in bf16; the others flatten the share in fp32, 4 T / R."""
     if work.sharding.stage == 1 and work.half:
+        if work.sharding.ranks == 1 and not work.fp16:
+            return Term("buffers", 0.0)
         return Term("buffers", work.weight_bytes * part.trained)
     return Term("buffers", FP32 * part.trained / work.sharding.ranks)
 
@@ -264,7 +269,9 @@ def activations(work: Workload, part: Trained) -> float:
     halves, the activated one and their product (4 i); times 4 bytes. In half precision norms compute in fp32
     (16 h bytes), and so does attention of documents up to 256 tokens on the CPU.
     The last layer's feed-forward network has trained positions only (`common.model.last_layer`); with
-    recomputation a layer keeps its input, and one layer at a time all of it.
+    recomputation a layer keeps its input, and one layer at a time all of it. A compiled layer keeps its
+    input, both normalised inputs, what attention gives, both halves and their product (4 h + 3 i) at all
+    positions.
     """
     net, batch = part.network, work.batch
     n, m = batch.tokens, min(batch.trained, batch.tokens)
@@ -276,8 +283,12 @@ def activations(work: Workload, part: Trained) -> float:
     feed_forward = 4 * net.intermediate * b
     layer = 2 * norm + attention + feed_forward
     final = n * norm + 2 * m * net.hidden * b
+    if work.compiled:
+        layer = attention + (4 * net.hidden + 3 * net.intermediate) * b
     if work.checkpointing:
         return final + n * (net.layers * net.hidden * b + layer)
+    if work.compiled:
+        return final + n * layer * net.layers
     return final + n * layer * net.layers - (n - m) * (feed_forward - net.hidden * b)
 
 

@@ -35,6 +35,14 @@ SLOT_STEP, LENGTH_STEP = 8, 64
 """As in `common.decoding.scheduler`: slots and their capacity are rounded up to these."""
 
 
+def compiles(config: PipelineConfig, step: Step) -> bool:
+    """Whether a GPU's layers are compiled, as in `common.model.compiled`, on a machine that can."""
+    if config.model.compile is not None:
+        return config.model.compile
+    alone = step in (Step.sft, Step.reward)
+    return alone and config.deepspeed.stage < 3 and config.model.dtype is not Dtype.fp32
+
+
 def workload_of(
     config: PipelineConfig,
     step: Step,
@@ -77,6 +85,8 @@ def workload_of(
         frozen=frozen_networks(config, step, network, vocabulary),
         offload_frozen=step is Step.ppo and config.ppo.offload_frozen,
         averaged=step is Step.ppo and config.ppo.ema_decay is not None,
+        fp16=config.model.dtype is Dtype.fp16,
+        compiled=gpu and compiles(config, step),
     )
 
 

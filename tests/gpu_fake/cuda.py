@@ -34,6 +34,7 @@ def install(hardware: Hardware = Hardware()) -> None:
     nvtx.range_push = nvtx.range_pop = nvtx.mark = lambda *words: 0
     torch._C._cuda_getCurrentRawStream = lambda index: 0  # bitsandbytes, which peft imports, asks for it
     torch.version.cuda = "13.0"
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes asks for it when it is imported
     torch.cuda.nccl = types.SimpleNamespace(version=lambda: (2, 28, 3))
     for name, dtype in _TENSORS.items():
         setattr(

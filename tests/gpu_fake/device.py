@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.gpu_fake.answers import answer
 from tests.gpu_fake.contracts import refuse
+from tests.gpu_fake.kernels import Kernels
 from tests.gpu_fake.record import Record, site, tensors_in
 
 aten = torch.ops.aten
@@ -55,9 +56,15 @@ class Device(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.record = Record()
+        self.kernels: Kernels | None = None  # None: they are not counted
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
         self._storages = WeakIdKeyDictionary()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile work in here; see `fused`."""
+        return True
 
     def __enter__(self) -> Device:
         Device.current = self
@@ -71,6 +78,10 @@ class Device(TorchDispatchMode):
         Device.current = None
         torch._C._set_only_lift_cpu_tensors(self._lifted)
         super().__exit__(*error)
+
+    def count_kernels(self) -> None:
+        """From now on."""
+        self.kernels = Kernels(self.values_of)
 
     def values_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """What `tolist` of a device tensor gives: ones, where the values are not known."""
@@ -115,6 +126,8 @@ class Device(TorchDispatchMode):
             with self._fake:
                 kernel = OWN_SHAPES.get(func, func)
                 out = kernel(*args, **kwargs)
+            if self.kernels is not None:
+                self.kernels.add(func, args, kwargs, out)
         self._allocate(out)
         self._follow(func, args, kwargs, fakes, out)
         return out

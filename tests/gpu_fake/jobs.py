@@ -44,10 +44,12 @@ class Shape:
     hpz: int = 1
     lora: bool = False
     checkpointing: bool = False
+    compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
     def put_into(self, job: Any) -> None:
         job.model.dtype, job.model.gradient_checkpointing = self.dtype, self.checkpointing
+        job.model.compile = self.compile
         job.model.lora = LoraConfig(enabled=self.lora, r=4, alpha=8)
         job.deepspeed.stage, job.deepspeed.hpz_partition_size = self.stage, self.hpz
         job.deepspeed.offload_optimizer = Offload.cpu if self.offload_optimizer else Offload.none
@@ -56,7 +58,8 @@ class Shape:
 
 @dataclass
 class Outcome:
-    """What came of a case. syncs: (phase, step, what, site, count); as in `record.Record.plain`."""
+    """What came of a case. syncs: (phase, step, what, site, count); as in `record.Record.plain`. kernels: as
+    in `kernels.Kernels.plain`, where they were counted."""
 
     status: Any
     printed: str
@@ -65,6 +68,7 @@ class Outcome:
     collectives: list[list[Any]] = field(default_factory=list)
     peak: int = 0
     peak_site: str = ""
+    kernels: list[list[Any]] = field(default_factory=list)
 
     def syncs_of(self, step: int, phases: tuple[str, ...] = TRAINING) -> Counter[str]:
         """By what waits and where, without line numbers: `what, file function`."""
@@ -141,6 +145,7 @@ class Fake:
                 "step": step,
                 "config": str(run_dir / "resolved.yaml"),
                 "size": shape.size,
+                "compile": shape.compile,
                 "change": change,
             }
             outcome = self._ask(case)

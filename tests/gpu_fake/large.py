@@ -27,8 +27,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
+SIZES["1B, 2 of 16 layers"] = {**SIZES["1B"], "num_hidden_layers": 2}
 SIZES["70B, 8 of 80 layers"] = {**SIZES["70B"], "num_hidden_layers": 8}
 """Configs of Llama 3.2 1B, Qwen 2.5 7B (as a Llama), Llama 3.1 8B and 70B."""
+OF_DEPTH = " layers of "
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """The config of a size, also of `3 layers of 8B`."""
+    layers, _, size = name.rpartition(OF_DEPTH)
+    return {**SIZES[size], "num_hidden_layers": int(layers)} if layers else SIZES[size]
+
+
 DOCUMENT = 512
 """Tokens of each document of a row."""
 
@@ -36,9 +46,9 @@ DOCUMENT = 512
 def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
-    case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora and
-    checkpointing. names: sizes of the networks that learn, the first with a head of tokens, the others with a
-    scalar one; frozen: of those that do not learn.
+    case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
+    checkpointing and, if wanted, compile. names: sizes of the networks that learn, the first with a head of
+    tokens, the others with a scalar one; frozen: of those that do not learn.
     """
     from common.runtime.distributed import init_world
 
@@ -79,7 +89,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     import torch
 
     from common.config import Dtype, LoraConfig, ModelConfig
-    from common.model import adapters, attention, loading
+    from common.model import adapters, attention, compiled, loading
     from common.model.architecture import CAUSAL_LM, build_config
     from common.model.packed import PackedCausalLM
     from common.model.probes import find_shortcuts
@@ -87,12 +97,14 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
 
     attention.register()
     head = NEW_REWARD_MODEL if is_scalar else CAUSAL_LM
-    config = build_config(SIZES[name])
+    config = build_config(fields_of(name))
     config.update(dict(head.fields))
     with torch.device("cuda"):
         network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
     if case["checkpointing"]:
         loading.enable_checkpointing(network)
+    if case.get("compile"):
+        compiled.compile_layers(network)
     if case["lora"]:
         lora = LoraConfig(enabled=True, r=case["lora"], alpha=16)
         network = adapters.add_adapters(network, lora, head.task_type)
@@ -116,7 +128,7 @@ def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     )
     config = build_ds_config(
         settings, dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1, world_size=case["size"],
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()), gpu=True,
     )  # fmt: skip
     engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-5), 1e-5), config)
     engine.train()

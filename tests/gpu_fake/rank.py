@@ -1,9 +1,10 @@
 """Run steps on the fake device: `python -m tests.gpu_fake.rank` reads a case per line, prints its outcome.
 
 Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
-size, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, and a function of
-`mutations` that is called first; or what `large.train` takes. Its outcome is JSON: {status, printed, passes},
-and what was recorded, as in `record.Record.plain`.
+size, compile, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, whether layers
+may be compiled, and a function of `mutations` that is called first; or what `large.train` takes. Its outcome
+is JSON: {status, printed, passes}, and what was recorded, as in `record.Record.plain`. With `kernels` in the
+case they are counted too.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
     from tests.gpu_fake.device import Device
 
     printed, device, passes = io.StringIO(), Device(), []
+    if case.get("kernels"):
+        device.count_kernels()
     status: Any = 1
     with redirect_stdout(printed), redirect_stderr(printed):
         try:
@@ -81,17 +84,21 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
             status = error.code
         except BaseException:
             traceback.print_exc()
-    return {"status": status, "printed": printed.getvalue(), "passes": passes, **device.record.plain()}
+    counted = {} if device.kernels is None else {"kernels": device.kernels.plain()}
+    found = {"status": status, "printed": printed.getvalue(), "passes": passes, **counted}
+    return {**found, **device.record.plain()}
 
 
 def _prepare(case: dict[str, Any], passes: list[list[int]]) -> None:
-    from tests.gpu_fake import cuda
+    from tests.gpu_fake import cuda, fused
 
     size = case.get("size", 1)
     os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(min(size, 8)))
     cuda.join(0, size)
     if size > 1:
         _work_alone()
+    if case.get("compile"):
+        fused.install()
     _watch_decoding(passes)
     if change := case.get("change"):
         getattr(importlib.import_module("tests.gpu_fake.mutations"), change)()

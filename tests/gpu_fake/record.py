@@ -51,13 +51,13 @@ class Record:
         self.peak_site = ""
 
     def sync(self, what: str) -> None:
-        self.syncs[*_place(), what, site()] += 1
+        self.syncs[*place(), what, site()] += 1
 
     def collective(self, name: str, arguments: Any) -> None:
         on_device = [x for x in tensors_in(arguments) if x.is_cuda]
         if on_device:
-            self.collectives[*_place(), name] += 1
-            self.sent[*_place(), name] += sum(x.numel() * x.element_size() for x in on_device)
+            self.collectives[*place(), name] += 1
+            self.sent[*place(), name] += sum(x.numel() * x.element_size() for x in on_device)
 
     def allocated(self, size: int) -> None:
         self.now += size
@@ -77,6 +77,7 @@ class Record:
         }
 
 
-def _place() -> tuple[str, int]:
+def place() -> tuple[str, int]:
+    """The phase and the step of the run."""
     phase = current()
     return phase.name, phase.step or 0

@@ -21,6 +21,7 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "1B": {},
+    "1B, compiled": {"compile": True},
     "7B, checkpointing": {"names": ["7B"], "checkpointing": True},
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
@@ -57,6 +58,7 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
             half=True,
             gpu=True,
             checkpointing=case["checkpointing"],
+            compiled=case.get("compile", False),
             frozen=tuple(network(name) for name in case["frozen"]),
         )
     )

@@ -20,6 +20,7 @@ SHAPES = {
     "zero3 offload": Shape(stage=3, offload_optimizer=True, offload_param=True),
     "checkpointing": Shape(checkpointing=True),
     "lora": Shape(stage=2, lora=True),
+    "compiled, checkpointing, lora": Shape(compile=True, checkpointing=True, lora=True, stage=2),
     "moe": Shape(model=tuple(MOE.items())),
     "8 ranks": Shape(size=8),
     "8 ranks, zero2": Shape(size=8, stage=2),

@@ -21,7 +21,7 @@ from pipeline.planning import memory
 from pipeline.planning.fitting import largest_rows, rows_that_fit, ways_out, ways_out_of, with_rows
 from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import from_fields, network_of
-from pipeline.planning.workload import workload_of
+from pipeline.planning.workload import compiles, workload_of
 from tests.packed import packed_lm
 
 LLAMA: dict[str, Any] = {
@@ -305,3 +305,52 @@ def test_plan_names_it_for_the_gpus_here_and_for_others() -> None:
         "largest sft.train.micro_batch_size that fits, up to 32: none here, 32 on an H100 "
     )
     assert line.endswith("32 on an H200 (151 GB)")
+
+
+SEVEN_BILLION: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+
+
+def test_plan_says_how_a_gpu_that_is_too_small_takes_one_row() -> None:
+    config = compose(prepare(["steps=[sft]", "sft.data.path=x", "sft.train.micro_batch_size=1"]).overrides)
+    row = MicroBatchShape(2048, 2048, short=False)
+    work = work_of(SEVEN_BILLION, half=True, gpu=True, checkpointing=True, batch=row)
+    line = rows_that_fit(work, Step.sft, config, 1, None)
+    # 2 T of weights, 4 T of masters, 4 T of sums and 2 T of states are more than 85.5 GB at 7.6e9
+    assert line.endswith("; H100 (85.5 GB) takes one row with deepspeed=zero2_offload")
+    assert "none on an H100" in line and "none on an H200" not in line
+    smaller = work_of(
+        {**SEVEN_BILLION, "num_hidden_layers": 22}, half=True, gpu=True, checkpointing=True, batch=row
+    )
+    line = rows_that_fit(smaller, Step.sft, config, 1, None)
+    assert line.endswith("; H100 (85.5 GB) takes one row with optim@sft.optim=adamw_8bit")
+
+
+def test_gradients_in_bf16_are_summed_as_they_come_and_those_in_fp16_are_kept_until_then() -> None:
+    for fp16, each in ((False, 4), (True, 6)):
+        work = work_of(half=True, gpu=True, fp16=fp16)
+        assert memory.gradients(work, work.networks[0]).device == each * work.networks[0].trained
+
+
+def test_one_gpu_sends_no_gradients_and_two_send_all_of_them_rounded() -> None:
+    for ranks, each in ((1, 0), (2, 2)):
+        work = work_of(half=True, gpu=True, sharding=Sharding(1, ranks))
+        assert memory.update_buffers(work, work.networks[0]).device == each * work.networks[0].trained
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step", "expected"),
+    [
+        ([], Step.sft, True),
+        (["deepspeed=zero3"], Step.sft, False),
+        (["model.dtype=fp32"], Step.sft, False),
+        ([], Step.dpo, False),
+        (["model.compile=true"], Step.dpo, True),
+        (["model.compile=false"], Step.sft, False),
+    ],
+)
+def test_plan_knows_which_layers_a_gpu_compiles(overrides: list[str], step: Step, expected: bool) -> None:
+    config = compose(prepare(["steps=[sft,dpo]", "sft.data.path=x", "dpo.data.path=x", *overrides]).overrides)
+    assert compiles(config, step) is expected

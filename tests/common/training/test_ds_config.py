@@ -23,6 +23,16 @@ def test_every_value_that_changes_numerics_is_set(stage: int, dtype: Dtype) -> N
     assert config["zero_optimization"]["stage"] == stage
 
 
+def test_bf16_gradients_are_summed_as_they_come_and_one_gpu_sends_none_in_bf16() -> None:
+    for dtype in Dtype:
+        assert build(DeepSpeedConfig(), dtype)["bf16"]["immediate_grad_update"] is (dtype is Dtype.bf16)
+    sent = "communication_data_type"
+    assert build(DeepSpeedConfig(), gpu=True, world_size=1)[sent] == "fp32"
+    for kept in ({"gpu": False, "world_size": 1}, {"gpu": True, "world_size": 2}):
+        assert sent not in build(DeepSpeedConfig(), **kept)
+    assert sent not in build(DeepSpeedConfig(), Dtype.fp16, gpu=True, world_size=1)
+
+
 def test_no_clipping_is_said_and_not_left_to_the_default_of_one() -> None:
     assert build(DeepSpeedConfig(), max_grad_norm=0.0)["gradient_clipping"] == 0.0
 

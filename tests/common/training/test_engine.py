@@ -71,6 +71,45 @@ def test_an_engine_steps_clips_skips_saves_and_loads(tmp_path: Path) -> None:
     assert printed == "", "DeepSpeed talks on the terminal"
 
 
+def summed_at_once_and_later(folder: str) -> int:
+    """bf16 gradients of three micro-batches a step, added to their sums as they come, and after each pass."""
+    import torch
+
+    from common.config import DeepSpeedConfig, Dtype
+    from common.runtime.distributed import init_world
+    from common.training.ds_config import build_ds_config
+    from common.training.engine import Engine
+
+    init_world()
+    found = []
+    for at_once in (True, False):
+        torch.manual_seed(0)
+        first, last = (
+            torch.nn.Linear(8, 16, dtype=torch.bfloat16),
+            torch.nn.Linear(16, 8, dtype=torch.bfloat16),
+        )
+        module = torch.nn.Sequential(first, torch.nn.SiLU(), last, torch.nn.SiLU(), first)
+        config: Any = build_ds_config(
+            DeepSpeedConfig(stage=1), dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1, world_size=1,
+            num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        )  # fmt: skip
+        assert config["bf16"]["immediate_grad_update"] is True
+        config["bf16"]["immediate_grad_update"] = at_once
+        engine = Engine(module, torch.optim.AdamW(module.parameters(), lr=0.01), config)
+        for _ in range(4):
+            for _ in range(3):
+                engine.backward(engine(torch.randn(5, 8, dtype=torch.bfloat16)).float().square().sum(), 15.0)
+            assert engine.step().applied
+        found.append(torch.cat(engine.master_weights()))
+    assert torch.equal(*found)
+    return 0
+
+
+def test_gradients_that_are_summed_as_they_come_give_the_same_bits(tmp_path: Path) -> None:
+    ranks = forked.start(summed_at_once_and_later, (str(tmp_path),), 1, tmp_path / "output.txt")
+    assert ranks.finish() == [0], (tmp_path / "output.txt").read_text()
+
+
 class Hostile:
     """What a stranger may put into a pickle: loading it makes a folder."""
 

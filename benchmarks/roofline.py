@@ -1,0 +1,177 @@
+"""The time that an optimizer step takes at least, by what its kernels move and multiply: no GPU is needed.
+
+    python -m benchmarks.roofline            two minutes; writes results/roofline.json
+
+Runs the learner's own code on the fake device of `tests/gpu_fake` and counts, for each kernel, bytes and
+floating-point operations. A kernel takes as long as the slower of the two; nothing is added for launches or
+for the host. Two times are given: at the H200's peaks, and at the shares of them that good kernels reach. MFU
+is by 6 operations per weight and token. Nothing here is a measured time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measure import PROJECT, machine, table, write_results
+from pipeline.planning.network import Network, from_fields
+
+PEAK, PEAK_FP32, BANDWIDTH = 989e12, 67e12, 4.8e12
+"""Of an H200: operations per second in bf16 and fp32, bytes per second."""
+REACHED_OPERATIONS, REACHED_BANDWIDTH = 0.75, 0.85
+"""The share of them that good kernels reach."""
+TOKENS, MICRO_BATCHES = 16_384, 2
+"""Of a pass; passes of a step."""
+DOCUMENT, CHUNK = 512, 4096
+"""Tokens of a document, the last of which has no target; of a chunk of the loss head."""
+SHOWN = 24
+"""Kernels of a table."""
+PLAIN: dict[str, Any] = {
+    "frozen": [], "tokens": TOKENS, "micro_batches": MICRO_BATCHES, "stage": 1, "size": 1, "hpz": 1,
+    "lora": 0, "offload_optimizer": False, "offload_param": False, "checkpointing": False, "kernels": True,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "1B": {"names": ["1B"]},
+    "7B": {"names": ["7B"], "checkpointing": True},
+    "1B, compiled": {"names": ["1B"], "compile": True},
+    "7B, compiled": {"names": ["7B"], "checkpointing": True, "compile": True},
+}
+
+
+@dataclass
+class Row:
+    """All calls of one kernel in a step. seconds: at the peaks; reached: at the shares that are reached."""
+
+    kernel: str
+    calls: int = 0
+    bytes: float = 0.0
+    operations: float = 0.0
+    seconds: float = 0.0
+    reached: float = 0.0
+
+    def add(self, calls: int, size: float, operations: float, single: float) -> None:
+        multiplied = (operations - single) / PEAK + single / PEAK_FP32
+        moved = size / BANDWIDTH
+        self.calls += calls
+        self.bytes += size
+        self.operations += operations
+        self.seconds += max(multiplied, moved)
+        self.reached += max(multiplied / REACHED_OPERATIONS, moved / REACHED_BANDWIDTH)
+
+
+def run(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What came of each case of `tests/gpu_fake/large.py`. RuntimeError with what a case that failed said."""
+    command = [sys.executable, "-m", "tests.gpu_fake.rank"]
+    lines = "\n".join(json.dumps({**PLAIN, **case}) for case in cases)
+    done = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, input=lines, text=True,
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    outcomes: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()[1:]]
+    for outcome in outcomes:
+        if outcome["status"] != 0:
+            raise RuntimeError(outcome["printed"])
+    return outcomes
+
+
+def rows_of(kernels: Sequence[Sequence[Any]], step: int = 2) -> list[Row]:
+    """The kernels of a step, the longest first. kernels: as in `Kernels.plain`."""
+    rows: dict[str, Row] = {}
+    for _, at, name, *counts in kernels:
+        if at == step:
+            rows.setdefault(name, Row(name)).add(*counts)
+    return sorted(rows.values(), key=lambda row: -row.reached)
+
+
+def with_a_kernel_for_the_head(rows: Sequence[Row], network: Network) -> list[Row]:
+    """Without the loss head's small operations: one kernel reads the fp32 logits and writes their gradient in
+    bf16, and the products add to the weight's fp32 gradient. By formula: this kernel is not run here."""
+    tokens = MICRO_BATCHES * (TOKENS - TOKENS // DOCUMENT)
+    chunks = MICRO_BATCHES * math.ceil(TOKENS / CHUNK)
+    kernel = Row("head: from logits to their gradient, by formula")
+    kernel.add(chunks, tokens * network.vocabulary * (4 + 2), 0, 0)
+    sums = Row("head: sums of the weight's gradient, by formula")
+    sums.add(chunks, chunks * network.vocabulary * network.hidden * 2 * 4, 0, 0)
+    kept = [row for row in rows if not row.kernel.startswith("head: ") or row.kernel == "head: mm"]
+    return sorted([*kept, kernel, sums], key=lambda row: -row.reached)
+
+
+def account(case: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
+    """MFU, time, memory and kernels of a case."""
+    from tests.gpu_fake.large import SIZES
+
+    network = from_fields(SIZES[case["names"][0]])
+    assert network is not None
+    looked_up = 0 if network.is_tied else network.vocabulary * network.hidden
+    ideal = 6 * (network.parameters - looked_up) * TOKENS * MICRO_BATCHES / PEAK
+    rows = rows_of(outcome["kernels"])
+    by_phase: defaultdict[str, list[Any]] = defaultdict(list)
+    for kernel in outcome["kernels"]:
+        by_phase["update" if kernel[0] == "update" else "passes"].append(kernel)
+    seconds, reached = sum(row.seconds for row in rows), sum(row.reached for row in rows)
+    with_kernel = sum(row.reached for row in with_a_kernel_for_the_head(rows, network))
+    return {
+        "parameters": network.parameters, "case": case, "peak_memory": outcome["peak"],
+        "model_operations_seconds": ideal,
+        "seconds_at_peaks": seconds, "mfu_at_peaks": ideal / seconds,
+        "seconds": reached, "mfu": ideal / reached, "mfu_with_head_kernel": ideal / with_kernel,
+        "seconds_by_phase": {
+            name: sum(row.reached for row in rows_of(kernels)) for name, kernels in by_phase.items()
+        },
+        "kernels": [dataclasses.asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+def rendered(name: str, found: dict[str, Any]) -> str:
+    """A case in words, and its longest kernels."""
+    kernels = found["kernels"]
+    head = ("kernel", "calls", "GB", "Tflop", "ms at the peaks", "ms")
+    rows = [
+        (
+            row["kernel"], row["calls"], row["bytes"] / 1e9, row["operations"] / 1e12, row["seconds"] * 1e3,
+            row["reached"] * 1e3,
+        )
+        for row in kernels[:SHOWN]
+    ]  # fmt: skip
+    calls, size = sum(row["calls"] for row in kernels), sum(row["bytes"] for row in kernels)
+    return (
+        f"{name}: MFU at most {found['mfu']:.1%}, {found['mfu_with_head_kernel']:.1%} with a kernel for the "
+        f"loss head ({found['mfu_at_peaks']:.1%} at the peaks)\n"
+        f"a step of {MICRO_BATCHES} x {TOKENS:,} tokens takes {found['seconds'] * 1e3:,.0f} ms at least, its "
+        f"model operations {found['model_operations_seconds'] * 1e3:,.0f} at the peak; {calls:,} kernels, "
+        f"{size / 1e9:,.0f} GB; peak memory {found['peak_memory'] / 1e9:.1f} GB\n" + table(head, rows)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--name", default="roofline", help="of the file under results/")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    args = parser.parse_args(arguments)
+    cases = {name: CASES[name] for name in args.cases}
+    found = {
+        name: account(case, outcome)
+        for (name, case), outcome in zip(cases.items(), run(cases.values()), strict=True)
+    }
+    for name, result in found.items():
+        print(rendered(name, result), end="\n\n")
+    if not args.no_write:
+        peaks = {"operations": PEAK, "operations_fp32": PEAK_FP32, "bandwidth": BANDWIDTH}
+        shares = {"operations": REACHED_OPERATIONS, "bandwidth": REACHED_BANDWIDTH}
+        write_results(args.name, {"machine": machine(), "peaks": peaks, "reached": shares, "runs": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
