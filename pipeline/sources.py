@@ -91,7 +91,7 @@ def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
 
 
 def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
-    """Let PPO import what it scores with, and look for vLLM, before hours are spent on the steps that come first.
+    """Let PPO import what it scores with, and look for vLLM, before hours are spent on the steps before it.
 
     A process of the step does it, since it is the user's code: it prints what is wrong. Returns its exit
     status; 0 without asking where there is nothing to look at, or PPO is done.

@@ -118,17 +118,17 @@ class RolloutConfig:
             )
         if not self.gather_parameters:
             raise UserError(
-                f"{at}gather_parameters=false has no effect with {at}engine=vllm, which gets the weights one "
-                "tensor at a time",
+                f"{at}gather_parameters=false has no effect with {at}engine=vllm, which gets the weights "
+                "one tensor at a time",
                 hint=f"leave {at}gather_parameters out",
             )
 
     def notes(self) -> list[str]:
         """What should be known at a run's start: whether not all tokens can be sampled, and what samples."""
         by_vllm = [
-            "vLLM samples the responses: the trainer computes their log-probabilities again, and where the "
-            f"two differ by more than {self.vllm.drift_bound:g} nats per token each token's loss is weighted, "
-            f"at most by {self.vllm.importance_cap:g}"
+            "vLLM samples the responses; in iterations in which its log-probabilities and the actor's differ "
+            f"by more than {self.vllm.drift_bound:g} nats per token, tokens get importance weights up to "
+            f"{self.vllm.importance_cap:g}"
         ] * self.uses_vllm
         if not self.leaves_out_tokens:
             return by_vllm

@@ -1,8 +1,8 @@
 """Truncated importance weights: responses were sampled by another forward pass than the one that is trained.
 
 With the log-probabilities log q that came with a response's tokens and the actor's own log π_old of them, a
-token's weight is w = min(π_old / q, cap), as in truncated importance sampling (Ionides 2008) and V-trace (arXiv
-1802.01561). It multiplies the part of the loss that PPO clips. Pure: numbers in, numbers out.
+token's weight is w = min(π_old / q, cap), as in truncated importance sampling (Ionides 2008) and V-trace
+(arXiv 1802.01561). It multiplies the part of the loss that PPO clips. Pure: numbers in, numbers out.
 """
 
 from __future__ import annotations

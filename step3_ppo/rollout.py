@@ -26,6 +26,7 @@ from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
+from common.model.adapters import ADAPTER
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
 from common.training.handover import whole_weights
@@ -167,8 +168,8 @@ def _response(prompts: PromptSource, prompt_id: int, group: int, completion: Com
 class Sampler:
     """Samples responses from the live actor on all ranks.
 
-    Under ZeRO-3 the actor's parameters are gathered while it samples, or layer by layer in lockstep. vLLM gets
-    them anew for every call, under ZeRO-3 one tensor at a time.
+    Under ZeRO-3 the actor's parameters are gathered while it samples, or layer by layer in lockstep. vLLM
+    gets them anew for every call, under ZeRO-3 one tensor at a time.
     """
 
     def __init__(
@@ -227,13 +228,16 @@ class Sampler:
         return self._actor.gathered() if self._gathers else nullcontext()
 
 
-def vllm_of(model: ModelConfig, config: RolloutConfig, max_length: int, world: World) -> VLLMDecoder | None:
+def vllm_of(
+    policy: ModelConfig, model: nn.Module, config: RolloutConfig, max_length: int, world: World
+) -> VLLMDecoder | None:
     """vLLM on every rank, which all call it; None where the settings ask for another engine.
 
-    model: the policy as it was, which gives the architecture. max_length: of a prompt with its response.
+    policy: its files. model: made from them, to be trained. max_length: of a prompt with its response.
     """
     if not config.uses_vllm:
         return None
     gigabytes = config.vllm.cache_gb
     size = EngineSize(config.slots, max_length, None if gigabytes is None else gigabytes * 1e9)
-    return VLLMDecoder(model, size, world.device, filters=config.leaves_out_tokens)
+    adapter = getattr(model, "peft_config", {}).get(ADAPTER)
+    return VLLMDecoder(policy, size, world.device, filters=config.leaves_out_tokens, adapter=adapter)

@@ -98,7 +98,8 @@ def train(job: PPOJob, run_dir: Path) -> int:
     evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation, job.seed)
     actor, flops_per_token = networks.actor.engine, training_flops_per_token(networks.model)
     terminators = terminators_of(tokenizer)
-    vllm = vllm_of(model_of(job.model, policy.path), ppo.rollout, ppo.data.max_length, world)
+    files = model_of(job.model, policy.path)
+    vllm = vllm_of(files, networks.model, ppo.rollout, ppo.data.max_length, world)
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators, world, session.stop, vllm)
     if reward_model is not None and scoring.needs_calibration:
         calibrate(

@@ -1,10 +1,10 @@
 """Sample responses with vLLM, in this process and on this device, behind the calls of `Decoder`.
 
-Takes the folder of the policy's model, and before every use the live weights; returns completions as `Decoder`
-does. Every rank has an engine of its own for its share of the requests: no forward pass is a collective. A
-token's draw depends on the request's key, on the weights and, within rounding, on what is computed beside it.
-Log-probabilities are vLLM's own. On a GPU its memory is given back between two uses (sleep mode); on the CPU it
-stays. Knows nothing of text, rewards or training. The only file that imports vllm.
+Takes the folder of the policy's model, and before every use the live weights, with adapters these alone;
+returns completions as `Decoder` does. Every rank has an engine of its own for its share of the requests: no
+forward pass is a collective. A token's draw depends on the request's key, on the weights and, within rounding,
+on what is computed beside it. Log-probabilities are vLLM's own. On a GPU its memory is given back between two
+uses (sleep mode); on the CPU it stays. Knows nothing of text, rewards or training. The only file that imports vllm.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import contextlib
 import logging
 import os
 import random
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,13 @@ from common.decoding.decoder import STEPS_BETWEEN_QUESTIONS
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.scheduler import not_finite, rounded_up, token_limit
 from common.errors import UserError
+from common.model.adapters import ADAPTER
 from common.vllm_fit import WAY_OUT, check_vllm
 
 BLOCK = 128
 """Tokens of the largest page of vLLM's cache: on the CPU 128, on GPUs fewer."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM makes room for."""
 RELOADING = "vllm.model_executor.model_loader.reload.inplace"
 """Logs as a warning what it does not take of the weights that it is given."""
 SETTINGS = {
@@ -49,8 +55,8 @@ BUILTIN = "ppo.rollout.engine=builtin"
 
 @dataclass(frozen=True)
 class EngineSize:
-    """slots: responses side by side. max_length: tokens of a prompt with its response. cache_bytes: of keys and
-    values; None for room for all slots at that length."""
+    """slots: responses side by side. max_length: tokens of a prompt with its response. cache_bytes: of keys
+    and values; None for room for all slots at that length."""
 
     slots: int
     max_length: int
@@ -61,18 +67,26 @@ class VLLMDecoder:
     """vLLM's engine in this process; all ranks make it together."""
 
     def __init__(
-        self, model: ModelConfig, size: EngineSize, device: torch.device, *, filters: bool = False
+        self,
+        model: ModelConfig,
+        size: EngineSize,
+        device: torch.device,
+        *,
+        filters: bool = False,
+        adapter: Any = None,
     ) -> None:
         """model: with a `path` and a dtype. filters: top_p or top_k leave out tokens, and the temperature is 1.
+        adapter: peft's config of the adapter that is trained; None where the weights themselves are.
 
-        UserError where vLLM is not there, does not know the model, or refuses it.
+        UserError where vLLM is not there, does not know the model or the adapter, or refuses it.
         """
         check_vllm()
         self.counts = DecodingCounts(0, 0, 0)
-        self._on_gpu = device.type == "cuda"
+        self._on_gpu, self._adapter, self._swapped_in = device.type == "cuda", adapter, None
         with _process_left_alone():
             self._vllm = _import_vllm()
-            self._engine, self._context = _engine(self._vllm, model, size, self._on_gpu, filters)
+            arguments, self._context = _arguments(self._vllm, model, size, self._on_gpu, filters, adapter)
+            self._engine = _engine(self._vllm, arguments)
         self._try_out()
         self._sleep()
 
@@ -80,21 +94,40 @@ class VLLMDecoder:
     def holding(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """The engine has these weights while the block runs, and its memory.
 
-        weights: all of them, whole, under the names that the model's files have. UserError for those that it
-        does not take.
+        weights: whole, under the names that the model's files have: all of them, or all of the adapter's.
+        UserError for those that it does not take.
         """
         with _process_left_alone():
             self._wake()
-            with _complaints(RELOADING) as said:
-                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            if said:
-                raise UserError(f"vLLM does not take the policy's weights: {said[0]}", hint=BUILTIN)
-            self._engine.collective_rpc(_pack_shared_weights)
+            try:
+                self._take(weights) if self._adapter is None else self._swap_in(weights)
+            except (ValueError, KeyError) as error:
+                words = " ".join(str(error).split())
+                raise UserError(f"vLLM does not take the policy's weights: {words}", hint=BUILTIN) from error
             self._engine.reset_prefix_cache()
         try:
             yield
         finally:
             self._sleep()
+
+    def _take(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with _complaints(RELOADING) as said:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if said:
+            raise ValueError(said[0])
+        self._engine.collective_rpc(_pack_shared_weights)
+
+    def _swap_in(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """vLLM reads adapters from files, in peft's layout."""
+        from safetensors.torch import save_file
+
+        request = partial(self._vllm.lora.request.LoRARequest, "policy", 1)
+        with tempfile.TemporaryDirectory(prefix="rlhf_adapter_") as folder:
+            self._adapter.save_pretrained(folder)
+            tensors = {name.replace(f".{ADAPTER}.", "."): weight.contiguous() for name, weight in weights}
+            save_file(tensors, Path(folder, "adapter_model.safetensors"))
+            self._engine.add_lora(request(folder, load_inplace=True))
+            self._swapped_in = request(folder)  # is known by its number: nothing is read again
 
     def decode(
         self,
@@ -141,7 +174,7 @@ class VLLMDecoder:
                 output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )
             prompt = {"prompt_token_ids": request.prompt.tolist()}
-            self._engine.add_request(str(number), prompt, sampling)
+            self._engine.add_request(str(number), prompt, sampling, lora_request=self._swapped_in)
 
     def _try_out(self) -> None:
         """UserError where the engine was made, and cannot compute: an attention head it has no kernel for."""
@@ -158,9 +191,10 @@ class VLLMDecoder:
             self._engine.wake_up()
 
     def _sleep(self) -> None:
-        """Give back the weights and the cache: the next weights come before the next use."""
+        """Give back the memory. Level 2 forgets the weights: others come before the next use. Under an adapter
+        they are kept in host memory, level 1."""
         if self._on_gpu:
-            self._engine.sleep(level=2)
+            self._engine.sleep(level=2 if self._adapter is None else 1)
 
 
 def seed_of(key: tuple[int, ...]) -> int:
@@ -189,6 +223,7 @@ def _import_vllm() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import vllm
+            import vllm.lora.request
             import vllm.sampling_params
             import vllm.v1.engine.llm_engine
     except (ImportError, OSError, AttributeError) as error:
@@ -197,21 +232,23 @@ def _import_vllm() -> Any:
     return vllm
 
 
-def _engine(vllm: Any, model: ModelConfig, size: EngineSize, on_gpu: bool, filters: bool) -> tuple[Any, int]:
-    """The engine, and the tokens that a prompt with its response may have."""
+def _arguments(
+    vllm: Any, model: ModelConfig, size: EngineSize, on_gpu: bool, filters: bool, adapter: Any
+) -> tuple[Any, int]:
+    """Of the engine, and the tokens that a prompt with its response may have."""
     from common.model.architecture import read_config
 
     config = read_config(model).get_text_config(decoder=True)
     context = min(size.max_length, getattr(config, "max_position_embeddings", None) or size.max_length)
     width = 4 if model.dtype is Dtype.fp32 else 2
-    arguments = vllm.EngineArgs(
+    return vllm.EngineArgs(
         model=str(model.path),
         dtype={Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16"}[model.dtype],
         trust_remote_code=model.trust_remote_code,
         max_model_len=context,
         max_num_seqs=size.slots,
         kv_cache_memory_bytes=cache_bytes(config, size, width),
-        gpu_memory_utilization=0.05,  # not what it takes: less than this must be free when it starts
+        gpu_memory_utilization=0.05,  # not what it takes: so much must be free when it starts
         enforce_eager=not on_gpu,
         enable_sleep_mode=on_gpu,
         enable_prefix_caching=True,  # the samples of a group
@@ -223,11 +260,30 @@ def _engine(vllm: Any, model: ModelConfig, size: EngineSize, on_gpu: bool, filte
         seed=0,
         disable_log_stats=True,
         use_tqdm_on_load=False,
-    )
+        **({} if adapter is None else _for_adapter(adapter)),
+    ), context
+
+
+def _for_adapter(adapter: Any) -> dict[str, Any]:
+    """Arguments of an engine with one adapter. UserError for one that vLLM would compute otherwise."""
+    uneven = adapter.rank_pattern or adapter.alpha_pattern or adapter.target_parameters
+    if adapter.use_dora or uneven or adapter.r > LORA_RANKS[-1]:
+        raise UserError(
+            "vLLM has one rank for all layers of an adapter, at most "
+            f"{LORA_RANKS[-1]}, and neither DoRA nor adapters of experts",
+            hint="model.lora.dora=false, linear layers as model.lora.targets, a lower model.lora.r, "
+            f"or {BUILTIN}",
+        )
+    rank = next(rank for rank in LORA_RANKS if rank >= adapter.r)
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+
+
+def _engine(vllm: Any, arguments: Any) -> Any:
+    """UserError where vLLM does not know the model, or refuses it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return vllm.v1.engine.llm_engine.LLMEngine.from_engine_args(arguments), context
+            return vllm.v1.engine.llm_engine.LLMEngine.from_engine_args(arguments)
     except (ValueError, NotImplementedError) as error:  # pydantic's are ValueErrors
         words = " ".join(str(error).split())
         raise UserError(f"vLLM refuses the policy: {words}", hint=BUILTIN) from error
@@ -274,8 +330,8 @@ def _complaints(logger_name: str) -> Iterator[list[str]]:
 
 @contextmanager
 def _process_left_alone() -> Iterator[None]:
-    """Generators and `torch.set_num_threads` afterwards as before: vLLM seeds and draws, and on the CPU it puts
-    a function that does nothing in the place of torch's."""
+    """Generators and `torch.set_num_threads` afterwards as before: vLLM seeds and draws, and on the CPU it
+    puts a function that does nothing in the place of torch's."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), contextlib.ExitStack() as after:
         after.callback(random.setstate, random.getstate())

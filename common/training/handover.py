@@ -11,15 +11,20 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from common.model.adapters import is_adapter
 from common.training.engine import Engine
 
 
 @torch.no_grad()
 def whole_weights(engine: Engine, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of each parameter; a tied one comes once. model: inside of the engine's module.
+    """Name and value of each parameter, of a PeftModel those of its adapters; a tied one comes once.
 
-    Under ZeRO-3 a copy, which may be kept; else the live weight itself, to be read before the next update.
+    model: inside of the engine's module. Under ZeRO-3 a copy, which may be kept; else the live weight itself,
+    to be read before the next update.
     """
+    is_adapted = hasattr(model, "peft_config")
     for name, parameter in model.named_parameters():
+        if is_adapted and not is_adapter(name):
+            continue
         with engine.gathered([parameter]):
             yield name, parameter.detach().clone() if engine.zero_stage == 3 else parameter.detach()
