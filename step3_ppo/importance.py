@@ -11,8 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from common.errors import UserError
 from step3_ppo.config import RolloutConfig
 from step3_ppo.rollout import Experience
+
+LARGEST_DRIFT = 0.3
+"""Nats per token, on average. In bf16 rounding makes some hundredths; other weights make whole nats."""
 
 
 def sampled_logprobs(experience: Experience) -> np.ndarray:
@@ -27,9 +31,18 @@ def drift(experience: Experience) -> np.ndarray:
 
 
 def with_importance(experience: Experience, rollout: RolloutConfig) -> Experience:
-    """The experience with a weight for each token, where vLLM sampled it and drifted beyond the bound."""
-    if not rollout.uses_vllm or drift(experience).mean() <= rollout.vllm.drift_bound:
+    """The experience with a weight for each token, where vLLM sampled it and drifted beyond the bound.
+
+    UserError for a drift that no rounding explains: vLLM has other weights than those that are trained.
+    """
+    if not rollout.uses_vllm or (off := float(drift(experience).mean())) <= rollout.vllm.drift_bound:
         return experience
+    if off > LARGEST_DRIFT:
+        raise UserError(
+            "vLLM samples from another policy than the one that is trained: their log-probabilities differ "
+            f"by {off:.2g} nats per token, and {LARGEST_DRIFT:g} are too many for rounding",
+            hint="ppo.rollout.engine=builtin; or model.dtype=fp32, where rounding is small",
+        )
     log_ratio = experience.old_logprobs - sampled_logprobs(experience)
     weights = np.exp(np.minimum(log_ratio, np.log(rollout.vllm.importance_cap)))
     return replace(experience, importance=weights.astype(np.float32))

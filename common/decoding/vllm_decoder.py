@@ -2,9 +2,10 @@
 
 Takes the folder of the policy's model, and before every use the live weights, with adapters these alone;
 returns completions as `Decoder` does. Every rank has an engine of its own for its share of the requests: no
-forward pass is a collective. A token's draw depends on the request's key, on the weights and, within rounding,
-on what is computed beside it. Log-probabilities are vLLM's own. On a GPU its memory is given back between two
-uses (sleep mode); on the CPU it stays. Knows nothing of text, rewards or training. The only file that imports vllm.
+forward pass is a collective. A token's draw depends on the request's key, on the weights and, within
+rounding, on what is computed beside it. Log-probabilities are vLLM's own. On a GPU its memory is given back
+between two uses (sleep mode); on the CPU it stays. Knows nothing of text, rewards or training. The only file
+that imports vllm.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from common.vllm_fit import WAY_OUT, check_vllm
 
 BLOCK = 128
 """Tokens of the largest page of vLLM's cache: on the CPU 128, on GPUs fewer."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""How configs of transformers say that there are some."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM makes room for."""
 RELOADING = "vllm.model_executor.model_loader.reload.inplace"
@@ -75,7 +78,7 @@ class VLLMDecoder:
         filters: bool = False,
         adapter: Any = None,
     ) -> None:
-        """model: with a `path` and a dtype. filters: top_p or top_k leave out tokens, and the temperature is 1.
+        """model: with a `path` and a dtype. filters: top_p or top_k leave out tokens, at temperature 1.
         adapter: peft's config of the adapter that is trained; None where the weights themselves are.
 
         UserError where vLLM is not there, does not know the model or the adapter, or refuses it.
@@ -191,8 +194,8 @@ class VLLMDecoder:
             self._engine.wake_up()
 
     def _sleep(self) -> None:
-        """Give back the memory. Level 2 forgets the weights: others come before the next use. Under an adapter
-        they are kept in host memory, level 1."""
+        """Give back the memory. Level 2 forgets the weights: others come before the next use. Under an
+        adapter they are kept in host memory, level 1."""
         if self._on_gpu:
             self._engine.sleep(level=2 if self._adapter is None else 1)
 
@@ -239,10 +242,18 @@ def _arguments(
     from common.model.architecture import read_config
 
     config = read_config(model).get_text_config(decoder=True)
+    if any(getattr(config, name, 0) for name in EXPERTS):
+        raise UserError(
+            f"model_type={config.model_type} has experts, which vLLM 0.32 keeps under other names and whose "
+            "log-probabilities differ",
+            hint=BUILTIN,
+        )
     context = min(size.max_length, getattr(config, "max_position_embeddings", None) or size.max_length)
     width = 4 if model.dtype is Dtype.fp32 else 2
     return vllm.EngineArgs(
         model=str(model.path),
+        # what the weights that it is given do not reach stays random, and shows in the first roll-out
+        load_format="dummy" if adapter is None else "auto",
         dtype={Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16"}[model.dtype],
         trust_remote_code=model.trust_remote_code,
         max_model_len=context,

@@ -17,14 +17,15 @@ from common.training.engine import Engine
 
 @torch.no_grad()
 def whole_weights(engine: Engine, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of each parameter, of a PeftModel those of its adapters; a tied one comes once.
+    """Name and value of each parameter and stored buffer, of a PeftModel those of its adapters; a tied one
+    comes once.
 
     model: inside of the engine's module. Under ZeRO-3 a copy, which may be kept; else the live weight itself,
     to be read before the next update.
     """
-    is_adapted = hasattr(model, "peft_config")
+    is_adapted, stored = hasattr(model, "peft_config"), model.state_dict().keys()
     for name, parameter in model.named_parameters():
-        if is_adapted and not is_adapter(name):
-            continue
-        with engine.gathered([parameter]):
-            yield name, parameter.detach().clone() if engine.zero_stage == 3 else parameter.detach()
+        if is_adapter(name) or not is_adapted:
+            with engine.gathered([parameter]):
+                yield name, parameter.detach().clone() if engine.zero_stage == 3 else parameter.detach()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored and not is_adapted)
