@@ -90,6 +90,8 @@ class VLLMDecoder:
             self._vllm = _import_vllm()
             arguments, self._context = _arguments(self._vllm, model, size, self._on_gpu, filters, adapter)
             self._engine = _engine(self._vllm, arguments)
+            # at its end it would destroy all process groups, which are the run's
+            self._engine.engine_core._finalizer.detach()
         self._try_out()
         self._sleep()
 
@@ -191,6 +193,7 @@ class VLLMDecoder:
 
     def _wake(self) -> None:
         if self._on_gpu:
+            torch.cuda.empty_cache()  # vLLM asks the driver: what torch holds in reserve is not free to it
             self._engine.wake_up()
 
     def _sleep(self) -> None:
