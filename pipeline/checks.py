@@ -80,6 +80,7 @@ def check(
         check_step(config, step.stage.name, {**models, **stand_ins}, ranks)
     if Step.ppo in config.steps:
         check_ppo(config.ppo)
+        check_vllm_policy(config)
         config.ppo.check_patience(ranks)
     check_stage_split(config)
     for count in set(on_each or [ranks]):
@@ -181,6 +182,24 @@ def check_ppo(ppo: PPOConfig) -> None:
             f"(ppo.rollout.prompts={rollout.prompts} × ppo.rollout.samples_per_prompt="
             f"{rollout.samples_per_prompt})",
             hint=f"ppo.train.global_batch_size={sampled} or less, or more prompts or samples",
+        )
+
+
+def check_vllm_policy(config: PipelineConfig) -> None:
+    """vLLM computes the policy as the trainer does."""
+    model, lora = config.model, config.model.lora
+    if not config.ppo.rollout.uses_vllm:
+        return
+    if model.quantize is not Quantize.none:
+        raise UserError(
+            f"ppo.rollout.engine=vllm samples from the base as it was before model.quantize="
+            f"{model.quantize.value}, which is another policy than the one that is trained",
+            hint="model.quantize=none, or ppo.rollout.engine=builtin",
+        )
+    if lora.enabled and lora.dora:
+        raise UserError(
+            "ppo.rollout.engine=vllm has no DoRA, which model.lora.dora=true trains",
+            hint="model.lora.dora=false, or ppo.rollout.engine=builtin",
         )
 
 

@@ -91,14 +91,15 @@ def with_critic_of_policy(config: PipelineConfig, say: Say) -> PipelineConfig:
 
 
 def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Path) -> int:
-    """Let PPO import what it scores with, before hours are spent on the steps that come first.
+    """Let PPO import what it scores with, and look for vLLM, before hours are spent on the steps before it.
 
     A process of the step does it, since it is the user's code: it prints what is wrong. Returns its exit
-    status; 0 without asking where there is nothing to import, or PPO is done.
+    status; 0 without asking where there is nothing to look at, or PPO is done.
     """
     steps = {step.stage.name: step for step in wired}
     done = (run_dir / Step.ppo.value / EXPORT / MANIFEST).exists()
-    if Step.ppo not in steps or not config.ppo.names_code or (done and not config.force):
+    asks = config.ppo.names_code or config.ppo.rollout.uses_vllm
+    if Step.ppo not in steps or not asks or (done and not config.force):
         return 0
     with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:
         resolved = write_resolved(config, Path(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from common.runtime.entry import step_main
+from common.vllm_fit import check_vllm
 from step3_ppo.config import PPOJob
 
 
@@ -17,6 +18,8 @@ def _check(job: PPOJob) -> None:
     from step3_ppo.rewards.functions import load_functions
     from step3_ppo.rewards.sources import RewardSources
 
+    if job.ppo.rollout.uses_vllm:
+        check_vllm()
     RewardSources(job.ppo.rewards)
     load_functions(job.ppo.evaluation.functions, "ppo.evaluation.functions")
 

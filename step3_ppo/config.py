@@ -48,6 +48,25 @@ class CriticStart(Enum):
     policy = "policy"
 
 
+class RolloutEngine(Enum):
+    builtin = "builtin"
+    vllm = "vllm"
+
+
+@dataclass
+class VLLMConfig:
+    """vLLM as what samples; without effect with another engine."""
+
+    cache_gb: Optional[float] = number(None, 0, 1_000_000, above=True)
+    """keys and values per rank, in GB; null: room for all slots at data.max_length. With less, vLLM lets
+    responses wait"""
+    drift_bound: float = number(1e-3, 0, 1_000)
+    """importance weights are used in iterations whose log-probabilities by vLLM and by the actor differ by
+    more, on average, in nats per token"""
+    importance_cap: float = number(2.0, 1, 1_000_000)
+    """largest importance weight of a token"""
+
+
 @dataclass
 class RolloutConfig:
     """How responses are sampled."""
@@ -69,14 +88,54 @@ class RolloutConfig:
     """responses decoded side by side, per rank"""
     gather_parameters: bool = True
     """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
+    engine: RolloutEngine = RolloutEngine.builtin
+    """builtin, or vllm: in each rank, on its device, in the same environment (make vllm)"""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """vLLM as what samples"""
+
+    @property
+    def uses_vllm(self) -> bool:
+        return self.engine is RolloutEngine.vllm
+
+    @property
+    def leaves_out_tokens(self) -> bool:
+        """Whether not all tokens can be sampled."""
+        return self.top_p < 1 or self.top_k > 0
+
+    def check(self, at: str) -> None:
+        """The engine can do what it is asked for, and nothing is set for another one."""
+        if not self.uses_vllm:
+            if self.vllm != VLLMConfig():
+                raise UserError(
+                    f"{at}vllm has no effect with {at}engine={self.engine.value}", hint=f"{at}engine=vllm"
+                )
+            return
+        if self.leaves_out_tokens and self.temperature != 1:
+            raise UserError(
+                f"{at}engine=vllm gives no log-probabilities over all tokens with {at}temperature="
+                f"{self.temperature:g} and {at}top_p={self.top_p:g}, {at}top_k={self.top_k}",
+                hint=f"{at}temperature=1, or {at}top_p=1 and {at}top_k=0, or {at}engine=builtin",
+            )
+        if not self.gather_parameters:
+            raise UserError(
+                f"{at}gather_parameters=false has no effect with {at}engine=vllm, which gets the weights "
+                "one tensor at a time",
+                hint=f"leave {at}gather_parameters out",
+            )
 
     def notes(self) -> list[str]:
-        """What should be known at a run's start: one line where not all tokens can be sampled."""
-        if self.top_p == 1 and self.top_k == 0:
-            return []
+        """What should be known at a run's start: whether not all tokens can be sampled, and what samples."""
+        by_vllm = [
+            "vLLM samples the responses; in iterations in which its log-probabilities and the actor's differ "
+            f"by more than {self.vllm.drift_bound:g} nats per token, tokens get importance weights up to "
+            f"{self.vllm.importance_cap:g}"
+        ] * self.uses_vllm
+        if not self.leaves_out_tokens:
+            return by_vllm
         return [
+            *by_vllm,
             f"sampled from a part of the tokens (top_p={self.top_p}, top_k={self.top_k}): the ratio and the "
-            "KL are of the distribution over all of them"
+            "KL are of the distribution over all of them",
         ]
 
 
@@ -314,7 +373,7 @@ class PPOConfig:
 
     @property
     def names_code(self) -> bool:
-        """Whether something scores that only the step can look at: a function, or a server with its token."""
+        """Whether only the step can look at something: a function that scores, or a server with its token."""
         return any(not source.model for source in self.rewards) or bool(self.evaluation.functions)
 
     def peak_lr(self, *, lora: bool) -> float:

@@ -3,7 +3,8 @@
 For each response token, with the ratio ρ = π / π_old (log ρ clamped to ±20) and the advantage A,
 
     policy  −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)                     PPO (arXiv 1707.06347)
-            − entropy_coef · H(π) + kl_coef · k3(π ‖ π_ref)        where the settings ask for them
+            times the token's importance weight, − entropy_coef · H(π) + kl_coef · k3(π ‖ π_ref)
+                                                                   where the settings ask for them
     value   ½ max((V − G)², (clip(V, V_old ± ε) − G)²)             as in InstructGPT's line (arXiv 2403.17031)
 
 with G the token's return. The loss of an update is the mean over its response tokens, of all micro-batches
@@ -68,11 +69,13 @@ def policy_loss(
     entropy_coef: float = 0.0,
     ref: torch.Tensor | None = None,
     kl_coef: float = 0.0,
+    importance: torch.Tensor | None = None,
 ) -> PolicySums:
     """The actor's loss, summed over M tokens (0 give a zero that still carries a zero gradient).
 
     logprobs: [M], of the live policy, with gradient. old: [M], of the policy that sampled them. advantages:
     [M]. entropies: [M], of the live policy, with gradient where entropy_coef is not 0. ref: [M], log π_ref.
+    importance: [M], weights of the clipped part (`importance.py`); None: all are 1.
     Raises ValueError for a coefficient without its tensor.
     """
     if (entropy_coef and entropies is None) or (kl_coef and ref is None):
@@ -80,7 +83,8 @@ def policy_loss(
     log_ratio = _clamped(logprobs - old)
     ratio = log_ratio.exp()
     unclipped, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = surrogate = torch.maximum(unclipped, clipped_loss).sum()
+    of_tokens = torch.maximum(unclipped, clipped_loss)
+    loss = surrogate = (of_tokens if importance is None else of_tokens * importance).sum()
     entropy = loss.new_zeros(()) if entropies is None else entropies.sum()
     kl = loss.new_zeros(()) if ref is None else _k3(_clamped(logprobs - ref)).sum()
     if entropy_coef:

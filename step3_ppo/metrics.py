@@ -15,6 +15,7 @@ from common.runtime.distributed import World
 from common.runtime.performance import performance
 from step3_ppo.advantages import kl_penalty_coef, response_kl, response_sums
 from step3_ppo.config import MEASURED, PPOConfig
+from step3_ppo.importance import drift, importance_metrics
 from step3_ppo.loss import UpdateSums, explained_variance
 from step3_ppo.rollout import Experience, Sampler
 from step3_ppo.state import PPOCounters
@@ -30,6 +31,7 @@ def of_iteration(
     metrics = {
         **describe(experience, kl_penalty_coef(ppo, counters.kl_coef)),
         **learned.means(),
+        **importance_metrics(experience, ppo.rollout),
         "kl_coef": counters.kl_coef,
     }
     if counters.first_ratio_error is not None:  # where the actor learned
@@ -48,8 +50,7 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
     assert experience.advantages is not None
     lengths = np.diff(experience.offsets)
     stopped = np.array([response.stopped for response in experience.responses])
-    sampled = np.concatenate([response.logprobs for response in experience.responses])
-    drift = np.abs(sampled - experience.old_logprobs)
+    off = drift(experience)
     kl = response_kl(experience)
     cost = 0.0 if kl is None else float(-kl_coef * kl.mean())
     metrics = {
@@ -64,8 +65,8 @@ def describe(experience: Experience, kl_coef: float) -> dict[str, float]:
         "response/length_max": float(lengths.max()),
         "response/truncated_share": float(1 - stopped.mean()),
         "val/num_eos_tokens": float(stopped.sum()),
-        "rollout/logprob_drift": float(drift.mean()),
-        "rollout/logprob_drift_max": float(drift.max()),
+        "rollout/logprob_drift": float(off.mean()),
+        "rollout/logprob_drift_max": float(off.max()),
     }
     if kl is not None:
         metrics["objective/kl"] = float(kl.mean())

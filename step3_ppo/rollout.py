@@ -21,11 +21,15 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
+from common.config import ModelConfig
 from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
+from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
+from common.model.adapters import ADAPTER
 from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
 from common.training.engine import Engine as TrainingEngine
+from common.training.handover import whole_weights
 from step3_ppo.config import RolloutConfig
 
 STREAM = 0x70706F
@@ -62,7 +66,8 @@ class Experience:
 
     scores: of each reward source by name, float64 [B]. rewards: float64 [B], the weighted sum with penalties.
     old_logprobs, ref_logprobs, values: fp32 [R], the actor's, the reference's and the critic's, as they were
-    when the iteration began. advantages, returns: fp32 [R]. Absent (None): not computed yet, or not needed.
+    when the iteration began. advantages, returns: fp32 [R]. importance: fp32 [R], see importance.py. Absent
+    (None): not computed yet, or not needed.
     """
 
     responses: Sequence[Response]
@@ -73,6 +78,7 @@ class Experience:
     values: np.ndarray | None = None
     advantages: np.ndarray | None = None
     returns: np.ndarray | None = None
+    importance: np.ndarray | None = None
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -102,7 +108,7 @@ class PromptSource(Protocol):
 
 
 def roll_out(
-    decoder: Decoder,
+    decoder: Decoder | VLLMDecoder,
     prompts: PromptSource,
     prompt_ids: Sequence[int],
     params: SamplingParams,
@@ -162,7 +168,8 @@ def _response(prompts: PromptSource, prompt_id: int, group: int, completion: Com
 class Sampler:
     """Samples responses from the live actor on all ranks.
 
-    Under ZeRO-3 the actor's parameters are gathered while it samples, or layer by layer in lockstep.
+    Under ZeRO-3 the actor's parameters are gathered while it samples, or layer by layer in lockstep. vLLM
+    gets them anew for every call, under ZeRO-3 one tensor at a time.
     """
 
     def __init__(
@@ -173,13 +180,19 @@ class Sampler:
         terminators: Sequence[int],
         world: World,
         stop: StopSignal,
+        vllm: VLLMDecoder | None = None,
     ) -> None:
-        self._actor, self._config, self._terminators = actor, config, terminators
+        """vllm: what samples, in the place of the builtin decoder."""
+        self._actor, self._model, self._config, self._terminators = actor, model, config, terminators
         self._world, self._stop = world, stop
         self._gathers = config.gather_parameters and actor.zero_stage == 3
         self._lockstep = actor.zero_stage == 3 and not self._gathers and world.size > 1
-        with self._phase():
-            self._decoder = Decoder(model, slots=config.slots)
+        self._vllm = vllm
+        if vllm is None:
+            with self._phase():
+                self._decoder: Decoder | VLLMDecoder = Decoder(model, slots=config.slots)
+        else:
+            self._decoder = vllm
 
     def __call__(
         self,
@@ -210,4 +223,21 @@ class Sampler:
         return over_ranks(self._decoder.counts)
 
     def _phase(self) -> AbstractContextManager[object]:
+        if self._vllm is not None:
+            return self._vllm.holding(whole_weights(self._actor, self._model))
         return self._actor.gathered() if self._gathers else nullcontext()
+
+
+def vllm_of(
+    policy: ModelConfig, model: nn.Module, config: RolloutConfig, max_length: int, world: World
+) -> VLLMDecoder | None:
+    """vLLM on every rank, which all call it; None where the settings ask for another engine.
+
+    policy: its files. model: made from them, to be trained. max_length: of a prompt with its response.
+    """
+    if not config.uses_vllm:
+        return None
+    gigabytes = config.vllm.cache_gb
+    size = EngineSize(config.slots, max_length, None if gigabytes is None else gigabytes * 1e9)
+    adapter = getattr(model, "peft_config", {}).get(ADAPTER)
+    return VLLMDecoder(policy, size, world.device, filters=config.leaves_out_tokens, adapter=adapter)

@@ -19,7 +19,7 @@ from common.training.engine import StepOutcome
 from step3_ppo.rollout import Experience, Response
 
 FILE = "experience.npz"
-TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", "importance")
 
 
 @dataclass(frozen=True)

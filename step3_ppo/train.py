@@ -34,13 +34,14 @@ from step3_ppo.calibrate import calibrate
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.data import PromptOrder, dataset_type_of
 from step3_ppo.evaluate import evaluation_of
+from step3_ppo.importance import with_importance
 from step3_ppo.iterations import Iterations
 from step3_ppo.loss import UpdateSums
 from step3_ppo.metrics import Stopwatch, of_iteration, speed
 from step3_ppo.minibatches import all_minibatches, first_pass, updates_in
 from step3_ppo.networks import build_networks
 from step3_ppo.rewards.reading import reader_of
-from step3_ppo.rollout import Experience, Sampler
+from step3_ppo.rollout import Experience, Sampler, vllm_of
 from step3_ppo.scoring import Scoring
 from step3_ppo.update import skipped_warnings, update
 
@@ -97,7 +98,9 @@ def train(job: PPOJob, run_dir: Path) -> int:
     evaluation = evaluation_of(data.held_out, scoring, plan, ppo.evaluation, job.seed)
     actor, flops_per_token = networks.actor.engine, training_flops_per_token(networks.model)
     terminators = terminators_of(tokenizer)
-    sampler = Sampler(actor, networks.model, ppo.rollout, terminators, world, session.stop)
+    files = model_of(job.model, policy.path)
+    vllm = vllm_of(files, networks.model, ppo.rollout, ppo.data.max_length, world)
+    sampler = Sampler(actor, networks.model, ppo.rollout, terminators, world, session.stop, vllm)
     if reward_model is not None and scoring.needs_calibration:
         calibrate(
             scoring, reward_model, sampler, data.train, order.prompts_of(0), networks, folder, world,
@@ -127,6 +130,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
                 experience = scoring.score(experience, texts, batches, networks)
                 # 3. Log-probabilities of the actor and the reference, and the critic's values.
                 experience = networks.with_token_numbers(experience, batches)
+                experience = with_importance(experience, ppo.rollout)
                 # 4. Rewards of tokens, 5. advantages and returns: over the responses of all ranks.
                 run.experience = with_advantages(experience, ppo, run.counters.kl_coef)
                 clock.lap("score")

@@ -129,6 +129,9 @@ def _actor_gradient(
             if in_loss
             else None,
             kl_coef=kl_coef if in_loss else 0.0,
+            importance=None
+            if experience.importance is None
+            else _part(experience, experience.importance, batch.row_ids, networks.device),
         )
         networks.actor.engine.backward(result.loss, minibatch.tokens)
         sums.add_policy(result)

@@ -71,7 +71,7 @@ class Scheduler:
     ) -> None:
         self.params, self.requests = params, requests
         self.prompts, self.queue = _queued(requests)
-        self.limit = np.array([_limit(request, params, context) for request in requests], np.int64)
+        self.limit = np.array([token_limit(request, params, context) for request in requests], np.int64)
         most = int(self.limit.max(initial=1))
         wanted = [len(request.prompt) + most for request, most in zip(requests, self.limit, strict=True)]
         self.capacity = rounded_up(max(wanted, default=1), LENGTH_STEP)
@@ -168,10 +168,7 @@ class Scheduler:
         host = torch.stack([chosen.double(), probabilities.double()]).cpu().numpy()
         tokens, logprobs = host[0].astype(np.int64), np.log(host[1])
         if not np.isfinite(logprobs).all():
-            raise UserError(
-                f"the policy's logits are not finite after {int(self.length[slots].max())} tokens",
-                hint="go back to an earlier checkpoint and lower the learning rate",
-            )
+            raise not_finite(int(self.length[slots].max()))
         self.tokens[requests, made], self.logprobs[requests, made] = tokens, logprobs
         self.last[slots] = tokens
         self.made[requests] = made + 1
@@ -245,8 +242,16 @@ def _queued(requests: Sequence[Request]) -> tuple[list[np.ndarray], deque[tuple[
     return prompts, deque((place, index) for place, indices in enumerate(of_prompt) for index in indices)
 
 
-def _limit(request: Request, params: SamplingParams, context: int | None) -> int:
-    """Tokens that a response may have."""
+def not_finite(tokens: int) -> UserError:
+    """What is said of logits that are not finite after so many tokens."""
+    return UserError(
+        f"the policy's logits are not finite after {tokens} tokens",
+        hint="go back to an earlier checkpoint and lower the learning rate",
+    )
+
+
+def token_limit(request: Request, params: SamplingParams, context: int | None) -> int:
+    """Tokens that a response may have. UserError for a prompt that leaves `context` no room."""
     length = len(request.prompt)
     if not length:
         raise ValueError("a prompt without tokens has nothing to go on from")

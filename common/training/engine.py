@@ -171,8 +171,8 @@ class Engine:
         return state if dist.get_rank() == 0 else None
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """All weights whole on every rank while the block runs; on stages 1 and 2 they always are.
+    def gathered(self, only: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
+        """All weights (or `only` these) whole on every rank in the block; on stages 1 and 2 they always are.
 
         Forward passes then cost no collective, so that ranks may run different ones, also over parts of the
         module. There is no backward pass in the block, and it must not change weights.
@@ -180,7 +180,7 @@ class Engine:
         if self.zero_stage < 3:
             yield
             return
-        with _gathered(self.module, self._engine.optimizer.parameter_offload):
+        with _gathered(self.module, self._engine.optimizer.parameter_offload, only):
             yield
 
     def master_weights(self) -> list[torch.Tensor]:
@@ -392,7 +392,7 @@ def _initialized(
 
 
 @contextmanager
-def _gathered(module: torch.nn.Module, offload: Any) -> Iterator[None]:
+def _gathered(module: torch.nn.Module, offload: Any, only: Any = None) -> Iterator[None]:
     """Whole weights under ZeRO-3. offload: DeepSpeed's, which placed hooks on the module.
 
     Its hooks would release a weight as soon as the module that owns it was called.
@@ -401,7 +401,7 @@ def _gathered(module: torch.nn.Module, offload: Any) -> Iterator[None]:
 
     # what was fetched ahead for a backward pass that did not come is still on its way
     offload.partition_all_parameters()
-    with deepspeed.zero.GatheredParameters(list(module.parameters())), _hooks_off(module, offload):
+    with deepspeed.zero.GatheredParameters(only or list(module.parameters())), _hooks_off(module, offload):
         yield
 
 

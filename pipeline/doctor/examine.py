@@ -33,6 +33,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("versions", software.versions),
     Probe("compilers", software.compilers),
     Probe("allocator", software.allocator),
+    Probe("vllm", software.sampler),
     Probe("jit", software.jit_locks, f"{_DISK} with TORCH_EXTENSIONS_DIR=FOLDER"),
     Probe("output_dir", system.output_folder, f"{_DISK} with output_dir=FOLDER"),
     Probe("caches", system.cache_folders, f"{_DISK} with HF_HOME, TORCH_EXTENSIONS_DIR or TMPDIR"),

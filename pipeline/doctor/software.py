@@ -13,6 +13,7 @@ from pathlib import Path
 from common import jit
 from common.files import WRITTEN_WITH
 from common.redact import has_wandb_key, redact, redact_text
+from common.vllm_fit import FITTING, fits, installed_vllm
 from launch.local import KEEPING, PROJECT
 from launch.local import allocator as chosen_allocator
 from pipeline.doctor.findings import Findings, Machine, note, ok, warning
@@ -99,6 +100,17 @@ def allocator(machine: Machine) -> Findings:
         )
     else:
         yield ok("allocator", f"{chosen['LD_PRELOAD']} for ranks on the CPU")
+
+
+def sampler(machine: Machine) -> Findings:
+    """Whether roll-outs could be sampled by vLLM; nothing else needs it."""
+    found = installed_vllm()
+    if found is None:
+        yield ok("vllm", "not installed: ppo.rollout.engine=builtin samples")
+    elif fits(found[1]):
+        yield ok("vllm", f"{' '.join(found)}, for ppo.rollout.engine=vllm")
+    else:
+        yield note("vllm", f"{' '.join(found)}, where ppo.rollout.engine=vllm expects {FITTING}", "make vllm")
 
 
 def jit_locks(machine: Machine) -> Findings:

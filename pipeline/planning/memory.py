@@ -80,10 +80,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Responses decoded side by side. slots and tokens of each slot, as the cache is allocated."""
+    """Responses decoded side by side. slots and tokens of each slot, as the cache is allocated. by_vllm: with
+    weights of its own. cache_bytes: of a cache that is given a size; None: of the slots."""
 
     slots: int
     capacity: int
+    by_vllm: bool = False
+    cache_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def estimate(work: Workload) -> MemoryEstimate:
     """
     activated = max(activations(work, part) for part in work.networks)
     training = max(_moments(work), key=lambda terms: sum(map(_total, terms)))
-    sampling = [Term("KV cache", kv_cache(work))]
+    sampling = [Term("KV cache", kv_cache(work)), Term("vLLM's weights", weights_of_vllm(work))]
     if work.gpu and sum(map(_total, sampling)) <= sum(map(_total, training)):
         sampling = []  # what training needs is free while responses are sampled
     elif work.gpu:
@@ -332,7 +335,20 @@ def kv_cache(work: Workload) -> float:
         return 0.0
     net, slots = work.networks[0].network, work.decoding.slots
     cache = 2 * net.layers * net.kv_width * work.weight_bytes * slots * work.decoding.capacity
+    if work.decoding.cache_bytes is not None:
+        cache = int(work.decoding.cache_bytes)
     return cache + 3 * FP32 * slots * net.vocabulary
+
+
+def weights_of_vllm(work: Workload) -> float:
+    """b P, beside the actor's own; on the CPU b V h more, as the output layer is packed there and the
+    embeddings that it shares its weights with are not. On a GPU they are there while it samples (sleep mode).
+    """
+    if work.decoding is None or not work.decoding.by_vllm:
+        return 0.0
+    net = work.networks[0].network
+    packed = 0 if work.gpu else net.vocabulary * net.hidden
+    return work.weight_bytes * (net.parameters + packed)
 
 
 def _gradients_of_all(work: Workload) -> Term:

@@ -20,6 +20,7 @@ from common.launch_config import Launcher
 from common.rates import Rates, few_steps
 from common.stage import Input, Step
 from common.text import table
+from common.vllm_fit import FITTING, fits, installed_vllm
 from launch import k8s, slurm, ssh
 from launch.command import machine_arguments
 from launch.local import count_gpus, gpus_of, ranks_of
@@ -224,7 +225,7 @@ def memory_lines(
             lines.append(f"{name.value}: not estimated, for the model's config.json is not here yet")
             continue
         about, passes = work_in_words(work)
-        lines += [f"{name.value}: {about}", f"  {passes}"]
+        lines += [f"{name.value}: {about}", f"  {passes}", *vllm_lines(work)]
         rows = [["ZeRO", *COLUMNS.values(), "others", "total", ""]]
         for stage in STAGES:
             of_stage = memory.estimate(memory.with_stage(work, stage))
@@ -251,6 +252,21 @@ def memory_lines(
         "others: frozen models, gathered weights, an average, on GPUs at ZeRO-3 a network as it is loaded;",
         f"  {loaded} ({gigabytes(base)} GB)",
         *([] if where.gpu else [left_out]),
+    ]
+
+
+def vllm_lines(work: memory.Workload) -> list[str]:
+    """What vLLM takes, where it samples, and which one there is."""
+    if work.decoding is None or not work.decoding.by_vllm:
+        return []
+    weights, cache = gigabytes(memory.weights_of_vllm(work)), gigabytes(memory.kv_cache(work))
+    span = "while it samples" if work.gpu else "from its start to the end"
+    found = installed_vllm()
+    here = "is not installed here" if found is None else f"here: {' '.join(found)}"
+    fitting = "" if found is not None and fits(found[1]) else f", and {FITTING} is expected"
+    return [
+        f"  vLLM samples, with weights of its own ({weights} GB) and a cache ({cache} GB) {span}; "
+        f"vLLM {here}{fitting}"
     ]
 
 

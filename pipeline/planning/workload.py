@@ -31,6 +31,8 @@ SHORT_DOCUMENT = 256
 """As in `common.model.attention`: on the CPU, documents up to this length are attended to in fp32."""
 SAMPLING_SLOTS = 32
 """As in `common.decoding.sampling`: completions decoded side by side."""
+VLLM_BLOCK = 128
+"""As in `common.decoding.vllm_decoder`: tokens of a page of its cache."""
 SLOT_STEP, LENGTH_STEP = 8, 64
 """As in `common.decoding.scheduler`: slots and their capacity are rounded up to these."""
 
@@ -145,6 +147,14 @@ def decoding_of(config: PipelineConfig, step: Step, ranks: int) -> Decoding | No
     data = getattr(config, step.value).data
     if step is Step.ppo:
         rollout = config.ppo.rollout
+        if rollout.uses_vllm:
+            gigabytes = rollout.vllm.cache_gb
+            return Decoding(
+                rollout.slots,
+                _up(data.max_length, VLLM_BLOCK),
+                by_vllm=True,
+                cache_bytes=None if gigabytes is None else gigabytes * 1e9,
+            )
         per_rank = math.ceil(rollout.prompts / ranks) * rollout.samples_per_prompt
         return Decoding(_up(min(rollout.slots, per_rank), SLOT_STEP), _up(data.max_length, LENGTH_STEP))
     sampling = getattr(config, step.value).sampling

@@ -187,6 +187,17 @@ def _optimizer(optim: Mapping[str, Any]) -> Iterator[str]:
         yield "other than two rates"
 
 
+def _rollout(rollout: Mapping[str, Any]) -> Iterator[str]:
+    if rollout["engine"] != "vllm":
+        if rollout["vllm"] != DEFAULTS["ppo"]["rollout"]["vllm"]:
+            yield "settings of an engine that does not sample"
+        return
+    if rollout["temperature"] != 1 and (rollout["top_p"] != 1 or rollout["top_k"] != 0):
+        yield "probabilities that vLLM does not tell"
+    if not rollout["gather_parameters"]:
+        yield "layer by layer in another engine"
+
+
 def _ppo(ppo: Mapping[str, Any]) -> Iterator[str]:
     yield from _optimizer(ppo["critic"]["optim"])
     if ppo["train"]["export"] == "best":
@@ -208,5 +219,6 @@ def _ppo(ppo: Mapping[str, Any]) -> Iterator[str]:
         yield "a critic that is not there warms up"
     if ppo["kl"]["controller"] == "adaptive" and ppo["kl"]["coef"] == 0:
         yield "a factor of zero is adapted"
+    yield from _rollout(ppo["rollout"])
     if ppo["data"]["max_length"] <= ppo["rollout"]["max_new_tokens"]:
         yield "no room for prompts"

@@ -14,6 +14,7 @@ from common.config import (
     Exported,
     OptimConfig,
     OptimizerName,
+    Quantize,
     SourceConfig,
 )
 from common.errors import UserError
@@ -21,7 +22,7 @@ from common.fields import as_schema
 from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
-from step3_ppo.config import Estimator, RewardSourceConfig
+from step3_ppo.config import Estimator, RewardSourceConfig, RolloutEngine
 from tests.pipeline.checking import LLAMA, config_in, error_of
 
 
@@ -52,6 +53,18 @@ def artifact(folder: str, context: int) -> str:
 def test_ppo_without_prompts_names_the_missing_key(ppo: PipelineConfig) -> None:
     ppo.ppo.data = DataConfig(max_length=256)
     assert "ppo.data.path is missing" in error_of(ppo).message
+
+
+def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(
+    ppo: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ppo.ppo.rollout.engine = RolloutEngine.vllm
+    checks.check(ppo, ranks=2)
+    ppo.model.lora.enabled = ppo.model.lora.dora = True
+    assert "has no DoRA" in error_of(ppo).message
+    ppo.model.lora.dora, ppo.model.quantize = False, Quantize.nf4
+    monkeypatch.setattr(checks, "check_gpu", lambda *_: None)  # nf4 needs one
+    assert "another policy than the one that is trained" in error_of(ppo).message
 
 
 def test_an_update_of_more_responses_than_an_iteration_samples_is_refused(ppo: PipelineConfig) -> None:

@@ -172,6 +172,30 @@ def test_the_kv_cache_is_two_vectors_per_layer_token_and_slot() -> None:
     assert memory.kv_cache(work) == cache + logits
 
 
+def test_vllm_has_weights_of_its_own_and_on_a_gpu_only_while_it_samples() -> None:
+    plain, by_vllm = Decoding(slots=8, capacity=128), Decoding(slots=8, capacity=128, by_vllm=True)
+    network = work_of().networks[0].network
+    copy, packed = 2 * network.parameters, 2 * 320 * 48  # the output layer, which shares its weights
+    assert memory.weights_of_vllm(work_of(decoding=plain, half=True)) == 0
+    assert memory.weights_of_vllm(work_of(decoding=by_vllm, half=True)) == copy + packed
+    assert memory.weights_of_vllm(work_of(decoding=by_vllm, half=True, gpu=True)) == copy
+    more, less = (memory.estimate(work_of(decoding=each, half=True)).device for each in (by_vllm, plain))
+    assert more - less == copy + packed
+    given = Decoding(slots=8, capacity=128, by_vllm=True, cache_bytes=5e6)
+    assert memory.kv_cache(work_of(decoding=given)) == 5e6 + 3 * 4 * 8 * 320
+
+
+def test_vllms_cache_has_room_for_all_slots_in_whole_pages_or_what_it_is_given() -> None:
+    config = compose(prepare(["experiment=demo", "ppo.rollout.engine=vllm"]).overrides)
+    work = workload_of(config, Step.ppo, 1, gpu=False)
+    assert work is not None
+    length = -(-config.ppo.data.max_length // 128) * 128
+    assert work.decoding == Decoding(config.ppo.rollout.slots, length, by_vllm=True)
+    config.ppo.rollout.vllm.cache_gb = 0.5
+    work = workload_of(config, Step.ppo, 1, gpu=False)
+    assert work is not None and work.decoding is not None and work.decoding.cache_bytes == 0.5e9
+
+
 def test_ppo_holds_four_networks_and_its_gradients_in_turn() -> None:
     config = compose(prepare(["experiment=demo"]).overrides)
     work = workload_of(config, Step.ppo, 1, gpu=False)
