@@ -220,6 +220,16 @@ def _signs(folder: Path) -> set[tuple[str, int]]:
     return signs
 
 
+def spool_of(folder: Path) -> Path:
+    """Where blocks of rows wait while `folder` is built; what a builder that ended has left there is used by
+    the next one."""
+    return folder.with_name(f"{folder.name}.blocks")
+
+
+def remove_spool(folder: Path) -> None:
+    shutil.rmtree(spool_of(folder), ignore_errors=True)
+
+
 def _unfinished(folder: Path) -> list[Path]:
     return list(folder.parent.glob(f"{folder.name}.tmp-*"))
 

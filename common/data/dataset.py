@@ -74,8 +74,10 @@ def build(
     elif not cache.is_intact(folder):
         report(cache.why_missed(root, key))
         with cache.new_folder(folder) as unfinished:
-            Writer(Reader(data, kind, split, seed, report), tokenizer).fill(unfinished)
+            spool = cache.spool_of(folder)
+            Writer(Reader(data, kind, split, seed, report), tokenizer, spool).fill(unfinished)
             cache.seal(unfinished, key)
+        cache.remove_spool(folder)
     limited.end()  # in which the rows were rendered
     train, held_out, ledger = load(folder, kind)
     if data.eval_path is not None and held_out is None:

@@ -191,8 +191,8 @@ def _broadcast(world: World, value: Any) -> Any:
         dist.broadcast(part, 0)
     if world.is_rank0:
         return value
-    said, *found = (part.numpy() for part in parts)
-    return pickle.loads(memoryview(said), buffers=found)  # noqa: S301  # ranks of a run trust each other
+    said, *found = (part.numpy().data for part in parts)
+    return pickle.loads(said, buffers=found)  # noqa: S301  # ranks of a run trust each other
 
 
 def _bytes_of(buffer: bytearray | memoryview) -> torch.Tensor:
