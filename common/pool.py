@@ -33,10 +33,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], processes: int
-) -> Iterator[Result]:
-    """One result per item, in order. Items, results and exceptions are pickled; these are raised here.
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    """One result per item, in order. Items, results and exceptions are pickled; these are raised here, in
+    their turn.
 
     With one process everything happens in this one. WorkerEnded where a process was killed or crashed.
     """
@@ -56,7 +55,7 @@ def _results(
 ) -> Iterator[Result]:
     idle: list[_Worker] = []
     busy: dict[Connection, tuple[_Worker, int]] = {}
-    done: dict[int, Result] = {}
+    done: dict[int, tuple[Any, Exception | None]] = {}
     given = taken = 0
     more = True
     while more or busy or done:
@@ -80,7 +79,10 @@ def _results(
             done[number] = worker.take()
             idle.append(worker)
         if taken in done:
-            yield done.pop(taken)
+            result, error = done.pop(taken)
+            if error is not None:
+                raise error
+            yield result
             taken += 1
 
 
@@ -96,14 +98,12 @@ class _Worker:
         except OSError:
             raise WorkerEnded(self._way_it_ended()) from None
 
-    def take(self) -> Any:
+    def take(self) -> tuple[Any, Exception | None]:
         try:
             result, error = self.answers.recv()
         except (EOFError, OSError):
             raise WorkerEnded(self._way_it_ended()) from None
-        if error is not None:
-            raise error
-        return result
+        return result, error
 
     def _way_it_ended(self) -> str:
         found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # `end` waits for it, too

@@ -1,9 +1,9 @@
 """A block of rows as read -> its records, with everything that is to be noted about its rows.
 
-Parses, understands and tokenizes rows, and fits each record into `data.max_length`. What a block gives depends
-on nothing but the block and the rows of `data.eval_path`, so blocks are made in any order and in any process;
-what depends on other blocks (whether a prompt was there before, how many bad rows there are) is noted for
-`writer.py`, which takes the blocks in their order. `Made` can be kept in a file.
+Parses, understands and tokenizes rows, and fits each record into `data.max_length`. What a block gives
+depends on nothing but the block and the rows of `data.eval_path`, so blocks are made in any order and in any
+process; what depends on other blocks (whether a prompt was there before, how many bad rows there are) is
+noted for `writer.py`, which takes the blocks in their order. `Made` can be kept in a file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Made:
         told = np.frombuffer(json.dumps([self.events, self.texts]).encode(), np.uint8)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         with open(unfinished, "wb") as file:
-            np.savez(file, told=told, input_ids=self.input_ids, labels=self.labels, **self.columns)
+            parts = {"told": told, "input_ids": self.input_ids, "labels": self.labels, **self.columns}
+            np.savez(file, allow_pickle=False, **parts)
         unfinished.rename(path)
 
     @classmethod

@@ -26,6 +26,7 @@ from common.text import nearest
 BLOCK_ROWS, BLOCK_BYTES = 1024, 2**23
 """Of a `Block`."""
 
+
 def rows_of(
     source: SourceConfig, bad_row: Callable[[Place, str], None], *, seed: int = 0
 ) -> Iterator[RawExample]:

@@ -8,11 +8,10 @@ reads what is written here.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +29,16 @@ from common.data.stored import CHUNK_ROWS, ROWS_FILE
 from common.data.types import Place
 from common.errors import UserError
 from common.pool import WorkerEnded, cores, in_order
-from common.runtime.progress import Progress, console, duration
 
 if TYPE_CHECKING:
     import pyarrow
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["IN_EVAL", "Writer"]
+
+Report = Callable[[str], None]
+Show = Callable[[float], None]
+"""Is told the share of the rows that are tokenized."""
 
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
@@ -46,12 +48,14 @@ PROGRESS_SECONDS = 10.0
 class Writer:
     """Turns what a reader gives into the files of one folder.
 
-    spool: folder in which blocks that are made wait for the others; it may hold some from before.
+    spool: folder in which blocks that are made wait for the others; it may hold some from before. show: used
+    in place of lines of progress.
     """
 
     reader: Reader
     tokenizer: PreTrainedTokenizerFast
     spool: Path
+    show: Show | None = None
     eval_hashes: set[int] = field(default_factory=set)
     """of the rows of data.eval_path"""
     prompt_hashes: set[int] = field(default_factory=set)
@@ -79,20 +83,19 @@ class Writer:
     def _records(self) -> Iterator[_Records]:
         """The records that are kept, in order, each noted in `kept`; the others go to the ledger."""
         every = list(self.reader.each_source())
-        with _Watch(self.reader.report, len(every)) as watch:
-            for place, (number, source, for_eval) in enumerate(every):
-                entry = self.reader.ledger.sources[number]
-                maker = Maker(self.reader, self.tokenizer, number, source, for_eval, self.eval_hashes)
-                for block, made in self._made(maker, source):
-                    kept = self._noted(made, entry)
-                    self.kept.add(made.columns, kept)
-                    yield _Records(
-                        made.columns["lengths"][kept],
-                        _of_records(made.input_ids, made.columns["lengths"], kept),
-                        _of_records(made.labels, made.columns["lengths"], kept),
-                        [text for text, wanted in zip(made.texts, kept, strict=True) if wanted],
-                    )
-                    watch.update(len(block.rows), place, block.done)
+        watch = _Watch(self.reader.report, self.show, len(every))
+        for place, (number, source, for_eval) in enumerate(every):
+            maker = Maker(self.reader, self.tokenizer, number, source, for_eval, self.eval_hashes)
+            for block, made in self._made(maker, source):
+                kept = self._noted(made, self.reader.ledger.sources[number])
+                self.kept.add(made.columns, kept)
+                yield _Records(
+                    made.columns["lengths"][kept],
+                    _of_records(made.input_ids, made.columns["lengths"], kept),
+                    _of_records(made.labels, made.columns["lengths"], kept),
+                    [text for text, wanted in zip(made.texts, kept, strict=True) if wanted],
+                )
+                watch.update(len(block.rows), place, block.done)
 
     def _made(self, maker: Maker, source: SourceConfig) -> Iterator[tuple[sources.Block, Made]]:
         """The blocks of a source, in order. Those behind the first that tells the format are made in as many
@@ -213,9 +216,7 @@ class _Records:
     def split(self, count: int) -> tuple[_Records, _Records]:
         """The first `count` records, and the others."""
         end = int(self.lengths[:count].sum())
-        first = _Records(
-            self.lengths[:count], self.input_ids[:end], self.labels[:end], self.texts[:count]
-        )
+        first = _Records(self.lengths[:count], self.input_ids[:end], self.labels[:end], self.texts[:count])
         rest = _Records(self.lengths[count:], self.input_ids[end:], self.labels[end:], self.texts[count:])
         return first, rest
 
@@ -249,29 +250,20 @@ def _in_chunks(every: Iterator[_Records]) -> Iterator[_Records]:
 class _Watch:
     """Says how far the sources are read, and how long the rest will take where that is known."""
 
-    def __init__(self, report: Any, sources: int) -> None:
-        self._report, self._sources, self._rows = report, sources, 0
+    def __init__(self, report: Report, show: Show | None, sources: int) -> None:
+        self._report, self._show, self._sources, self._rows = report, show, sources, 0
         self._began = self._last = time.monotonic()
-        shown = console().is_terminal
-        self._bar = Progress(100, label="tokenizing, %", enabled=shown) if shown else None
-
-    def __enter__(self) -> _Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
     def update(self, rows: int, source: int, done: float | None) -> None:
-        """rows: that have been added. source: its place among them. done: share of it that was read before."""
+        """rows: that have been added. source: its place among them. done: share of it that lies before."""
         self._rows += rows
         share = None if done is None else (source + done) / self._sources
-        if self._bar is not None and share is not None:
-            self._bar.update(100 * share)
-        elif self._bar is None and time.monotonic() - self._last > PROGRESS_SECONDS:
+        if self._show is not None and share is not None:
+            self._show(share)
+        elif time.monotonic() - self._last > PROGRESS_SECONDS:
             self._last = time.monotonic()
-            left = (self._last - self._began) * (1 - share) / share if share else None
-            more = "" if left is None else f", {share:.0%}, {duration(left)} left"
+            left = round((self._last - self._began) * (1 - share) / share) if share else 0
+            more = f", {share:.0%}, {left // 60}:{left % 60:02} left" if share else ""
             self._report(f"tokenized {self._rows:,} rows{more}")
 
 

@@ -6,7 +6,8 @@ The first rank of each machine tokenizes once, while the others wait on the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -21,6 +22,7 @@ from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
 from common.errors import with_step
 from common.phases import enter
 from common.runtime.distributed import World
+from common.runtime.progress import Progress, console
 from common.stage import Step
 
 if TYPE_CHECKING:
@@ -67,13 +69,34 @@ def build_data(
     wait: bool = False,
 ) -> StepData[Rows]:
     """Tokenize the sources, or find them in the cache. wait: another process on this machine does it."""
-    train, held_out, ledger = dataset.build(
-        data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
-        report=say, wait=wait,
-    )  # fmt: skip
+    with _bar() as show:
+        train, held_out, ledger = dataset.build(
+            data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
+            report=say, wait=wait, show=show,
+        )  # fmt: skip
     split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
     weights = dataset.source_weights(data)
     return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float], None] | None]:
+    """Is told the share of the rows that are tokenized; None where there is no terminal to show it on."""
+    if not console().is_terminal:
+        yield None
+        return
+    bar: Progress | None = None
+
+    def show(share: float) -> None:
+        nonlocal bar
+        bar = bar or Progress(100, label="tokenizing, %")
+        bar.update(round(100 * share))
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def load_data(
