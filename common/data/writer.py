@@ -56,6 +56,8 @@ class Writer:
     tokenizer: PreTrainedTokenizerFast
     spool: Path
     show: Show | None = None
+    streams: bool = False
+    """leave out the rows of data.eval_path, which others hold"""
     eval_hashes: set[int] = field(default_factory=set)
     """of the rows of data.eval_path"""
     prompt_hashes: set[int] = field(default_factory=set)
@@ -66,6 +68,30 @@ class Writer:
         self.kept = _Kept(self.opened.numbers)
 
     def fill(self, folder: Path) -> None:
+        self._write_rows(self._records(), folder)
+        index = self._index()
+        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
+        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index)
+        (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
+
+    def windows(self, size: int) -> Iterator[Records]:
+        """All records, `size` at a time, as soon as they are there."""
+        return _in_chunks(self._records(), size)
+
+    def write_window(self, window: Records, first: int, folder: Path) -> None:
+        """A folder with some records. first: number of the first among all."""
+        self._write_rows(iter([window]), folder)
+        count = len(window.lengths)
+        index = {name: self.kept[name][first : first + count].copy() for name in self._stored()}
+        parts = {"train": np.arange(count), "eval": np.empty(0, np.int64)}
+        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index, **parts)
+
+    def count(self) -> None:
+        """Fill in the ledger when all windows have been written."""
+        index = {"eval": np.empty(0, np.int64)} | {name: self.kept[name] for name in self._stored()}
+        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
+
+    def _write_rows(self, records: Iterator[Records], folder: Path) -> None:
         import pyarrow
 
         tokens = pyarrow.list_(pyarrow.int32())
@@ -73,14 +99,10 @@ class Writer:
         schema = pyarrow.schema([("input_ids", tokens), ("labels", tokens), *texts])
         path = str(folder / ROWS_FILE)
         with pyarrow.OSFile(path, "wb") as stream, pyarrow.ipc.new_file(stream, schema) as out:
-            for records in _in_chunks(self._records()):
-                out.write_batch(pyarrow.record_batch(records.columns(len(texts)), schema=schema))
-        index = self._index()
-        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
-        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index)
-        (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
+            for chunk in _in_chunks(records, CHUNK_ROWS):
+                out.write_batch(pyarrow.record_batch(chunk.columns(len(texts)), schema=schema))
 
-    def _records(self) -> Iterator[_Records]:
+    def _records(self) -> Iterator[Records]:
         """The records that are kept, in order, each noted in `kept`; the others go to the ledger."""
         every = list(self.reader.each_source())
         watch = _Watch(self.reader.report, self.show, len(every))
@@ -88,8 +110,10 @@ class Writer:
             maker = Maker(self.reader, self.tokenizer, number, source, for_eval, self.eval_hashes)
             for block, made in self._made(maker, source):
                 kept = self._noted(made, self.reader.ledger.sources[number])
+                if self.streams:
+                    kept &= made.columns["for_eval"] == 0
                 self.kept.add(made.columns, kept)
-                yield _Records(
+                yield Records(
                     made.columns["lengths"][kept],
                     _of_records(made.input_ids, made.columns["lengths"], kept),
                     _of_records(made.labels, made.columns["lengths"], kept),
@@ -165,12 +189,14 @@ class Writer:
         rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
         chosen = held_out(hashes[rows], source_ids[rows], self.reader.data.held_out_fraction())
         for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
-        stored = ("lengths", "trained", "source_ids", "numbers", "control", *self.opened.numbers)
         return {
-            **{name: self.kept[name] for name in stored},
+            **{name: self.kept[name] for name in self._stored()},
             "train": np.flatnonzero(~for_eval),
             "eval": np.flatnonzero(for_eval),
         }
+
+    def _stored(self) -> tuple[str, ...]:
+        return ("lengths", "trained", "source_ids", "numbers", "control", *self.opened.numbers)
 
 
 class _Kept:
@@ -193,7 +219,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class _Records:
+class Records:
     """R records of T tokens, end to end. lengths: int32 [R]. input_ids, labels: int32 [T]."""
 
     lengths: np.ndarray
@@ -213,31 +239,31 @@ class _Records:
             *(pyarrow.array([text[at] for text in self.texts], pyarrow.string()) for at in range(texts)),
         ]
 
-    def split(self, count: int) -> tuple[_Records, _Records]:
+    def split(self, count: int) -> tuple[Records, Records]:
         """The first `count` records, and the others."""
         end = int(self.lengths[:count].sum())
-        first = _Records(self.lengths[:count], self.input_ids[:end], self.labels[:end], self.texts[:count])
-        rest = _Records(self.lengths[count:], self.input_ids[end:], self.labels[end:], self.texts[count:])
+        first = Records(self.lengths[:count], self.input_ids[:end], self.labels[:end], self.texts[:count])
+        rest = Records(self.lengths[count:], self.input_ids[end:], self.labels[end:], self.texts[count:])
         return first, rest
 
-    def and_then(self, other: _Records) -> _Records:
+    def and_then(self, other: Records) -> Records:
         lengths, ids, labels = (
             np.concatenate([getattr(self, name), getattr(other, name)])
             for name in ("lengths", "input_ids", "labels")
         )
-        return _Records(lengths, ids, labels, self.texts + other.texts)
+        return Records(lengths, ids, labels, self.texts + other.texts)
 
 
 def _of_records(tokens: np.ndarray, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return tokens if kept.all() else tokens[np.repeat(kept, lengths)]
 
 
-def _in_chunks(every: Iterator[_Records]) -> Iterator[_Records]:
-    """The same records, `CHUNK_ROWS` at a time."""
+def _in_chunks(every: Iterator[Records], size: int) -> Iterator[Records]:
+    """The same records, `size` at a time."""
     pending = next(every, None)
     while pending is not None:
-        if len(pending.lengths) >= CHUNK_ROWS:
-            chunk, pending = pending.split(CHUNK_ROWS)
+        if len(pending.lengths) >= size:
+            chunk, pending = pending.split(size)
             yield chunk
         elif (more := next(every, None)) is not None:
             pending = pending.and_then(more)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,7 +18,9 @@ from common.data import cache, dataset
 from common.data.batches import BatchPlan
 from common.data.dataset_types import DatasetType
 from common.data.ledger import Ledger
+from common.data.reader import named_sources
 from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
+from common.data.stream import WINDOW, StreamedRows, stream
 from common.errors import with_step
 from common.phases import enter
 from common.runtime.distributed import World
@@ -50,7 +52,9 @@ class StepData(Generic[Rows]):
         split = {} if self.stage_split is None else {"stage_split": self.stage_split}
         given = dict(self.chat_template_kwargs)
         variables = {VARIABLES: given} if given else {}
-        rows = {"rows_sha256": cache.rows_sha256(self.train.folder)}
+        rows: dict[str, Any] = {}
+        if not isinstance(self.train, StreamedRows):  # whose windows have a hash each
+            rows["rows_sha256"] = cache.rows_sha256(self.train.folder)
         return {"train": self.train.fingerprint, "held_out": held_out, **rows, **split, **variables}
 
 
@@ -69,6 +73,8 @@ def build_data(
     wait: bool = False,
 ) -> StepData[Rows]:
     """Tokenize the sources, or find them in the cache. wait: another process on this machine does it."""
+    if data.streaming:
+        return _streamed(job, step, data, kind, tokenizer, say, wait=wait)
     with _bar() as show:
         train, held_out, ledger = dataset.build(
             data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
@@ -77,6 +83,36 @@ def build_data(
     split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
     weights = dataset.source_weights(data)
     return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
+
+
+def _streamed(
+    job: JobConfig,
+    step: Step,
+    data: DataConfig,
+    kind: DatasetType[Rows],
+    tokenizer: PreTrainedTokenizerFast,
+    say: Say,
+    *,
+    wait: bool,
+) -> StepData[Rows]:
+    """The rows from the first one on, while those behind are tokenized; of held-out rows all."""
+    held_out, ledger, folder = None, Ledger(), cache_dir(job, data)
+    if data.eval_path is not None:
+        (*_, (_, source)) = named_sources(data)
+        alone = replace(data, path=None, sources=[source], eval_path=None, eval_fraction=0.0, streaming=False)
+        held_out = build_data(job, step, alone, kind, tokenizer, say, wait=wait)
+        ledger = held_out.ledger
+    say(
+        "streaming: rows are tokenized while they are trained on, and packed and shuffled"
+        f" {WINDOW:,} at a time; what became of them is said when the last is read"
+    )
+    rows: Any = stream(
+        data, tokenizer, stage=step.value, seed=job.seed, cache_dir=folder, report=say, wait=wait
+    )
+    split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
+    names = dict.fromkeys(rows.sources, 1.0)
+    evaluated = None if held_out is None else held_out.train
+    return StepData(rows, evaluated, ledger, names, split, data.chat_template_kwargs)
 
 
 @contextmanager
@@ -118,10 +154,16 @@ def load_data(
     """
     enter("data")
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
-    if world.is_rank0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "ledger.json", built.ledger.to_json())
-    say(with_step("\n".join(built.ledger.lines()), step.value))
+
+    def account(ledger: Ledger) -> None:
+        if world.is_rank0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "ledger.json", ledger.to_json())
+        say(with_step("\n".join(ledger.lines()), step.value))
+
+    account(built.ledger)
+    if isinstance(built.train, StreamedRows):
+        built.train.when_over = account
     if policy is not None:
         lines = (
             other_split(step, built.stage_split, policy),
