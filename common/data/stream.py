@@ -2,8 +2,8 @@
 
 One process of each machine makes the windows (`Streaming`), in the order of the rows; all ranks open them
 when they need them. A window is a folder of `WINDOW` documents (the last may have fewer) as `writer.py`
-writes them, and appears when it is whole, so that a run that was interrupted finds what had been made. No process
-holds more of the data than a few windows. Does not pack and does not make batches.
+writes them, and appears when it is whole, so that a run that was interrupted finds what had been made. No
+process holds more of the data than a few windows. Does not pack and does not make batches.
 """
 
 from __future__ import annotations
@@ -215,7 +215,8 @@ def make_windows(writer: Writer, folder: Path) -> None:
     partial = folder / f".{END}.{os.getpid()}"
     partial.write_text(json.dumps(end))
     partial.rename(folder / END)
-    shutil.rmtree(writer.spool, ignore_errors=True)
+    for left in (writer.spool, *folder.glob(".0*")):  # also of builders that were killed
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _name(number: int) -> str:

@@ -40,8 +40,8 @@ class StreamedBatches(Batches):
         raise TypeError("a stream's steps are counted by train.max_steps")
 
     def epoch_of(self, step: int) -> float:
-        """Passes over the data before step `step`; 0 in a first pass whose end is not known."""
-        return step / self._steps() if self.stream.windows is not None and self._is_known() else 0.0
+        """Passes over the data before step `step`; 0 in the first pass, whose length is not known there."""
+        return 0.0 if self._reach(step * self.plan.global_batch_size) else step / self._steps()
 
     def rows(self, step: int) -> list[np.ndarray]:
         """The step's rows on all ranks together; each an array of numbers of documents."""

@@ -159,7 +159,8 @@ def load_data(
         if world.is_rank0:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "ledger.json", ledger.to_json())
-        say(with_step("\n".join(ledger.lines()), step.value))
+        if ledger.sources:
+            say(with_step("\n".join(ledger.lines()), step.value))
 
     account(built.ledger)
     if isinstance(built.train, StreamedRows):
