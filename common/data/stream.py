@@ -72,6 +72,12 @@ class Streaming:
     def is_over(self) -> bool:
         return self._answers.closed
 
+    def end(self) -> None:
+        """End the process; it does so by itself when this one ends."""
+        self._answers.close()
+        self._calls.close()
+        os.waitpid(self._pid, 0)
+
 
 class StreamedRows(TokenizedDataset):
     """Documents by their number in the stream. Reading one waits until it is there.
@@ -86,6 +92,11 @@ class StreamedRows(TokenizedDataset):
         self.window = functools.lru_cache(maxsize=4)(self._window)
         self.windows: int | None = None
         self.when_over: Callable[[Ledger], None] = lambda ledger: None
+
+    def end(self) -> None:
+        """No further windows are wanted."""
+        if self._making is not None:
+            self._making.end()
 
     def __len__(self) -> int:
         raise TypeError("how long a stream is, is known when it ends")
