@@ -44,8 +44,7 @@ class Records:
     rows: Callable[[], Iterator[tuple[Place, Any]]]
     parse: Callable[[Any], Mapping[str, object]]
     columnar: bool = False  # a file of columns, which fills what a row does not have with null
-    size: int = 0  # bytes of all rows; 0: not known
-    row_size: float = 0.0  # bytes of a row on average; 0: a row is its bytes
+    size: int = 0  # bytes of all rows, of a file of which a row is its bytes; 0: not known
 
 
 def file_records(path: Path) -> Records:

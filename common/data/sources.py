@@ -93,7 +93,7 @@ def _parsed(
 
 def _unparsed(source: SourceConfig, seed: int) -> Iterator[tuple[Records, Place, Any, float | None]]:
     """Rows with what reads them, and the share of the source that comes before them, if that is known."""
-    index, read = -1, 0.0
+    index, read = -1, 0
     try:
         keep = _sampled_rows(source, seed)
         every = open_source(source)
@@ -103,7 +103,7 @@ def _unparsed(source: SourceConfig, seed: int) -> Iterator[tuple[Records, Place,
                 index += 1
                 if keep is None or index in keep:
                     yield records, place, row, read / total if total else None
-                read += records.row_size or (len(row) if isinstance(row, bytes) else 0)
+                read += len(row) if isinstance(row, bytes) else 0
     except OSError as error:  # of a disk or a server; it must not be taken for one of what is being written
         raise UserError(f"data.path={source.path} cannot be read: {error}") from error
     if index < 0:
