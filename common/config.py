@@ -269,6 +269,10 @@ class DataConfig:
     """stop at the first bad row, or skip and report it"""
     max_bad_rows: int = number(100, 0, 10**12)
     """with on_bad_row=skip: give up after this many"""
+    streaming: bool = False
+    """SFT: train while the rows behind are tokenized; needs train.max_steps"""
+    processes: Optional[int] = number(None, 1, 1024)
+    """processes that tokenize; as many as cores unless it is set"""
     cache_dir: Optional[str] = None
     """tokenized rows; by default <output_dir>/.cache/data"""
 

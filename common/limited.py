@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import mmap
 import os
@@ -96,19 +97,32 @@ _lock = threading.Lock()
 
 def _start() -> _Child:
     global _child
+    at = memoryview(mmap.mmap(-1, 8)).cast("q")
+    _child = _Child(*fork(functools.partial(_serve, at)), at)
+    return _child
+
+
+def fork(serve: Callable[[Connection, Connection], None]) -> tuple[int, Connection, Connection]:
+    """A child that calls `serve` with the ends of two pipes, of calls and of answers, and is gone after it,
+    whatever it raises. Its pid, and our ends of both.
+
+    It touches nothing of this process's but its memory: not its files, nor the signals that it waits for.
+    """
     calls, ours = Pipe(duplex=False)
     theirs, answers = Pipe(duplex=False)
-    at = memoryview(mmap.mmap(-1, 8)).cast("q")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:  # no signal comes to the child before it has left this process's handlers
         if (pid := os.fork()) == 0:
-            _serve(calls, answers, at)
+            try:
+                _leave_alone({calls.fileno(), answers.fileno()})
+                serve(calls, answers)
+            finally:
+                os._exit(0)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     calls.close()
     answers.close()
-    _child = _Child(pid, ours, theirs, at)
-    return _child
+    return pid, ours, theirs
 
 
 def _forget() -> None:
@@ -120,23 +134,19 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _serve(calls: Connection, answers: Connection, at: memoryview) -> NoReturn:
+def _serve(at: memoryview, calls: Connection, answers: Connection) -> NoReturn:
     """All that the child does, until its parent is gone."""
-    try:
-        _leave_alone({calls.fileno(), answers.fileno()})
-        while True:
-            seconds, memory, function, items = calls.recv()
-            _limit_memory(memory)
-            results = []
-            try:
-                for at[0], item in enumerate(items):
-                    signal.setitimer(signal.ITIMER_PROF, seconds)
-                    results.append(function(item))
-                answers.send((results, None))
-            except Exception as error:
-                answers.send((None, error))
-    finally:
-        os._exit(0)
+    while True:
+        seconds, memory, function, items = calls.recv()
+        _limit_memory(memory)
+        results = []
+        try:
+            for at[0], item in enumerate(items):
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                results.append(function(item))
+            answers.send((results, None))
+        except Exception as error:
+            answers.send((None, error))
 
 
 def _leave_alone(files: set[int]) -> None:

@@ -33,6 +33,7 @@ from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
 from common.paths import check_pattern, is_glob, name_of
 from common.stage import Input, Step
+from common.streaming import check_streaming
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
 from common.webhook import address_of
@@ -124,6 +125,7 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelC
         whose = "model" if taken is Input.policy else taken.value.replace("_", " ")
         check_length(model, part.data.max_length, f"{name}.data.max_length", whose)
     check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
+    check_streaming(part.data, part.train, step)
     check_exported(part.train, part.data, name)
     check_watched(part.train.stop_when.metric, part.measured(), part.data, name)
     trained = {f"{name}.optim": (models[Input.policy], part.optim)}

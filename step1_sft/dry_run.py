@@ -40,7 +40,8 @@ def forecast(resolved: Path) -> DataCounts:
 def preview(job: SFTJob, folder: Path) -> None:
     """Print to the terminal. Tokenizes into the cache, where a run finds it again; loads no model."""
     tokenizer = load_sft_tokenizer(job, folder, local_rank=0, say=progress.say)
-    data = build_data(job, Step.sft, job.sft.data, DEMONSTRATIONS, tokenizer, progress.say)
+    shown = to_read(job, job.sft.data).data if job.sft.data.streaming else job.sft.data
+    data = build_data(job, Step.sft, shown, DEMONSTRATIONS, tokenizer, progress.say)
     train = data.train
     show_preview(
         a_few(

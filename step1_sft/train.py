@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.data.batches import Batches, evaluation_batches
+from common.data.batches import evaluation_batches
 from common.data.dataset_types import DEMONSTRATIONS
 from common.data.stored import TokenizedDataset
+from common.data.stream_batches import training_batches
 from common.decoding.sampling import prompts_to_sample
 from common.model.architecture import CAUSAL_LM
 from common.model.packed import PackedCausalLM
@@ -40,7 +41,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
 
     # Batches -----------------------------------------------------------------------------------
     plan = session.batch_plan(sft.data)
-    batches = Batches(data.train, plan, data.weights)
+    batches = training_batches(data.train, plan, data.weights)
     total_steps = train_config.max_steps or batches.steps_in_epochs(train_config.epochs)
     prompts = prompts_to_sample(data.held_out, sft.sampling, model, job.seed)
 

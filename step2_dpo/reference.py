@@ -51,7 +51,7 @@ from common.model import (
 )
 from common.model.adapters import adapters_off
 from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments
-from common.runtime.distributed import World, all_gather_objects, broadcast_from_rank0
+from common.runtime.distributed import World, all_gather_arrays, broadcast_from_rank0
 from common.training import frozen
 from common.training.engine import Engine
 from common.training.frozen import load_frozen_policy
@@ -297,12 +297,15 @@ def _table(own: list[_Scored], pairs: int) -> np.ndarray:
     Within a step the first rank's come first. What a later step found only because it also has a pair that
     was unknown is left out: training has met those pairs before, in other company.
     """
-    table, known = np.full((pairs, 2), np.nan), np.zeros(pairs, bool)
-    everything = [scored for share in all_gather_objects(own) for scored in share]
-    for scored in sorted(everything, key=lambda scored: scored.step):
-        for pair, logps in zip(scored.pair_ids, scored.logps, strict=True):
-            if not known[pair]:
-                table[pair], known[pair] = logps, True
+    steps = np.repeat([scored.step for scored in own], [len(scored.pair_ids) for scored in own])
+    ids = [pair for scored in own for pair in scored.pair_ids]
+    logps = np.concatenate([np.empty((0, 2)), *(scored.logps for scored in own)])
+    shares = all_gather_arrays([steps.astype(np.int64), np.array(ids, np.int64), logps])
+    all_steps, all_ids, all_logps = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+    order = np.argsort(all_steps, kind="stable")
+    seen, first = np.unique(all_ids[order], return_index=True)
+    table = np.full((pairs, 2), np.nan)
+    table[seen] = all_logps[order][first]
     return table
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common.data.types import PairBatch
 from common.model.packed import document_arguments
-from common.runtime.distributed import all_gather_objects
+from common.runtime.distributed import all_gather_arrays
 from common.training.engine import Engine
 
 
@@ -74,7 +74,8 @@ class ScoredPairs:
     @classmethod
     def all_gathered(cls, parts: Sequence[ScoredPairs]) -> ScoredPairs:
         """What all ranks have scored, on every rank; all ranks call it."""
-        return cls.joined(all_gather_objects(cls.joined(parts)))
+        own = [tensor.numpy() for tensor in vars(cls.joined(parts)).values()]
+        return cls.joined([cls(*map(torch.from_numpy, share)) for share in all_gather_arrays(own)])
 
 
 def step_metrics(pairs: ScoredPairs, centering: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 
 from common.data.batches import BatchPlan, batches_of
 from common.data.types import Batch, TokenizedExample
-from common.runtime.distributed import all_gather_objects
+from common.runtime.distributed import all_gather_arrays
 from step3_ppo.rollout import Experience
 
 
@@ -101,12 +101,14 @@ def last_positions(batch: Batch) -> torch.Tensor:
 def _all_gathered(
     batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor], sizes: np.ndarray
 ) -> Iterable[tuple[int, np.ndarray]]:
-    own: list[tuple[int, np.ndarray]] = []
+    """(response, its values) of all ranks' batches. sizes: int64 [B], how many values a response has."""
+    ids, found = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for batch in batches:
+        ids.append(np.array(batch.row_ids, np.int64))
         values = compute(batch).float().cpu().numpy()
-        ends = np.cumsum([sizes[response] for response in batch.row_ids])
-        own += zip(batch.row_ids, np.split(values, ends)[:-1] if len(ends) else [], strict=True)
-    return [item for share in all_gather_objects(own) for item in share]
+        found.append(values[: sizes[ids[-1]].sum()])  # a filler batch has no response
+    for responses, flat in all_gather_arrays([np.concatenate(ids), np.concatenate(found)]):
+        yield from zip(responses.tolist(), np.split(flat, np.cumsum(sizes[responses])[:-1]), strict=False)
 
 
 def _batches(experience: Experience, chosen: np.ndarray, plan: BatchPlan) -> list[Batch]:

@@ -27,7 +27,13 @@ from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
 from common.model.adapters import ADAPTER
-from common.runtime.distributed import StopSignal, World, all_gather_or_raise, all_reduce_sum
+from common.runtime.distributed import (
+    StopSignal,
+    World,
+    all_gather_arrays,
+    all_gather_or_raise,
+    all_reduce_sum,
+)
 from common.training.engine import Engine as TrainingEngine
 from common.training.handover import whole_weights
 from step3_ppo.config import RolloutConfig
@@ -130,12 +136,16 @@ def roll_out(
         for group in range(world.rank, len(prompt_ids), world.size)
         for sample in range(samples)
     ]
-    shares = all_gather_or_raise(
-        lambda: decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
-    )
-    made = [share for share in shares if share is not None]
-    if len(made) < len(shares):
+    completions: list[Completion] | None = None
+
+    def decode() -> bool:
+        nonlocal completions
+        completions = decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
+        return completions is not None
+
+    if not all(all_gather_or_raise(decode)):
         return None
+    made = _all_gathered(completions or [])
     return [
         _response(prompts, prompt_ids[group], group, completion)
         for group in range(len(prompt_ids))
@@ -146,6 +156,25 @@ def roll_out(
 def over_ranks(own: DecodingCounts) -> DecodingCounts:
     """The counts summed over all ranks, which all call it."""
     return DecodingCounts(*map(int, all_reduce_sum([own.steps, own.tokens, own.rows])))
+
+
+def _all_gathered(own: Sequence[Completion]) -> list[list[Completion]]:
+    """The completions of all ranks, by rank."""
+    tokens = np.concatenate([np.empty(0, np.int32), *(completion.tokens for completion in own)])
+    logprobs = np.concatenate([np.empty(0, np.float32), *(completion.logprobs for completion in own)])
+    lengths = np.array([len(completion.tokens) for completion in own], np.int64)
+    stopped = np.array([completion.stopped for completion in own], bool)
+    gathered = all_gather_arrays([tokens.astype(np.int32), logprobs.astype(np.float32), lengths, stopped])
+    return [_completions(*share) for share in gathered]
+
+
+def _completions(
+    tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stopped: np.ndarray
+) -> list[Completion]:
+    """One rank's. tokens, logprobs: [T], of all of them end to end."""
+    ends = np.cumsum(lengths)[:-1]
+    parts = zip(np.split(tokens, ends), np.split(logprobs, ends), stopped.tolist(), strict=False)
+    return [Completion(*part) for part in parts]
 
 
 def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:

@@ -121,10 +121,10 @@ class Batches:
     def micro_batches(self, step: int) -> list[Any]:
         """This rank's part of a step as `Batch`es; equally many on every rank, the missing ones without
         targets."""
-        return _share(self.rows(step), self.plan, self._collate)
+        return share(self.rows(step), self.plan, self._collate)
 
     def _collate(self, indices: list[int]) -> Any:
-        return _documents(self.dataset, indices)
+        return documents_of(self.dataset, indices)
 
     def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
         documents = self.documents(epoch)
@@ -205,7 +205,7 @@ def batches_of(
     lengths = np.array([length for _, length in units], np.int64)
     rows = _rows_within(plan.max_length, lengths, np.arange(len(units)), plan, seed=seed)
     of_rows = [np.concatenate([units[unit][0] for unit in row]) for row in rows]
-    return _share(of_rows, plan, functools.partial(_documents, dataset, prefix_groups=shared_by))
+    return share(of_rows, plan, functools.partial(documents_of, dataset, prefix_groups=shared_by))
 
 
 def evaluation_batches(dataset: DocumentSource, plan: BatchPlan) -> Iterator[Batch]:
@@ -215,7 +215,7 @@ def evaluation_batches(dataset: DocumentSource, plan: BatchPlan) -> Iterator[Bat
         rows = [packing[row] for row in range(len(packing))]
     else:
         rows = [np.array([index]) for index in range(len(dataset))]
-    yield from _passes(rows, plan, functools.partial(_documents, dataset))
+    yield from _passes(rows, plan, functools.partial(documents_of, dataset))
 
 
 def evaluation_pair_batches(dataset: PairSource, plan: BatchPlan) -> Iterator[PairBatch]:
@@ -363,10 +363,11 @@ def _rows_within(
 def _passes(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> Iterator[Any]:
     per_pass = plan.micro_batch_size * plan.world_size
     for first in range(0, len(rows), per_pass):
-        yield from _share(rows[first : first + per_pass], plan, make)
+        yield from share(rows[first : first + per_pass], plan, make)
 
 
-def _share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> list[Any]:
+def share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> list[Any]:
+    """This rank's part of some rows of all ranks, by micro-batch; equally many on every rank."""
     size = plan.micro_batch_size
     passes = -(-len(rows[:: plan.world_size]) // size)  # of rank 0, which never has fewer rows
     mine = rows[plan.rank :: plan.world_size]
@@ -374,7 +375,8 @@ def _share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int
     return [make([int(index) for row in part for index in row]) for part in parts]
 
 
-def _documents(dataset: Any, indices: list[int], prefix_groups: np.ndarray | None = None) -> Batch:
+def documents_of(dataset: Any, indices: list[int], prefix_groups: np.ndarray | None = None) -> Batch:
+    """These documents of a data set as one batch."""
     source_ids = [int(dataset.source_ids[index]) for index in indices]
     of_documents = None if prefix_groups is None else prefix_groups[indices].tolist()
     return collate([dataset[index] for index in indices], indices, source_ids, of_documents)

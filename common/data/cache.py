@@ -33,7 +33,7 @@ FILES = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
 
 Report = Callable[[str], None]
 
-NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py"}
+NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py", "stream_batches.py"}
 """Modules of this folder that do not decide tokenized rows."""
 
 
@@ -218,6 +218,16 @@ def _signs(folder: Path) -> set[tuple[str, int]]:
         with suppress(OSError):  # it may be renamed while we look
             signs.add((path.name, (path / ROWS_FILE).stat().st_size))
     return signs
+
+
+def spool_of(folder: Path) -> Path:
+    """Where blocks of rows wait while `folder` is built; what a builder that ended has left there is used by
+    the next one."""
+    return folder.with_name(f"{folder.name}.blocks")
+
+
+def remove_spool(folder: Path) -> None:
+    shutil.rmtree(spool_of(folder), ignore_errors=True)
 
 
 def _unfinished(folder: Path) -> list[Path]:

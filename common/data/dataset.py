@@ -45,13 +45,15 @@ def build(
     cache_dir: Path | str,
     report: Report = print,
     wait: bool = False,
+    show: Callable[[float], None] | None = None,
 ) -> tuple[Opened, Opened | None, Ledger]:
     """Training records, held-out records (None when there are none) and the ledger.
 
     kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
     `data.stage_split` shares them out. They are taken from the cache when the cache key is unchanged and the
     files still have their hashes; otherwise they are made, and a line says what changed. With `wait` this
-    process waits for the one that builds (see `cache.wait_for`). Raises UserError for bad data, and when no
+    process waits for the one that builds (see `cache.wait_for`). show: is told the share of rows that are
+    tokenized, in place of lines. Raises UserError for bad data, and when no
     row is left to train on.
     """
     if not data.all_sources():
@@ -74,8 +76,10 @@ def build(
     elif not cache.is_intact(folder):
         report(cache.why_missed(root, key))
         with cache.new_folder(folder) as unfinished:
-            Writer(Reader(data, kind, split, seed, report), tokenizer).fill(unfinished)
+            spool = cache.spool_of(folder)
+            Writer(Reader(data, kind, split, seed, report), tokenizer, spool, show).fill(unfinished)
             cache.seal(unfinished, key)
+        cache.remove_spool(folder)
     limited.end()  # in which the rows were rendered
     train, held_out, ledger = load(folder, kind)
     if data.eval_path is not None and held_out is None:

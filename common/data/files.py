@@ -44,6 +44,7 @@ class Records:
     rows: Callable[[], Iterator[tuple[Place, Any]]]
     parse: Callable[[Any], Mapping[str, object]]
     columnar: bool = False  # a file of columns, which fills what a row does not have with null
+    size: int = 0  # bytes of all rows, of a file of which a row is its bytes; 0: not known
 
 
 def file_records(path: Path) -> Records:
@@ -51,7 +52,8 @@ def file_records(path: Path) -> Records:
         raise UserError(f"{path}: the file is empty", hint="expected at least one row")
     name = path.name
     if name.endswith(JSONL_SUFFIXES):
-        return Records(lambda: _jsonl_rows(path), _parse_json_row)
+        size = path.stat().st_size if name.endswith(".jsonl") else 0
+        return Records(lambda: _jsonl_rows(path), _parse_json_row, size=size)
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
     for suffix, reader in readers.items():
         if name.endswith(suffix):

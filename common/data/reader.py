@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,6 +56,14 @@ def _eval_source(data: DataConfig, path: str) -> SourceConfig:
 
 
 @dataclass
+class Understanding:
+    """How a source's rows are read: their format, and the `columns` by which they are renamed first."""
+
+    format: Any = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Reader:
     """The rows of all sources; what cannot be used is counted in `ledger`, and bad rows in `bad_rows` too."""
 
@@ -75,43 +83,60 @@ class Reader:
         The rows of `eval_path` come first, then the sources in order. `split` leaves out the rows of other
         steps.
         """
+        for number, source, for_eval in self.each_source():
+            entry = self.ledger.sources[number]
+            bad_row = partial(self.bad_rows.add, entry)
+            raws = sources.rows_of(source, bad_row, seed=self.seed)
+            for row in self.understood(raws, source, entry, for_eval, Understanding()):
+                yield row, number, for_eval
+
+    def each_source(self) -> Iterator[tuple[int, SourceConfig, bool]]:
+        """The sources in the order in which they are read, with their places in the ledger, which begins
+        anew, and whether they are eval_path's."""
         named = named_sources(self.data)
         self.ledger.sources[:] = [
             SourceLedger(name, origin_of(source.path) or source.path) for name, source in named
         ]
         count = len(self.data.all_sources())
         for number in [*range(count, len(named)), *range(count)]:
-            entry, for_eval = self.ledger.sources[number], number >= count
-            source = dataclasses.replace(named[number][1], name=entry.name)
-            for row in self._rows_of(source, entry, for_eval):
-                if for_eval or self.split.has(question(row)):
-                    yield with_options(row, self.data), number, for_eval
-                else:
-                    entry.drop(OTHER_STAGE, row.place)
+            name, source = named[number]
+            yield number, dataclasses.replace(source, name=name), number >= count
 
-    def _rows_of(self, source: SourceConfig, entry: SourceLedger, for_eval: bool) -> Iterator[Any]:
-        format: Any = None
-        names: Mapping[str, str] = {}
-        seen: set[str] = set()
+    def understood(
+        self,
+        raws: Iterable[RawExample],
+        source: SourceConfig,
+        entry: SourceLedger,
+        for_eval: bool,
+        known: Understanding,
+    ) -> Iterator[Any]:
+        """The usable rows among `raws`, which are the source's or some of them. known: filled in by the first
+        row of a source."""
         bad_row = partial(self.bad_rows.add, entry)
-        for raw in sources.rows_of(source, bad_row, seed=self.seed):
+        seen: set[str] = set()
+        for raw in raws:
             try:
-                if format is None:
-                    format, names = (self._format_of_eval if for_eval else self._format)(raw, source)
-                    entry.format = format.name
-                    self.report(f"{entry.name}: format {format.name} (columns {', '.join(raw.columns)})")
+                if known.format is None:
+                    found = (self._format_of_eval if for_eval else self._format)(raw, source)
+                    known.format, known.names = found
+                    entry.format = known.format.name
+                    self.report(f"{entry.name}: format {entry.format} (columns {', '.join(raw.columns)})")
                 if not seen.issuperset(raw.columns):
-                    entry.not_used(format.unused(rename(raw.columns, names)))
+                    entry.not_used(known.format.unused(rename(raw.columns, known.names)))
                     seen.update(raw.columns)
-                found = self.kind.read(raw, format, names)
+                read = self.kind.read(raw, known.format, known.names)
             except RowUnused as reason:
                 entry.drop(str(reason), raw.place)
             except RowError as error:
                 bad_row(raw.place, str(error))
             else:
-                rows = found if isinstance(found, list) else [found]
+                rows = read if isinstance(read, list) else [read]
                 entry.further_pairs += len(rows) - 1
-                yield from rows
+                for row in rows:
+                    if for_eval or self.split.has(question(row)):
+                        yield with_options(row, self.data)
+                    else:
+                        entry.drop(OTHER_STAGE, row.place)
 
     def _format(
         self, raw: RawExample, source: SourceConfig, origin: str = ""

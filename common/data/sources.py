@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.config import SourceConfig
 from common.data.files import SUFFIXES, Records, file_records, opened
@@ -21,26 +23,87 @@ from common.errors import UserError
 from common.paths import check_pattern, files_of, is_glob, name_of
 from common.text import nearest
 
+BLOCK_ROWS, BLOCK_BYTES = 1024, 2**23
+"""Of a `Block`."""
+
 
 def rows_of(
     source: SourceConfig, bad_row: Callable[[Place, str], None], *, seed: int = 0
 ) -> Iterator[RawExample]:
     """The rows of a source in order; with `max_rows` a seeded sample. bad_row: is told place and reason."""
     name = source_name(source)
-    index = -1
+    for records, place, row, _ in _unparsed(source, seed):
+        example = _parsed(records.parse, RawExample({}, name, place, records.columnar), row, bad_row)
+        if example is not None:
+            yield example
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one file, in order, not parsed yet.
+
+    name: of the source. numbers: of the rows in the file. rows: as `parse` takes them. done: share of the
+    source that comes before them; None where its length is not known.
+    """
+
+    name: str
+    file: str
+    parse: Callable[[Any], Mapping[str, object]]
+    columnar: bool
+    numbers: list[int]
+    rows: list[Any]
+    done: float | None
+
+    def examples(self, bad_row: Callable[[Place, str], None]) -> Iterator[RawExample]:
+        """The rows. bad_row: is told place and reason."""
+        for number, row in zip(self.numbers, self.rows, strict=True):
+            bare = RawExample({}, self.name, Place(self.file, number), self.columnar)
+            if (example := _parsed(self.parse, bare, row, bad_row)) is not None:
+                yield example
+
+
+def blocks_of(source: SourceConfig, *, seed: int = 0) -> Iterator[Block]:
+    """What `rows_of` reads, in blocks of at most `BLOCK_ROWS` rows and, of lines, about `BLOCK_BYTES`."""
+    name, size = source_name(source), 0
+    block: Block | None = None
+    for records, place, row, share in _unparsed(source, seed):
+        if block is None or block.file != place.file or len(block.rows) == BLOCK_ROWS or size > BLOCK_BYTES:
+            if block is not None:
+                yield block
+            block, size = Block(name, place.file, records.parse, records.columnar, [], [], share), 0
+        block.numbers.append(place.row)
+        block.rows.append(row)
+        size += len(row) if isinstance(row, bytes) else 0
+    if block is not None:
+        yield block
+
+
+def _parsed(
+    parse: Callable[[Any], Mapping[str, object]],
+    bare: RawExample,
+    row: Any,
+    bad_row: Callable[[Place, str], None],
+) -> RawExample | None:
+    try:
+        return replace(bare, columns=parse(row))
+    except RowError as error:
+        bad_row(bare.place, str(error))
+        return None
+
+
+def _unparsed(source: SourceConfig, seed: int) -> Iterator[tuple[Records, Place, Any, float | None]]:
+    """Rows with what reads them, and the share of the source that comes before them, if that is known."""
+    index, read = -1, 0
     try:
         keep = _sampled_rows(source, seed)
-        for records in open_source(source):
+        every = open_source(source)
+        total = sum(records.size for records in every) if all(records.size for records in every) else 0
+        for records in every:
             for place, row in records.rows():
                 index += 1
-                if keep is not None and index not in keep:
-                    continue
-                try:
-                    columns = records.parse(row)
-                except RowError as error:
-                    bad_row(place, str(error))
-                    continue
-                yield RawExample(columns, name, place, records.columnar)
+                if keep is None or index in keep:
+                    yield records, place, row, read / total if total else None
+                read += len(row) if isinstance(row, bytes) else 0
     except OSError as error:  # of a disk or a server; it must not be taken for one of what is being written
         raise UserError(f"data.path={source.path} cannot be read: {error}") from error
     if index < 0:

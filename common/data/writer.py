@@ -1,7 +1,9 @@
 """Rows -> the files of one folder: tokens, an index of a few numbers per record, and the ledger.
 
-Tokenizes rows in blocks, fits each record into `data.max_length`, keeps or drops it, and says which records
-are held out. `stored.py` reads what is written here.
+Takes blocks of rows in order, which are made in `blocks.py`, in several processes where there are several
+blocks; says which records are held out. What has been made lies in a folder of its own until all is there, so
+a build that was interrupted goes on. The same files come out, whatever the number of processes. `stored.py`
+reads what is written here.
 """
 
 from __future__ import annotations
@@ -9,47 +11,53 @@ from __future__ import annotations
 import json
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.config import SpecialTokens
-from common.data import cache, control
+from common.config import SourceConfig
+from common.data import cache, sources
+from common.data.blocks import COLUMNS, DTYPES, IN_EVAL, Event, Made, Maker
 from common.data.ledger import Ledger, SourceLedger
-from common.data.outcomes import Drop, RowRecords
 from common.data.prompts import SAME
 from common.data.reader import Reader
-from common.data.splits import held_out, prompt_hash, split_hash
-from common.data.stored import CHUNK_ROWS, ROWS_FILE, Layout
-from common.data.types import Prompt
+from common.data.splits import held_out
+from common.data.stored import CHUNK_ROWS, ROWS_FILE
+from common.data.types import Place
+from common.errors import UserError
+from common.pool import WorkerEnded, cores, in_order
 
 if TYPE_CHECKING:
     import pyarrow
     from transformers import PreTrainedTokenizerFast
 
+__all__ = ["IN_EVAL", "Writer"]
+
+Report = Callable[[str], None]
+Show = Callable[[float], None]
+"""Is told the share of the rows that are tokenized."""
+
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
-
-IN_EVAL = "also in data.eval_path"
-
-BECAME = {
-    SpecialTokens.keep: "taken as the real token (data.special_tokens_in_content=keep)",
-    SpecialTokens.text: "encoded as ordinary text",
-    SpecialTokens.refuse: "refused",
-}
-"""The treatment of a control token inside a content, in words."""
 
 
 @dataclass
 class Writer:
-    """Turns what a reader gives into the files of one folder."""
+    """Turns what a reader gives into the files of one folder.
+
+    spool: folder in which blocks that are made wait for the others; it may hold some from before. show: used
+    in place of lines of progress.
+    """
 
     reader: Reader
     tokenizer: PreTrainedTokenizerFast
+    spool: Path
+    show: Show | None = None
+    streams: bool = False
+    """leave out the rows of data.eval_path, which others hold"""
     eval_hashes: set[int] = field(default_factory=set)
     """of the rows of data.eval_path"""
     prompt_hashes: set[int] = field(default_factory=set)
@@ -60,103 +68,118 @@ class Writer:
         self.kept = _Kept(self.opened.numbers)
 
     def fill(self, folder: Path) -> None:
-        import pyarrow
-
-        tokens = pyarrow.list_(pyarrow.int32())
-        texts = [(name, pyarrow.string()) for name in self.opened.texts]
-        schema = pyarrow.schema([("input_ids", tokens), ("labels", tokens), *texts])
-        records = self._records()
-        path = str(folder / ROWS_FILE)
-        with pyarrow.OSFile(path, "wb") as stream, pyarrow.ipc.new_file(stream, schema) as out:
-            while chunk := list(islice(records, CHUNK_ROWS)):
-                out.write_batch(pyarrow.record_batch(_columns(chunk), schema=schema))
+        self._write_rows(self._records(), folder)
         index = self._index()
         _count(self.reader.ledger, index, self.kept["truncated"] != 0)
         np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index)
         (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
 
-    def _records(self) -> Iterator[Layout]:
+    def windows(self, size: int) -> Iterator[Records]:
+        """All records, `size` at a time, as soon as they are there."""
+        return _in_chunks(self._records(), size)
+
+    def write_window(self, window: Records, first: int, folder: Path) -> None:
+        """A folder with some records. first: number of the first among all."""
+        self._write_rows(iter([window]), folder)
+        count = len(window.lengths)
+        index = {name: self.kept[name][first : first + count].copy() for name in self._stored()}
+        parts = {"train": np.arange(count), "eval": np.empty(0, np.int64)}
+        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index, **parts)
+
+    def count(self) -> None:
+        """Fill in the ledger when all windows have been written."""
+        index = {"eval": np.empty(0, np.int64)} | {name: self.kept[name] for name in self._stored()}
+        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
+
+    def _write_rows(self, records: Iterator[Records], folder: Path) -> None:
+        import pyarrow
+
+        tokens = pyarrow.list_(pyarrow.int32())
+        texts = [(name, pyarrow.string()) for name in self.opened.texts]
+        schema = pyarrow.schema([("input_ids", tokens), ("labels", tokens), *texts])
+        path = str(folder / ROWS_FILE)
+        with pyarrow.OSFile(path, "wb") as stream, pyarrow.ipc.new_file(stream, schema) as out:
+            for chunk in _in_chunks(records, CHUNK_ROWS):
+                out.write_batch(pyarrow.record_batch(chunk.columns(len(texts)), schema=schema))
+
+    def _records(self) -> Iterator[Records]:
         """The records that are kept, in order, each noted in `kept`; the others go to the ledger."""
-        usable = self.reader.rows()
-        done, last_line = 0, time.monotonic()
-        while chunk := list(islice(usable, CHUNK_ROWS)):
-            tokenized = self._tokenized([row for row, _, _ in chunk])
-            for (row, source, for_eval), (result, tokens) in zip(chunk, tokenized, strict=True):
-                yield from self._of_row(row, source, for_eval, result, tokens)
-            done += len(chunk)
-            if time.monotonic() - last_line > PROGRESS_SECONDS:
-                self.reader.report(f"tokenized {done:,} rows")
-                last_line = time.monotonic()
+        every = list(self.reader.each_source())
+        watch = _Watch(self.reader.report, self.show, len(every))
+        for place, (number, source, for_eval) in enumerate(every):
+            maker = Maker(self.reader, self.tokenizer, number, source, for_eval, self.eval_hashes)
+            for block, made in self._made(maker, source):
+                kept = self._noted(made, self.reader.ledger.sources[number])
+                if self.streams:
+                    kept &= made.columns["for_eval"] == 0
+                self.kept.add(made.columns, kept)
+                yield Records(
+                    made.columns["lengths"][kept],
+                    _of_records(made.input_ids, made.columns["lengths"], kept),
+                    _of_records(made.labels, made.columns["lengths"], kept),
+                    [text for text, wanted in zip(made.texts, kept, strict=True) if wanted],
+                )
+                watch.update(len(block.rows), place, block.done)
 
-    def _tokenized(self, rows: Sequence[Any]) -> Iterator[tuple[Any, list[str]]]:
-        """One result per row, and the control tokens inside its contents, treated as the run asks."""
-        known, mode = control.control_tokens(self.tokenizer), self.reader.data.special_tokens_in_content
-        found = [known.found(row) for row in rows]
-        refuse = bool if mode is SpecialTokens.refuse else known.is_reserved
-        refused = [next(filter(refuse, tokens), None) for tokens in found]
-        guarded = [
-            known.guarded(row) if tokens and mode is SpecialTokens.text else row
-            for row, tokens, token in zip(rows, found, refused, strict=True)
-            if token is None
-        ]
-        results = iter(self.reader.kind.tokenize(guarded, self.tokenizer))
-        for row, tokens, token in zip(rows, found, refused, strict=True):
-            reason = f"a content holds the control token {token}"
-            yield (next(results) if token is None else Drop(reason, row.place, faulty=True)), tokens
+    def _made(self, maker: Maker, source: SourceConfig) -> Iterator[tuple[sources.Block, Made]]:
+        """The blocks of a source, in order. Those behind the first that tells the format are made in as many
+        processes as `data.processes` says."""
+        blocks = sources.blocks_of(source, seed=self.reader.seed)
+        for block in blocks:
+            yield block, maker.make(block)
+            if maker.known.format is not None:
+                break
+        waiting: list[sources.Block] = []
 
-    def _of_row(
-        self, row: Any, source: int, for_eval: bool, result: Any, tokens: list[str]
-    ) -> Iterator[Layout]:
-        """The records of one row that are kept. result: the row's outcome; tokens: its control tokens."""
-        data, entry = self.reader.data, self.reader.ledger.sources[source]
-        row_hash = split_hash(row, self.reader.seed)
-        if for_eval:
-            self.eval_hashes.add(row_hash)
-        elif row_hash in self.eval_hashes:
-            result = Drop(IN_EVAL, row.place)
-        if isinstance(result, Drop):
-            self._drop(result, entry)
-            return
-        made = result if isinstance(result, RowRecords) else RowRecords((result,))
-        entry.note(entry.split, filter(None, [made.split]), row.place)
-        entry.note(entry.untrained, made.untrained, row.place)
-        became = BECAME[data.special_tokens_in_content]
-        entry.note(entry.control, (f"{token} {became}" for token in tokens), row.place)
-        entry.further_documents += len(made.records) - 1
-        first, bos_id = True, self.tokenizer.bos_token_id
-        for whole in made.records:
-            record = self.reader.kind.fit(whole, row.place, data.max_length, data.truncation, bos_id)
-            if isinstance(row, Prompt):
-                record = self._if_new(row, record)
-            if isinstance(record, Drop):
-                self._drop(record, entry)
-                continue
-            layout = self.opened.layout(record)
-            self.kept.add(
-                hashes=row_hash, source_ids=source, for_eval=for_eval, first=first,
-                truncated=record is not whole, control=bool(tokens), numbers=row.place.row,
-                lengths=sum(len(document.input_ids) for document in layout.documents),
-                trained=sum(document.trained for document in layout.documents),
-                **dict(zip(self.opened.numbers, layout.numbers, strict=True)),
-            )  # fmt: skip
-            first = False
-            yield layout
+        def tasks() -> Iterator[tuple[sources.Block, Path]]:
+            for at, block in enumerate(blocks):
+                self.spool.mkdir(parents=True, exist_ok=True)
+                waiting.append(block)
+                yield block, self.spool / f"{maker.number}_{at:09}.npz"
 
-    def _if_new(self, row: Prompt, record: Any) -> Any:
-        """The record of a prompt, unless the same was kept before."""
-        if isinstance(record, Drop):
-            return record
-        said = prompt_hash(row, self.reader.seed)
-        if said in self.prompt_hashes:
-            return Drop(SAME, row.place)
-        self.prompt_hashes.add(said)
-        return record
+        count = self.reader.data.processes or cores()
+        try:
+            for path in in_order(maker.kept, tasks(), count):
+                block = waiting.pop(0)
+                yield block, Made.load(path) or maker.make(block)
+        except WorkerEnded as error:
+            raise UserError(
+                f"one of {count} processes that tokenize was ended: {error}",
+                hint="where that was for want of memory: fewer, e.g. data.processes=1; what is made is kept",
+            ) from error
 
-    def _drop(self, drop: Drop, entry: SourceLedger) -> None:
-        if drop.faulty:
-            self.reader.bad_rows.add(entry, drop.place, drop.reason)
-        else:
-            entry.drop(drop.reason, drop.place)
+    def _noted(self, made: Made, entry: SourceLedger) -> np.ndarray:
+        """Tell the ledger what happened in a block; which of its records are kept: bool [R]."""
+        kept: list[bool] = []
+        for event in made.events:
+            self._note(event, entry, kept)
+        everything = np.ones(len(made.columns["lengths"]), bool)
+        return np.array(kept, bool) if kept else everything
+
+    def _note(self, event: Event, entry: SourceLedger, kept: list[bool]) -> None:
+        match event:
+            case ["say", line]:
+                entry.format = entry.format or str(line).partition(": format ")[2].partition(" ")[0]
+                self.reader.report(line)
+            case ["drop", reason, file, row]:
+                entry.drop(reason, Place(file, row))
+            case ["note", counted, reason, file, row]:
+                entry.note(getattr(entry, counted), [reason], Place(file, row))
+            case ["not_used", columns]:
+                entry.not_used(columns)
+            case ["more", counted, count]:
+                setattr(entry, counted, getattr(entry, counted) + count)
+            case ["bad", file, row, reason]:
+                self.reader.bad_rows.add(entry, Place(file, row), reason)
+            case ["eval", row_hash]:
+                self.eval_hashes.add(row_hash)
+            case ["prompt", said, file, row]:
+                kept.append(said not in self.prompt_hashes)
+                self.prompt_hashes.add(said)
+                if not kept[-1]:
+                    entry.drop(SAME, Place(file, row))
+            case _:
+                raise AssertionError(event)
 
     def _index(self) -> dict[str, np.ndarray]:
         """The numbers of each record of the file, and which records are for training and which are held
@@ -166,57 +189,108 @@ class Writer:
         rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
         chosen = held_out(hashes[rows], source_ids[rows], self.reader.data.held_out_fraction())
         for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
-        stored = ("lengths", "trained", "source_ids", "numbers", "control", *self.opened.numbers)
         return {
-            **{name: self.kept[name] for name in stored},
+            **{name: self.kept[name] for name in self._stored()},
             "train": np.flatnonzero(~for_eval),
             "eval": np.flatnonzero(for_eval),
         }
+
+    def _stored(self) -> tuple[str, ...]:
+        return ("lengths", "trained", "source_ids", "numbers", "control", *self.opened.numbers)
 
 
 class _Kept:
     """A few numbers of each record, kept in memory while its tokens go to disk."""
 
     def __init__(self, more: Mapping[str, str]) -> None:
-        """more: columns beside the common ones, with their type codes.
+        """more: columns beside the common ones, with their type codes."""
+        self._columns: dict[str, array[Any]] = {
+            name: array(code) for name, code in {**COLUMNS, **more}.items()
+        }
 
-        first: whether the record is the first of its row. control: whether the row's contents hold control
-        tokens.
-        """
-        common = {"hashes": "Q", "source_ids": "i", "lengths": "i", "trained": "i", "numbers": "i"}
-        codes = {**common, "truncated": "b", "for_eval": "b", "first": "b", "control": "b", **more}
-        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in codes.items()}
-
-    def add(self, **values: float) -> None:
+    def add(self, columns: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
         for name, column in self._columns.items():
-            column.append(values[name])
+            column.frombytes(columns[name][kept].tobytes())
 
     def __getitem__(self, name: str) -> np.ndarray:
         # a view, not a copy: with a million rows these numbers are most of the memory in use
         column = self._columns[name]
-        return np.frombuffer(column, {"Q": "u8", "i": "i4", "b": "i1", "f": "f4"}[column.typecode])
+        return np.frombuffer(column, DTYPES[column.typecode])
 
 
-def _columns(chunk: Sequence[Layout]) -> list[pyarrow.Array]:
-    """Tokens, labels and texts of some records."""
-    import pyarrow
+@dataclass(frozen=True)
+class Records:
+    """R records of T tokens, end to end. lengths: int32 [R]. input_ids, labels: int32 [T]."""
 
-    texts = zip(*(record.texts for record in chunk), strict=True)
-    return [
-        _column([[document.input_ids for document in record.documents] for record in chunk]),
-        _column([[document.labels for document in record.documents] for record in chunk]),
-        *(pyarrow.array(column, pyarrow.string()) for column in texts),
-    ]
+    lengths: np.ndarray
+    input_ids: np.ndarray
+    labels: np.ndarray
+    texts: list[Any]
+
+    def columns(self, texts: int) -> list[pyarrow.Array]:
+        """As they are stored. texts: number of columns of text."""
+        import pyarrow
+
+        offsets = np.zeros(len(self.lengths) + 1, np.int32)
+        np.cumsum(self.lengths, out=offsets[1:])
+        return [
+            pyarrow.ListArray.from_arrays(offsets, self.input_ids),
+            pyarrow.ListArray.from_arrays(offsets, self.labels),
+            *(pyarrow.array([text[at] for text in self.texts], pyarrow.string()) for at in range(texts)),
+        ]
+
+    def split(self, count: int) -> tuple[Records, Records]:
+        """The first `count` records, and the others."""
+        end = int(self.lengths[:count].sum())
+        first = Records(self.lengths[:count], self.input_ids[:end], self.labels[:end], self.texts[:count])
+        rest = Records(self.lengths[count:], self.input_ids[end:], self.labels[end:], self.texts[count:])
+        return first, rest
+
+    def and_then(self, other: Records) -> Records:
+        lengths, ids, labels = (
+            np.concatenate([getattr(self, name), getattr(other, name)])
+            for name in ("lengths", "input_ids", "labels")
+        )
+        return Records(lengths, ids, labels, self.texts + other.texts)
 
 
-def _column(records: list[list[np.ndarray]]) -> pyarrow.ListArray:
-    """One list per record, its documents end to end."""
-    import pyarrow
+def _of_records(tokens: np.ndarray, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return tokens if kept.all() else tokens[np.repeat(kept, lengths)]
 
-    offsets = np.zeros(len(records) + 1, np.int32)
-    np.cumsum([sum(map(len, documents)) for documents in records], out=offsets[1:])
-    every = [document for documents in records for document in documents]
-    return pyarrow.ListArray.from_arrays(offsets, np.concatenate(every))
+
+def _in_chunks(every: Iterator[Records], size: int) -> Iterator[Records]:
+    """The same records, `size` at a time."""
+    pending = next(every, None)
+    while pending is not None:
+        if len(pending.lengths) >= size:
+            chunk, pending = pending.split(size)
+            yield chunk
+        elif (more := next(every, None)) is not None:
+            pending = pending.and_then(more)
+        else:
+            break
+    if pending is not None and len(pending.lengths):
+        yield pending
+
+
+class _Watch:
+    """Says how far the sources are read, and how long the rest will take where that is known."""
+
+    def __init__(self, report: Report, show: Show | None, sources: int) -> None:
+        self._report, self._show, self._sources, self._rows = report, show, sources, 0
+        self._began = self._last = time.monotonic()
+
+    def update(self, rows: int, source: int, done: float | None) -> None:
+        """rows: that have been added. source: its place among them. done: share of it that lies before."""
+        self._rows += rows
+        share = None if done is None else (source + done) / self._sources
+        if self._show is not None and share is not None:
+            self._show(share)
+        elif time.monotonic() - self._last > PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            left = round((self._last - self._began) * (1 - share) / share) if share else 0
+            more = f", {share:.0%}, {left // 60}:{left % 60:02} left" if share else ""
+            self._report(f"tokenized {self._rows:,} rows{more}")
 
 
 def _count(ledger: Ledger, index: Mapping[str, np.ndarray], truncated: np.ndarray) -> None:

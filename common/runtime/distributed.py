@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,10 +131,75 @@ def all_gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def all_gather_arrays(own: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """All-gather: the arrays of all ranks, in rank order, on every rank; nothing is pickled.
+
+    own: as many on every rank, of the same dtypes; their first dimensions may differ, the others may not.
+    Travels as bytes, each rank's as many as the largest share has.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [list(own)]
+    counts = torch.tensor([len(array) for array in own])
+    all_counts = torch.empty(dist.get_world_size() * len(own), dtype=torch.int64)
+    dist.all_gather_into_tensor(all_counts, counts)
+    rows = all_counts.view(-1, len(own)).tolist()
+    widths = [array.dtype.itemsize * int(np.prod(array.shape[1:])) for array in own]
+    # each array begins at a multiple of eight bytes, as its numbers have to
+    starts = [np.cumsum([0, *(-(-np.multiply(of_rank, widths) // 8) * 8)]) for of_rank in rows]
+    share = np.zeros(max(start[-1] for start in starts), np.uint8)
+    for array, start in zip(own, starts[dist.get_rank()], strict=False):
+        share[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+    shares = torch.empty(len(rows), len(share), dtype=torch.uint8)
+    dist.all_gather_into_tensor(shares.view(-1), torch.from_numpy(share))
+    return [
+        [
+            found[first : first + count * width].view(array.dtype).reshape(count, *array.shape[1:])
+            for array, first, count, width in zip(own, start[:-1], of_rank, widths, strict=True)
+        ]
+        for found, start, of_rank in zip(shares.numpy(), starts, rows, strict=True)
+    ]
+
+
 def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 and broadcast its result; what `_made` catches there is raised on every rank."""
-    made: list[Any] = all_gather_or_raise(make if world.is_rank0 else lambda: None)
-    return made[0]
+    """Run `make` on rank 0 and broadcast its result; what `_made` catches there is raised on every rank.
+
+    Rank 0 does not wait for the others to have it, unless it raises: then all have heard why.
+    """
+    value: Any = _made(make) if world.is_rank0 else None
+    if world.size > 1:
+        value = _broadcast(world, value)
+    if isinstance(value, UserError):
+        barrier()
+        raise value
+    return value
+
+
+def _broadcast(world: World, value: Any) -> Any:
+    """Rank 0's value, pickled but for its arrays, which travel as they lie in memory: a rank needs room for
+    the value once, however many ranks there are."""
+    parts: list[torch.Tensor] = []
+    if world.is_rank0:
+        arrays: list[Any] = []
+        pickled = bytearray(pickle.dumps(value, protocol=5, buffer_callback=arrays.append))
+        parts = [_bytes_of(buffer) for buffer in (pickled, *(array.raw() for array in arrays))]
+    count = torch.tensor([len(parts)])
+    dist.broadcast(count, 0)
+    sizes = torch.tensor([len(part) for part in parts] or [0] * int(count))
+    dist.broadcast(sizes, 0)
+    parts = parts or [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist()]
+    for part in parts:
+        dist.broadcast(part, 0)
+    if world.is_rank0:
+        return value
+    said, *found = (part.numpy().data for part in parts)
+    return pickle.loads(said, buffers=found)  # noqa: S301  # ranks of a run trust each other
+
+
+def _bytes_of(buffer: bytearray | memoryview) -> torch.Tensor:
+    """uint8 [N], without a copy; it is only read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an array that may not be written
+        return torch.from_numpy(np.frombuffer(buffer, np.uint8))
 
 
 def all_gather_or_raise(make: Callable[[], T]) -> list[T]:

@@ -96,6 +96,7 @@ class Reading:
 
 def to_read(job: JobConfig, data: DataConfig) -> Reading:
     """All rows where the sources are small; else a sample, kept in a folder of its own."""
+    data = dataclasses.replace(data, streaming=False)  # all that are counted have to be there
     if size_of(data.all_sources()) <= LARGE_BYTES:
         return Reading(data, (1.0,) * len(data.all_sources()))
     every = data.all_sources()

@@ -6,8 +6,9 @@ The first rank of each machine tokenizes once, while the others wait on the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,10 +18,13 @@ from common.data import cache, dataset
 from common.data.batches import BatchPlan
 from common.data.dataset_types import DatasetType
 from common.data.ledger import Ledger
+from common.data.reader import named_sources
 from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
+from common.data.stream import WINDOW, StreamedRows, stream
 from common.errors import with_step
 from common.phases import enter
 from common.runtime.distributed import World
+from common.runtime.progress import Progress, console
 from common.stage import Step
 
 if TYPE_CHECKING:
@@ -48,7 +52,9 @@ class StepData(Generic[Rows]):
         split = {} if self.stage_split is None else {"stage_split": self.stage_split}
         given = dict(self.chat_template_kwargs)
         variables = {VARIABLES: given} if given else {}
-        rows = {"rows_sha256": cache.rows_sha256(self.train.folder)}
+        rows: dict[str, Any] = {}
+        if not isinstance(self.train, StreamedRows):  # whose windows have a hash each
+            rows["rows_sha256"] = cache.rows_sha256(self.train.folder)
         return {"train": self.train.fingerprint, "held_out": held_out, **rows, **split, **variables}
 
 
@@ -67,13 +73,66 @@ def build_data(
     wait: bool = False,
 ) -> StepData[Rows]:
     """Tokenize the sources, or find them in the cache. wait: another process on this machine does it."""
-    train, held_out, ledger = dataset.build(
-        data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
-        report=say, wait=wait,
-    )  # fmt: skip
+    if data.streaming:
+        return _streamed(job, step, data, kind, tokenizer, say, wait=wait)
+    with _bar() as show:
+        train, held_out, ledger = dataset.build(
+            data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
+            report=say, wait=wait, show=show,
+        )  # fmt: skip
     split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
     weights = dataset.source_weights(data)
     return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
+
+
+def _streamed(
+    job: JobConfig,
+    step: Step,
+    data: DataConfig,
+    kind: DatasetType[Rows],
+    tokenizer: PreTrainedTokenizerFast,
+    say: Say,
+    *,
+    wait: bool,
+) -> StepData[Rows]:
+    """The rows from the first one on, while those behind are tokenized; of held-out rows all."""
+    held_out, ledger, folder = None, Ledger(), cache_dir(job, data)
+    if data.eval_path is not None:
+        (*_, (_, source)) = named_sources(data)
+        alone = replace(data, path=None, sources=[source], eval_path=None, eval_fraction=0.0, streaming=False)
+        held_out = build_data(job, step, alone, kind, tokenizer, say, wait=wait)
+        ledger = held_out.ledger
+    say(
+        "streaming: rows are tokenized while they are trained on, and packed and shuffled"
+        f" {WINDOW:,} at a time; what became of them is said when the last is read"
+    )
+    rows: Any = stream(
+        data, tokenizer, stage=step.value, seed=job.seed, cache_dir=folder, report=say, wait=wait
+    )
+    split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
+    names = dict.fromkeys(rows.sources, 1.0)
+    evaluated = None if held_out is None else held_out.train
+    return StepData(rows, evaluated, ledger, names, split, data.chat_template_kwargs)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float], None] | None]:
+    """Is told the share of the rows that are tokenized; None where there is no terminal to show it on."""
+    if not console().is_terminal:
+        yield None
+        return
+    bar: Progress | None = None
+
+    def show(share: float) -> None:
+        nonlocal bar
+        bar = bar or Progress(100, label="tokenizing, %")
+        bar.update(round(100 * share))
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def load_data(
@@ -95,10 +154,17 @@ def load_data(
     """
     enter("data")
     built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
-    if world.is_rank0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "ledger.json", built.ledger.to_json())
-    say(with_step("\n".join(built.ledger.lines()), step.value))
+
+    def account(ledger: Ledger) -> None:
+        if world.is_rank0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "ledger.json", ledger.to_json())
+        if ledger.sources:
+            say(with_step("\n".join(ledger.lines()), step.value))
+
+    account(built.ledger)
+    if isinstance(built.train, StreamedRows):
+        built.train.when_over = account
     if policy is not None:
         lines = (
             other_split(step, built.stage_split, policy),

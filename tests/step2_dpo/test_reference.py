@@ -178,8 +178,10 @@ def test_the_earliest_step_decides_whichever_rank_has_it(monkeypatch: pytest.Mon
         [found(0, (0, 1), -1.0), found(1, (2, 3), -2.0)],
         [found(0, (2,), -3.0), found(1, (3, 1), -4.0)],
     ]
-    monkeypatch.setattr(reference_module, "all_gather_objects", lambda own: ranks)
-    table = reference_module._table(ranks[0], 5)
+    shares: list[Any] = []
+    monkeypatch.setattr(reference_module, "all_gather_arrays", lambda own: shares.append(own) or shares)
+    tables = [reference_module._table(own, 5) for own in ranks]
+    table = tables[-1]  # made when both shares were there
     np.testing.assert_array_equal(table, [[-1, -1], [-1, -1], [-3, -3], [-2, -2], [np.nan, np.nan]])
 
 

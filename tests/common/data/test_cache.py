@@ -195,7 +195,8 @@ def test_all_code_that_decides_tokens_is_known_by_its_hash(monkeypatch: pytest.M
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common"):
                 names = [alias.name for alias in node.names] if node.module == "common" else [node.module[7:]]
                 found |= {name for name in names if not name.startswith("data")}
-    decides = found - {"artifacts", "config", "download", "errors", "files", "limited", "paths"}
+    bounds = {"artifacts", "config", "download", "errors", "files", "limited", "paths"}
+    decides = found - bounds - {"pool"}
     assert decides == {"chat_template", "text"}
     assert {folder.parent / f"{name}.py" for name in decides} <= read
     assert {path for path in folder.glob("*.py") if path.name not in cache.NOT_OF_ROWS} <= read
@@ -211,20 +212,25 @@ def test_weights_and_the_pad_token_do_not_cost_a_new_build(tmp_path: Path) -> No
     assert said == [] and first.fingerprint == second.fingerprint
 
 
-def test_an_interrupted_build_leaves_nothing_half(tmp_path: Path) -> None:
+def test_an_interrupted_build_goes_on_and_leaves_nothing_half(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(3000))
     calls = []
 
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(1)
+    def interrupted(rows: Any, tokenizer: Any) -> Any:
+        calls.append(len(rows))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return chat.tokenize(*arguments)
+        return chat.tokenize(rows, tokenizer)
 
+    kind = replace(DEMONSTRATIONS, tokenize=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path, kind=replace(DEMONSTRATIONS, tokenize=interrupted))
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert len(made(tmp_path)[0]) == 2850
+        made(tmp_path, kind=kind, processes=1)
+    (left,) = (tmp_path / "cache").iterdir()
+    assert [path.name for path in left.iterdir()] == ["0_000000000.npz"]
+    assert len(made(tmp_path, kind=kind, processes=1)[0]) == 2850
+    # the first block tells the format; the second is there; the third was never made
+    assert calls == [1024, 1024, 952, 1024, 952]
+    assert not left.exists() and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_what_a_killed_builder_left_is_cleared_away_and_never_used(tmp_path: Path) -> None:

@@ -7,12 +7,16 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from common.runtime import distributed
+from tests import forked
 
 
 @pytest.fixture
@@ -82,6 +86,59 @@ def test_sums_are_made_in_double_precision_and_leave_their_input_alone() -> None
 
 def test_a_lone_process_gathers_its_own_value() -> None:
     assert distributed.all_gather_objects({"a": 1}) == [{"a": 1}]
+
+
+LARGE = np.arange(300_000).reshape(2, -1)
+"""2.4 MB"""
+
+
+def count_bytes(handed: list[int]) -> None:
+    """Note the bytes of each tensor that is handed to a collective."""
+
+    def counted(collective: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            handed.extend(value.nbytes for value in arguments if isinstance(value, torch.Tensor))
+            return collective(*arguments, **more)
+
+        return call
+
+    for name in ("broadcast", "all_gather_into_tensor", "all_gather", "all_reduce"):
+        setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+
+
+def several_ranks() -> int:
+    world, handed = distributed.init_world(), list[int]()
+    count_bytes(handed)
+    locked = LARGE.view()
+    locked.flags.writeable = False
+    said = distributed.broadcast_from_rank0(world, lambda: {"all": locked, "words": ["é"], "none": LARGE[:0]})
+    assert np.array_equal(said["all"], LARGE) and said["words"] == ["é"] and not said["none"].size
+    # once, however many ranks there are: with an all-gather it was once for each of them
+    assert LARGE.nbytes <= sum(handed) < LARGE.nbytes + 1000, handed
+    assert distributed.broadcast_from_rank0(world, lambda: None) is None
+
+    with pytest.raises(UserError, match="no such rank: 0"):
+        distributed.broadcast_from_rank0(world, lambda: refuse(world.rank))
+
+    handed.clear()
+    own = [LARGE.T[: world.rank], np.full(world.rank % 2, world.rank, np.float32)]
+    for rank, (rows, numbers) in enumerate(distributed.all_gather_arrays(own)):
+        assert np.array_equal(rows, LARGE.T[:rank]) and rows.dtype == LARGE.dtype
+        assert numbers.tolist() == [rank] * (rank % 2) and numbers.dtype == np.float32
+    largest = max(rank * 16 + rank % 2 * 8 for rank in range(world.size))  # in words of 8 bytes
+    assert sum(handed) == (1 + world.size) * (largest + 2 * 8)  # two counts of 8 bytes
+    shares = distributed.all_gather_arrays([LARGE[:0]])
+    assert [part.shape for share in shares for part in share] == [(0, 150_000)] * world.size
+    distributed.close_world()
+    return 0
+
+
+def refuse(rank: int) -> None:
+    raise UserError(f"no such rank: {rank}")
+
+
+def test_a_rank_needs_room_once_for_what_rank_0_says_and_once_for_each_share(tmp_path: Path) -> None:
+    forked.run(several_ranks, (), 3, tmp_path / "output.txt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

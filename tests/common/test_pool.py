@@ -1,0 +1,67 @@
+"""A function in several processes: results in order, errors raised here, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from common.errors import UserError
+from common.pool import AHEAD, WorkerEnded, in_order
+
+
+def work(number: int) -> tuple[int, int]:
+    if number == 1000:
+        raise UserError("a thousand", hint="less")
+    if number == 2000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number, os.getpid()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_results_come_in_the_order_of_their_items(processes: int) -> None:
+    found = list(in_order(work, range(50), processes))
+    assert [square for square, _ in found] == [number * number for number in range(50)]
+    pids = {pid for _, pid in found}
+    assert (os.getpid() in pids) == (processes == 1) and len(pids) <= processes
+
+
+def test_no_more_is_read_ahead_than_is_said() -> None:
+    given = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            given.append(number)
+            yield number
+
+    for taken, _ in enumerate(in_order(work, items(), 2)):
+        assert len(given) <= taken + 1 + AHEAD * 2
+
+
+def test_nothing_is_started_for_nothing() -> None:
+    assert list(in_order(work, [], 3)) == []
+
+
+def test_an_error_is_raised_here_in_its_turn() -> None:
+    results = in_order(work, [*range(20), 1000], 2)
+    assert [next(results)[0] for _ in range(20)] == [number * number for number in range(20)]
+    with pytest.raises(UserError, match="a thousand\n.*less") as error:
+        next(results)
+    assert "in work" in error.value.__notes__[0]
+
+
+def test_a_process_that_is_killed_is_an_error_and_none_is_left() -> None:
+    with pytest.raises(WorkerEnded, match="SIGKILL"):
+        list(in_order(work, [1, 2000, *range(20)], 2))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_who_stops_early_leaves_no_process() -> None:
+    results = in_order(work, range(100), 2)
+    _, pid = next(results)
+    results.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
