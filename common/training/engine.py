@@ -34,6 +34,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
+from common.training.partitions import fill_partitions
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 
 STATE_TAG = "zero"
@@ -374,17 +375,16 @@ def _initialized(
         # else ZeRO-3 starts a program that counts the machine's sockets, for every bucket of gradients
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a lone process
-    import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     _import_muon(compiled=False)
-    # On the CPU DeepSpeed would compile a shared-memory collective with g++ at the first start
-    # (and hang at the next one if that was killed); gloo serves, and no compiler is needed.
+    # On the CPU DeepSpeed would compile a collective with g++ (and hang if that was killed); gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its wrappers of torch collectives warn at every call about their own older names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
+        fill_partitions(module, config, deepspeed)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )

@@ -36,6 +36,7 @@ from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, PackedModel
+from common.model.partition import share_of
 from common.model.tokenizer import terminators_of
 from common.phases import enter
 from common.rates import few_steps
@@ -169,7 +170,10 @@ class Session:
         """
         self.rehearse_export(model, head)
         device, seed = self.world.device, self.job.seed
-        network = load_model(model, tokenizer, head, seed=seed, device=device, max_length=max_length)
+        share = share_of(self.job.deepspeed.stage)
+        network = load_model(
+            model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
+        )
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network
