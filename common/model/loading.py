@@ -284,7 +284,7 @@ def _check_context(config: PreTrainedConfig, max_length: int | None) -> None:
 def _cover_vocabulary(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, share: Share | None
 ) -> None:
-    """Grow the embeddings until every token id has a row; never shrink them. They are whole while they grow."""
+    """Grow the embeddings, which are whole meanwhile, until every token id has a row; never shrink them."""
     rows = cast(Any, network.get_input_embeddings()).weight.shape[0]
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= rows:

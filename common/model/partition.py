@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PART = "_part_of_rank"
-"""Attribute of a placeholder: flat, of the same length on all ranks; the last ones are padded with zeros."""
+"""Attribute of a placeholder, flat."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Share:
     ranks: int
 
     def size(self, numel: int) -> int:
-        """Numbers of a part, of a tensor of `numel`."""
+        """Numbers of the longest part, of a tensor of `numel`."""
         return -(-numel // self.ranks)
 
     def bounds(self, numel: int) -> tuple[int, int]:
@@ -46,11 +46,9 @@ class Share:
         return begin, min(begin + self.size(numel), numel)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of the part, padded with zeros."""
+        """A copy of the part."""
         begin, end = self.bounds(tensor.numel())
-        part = tensor.new_zeros(self.size(tensor.numel()))
-        part[: end - begin] = tensor.reshape(-1)[begin:end]
-        return part
+        return tensor.reshape(-1)[begin:end].clone()
 
 
 def share_of(stage: int) -> Share | None:
@@ -98,9 +96,9 @@ def make_whole(parameter: nn.Parameter) -> None:
     """Gather a placeholder in host memory on every rank; a collective."""
     part = part_of(parameter)
     assert part is not None
-    ranks = dist.get_world_size()
-    whole = part.new_empty(part.numel() * ranks)
-    dist.all_gather_into_tensor(whole, part)
+    size = Share(dist.get_rank(), dist.get_world_size()).size(parameter.numel())
+    whole = part.new_empty(size * dist.get_world_size())
+    dist.all_gather_into_tensor(whole, torch.cat([part, part.new_zeros(size - len(part))]))
     delattr(parameter, PART)
     parameter.data = whole[: parameter.numel()].view(parameter.shape).cpu()
 
@@ -154,14 +152,12 @@ class Stored:
         return read.to(self.dtype)
 
     def part(self, share: Share) -> torch.Tensor:
-        """The share of it, read from the rows in which it lies."""
+        """The share of it. Without another dtype it stays in the file, mapped, until it is copied."""
         row = self.shape[1:].numel()
         begin, end = share.bounds(self.shape.numel())
         rows = self._slices[begin // row : -(-end // row)].reshape(-1)
         first = begin // row * row
-        part = torch.zeros(share.size(self.shape.numel()), dtype=self.dtype)
-        part[: end - begin] = rows[begin - first : end - first]
-        return part
+        return rows[begin - first : end - first].to(self.dtype)  # type: ignore[no-any-return]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Stored:
         return Stored(self._slices, dtype or self.dtype)
@@ -273,4 +269,4 @@ def _fill_in(parameter: nn.Parameter, share: Share) -> None:
     delattr(parameter, PART)
     begin, end = share.bounds(parameter.numel())
     parameter.data = torch.empty(parameter.shape, dtype=part.dtype)
-    parameter.data.view(-1)[begin:end] = part[: end - begin].cpu()
+    parameter.data.view(-1)[begin:end] = part.cpu()

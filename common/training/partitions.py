@@ -1,7 +1,7 @@
 """From a network's parts (`common/model/partition.py`) to DeepSpeed's partitions under ZeRO-3.
 
 Takes a module with placeholders and the engine's configuration; leaves what DeepSpeed itself leaves when it
-partitions a whole module. One tensor at a time is given the memory of a whole one, which nobody writes to.
+partitions a whole module, without a whole tensor and with one copy of each part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from common.model.partition import PART, is_partitioned, part_of
-
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,12 +27,12 @@ def fill_partitions(module: nn.Module, config: dict[str, Any], deepspeed: Any) -
     if not is_partitioned(module):
         return
     deepspeed.init_distributed(dist_init_required=False)
-    init = _partitioner(config, deepspeed)
+    init, there = _partitioner(config, deepspeed), _status(deepspeed)
     dtype = next((DTYPES[name] for name in DTYPES if config.get(name, {}).get("enabled")), None)
     for parameter in module.parameters():
         part = part_of(parameter)
         if part is not None:
-            _fill(parameter, part if dtype is None else part.to(dtype), init)
+            _fill(parameter, part, dtype or parameter.dtype, init, there)
             continue
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -46,13 +45,27 @@ def _partitioner(config: dict[str, Any], deepspeed: Any) -> Any:
     return deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=group)
 
 
-def _fill(parameter: Any, part: torch.Tensor, init: Any) -> None:
-    """DeepSpeed divides a tensor whose memory was never touched, and the part is written into its own."""
+def _status(deepspeed: Any) -> Any:
+    """Of a partition that lies in memory."""
+    return deepspeed.runtime.swap_tensor.partitioned_param_swapper.PartitionedParamStatus.AVAILABLE
+
+
+def _fill(parameter: Any, part: torch.Tensor, dtype: torch.dtype, init: Any, there: Any) -> None:
+    """Give a parameter the partition that `zero.Init` would make of the whole; it may end with padding."""
     if any(parameter.stride()):
         raise RuntimeError("something gave a placeholder other values than its parts")
     delattr(parameter, PART)
-    parameter.data = torch.empty(parameter.shape, dtype=part.dtype, device=init.local_device)
+    parameter.data = parameter.new_empty((), dtype=dtype).expand(parameter.shape)
     init._convert_to_deepspeed_param(parameter)
+    aligned = init._aligned_size(parameter)
+    size = aligned // init._partition_world_size(parameter)
+    device = init.local_device if parameter.ds_persist else init.remote_device
+    own: Any = torch.empty(size, dtype=dtype, device=device)
+    if init.pin_memory and torch.cuda.is_available():
+        own = own.pin_memory()
+    own[: len(part)].copy_(part)
+    own[len(part) :].zero_()
+    own.ds_numel, own.status, own.final_location = size, there, None
+    parameter.ds_tensor, parameter.ds_numel_aligned = own, aligned
     parameter.partition()
-    parameter.ds_tensor.copy_(part)
     parameter.ds_secondary_tensor = None  # of hpZ: made anew from the parts when it is asked for
