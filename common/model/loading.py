@@ -40,6 +40,7 @@ from common.model.partition import Share, drawing_shares, grown_whole, reading_s
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
+from common.parts import why_whole
 from common.text import one_line, told
 
 if TYPE_CHECKING:
@@ -113,18 +114,10 @@ def _ready(
 
 def _possible(share: Share | None, model: ModelConfig) -> Share | None:
     """The share, or None and a notice where every rank has to make the whole network first."""
-    if share is None:
-        return None
-    reasons = {
-        "model.quantize=nf4 rounds whole tensors": model.quantize is Quantize.nf4,
-        "model.lora.dora=true measures whole rows": model.lora.enabled and model.lora.dora,
-        "model.trust_remote_code=true runs code that may ask for all of them": model.trust_remote_code,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            _say_whole(reason)
-            return None
-    return share
+    if share is None or (reason := why_whole(model)) is None:
+        return share
+    _say_whole(reason)
+    return None
 
 
 def disable_dropout(network: torch.nn.Module) -> None:

@@ -268,5 +268,5 @@ def _fill_in(parameter: nn.Parameter, share: Share) -> None:
         return
     delattr(parameter, PART)
     begin, end = share.bounds(parameter.numel())
-    parameter.data = torch.empty(parameter.shape, dtype=part.dtype)
-    parameter.data.view(-1)[begin:end] = part.cpu()
+    parameter.data = torch.empty(parameter.shape, dtype=part.dtype, device=parameter.device)
+    parameter.data.view(-1)[begin:end] = part.to(parameter.device)

@@ -42,7 +42,10 @@ def fill_partitions(module: nn.Module, config: dict[str, Any], deepspeed: Any) -
 def _partitioner(config: dict[str, Any], deepspeed: Any) -> Any:
     """`zero.Init` as the engine would make it; a second engine has the groups of the first."""
     group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
-    return deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=group)
+    init = deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=group)
+    if init.mem_efficient_linear:  # else the graph of a pass would hold the whole weights of its layers
+        init._enable_mem_efficient_linear()
+    return init
 
 
 def _status(deepspeed: Any) -> Any:

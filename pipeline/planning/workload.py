@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
 from common.handoff import model_of
+from common.parts import why_whole
 from common.stage import Input, Step
 from pipeline.config import PipelineConfig
 from pipeline.plan import start_of, wire_run
@@ -77,6 +78,7 @@ def workload_of(
         frozen=frozen_networks(config, step, network, vocabulary),
         offload_frozen=step is Step.ppo and config.ppo.offload_frozen,
         averaged=step is Step.ppo and config.ppo.ema_decay is not None,
+        loaded_whole=why_whole(config.model) is not None,
     )
 
 
