@@ -6,6 +6,7 @@ partitions a whole module, without a whole tensor and with one copy of each part
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,24 @@ def fill_partitions(module: nn.Module, config: dict[str, Any], deepspeed: Any) -
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
         init._convert_to_zero_parameters([parameter])
+
+
+@torch.no_grad()
+def one_by_one(zero: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, whole until the next is asked for. A collective, in the order of `tensors`.
+
+    zero: DeepSpeed's optimizer of stage 3. What it keeps whole is whole again at the end.
+    """
+    zero.checkpoint_event_prologue()
+    for name, tensor in tensors.items():
+        parameter: Any = tensor
+        if not hasattr(parameter, "ds_id"):
+            yield name, tensor
+            continue
+        parameter.all_gather([parameter])
+        yield name, tensor
+        parameter.partition([parameter])
+    zero.checkpoint_event_epilogue()
 
 
 def _partitioner(config: dict[str, Any], deepspeed: Any) -> Any:

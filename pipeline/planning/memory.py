@@ -263,7 +263,7 @@ def update_buffers(work: Workload, part: Trained) -> Term:
 
 
 def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> float:
-    """What autograd keeps of a micro-batch, bytes. recomputed: also of the layer that is run again, if any is.
+    """What autograd keeps of a micro-batch, bytes. recomputed: also of a layer that is run again, if any is.
 
     Per token and layer in fp32: each norm keeps its input, the normalised input and its output (6 h), the
     attention q, k, v, its output and that output end to end (3 q + 2 k), the feed-forward network both

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.config import DeepSpeedConfig, Dtype, LoraConfig, ModelConfig
+from common.config import DeepSpeedConfig, Dtype, LoraConfig, ModelConfig, Offload
 from common.model.architecture import CAUSAL_LM, HeadSpec
 from common.model.loading import load_model
 from common.model.partition import Share, part_of, share_of
@@ -133,17 +133,24 @@ def same_losses(folder: str) -> int:
     for dtype in (Dtype.bf16,) if world.size == 4 else (Dtype.fp32, Dtype.bf16):
         for name, lora in (("tied", LoraConfig()), ("untied", LORA), ("experts", LoraConfig())):
             model = ModelConfig(path=str(Path(folder) / name), dtype=dtype, lora=lora)
-            found = [_losses(model, share, world) for share in (None, share_of(3))]
-            assert found[0] == found[1] and len(set(found[0])) > 3, (name, dtype, found)
+            _same(model, world)
         scored = ModelConfig(path=str(Path(folder) / "scored"), dtype=dtype)
         answers = [_scores(scored, share, world) for share in (None, share_of(3))]
         assert torch.equal(*answers) and answers[0].isfinite().all()
+    offloaded: dict[str, Any] = {"offload_param": Offload.cpu, "offload_optimizer": Offload.cpu}
+    for zero in (offloaded, {"hpz_partition_size": min(world.size, 2)}):
+        _same(ModelConfig(path=str(Path(folder) / "untied"), dtype=Dtype.bf16), world, **zero)
     return 0
 
 
-def _losses(model: ModelConfig, share: Share | None, world: World) -> list[float]:
+def _same(model: ModelConfig, world: World, **zero: Any) -> None:
+    whole, parts = (_losses(model, share, world, **zero) for share in (None, share_of(3)))
+    assert whole == parts and len(set(whole)) > 3, (model, zero, whole, parts)
+
+
+def _losses(model: ModelConfig, share: Share | None, world: World, **zero: Any) -> list[float]:
     network = load_model(model, tiny_tokenizer(CHATML), seed=5, device=world.device, share=share)
-    engine = engines.engine_of(packed_lm(network), 3, world, model.dtype)
+    engine = engines.engine_of(packed_lm(network), 3, world, model.dtype, **zero)
     losses = []
     for step in range(engines.STEPS):
         for loss in engines.actor_losses(engine, world.rank, step):
