@@ -111,7 +111,7 @@ def export_model(
         checked = check(partial, rebuilt, module, probe)
         known = {**_details(rebuilt.saved, tokenizer), **checked.figures, **details}
         files = hash_files(partial)
-        fault = checked.fault or (None if streamed is None else streamed.fault(files))
+        fault = (streamed and streamed.fault(files)) or checked.fault
         kind, target = "artifact", folder
         for line in checked.notes:
             say(f"note: {line}")
