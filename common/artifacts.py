@@ -11,17 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict, TypeVar
 
 from common.errors import UserError
 from common.files import is_damage, write_text
 from common.stage import Role
 from common.text import plain
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
+READERS = 8
+"""Files that are hashed at once, at most."""
 MANIFEST = "manifest.json"
 CARD = "README.md"
 """The model card of an artifact: for people to fill in, so that it may differ from what was recorded."""
@@ -146,10 +150,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def hash_files(folder: str | os.PathLike[str]) -> dict[str, FileRecord]:
     """Hash and size of every file below `folder` except its manifest, by relative path, sorted."""
     root = Path(folder)
-    return {
-        name: FileRecord(sha256=file_sha256(root / name), bytes=(root / name).stat().st_size)
-        for name in _file_names(root)
-    }
+    names = _file_names(root)
+    return dict(zip(names, side_by_side(lambda name: file_record(root / name), names), strict=True))
+
+
+def file_record(path: Path) -> FileRecord:
+    """A file's hash and size."""
+    return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
+
+
+def side_by_side(read: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """What `read` returns for each name, in order; several at once, for hashing leaves other threads free."""
+    if len(names) < 2:
+        return [read(name) for name in names]
+    with ThreadPoolExecutor(min(len(names), READERS, os.cpu_count() or 1)) as readers:
+        return list(readers.map(read, names))
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
@@ -307,10 +322,13 @@ def unlisted(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
 
 
 def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
-    for name, record in sorted(manifest.files.items()):
-        if name == CARD:
-            continue
-        if fault := fault_of(root / name, record["bytes"], record["sha256"]):
+    files = manifest.files
+    names = [name for name in sorted(files) if name != CARD]
+    found = side_by_side(
+        lambda name: fault_of(root / name, files[name]["bytes"], files[name]["sha256"]), names
+    )
+    for name, fault in zip(names, found, strict=True):
+        if fault:
             yield f"{name}: {fault}"
     for name in unlisted(root, manifest):
         if (root / name).is_dir():

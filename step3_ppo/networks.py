@@ -26,6 +26,7 @@ from common.model.adapters import adapters_off
 from common.model.fused_loss import TokenLoss
 from common.model.loading import disable_dropout, load_model
 from common.model.packed import PackedCausalLM, PackedModel, batch_arguments, document_arguments
+from common.model.partition import share_of
 from common.model.probes import Shortcuts, find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
 from common.model.tokenizer import load_tokenizer
@@ -192,6 +193,7 @@ def load_actor(
         seed=job.seed,
         device=device,
         max_length=job.ppo.data.max_length,
+        share=share_of(job.deepspeed.stage),
     )
     disable_dropout(network)
     return network
@@ -222,6 +224,7 @@ def load_critic(
         seed=job.seed,
         device=device,
         max_length=job.ppo.data.max_length,
+        share=share_of(job.deepspeed.stage),
     )
     scale, shift = 0.0, 0.0
     if from_reward_model:
@@ -237,7 +240,14 @@ def load_frozen_reward_model(
     settings = frozen_settings(model_of(job.model, reward_model.path))
     if scores_text(reward_model):
         tokenizer = load_tokenizer(settings)
-    network = load_model(settings, tokenizer, REWARD_MODEL, seed=job.seed, device=world.device)
+    network = load_model(
+        settings,
+        tokenizer,
+        REWARD_MODEL,
+        seed=job.seed,
+        device=world.device,
+        share=share_of(job.deepspeed.stage),
+    )
     module = PackedScalarModel(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=job.ppo.offload_frozen)
 

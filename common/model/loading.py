@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,10 +35,13 @@ from common.model.architecture import (
 )
 from common.model.compiled import compile_layers
 from common.model.hub import loading_errors
+from common.model.miniature import NoMiniature
 from common.model.nf4 import keep_one_layout, nf4_config
+from common.model.partition import Share, drawing_shares, grown_whole, reading_shares, to_device
 from common.model.probes import isolate_documents
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
+from common.parts import why_whole
 from common.text import told
 
 if TYPE_CHECKING:
@@ -55,28 +58,50 @@ def load_model(
     seed: int,
     device: torch.device,
     max_length: int | None = None,
+    share: Share | None = None,
 ) -> PreTrainedModel:
     """The network on `device` in `model.dtype`, in training mode, with packed attention.
 
     With adapters it is a PeftModel around it. Everything random comes from `seed` and is the same on every
-    rank; the caller's generators are left as they were. `max_length` is checked against the context.
+    rank; the caller's generators are left as they were. `max_length` is checked against the context. share:
+    of this rank, which then holds no other part of the matrices (see `partition.py`); None: the whole.
     UserError for whatever the user named wrongly or what packing would train wrongly.
     """
-    from transformers.utils import logging as transformers_logging
-
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
     attention.say_without_flash(device, torch_dtype(model.dtype))
     loss_kernel.say_without_kernel(device)
+    share = _possible(share, model)
+    try:
+        return _ready(model, tokenizer, head, seed, device, max_length, share).train()
+    except NoMiniature as error:
+        _say_whole(f"{error}, and is tried out by running it")
+        return _ready(model, tokenizer, head, seed, device, max_length, None).train()
+
+
+def _ready(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    head: HeadSpec,
+    seed: int,
+    device: torch.device,
+    max_length: int | None,
+    share: Share | None,
+) -> PreTrainedModel:
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-        network = _from_config(model, tokenizer, head) if model.config else _from_weights(model, device, head)
+        if model.config:
+            network = _from_config(model, tokenizer, head, seed, device, share)
+        else:
+            network = _from_weights(model, device, head, share)
         _check_context(network.config, max_length)
-        _cover_vocabulary(network, tokenizer, model)
+        _cover_vocabulary(network, tokenizer, model, share)
         _set_token_ids(network, tokenizer)
         if model.quantize is Quantize.none:  # 4-bit weights are made where they stay
-            cast(Any, network).to(device)
+            to_device(network, device)
         head.settle(network, model, seed)
         isolate_documents(network)
         say_what_differs(network.config, model)
@@ -86,7 +111,15 @@ def load_model(
             compile_layers(network)
         if model.lora.enabled:
             network = add_adapters(network, model.lora, head.task_type)
-    return network.train()
+    return network
+
+
+def _possible(share: Share | None, model: ModelConfig) -> Share | None:
+    """The share, or None and a notice where every rank has to make the whole network first."""
+    if share is None or (reason := why_whole(model)) is None:
+        return share
+    _say_whole(reason)
+    return None
 
 
 def disable_dropout(network: torch.nn.Module) -> None:
@@ -109,7 +142,14 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
 
 
-def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, head: HeadSpec) -> PreTrainedModel:
+def _from_config(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    head: HeadSpec,
+    seed: int,
+    device: torch.device,
+    share: Share | None,
+) -> PreTrainedModel:
     attention_for(read_config(model), head)  # before fields are added, which not every type has
     fields = {"vocab_size": len(tokenizer), **model.config}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -122,7 +162,20 @@ def _from_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, head: H
     config = build_config(fields)
     config.update(dict(head.fields))
     _set_config_ids(config, tokenizer)
-    return make_network(config, model, head)
+    if share is None:
+        return make_network(config, model, head)
+    try:
+        with drawing_shares(share, device):
+            return make_network(config, model, head)
+    except UserError:
+        torch.default_generator.manual_seed(seed)
+        network = make_network(config, model, head)
+        _say_whole(f"a new model_type={config.model_type} cannot be drawn module by module")
+        return network
+
+
+def _say_whole(why: str) -> None:
+    notice("every rank loads all weights before they are partitioned", why, "host memory of the whole model")
 
 
 def make_network(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -> PreTrainedModel:
@@ -139,13 +192,16 @@ def make_network(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -
         ) from error
 
 
-def _from_weights(model: ModelConfig, device: torch.device, head: HeadSpec) -> PreTrainedModel:
+def _from_weights(
+    model: ModelConfig, device: torch.device, head: HeadSpec, share: Share | None
+) -> PreTrainedModel:
     config, where, commit = located_config(model)
     path, options = str(model.path), dict(head.fields)
     options["attn_implementation"] = attention_for(config, head)
     if model.quantize is Quantize.nf4:
         options |= {"quantization_config": nf4_config(torch_dtype(model.dtype)), "device_map": {"": device}}
-    with loading_errors(path, "model.path"), _quiet_report():
+    divided = nullcontext() if share is None else reading_shares(share, device)
+    with loading_errors(path, "model.path"), _quiet_report(), divided:
         loaded: Any = head.transformers_class.from_pretrained(
             where,
             revision=commit,
@@ -200,9 +256,9 @@ def _check_context(config: PreTrainedConfig, max_length: int | None) -> None:
 
 
 def _cover_vocabulary(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, share: Share | None
 ) -> None:
-    """Grow the embeddings until every token id has a row; never shrink them."""
+    """Grow the embeddings, which are whole meanwhile, until every token id has a row; never shrink them."""
     rows = cast(Any, network.get_input_embeddings()).weight.shape[0]
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed <= rows:
@@ -215,7 +271,8 @@ def _cover_vocabulary(
             f"the model has no embeddings for {_first(sorted(new))}, and adapters would not train them",
             hint="set model.chat_template=plain or alpaca, which need no new tokens, or train all weights",
         )
-    network.resize_token_embeddings(needed, mean_resizing=True)
+    with grown_whole(network, share):
+        network.resize_token_embeddings(needed, mean_resizing=True)
     notice(f"embeddings grow from {rows} to {needed} rows", "the tokenizer has more tokens than the model")
 
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.model import attention
 from common.model.one_by_one import decoder_of, reason_of, run_one_by_one
+from common.model.partition import is_partitioned
 from common.runtime.performance import weights_in
 
 if TYPE_CHECKING:
@@ -47,15 +49,21 @@ FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 """Config fields that say from which layer on layers are of another kind."""
 
 
+class NoMiniature(UserError):
+    """There is no smaller model of the class, and this one cannot be run: its weights are in parts."""
+
+
 def miniature_of(model: PreTrainedModel) -> PreTrainedModel:
     """The miniature, in evaluation mode on the model's device; its documents run as the model's do.
 
     The model itself, in its own mode, where it is in fp32 and small, and where its class takes no smaller
-    sizes.
+    sizes. NoMiniature instead of that for a model whose weights are in parts.
     """
     if _is_small(model):
         return model
     small = small_network(model.config, lambda config: _like(model, config))
+    if small is None and is_partitioned(model):
+        raise NoMiniature(f"model_type={model.config.model_type} takes no smaller sizes")
     if small is None:
         return model
     if (reason := reason_of(model)) is not None:
@@ -80,6 +88,8 @@ def small_network(
 
 def _is_small(model: PreTrainedModel) -> bool:
     """Whether rounding and size leave nothing to gain, and no window is too long to be seen at work."""
+    if is_partitioned(model):
+        return False
     text = model.config.get_text_config(decoder=True)
     parameters = sum(map(weights_in, model.parameters()))
     filled = all((getattr(text, name, None) or 0) <= WINDOW for name in WINDOWS)

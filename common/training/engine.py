@@ -4,9 +4,8 @@ Takes a module whose forward returns sums over trained tokens, an optimizer and 
 the exact scaling of gradients, the outcome of a step, the engine's state on disk and the gathering
 of full weights. Does not decide when anything happens.
 
-Several engines live in one process, and one may run forward passes of any kind (without gradients, of a
-part of its module) between the forward and the backward pass of another. What they share: on ZeRO-3 every
-forward and backward pass is a collective, so all ranks run the same ones in the same order.
+Several engines live in one process, and one may run passes without gradients, also of a part of its module,
+between the passes of another. On ZeRO-3 each is a collective: all ranks run the same ones in the same order.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ from common.errors import UserError
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
 from common.training.masters import share_masters
+from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 
 STATE_TAG = "zero"
@@ -169,6 +169,10 @@ class Engine:
         else:
             state = self._engine.module_state_dict()
         return state if dist.get_rank() == 0 else None
+
+    def whole_weights(self, named: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """On stage 3: weights and buffers of the module, each whole until the next; all ranks iterate."""
+        return one_by_one(self._engine.optimizer, named)
 
     @contextmanager
     def gathered(self, only: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
@@ -342,8 +346,7 @@ def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 def _stored_optimizer(folder: Path, rank: int) -> dict[str, Any]:
     path = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-    stored: dict[str, Any] = _read(path, mmap=True)["optimizer_state_dict"]
-    return stored
+    return dict(_read(path, mmap=True)["optimizer_state_dict"])
 
 
 def _read(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
@@ -376,7 +379,6 @@ def _initialized(
         # else ZeRO-3 starts a program that counts the machine's sockets, for every bucket of gradients
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a lone process
-    import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -385,6 +387,7 @@ def _initialized(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its older names
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
+        fill_partitions(module, config, deepspeed)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -393,10 +396,7 @@ def _initialized(
 
 @contextmanager
 def _gathered(module: torch.nn.Module, offload: Any, only: Any = None) -> Iterator[None]:
-    """Whole weights under ZeRO-3. offload: DeepSpeed's, which placed hooks on the module.
-
-    Its hooks would release a weight as soon as the module that owns it was called.
-    """
+    """Whole weights under ZeRO-3. offload: DeepSpeed's, whose hooks release weights of a called module."""
     import deepspeed
 
     # what was fetched ahead for a backward pass that did not come is still on its way

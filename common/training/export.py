@@ -27,6 +27,7 @@ from common.artifacts import (
     CARD,
     UNVERIFIED,
     Manifest,
+    file_record,
     hash_files,
     read_manifest,
     verify,
@@ -43,6 +44,7 @@ from common.model.tokenizer import terminators_of
 from common.stage import Role
 from common.training.export_check import Probe, check, is_compiled
 from common.training.export_model import own_names, rebuild
+from common.training.export_stream import Streamed, empty, partial_of, save_config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -80,17 +82,18 @@ def export_model(
     *,
     details: Mapping[str, Any],
     say: Callable[[str], None] = log.warning,
+    streamed: Streamed | None = None,
 ) -> Path:
     """Write, check and commit the policy or reward model at `folder`; returns `folder`.
 
     module: a causal LM, or a sequence classifier with one label. state_dict: its full weights (names may
-    carry the "model." of a wrapper), or None to take the module's own. probe: see `ask_live`; documents of a
-    reward model end where they are scored. `details` are added to the manifest. say: shows notes for the
-    user. An artifact already at `folder` stays when it is the same, and is set aside otherwise. Raises
-    UserError for the disk, and ExportMismatch when the check fails: the artifact is then at
-    `<folder>.unverified`.
+    carry the "model." of a wrapper), or None to take the module's own. streamed: in place of it, weights that
+    lie there already. probe: see `ask_live`; documents of a reward model end where they are scored. `details`
+    are added to the manifest. say: shows notes for the user. An artifact already at `folder` stays when it is
+    the same, and is set aside otherwise. Raises UserError for the disk, and ExportMismatch when the check
+    fails: the artifact is then at `<folder>.unverified`.
     """
-    state = own_names(module, state_dict)
+    state = own_names(module, state_dict if streamed is None else _read(streamed, folder))
     if probe.role is Role.reward_model:
         config, ends = module.config, terminators_of(tokenizer)
         if config.num_labels != 1 or config.pad_token_id in (None, *ends):
@@ -99,28 +102,38 @@ def export_model(
                 f"{config.pad_token_id}, terminators {ends}"
             )
         probe = replace(probe, unit=_head_norm(state))
-    partial = folder.with_name(folder.name + ".tmp")
+    partial = partial_of(folder)
     with disk_errors_of_weights(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if streamed is None:
+            empty(partial)
         rebuilt = rebuild(module, state, partial)
-        _save(rebuilt.saved, module, tokenizer, partial)
+        _save(rebuilt.saved, module, tokenizer, partial, _save_weights if streamed is None else save_config)
         checked = check(partial, rebuilt, module, probe)
         known = {**_details(rebuilt.saved, tokenizer), **checked.figures, **details}
+        files = hash_files(partial)
+        fault = (streamed and streamed.fault(files)) or checked.fault
         kind, target = "artifact", folder
         for line in checked.notes:
             say(f"note: {line}")
-        if checked.fault:
+        if fault:
             kind, target = UNVERIFIED, folder.with_name(f"{folder.name}.{UNVERIFIED}")
-            known[UNVERIFIED] = checked.fault
+            known[UNVERIFIED] = fault
         write_card(partial, probe.role, known)
-        _commit(partial, target, Manifest(kind, probe.role, hash_files(partial), known))
-        if checked.fault:
+        files[CARD] = file_record(partial / CARD)
+        _commit(partial, target, Manifest(kind, probe.role, files, known))
+        if fault:
             raise ExportMismatch(
-                f"{checked.fault}; what was trained is kept in {target}, and no step takes it from there",
+                f"{fault}; what was trained is kept in {target}, and no step takes it from there",
                 hint=f"look at it with: python -m pipeline chat {target}; the checkpoints are unharmed",
             )
     return target
+
+
+def _read(streamed: Streamed, folder: Path) -> Mapping[str, torch.Tensor]:
+    with disk_errors(folder):
+        if streamed.error is not None:
+            raise streamed.error
+        return streamed.read()
 
 
 def write_card(folder: Path, role: Role, details: Mapping[str, Any]) -> None:
@@ -164,11 +177,15 @@ def _commit(partial: Path, folder: Path, manifest: Manifest) -> None:
 
 
 def _save(
-    saved: PreTrainedModel, module: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+    saved: PreTrainedModel,
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    save_model: Callable[[PreTrainedModel, Path], None],
 ) -> None:
     if saved.can_generate():
         saved.generation_config = _generation_config(module, tokenizer)
-    _save_weights(saved, folder)
+    save_model(saved, folder)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # else batched generation is damaged
     tokenizer.save_pretrained(folder)
     tokenizer.padding_side = side

@@ -8,9 +8,11 @@ fault in words, figures for the manifest and notes for the user. Writes nothing.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +30,8 @@ from common.training.export_model import ADAPTER_FOLDER, Rebuilt, set_tied, with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("rlhf.export")
 
 EXACT_TOLERANCE = 1e-6
 """fp32 on the CPU, weights untouched: the same kernels on the same numbers, up to their blocking."""
@@ -199,15 +203,54 @@ def _difference_in_fp32(
     folder: Path, saved: PreTrainedModel, live: PreTrainedModel, probe: Probe
 ) -> float | None:
     """Largest difference between the model read back as fp32 and the live model's class and config around the
-    same tensors; None where there is no memory for them."""
-    if _free_memory() < 2 * sum(4 * tensor.numel() for tensor in saved.state_dict().values()):
-        return None
-    reloaded = probe.load(folder, saved, torch.float32)  # also its buffers: in half they were rounded
+    same tensors; where there is no memory for them, each module is in fp32 while it runs. None where its
+    code does not let it."""
     config = copy.deepcopy(live.config)
     config.dtype = torch.float32
     set_tied(config, bool(saved.config.get_text_config(decoder=True).tie_word_embeddings))
+    fits = _free_memory() >= 2 * sum(4 * tensor.numel() for tensor in saved.state_dict().values())
+    # in fp32 also its buffers: in half they were rounded
+    reloaded = probe.load(folder, saved, torch.float32 if fits else saved.dtype)
     twin = with_weights(type(live), config, reloaded.state_dict(), runs=True)
-    return largest_difference(probe.ask_as_live(twin, live), probe.ask(reloaded), probe.unit)
+    if fits:
+        return largest_difference(probe.ask_as_live(twin, live), probe.ask(reloaded), probe.unit)
+    plain = copy.deepcopy(reloaded.config)
+    plain.dtype = torch.float32
+    reloaded = with_weights(type(reloaded), plain, reloaded.state_dict(), runs=True)
+    try:
+        with module_by_module(reloaded), module_by_module(twin):
+            return largest_difference(probe.ask_as_live(twin, live), probe.ask(reloaded), probe.unit)
+    except RuntimeError as error:  # a module that computes with the weights of another
+        log.info("the export does not run module by module: %r", error)
+        return None
+
+
+@contextmanager
+def module_by_module(model: nn.Module) -> Iterator[None]:
+    """A module's own weights are in fp32 while it is called; between its calls they stay as they were."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+    handles = []
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        stored = [parameter.data for parameter in own]
+
+        def widen(*_: Any, own: list[nn.Parameter] = own) -> None:
+            for parameter in own:
+                parameter.data = parameter.data.float()
+
+        def restore(*_: Any, own: list[nn.Parameter] = own, stored: list[torch.Tensor] = stored) -> None:
+            for parameter, tensor in zip(own, stored, strict=True):
+                parameter.data = tensor
+
+        if own:
+            handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _free_memory() -> int:

@@ -19,6 +19,7 @@ from common.config import DeepSpeedConfig, Dtype, JobConfig, LoraConfig, ModelCo
 from common.handoff import model_of
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM
+from common.model.partition import share_of
 from common.model.probes import find_shortcuts
 from common.runtime.distributed import World
 from common.training.ds_config import build_frozen_config
@@ -103,9 +104,8 @@ def load_frozen_policy(
     offload: bool = False,
 ) -> Frozen:
     """The policy in `job.model.dtype`, without adapters and not quantized: a frozen `PackedCausalLM`."""
-    network = load_model(
-        frozen_settings(model_of(job.model, policy.path)), tokenizer, seed=job.seed, device=world.device
-    )
+    settings, share = frozen_settings(model_of(job.model, policy.path)), share_of(job.deepspeed.stage)
+    network = load_model(settings, tokenizer, seed=job.seed, device=world.device, share=share)
     module = PackedCausalLM(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=offload)
 

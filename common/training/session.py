@@ -37,6 +37,7 @@ from common.model.architecture import HeadSpec
 from common.model.compiled import settled
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, PackedModel
+from common.model.partition import share_of
 from common.model.tokenizer import terminators_of
 from common.phases import enter
 from common.rates import few_steps
@@ -56,6 +57,7 @@ from common.stage import Input, Step
 from common.training.checkpoint import Checkpoints, Stateful
 from common.training.engine import Engine
 from common.training.export import ask_live, export_model
+from common.training.export_stream import stream_weights
 from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
 from common.training.step_data import Rows, StepData, batch_plan, load_data
@@ -176,7 +178,10 @@ class Session:
         device, seed = self.world.device, self.job.seed
         if self.step in ALONE:
             model = settled(model, device, self.job.deepspeed.stage)
-        network = load_model(model, tokenizer, head, seed=seed, device=device, max_length=max_length)
+        share = share_of(self.job.deepspeed.stage)
+        network = load_model(
+            model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
+        )
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network
@@ -282,8 +287,10 @@ class Session:
         engine.eval()
         model: Any = module.model
         probe = ask_live(module, documents)
-        weights = engine.full_state_dict()
-        if weights is not None:
+        rank0, folder = self.world.is_rank0, self.folder / "export"
+        streamed = stream_weights(engine, model, folder, writes=rank0) if engine.zero_stage == 3 else None
+        weights = engine.full_state_dict() if streamed is None else None
+        if rank0:
             before, final = (metrics_of_step(self.folder / METRICS_FILE, step) for step in (0, steps))
             for line in filter(None, final_lines(final)):
                 self.progress.log(line)
@@ -311,8 +318,10 @@ class Session:
                 ),
                 **extra_details(final),
             }
-            folder, say = self.folder / "export", self.progress.log
-            export_model(model, weights, tokenizer, folder, probe, details=details, say=say)
+            export_model(
+                model, weights, tokenizer, folder, probe,
+                details=details, say=self.progress.log, streamed=streamed,
+            )  # fmt: skip
             self.tracker.log_artifact(folder, module.role.value, file_sha256(folder / MANIFEST))
             self.tracker.finish(summary=final)
         wait_for_rank0(self.world, "export")

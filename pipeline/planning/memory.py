@@ -105,6 +105,7 @@ class Workload:
     averaged: bool = False
     fp16: bool = False  # of the two half precisions
     compiled: bool = False  # the decoder's layers
+    loaded_whole: bool = False  # also at stage 3
 
     @property
     def weight_bytes(self) -> int:
@@ -127,6 +128,7 @@ class MemoryEstimate:
 
     terms: tuple[Term, ...]
     gpu: bool
+    host_to_load: float = 0.0  # bytes of host memory per rank beside a GPU, until a network is loaded
 
     @property
     def device(self) -> float:
@@ -160,15 +162,25 @@ def estimate(work: Workload) -> MemoryEstimate:
     base = Term("libraries", GPU_BASE if work.gpu else CPU_BASE)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
     found = MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
-    return max(found, MemoryEstimate((base, loading(work)), work.gpu), key=lambda each: each.device)
+    loaded = MemoryEstimate((base, loading(work)), work.gpu)
+    largest = max(found, loaded, key=lambda each: each.device)
+    return dataclasses.replace(largest, host_to_load=loaded.host)
 
 
 def loading(work: Workload) -> Term:
-    """On a GPU at stage 3: every rank has all weights of a network, b P, before they are partitioned."""
-    if not work.gpu or work.sharding.stage < 3:
+    """On a GPU, before anything is trained: b P in host memory, from where it goes to the device. On stage 3
+    a rank has its share b P / R on the device, and in host memory that of one tensor at a time; where a
+    network has to be whole first, it is that in both.
+    """
+    if not work.gpu:
         return Term("loading", 0.0)
-    networks = [*(part.network for part in work.networks), *work.frozen]
-    return Term("loading", work.weight_bytes * max(network.parameters for network in networks))
+    largest = max((*(part.network for part in work.networks), *work.frozen), key=lambda net: net.parameters)
+    whole, share = float(work.weight_bytes * largest.parameters), 1 / work.sharding.ranks
+    if work.sharding.stage < 3:
+        return Term("loading", 0.0, whole)
+    if work.loaded_whole:
+        return Term("loading", whole, whole)
+    return Term("loading", whole * share, work.weight_bytes * largest.largest * share)
 
 
 def _moments(work: Workload) -> list[list[Term]]:
@@ -179,10 +191,11 @@ def _moments(work: Workload) -> list[list[Term]]:
     gradients = _gradients_of_all(work)
     if not work.gpu:
         return [[gradients, reducing, activated, logits]]
+    of_loss = Term("activations", max(activations(work, part, recomputed=False) for part in work.networks))
     of_head = Term("logits", max(_head_gradient(part) for part in work.networks))
     updating = max((update_buffers(work, part) for part in work.networks), key=_total)
     return [
-        [gradients, activated, logits],
+        [gradients, of_loss, logits],
         [gradients, reducing, activated, of_head],
         [gradients, updating],
     ]
@@ -264,8 +277,8 @@ def update_buffers(work: Workload, part: Trained) -> Term:
     return Term("buffers", FP32 * part.trained / work.sharding.ranks)
 
 
-def activations(work: Workload, part: Trained) -> float:
-    """What autograd keeps of a micro-batch, bytes.
+def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> float:
+    """What autograd keeps of a micro-batch, bytes. recomputed: also of a layer that is run again, if any is.
 
     Per token and layer in fp32: each norm keeps its input, the normalised input and its output (6 h), the
     attention q, k, v, its output and that output end to end (3 q + 2 k), the feed-forward network both
@@ -289,7 +302,7 @@ def activations(work: Workload, part: Trained) -> float:
     if work.compiled:
         layer = attention + (4 * net.hidden + 3 * net.intermediate) * b
     if work.checkpointing:
-        return final + n * (net.layers * net.hidden * b + layer)
+        return final + n * (net.layers * net.hidden * b + (layer if recomputed else 0))
     if work.compiled:
         return final + n * layer * net.layers
     return final + n * layer * net.layers - (n - m) * (feed_forward - net.hidden * b)

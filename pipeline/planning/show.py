@@ -234,6 +234,8 @@ def memory_lines(
                 mark = f"{mark}, does not fit".lstrip(", ")
             if of_stage.host:
                 mark = f"{mark} + {gigabytes(of_stage.host)} GB of host memory".lstrip()
+            if of_stage.host_to_load > of_stage.host:
+                mark = f"{mark} + {gigabytes(of_stage.host_to_load)} GB of host memory to load".lstrip()
             terms = [of_stage.of(column) for column in COLUMNS]
             sizes = [*terms, of_stage.device + of_stage.host - sum(terms), of_stage.device]
             rows.append([str(stage), *map(gigabytes, sizes), mark])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
 from common.handoff import model_of
+from common.parts import why_whole
 from common.stage import Input, Step
 from pipeline.config import PipelineConfig
 from pipeline.plan import start_of, wire_run
@@ -89,6 +90,7 @@ def workload_of(
         averaged=step is Step.ppo and config.ppo.ema_decay is not None,
         fp16=config.model.dtype is Dtype.fp16,
         compiled=gpu and compiles(config, step),
+        loaded_whole=why_whole(config.model) is not None,
     )
 
 

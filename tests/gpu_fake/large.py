@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 LLAMA: dict[str, Any] = {
@@ -92,6 +93,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     from common.model import adapters, attention, compiled, loading
     from common.model.architecture import CAUSAL_LM, build_config
     from common.model.packed import PackedCausalLM
+    from common.model.partition import drawing_shares, share_of
     from common.model.probes import find_shortcuts
     from common.model.scalar_head import NEW_REWARD_MODEL, PackedScalarModel
 
@@ -99,7 +101,8 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     head = NEW_REWARD_MODEL if is_scalar else CAUSAL_LM
     config = build_config(fields_of(name))
     config.update(dict(head.fields))
-    with torch.device("cuda"):
+    share, cuda = share_of(case["stage"]), torch.device("cuda")
+    with cuda, nullcontext() if share is None else drawing_shares(share, cuda):
         network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
     if case["checkpointing"]:
         loading.enable_checkpointing(network)

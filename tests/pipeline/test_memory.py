@@ -145,6 +145,28 @@ def test_states_are_those_of_zero_and_are_shared_by_the_ranks_as_its_stages_say(
     assert found[3] == [500, 3000, 1000, 2000]
 
 
+def test_a_network_is_loaded_in_parts_on_stage_3_unless_it_has_to_be_whole() -> None:
+    """1,000 weights in half precision on 4 ranks: 2,000 bytes whole, 500 of a rank; 100 in one tensor."""
+    network = from_fields(LLAMA)
+    assert network is not None
+    network = replace(network, parameters=1000, vocabulary=10, hidden=10, intermediate=5)
+    part = Trained(network, 1000, Head.tokens)
+    found = {}
+    for stage, whole, gpu in ((2, False, True), (3, False, True), (3, True, True), (3, True, False)):
+        sharding = Sharding(stage, 4)
+        work = work_of(networks=(part,), sharding=sharding, half=True, gpu=gpu, loaded_whole=whole)
+        term = memory.loading(work)
+        found[stage, whole, gpu] = (term.device, term.host)
+        assert memory.estimate(work).host_to_load == term.host
+    assert network.largest == 100
+    assert found == {
+        (2, False, True): (0, 2000),
+        (3, False, True): (500, 50),
+        (3, True, True): (2000, 2000),
+        (3, True, False): (0, 0),
+    }
+
+
 def test_what_is_offloaded_is_host_memory_on_a_gpu_and_the_same_memory_on_the_cpu() -> None:
     offloaded = Sharding(3, 2, offload_optimizer=True, offload_param=True)
     on_gpu = memory.estimate(work_of(sharding=offloaded, gpu=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from common.artifacts import Artifact, read_manifest, verify
@@ -98,9 +99,11 @@ def test_weights_that_changed_places_are_found_in_bf16(lora: LoraConfig, tmp_pat
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), BF16_LORA["lora"]])
+@pytest.mark.parametrize("memory", [1000, 1e12])
 def test_a_config_that_is_slightly_wrong_is_found_in_bf16(
-    lora: LoraConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: LoraConfig, memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(export_check, "_free_memory", lambda: memory)
     packed = trained(KINDS["llama"], Dtype.bf16, lora)
     right = export_model.plain_config
 
@@ -114,10 +117,29 @@ def test_a_config_that_is_slightly_wrong_is_found_in_bf16(
         exported(packed, tmp_path / "export")
 
 
+def _refuse(model: nn.Module) -> Any:
+    """As where a module computes with the weights of another."""
+    raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS | MIXTURES))
+def test_with_little_memory_an_export_is_compared_in_fp32_module_by_module(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, found = trained({**KINDS, **MIXTURES}[kind], Dtype.bf16), []
+    for memory in (1000, 1e12):
+        monkeypatch.setattr(export_check, "_free_memory", lambda memory=memory: memory)
+        folder = exported(packed, tmp_path / f"export {memory}")
+        found.append(read_manifest(folder).details["largest_logit_difference_fp32"])
+    assert found[0] is not None and found[0] < 1e-5
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 def test_an_export_that_there_is_no_memory_to_compare_in_fp32_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_check, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(export_check, "module_by_module", _refuse)
     said: list[str] = []
     folder = exported(trained(KINDS["llama"], Dtype.bf16), tmp_path / "export", say=said.append)
     assert said == ["note: the export was not compared in fp32, which takes more memory than there is"]

@@ -1,0 +1,227 @@
+"""An artifact's weights from a partitioned model to its files, tensor by tensor: no process holds them all.
+
+Takes an engine on ZeRO-3 and the model that it trains; rank 0 writes files of safetensors, each tensor when
+it is gathered, and hashes what it writes. `Streamed` gives the tensors back, mapped from the files, and
+compares the files with what was written. Writes neither config nor tokenizer, and judges no answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from common.artifacts import FileRecord
+from common.notices import notice
+from common.training.engine import Engine
+from common.training.export_model import plain_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD_SIZE = "5GB"
+"""Of the largest file, as most models on the hub have it: the files are hashed side by side."""
+
+WHOLE = "rank 0 gathers all weights before it exports them"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What rank 0 wrote below a folder. error: of the disk, after which nothing was written."""
+
+    folder: Path
+    sha256: Mapping[str, str]  # of each file, of the bytes that it was given
+    tied: Mapping[str, str]  # names of tensors that are not written, and the names of those they are
+    error: OSError | None = None
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors, mapped from the files: they take memory of the system's that it can take back."""
+        from safetensors.torch import load_file
+
+        state: dict[str, torch.Tensor] = {}
+        for name in self.sha256:
+            state |= load_file(self.folder / name)
+        return state | {name: state[source] for name, source in self.tied.items()}
+
+    def fault(self, records: Mapping[str, FileRecord]) -> str | None:
+        """The first file whose bytes are not those that were written, in words. records: as it is read."""
+        for name, sha256 in self.sha256.items():
+            if name not in records or records[name]["sha256"] != sha256:
+                return f"{name} is not the same after reading it back"
+        return None
+
+
+def partial_of(folder: Path) -> Path:
+    """Where the artifact at `folder` is made, before it is committed."""
+    return folder.with_name(folder.name + ".tmp")
+
+
+def empty(partial: Path) -> None:
+    """Nothing is left of an export that did not end."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def stream_weights(engine: Engine, model: PreTrainedModel, folder: Path, *, writes: bool) -> Streamed | None:
+    """Write the weights to where the artifact at `folder` is made; None, said in a notice, where the model is
+    exported whole.
+
+    writes: on this rank, which is rank 0. A collective; an error of the disk is raised by nobody yet, because
+    the other ranks would wait for the rest.
+    """
+    reason, blank = _why_whole(model)
+    if reason is not None or blank is None:
+        notice(WHOLE, str(reason))
+        return None
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in blank}
+    tensors = {name: tensor for name, tensor in _tensors(model).items() if name in blank and name not in tied}
+    files = _files(tensors)
+    order = {name: tensors[name] for names in files.values() for name in names}
+    writer = _Writer(partial_of(folder), files, tensors) if writes else None
+    for name, tensor in engine.whole_weights(order):
+        if writer is not None:
+            writer.take(name, tensor)
+    if writer is None:
+        return Streamed(partial_of(folder), {}, tied)
+    return Streamed(partial_of(folder), writer.finish(), tied, writer.error)
+
+
+def save_config(saved: PreTrainedModel, folder: Path) -> None:
+    """What transformers saves beside weights; it would remove files of weights that it did not write."""
+    aside = folder / "config.tmp"
+    saved.save_pretrained(aside, state_dict={})
+    for path in aside.iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(aside)
+
+
+def _why_whole(model: PreTrainedModel) -> tuple[str | None, set[str] | None]:
+    """Why a model cannot be written tensor by tensor; else the names of its tensors in a file."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if hasattr(model, "peft_config"):
+        return "adapters are merged with the whole model at hand", None
+    with torch.device("meta"):
+        blank = type(model)(plain_config(model)).state_dict()
+        own = set(blank) - set(model._keys_to_ignore_on_save or ())
+        names = set(revert_weight_conversion(type(model)(plain_config(model)), dict(blank)))
+    if names != set(blank):
+        return f"model_type={model.config.model_type} has other tensors in its files than in memory", None
+    return None, own
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters, which ZeRO-3 knows, and buffers that are saved, by name."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers())
+
+
+def _shape(tensor: Any) -> torch.Size:
+    """Of the whole tensor, also when ZeRO-3 has partitioned it."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _files(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Names of the tensors of each file, in the order in which safetensors lays them."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    blank = {
+        name: torch.empty(_shape(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
+    split = split_torch_state_dict_into_shards(
+        blank, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+    )
+    return {
+        file: sorted(names, key=lambda name: (-tensors[name].element_size(), name))
+        for file, names in split.filename_to_tensors.items()
+    }
+
+
+class _Writer:
+    """Writes files of safetensors, whose tensors come one after the other. After an error it writes none."""
+
+    def __init__(
+        self, folder: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.error: OSError | None = None
+        self._folder, self._open = folder, ExitStack()
+        self._heads = {next(iter(names)): (file, _head(names, tensors)) for file, names in files.items()}
+        self._hashes: dict[str, Any] = {}
+        self._file: BinaryIO | None = None
+        try:
+            empty(folder)
+            if len(files) > 1:
+                self._write_index(files, tensors)
+        except OSError as error:
+            self.error = error
+
+    def take(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor; the first of a file opens it."""
+        if self.error is not None:
+            return
+        try:
+            if name in self._heads:
+                file, head = self._heads[name]
+                self._open.close()
+                self._file = self._open.enter_context((self._folder / file).open("wb"))
+                self._hash = self._hashes[file] = hashlib.sha256()
+                self._write(head)
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            self._write(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        except OSError as error:
+            self.error = error
+
+    def finish(self) -> dict[str, str]:
+        """SHA-256 of the bytes of each file."""
+        try:
+            self._open.close()
+        except OSError as error:
+            self.error = self.error or error
+        return {file: found.hexdigest() for file, found in self._hashes.items()}
+
+    def _write(self, data: Any) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._hash.update(data)
+
+    def _write_index(self, files: Mapping[str, Iterable[str]], tensors: Mapping[str, torch.Tensor]) -> None:
+        """The file that says which tensor is where."""
+        numbers = {name: _shape(tensor).numel() for name, tensor in tensors.items()}
+        size = sum(count * tensors[name].element_size() for name, count in numbers.items())
+        index = {
+            "metadata": {"total_parameters": sum(numbers.values()), "total_size": size},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _head(names: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The first bytes of a file: its length, and type, shape and place of each tensor, as JSON."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in names:
+        tensor, shape = tensors[name], _shape(tensors[name])
+        end = begin + shape.numel() * tensor.element_size()
+        entries[name] = {"dtype": TYPES[tensor.dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""Names of types in files of safetensors."""
