@@ -27,8 +27,8 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 class Drawn(NamedTuple):
-    """tokens: int64 [M]. probabilities: fp32 [M], at the temperature before top_p and top_k. is_sure: bool [M],
-    false where top_p would keep more tokens than were put in order."""
+    """tokens: int64 [M]. probabilities: fp32 [M], at the temperature before top_p and top_k. is_sure: bool
+    [M], false where top_p would keep more tokens than were put in order."""
 
     tokens: torch.Tensor
     probabilities: torch.Tensor
