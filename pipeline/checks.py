@@ -351,19 +351,16 @@ def check_bitsandbytes(launch: LaunchConfig, setting: str, way_out: str) -> None
     """
     if launch.is_elsewhere:
         return
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{setting} needs bitsandbytes, which is not installed",
-            hint=f"pip install 'rlhf-pipeline[gpu]', or {way_out}",
-        )
     from packaging.version import Version
 
-    found = version("bitsandbytes")
-    if gpus_of(launch) == 0 and Version(found) < Version(BITSANDBYTES_ON_CPU):
-        raise UserError(
-            f"{setting} without a GPU needs bitsandbytes {BITSANDBYTES_ON_CPU}, and {found} is installed",
-            hint=f"pip install 'bitsandbytes>={BITSANDBYTES_ON_CPU}', or {way_out}",
-        )
+    found = version("bitsandbytes") if find_spec("bitsandbytes") else None
+    if found is None:
+        lacks = "needs bitsandbytes, which is not installed"
+    elif gpus_of(launch) == 0 and Version(found) < Version(BITSANDBYTES_ON_CPU):
+        lacks = f"without a GPU needs bitsandbytes {BITSANDBYTES_ON_CPU}, and {found} is installed"
+    else:
+        return
+    raise UserError(f"{setting} {lacks}", hint=f"pip install 'rlhf-pipeline[gpu]', or {way_out}")
 
 
 def check_muon(config: PipelineConfig, optim: OptimConfig, key: str) -> None:

@@ -6,11 +6,16 @@ another.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.decoding.requests import SamplingParams
+
+MOST_KEPT = 1024
+"""Tokens of a row that top_p puts in order; nearly always it keeps fewer."""
 
 DRAW_BLOCK = 64
 """Tokens whose probabilities are summed up before a draw looks into them."""
@@ -21,34 +26,59 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(count)
 
 
-def choose(
-    logits: torch.Tensor, numbers: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 [M] and their probabilities fp32 [M], from logits [M, V] and a uniform number each.
+class Drawn(NamedTuple):
+    """tokens: int64 [M]. probabilities: fp32 [M], at the temperature before top_p and top_k. is_sure: bool
+    [M], false where top_p would keep more tokens than were put in order."""
 
-    The probabilities are those of the distribution at the temperature before top_p and top_k.
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+    is_sure: torch.Tensor
+
+
+def choose(
+    logits: torch.Tensor, numbers: torch.Tensor, params: SamplingParams, most: int = MOST_KEPT
+) -> Drawn:
+    """A token for each row of logits [M, V], at a uniform number each.
+
+    most: tokens that are put in order for top_p. A row that is not sure is drawn again with all of them.
     """
     scores = logits.float()
     if params.temperature not in (0, 1):
         scores = scores / params.temperature
     p = scores.softmax(1)
-    tokens = scores.argmax(1) if params.temperature == 0 else _inverse(_filtered(p, params), numbers)
-    return tokens, p.gather(1, tokens[:, None])[:, 0]
+    is_sure = torch.ones(len(p), dtype=torch.bool, device=p.device)
+    if params.temperature == 0:
+        tokens = scores.argmax(1)
+    else:
+        kept, is_sure = _filtered(p, params, most)
+        tokens = _inverse(kept, numbers)
+    return Drawn(tokens, p.gather(1, tokens[:, None])[:, 0], is_sure)
 
 
-def _filtered(p: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities [M, V] with those of the tokens left out set to 0; they need not sum to 1."""
+def _filtered(p: torch.Tensor, params: SamplingParams, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [M, V] with those of the tokens left out set to 0, which need not sum to 1; is_sure [M].
+
+    What is kept is told by the smallest probability that is, and of tokens that have just that one the first
+    are: the others need no order.
+    """
     limited = 0 < params.top_k < p.shape[1]
+    is_sure = torch.ones(len(p), dtype=torch.bool, device=p.device)
     if not limited and params.top_p >= 1:
-        return p
-    ordered, ids = p.sort(dim=1, descending=True, stable=True)
-    if limited:
-        ordered[:, params.top_k :] = 0
+        return p, is_sure
+    ordered = p.topk(min(params.top_k if limited else most, p.shape[1]), dim=1).values
+    count = torch.full((len(p), 1), ordered.shape[1], device=p.device)
     if params.top_p < 1:
         # of what top_k leaves; a token is in while those before it are not enough
-        wanted = params.top_p * ordered.sum(1, keepdim=True, dtype=torch.float64)
-        ordered[ordered.cumsum(1, dtype=torch.float64) - ordered >= wanted] = 0
-    return torch.zeros_like(p).scatter_(1, ids, ordered)
+        wanted = params.top_p * (ordered if limited else p).sum(1, keepdim=True, dtype=torch.float64)
+        sums = ordered.cumsum(1, dtype=torch.float64)
+        count = (sums - ordered < wanted).sum(1, keepdim=True)
+        if not limited and ordered.shape[1] < p.shape[1]:
+            is_sure = sums[:, -1] >= wanted[:, 0]
+    smallest = ordered.gather(1, count - 1)
+    is_last = p == smallest
+    first = count - (p > smallest).sum(1, keepdim=True)
+    kept = (p > smallest) | (is_last & (is_last.cumsum(1, dtype=torch.int32) <= first))
+    return p.masked_fill(~kept, 0), is_sure
 
 
 def _inverse(p: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

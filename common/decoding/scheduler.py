@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from common.decoding.draws import choose, uniforms
+from common.decoding.draws import Drawn, choose, uniforms
 from common.decoding.requests import Completion, Request, SamplingParams
 from common.errors import UserError
 
@@ -163,9 +163,12 @@ class Scheduler:
         requests = self.request[slots]
         made = self.made[requests]
         numbers = torch.from_numpy(self.draws[slots, made]).to(logits.device, non_blocking=True)
-        chosen, probabilities = choose(logits, numbers, self.params)
-        # in one transfer: float64 holds every token id
-        host = torch.stack([chosen.double(), probabilities.double()]).cpu().numpy()
+        host = _on_host(choose(logits, numbers, self.params))
+        unsure = np.flatnonzero(host[2] == 0)
+        if len(unsure):
+            rows = torch.from_numpy(unsure).to(logits.device, non_blocking=True)
+            again = choose(logits[rows], numbers[rows], self.params, most=logits.shape[1])
+            host[:, unsure] = _on_host(again)
         tokens, logprobs = host[0].astype(np.int64), np.log(host[1])
         if not np.isfinite(logprobs).all():
             raise not_finite(int(self.length[slots].max()))
@@ -225,6 +228,11 @@ class Scheduler:
         made = int(self.made[request])
         tokens, logprobs = (found[request, :made].copy() for found in (self.tokens, self.logprobs))
         return Completion(tokens, logprobs, bool(self.stopped[request]))
+
+
+def _on_host(drawn: Drawn) -> np.ndarray:
+    """float64 [3, M]: tokens, probabilities, is_sure, in one transfer: float64 holds every token id."""
+    return torch.stack([part.double() for part in drawn]).cpu().numpy()
 
 
 def _queued(requests: Sequence[Request]) -> tuple[list[np.ndarray], deque[tuple[int, int]]]:

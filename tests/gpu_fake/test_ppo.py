@@ -39,6 +39,14 @@ def test_a_pass_of_the_decoder_waits_once_whatever_the_layers_also_with_new_prom
     assert outcome.syncs_of(STEPS, ("rollout",)).keys() == SAMPLING.keys()
 
 
+def test_a_pass_that_leaves_out_unlikely_tokens_waits_once_too(fake: Fake) -> None:
+    job = fake.job("ppo", Shape())
+    job.ppo.rollout.top_p = 0.9
+    outcome = fake.run("ppo", job=job)
+    assert outcome.status == 0, outcome.printed[-3000:]
+    assert outcome.passes and [waits for _, waits in outcome.passes] == [1] * len(outcome.passes)
+
+
 def test_scoring_waits_once_for_each_network_and_micro_batch(fake: Fake) -> None:
     found = fake.run("ppo", SHAPES["zero1"]).syncs_of(STEPS, ("score",))
     assert found.keys() == SCORING.keys() and found.total() == 4 * 2  # networks, micro-batches

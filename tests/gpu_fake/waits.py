@@ -67,7 +67,7 @@ HPZ = Wait(
     "each weight's copy within the node is made anew",
     count=WEIGHTS,
 )
-SAMPLING = {"copy to host: common/decoding/scheduler.py _draw": "the tokens that were drawn"}
+SAMPLING = {"copy to host: common/decoding/scheduler.py _on_host": "the tokens that were drawn"}
 """Once per pass of the decoder, whether it takes in prompts or not."""
 SCORING = {"copy to host: step3_ppo/minibatches.py _all_gathered": "what a network says of a micro-batch"}
 

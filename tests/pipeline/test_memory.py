@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import memory_plan
 from common.config import LoraConfig, ModelConfig, TokenizerConfig
+from common.model.fused_loss import chunk_rows_for
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
@@ -309,7 +311,7 @@ def test_on_a_gpu_the_worst_moment_counts_not_all_of_them() -> None:
     work = work_of(half=True, gpu=True)
     (part,), vocabulary, hidden = work.networks, 320, 48
     chunk = 400 * vocabulary
-    logits = max(8 * chunk + 4 * vocabulary * hidden, 6 * chunk + 8 * vocabulary * hidden)
+    logits = 6 * chunk + 4 * vocabulary * hidden  # more than 6 * vocabulary * hidden, after it
     of_loss = memory.estimate(work)
     assert of_loss.of("logits") == logits and of_loss.of("buffers") == 0
     assert of_loss.of("activations") == memory.activations(work, part)
@@ -323,7 +325,15 @@ def test_on_a_gpu_the_backward_pass_has_the_buckets_and_no_logits() -> None:
     assert (
         found.of("buffers") == 2 * 4 * size + 2 * size
     )  # two buckets, and the newest micro-batch's gradients
-    assert found.of("logits") == 6 * 320 * 48  # the projection's gradient, in fp32 and rounded
+    assert found.of("logits") == 2 * 320 * 48  # the projection's gradient, rounded
+
+
+def test_a_chunk_of_logits_has_as_many_rows_as_the_loss_makes_at_once() -> None:
+    for vocabulary in (300, 32_000, 49_152, 128_256, 248_320, 2_000_000):
+        for device, gpu in (("cuda", True), ("cpu", False)):
+            rows = chunk_rows_for(torch.device(device), vocabulary)
+            assert memory._chunk_rows(vocabulary, gpu=gpu) == rows
+            assert not gpu or (rows % 256 == 0 and (rows == 256 or 4 * rows * vocabulary <= 2**30))
 
 
 def test_frozen_norms_keep_no_normalised_input() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import CohereConfig, Gemma3TextConfig, PreTrainedModel
 
-from common.decoding import passes
+from common.decoding import passes, scheduler
 from common.decoding.decoder import Decoder
-from common.decoding.draws import uniforms
+from common.decoding.draws import Drawn, choose, uniforms
 from common.decoding.requests import Completion, Request, SamplingParams
 from common.decoding.slots import DecodingStep
 from common.errors import UserError
@@ -103,6 +103,24 @@ def test_nothing_beside_a_response_changes_a_bit_of_it(kind: str) -> None:
     others = requests_of(30, samples=1, seed=9)
     mixed = bits_of(decode(model, [*others[:15], *requests[:5], *others[15:]], slots=8))
     assert mixed[15:20] == expected[:5]
+
+
+def test_rows_that_top_p_keeps_much_of_are_drawn_as_if_all_tokens_had_been_in_order(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_of(8)
+    expected = decode(llama, requests, top_p=0.6)
+    assert tokens_of(expected) != tokens_of(decode(llama, requests))
+    again: list[int] = []
+
+    def choosing(logits: Any, numbers: Any, params: Any, most: int = 25) -> Drawn:
+        drawn = choose(logits, numbers, params, most)
+        again.append(int((~drawn.is_sure).sum()))
+        return drawn
+
+    monkeypatch.setattr(scheduler, "choose", choosing)
+    assert bits_of(decode(llama, requests, top_p=0.6)) == bits_of(expected)
+    assert any(again) and not all(again)
 
 
 def test_two_threads_draw_what_one_draws(llama: PreTrainedModel) -> None:

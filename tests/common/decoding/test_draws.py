@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.decoding import draws
 from common.decoding.draws import choose, uniforms
 from common.decoding.requests import SamplingParams
 
@@ -25,7 +26,7 @@ def test_draws_have_the_frequencies_of_the_distribution(vocabulary: int) -> None
     numbers = (
         torch.arange(count, dtype=torch.float64) + 0.5
     ) / count  # evenly spaced, so no luck is involved
-    tokens, p = choose(logits.expand(count, -1), numbers, params(temperature=0.7))
+    tokens, p, _ = choose(logits.expand(count, -1), numbers, params(temperature=0.7))
     expected = (logits[0].double() / 0.7).softmax(0)
     frequencies = torch.bincount(tokens, minlength=vocabulary) / count
     torch.testing.assert_close(frequencies.double(), expected, atol=2 / count, rtol=0)
@@ -46,10 +47,10 @@ def test_top_k_and_top_p_leave_out_what_they_should_and_log_probabilities_do_not
             "both": {"top_k": 3, "top_p": 0.7},
         }.items()
     }
-    kept = {name: sorted(set(tokens.tolist())) for name, (tokens, _) in drawn.items()}
+    kept = {name: sorted(set(tokens.tolist())) for name, (tokens, _, _) in drawn.items()}
     # both: of the top three, 0.85 in all, 0.595 are wanted, which the first two have
     assert kept == {"k": [1, 3], "p": [1, 3, 4], "exact": [1, 3], "both": [1, 3]}
-    tokens, probabilities = drawn["k"]
+    tokens, probabilities, _ = drawn["k"]
     torch.testing.assert_close(probabilities, p[tokens])
     assert abs(int((tokens == 1).sum()) - round(1000 * 0.4 / 0.65)) <= 1
 
@@ -67,3 +68,44 @@ def test_a_stream_depends_on_every_part_of_its_key_and_on_nothing_else() -> None
     np.random.seed(0)
     assert uniforms((1, 2, 3), 8).tolist() == streams[0]
     assert uniforms((1, 2, 3), 20)[:8].tolist() == streams[0]
+
+
+def sorted_and_filtered(p: torch.Tensor, wanted: SamplingParams) -> torch.Tensor:
+    """By a full sort in which the first of equal tokens comes first."""
+    ordered, ids = p.sort(dim=1, descending=True, stable=True)
+    whole = p
+    if 0 < wanted.top_k < p.shape[1]:
+        ordered[:, wanted.top_k :] = 0
+        whole = ordered
+    enough = wanted.top_p * whole.sum(1, keepdim=True, dtype=torch.float64)
+    if wanted.top_p < 1:
+        ordered[ordered.cumsum(1, dtype=torch.float64) - ordered >= enough] = 0
+    return torch.zeros_like(p).scatter_(1, ids, ordered)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 20])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("steps", [3, 1000])
+def test_what_is_kept_is_that_of_a_full_sort_also_among_equal_tokens(
+    top_k: int, top_p: float, steps: int
+) -> None:
+    """steps: of which logits are multiples, so that few of them make many equal ones."""
+    torch.manual_seed(0)
+    p = ((torch.randn(200, 60) * steps).round() / steps * 2).softmax(1)
+    wanted = params(top_k=top_k, top_p=top_p)
+    kept, is_sure = draws._filtered(p, wanted, p.shape[1])
+    assert is_sure.all() and torch.equal(kept, sorted_and_filtered(p, wanted))
+    few, is_sure = draws._filtered(p, wanted, 10)
+    assert torch.equal(few[is_sure], kept[is_sure])
+    is_known = torch.full_like(is_sure, top_k > 0 or top_p == 1.0)
+    assert torch.equal(is_sure, is_known | ((kept > 0).sum(1) <= 10))
+
+
+def test_a_row_that_keeps_more_than_were_put_in_order_is_not_sure_and_the_others_are() -> None:
+    logits = torch.zeros(2, 200)
+    logits[1, 3] = 20.0
+    numbers = torch.full((2,), 0.7525, dtype=torch.float64)
+    drawn = choose(logits, numbers, params(top_p=0.8), most=50)
+    assert drawn.is_sure.tolist() == [False, True] and drawn.tokens[1] == 3
+    again = choose(logits, numbers, params(top_p=0.8), most=200)
+    assert again.is_sure.all() and again.tokens.tolist() == [120, 3]  # 0.7525 of the first 160

@@ -21,7 +21,7 @@ from common.model.fused_loss import token_cross_entropy
 from tests.common.model.test_fused_loss import plain_scores
 
 pytest.importorskip("triton", reason="triton is not installed")
-score_chunk = fused_loss._score_chunk
+aten, score_chunk = torch.ops.aten, fused_loss._score_chunk
 
 SMALL_BLOCK = 32
 """Logits of a block: fewer than the vocabularies here, so that a row has several and a broken last one."""
@@ -94,15 +94,15 @@ def test_losses_and_entropies_of_tokens_have_the_gradients_of_fp64(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_bf16_are_rounded_once() -> None:
+def test_gradients_of_bf16_are_those_of_fp32_shortened_once() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(6, 50), torch.randint(0, 50, (6,))
     found = torch.empty(6, 50, dtype=torch.bfloat16)
     loss_kernel.score_rows(logits, None, targets, 1.0, gradient=found)
     exact = logits.double().softmax(1)
     exact[torch.arange(6), targets] -= 1
-    # a rounding to 8 bits, by fp32 numbers that are off by a few of their last bits
-    assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
+    # the interpreter cuts to 8 bits, where a GPU rounds
+    assert ((found.double() - exact).abs() <= exact.abs() * 2**-7 * 1.001).all()
 
 
 def test_the_first_of_equal_logits_is_the_largest() -> None:
@@ -154,7 +154,7 @@ def test_what_a_kernel_would_read_elsewhere_is_refused(wrong: dict[str, torch.Te
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes of large tensors that operations read and write."""
+    """Bytes of tensors of so many elements that operations read and write, save where they pick a few."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -162,14 +162,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket not in (torch.ops.aten.gather, torch.ops.aten.index_put_):
-            writes = func._schema.name.endswith(("_", "empty_like"))  # their result is among the arguments
-            touched = (
-                [*args, *([out] if isinstance(out, torch.Tensor) else [])] if not writes else [*args, out]
-            )
-            for tensor in touched:
-                if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements:
-                    self.bytes += tensor.numel() * tensor.element_size()
+        if func.overloadpacket not in (aten.gather, aten.index, aten.index_put_):
+            read_or_written = (x for x in (*args, out) if isinstance(x, torch.Tensor))
+            self.bytes += sum(x.nbytes for x in read_or_written if x.numel() == self.elements)
         return out
 
 
