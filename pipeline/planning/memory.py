@@ -29,6 +29,9 @@ CPU_BASE = 463_000_000
 Measured by benchmarks/memory_plan.py."""
 GPU_BASE = 1_000_000_000
 """CUDA context, libraries' workspaces and what the allocator cannot use; assumed, not measured."""
+VLLM_BASE = 450_000_000
+"""What vLLM takes beside its weights and its cache: modules, buffers, what a hand-over needs. Seen on the CPU
+with SmolLM2 and 32 slots; on a GPU assumed, not measured."""
 KERNELS = 100_000_000
 """In half precision on the CPU, at most: kernels that are kept for rows of other lengths (as many as
 `launch.local.KERNELS` says), and the freed memory between them. Taken from experiment=gsm8k, whose process
@@ -159,7 +162,8 @@ def estimate(work: Workload) -> MemoryEstimate:
         sampling = []  # what training needs is free while responses are sampled
     elif work.gpu:
         training = [term for term in training if term.name == "gradients" and work.sharding.stage == 3]
-    base = Term("libraries", GPU_BASE if work.gpu else CPU_BASE)
+    samples_by_vllm = work.decoding is not None and work.decoding.by_vllm
+    base = Term("libraries", (GPU_BASE if work.gpu else CPU_BASE) + VLLM_BASE * samples_by_vllm)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
     found = MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
     loaded = MemoryEstimate((base, loading(work)), work.gpu)

