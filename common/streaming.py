@@ -7,11 +7,14 @@ from common.errors import UserError
 from common.stage import Step
 
 
-def check_streaming(data: DataConfig, train: TrainConfig, step: Step) -> None:
-    """UserError where a setting needs the number of rows, which is known when the last one is read."""
+def check_streaming(data: DataConfig, train: TrainConfig, step: Step, name: str = "data") -> None:
+    """UserError where a setting needs the number of rows, which is known when the last one is read.
+
+    name: of the data among the step's settings.
+    """
     if not data.streaming:
         return
-    key = f"{step.value}.data"
+    key = f"{step.value}.{name}"
     asked = f"{key}.streaming=true"
     if step is not Step.sft:
         raise _refused(asked, f"{step.value} reads its rows again and again", f"{key}.streaming=false")

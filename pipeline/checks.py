@@ -210,6 +210,7 @@ def check_ptx(ppo: PPOConfig, model: ModelConfig, ranks: int) -> None:
     data, weight = ppo.ptx_data, ppo.ptx_weight
     if weight > 0:
         check_data(data, "ppo.ptx_data")
+        check_streaming(data, ppo.train, Step.ppo, "ptx_data")
         check_length(model, data.max_length, "ppo.ptx_data.max_length")
         check_batch(ppo.ptx_batch_size, ranks, "ppo.ptx_batch_size")
     elif data.all_sources():

@@ -8,9 +8,11 @@ noted for `writer.py`, which takes the blocks in their order. `Made` can be kept
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import socket
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -51,6 +53,9 @@ whether the row's contents hold control tokens."""
 
 DTYPES = {"Q": np.uint64, "i": np.int32, "b": np.int8, "f": np.float32}
 
+CLAIM, WHO = ".claim", socket.gethostname()
+"""Suffix of the file that says who makes a block, and who is on this machine."""
+
 Event = list[Any]
 """The name of what happened and what it happened to, as JSON values."""
 
@@ -72,7 +77,8 @@ class Made:
     def save(self, path: Path) -> None:
         """Into a file that is there whole or not at all."""
         told = np.frombuffer(json.dumps([self.events, self.texts]).encode(), np.uint8)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished = path.with_name(f".{path.name}.{WHO}-{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             parts = {"told": told, "input_ids": self.input_ids, "labels": self.labels, **self.columns}
             np.savez(file, allow_pickle=False, **parts)
@@ -88,6 +94,24 @@ class Made:
             return None
         events, texts = json.loads(parts.pop("told").tobytes())
         return cls(events, parts.pop("input_ids"), parts.pop("labels"), parts, texts)
+
+
+def is_ours(path: Path) -> bool:
+    """Claim a block for this process: builders of several machines that share a cache share the blocks, too.
+
+    False where another one has claimed it, unless that ran on this machine and is gone.
+    """
+    claim = path.with_suffix(CLAIM)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(claim, "x") as file:
+            file.write(f"{WHO} {os.getpid()}")
+        return True
+    except FileExistsError:
+        with contextlib.suppress(OSError, ValueError):
+            host, pid = claim.read_text().split()
+            return host == WHO and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists())
+        return False
 
 
 class _StopAtBadRow(Exception):
@@ -145,9 +169,9 @@ class Maker:
         self._opened = self.reader.kind.opened
 
     def kept(self, task: tuple[Block, Path]) -> Path:
-        """Make a block and keep it in a file, unless it is there; the file."""
+        """Make a block and keep it in a file, unless it is there or another process makes it; the file."""
         block, path = task
-        if Made.load(path) is None:
+        if Made.load(path) is None and is_ours(path):
             self.make(block).save(path)
         return path
 

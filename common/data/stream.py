@@ -25,6 +25,7 @@ from common import limited
 from common.artifacts import file_sha256, read_json
 from common.config import DataConfig
 from common.data import cache
+from common.data.blocks import WHO
 from common.data.dataset_types import DEMONSTRATIONS
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
@@ -209,7 +210,7 @@ def make_windows(writer: Writer, folder: Path) -> None:
     count = 0
     for number, window in enumerate(writer.windows(WINDOW)):
         count = number + 1
-        final, unfinished = folder / _name(number), folder / f".{_name(number)}.{os.getpid()}"
+        final, unfinished = folder / _name(number), folder / f".{_name(number)}.{WHO}-{os.getpid()}"
         if final.exists():
             continue
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -217,16 +218,20 @@ def make_windows(writer: Writer, folder: Path) -> None:
         writer.write_window(window, number * WINDOW, unfinished)
         hashes = {ROWS_FILE: file_sha256(unfinished / ROWS_FILE)}
         (unfinished / SHA256).write_text(json.dumps(hashes))
-        unfinished.rename(final)
+        try:
+            unfinished.rename(final)
+        except OSError:
+            if not final.exists():  # else another machine was faster, with the same rows
+                raise
     if not count:
         reasons = "; ".join(writer.reader.ledger.reasons())
         raise UserError(f"no row is left to train on: {reasons}", hint="see data.max_length, data.truncation")
     writer.count()
     end = {"windows": count, "ledger": writer.reader.ledger.to_json()}
-    partial = folder / f".{END}.{os.getpid()}"
+    partial = folder / f".{END}.{WHO}-{os.getpid()}"
     partial.write_text(json.dumps(end))
     partial.rename(folder / END)
-    for left in (writer.spool, *folder.glob(".0*")):  # also of builders that were killed
+    for left in (writer.spool, *folder.glob(f".0*.{WHO}-*")):  # also of builders that were killed
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from common.config import SourceConfig
 from common.data import cache, sources
-from common.data.blocks import COLUMNS, DTYPES, IN_EVAL, Event, Made, Maker
+from common.data.blocks import COLUMNS, DTYPES, IN_EVAL, Event, Made, Maker, is_ours
 from common.data.ledger import Ledger, SourceLedger
 from common.data.prompts import SAME
 from common.data.reader import Reader
@@ -39,6 +39,9 @@ __all__ = ["IN_EVAL", "Writer"]
 Report = Callable[[str], None]
 Show = Callable[[float], None]
 """Is told the share of the rows that are tokenized."""
+
+POLL, ELSEWHERE_SECONDS = 0.05, 60.0
+"""Between two looks for a block that another machine makes, and how long it may take."""
 
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
@@ -66,6 +69,7 @@ class Writer:
     def __post_init__(self) -> None:
         self.opened = self.reader.kind.opened
         self.kept = _Kept(self.opened.numbers)
+        self._alone = False  # no other builder answers
 
     def fill(self, folder: Path) -> None:
         self._write_rows(self._records(), folder)
@@ -133,7 +137,6 @@ class Writer:
 
         def tasks() -> Iterator[tuple[sources.Block, Path]]:
             for at, block in enumerate(blocks):
-                self.spool.mkdir(parents=True, exist_ok=True)
                 waiting.append(block)
                 yield block, self.spool / f"{maker.number}_{at:09}.npz"
 
@@ -141,12 +144,21 @@ class Writer:
         try:
             for path in in_order(maker.kept, tasks(), count):
                 block = waiting.pop(0)
-                yield block, Made.load(path) or maker.make(block)
+                yield block, self._there(path) or maker.make(block)
         except WorkerEnded as error:
             raise UserError(
                 f"one of {count} processes that tokenize was ended: {error}",
                 hint="where that was for want of memory: fewer, e.g. data.processes=1; what is made is kept",
             ) from error
+
+    def _there(self, path: Path) -> Made | None:
+        """A block from its file, for which a builder on another machine is waited for; None where that one is
+        silent, or the file is damaged."""
+        began = time.monotonic()
+        while (made := Made.load(path)) is None and not self._alone and not is_ours(path):
+            time.sleep(POLL)
+            self._alone = time.monotonic() - began > ELSEWHERE_SECONDS
+        return made
 
     def _noted(self, made: Made, entry: SourceLedger) -> np.ndarray:
         """Tell the ledger what happened in a block; which of its records are kept: bool [R]."""

@@ -31,9 +31,10 @@ from common.data.batches import Batches, PairBatches
 from common.data.dataset_types import PREFERENCES
 from common.data.packing import pack
 from common.data.stored import PromptDataset, TokenizedDataset
+from common.data.stream import WINDOW
 from common.errors import UserError
 from common.model.tokenizer import load_tokenizer
-from common.notices import listen
+from common.notices import listen, notice
 from common.paths import files_of
 from common.runtime.distributed import World
 from common.stage import Step
@@ -96,6 +97,11 @@ class Reading:
 
 def to_read(job: JobConfig, data: DataConfig) -> Reading:
     """All rows where the sources are small; else a sample, kept in a folder of its own."""
+    if data.streaming:
+        notice(
+            f"rows are packed and shuffled {WINDOW:,} at a time, in the order of their files",
+            "data.streaming tokenizes them while they are trained on",
+        )
     data = dataclasses.replace(data, streaming=False)  # all that are counted have to be there
     if size_of(data.all_sources()) <= LARGE_BYTES:
         return Reading(data, (1.0,) * len(data.all_sources()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from common.config import DataConfig, OnBadRow
+from common.config import DataConfig, OnBadRow, SourceConfig
 from common.data import cache, chat, sources
+from common.data.blocks import WHO, Maker
 from common.data.dataset import build
 from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS, DatasetType
+from common.data.reader import Reader
+from common.data.stages import StageSplit
 from common.errors import UserError
 from tests.common.data.built import Said, made, pairs, preferences, write
 from tests.tiny import CHATML, tiny_tokenizer
@@ -130,3 +135,46 @@ def test_how_far_it_is_and_how_long_the_rest_takes_is_said(
     assert len(lines) == 9 and lines[0] == "tokenized 8 rows"
     assert [line.split(",")[1] for line in lines[1:4]] == [" 11%", " 22%", " 34%"]
     assert all(line.endswith(" left") for line in lines[1:])
+
+
+def claimed(tmp_path: Path, owner: str) -> tuple[Path, DatasetType[Any], list[int]]:
+    """Rows, the third block of which `owner` has claimed; and which blocks are tokenized here."""
+    write(tmp_path / "rows.jsonl", pairs(40))
+    made(tmp_path)
+    (folder,) = (tmp_path / "cache").iterdir()
+    path = cache.spool_of(folder) / "0_000000001.npz"
+    shutil.rmtree(folder)
+    path.parent.mkdir()
+    path.with_suffix(".claim").write_text(owner)
+    here: list[int] = []
+
+    def tokenize(rows: Any, tokenizer: Any) -> Any:
+        here.append(rows[0].place.row)
+        return chat.tokenize(rows, tokenizer)
+
+    return path, replace(DEMONSTRATIONS, tokenize=tokenize), here
+
+
+def test_a_block_that_another_machine_has_claimed_is_made_there(tmp_path: Path) -> None:
+    path, kind, here = claimed(tmp_path, "elsewhere 1")
+    maker = Maker(
+        Reader(DataConfig(path=str(tmp_path / "rows.jsonl")), DEMONSTRATIONS, StageSplit({}, None, 0), 0),
+        tiny_tokenizer(CHATML), 0, SourceConfig(path=str(tmp_path / "rows.jsonl"), name="rows"), False,
+    )  # fmt: skip
+    blocks = list(sources.blocks_of(maker.source))
+    maker.make(blocks[0])
+    theirs = threading.Timer(0.5, lambda: maker.make(blocks[2]).save(path))
+    theirs.start()
+    train, _, _ = made(tmp_path, kind=kind, processes=1)
+    theirs.join()
+    assert here == [1, 9, 25, 33] and len(train) == 38
+
+
+@pytest.mark.parametrize("owner", ["elsewhere 1", f"{WHO} 99999999", ""])
+def test_a_block_whose_maker_is_gone_is_made_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    monkeypatch.setattr("common.data.writer.ELSEWHERE_SECONDS", 0.1)
+    _, kind, here = claimed(tmp_path, owner)
+    train, _, _ = made(tmp_path, kind=kind, processes=1)
+    assert sorted(here) == [1, 9, 17, 25, 33] and len(train) == 38

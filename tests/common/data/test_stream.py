@@ -195,3 +195,9 @@ def test_what_needs_the_number_of_rows_is_refused_with_the_way_out(
         setattr(target, name, value)
     with pytest.raises(UserError, match=said):
         check_streaming(data, train, step)
+
+
+def test_demonstrations_beside_ppo_are_not_streamed() -> None:
+    data = DataConfig(path="rows.jsonl", streaming=True, eval_fraction=0.0)
+    with pytest.raises(UserError, match=r"ppo.ptx_data.streaming=true .*\n.*ppo.ptx_data.streaming=false"):
+        check_streaming(data, TrainConfig(max_steps=5), Step.ppo, "ptx_data")
