@@ -111,9 +111,10 @@ def measured(folder: Path, ranks: int, side: str, sizes: dict[str, float]) -> di
 
 def load(folder: str, *, in_parts: bool) -> dict[str, float]:
     """On one rank: load and partition, and what it took."""
+    from transformers import LlamaForCausalLM  # noqa: F401  # imports before anything is measured
+
     from common.config import DeepSpeedConfig, Dtype
     from common.runtime.distributed import close_world, init_world
-    from common.training import engine  # noqa: F401  # imports before anything is measured
     from common.training.frozen import Frozen
 
     world = init_world()
