@@ -46,6 +46,7 @@ from common.model import (
     miniature,
     one_by_one,
     packed,
+    partition,
     probes,
     tokenizer,
 )
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 HASHED = (
     adapters, architecture, attention, fused_loss, hub, last_layer, loading, miniature, one_by_one, packed,
-    probes, tokenizer, frozen, batches_module, packing, loss,
+    partition, probes, tokenizer, frozen, batches_module, packing, loss,
 )  # fmt: skip
 """The modules that load the model, lay out the pairs and compute the numbers."""
 

@@ -118,7 +118,7 @@ def grown_whole(model: PreTrainedModel, share: Share | None) -> Iterator[None]:
 
 def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
     """The weights with a row per token; one where they are tied."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
     return list({id(layer.weight): layer.weight for layer in layers if layer is not None}.values())
 
 
@@ -157,7 +157,7 @@ class Stored:
         begin, end = share.bounds(self.shape.numel())
         rows = self._slices[begin // row : -(-end // row)].reshape(-1)
         first = begin // row * row
-        return rows[begin - first : end - first].to(self.dtype)  # type: ignore[no-any-return]
+        return rows[begin - first : end - first].to(self.dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Stored:
         return Stored(self._slices, dtype or self.dtype)
@@ -236,7 +236,8 @@ def drawing_shares(share: Share, device: torch.device) -> Iterator[None]:
     def keep_parts(owner: nn.Module, name: str, made: nn.Module) -> None:
         _divide_all(made.parameters(), share, device)
 
-    begin: Any = PreTrainedModel._initialize_weights
+    kind: Any = PreTrainedModel
+    begin = kind._initialize_weights
 
     def begin_whole(model: PreTrainedModel, module: nn.Module, *args: Any) -> None:
         own = [] if getattr(module, "_is_hf_initialized", False) else list(module.parameters(recurse=False))
@@ -246,11 +247,11 @@ def drawing_shares(share: Share, device: torch.device) -> Iterator[None]:
         _divide_all(own, share, device)
 
     hook = register_module_module_registration_hook(keep_parts)
-    PreTrainedModel._initialize_weights = begin_whole
+    kind._initialize_weights = begin_whole
     try:
         yield
     finally:
-        PreTrainedModel._initialize_weights = begin
+        kind._initialize_weights = begin
         hook.remove()
 
 

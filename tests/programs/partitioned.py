@@ -160,6 +160,14 @@ def _losses(model: ModelConfig, share: Share | None, world: World, **zero: Any) 
     return losses
 
 
+def linear_keeps_no_whole_weight(folder: str) -> int:
+    """DeepSpeed's linear layer is in place, whose graph holds a partition instead of the gathered weight."""
+    plain, world = torch.nn.functional.linear, init_world()
+    _losses(ModelConfig(path=str(Path(folder) / "tied"), dtype=Dtype.bf16), share_of(3), world)
+    assert torch.nn.functional.linear is not plain
+    return 0
+
+
 def _scores(model: ModelConfig, share: Share | None, world: World) -> torch.Tensor:
     tokenizer = tiny_tokenizer(CHATML)
     network = load_model(model, tokenizer, REWARD_MODEL, seed=5, device=world.device, share=share)

@@ -76,6 +76,10 @@ def test_every_kind_of_network_has_the_same_numbers_in_parts(folder: Path, tmp_p
     runs(partitioned.same_parts, 3, tmp_path, str(folder))  # 3 divides few tensors: there is padding
 
 
+def test_a_pass_holds_no_gathered_weights_for_its_backward_pass(folder: Path, tmp_path: Path) -> None:
+    runs(partitioned.linear_keeps_no_whole_weight, 1, tmp_path, str(folder))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_losses_are_the_same_bits_whether_the_network_was_loaded_whole_or_in_parts(
     folder: Path, tmp_path: Path, ranks: int
