@@ -145,7 +145,7 @@ def workload(model: Model, task: Task, ranks: int, sharding: Sharding) -> Worklo
     """One sequence per pass, layers recomputed."""
     part = Trained(model.network, model.network.parameters, Head.tokens)
     scored = replace(part, network=model.network.without_head(), head=Head.scalar)
-    decoding = Decoding(slots=64, capacity=task.length) if task.response else None
+    decoding = Decoding(slots=64, capacity=task.length, gathers=True) if task.response else None
     return Workload(
         networks=(part, scored)[: task.networks],
         batch=MicroBatchShape(task.length, task.length, short=False),

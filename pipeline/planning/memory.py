@@ -83,13 +83,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Responses decoded side by side. slots and tokens of each slot, as the cache is allocated. by_vllm: with
-    weights of its own. cache_bytes: of a cache that is given a size; None: of the slots."""
+    """Responses decoded side by side. slots and tokens of each slot, as the cache is allocated. by_vllm:
+    with weights of its own. cache_bytes: of a cache that is given a size; None: of the slots. gathers: ZeRO-3
+    holds all weights meanwhile."""
 
     slots: int
     capacity: int
     by_vllm: bool = False
     cache_bytes: float | None = None
+    gathers: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def estimate(work: Workload) -> MemoryEstimate:
     activated = max(activations(work, part) for part in work.networks)
     training = max(_moments(work), key=lambda terms: sum(map(_total, terms)))
     sampling = [Term("KV cache", kv_cache(work)), Term("vLLM's weights", weights_of_vllm(work))]
+    sampling.append(Term("whole weights", whole_weights(work)))
     if work.gpu and sum(map(_total, sampling)) <= sum(map(_total, training)):
         sampling = []  # what training needs is free while responses are sampled
     elif work.gpu:
@@ -355,6 +358,13 @@ def kv_cache(work: Workload) -> float:
     if work.decoding.cache_bytes is not None:
         cache = int(work.decoding.cache_bytes)
     return cache + 3 * FP32 * slots * net.vocabulary
+
+
+def whole_weights(work: Workload) -> float:
+    """b P where ZeRO-3 holds the whole actor while it samples, less what is counted as gathered anyway."""
+    if work.decoding is None or not work.decoding.gathers or work.sharding.stage < 3:
+        return 0.0
+    return float(work.weight_bytes * max(work.networks[0].network.parameters - LIVE_PARAMETERS, 0))
 
 
 def weights_of_vllm(work: Workload) -> float:

@@ -158,7 +158,8 @@ def decoding_of(config: PipelineConfig, step: Step, ranks: int) -> Decoding | No
                 cache_bytes=None if gigabytes is None else gigabytes * 1e9,
             )
         per_rank = math.ceil(rollout.prompts / ranks) * rollout.samples_per_prompt
-        return Decoding(_up(min(rollout.slots, per_rank), SLOT_STEP), _up(data.max_length, LENGTH_STEP))
+        slots, capacity = _up(min(rollout.slots, per_rank), SLOT_STEP), _up(data.max_length, LENGTH_STEP)
+        return Decoding(slots, capacity, gathers=rollout.gather_parameters)
     sampling = getattr(config, step.value).sampling
     if sampling.num_prompts == 0:
         return None

@@ -233,7 +233,9 @@ def test_ppo_holds_four_networks_and_its_gradients_in_turn() -> None:
     grpo = compose(prepare(["experiment=gsm8k_rlvr"]).overrides)
     one = workload_of(grpo, Step.ppo, 2, gpu=False)
     assert one is not None and len(one.networks) == 1 and len(one.frozen) == 1
-    assert one.decoding == Decoding(64, 512)  # 32 prompts with 8 samples each on a rank, in 64 slots
+    assert one.decoding == Decoding(
+        64, 512, gathers=True
+    )  # 32 prompts with 8 samples each on a rank, in 64 slots
 
 
 def test_a_reference_of_its_own_is_one_more_network_to_dpo(tmp_path: Path) -> None:
@@ -410,3 +412,20 @@ def test_one_gpu_sends_no_gradients_and_two_send_all_of_them_rounded() -> None:
 def test_plan_knows_which_layers_a_gpu_compiles(overrides: list[str], step: Step, expected: bool) -> None:
     config = compose(prepare(["steps=[sft,dpo]", "sft.data.path=x", "dpo.data.path=x", *overrides]).overrides)
     assert compiles(config, step) is expected
+
+
+def test_on_zero3_the_whole_actor_is_there_while_it_samples() -> None:
+    network = from_fields(LLAMA)
+    assert network is not None
+    large = replace(network, parameters=8_000_000_000)
+    decoding = Decoding(slots=8, capacity=64)
+    work = work_of(
+        networks=(Trained(large, large.parameters, Head.tokens),), decoding=decoding, gpu=True, half=True,
+        sharding=Sharding(3, 512),
+    )  # fmt: skip
+    whole = replace(work, decoding=replace(decoding, gathers=True))
+    assert memory.estimate(work).of("whole weights") == 0
+    # one billion of them are counted among those that ZeRO-3 keeps gathered anyway
+    assert memory.estimate(whole).of("whole weights") == 2 * 7_000_000_000
+    assert memory.estimate(whole).device > memory.estimate(work).device
+    assert memory.whole_weights(replace(whole, sharding=Sharding(2, 512))) == 0
