@@ -6,8 +6,8 @@ Rank 0's own code runs on the fake device of `tests/gpu_fake`, whose other ranks
 one, two and three layers: DeepSpeed loops over ranks in Python for each weight, so that the whole depth would
 take half an hour. Bytes and counts that grow by the same amount from layer to layer are extended to the whole
 depth along that line; what does not is left out there, and said. The peak at the whole depth is `plan`'s
-estimate, beside its error at three layers. Bytes are what this rank gives to collectives; nothing is sent,
-and no time is measured.
+estimate, beside its error at three layers. Bytes are those of the buffers, sent from and received into, that
+this rank hands to collectives; nothing is sent, and no time is measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def of_depth(case: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def sent(outcome: dict[str, Any], step: int = 2) -> Counter[str]:
-    """Of a step, by kind of collective: calls, and bytes that this rank gives."""
+    """Of a step, by kind of collective: calls, and bytes of this rank's buffers."""
     found: Counter[str] = Counter()
     for _, at, kind, calls, size in outcome["collectives"]:
         if at == step:
