@@ -44,7 +44,7 @@ def with_importance(experience: Experience, rollout: RolloutConfig) -> Experienc
             hint="ppo.rollout.engine=builtin; or model.dtype=fp32, where rounding is small",
         )
     log_ratio = experience.old_logprobs - sampled_logprobs(experience)
-    weights = np.exp(np.minimum(log_ratio, np.log(rollout.vllm.importance_cap)))
+    weights = np.minimum(np.exp(np.minimum(log_ratio, 20.0)), rollout.vllm.importance_cap)  # e^20 is finite
     return replace(experience, importance=weights.astype(np.float32))
 
 
