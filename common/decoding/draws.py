@@ -74,7 +74,7 @@ def _filtered(p: torch.Tensor, params: SamplingParams, most: int) -> tuple[torch
         count = (sums - ordered < wanted).sum(1, keepdim=True)
         if not limited and ordered.shape[1] < p.shape[1]:
             is_sure = sums[:, -1] >= wanted[:, 0]
-    smallest = ordered.gather(1, count - 1)
+    smallest = ordered.gather(1, (count - 1).clamp_min(0))  # 0 of numbers that are not finite
     is_last = p == smallest
     first = count - (p > smallest).sum(1, keepdim=True)
     kept = (p > smallest) | (is_last & (is_last.cumsum(1, dtype=torch.int32) <= first))
