@@ -74,11 +74,11 @@ def _filtered(p: torch.Tensor, params: SamplingParams, most: int) -> tuple[torch
         count = (sums - ordered < wanted).sum(1, keepdim=True)
         if not limited and ordered.shape[1] < p.shape[1]:
             is_sure = sums[:, -1] >= wanted[:, 0]
-    smallest = ordered.gather(1, count - 1)
+    smallest = ordered.gather(1, (count - 1).clamp_min(0))  # 0 of numbers that are not finite
     is_last = p == smallest
     first = count - (p > smallest).sum(1, keepdim=True)
-    kept = (p > smallest) | (is_last & (is_last.cumsum(1, dtype=torch.int32) <= first))
-    return p.masked_fill(~kept, 0), is_sure
+    left_out = (p < smallest) | (is_last & (is_last.cumsum(1, dtype=torch.int32) > first))
+    return p.masked_fill(left_out, 0), is_sure
 
 
 def _inverse(p: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _inverse(p: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     shares = blocks.sum(2)
     block, rest = _first_above(shares, shares.sum(1, dtype=torch.float64) * numbers)
     within, _ = _first_above(blocks[torch.arange(len(p), device=p.device), block], rest)
-    return block * DRAW_BLOCK + within
+    return (block * DRAW_BLOCK + within).clamp_max(p.shape[1] - 1)  # of numbers that are not finite
 
 
 def _first_above(shares: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -109,3 +109,11 @@ def test_a_row_that_keeps_more_than_were_put_in_order_is_not_sure_and_the_others
     assert drawn.is_sure.tolist() == [False, True] and drawn.tokens[1] == 3
     again = choose(logits, numbers, params(top_p=0.8), most=200)
     assert again.is_sure.all() and again.tokens.tolist() == [120, 3]  # 0.7525 of the first 160
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.8}, {"top_k": 5}])
+def test_what_is_not_finite_is_told_by_its_probability(changes: dict[str, Any]) -> None:
+    logits = torch.zeros(2, 2000)
+    logits[1] = float("nan")
+    drawn = choose(logits, torch.full((2,), 0.5, dtype=torch.float64), params(**changes))
+    assert drawn.probabilities[0].isfinite() and not drawn.probabilities[1].isfinite()
