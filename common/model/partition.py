@@ -124,12 +124,19 @@ def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def to_device(model: nn.Module, device: torch.device) -> None:
     """As `model.to(device)`, which would give placeholders the memory of whole tensors."""
+    if not is_partitioned(model):
+        model.to(device)
+        return
     for parameter in model.parameters():
         part = part_of(parameter)
-        if part is not None:
-            setattr(parameter, PART, part.to(device))
-            parameter.data = _nothing(parameter.shape, parameter.data[:0].to(device))
-    model.to(device)
+        if part is None:
+            parameter.data = parameter.data.to(device)
+            continue
+        setattr(parameter, PART, part.to(device))
+        parameter.data = _nothing(parameter.shape, getattr(parameter, PART))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 # --- Reading ----------------------------------------------------------------------------------------
