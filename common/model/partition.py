@@ -127,16 +127,13 @@ def to_device(model: nn.Module, device: torch.device) -> None:
     if not is_partitioned(model):
         model.to(device)
         return
-    for parameter in model.parameters():
-        part = part_of(parameter)
-        if part is None:
-            parameter.data = parameter.data.to(device)
-            continue
-        setattr(parameter, PART, part.to(device))
-        parameter.data = _nothing(parameter.shape, getattr(parameter, PART))
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+    named = model.named_parameters()
+    parts = {name: part.to(device) for name, each in named if (part := part_of(each)) is not None}
+    model._apply(lambda tensor: tensor if part_of(tensor) is not None else tensor.to(device))
+    for name, parameter in model.named_parameters():
+        if name in parts:
+            setattr(parameter, PART, parts[name])
+            parameter.data = _nothing(parameter.shape, parts[name])
 
 
 # --- Reading ----------------------------------------------------------------------------------------
