@@ -188,8 +188,7 @@ class ModelConfig:
         if self.quantize is Quantize.nf4 and not self.lora.enabled:
             raise UserError(f"{at}quantize=nf4 needs adapters to train", hint=f"add {at}lora.enabled=true")
         if self.quantize is Quantize.nf4 and self.config:
-            whose = f"{at}quantize=nf4 is for weights that exist, and {at}config makes new ones"
-            raise UserError(whose, hint=f"name {at}path instead of {at}config")
+            raise UserError(f"{at}quantize=nf4 needs weights that exist", hint=f"{at}path=MODEL")
         self._check_sizes(f"{at}config.")
 
     def _check_sizes(self, at: str) -> None:
@@ -445,9 +444,7 @@ def load_resolved(path: Path, schema: type[T]) -> T:
     try:
         loaded = OmegaConf.load(path)
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}", hint="give the run's resolved.yaml"
-        ) from None
+        raise UserError(f"cannot read {path}: {error.strerror}", hint="give a run's resolved.yaml") from None
     plain: Any = OmegaConf.to_container(loaded, resolve=True)
     known = fields_of(schema)
     return as_schema(schema, {key: value for key, value in plain.items() if key in known})

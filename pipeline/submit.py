@@ -13,6 +13,7 @@ from common.stage import Step
 from launch import k8s, slurm, ssh
 from pipeline import checks, state
 from pipeline.config import PipelineConfig
+from pipeline.disk import check_disk
 from pipeline.plan import wire_run
 from pipeline.sources import settle_sources
 
@@ -42,4 +43,4 @@ def check_paths(config: PipelineConfig) -> None:
         checks.check_model(config.model)
     for step in config.steps:
         checks.check_data(getattr(config, step.value).data, f"{step.value}.data")
-    checks.check_disk(config, [])
+    check_disk(config, [])

@@ -166,7 +166,7 @@ def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
     Rank 0 does not wait for the others to have it, unless it raises: then all have heard why.
     """
     value: Any = _made(make) if world.is_rank0 else None
-    if world.size > 1:
+    if dist.is_initialized() and world.size > 1:
         value = _broadcast(world, value)
     if isinstance(value, UserError):
         barrier()
@@ -192,7 +192,7 @@ def _broadcast(world: World, value: Any) -> Any:
     if world.is_rank0:
         return value
     said, *found = (part.numpy().data for part in parts)
-    return pickle.loads(said, buffers=found)  # noqa: S301  # ranks of a run trust each other
+    return pickle.loads(said, buffers=found)  # noqa: S301 - ranks of a run trust each other
 
 
 def _bytes_of(buffer: bytearray | memoryview) -> torch.Tensor:

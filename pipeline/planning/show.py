@@ -235,7 +235,7 @@ def memory_lines(
             if of_stage.host:
                 mark = f"{mark} + {gigabytes(of_stage.host)} GB of host memory".lstrip()
             if of_stage.host_to_load > of_stage.host:
-                mark = f"{mark} + {gigabytes(of_stage.host_to_load)} GB of host memory to load".lstrip()
+                mark = f"{mark}; loading: {gigabytes(of_stage.host_to_load)} GB of the host's".lstrip("; ")
             terms = [of_stage.of(column) for column in COLUMNS]
             sizes = [*terms, of_stage.device + of_stage.host - sum(terms), of_stage.device]
             rows.append([str(stage), *map(gigabytes, sizes), mark])

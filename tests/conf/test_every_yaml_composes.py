@@ -25,6 +25,8 @@ def choice(path: Path) -> list[str]:
     group, name = path.parent.name, path.stem
     if group == "experiment":
         return [f"experiment={name}"]
+    if (group, name) == ("model", "qlora"):  # 4-bit weights are of a model that exists
+        return ["model=qlora", "model.path=models/smollm2", "steps=[sft]", "sft.data.path=rows.jsonl"]
     key = f"{group}@sft.{group}" if group in PER_STEP else group
     return ["model=llama_4m" if group == "data" else "experiment=demo", f"{key}={name}"]
 

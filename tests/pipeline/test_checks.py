@@ -26,6 +26,7 @@ from common.tracking_config import MirrorName
 from launch import local
 from pipeline import checks
 from pipeline.config import PipelineConfig
+from pipeline.disk import SMALLEST_DISK, disk_needed
 from tests.pipeline.checking import LLAMA, config_in, error_of
 
 
@@ -305,13 +306,13 @@ def test_a_disk_too_full_for_the_export_and_a_checkpoint_is_refused(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, checks.SMALLEST_DISK + 799))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, SMALLEST_DISK + 799))
     checks.check(config, ranks=1)
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps(LLAMA))
     Path("model/model.safetensors").write_bytes(b"x" * 100)  # exported once, and 7 times in a checkpoint
     config.model = ModelConfig(path="model")
-    assert checks.disk_needed([config.model]) == checks.SMALLEST_DISK + 800
+    assert disk_needed([config.model]) == SMALLEST_DISK + 800
     assert "are free" in error_of(config).message
     config.model.lora.enabled = True
     checks.check(config, ranks=1)

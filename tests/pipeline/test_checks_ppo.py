@@ -22,6 +22,7 @@ from common.fields import as_schema
 from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
+from pipeline.disk import SMALLEST_DISK
 from step3_ppo.config import Estimator, RewardSourceConfig, RolloutEngine
 from tests.pipeline.checking import LLAMA, config_in, error_of
 
@@ -141,7 +142,7 @@ def test_the_critics_checkpoint_needs_its_part_of_the_disk(
     for critic, needed in ((True, 800 + 700), (False, 800)):
         if not critic:
             ppo.ppo.estimator, ppo.ppo.rollout.samples_per_prompt = Estimator.rloo, 2
-        free = checks.SMALLEST_DISK + needed
+        free = SMALLEST_DISK + needed
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
         checks.check(ppo, ranks=1)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free - 1))

@@ -69,5 +69,5 @@ def test_scales_are_told_from_weights_by_their_names(network: torch.nn.Module) -
 
 def test_new_weights_are_not_quantized() -> None:
     model = ModelConfig(config={"model_type": "llama"}, quantize=Quantize.nf4, lora=LoraConfig(enabled=True))
-    with pytest.raises(UserError, match="quantize=nf4 is for weights that exist"):
+    with pytest.raises(UserError, match="quantize=nf4 needs weights that exist"):
         model.check("model.")
