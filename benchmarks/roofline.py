@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.measure import PROJECT, machine, table, write_results
-from pipeline.planning.network import Network, from_fields
+from pipeline.planning.network import from_fields
 
 PEAK, PEAK_FP32, BANDWIDTH = 989e12, 67e12, 4.8e12
 """Of an H200: operations per second in bf16 and fp32, bytes per second."""
@@ -31,8 +30,6 @@ REACHED_OPERATIONS, REACHED_BANDWIDTH = 0.75, 0.85
 """The share of them that good kernels reach."""
 TOKENS, MICRO_BATCHES = 16_384, 2
 """Of a pass; passes of a step."""
-DOCUMENT, CHUNK = 512, 4096
-"""Tokens of a document, the last of which has no target; of a chunk of the loss head."""
 SHOWN = 24
 """Kernels of a table."""
 PLAIN: dict[str, Any] = {
@@ -92,19 +89,6 @@ def rows_of(kernels: Sequence[Sequence[Any]], step: int = 2) -> list[Row]:
     return sorted(rows.values(), key=lambda row: -row.reached)
 
 
-def with_a_kernel_for_the_head(rows: Sequence[Row], network: Network) -> list[Row]:
-    """Without the loss head's small operations: one kernel reads the fp32 logits and writes their gradient in
-    bf16, and the products add to the weight's fp32 gradient. By formula: this kernel is not run here."""
-    tokens = MICRO_BATCHES * (TOKENS - TOKENS // DOCUMENT)
-    chunks = MICRO_BATCHES * math.ceil(TOKENS / CHUNK)
-    kernel = Row("head: from logits to their gradient, by formula")
-    kernel.add(chunks, tokens * network.vocabulary * (4 + 2), 0, 0)
-    sums = Row("head: sums of the weight's gradient, by formula")
-    sums.add(chunks, chunks * network.vocabulary * network.hidden * 2 * 4, 0, 0)
-    kept = [row for row in rows if not row.kernel.startswith("head: ") or row.kernel == "head: mm"]
-    return sorted([*kept, kernel, sums], key=lambda row: -row.reached)
-
-
 def account(case: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
     """MFU, time, memory and kernels of a case."""
     from tests.gpu_fake.large import SIZES
@@ -118,12 +102,11 @@ def account(case: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
     for kernel in outcome["kernels"]:
         by_phase["update" if kernel[0] == "update" else "passes"].append(kernel)
     seconds, reached = sum(row.seconds for row in rows), sum(row.reached for row in rows)
-    with_kernel = sum(row.reached for row in with_a_kernel_for_the_head(rows, network))
     return {
         "parameters": network.parameters, "case": case, "peak_memory": outcome["peak"],
         "model_operations_seconds": ideal,
         "seconds_at_peaks": seconds, "mfu_at_peaks": ideal / seconds,
-        "seconds": reached, "mfu": ideal / reached, "mfu_with_head_kernel": ideal / with_kernel,
+        "seconds": reached, "mfu": ideal / reached,
         "seconds_by_phase": {
             name: sum(row.reached for row in rows_of(kernels)) for name, kernels in by_phase.items()
         },
@@ -144,8 +127,7 @@ def rendered(name: str, found: dict[str, Any]) -> str:
     ]  # fmt: skip
     calls, size = sum(row["calls"] for row in kernels), sum(row["bytes"] for row in kernels)
     return (
-        f"{name}: MFU at most {found['mfu']:.1%}, {found['mfu_with_head_kernel']:.1%} with a kernel for the "
-        f"loss head ({found['mfu_at_peaks']:.1%} at the peaks)\n"
+        f"{name}: MFU at most {found['mfu']:.1%} ({found['mfu_at_peaks']:.1%} at the peaks)\n"
         f"a step of {MICRO_BATCHES} x {TOKENS:,} tokens takes {found['seconds'] * 1e3:,.0f} ms at least, its "
         f"model operations {found['model_operations_seconds'] * 1e3:,.0f} at the peak; {calls:,} kernels, "
         f"{size / 1e9:,.0f} GB; peak memory {found['peak_memory'] / 1e9:.1f} GB\n" + table(head, rows)

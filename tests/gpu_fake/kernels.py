@@ -86,7 +86,8 @@ class Kernels:
         if HEAD in site():
             name = f"head: {name}"
         factors = [x for x in given if x.is_floating_point()]
-        is_half = bool(factors) and factors[-1].element_size() == 2  # addmm's first is the fp32 sum
+        first = 1 if func.overloadpacket.__name__ == "addmm" else 0  # behind the sum, which is fp32
+        is_half = len(factors) > first and factors[first].element_size() == 2
         operations = _operations(func, args, kwargs, out, self._values)
         self.found[*place(), name].add(size, operations, is_half)
 
