@@ -3,6 +3,7 @@
 # make check  what CI runs: style, types, import contracts, tests, also those that train for minutes or a real model
 # make pretrained  a small real model, SmolLM2-135M-Instruct, in models/smollm2 (93 MB are downloaded); make real tests with it
 # make gpu-fake  the CUDA path of every recipe on a GPU that is not there, its synchronisations and its memory (needs g++)
+# make kernels   4-bit weights, 8-bit AdamW and the loss head's Triton kernel, which processes with them pay for at every start
 # make vllm   an environment in .vllm with vLLM's build for CPUs (4 GB), and the tests of roll-outs with it
 # make audit  known vulnerabilities of the pinned versions; says so when it cannot look them up
 # make browser   a Chromium, in which the report is tested; make check looks for one itself
@@ -18,7 +19,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow gpu-fake vllm browser pretrained real check style audit faults fuzz versions docs bench clean
+.PHONY: demo test slow gpu-fake kernels vllm browser pretrained real check style audit faults fuzz versions docs bench clean
 
 demo: $(VENV)/.core
 	$(RUN) -m pipeline run
@@ -35,6 +36,14 @@ slow: $(VENV)/.dev
 # Shapes, dtypes, devices, memory and synchronisations; no kernel computes. Skipped, and said so, without g++.
 gpu-fake: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/gpu_fake -m gpu_fake -n auto --dist loadfile --no-loadscope-reorder -rs
+
+# Beside the environment, not in it: peft imports both wherever they are, which takes memory and time.
+KERNELS := .kernels
+kernels: $(VENV)/.dev
+	test -e $(KERNELS)/.built || $(PIP) --no-deps --target $(KERNELS) bitsandbytes 'triton>=3,<4'
+	touch $(KERNELS)/.built
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(KERNELS) $(RUN) -m pytest -m 'slow or not slow' -rs \
+	tests/recipes/test_bitsandbytes.py tests/common/model/test_nf4.py tests/common/model/test_loss_kernel.py
 
 # vLLM 0.32 as it asks to be, then ours as pinned, but for numpy and setuptools, which it pins itself. It asks for
 # transformers below 5.20 and works with ours, as the tests show. It wants torch's build for the CPU. What it wants of
@@ -58,7 +67,7 @@ $(VLLM)/.built: pyproject.toml constraints.txt
 	touch $@
 
 # The audit is last: what it could not look up is read.
-check: browser style test slow gpu-fake real audit
+check: browser style test slow gpu-fake kernels real audit
 
 # What is there already is left alone.
 pretrained: models/smollm2

@@ -1,7 +1,7 @@
 """What PPO can be told."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
@@ -105,10 +105,10 @@ class RolloutConfig:
     def check(self, at: str) -> None:
         """The engine can do what it is asked for, and nothing is set for another one."""
         if not self.uses_vllm:
-            if self.vllm != VLLMConfig():
-                raise UserError(
-                    f"{at}vllm has no effect with {at}engine={self.engine.value}", hint=f"{at}engine=vllm"
-                )
+            for each in fields(VLLMConfig):
+                if getattr(self.vllm, each.name) != each.default:
+                    what = f"{at}vllm.{each.name} has no effect with {at}engine={self.engine.value}"
+                    raise UserError(what, hint=f"{at}engine=vllm")
             return
         if self.leaves_out_tokens and self.temperature != 1:
             raise UserError(

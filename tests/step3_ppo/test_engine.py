@@ -73,7 +73,10 @@ def test_doctor_says_which_one_there_is(
 @pytest.mark.parametrize(
     ("written", "named"),
     [
-        ({"vllm": {"importance_cap": 3}}, "ppo.rollout.vllm has no effect with ppo.rollout.engine=builtin"),
+        (
+            {"vllm": {"importance_cap": 3}},
+            "ppo.rollout.vllm.importance_cap has no effect",
+        ),
         ({"engine": "vllm", "temperature": 0.7, "top_p": 0.9}, "ppo.rollout.temperature=0.7"),
         ({"engine": "vllm", "temperature": 0.7, "top_k": 5}, "ppo.rollout.top_k=5"),
         ({"engine": "vllm", "gather_parameters": False}, "ppo.rollout.gather_parameters=false"),
