@@ -64,7 +64,7 @@ def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(
     ppo.model.lora.enabled = ppo.model.lora.dora = True
     assert "has no DoRA" in error_of(ppo).message
     ppo.model.lora.dora, ppo.model.quantize = False, Quantize.nf4
-    monkeypatch.setattr(checks, "check_gpu", lambda *_: None)  # nf4 needs one
+    monkeypatch.setattr(checks, "check_bitsandbytes", lambda *_: None)  # nf4 needs it
     assert "another policy than the one that is trained" in error_of(ppo).message
 
 
