@@ -137,4 +137,4 @@ $(VENV)/.bench: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) $(KERNELS) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -32,7 +32,7 @@ from benchmarks.ppo_sides import (
     our_command,
     reference_command,
 )
-from launch import local
+from common.cores import count_cores
 
 OURS, RATE = "ours", "tokens_per_second"
 SKIPPED = 1
@@ -126,7 +126,7 @@ def measure(load: Load, folder: Path, name: str, start: Start) -> dict[str, Any]
     place = folder / name.replace(",", "").replace(" ", "_")
     command, metrics = start(place)
     environment = {
-        **threads_environment(min(local.count_cores(), 8)), "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        **threads_environment(min(count_cores(), 8)), "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }  # fmt: skip
     try:
         usage, ticks = run_measured(command, log=place / "log", environment=environment, steps_file=metrics)

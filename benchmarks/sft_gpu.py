@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.measure import ChildFailed, run_measured, table, threads_environment, write_results
 from benchmarks.profiled import profiled
+from common.cores import count_cores
 from launch import local
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def measure(run: Run) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "benchmarks.sft_gpu", "--shape", run.shape, "--child", str(out / "run.json"),
     ]  # fmt: skip
-    threads = threads_environment(min(local.count_cores(), 8))
+    threads = threads_environment(min(count_cores(), 8))
     environment = {**local.environment(local.Job("", ())), **threads}
     environment |= {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True"

@@ -28,11 +28,6 @@ class WorkerEnded(Exception):
     """A process ended with an item in its hands; the text says how."""
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
     """One result per item, in order. Items, results and exceptions are pickled; these are raised here, in
     their turn.

@@ -19,6 +19,7 @@ from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cores import count_cores
 from common.errors import UserError
 from common.launch_config import LaunchConfig, Launcher
 
@@ -226,17 +227,6 @@ def _busy_and_all() -> tuple[int, int] | None:
     except (OSError, ValueError, IndexError):  # not Linux
         return None
     return sum(counts) - idle - waiting_for_disk, sum(counts)
-
-
-def count_cores() -> int:
-    """CPU cores this process may use: its affinity, or less where the container has a quota."""
-    affine = getattr(os, "sched_getaffinity", None)
-    cores = len(affine(0)) if affine is not None else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or the word max: no quota
-        return cores
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.config import SourceConfig
+from common.cores import count_cores
 from common.data import cache, sources
 from common.data.blocks import COLUMNS, DTYPES, IN_EVAL, Event, Made, Maker, is_ours
 from common.data.ledger import Ledger, SourceLedger
@@ -28,7 +29,7 @@ from common.data.splits import held_out
 from common.data.stored import CHUNK_ROWS, ROWS_FILE
 from common.data.types import Place
 from common.errors import UserError
-from common.pool import WorkerEnded, cores, in_order
+from common.pool import WorkerEnded, in_order
 
 if TYPE_CHECKING:
     import pyarrow
@@ -140,7 +141,7 @@ class Writer:
                 waiting.append(block)
                 yield block, self.spool / f"{maker.number}_{at:09}.npz"
 
-        count = self.reader.data.processes or cores()
+        count = self.reader.data.processes or count_cores()
         try:
             for path in in_order(maker.kept, tasks(), count):
                 block = waiting.pop(0)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.config import Dtype, ModelConfig, dtype_on
+from common.compiling import why_not_compiled
+from common.config import ModelConfig
 from common.errors import UserError
 from common.model.one_by_one import decoder_of, reason_of
 from common.notices import notice
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 GRAPHS = 32
 """Of one kind of layer, at most: with and without gradients, dropout, prefixes; of one shape and of any."""
-NOT_COMPILED, SLOWER = "layers are not compiled", "by bytes and operations 19 to 25 % slower"
+NOT_COMPILED, SLOWER = "layers are not compiled", "by bytes and operations 19 to 30 % slower"
 
 
 def settled(model: ModelConfig, device: torch.device, zero_stage: int) -> ModelConfig:
@@ -43,10 +44,8 @@ def settled(model: ModelConfig, device: torch.device, zero_stage: int) -> ModelC
 def _why_not(model: ModelConfig, zero_stage: int) -> str | None:
     from torch.utils._triton import has_triton_package
 
-    if zero_stage == 3:
-        return "ZeRO-3 fetches weights while a layer runs"
-    if dtype_on(model.dtype, gpu=True) is Dtype.fp32:
-        return "attention in fp32 asks for the lengths of documents"
+    if (why := why_not_compiled(model.dtype, zero_stage)) is not None:
+        return why
     if not has_triton_package():
         return "triton is not installed"
     return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "there is no C compiler"

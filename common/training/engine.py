@@ -175,8 +175,8 @@ class Engine:
         return one_by_one(self._engine.optimizer, named)
 
     @contextmanager
-    def gathered(self, only: list[torch.nn.Parameter] | None = None) -> Iterator[None]:
-        """All weights (or `only` these) whole on every rank in the block; on stages 1 and 2 they always are.
+    def gathered(self) -> Iterator[None]:
+        """All weights whole on every rank while the block runs; on stages 1 and 2 they always are.
 
         Forward passes then cost no collective, so that ranks may run different ones, also over parts of the
         module. There is no backward pass in the block, and it must not change weights.
@@ -184,7 +184,7 @@ class Engine:
         if self.zero_stage < 3:
             yield
             return
-        with _gathered(self.module, self._engine.optimizer.parameter_offload, only):
+        with _gathered(self.module, self._engine.optimizer.parameter_offload):
             yield
 
     def master_weights(self) -> list[torch.Tensor]:
@@ -395,13 +395,13 @@ def _initialized(
 
 
 @contextmanager
-def _gathered(module: torch.nn.Module, offload: Any, only: Any = None) -> Iterator[None]:
+def _gathered(module: torch.nn.Module, offload: Any) -> Iterator[None]:
     """Whole weights under ZeRO-3. offload: DeepSpeed's, whose hooks release weights of a called module."""
     import deepspeed
 
     # what was fetched ahead for a backward pass that did not come is still on its way
     offload.partition_all_parameters()
-    with deepspeed.zero.GatheredParameters(only or list(module.parameters())), _hooks_off(module, offload):
+    with deepspeed.zero.GatheredParameters(list(module.parameters())), _hooks_off(module, offload):
         yield
 
 

@@ -24,8 +24,13 @@ def whole_weights(engine: Engine, model: nn.Module) -> Iterator[tuple[str, torch
     to be read before the next update.
     """
     is_adapted, stored = hasattr(model, "peft_config"), model.state_dict().keys()
-    for name, parameter in model.named_parameters():
-        if is_adapter(name) or not is_adapted:
-            with engine.gathered([parameter]):
-                yield name, parameter.detach().clone() if engine.zero_stage == 3 else parameter.detach()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored and not is_adapted)
+    named: dict[str, torch.Tensor] = dict(model.named_parameters())
+    if is_adapted:
+        named = {name: tensor for name, tensor in named.items() if is_adapter(name)}
+    else:
+        named |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    if engine.zero_stage < 3:
+        yield from ((name, tensor.detach()) for name, tensor in named.items())
+        return
+    for name, tensor in engine.whole_weights(named):
+        yield name, tensor.detach().clone()

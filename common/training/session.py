@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from common.artifacts import MANIFEST, Artifact, file_sha256
+from common.compiling import ALONE
 from common.config import (
     DataConfig,
     JobConfig,
@@ -92,10 +93,6 @@ class SaveClock:
 
     def restart(self) -> None:
         self._last = self._now()
-
-
-ALONE = (Step.sft, Step.reward)
-"""Steps that compare no two passes, which may be compiled with other roundings."""
 
 
 class Session:

@@ -80,9 +80,13 @@ def build_data(
             data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
             report=say, wait=wait, show=show,
         )  # fmt: skip
-    split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
-    weights = dataset.source_weights(data)
+    weights, split = dataset.source_weights(data), _stage_split(job, data)
     return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
+
+
+def _stage_split(job: JobConfig, data: DataConfig) -> dict[str, Any] | None:
+    """How rows are shared out between the steps, as artifacts record it."""
+    return {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
 
 
 def _streamed(
@@ -109,10 +113,9 @@ def _streamed(
     rows: Any = stream(
         data, tokenizer, stage=step.value, seed=job.seed, cache_dir=folder, report=say, wait=wait
     )
-    split = {"seed": job.seed, "shares": dict(data.stage_split)} if data.stage_split else None
-    names = dict.fromkeys(rows.sources, 1.0)
+    weights, split = dict.fromkeys(rows.sources, 1.0), _stage_split(job, data)
     evaluated = None if held_out is None else held_out.train
-    return StepData(rows, evaluated, ledger, names, split, data.chat_template_kwargs)
+    return StepData(rows, evaluated, ledger, weights, split, data.chat_template_kwargs)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Dtype, dtype_on
-from launch.local import count_cores, count_gpus, python_path
+from common.cores import count_cores
+from launch.local import count_gpus, python_path
 from pipeline.doctor.findings import GIB, Findings, Machine, note, ok, warning
 from pipeline.planning import devices
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from common.compiling import ALONE, why_not_compiled
 from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
 from common.handoff import model_of
 from common.parts import why_whole
@@ -42,8 +43,7 @@ def compiles(config: PipelineConfig, step: Step) -> bool:
     """Whether a GPU's layers are compiled, as in `common.model.compiled`, on a machine that can."""
     if config.model.compile is not None:
         return config.model.compile
-    alone = step in (Step.sft, Step.reward)
-    return alone and config.deepspeed.stage < 3 and config.model.dtype is not Dtype.fp32
+    return step in ALONE and why_not_compiled(config.model.dtype, config.deepspeed.stage) is None
 
 
 def workload_of(
