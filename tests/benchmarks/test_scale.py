@@ -1,10 +1,12 @@
 """The arithmetic of benchmarks/scale.py beside published figures and sums by hand."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from benchmarks import scale
+from benchmarks.measure import PROJECT
 from benchmarks.scale import GB, TASKS, Cluster, models
 
 SFT_8K = TASKS[0]
@@ -54,3 +56,14 @@ def test_checkpoints_are_as_far_apart_as_youngs_formula_says() -> None:
     assert found.checkpoint_seconds == pytest.approx(writing, rel=1e-3)
     assert found.interval_minutes == pytest.approx((2 * writing * 12.378 * 3600) ** 0.5 / 60, rel=1e-3)
     assert 0.01 < found.lost < 0.03
+
+
+def test_the_page_has_the_tables_that_the_program_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scale", "--results", str(tmp_path)])
+    assert scale.main() == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line and "written" not in line]
+    page = (PROJECT / "docs" / "scale.md").read_text()
+    assert len(printed) > 70
+    assert [line for line in printed if line not in page] == []
