@@ -328,6 +328,8 @@ class TrainConfig:
     """steps between checkpoints; 0: only at the end, when told to stop, and by save_minutes"""
     save_minutes: float = number(30.0, 0, 1_000_000)
     """and one after so many minutes without; 0: never"""
+    async_save: Optional[bool] = None
+    """write checkpoints from host memory while training goes on; null: on a GPU"""
     keep_checkpoints: int = number(2, 1, 1_000_000)
     """newest checkpoints kept, beside the best one"""
     export: Exported = Exported.last

@@ -195,6 +195,7 @@ _FREE = "free some space, or "
 _DISK_REASONS = {
     errno.ENOSPC: ("the disk is full", _FREE),
     errno.EDQUOT: ("the disk quota is used up", _FREE),
+    errno.EFBIG: ("a file may not be so large there", "raise the limit (ulimit -f), or "),
     errno.EIO: ("the disk does not work (input/output error)", "check it, or "),
     errno.ESTALE: ("the file server has lost it (stale file handle)", "check the mount, or "),
     errno.EROFS: ("the file system is read-only", ""),

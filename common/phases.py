@@ -88,13 +88,15 @@ _current = Phase("start", None)
 _faults: Faults | None = None
 
 
-def enter(name: str, step: int | None = None) -> bool:
-    """Record that this rank enters a phase. step: None keeps the step of the phase before.
+def enter(name: str, step: int | None = None, *, beside: bool = False) -> bool:
+    """Record that this rank enters a phase. step: None keeps the step of the phase before. beside: a thread
+    enters it, while the rank stays where it is.
 
     Returns True when an injected fault asks for a NaN loss, at `backward` only.
     """
     global _current
-    _current = Phase(name, _current.step if step is None else step)
+    if not beside:
+        _current = Phase(name, _current.step if step is None else step)
     return _faults is not None and _faults.inject(name, _current.step)
 
 

@@ -58,7 +58,7 @@ class Iterations:
             "actor": actor, "experience": self._unfinished, "critic": critic, "average": self.average,
         }  # fmt: skip
         self._state = StatefulGroup(**{name: part for name, part in parts.items() if part is not None})
-        self._checkpoints = session.checkpoints()
+        self._checkpoints = session.checkpoints
         restored = restore(
             self._checkpoints, self._state, session.say, lambda stored: PPOCounters.of(stored).place
         )
@@ -116,6 +116,7 @@ class Iterations:
     def leave(self) -> NoReturn:
         """Save and end the process: all ranks were told to stop."""
         self._save()
+        self._checkpoints.finish()
         self._session.progress.log(
             f"told to stop: saved in iteration {self.counters.step + 1}; the same command goes on there"
         )

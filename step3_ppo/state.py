@@ -16,6 +16,7 @@ import numpy as np
 
 from common.training import loop
 from common.training.engine import StepOutcome
+from common.training.snapshot import Open
 from step3_ppo.rollout import Experience, Response
 
 FILE = "experience.npz"
@@ -122,11 +123,12 @@ class Unfinished:
         self.experience: Experience | None = None
         self._writes = writes
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, open_file: Open) -> None:
         """Write the experience, if there is one."""
         if self.experience is None or not self._writes:
             return
-        np.savez(folder / FILE, allow_pickle=False, **to_arrays(self.experience))
+        with open_file(folder / FILE) as file:
+            np.savez(file, allow_pickle=False, **to_arrays(self.experience))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, bit for bit; None where it wrote nothing."""

@@ -1,9 +1,10 @@
 """Resumable state on disk: commit, verify, fall back, keep.
 
 A checkpoint is a folder `step_00000200/` that exists whole or not at all: every rank writes into
-`step_00000200.tmp/`, every file is hashed, the manifest is written, all is flushed to disk, the folder
-is renamed. On load all ranks vote for the newest one whose files all of them could verify; a broken
-one is set aside under `quarantine/`, never deleted. Retention deletes after a commit, never before.
+`step_00000200.tmp/` and hashes what it wrote, the manifest is written, all is flushed to disk, the folder
+is renamed. Ranks can write beside training (`snapshot.py`); all else is a collective. On load all ranks vote
+for the newest one whose files all of them could verify; a broken one is set aside under `quarantine/`, never
+deleted. Retention deletes after a commit, never before.
 
 Besides the counters it holds a `Stateful`, most often the engine; `StatefulGroup` combines several (actor,
 critic, an average). The recipe decides what the counters mean. Generators have no state here: a recipe seeds
@@ -15,14 +16,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from common.artifacts import (
     MANIFEST,
@@ -30,15 +31,16 @@ from common.artifacts import (
     FileRecord,
     Manifest,
     fault_of,
-    file_sha256,
     read_manifest,
     write_manifest,
 )
 from common.errors import UserError
-from common.files import commit_folder, disk_errors, is_damage, set_aside, written_where
+from common.files import commit_folder, disk_errors, set_aside, written_where
 from common.phases import enter
 from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
+from common.training.snapshot import Buffers, Open, Snapshot, at_once, in_background
 
+T = TypeVar("T")
 log = logging.getLogger("rlhf.checkpoint")
 
 COUNTERS = "counters.json"
@@ -49,10 +51,11 @@ _NAME = re.compile(r"step_(\d{8})")
 class Stateful(Protocol):
     """Anything that writes itself into a checkpoint's folder and reads itself back."""
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part into `folder`, which exists; all ranks call it.
+    def save(self, folder: Path, open_file: Open) -> None:
+        """Write this rank's part below `folder`, which exists, into files that `open_file` opens; all ranks
+        call it.
 
-        A disk that refuses raises OSError or RuntimeError, once this rank has taken part in every collective.
+        A disk that refuses raises OSError, once this rank has taken part in every collective.
         """
 
     def load(self, folder: Path) -> str | None:
@@ -69,7 +72,7 @@ class StatefulGroup:
     def __init__(self, **parts: Stateful) -> None:
         self._parts = parts
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, open_file: Open) -> None:
         """Save all of them, also after one that the disk refused: the other ranks may have saved that one,
         and would wait in the next one's collectives. Raises the first refusal."""
         refused: list[Exception] = []
@@ -79,8 +82,8 @@ class StatefulGroup:
             except OSError as error:
                 refused.append(error)  # without the folder what follows is refused as well
             try:
-                part.save(folder / name)
-            except (OSError, RuntimeError, UserError) as error:
+                part.save(folder / name, open_file)
+            except (OSError, UserError) as error:
                 refused.append(error)
         if refused:
             raise refused[0]
@@ -101,31 +104,82 @@ class Resumed:
     resharded: str | None = None  # what changed, where other ranks or another ZeRO stage wrote it
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that is not committed yet. records: this rank's files, once they are written."""
+
+    final: Path
+    step: int
+    best_step: int | None
+    records: Future[dict[str, FileRecord]]
+
+    @property
+    def partial(self) -> Path:
+        return _partial(self.final)
+
+
 class Checkpoints:
     """The checkpoints of one step of one run."""
 
-    def __init__(self, folder: Path, *, keep: int, world: World, base_revision: str | None = None) -> None:
-        """base_revision: commit of a hub model; one that moved under a run is refused on resume."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        world: World,
+        base_revision: str | None = None,
+        background: bool = False,
+    ) -> None:
+        """base_revision: commit of a hub model; one that moved under a run is refused on resume.
+
+        background: files are held in memory and written while training goes on, which takes this rank's part
+        of a checkpoint in host memory.
+        """
         self.folder, self._keep, self._world = folder, keep, world
         self._details = {"world_size": world.size, "base_revision": base_revision}
+        self._buffers: Buffers | None = {} if background else None
+        self._pending: Pending | None = None
 
     def save(self, step: int, state: Stateful, counters: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Commit the state after `step`; all ranks call it. The newest `keep` and the best remain.
 
-        UserError on a full or read-only disk, with what was saved before left as it was.
+        In the background the state is held, and `finish` commits it. UserError on a full or read-only disk,
+        with what was saved before left as it was.
         """
+        self.finish()
         enter("save")
         final = self.folder / f"step_{step:08d}"
-        partial = final.with_name(f"{final.name}.tmp")
+        partial = _partial(final)
         if all(all_gather_objects((final / MANIFEST).exists())):
             return final
         broadcast_from_rank0(self._world, lambda: self._start(partial))
-        self._on_every_rank(partial, lambda: self._write_own(partial, state, counters))
-        records = self._hash_own_share(partial)
-        broadcast_from_rank0(self._world, lambda: self._commit(partial, final, step, records))
-        broadcast_from_rank0(self._world, lambda: self._forget_old(best_step))
-        enter("commit.end")
+        snapshot = Snapshot(partial, self._buffers)
+        self._on_every_rank(partial, lambda: self._write_own(snapshot, state, counters))
+        held = self._buffers is not None
+        written = in_background(snapshot.write) if held else at_once(snapshot.write)
+        self._pending = Pending(final, step, best_step, written)
+        if not held:
+            self.finish()
         return final
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written its part of a checkpoint that is still to be committed."""
+        return self._pending is not None and self._pending.records.done()
+
+    def finish(self) -> None:
+        """Commit what is being written, once it is written on all ranks, which all call it.
+
+        UserError as of `save`.
+        """
+        if (pending := self._pending) is None:
+            return
+        self._pending = None
+        shares = self._on_every_rank(pending.partial, pending.records.result)
+        records = {name: record for share in shares for name, record in share.items()}
+        broadcast_from_rank0(self._world, lambda: self._commit(pending, records))
+        broadcast_from_rank0(self._world, lambda: self._forget_old(pending.best_step))
+        enter("commit.end")
 
     def resume(self, state: Stateful) -> Resumed | None:
         """Restore the newest checkpoint that every rank can verify; None when there never was one.
@@ -191,41 +245,27 @@ class Checkpoints:
         if free < needed:
             raise _no_room(self.folder, free, f"a checkpoint takes {needed / 2**20:.1f} MiB")
 
-    def _write_own(self, partial: Path, state: Stateful, counters: Mapping[str, Any]) -> None:
-        state.save(partial)
-        enter("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
+    def _write_own(self, snapshot: Snapshot, state: Stateful, counters: Mapping[str, Any]) -> None:
+        state.save(snapshot.folder, snapshot.open)
+        if self._buffers is None:
+            enter("commit.write")  # after the collectives of the state, as what a disk refuses is raised then
         if self._world.is_rank0:
-            (partial / COUNTERS).write_text(json.dumps(dict(counters), sort_keys=True, indent=2))
+            with snapshot.open(snapshot.folder / COUNTERS) as file:
+                file.write(json.dumps(dict(counters), sort_keys=True, indent=2).encode())
 
-    def _hash_own_share(self, partial: Path) -> dict[str, FileRecord]:
-        """Hash every world_size-th file; return all ranks' records."""
-
-        def listed() -> list[str]:
-            enter("commit.hash")
-            return [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
-
-        names = sorted(set().union(*all_gather_or_raise(listed)))  # a client's listing may be behind
-        own = names[self._world.rank :: self._world.size]
-        shares = all_gather_or_raise(lambda: {name: self._record(partial / name) for name in own})
-        return {name: record for share in shares for name, record in share.items()}
-
-    def _record(self, path: Path) -> FileRecord:
-        try:
-            return FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
-        except OSError as error:
-            way_out = f"all ranks need one disk that works: check it, or another one with {written_where()}"
-            raise UserError(
-                f"{path} was written, but rank {self._world.rank} cannot read it: {error.strerror}",
-                hint=way_out if is_damage(error) else None,
-            ) from None
-
-    def _commit(self, partial: Path, final: Path, step: int, records: dict[str, FileRecord]) -> None:
-        details = {"step": step, **self._details}
+    def _commit(self, pending: Pending, records: dict[str, FileRecord]) -> None:
+        partial, details = pending.partial, {"step": pending.step, **self._details}
+        for name, record in records.items():
+            if not _is_there(partial / name, record["bytes"]):
+                way_out = (
+                    f"all ranks need one disk that works: check it, or another one with {written_where()}"
+                )
+                raise UserError(f"{partial / name} was written, but rank 0 does not find it", hint=way_out)
         with disk_errors(partial):
             enter("commit.manifest")
             write_manifest(partial, Manifest("checkpoint", None, records, details))
         enter("commit.rename")
-        commit_folder(partial, final)
+        commit_folder(partial, pending.final)
 
     def _forget_old(self, best_step: int | None) -> None:
         enter("commit.forget")
@@ -263,20 +303,15 @@ class Checkpoints:
                 hint=f"resume with model.revision={revision}, or start a new run_name",
             )
 
-    def _on_every_rank(self, partial: Path, action: Callable[[], None]) -> None:
+    def _on_every_rank(self, partial: Path, action: Callable[[], T]) -> list[T]:
         """Run on all ranks; a refusal of the disk becomes a UserError, and the part is removed."""
 
-        def attempt() -> None:
-            try:
-                with disk_errors(partial):
-                    action()
-            except RuntimeError as error:
-                if (refused := _refused_write(partial, error)) is not None:
-                    raise refused from error
-                raise
+        def attempt() -> T:
+            with disk_errors(partial):
+                return action()
 
         try:
-            all_gather_or_raise(attempt)
+            return all_gather_or_raise(attempt)
         except UserError:  # all ranks have learnt of it: nothing is removed under those that still write
             if self._world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -292,21 +327,16 @@ def _left_with_a_warning(path: Path) -> Iterator[None]:
         log.warning("%s cannot be removed: %s; the next save tries again", path, error.strerror)
 
 
-def _refused_write(partial: Path, error: RuntimeError) -> UserError | None:
-    """The disk's error, found by a small write because torch hides it; None for another kind of `error`."""
-    reason = "not all of a file could be written"
+def _partial(final: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return final.with_name(f"{final.name}.tmp")
+
+
+def _is_there(path: Path, size: int) -> bool:
     try:
-        with disk_errors(partial), open(partial / "probe", "wb") as file:
-            file.write(bytes(2**20))
-            file.flush()
-            os.fsync(file.fileno())
-    except UserError as refused:
-        return refused
-    except OSError as refused:
-        reason = str(refused.strerror)
-    if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:
-        return None
-    return _no_room(partial, shutil.disk_usage(partial).free, reason)
+        return path.stat().st_size == size
+    except OSError:
+        return False
 
 
 def _no_room(place: Path, free: int, reason: str) -> UserError:

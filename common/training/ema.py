@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 
 from common.training.engine import Engine
 from common.training.reshard import WEIGHTS, Layout, reshard
+from common.training.snapshot import Open
 
 
 class ExponentialMovingAverage:
@@ -48,12 +49,13 @@ class ExponentialMovingAverage:
         finally:
             self._swap()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, open_file: Open) -> None:
         tensors = {str(number): average for number, average in enumerate(self._averages)}
         rank = dist.get_rank()
-        (folder / _name(rank)).write_bytes(save(tensors))  # safetensors itself hides why a disk refuses
+        with open_file(folder / _name(rank)) as file:  # safetensors itself hides why a disk refuses
+            file.write(save(tensors))
         if rank == 0:
-            self._engine.layout.write(folder)
+            self._engine.layout.write(folder, open_file)
 
     def load(self, folder: Path) -> str | None:
         """Restore what `save` wrote, bit for bit. The number of ranks or the stage may differ: returns from

@@ -36,6 +36,7 @@ from common.runtime.distributed import all_gather_objects, all_gather_or_raise
 from common.training.masters import share_masters
 from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
+from common.training.snapshot import Open
 
 STATE_TAG = "zero"
 """Name of the folder DeepSpeed writes below a checkpoint."""
@@ -101,30 +102,35 @@ class Engine:
         """fp16's current loss scale; 1 otherwise."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state of this rank into `folder`; all ranks call it.
+    def save(self, folder: Path, open_file: Open) -> None:
+        """Write weights and optimizer state of this rank below `folder`, into files that `open_file` opens;
+        all ranks call it.
 
         Raises this rank's disk error once all ranks are done: DeepSpeed has collectives between its writes,
         and a rank that leaves them early takes the others down with it. A removed run's folder stays removed.
         """
-        refused: list[Exception] = []
+        refused: list[OSError] = []
         writer = self._engine.checkpoint_engine
         write, make_folders = writer.save, writer.makedirs
 
         def tried(do: Callable[..., object], *args: Any, **kwargs: Any) -> None:
             try:
                 do(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
+            except OSError as error:
                 refused.append(error)
 
-        writer.save = partial(tried, write)
+        def write_file(state_dict: object, path: str) -> None:
+            with open_file(Path(path)) as file:
+                torch.save(state_dict, file)
+
+        writer.save = partial(tried, write_file)
         writer.makedirs = partial(tried, lambda path, exist_ok: Path(path).mkdir(exist_ok=exist_ok))
         try:
             self._engine.save_checkpoint(
                 str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen()
             )
             if dist.get_rank() == 0:
-                self.layout.write(folder)
+                self.layout.write(folder, open_file)
         except OSError as error:
             refused.append(error)
         finally:

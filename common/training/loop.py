@@ -140,7 +140,7 @@ class Loop(Generic[Rows]):
         self.total_steps = total_steps
         model: Any = learner.engine.module.model
         self._flops_per_token = training_flops_per_token(model)
-        self._checkpoints = session.checkpoints()
+        self._checkpoints = session.checkpoints
         self.counters = Counters()
         self._began, self._saving = 0.0, False
 
@@ -191,6 +191,7 @@ class Loop(Generic[Rows]):
         sums, stopping, self._saving = session.all_reduce(counts)
         if stopping:
             self._save()
+            self._checkpoints.finish()
             session.progress.log(
                 f"told to stop: saved at step {self.counters.step}; the same command goes on from there"
             )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.errors import UserError
+from common.training.snapshot import Open
 
 LAYOUT = "layout.json"
 WEIGHTS = "weights"
@@ -90,12 +91,13 @@ class Layout:
             for shards in zip(*self.ranks, strict=True)
         ]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, open_file: Open) -> None:
         ranks = [
             [[shard.size, shard.first, shard.pieces, shard.wholes] for shard in shards]
             for shards in self.ranks
         ]
-        (folder / LAYOUT).write_text(json.dumps({"zero_stage": self.zero_stage, "ranks": ranks}))
+        with open_file(folder / LAYOUT) as file:
+            file.write(json.dumps({"zero_stage": self.zero_stage, "ranks": ranks}).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Layout | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,16 +121,19 @@ class Session:
     def all_reduce(self, counts: Sequence[float] = ()) -> tuple[list[float], bool, bool]:
         """The sums of `counts` over all ranks, whether to stop, and whether to save: the same on all of them.
 
-        UserError on all ranks when the step's folder was removed: their work could not be saved.
+        Commits a checkpoint that all ranks have written meanwhile. UserError on all ranks when the step's
+        folder was removed: their work could not be saved.
         """
         is_removed = self.world.is_rank0 and not self.folder.exists()
-        flags = (self.stop.received, self.save_clock.asks, is_removed)
-        *sums, stopping, saving, removed = all_reduce_sum([*counts, *flags])
+        flags = (self.stop.received, self.save_clock.asks, is_removed, self.checkpoints.is_written)
+        *sums, stopping, saving, removed, written = all_reduce_sum([*counts, *flags])
         if removed:
             raise UserError(
                 f"{self.folder} was removed while the step was running",
                 hint="a run needs its folder until it ends; the same command begins again",
             )
+        if written == self.world.size:
+            self.checkpoints.finish()
         return sums, bool(stopping), bool(saving)
 
     def load_artifact(self, named: str | None, taken: Input, key: str | None = None) -> Artifact:
@@ -204,11 +208,14 @@ class Session:
             self.say(f"note: {few}")
         return learner
 
+    @cached_property
     def checkpoints(self) -> Checkpoints:
         """Of this step. With a network from the hub they belong to its commit."""
+        asked = self.train_config.async_save
         return Checkpoints(
             self.folder / "checkpoints", keep=self.train_config.keep_checkpoints, world=self.world,
             base_revision=self._base_revision,
+            background=self.world.device.type == "cuda" if asked is None else asked,
         )  # fmt: skip
 
     @contextmanager
@@ -255,7 +262,8 @@ class Session:
         self.tracker.alert(line.removeprefix("warning: "))
 
     def begin_export(self) -> None:
-        """Training is over and saved: from here on a stop signal ends the process at once."""
+        """Training is over and saved: from here on a stop signal ends the process at once. A collective."""
+        self.checkpoints.finish()
         self.stop.deferred = False
         enter("export")
 

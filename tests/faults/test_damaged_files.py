@@ -13,6 +13,7 @@ import torch
 
 from common.runtime.distributed import STOPPED_EXIT_CODE, World
 from common.training.checkpoint import Checkpoints
+from common.training.snapshot import Open
 from tests.programs.faulted import ppo_faulted
 from tests.runs import Base, finish, write_job
 from tests.step3_ppo.runs import make_artifacts, make_job
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 class NoState:
     """As much of a state as it takes to find a checkpoint."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, open_file: Open) -> None:
         raise NotImplementedError
 
     def load(self, folder: Path) -> None:

@@ -67,6 +67,29 @@ def test_sft_told_to_stop_anywhere_ends_with_the_same_bits(base: Base) -> None:
     stop_and_go_on(whole, run_dir, "sft", sft_faulted, SFT)
 
 
+def test_sft_that_saves_beside_training_ends_with_the_same_bits_however_it_is_told_to_stop(
+    base: Base,
+) -> None:
+    job = base.job(max_steps=8, save_every=2, eval_every=4, keep_checkpoints=2)
+    job.deepspeed.stage = 2
+    whole = base.write("never told, waits for its saves", job)
+    job.sft.train.async_save = True
+    run_dir = base.write("told, saves beside", job)
+    finish(whole, 2, sft_faulted, {})
+    newest = 0
+    for fault in (
+        "point=backward,step=1,do=term",  # nothing is being written
+        "point=commit.write,rank=1,do=term",
+        "point=commit.hash,nth=2,rank=0,do=term",
+    ):
+        printed = finish(run_dir, 2, sft_faulted, {"RLHF_FAULT": fault}, code=STOPPED_EXIT_CODE)
+        assert printed.count("told to stop: saved") == 1 and "Traceback" not in printed, fault
+        before, newest = newest, last_checkpoint(run_dir / "sft")
+        assert newest > before and not list((run_dir / "sft" / "checkpoints").glob("*.tmp")), fault
+    finish(run_dir, 2, sft_faulted, {})
+    assert differences(whole, run_dir, "sft") == []
+
+
 @pytest.fixture(scope="module")
 def ppo_runs(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder for a PPO run on two ranks, by name."""

@@ -30,6 +30,7 @@ from common.handoff import TOKEN_FIELDS, check_same_tokens, load_named
 from common.runtime.distributed import World
 from common.stage import Role
 from common.training.checkpoint import Checkpoints
+from common.training.snapshot import Open
 from pipeline import checks
 from pipeline.planning.network import network_of
 from tests.fuzz import odd
@@ -204,9 +205,10 @@ class Numbers:
 
     value = -1.0
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, open_file: Open) -> None:
         (folder / "zero").mkdir()
-        torch.save({"step": torch.tensor(self.value)}, folder / "zero" / "state.pt")
+        with open_file(folder / "zero" / "state.pt") as file:
+            torch.save({"step": torch.tensor(self.value)}, file)
 
     def load(self, folder: Path) -> None:
         self.value = float(torch.load(folder / "zero" / "state.pt", weights_only=True)["step"])

@@ -20,6 +20,7 @@ from common.training.ema import ExponentialMovingAverage
 from common.training.engine import Engine
 from common.training.optim import build_optimizer
 from common.training.reshard import LAYOUT
+from common.training.snapshot import Snapshot
 from tests.programs import engines
 
 BEFORE, AFTER, SHARES = 3, 2, 2
@@ -108,8 +109,8 @@ def write(folder: str, cases: list[Case]) -> int:
         average = ExponentialMovingAverage(engine, 0.8)
         learn(engine, world, range(BEFORE), average)
         engine.module.scale.fill_(7.0)
-        engine.save(where / "state")
-        average.save(where / "average")
+        engine.save(where / "state", Snapshot(where, None).open)
+        average.save(where / "average", Snapshot(where, None).open)
         then, averaged = state_of(engine, case.optimizer), averaged_weights(engine, average, world)
         learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
         later = (engines.weights_of(engine, world), averaged_weights(engine, average, world))

@@ -74,10 +74,10 @@ def refused(folder: str, victim: int) -> int:
         trained.learn(1)
         write = torch.save
 
-        def refuse(value: Any, path: Any, *rest: Any, write: Any = write, **more: Any) -> None:
-            if "/critic/" in str(path):
+        def refuse(value: Any, file: Any, *rest: Any, write: Any = write, **more: Any) -> None:
+            if "/critic/" in file.name:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(value, path, *rest, **more)
+            write(value, file, *rest, **more)
 
         if world.rank == victim:
             torch.save = refuse

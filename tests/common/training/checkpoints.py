@@ -9,6 +9,7 @@ import torch
 
 from common.runtime.distributed import World
 from common.training.checkpoint import Checkpoints
+from common.training.snapshot import Open
 
 FILES = ("zero/weights.pt", "zero/optimizer.pt", "counters.json", "manifest.json")
 
@@ -19,10 +20,11 @@ class StateOnly:
     def __init__(self, value: float = 0.0, numbers: int = 100) -> None:
         self.value, self.numbers = value, numbers
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, open_file: Open) -> None:
         (folder / "zero").mkdir()
         for name in ("weights", "optimizer"):
-            torch.save(torch.full((self.numbers,), self.value), folder / "zero" / f"{name}.pt")
+            with open_file(folder / "zero" / f"{name}.pt") as file:
+                torch.save(torch.full((self.numbers,), self.value), file)
 
     def load(self, folder: Path) -> None:
         values = {float(torch.load(folder / "zero" / f"{n}.pt")[0]) for n in ("weights", "optimizer")}

@@ -17,8 +17,8 @@ from common import artifacts
 from common.artifacts import MANIFEST, Manifest, read_manifest, write_manifest
 from common.errors import UserError
 from common.runtime.distributed import init_world
-from common.training import checkpoint
 from common.training.checkpoint import Checkpoints, StatefulGroup
+from common.training.snapshot import Open
 from tests.common.training.checkpoints import (
     FILES,
     StateOnly,
@@ -186,7 +186,7 @@ def test_nothing_is_deleted_before_the_next_one_is_complete(
     save(checkpoints, 10)
     seen: list[list[int]] = []
 
-    def look(self: StateOnly, folder: Path) -> None:
+    def look(self: StateOnly, folder: Path, open_file: Open) -> None:
         seen.append(checkpoints.steps())
         raise KeyboardInterrupt  # the process ends in the middle of writing
 
@@ -216,37 +216,42 @@ def test_an_unfinished_checkpoint_is_never_loaded(two: Checkpoints) -> None:
 class OfTwoRanks:
     """A state of which each rank writes one file."""
 
-    def save(self, folder: Path) -> None:
-        (folder / f"{os.environ['RANK']}.bin").write_bytes(b"x")
+    def save(self, folder: Path, open_file: Open) -> None:
+        with open_file(folder / f"{os.environ['RANK']}.bin") as file:
+            file.write(b"x")
 
     def load(self, folder: Path) -> None:
         raise NotImplementedError
 
 
-def listed_late(folder: str) -> int:
-    """Rank 1's listing lacks the first file, then it cannot read its share."""
+def on_two_disks(folder: str, background: bool) -> int:
+    """A checkpoint of two files, then one of which rank 0 finds one."""
     world = init_world()
-    checkpoints = Checkpoints(Path(folder), keep=2, world=world)
-    listed = Path.rglob
-    if world.rank == 1:
-        Path.rglob = lambda path, pattern: sorted(listed(path, pattern))[1:]  # type: ignore[assignment, method-assign]
+    checkpoints = Checkpoints(Path(folder), keep=2, world=world, background=background)
     path = checkpoints.save(1, OfTwoRanks(), {}, best_step=None)
+    checkpoints.finish()
     assert set(read_manifest(path).files) == {"0.bin", "1.bin", "counters.json"}
+    stat = Path.stat
 
-    def unreadable(path: Path) -> str:
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    def elsewhere(path: Path, **how: Any) -> os.stat_result:
+        if path.name == "1.bin":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return stat(path, **how)
 
-    if world.rank == 1:
-        checkpoint.file_sha256 = unreadable  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"1\.bin was written, but rank 1 cannot read it: No such file"):
+    if world.is_rank0:
+        Path.stat = elsewhere  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"1\.bin was written, but rank 0 does not find it"):
         checkpoints.save(2, OfTwoRanks(), {}, best_step=None)
+        checkpoints.finish()
     assert checkpoints.steps() == [1]
     return 0
 
 
-@pytest.mark.slow
-def test_every_file_is_recorded_also_where_a_rank_lists_the_folder_late(tmp_path: Path) -> None:
-    runs(listed_late, 2, tmp_path, str(tmp_path / "checkpoints"))
+@pytest.mark.parametrize("background", [False, True])
+def test_every_rank_s_files_are_recorded_and_missed_where_ranks_write_to_different_disks(
+    tmp_path: Path, background: bool
+) -> None:
+    runs(on_two_disks, 2, tmp_path, str(tmp_path / "checkpoints"), background)
 
 
 def test_the_manifest_names_every_file_and_the_number_of_ranks(two: Checkpoints) -> None:

@@ -19,6 +19,7 @@ def beside_a_plain_loop(folder: str) -> int:
     from common.config import Dtype
     from common.runtime.distributed import init_world
     from common.training.ema import ExponentialMovingAverage
+    from common.training.snapshot import Snapshot
     from tests.programs import engines
 
     world = init_world()
@@ -40,7 +41,7 @@ def beside_a_plain_loop(folder: str) -> int:
             if step == 1:
                 at = Path(folder) / f"{dtype.value}-{stage}"
                 at.mkdir(exist_ok=True)
-                average.save(at)
+                average.save(at, Snapshot(at, None).open)
                 saved = [value.clone() for value in average._averages]
         live = engines.weights_of(engine, world)
         with torch.no_grad():

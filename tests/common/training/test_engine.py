@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.training.snapshot import Snapshot
 from tests import forked
 from tests.packed import packed_lm
 
@@ -47,7 +48,8 @@ def one_step(folder: str) -> int:
     assert state is not None
     torch.testing.assert_close(state["weight"], torch.tensor([[0.7, 1.0, 0.6]]))
 
-    engine.save(Path(folder))
+    open_file = Snapshot(Path(folder), None).open
+    engine.save(Path(folder), open_file)
     assert sorted(path.name for path in Path(folder).iterdir()) == ["layout.json", "zero"]
     engine.backward(engine(torch.tensor([[math.nan, 0.0, 0.0]])).sum(), 1.0)
     outcome = engine.step()
@@ -58,7 +60,7 @@ def one_step(folder: str) -> int:
     engine.load(Path(folder))
     torch.testing.assert_close(module.weight, torch.tensor([[0.7, 1.0, 0.6]]))
     with pytest.raises(FileNotFoundError):
-        engine.save(Path(folder) / "of a run that was removed" / "step")
+        engine.save(Path(folder) / "of a run that was removed" / "step", open_file)
     assert not (Path(folder) / "of a run that was removed").exists()
     return 0
 
@@ -130,7 +132,7 @@ def hostile_states(stage: int, folder: str) -> int:
     world = init_world()
     engine = engines.engine_of(engines.tiny_actor(), stage, world)
     state, made = Path(folder) / "state", Path(folder) / "made"
-    engine.save(state)
+    engine.save(state, Snapshot(state, None).open)
     assert engine.load(state) is None
     files = sorted((state / "zero").glob("*.pt"))
     assert len(files) >= 2

@@ -45,6 +45,7 @@ def test_all_ranks_end_where_the_steps_folder_was_removed_and_it_is_not_made_aga
     session.world, session.folder = World(0, 1, 0, torch.device("cpu")), tmp_path / "runs" / "a" / "sft"
     flags: Any = (SimpleNamespace(received=False), SimpleNamespace(asks=True))
     session.stop, session.save_clock = flags
+    session.checkpoints = SimpleNamespace(is_written=False)  # type: ignore[misc, assignment]
     session.folder.mkdir(parents=True)
     assert session.all_reduce([2.0, 0.5]) == ([2.0, 0.5], False, True)
     shutil.rmtree(tmp_path / "runs")
