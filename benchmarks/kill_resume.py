@@ -47,6 +47,7 @@ class Point:
     stage: int
     steps: int = 24
     step_name: str = "sft"
+    beside: bool = False  # training goes on while a checkpoint is written
 
 
 @dataclass
@@ -148,6 +149,7 @@ def write_config(run_dir: Path, point: Point, data: Path, policy: Path | None = 
     if hasattr(settings, "sampling"):
         settings.sampling.num_prompts, settings.sampling.max_new_tokens = 2, 4
     settings.optim.lr = 1e-3 if point.step_name == "ppo" else 1e-2
+    settings.train.async_save = point.beside
     job.deepspeed = DeepSpeedConfig(stage=point.stage)
     job.tracking.wandb = WandbMode.off
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -418,13 +420,14 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="of ZeRO")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beside", action="store_true", help="checkpoints are written beside training")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_resume_"))
     results = []
     for ranks in arguments.ranks:
         for stage in arguments.stages:
             steps = arguments.steps or STEPS.get(arguments.step, 160)
-            point = Point(ranks, stage, steps, arguments.step)
+            point = Point(ranks, stage, steps, arguments.step, arguments.beside)
             seed = arguments.seed + 10 * ranks + stage
             kills, differences = trial(folder, point, arguments.kills, seed)
             counted = {
@@ -436,6 +439,7 @@ def main() -> int:
             results.append({**vars(point), **counted, "differences": differences})
             print(json.dumps(results[-1]), flush=True)
     name = "kill_resume" if arguments.step == "sft" else f"kill_resume_{arguments.step}"
+    name += "_beside" if arguments.beside else ""
     write_results(name, {"save_every": SAVE_EVERY, "results": results})
     shutil.rmtree(folder)
     return int(any(result["differences"] for result in results))

@@ -294,7 +294,7 @@ def _now(device: torch.device) -> float:
 
 def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[float]]:
     """(model, loss of each step, when each step ended), with the pipeline's own classes."""
-    from common.config import DeepSpeedConfig, Dtype, OptimConfig
+    from common.config import DeepSpeedConfig, Dtype
     from common.model import attention
     from common.model.loading import enable_checkpointing
     from common.model.packed import PackedCausalLM
@@ -303,6 +303,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer
+    from common.training_config import OptimConfig
     from step1_sft.data import count_tokens
     from step1_sft.loss import TokenSums, compute_loss
 

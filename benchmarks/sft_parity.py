@@ -131,13 +131,14 @@ def run_ours(settings: dict[str, Any]) -> None:
 def _train_ours(
     model_config: Any, tokenizer: Any, batches: Any, steps: int, world: Any
 ) -> list[dict[str, float]]:
-    from common.config import DeepSpeedConfig, Dtype, OptimConfig
+    from common.config import DeepSpeedConfig, Dtype
     from common.model.loading import load_model
     from common.model.packed import PackedCausalLM
     from common.model.probes import find_shortcuts
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer, build_schedule, set_learning_rate
+    from common.training_config import OptimConfig
     from step1_sft.data import count_tokens
     from step1_sft.loss import TokenSums, compute_loss
 

@@ -7,7 +7,7 @@ import re
 # Keys that exist once per step, as code that knows no step writes them in its messages.
 _STEP_KEY = re.compile(
     r"(?<![\w./-])(?=(?:data\.(?:path|sources|max_length|packing|truncation|eval_\w+|on_bad_row|max_bad_rows|cache_dir|stage_split)"
-    r"|train\.(?:\w+_batch_size|epochs|max_steps|\w+_every|save_minutes|keep_checkpoints)"
+    r"|train\.(?:\w+_batch_size|epochs|max_steps|\w+_every|save_minutes|async_save|keep_checkpoints)"
     r"|optim\.\w+|sampling\.\w+)\b)"
 )
 

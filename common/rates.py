@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.config import OptimConfig, SchedulerName, TrainConfig
+from common.training_config import OptimConfig, SchedulerName, TrainConfig
 
 FEW = 10
 """Optimizer steps; fewer are hardly a training."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from common.config import DataConfig, TrainConfig
+from common.config import DataConfig
 from common.errors import UserError
 from common.stage import Step
+from common.training_config import TrainConfig
 
 
 def check_streaming(data: DataConfig, train: TrainConfig, step: Step, name: str = "data") -> None:

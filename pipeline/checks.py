@@ -17,16 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import read_json
-from common.config import (
-    DataConfig,
-    Dtype,
-    Exported,
-    ModelConfig,
-    OptimConfig,
-    OptimizerName,
-    Quantize,
-    TrainConfig,
-)
+from common.config import DataConfig, Dtype, ModelConfig, Quantize
 from common.errors import UserError
 from common.handoff import model_of, similar
 from common.launch_config import LaunchConfig
@@ -35,6 +26,7 @@ from common.stage import Input, Step
 from common.streaming import check_streaming
 from common.text import did_you_mean
 from common.tracking_config import MirrorName, TrackingConfig
+from common.training_config import Exported, OptimConfig, OptimizerName, TrainConfig
 from common.webhook import address_of
 from launch.local import gpus_of
 from launch.nodes import endpoint_of

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from common.config import DataConfig, OptimConfig
+from common.config import DataConfig
 from common.errors import UserError
 from common.fields import TOO_DEEP, UnknownKey, as_schema, expected, is_deeper
 from common.redact import credentials_in
 from common.stage import Step
+from common.training_config import OptimConfig
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
 from pipeline.experiments import content, of_other_rows

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from common.config import LoraConfig, OptimConfig
+from common.config import LoraConfig
 from common.errors import UserError
 from common.stage import Input, Step
+from common.training_config import OptimConfig
 from pipeline.compose import keys_of_options, parse
 from pipeline.config import PipelineConfig
 from pipeline.plan import STAGES, named_sources, start_of, wire_run

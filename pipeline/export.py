@@ -32,12 +32,13 @@ from common.artifacts import (
     write_manifest,
 )
 from common.card import HUB_NAME, model_card
-from common.config import Dtype, Exported, to_plain
+from common.config import Dtype, to_plain
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, unfinished, write_text
 from common.handoff import TAKEN_FROM, TakenFrom, similar
 from common.stage import Role, Step
 from common.text import nearest
+from common.training_config import Exported
 from launch.local import Job, count_gpus
 from launch.supervise import supervise
 from pipeline.options import Options

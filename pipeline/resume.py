@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from common.artifacts import read_json
-from common.config import OptimConfig, SchedulerName, to_plain
+from common.config import to_plain
 from common.fields import as_schema
 from common.rates import same_until
 from common.stage import Step
+from common.training_config import OptimConfig, SchedulerName
 from pipeline.config import PipelineConfig
 from pipeline.state import differing, shown
 

@@ -42,6 +42,7 @@ DYING_SECONDS = 10.0
 FREE_KEYS = (
     ("train", "keep_checkpoints"),
     ("train", "save_minutes"),
+    ("train", "async_save"),
     ("data", "cache_dir"),
     ("ptx_data", "cache_dir"),
     ("warn_below_accuracy",),

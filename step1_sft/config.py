@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
+from common.config import DataConfig, JobConfig, SamplingConfig
 from common.stage import Role, Stage, Step
+from common.training_config import OptimConfig, TrainConfig
 
 STAGE = Stage(name=Step.sft, consumes=(), produces=Role.policy, module="step1_sft")
 """SFT consumes nothing but the base model and produces a policy."""

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
-from common.config import DataConfig, JobConfig, OptimConfig, SamplingConfig, TrainConfig
+from common.config import DataConfig, JobConfig, SamplingConfig
 from common.errors import UserError
 from common.fields import number
 from common.stage import Input, Role, Stage, Step
+from common.training_config import OptimConfig, TrainConfig
 
 STAGE = Stage(
     name=Step.dpo, consumes=(Input.policy, Input.reference), produces=Role.policy, module="step2_dpo"

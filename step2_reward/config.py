@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from common.config import DataConfig, JobConfig, OptimConfig, TrainConfig
+from common.config import DataConfig, JobConfig
 from common.fields import number
 from common.stage import Input, Role, Stage, Step
+from common.training_config import OptimConfig, TrainConfig
 
 STAGE = Stage(name=Step.reward, consumes=(Input.policy,), produces=Role.reward_model, module="step2_reward")
 """The reward model starts from a policy and produces a reward model."""

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
-from common.config import DataConfig, Exported, JobConfig, OptimConfig, TrainConfig
+from common.config import DataConfig, JobConfig
 from common.errors import UserError
 from common.fields import number
 from common.limits import collective_seconds
 from common.stage import Input, Role, Stage, Step
+from common.training_config import Exported, OptimConfig, TrainConfig
 from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")

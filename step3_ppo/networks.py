@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from common.artifacts import Artifact
-from common.config import OptimConfig
 from common.data.types import Batch
 from common.handoff import model_of, scores_text
 from common.model.adapters import adapters_off
@@ -34,6 +33,7 @@ from common.runtime.distributed import World
 from common.stage import Input
 from common.training.frozen import Frozen, frozen_settings, load_frozen_policy
 from common.training.learner import Learner, build_learner
+from common.training_config import OptimConfig
 from step3_ppo.config import PPOConfig, PPOJob
 from step3_ppo.minibatches import last_positions, per_token
 from step3_ppo.rewards.sources import Calibration

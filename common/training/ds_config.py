@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from common.config import DeepSpeedConfig, Dtype, Offload, OptimizerName
+from common.config import DeepSpeedConfig, Dtype, Offload
+from common.training_config import OptimizerName
 
 
 def build_ds_config(

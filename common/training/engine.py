@@ -1,4 +1,4 @@
-"""DeepSpeed's engine behind the calls a recipe makes. The only file that imports deepspeed.
+"""DeepSpeed's engine behind the calls a recipe makes; with `stored_state.py` all that imports deepspeed.
 
 Takes a module whose forward returns sums over trained tokens, an optimizer and a config dict; owns
 the exact scaling of gradients, the outcome of a step, the engine's state on disk and the gathering
@@ -16,8 +16,6 @@ import io
 import logging
 import math
 import os
-import pickle
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +35,7 @@ from common.training.masters import share_masters
 from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 from common.training.snapshot import Open
+from common.training.stored_state import held_by, read_state, stored_optimizer
 
 STATE_TAG = "zero"
 """Name of the folder DeepSpeed writes below a checkpoint."""
@@ -56,7 +55,7 @@ class Engine:
     ) -> None:
         self._engine = _initialized(module, optimizer, config)
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
-        self._engine.checkpoint_engine.load = _read
+        self._engine.checkpoint_engine.load = read_state
         share_masters(self._engine.optimizer)
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
@@ -146,7 +145,9 @@ class Engine:
         """
         files = sorted(folder.glob(f"{STATE_TAG}/*.pt"))
         own = files[dist.get_rank() :: self._world_size]
-        all_gather_or_raise(lambda: [bool(_read(path, mmap=True)) for path in own])  # before any collective
+        all_gather_or_raise(
+            lambda: [bool(read_state(path, mmap=True)) for path in own]
+        )  # before any collective
         stored = Layout.read(folder)
         written_by = len(list((folder / STATE_TAG).glob("*_optim_states.pt")))
         if stored is None and written_by != self._world_size:
@@ -156,7 +157,7 @@ class Engine:
                 hint=f"resume with launch.nproc_per_node={written_by}, or start a new run_name",
             )
         now = _dtype_of(self._engine._config._param_dict)
-        before = _dtype_of(_read(files[0], mmap=True).get("ds_config"), now)
+        before = _dtype_of(read_state(files[0], mmap=True).get("ds_config"), now)
         if stored is not None and (stored != self.layout or before != now):
             self._load_resharded(folder / STATE_TAG, stored, same_dtype=before == now)
             of_before, of_now = ("", "") if before == now else (f" in {before}", f" in {now}")
@@ -243,7 +244,7 @@ class Engine:
         """Restore a state of other ranks, of another stage or of another dtype: its fp32 weights, rounded."""
         own, refused = self.layout.ranks[dist.get_rank()], None
         try:
-            held = reshard(stored, own, lambda rank: _held_by(folder, rank))
+            held = reshard(stored, own, lambda rank: held_by(folder, rank))
         except UserError as error:
             refused = error
         for refusal in all_gather_objects(refused):  # the ranks that succeeded would wait for the others
@@ -251,7 +252,7 @@ class Engine:
                 raise refusal
         weights = [values.pop(WEIGHTS) for values in held]
         self._load_buffers(folder)
-        scaler = _stored_optimizer(folder, 0).get("loss_scaler") if same_dtype else None
+        scaler = stored_optimizer(folder, 0).get("loss_scaler") if same_dtype else None
         self._load_optimizer(held, scaler)
         for master, values in zip(self.master_weights(), weights, strict=True):
             master.copy_(values)
@@ -274,7 +275,7 @@ class Engine:
     def _load_buffers(self, folder: Path) -> None:
         """Restore the module's buffers; rank 0 wrote all of them, at stage 3 every rank."""
         path = sorted(folder.glob("*mp_rank_00_model_states.pt"))[0]
-        stored = _read(path, mmap=True)["module"] or {}
+        stored = read_state(path, mmap=True)["module"] or {}
         for name, buffer in self.module.named_buffers():
             if name in stored:
                 buffer.copy_(stored[name])
@@ -335,46 +336,6 @@ def _dtype_of(config: Any, unknown: str = "fp32") -> str:
     """Of the weights in the forward pass, by DeepSpeed's configuration."""
     enabled = [name for name in ("bf16", "fp16") if config and config.get(name, {}).get("enabled")]
     return (enabled or ["fp32" if config else unknown])[0]
-
-
-def _held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
-    """The contents of a rank's file: weights and optimizer state of each flat tensor."""
-    stored = _stored_optimizer(folder, rank)
-    if "fp32_flat_groups" in stored:  # stage 3
-        weights, optimizer = stored["fp32_flat_groups"], stored["optimizer_state_dict"]
-    else:
-        weights, optimizer = stored["single_partition_of_fp32_groups"], stored["base_optimizer_state"]
-    return [
-        {WEIGHTS: master.detach(), **optimizer["state"].get(number, {})}
-        for number, master in enumerate(weights)
-    ]
-
-
-def _stored_optimizer(folder: Path, rank: int) -> dict[str, Any]:
-    path = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-    return dict(_read(path, mmap=True)["optimizer_state_dict"])
-
-
-def _read(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """What DeepSpeed wrote into a file: tensors, plain values and a few of its own classes.
-
-    A pickle may name any function and call it. Only the classes of DeepSpeed's state are allowed; UserError
-    names anything else in the file. With mmap tensors stay on the disk until they are used.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-        try:
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"{named[1]}, which is not part of it" if named else f"what cannot be read ({error})"
-            raise UserError(
-                f"{path} holds more than a checkpoint's state: {what}; nothing of it was run",
-                hint="delete the checkpoint: the run goes on from an earlier one, or from its start",
-            ) from None
 
 
 def _initialized(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig, TrainConfig
+from common.config import DataConfig, JobConfig, ModelConfig, SourceConfig
 from common.counts import DataCounts
 from common.data import sources
 from common.data.batches import Batches, PairBatches
@@ -39,6 +39,7 @@ from common.paths import files_of
 from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import StepData, batch_plan, build_data
+from common.training_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common.config import JobConfig, OptimConfig, TrainConfig
+from common.config import JobConfig
 from common.rates import Rates
 from common.runtime.distributed import World
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine, StepOutcome
 from common.training.optim import build_optimizer, build_schedule, set_learning_rate
+from common.training_config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)

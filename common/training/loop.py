@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import torch
 
 from common.artifacts import Artifact
-from common.config import Dtype, Exported, StopWhenConfig
+from common.config import Dtype
 from common.data.batches import Batches
 from common.errors import UserError
 from common.model.packed import PackedModel
@@ -26,6 +26,7 @@ from common.training.engine import StepOutcome
 from common.training.learner import Learner
 from common.training.session import ExtraDetails, FinalLines, Session, restore
 from common.training.step_data import Rows, StepData
+from common.training_config import Exported, StopWhenConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

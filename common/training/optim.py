@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
 from common.model.adapters import dimensions
 from common.rates import decay_steps, warmup_of
+from common.training_config import OptimConfig, OptimizerName, SchedulerName
 
 if TYPE_CHECKING:
     import torch

@@ -19,15 +19,7 @@ import torch
 
 from common.artifacts import MANIFEST, Artifact, file_sha256
 from common.compiling import ALONE
-from common.config import (
-    DataConfig,
-    JobConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    TrainConfig,
-    to_plain,
-)
+from common.config import DataConfig, JobConfig, ModelConfig, SamplingConfig, to_plain
 from common.data.batches import BatchPlan
 from common.data.dataset_types import DatasetType
 from common.data.types import TokenizedExample, TokenizedPrompt
@@ -64,6 +56,7 @@ from common.training.learner import Learner, build_learner
 from common.training.rehearsal import rehearse_export
 from common.training.step_data import Rows, StepData, batch_plan, load_data
 from common.training.training_record import origin_of, training_record
+from common.training_config import OptimConfig, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -211,11 +204,10 @@ class Session:
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """Of this step. With a network from the hub they belong to its commit."""
-        asked = self.train_config.async_save
         return Checkpoints(
             self.folder / "checkpoints", keep=self.train_config.keep_checkpoints, world=self.world,
             base_revision=self._base_revision,
-            background=self.world.device.type == "cuda" if asked is None else asked,
+            background=self.train_config.saves_beside(gpu=self.world.device.type == "cuda"),
         )  # fmt: skip
 
     @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from common.artifacts import VARIABLES, Artifact, write_json
-from common.config import DataConfig, JobConfig, TrainConfig
+from common.config import DataConfig, JobConfig
 from common.data import cache, dataset
 from common.data.batches import BatchPlan
 from common.data.dataset_types import DatasetType
@@ -26,6 +26,7 @@ from common.phases import enter
 from common.runtime.distributed import World
 from common.runtime.progress import Progress, console
 from common.stage import Step
+from common.training_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -111,11 +111,16 @@ class Workload:
     fp16: bool = False  # of the two half precisions
     compiled: bool = False  # the decoder's layers
     loaded_whole: bool = False  # also at stage 3
+    saves_beside: bool = False  # checkpoints are held in host memory
 
     @property
     def weight_bytes(self) -> int:
         """Of one weight in the forward pass."""
         return 2 if self.half else FP32
+
+
+SHARED = ("optimizer", "average")
+"""Terms of what ranks save, each its share, beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def estimate(work: Workload) -> MemoryEstimate:
     samples_by_vllm = work.decoding is not None and work.decoding.by_vllm
     base = Term("libraries", (GPU_BASE if work.gpu else CPU_BASE) + VLLM_BASE * samples_by_vllm)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
-    found = MemoryEstimate((base, kernels, *states(work), *training, *sampling), work.gpu)
+    found = MemoryEstimate((base, kernels, *states(work), held(work), *training, *sampling), work.gpu)
     loaded = MemoryEstimate((base, loading(work)), work.gpu)
     largest = max(found, loaded, key=lambda each: each.device)
     return dataclasses.replace(largest, host_to_load=loaded.host)
@@ -239,6 +244,17 @@ def states(work: Workload) -> list[Term]:
         largest = max(min(part.trained, part.network.largest) for part in work.networks)
         terms.append(Term("buffers", work.weight_bytes * largest))
     return terms
+
+
+def held(work: Workload) -> Term:
+    """A checkpoint that is written beside training: a copy of what rank 0 saves in host memory, the trained
+    weights b T (on stage 3 its share of them), its share of the optimizer's state and of an average."""
+    if not work.saves_beside:
+        return Term("checkpoint", 0.0)
+    trained = work.weight_bytes * sum(part.trained for part in work.networks)
+    weights = trained / (work.sharding.ranks if work.sharding.stage == 3 else 1)
+    shares = sum(_total(term) for term in states(work) if term.name in SHARED)
+    return Term("checkpoint", 0.0, weights + shares)
 
 
 def gradients(work: Workload, part: Trained) -> Term:

@@ -10,10 +10,11 @@ import math
 from pathlib import Path
 
 from common.compiling import ALONE, why_not_compiled
-from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
+from common.config import Dtype, Offload, Quantize
 from common.handoff import model_of
 from common.parts import why_whole
 from common.stage import Input, Step
+from common.training_config import OptimizerName, TrainConfig
 from pipeline.config import PipelineConfig
 from pipeline.plan import start_of, wire_run
 from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
@@ -91,6 +92,7 @@ def workload_of(
         fp16=config.model.dtype is Dtype.fp16,
         compiled=gpu and compiles(config, step),
         loaded_whole=why_whole(config.model) is not None,
+        saves_beside=part.train.saves_beside(gpu=gpu),
     )
 
 

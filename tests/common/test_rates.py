@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from common.config import OptimConfig, SchedulerName, TrainConfig
 from common.rates import few_steps, same_until
 from common.training.optim import build_schedule
+from common.training_config import OptimConfig, SchedulerName, TrainConfig
 
 LENGTHS = ((10, 20), (20, 10), (10, 11), (40, 50), (7, 8), (100, 103), (5, 5), (1, 2), (33, 34))
 

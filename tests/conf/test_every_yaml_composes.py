@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import Offload, OptimizerName, Truncation
+from common.config import Offload, Truncation
 from common.tracking_config import WandbMode
+from common.training_config import OptimizerName
 from pipeline import checks
 from pipeline.config import CONF, PROJECT, PipelineConfig
 from tests.pipeline.composing import composed

@@ -117,10 +117,11 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
 
 
 def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
-    from common.config import DeepSpeedConfig, Dtype, Offload, OptimConfig
+    from common.config import DeepSpeedConfig, Dtype, Offload
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer
+    from common.training_config import OptimConfig
 
     module = _module(case, name, is_scalar)
     settings = DeepSpeedConfig(

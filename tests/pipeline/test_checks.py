@@ -10,19 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import (
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    OptimConfig,
-    OptimizerName,
-    Quantize,
-    SourceConfig,
-)
+from common.config import DataConfig, Dtype, ModelConfig, Quantize, SourceConfig
 from common.errors import UserError
 from common.launch_config import LaunchConfig, Launcher, SlurmConfig
 from common.stage import Step
 from common.tracking_config import MirrorName
+from common.training_config import OptimConfig, OptimizerName
 from launch import local
 from pipeline import checks
 from pipeline.config import PipelineConfig

@@ -9,17 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import (
-    DataConfig,
-    Exported,
-    OptimConfig,
-    OptimizerName,
-    Quantize,
-    SourceConfig,
-)
+from common.config import DataConfig, Quantize, SourceConfig
 from common.errors import UserError
 from common.fields import as_schema
 from common.stage import Step
+from common.training_config import Exported, OptimConfig, OptimizerName
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from pipeline.disk import SMALLEST_DISK

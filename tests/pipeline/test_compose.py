@@ -8,9 +8,10 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from common.config import OptimizerName, Truncation
+from common.config import Truncation
 from common.errors import UserError
 from common.stage import Step
+from common.training_config import OptimizerName
 from pipeline.compose import (
     compose,
     jobs_of,

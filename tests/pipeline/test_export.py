@@ -10,10 +10,11 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from common.artifacts import CARD, Artifact, Manifest, hash_files, verify, write_manifest
-from common.config import Dtype, Exported, LoraConfig, ModelConfig, SchedulerName
+from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
 from common.model.loading import load_model
 from common.stage import Role, Step
+from common.training_config import Exported, SchedulerName
 from pipeline.__main__ import dispatch
 from pipeline.export import Form, checkpoint_of, is_made_of, lay_out
 from tests import runs, tiny_run

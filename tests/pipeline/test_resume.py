@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from common.config import OptimConfig, SchedulerName
 from common.stage import Step
+from common.training_config import OptimConfig, SchedulerName
 from pipeline.config import PipelineConfig
 from pipeline.plan import STAGES
 from pipeline.resume import Changes, changes

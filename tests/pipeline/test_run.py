@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config import DataConfig, SchedulerName
+from common.config import DataConfig
 from common.errors import UserError
+from common.training_config import SchedulerName
 from pipeline import run, state
 from pipeline.config import PipelineConfig
 from tests.pipeline.fakes import attempt, config, launches, status

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.config import Dtype, Offload, OptimConfig, OptimizerName
+from common.config import Dtype, Offload
 from common.errors import UserError
 from common.runtime.distributed import World, barrier, init_world
 from common.training.ema import ExponentialMovingAverage
@@ -21,6 +21,7 @@ from common.training.engine import Engine
 from common.training.optim import build_optimizer
 from common.training.reshard import LAYOUT
 from common.training.snapshot import Snapshot
+from common.training_config import OptimConfig, OptimizerName
 from tests.programs import engines
 
 BEFORE, AFTER, SHARES = 3, 2, 2

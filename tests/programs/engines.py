@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common.config import DeepSpeedConfig, Dtype, OptimizerName
+from common.config import DeepSpeedConfig, Dtype
 from common.model import attention
 from common.model.attention import positions_within
 from common.model.loading import torch_dtype
@@ -23,6 +23,7 @@ from common.model.scalar_head import PackedScalarModel, init_head
 from common.runtime.distributed import World
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
+from common.training_config import OptimizerName
 from tests.packed import packed_lm, packed_scorer
 from tests.programs.gradients import VOCABULARY, tiny_llama
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from benchmarks.kill_resume import metric_differences, state_differences
 from common.artifacts import verify
-from common.config import LoraConfig, OptimizerName, Quantize
+from common.config import LoraConfig, Quantize
+from common.training_config import OptimizerName
 from step1_sft.config import SFTJob
 from tests import runs
 from tests.programs import killed

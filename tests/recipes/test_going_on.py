@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from common.artifacts import CARD, verify
-from common.config import SchedulerName, StopWhenConfig
 from common.stage import Step
+from common.training_config import SchedulerName, StopWhenConfig
 from step1_sft.config import SFTJob
 from step2_dpo.config import DPOJob
 from step2_reward.config import RewardJob

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.kill_resume import leaves, metric_differences
-from common.config import Dtype, OptimizerName, SchedulerName
+from common.config import Dtype
 from common.runtime.distributed import STOPPED_EXIT_CODE
+from common.training_config import OptimizerName, SchedulerName
 from step1_sft.config import SFTJob
 from tests.programs.told_to_stop import sft_told_to_stop
 from tests.runs import Base, finish, training_lines

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.config import OptimConfig
 from common.data.batches import Batches, BatchPlan
 from common.data.types import IGNORE, TokenizedExample
 from common.model import attention
@@ -18,6 +17,7 @@ from common.model.probes import find_shortcuts
 from common.rates import Rates
 from common.runtime.distributed import World, close_world, init_world
 from common.training.learner import Learner
+from common.training_config import OptimConfig
 from step3_ppo.config import KLConfig, KLPlacement, PPOConfig
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from common.config import DataConfig, TrainConfig
+from common.config import DataConfig
 from common.errors import UserError
 from common.fields import as_schema
 from common.limits import COLLECTIVE_SECONDS
+from common.training_config import TrainConfig
 from step3_ppo.config import (
     MEASURED,
     Estimator,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import TrainConfig
 from common.data.stored import PromptDataset
 from common.errors import UserError
 from common.runtime.distributed import World
 from common.stage import Step
 from common.training.step_data import StepData, load_data
+from common.training_config import TrainConfig
 from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
 from step3_ppo.data import PromptOrder, dataset_type_of, held_out_sample
 from tests.tiny import CHATML, tiny_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import DataConfig, OnBadRow, SourceConfig, TrainConfig
+from common.config import DataConfig, OnBadRow, SourceConfig
 from common.data import sources, stream, stream_batches
 from common.data.batches import BatchPlan
 from common.data.stream import StreamedRows
@@ -21,6 +21,7 @@ from common.data.stream_batches import StreamedBatches, training_batches
 from common.errors import UserError
 from common.stage import Step
 from common.streaming import check_streaming
+from common.training_config import TrainConfig
 from tests.common.data.built import Said, made, pairs, texts, write
 from tests.tiny import CHATML, tiny_tokenizer
 

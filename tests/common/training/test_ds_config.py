@@ -1,9 +1,10 @@
 import pytest
 
-from common.config import DeepSpeedConfig, Dtype, Offload, OptimizerName
+from common.config import DeepSpeedConfig, Dtype, Offload
 from common.errors import UserError
 from common.fields import as_schema
 from common.training.ds_config import build_ds_config
+from common.training_config import OptimizerName
 
 
 def build(deepspeed: DeepSpeedConfig, dtype: Dtype = Dtype.bf16, **overrides: object) -> dict:

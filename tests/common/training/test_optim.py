@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 
-from common.config import OptimConfig, OptimizerName, SchedulerName
 from common.errors import UserError
 from common.rates import Rates, warmup_steps
 from common.training.optim import (
@@ -13,6 +12,7 @@ from common.training.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from common.training_config import OptimConfig, OptimizerName, SchedulerName
 
 
 class Model(torch.nn.Module):

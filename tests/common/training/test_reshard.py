@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.config import Dtype, OptimizerName
+from common.config import Dtype
 from common.errors import UserError
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
+from common.training.snapshot import Snapshot
+from common.training_config import OptimizerName
 from tests import forked
 from tests.programs import divided
 from tests.programs.divided import Case
@@ -98,7 +100,7 @@ def test_weights_that_were_not_stored_are_an_error() -> None:
 def test_a_layout_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Layout.read(tmp_path) is None
     layout = Layout(1, ((Shard(4, "a", (Piece("a", 0, 0, 4),), (Piece("a", 0, 0, 6),)),), IN_A_ROW.ranks[1]))
-    layout.write(tmp_path)
+    layout.write(tmp_path, Snapshot(tmp_path, None).open)
     assert Layout.read(tmp_path) == layout and str(layout) == "ZeRO-1 on 2 ranks"
 
 

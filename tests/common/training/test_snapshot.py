@@ -13,6 +13,7 @@ import pytest
 from common.errors import UserError
 from common.runtime.distributed import World
 from common.training.checkpoint import Checkpoints
+from common.training_config import TrainConfig
 from tests.common.training.checkpoints import StateOnly, content, resumed_value, save, world_of
 
 
@@ -128,6 +129,6 @@ def test_a_run_on_a_gpu_saves_beside_training_and_the_setting_decides_elsewhere(
     ):  # fmt: skip
         session: Any = Session.__new__(Session)
         session.world, session.folder = World(0, 1, 0, torch.device(device)), tmp_path
-        session.train_config = type("Train", (), {"async_save": asked, "keep_checkpoints": 2})()
+        session.train_config = TrainConfig(async_save=asked)
         session._base_revision = None
         assert (session.checkpoints._buffers is not None) is expected
