@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.training.engine import StepOutcome
+from common.training.snapshot import Snapshot
 from step3_ppo.rollout import Experience, Response
 from step3_ppo.state import PPOCounters, Unfinished
 
@@ -40,7 +41,7 @@ def some_experience() -> Experience:
 def test_an_unfinished_iteration_comes_back_bit_for_bit(tmp_path: Path) -> None:
     before, after = Unfinished(writes=True), Unfinished(writes=True)
     before.experience = some_experience()
-    before.save(tmp_path)
+    before.save(tmp_path, Snapshot(tmp_path, None).open)
     after.load(tmp_path)
     found, expected = after.experience, before.experience
     assert found is not None
@@ -63,8 +64,8 @@ def test_an_unfinished_iteration_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_only_one_rank_writes_and_a_finished_iteration_leaves_nothing(tmp_path: Path) -> None:
     other, finished = Unfinished(writes=False), Unfinished(writes=True)
     other.experience = some_experience()
-    other.save(tmp_path)
-    finished.save(tmp_path)
+    other.save(tmp_path, Snapshot(tmp_path, None).open)
+    finished.save(tmp_path, Snapshot(tmp_path, None).open)
     assert list(tmp_path.iterdir()) == []
     other.load(tmp_path)
     assert other.experience is None
