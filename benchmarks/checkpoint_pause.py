@@ -39,9 +39,8 @@ def main() -> int:
     runs = [{"side": side, **_run(side, arguments)} for _ in range(arguments.repeats) for side in SIDES]
     medians = {side: [_median(runs, side, name) for name in COLUMNS] for side in SIDES}
     print(table(("side", *COLUMNS), [[side, *numbers] for side, numbers in medians.items()]))
-    print(
-        f"written: {write_results('checkpoint_pause', {'columns': COLUMNS, 'medians': medians, 'runs': runs})}"
-    )
+    path = write_results("checkpoint_pause", {"columns": COLUMNS, "medians": medians, "runs": runs})
+    print(f"written: {path}")
     return 0
 
 
