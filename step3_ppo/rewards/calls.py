@@ -28,7 +28,7 @@ def in_whole_groups(
     """float64 [B] of at most `concurrency` calls, all at once, each with about as many groups.
 
     groups: int64 [B]. Without responses nothing is called. A single call is made in this thread, where a
-    function may use signals. Of calls that fail the first one's error is raised, after all have ended.
+    function may use signals. Of calls that fail the first one's error is raised, when none is in flight.
     """
     if not len(groups):
         return np.empty(0, np.float64)
