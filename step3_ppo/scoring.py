@@ -136,7 +136,7 @@ class Scoring:
         """
         by_model = self.by_model(experience, texts, networks, batches)
         own = None if by_model is None else by_model[texts.own]
-        scores = _of_all_ranks(
+        scores = _gathered(
             texts,
             self._sources.names,
             lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, texts.groups, own),
@@ -186,7 +186,7 @@ class Scoring:
 
     def look(self, texts: Texts) -> dict[str, np.ndarray]:
         """Scores by the functions of `ppo.evaluation`, float64 [B] each, of the responses of all ranks."""
-        return _of_all_ranks(
+        return _gathered(
             texts,
             list(self._functions),
             lambda: {
@@ -220,7 +220,7 @@ class Scoring:
         return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _of_all_ranks(
+def _gathered(
     texts: Texts, names: Sequence[str], score: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """float64 [B] by name, of the responses of all ranks. score: gives those of `texts`."""

@@ -117,6 +117,26 @@ def test_a_score_of_the_model_that_is_not_finite_is_refused() -> None:
         RewardSources([MODEL]).score(PROMPTS, COMPLETIONS, {}, GROUPS, np.array([0.0, np.nan]))
 
 
+def test_a_server_is_sent_four_requests_at_once_and_a_function_is_called_once_unless_settings_say_more() -> (
+    None
+):
+    named = [{"url": "https://h/x"}, {"function": "a:b"}, {"function": "a:b", "concurrency": 7}]
+    assert [RewardSourceConfig(**name).calls_at_once for name in named] == [4, 1, 7]
+    seen: list[list[str]] = []
+
+    def scorer(prompts: Any, completions: Any, columns: Any) -> Any:
+        seen.append(completions)
+        return np.zeros(len(completions))
+
+    for concurrency, calls in ((None, [["yes", "no"]]), (2, [["no"], ["yes"]])):
+        source = RewardSourceConfig(function="reward_functions:right", concurrency=concurrency)
+        sources = RewardSources([source])
+        sources._scorers = dict.fromkeys(sources.names, scorer)
+        seen.clear()
+        sources.score(PROMPTS, COMPLETIONS, COLUMNS, np.array([0, 1]), None)
+        assert sorted(seen) == calls
+
+
 def test_a_server_is_asked_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
