@@ -115,8 +115,8 @@ class Served:
     lock: Any = field(default_factory=threading.Lock)
     together: Any = None
     """a barrier that every request waits at"""
-    hangs_for: str = ""
-    """a prompt that is never answered"""
+    late_for: str = ""
+    """a prompt whose responses are scored too late"""
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -139,7 +139,7 @@ def serving(**settings: Any) -> Iterator[Served]:
                 served.bodies.append(body)
                 if served.together is not None:
                     served.together.wait(20)
-                if served.hangs_for in body["prompts"]:
+                if served.late_for in body["prompts"]:
                     time.sleep(1.0)
                 rewards = program.above_mean(body["prompts"], body["completions"], **body["columns"])
                 content = json.dumps({"rewards": rewards}).encode()
@@ -198,7 +198,7 @@ def test_what_goes_wrong_in_a_function_of_one_rank_is_the_error_of_all(
 
 
 def test_a_server_that_one_rank_waits_for_in_vain_is_the_error_of_all(tmp_path: Path) -> None:
-    with serving(hangs_for="two") as served:
+    with serving(late_for="two") as served:
         source = {"url": served.url, "retries": 0, "timeout": 0.3}
         ranks = on_ranks(tmp_path / "ranks", 2, source)
     assert "gave no rewards in one attempt" in ranks[0]["error"]
