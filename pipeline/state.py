@@ -49,6 +49,7 @@ FREE_KEYS = (
     ("offload_frozen",),
     ("rewards", "timeout"),
     ("rewards", "retries"),
+    ("rewards", "concurrency"),
 )
 
 NO_PART_IN_RESULTS = ("run_name", "output_dir", "force", "launch", "tracking")

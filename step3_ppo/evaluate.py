@@ -15,6 +15,7 @@ import numpy as np
 
 from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
+from common.runtime.distributed import all_gather_objects
 from step3_ppo.advantages import response_kl
 from step3_ppo.config import MEASURED, EvaluationConfig
 from step3_ppo.data import held_out_sample
@@ -56,7 +57,7 @@ class Evaluation:
             for name, of_responses in values.items():
                 of_prompts = of_responses.reshape(-1, count).mean(axis=1)
                 metrics[prefix + name], metrics[f"{prefix}{name}_se"] = mean_with_error(of_prompts)
-            samples += self._samples(mode, responses, values, texts)[::count]
+            samples += self._samples(mode, responses, values, texts, count)
         return metrics, samples
 
     def _measure(
@@ -80,23 +81,31 @@ class Evaluation:
         return values
 
     def _samples(
-        self, mode: str, responses: Sequence[Response], values: dict[str, np.ndarray], texts: Texts
+        self,
+        mode: str,
+        responses: Sequence[Response],
+        values: dict[str, np.ndarray],
+        texts: Texts,
+        count: int,
     ) -> list[dict[str, object]]:
-        """Rows for samples.jsonl."""
-        return [
-            {
+        """Rows for samples.jsonl: the first of every `count` responses, from the rank that has its text."""
+        own = {
+            index: {
                 "prompt": shown(prompt),
                 "completion": completion,
-                "stopped": response.stopped,
+                "stopped": responses[index].stopped,
                 "mode": mode,
                 "reward": float(values["reward"][index]),
                 "kl": float(values["kl"][index]) if "kl" in values else None,
                 "scores": {name: float(v[index]) for name, v in values.items() if name not in MEASURED},
             }
-            for index, (response, prompt, completion) in enumerate(
-                zip(responses, texts.prompts, texts.completions, strict=True)
+            for index, prompt, completion in zip(
+                texts.own.tolist(), texts.prompts, texts.completions, strict=True
             )
-        ]
+            if index % count == 0
+        }
+        found = {index: row for share in all_gather_objects(own) for index, row in share.items()}
+        return [found[index] for index in sorted(found)]
 
 
 def evaluation_of(

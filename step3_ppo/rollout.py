@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import nn
@@ -38,6 +38,7 @@ from common.training.engine import Engine as TrainingEngine
 from common.training.handover import whole_weights
 from step3_ppo.config import RolloutConfig
 
+T = TypeVar("T", int, np.ndarray)
 STREAM = 0x70706F
 """Sets the draws of roll-outs apart from other uses of the seed."""
 
@@ -133,7 +134,8 @@ def roll_out(
     """
     own = [
         Request(prompts[prompt_ids[group]].input_ids, (STREAM, *key, group, sample))
-        for group in range(world.rank, len(prompt_ids), world.size)
+        for group in range(len(prompt_ids))
+        if rank_of(group, world.size) == world.rank
         for sample in range(samples)
     ]
     completions: list[Completion] | None = None
@@ -151,6 +153,11 @@ def roll_out(
         for group in range(len(prompt_ids))
         for completion in _of_group(made, group, samples)
     ]
+
+
+def rank_of(group: T, ranks: int) -> T:
+    """The rank that samples all responses of a group, decodes them to text and has them scored."""
+    return group % ranks
 
 
 def over_ranks(own: DecodingCounts) -> DecodingCounts:
@@ -179,7 +186,7 @@ def _completions(
 
 def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:
     """The completions of one prompt, from the shares of all ranks."""
-    share, place = shares[group % len(shares)], group // len(shares)
+    share, place = shares[rank_of(group, len(shares))], group // len(shares)
     return share[place * samples : (place + 1) * samples]
 
 

@@ -3,11 +3,14 @@
 Takes an `Experience` with sampled responses; returns it with the raw scores of each source and the reward of
 each response. Models score and train the sampled token ids; their text is for reward functions, servers and
 people only, and is never tokenized again.
+
+Each rank decodes the responses that it sampled and has them scored; scores are gathered as arrays. A prompt's
+group is on one rank and in one call, whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +21,15 @@ from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
 from common.data.types import Batch
 from common.errors import UserError
-from common.runtime.distributed import World, broadcast_from_rank0
+from common.runtime.distributed import World, all_gather_arrays_or_raise, all_gather_objects
 from step3_ppo.config import PPOConfig
 from step3_ppo.minibatches import batches_in, per_response
 from step3_ppo.networks import Networks
+from step3_ppo.rewards.calls import in_whole_groups
 from step3_ppo.rewards.functions import ScoreFunction, load_functions
 from step3_ppo.rewards.reading import TextReader
 from step3_ppo.rewards.sources import Calibration, RewardSources
-from step3_ppo.rollout import Experience, Response
+from step3_ppo.rollout import Experience, Response, rank_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,12 +41,31 @@ ROWS_LOOKED_AT = 100
 
 @dataclass(frozen=True)
 class Texts:
-    """B responses as reward functions see them: prompts as the rows had them, completions without their
-    terminator, and the rows' other columns, None where a row has no such column."""
+    """The responses that this rank sampled as reward functions see them: prompts as the rows had them,
+    completions without their terminator, and the rows' other columns, None where a row has no such column.
+
+    groups: int64, the responses to one prompt share one. places: int64 each, by rank, which of the responses
+    of all ranks it sampled. rank: this one.
+    """
 
     prompts: list[Any]
     completions: list[str]
     columns: dict[str, list[Any]]
+    groups: np.ndarray
+    places: Sequence[np.ndarray]
+    rank: int
+
+    @property
+    def own(self) -> np.ndarray:
+        """Which of the responses of all ranks these are."""
+        return self.places[self.rank]
+
+    def placed(self, shares: Sequence[np.ndarray]) -> np.ndarray:
+        """float64 [B], of all responses. shares: by rank, a number for each response that it sampled."""
+        found = np.empty(sum(map(len, self.places)), np.float64)
+        for places, share in zip(self.places, shares, strict=True):
+            found[places] = share
+        return found
 
 
 def same_score_for_same_tokens(responses: Sequence[Response], scores: np.ndarray) -> np.ndarray:
@@ -107,11 +130,16 @@ class Scoring:
     def score(
         self, experience: Experience, texts: Texts, batches: Sequence[Batch], networks: Networks
     ) -> Experience:
-        """The experience with scores and rewards. texts: of its responses. batches: this rank's."""
+        """The experience with scores and rewards. texts, batches: this rank's of its responses.
+
+        A collective; the UserError of one rank is raised on all.
+        """
         by_model = self.by_model(experience, texts, networks, batches)
-        scores = broadcast_from_rank0(
-            self._world,
-            lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, by_model),
+        own = None if by_model is None else by_model[texts.own]
+        scores = _gathered(
+            texts,
+            self._sources.names,
+            lambda: self._sources.score(texts.prompts, texts.completions, texts.columns, texts.groups, own),
         )
         rewards = self._sources.total(
             scores,
@@ -144,33 +172,43 @@ class Scoring:
 
     def _read(self, experience: Experience, texts: Texts, reader: TextReader) -> Experience:
         """The same responses in the tokens of a reward model that is given text."""
-        documents = broadcast_from_rank0(
-            self._world, lambda: reader(texts.prompts, texts.completions, texts.columns)
-        )
-        return Experience(
-            [
-                replace(response, prompt=ids[:-1], tokens=ids[-1:])
-                for response, ids in zip(experience.responses, documents, strict=True)
-            ]
-        )
+
+        def read() -> list[np.ndarray]:
+            documents = reader(texts.prompts, texts.completions, texts.columns)
+            lengths = np.array([len(ids) for ids in documents], np.int64)
+            return [np.concatenate([np.empty(0, np.int32), *documents]), lengths]
+
+        asked = list(experience.responses)
+        for places, (flat, lengths) in zip(texts.places, all_gather_arrays_or_raise(read), strict=True):
+            for place, ids in zip(places, np.split(flat, np.cumsum(lengths)[:-1]), strict=False):
+                asked[place] = replace(asked[place], prompt=ids[:-1], tokens=ids[-1:])
+        return Experience(asked)
 
     def look(self, texts: Texts) -> dict[str, np.ndarray]:
-        """Scores by the functions of `ppo.evaluation`, float64 [B] each."""
-        return broadcast_from_rank0(
-            self._world,
+        """Scores by the functions of `ppo.evaluation`, float64 [B] each, of the responses of all ranks."""
+        return _gathered(
+            texts,
+            list(self._functions),
             lambda: {
-                name: function(texts.prompts, texts.completions, texts.columns)
+                name: in_whole_groups(function, texts.prompts, texts.completions, texts.columns, texts.groups)
                 for name, function in self._functions.items()
             },
         )
 
     def texts(self, responses: Sequence[Response], rows: PromptDataset) -> Texts:
-        """The responses as text."""
-        prompts = [rows[response.prompt_id] for response in responses]
+        """This rank's responses as text. responses: of all ranks, which all call this."""
+        groups = np.array([response.group for response in responses], np.int64)
+        ranks, rank = rank_of(groups, self._world.size), self._world.rank
+        places = [np.flatnonzero(ranks == each) for each in range(self._world.size)]
+        own = [responses[place] for place in places[rank].tolist()]
+        prompts = [rows[response.prompt_id] for response in own]
         return Texts(
             [prompt.prompt for prompt in prompts],
-            [self._completion(response) for response in responses],
+            [self._completion(response) for response in own],
             self._columns([prompt.columns for prompt in prompts]),
+            groups[places[rank]],
+            places,
+            rank,
         )
 
     def _completion(self, response: Response) -> str:
@@ -178,5 +216,20 @@ class Scoring:
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def _columns(self, rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
-        names = sorted(self._known.union(*rows))
+        names = sorted(self._known.union(*all_gather_objects(set().union(*rows))))
         return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _gathered(
+    texts: Texts, names: Sequence[str], score: Callable[[], Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """float64 [B] by name, of the responses of all ranks. score: gives those of `texts`."""
+    if not names:
+        return {}
+
+    def own() -> list[np.ndarray]:
+        scores = score()
+        return [scores[name] for name in names]
+
+    shares = all_gather_arrays_or_raise(own)
+    return {name: texts.placed([share[i] for share in shares]) for i, name in enumerate(names)}

@@ -160,6 +160,13 @@ def all_gather_arrays(own: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     ]
 
 
+def all_gather_arrays_or_raise(make: Callable[[], Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """`all_gather_arrays` of what `make` returns; what `_made` catches on one rank is raised on all."""
+    own: list[np.ndarray] = []
+    all_gather_or_raise(lambda: own.extend(make()))
+    return all_gather_arrays(own)
+
+
 def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
     """Run `make` on rank 0 and broadcast its result; what `_made` catches there is raised on every rank.
 

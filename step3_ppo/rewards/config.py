@@ -20,6 +20,8 @@ FIRST_PAUSE = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""
 LONGEST_PAUSE = 60.0
 """Seconds; pauses grow no further: with twenty retries they would come to days."""
+REQUESTS_AT_ONCE = 4
+"""In flight to a server from each rank, where `concurrency` says nothing."""
 GROWING = 6
 """Number of growing pauses: 1, 2, 4, 8, 16 and 32 seconds."""
 SERVER = addresses.Words(
@@ -48,8 +50,14 @@ class RewardSourceConfig:
     """seconds until a server's answer is given up"""
     retries: int = number(4, 0, 1_000)
     """further attempts at a server that does not answer; then the run stops"""
+    concurrency: Optional[int] = number(None, 1, 256)
+    """calls at once on each rank, each with whole groups; by default 4 of a server, 1 of a function"""
     allow_http: bool = False
     """let prompts and completions travel unencrypted to a server that is not this machine"""
+
+    @property
+    def calls_at_once(self) -> int:
+        return self.concurrency or (REQUESTS_AT_ONCE if self.url is not None else 1)
 
     def check(self, at: str) -> None:
         """One thing scores, and it can be named."""

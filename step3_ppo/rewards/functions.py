@@ -3,8 +3,7 @@
 Takes `package.module:function`, imports it and checks its signature before anything is trained. A call gives
 a finite float64 score for each completion, or a UserError with what the function did. The function gets the
 keywords prompts, completions and the rows' other columns, as lists of the same length; keywords that its
-signature does not take are left out. Does not decide on which rank it runs: the caller asks one rank and
-broadcasts the scores.
+signature does not take are left out. Does not decide which responses a call has, and on which rank.
 """
 
 from __future__ import annotations

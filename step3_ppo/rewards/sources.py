@@ -3,15 +3,14 @@
 Takes `ppo.rewards` and checks every source before anything is trained: functions are imported, URLs and names
 checked. `score` gives the raw scores of each source, logged apart; `total` the reward of each response. The
 reward model's raw scores come from outside (a packed forward pass of all ranks). Nothing here knows of ranks:
-`broadcast_from_rank0(world, lambda: sources.score(...))` shows every response once to a function with state
-or to a server, and raises its UserError on all ranks.
+the caller asks on each rank for the responses that it sampled.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,14 +18,13 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from common.errors import UserError
+from step3_ppo.rewards.calls import Scorer, in_whole_groups
 from step3_ppo.rewards.config import RewardSourceConfig
 from step3_ppo.rewards.functions import Columns, Prompts, ScoreFunction, load_function
 from step3_ppo.rewards.server import RewardServer, token_of
 
 REWARD_MODEL = "reward_model"
 """Default name of the reward model's scores."""
-
-Scorer = Callable[[Prompts, Sequence[str], Columns], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class RewardSources:
     def __init__(self, configs: Sequence[RewardSourceConfig]) -> None:
         self._names = _names_of(configs)
         self._weights = dict(zip(self._names, (config.weight for config in configs), strict=True))
+        self._concurrency = dict(zip(self._names, (config.calls_at_once for config in configs), strict=True))
         self._scorers: dict[str, Scorer | None] = {
             name: _scorer_of(config, f"ppo.rewards[{index}]", name, configs)
             for index, (name, config) in enumerate(zip(self._names, configs, strict=True))
@@ -101,17 +100,21 @@ class RewardSources:
         prompts: Prompts,
         completions: Sequence[str],
         columns: Columns,
+        groups: np.ndarray,
         model_scores: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
         """Raw scores of each source by name, float64 [B], all finite.
 
         prompts: as the rows had them. completions: text without the terminator. columns: the rows' other
-        columns, each a list [B]. model_scores: [B], needed when the reward model is a source.
+        columns, each a list [B]. groups: int64 [B], the responses to one prompt share one. model_scores: [B],
+        needed when the reward model is a source.
         """
         scores = {}
         for name, scorer in self._scorers.items():
             if scorer is not None:
-                scores[name] = scorer(prompts, completions, columns)
+                scores[name] = in_whole_groups(
+                    scorer, prompts, completions, columns, groups, self._concurrency[name]
+                )
             else:
                 assert model_scores is not None and len(model_scores) == len(completions)
                 scores[name] = np.asarray(model_scores, np.float64)

@@ -203,7 +203,7 @@ def test_how_patient_one_is_with_a_reward_server_may_change_and_its_weight_may_n
     made = config(SFT, PPO)
     made.ppo.rewards = [RewardSourceConfig(url="https://host/score")]
     go(made)
-    made.ppo.rewards[0].retries, made.ppo.rewards[0].timeout = 9, 90.0
+    made.ppo.rewards[0].retries, made.ppo.rewards[0].timeout, made.ppo.rewards[0].concurrency = 9, 90.0, 2
     made.ppo.offload_frozen, made.ppo.ptx_data.cache_dir = True, "elsewhere"
     assert "done already" in go(made)[-1]
     made.ppo.rewards[0].weight = 2.0

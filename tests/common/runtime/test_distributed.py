@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -129,11 +129,16 @@ def several_ranks() -> int:
     assert sum(handed) == (1 + world.size) * (largest + 2 * 8)  # two counts of 8 bytes
     shares = distributed.all_gather_arrays([LARGE[:0]])
     assert [part.shape for share in shares for part in share] == [(0, 150_000)] * world.size
+
+    shares = distributed.all_gather_arrays_or_raise(lambda: [np.full(2, world.rank, np.float64)])
+    assert [share[0].tolist() for share in shares] == [[rank] * 2 for rank in range(world.size)]
+    with pytest.raises(UserError, match="no such rank: 2"):
+        distributed.all_gather_arrays_or_raise(lambda: [] if world.rank < 2 else refuse(world.rank))
     distributed.close_world()
     return 0
 
 
-def refuse(rank: int) -> None:
+def refuse(rank: int) -> NoReturn:
     raise UserError(f"no such rank: {rank}")
 
 

@@ -18,7 +18,7 @@ from step3_ppo.config import RewardSourceConfig
 from step3_ppo.rewards.sources import Calibration, RewardSources
 from tests import served
 
-PROMPTS, COMPLETIONS = ["a", "b"], ["yes", "no"]
+PROMPTS, COMPLETIONS, GROUPS = ["a", "b"], ["yes", "no"], np.array([0, 0])
 COLUMNS = {"answer": ["yes", "yes"]}
 MODEL = RewardSourceConfig(model=True)
 LENGTHS = RewardSourceConfig(function="reward_functions:lengths", weight=0.1)
@@ -48,7 +48,7 @@ def total(
 def test_each_source_is_scored_apart_and_raw() -> None:
     sources = RewardSources([MODEL, LENGTHS, RIGHT])
     sources.check(COLUMNS)
-    scores = sources.score(PROMPTS, COMPLETIONS, COLUMNS, np.array([5.0, -1.0], np.float32))
+    scores = sources.score(PROMPTS, COMPLETIONS, COLUMNS, GROUPS, np.array([5.0, -1.0], np.float32))
     assert sources.names == list(scores) == ["reward_model", "lengths", "correct"]
     assert {name: values.tolist() for name, values in scores.items()} == {
         "reward_model": [5.0, -1.0], "lengths": [3.0, 2.0], "correct": [1.0, 0.0],
@@ -79,7 +79,7 @@ def test_only_the_models_rewards_are_clipped_and_before_they_are_weighted() -> N
 
 def test_the_reward_model_is_a_source_only_where_it_is_named() -> None:
     assert RewardSources([MODEL, RIGHT]).has_model and not RewardSources([RIGHT]).has_model
-    assert list(RewardSources([RIGHT]).score(PROMPTS, COMPLETIONS, COLUMNS, None)) == ["correct"]
+    assert list(RewardSources([RIGHT]).score(PROMPTS, COMPLETIONS, COLUMNS, GROUPS, None)) == ["correct"]
 
 
 def test_sources_with_one_name_are_refused() -> None:
@@ -114,7 +114,27 @@ def test_what_cannot_name_a_function_or_a_server_is_refused_by_the_schema() -> N
 
 def test_a_score_of_the_model_that_is_not_finite_is_refused() -> None:
     with pytest.raises(UserError, match="the reward model's score of 1 of 2 responses .* nan for 'no'"):
-        RewardSources([MODEL]).score(PROMPTS, COMPLETIONS, {}, np.array([0.0, np.nan]))
+        RewardSources([MODEL]).score(PROMPTS, COMPLETIONS, {}, GROUPS, np.array([0.0, np.nan]))
+
+
+def test_a_server_is_sent_four_requests_at_once_and_a_function_is_called_once_unless_settings_say_more() -> (
+    None
+):
+    named = [{"url": "https://h/x"}, {"function": "a:b"}, {"function": "a:b", "concurrency": 7}]
+    assert [RewardSourceConfig(**name).calls_at_once for name in named] == [4, 1, 7]
+    seen: list[list[str]] = []
+
+    def scorer(prompts: Any, completions: Any, columns: Any) -> Any:
+        seen.append(completions)
+        return np.zeros(len(completions))
+
+    for concurrency, calls in ((None, [["yes", "no"]]), (2, [["no"], ["yes"]])):
+        source = RewardSourceConfig(function="reward_functions:right", concurrency=concurrency)
+        sources = RewardSources([source])
+        sources._scorers = dict.fromkeys(sources.names, scorer)
+        seen.clear()
+        sources.score(PROMPTS, COMPLETIONS, COLUMNS, np.array([0, 1]), None)
+        assert sorted(seen) == calls
 
 
 def test_a_server_is_asked_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +154,7 @@ def test_a_server_is_asked_with_its_own_settings(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RLHF_REWARD_TOKEN_JUDGE", "secret")
     with served.serving(http.server.HTTPServer(("127.0.0.1", 0), Handler)) as url:
         source = RewardSourceConfig(url=f"{url}/", name="judge")
-        scores = RewardSources([RIGHT, source]).score(PROMPTS, COMPLETIONS, COLUMNS, None)
+        scores = RewardSources([RIGHT, source]).score(PROMPTS, COMPLETIONS, COLUMNS, GROUPS, None)
     assert scores["judge"].tolist() == [0.25, 0.5] and seen == [(COMPLETIONS, "Bearer secret")]
 
 
