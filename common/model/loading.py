@@ -69,7 +69,6 @@ def load_model(
     """
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
-    attention.say_without_flash(device, torch_dtype(model.dtype))
     loss_kernel.say_without_kernel(device)
     share = _possible(share, model)
     try:

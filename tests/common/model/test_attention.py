@@ -14,7 +14,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from common import notices
 from common.errors import UserError
 from common.model import attention
 from common.model.loading import enable_checkpointing
@@ -288,20 +287,3 @@ def test_varlen_attention_agrees_with_the_reference(window: int | None) -> None:
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     out.float().square().sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
-
-
-def test_a_torch_without_windows_in_its_flash_attention_is_said_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(notices.log, "handlers", [notices.Listener(said.append)])
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(attention, "_varlen_keywords", lambda: frozenset({"window_size", "scale"}))
-    attention.say_without_flash(cuda, torch.bfloat16)
-    monkeypatch.setattr(attention, "_varlen_keywords", frozenset)
-    attention.say_without_flash(cpu, torch.bfloat16)
-    attention.say_without_flash(cuda, torch.float32)
-    assert said == []
-    attention.say_without_flash(cuda, torch.bfloat16)
-    (line,) = said
-    assert line.startswith("attention goes document by document") and torch.__version__ in line

@@ -1,7 +1,8 @@
 """Compiled layers: one graph for batches of any documents, and the numbers of layers that are not compiled.
 
-The CUDA branch of attention runs on the CPU, by the kernels of `test_varlen_on_cpu`. Graphs are run by
-torch's operations, not by kernels made for them: what is compiled is tested, not what Inductor makes of it.
+The CUDA branches of attention run on the CPU, by the kernels of `test_varlen_on_cpu` and
+`test_efficient_attention`. Graphs are run by torch's operations, not by kernels made for them: what is
+compiled is tested, not what Inductor makes of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common.model.architecture import CAUSAL_LM, build_config
 from common.model.packed import PackedCausalLM, batch_arguments
 from common.model.probes import find_shortcuts
 from tests.common.model import test_varlen_on_cpu as varlen_on_cpu
+from tests.common.model.test_efficient_attention import standing_in
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -32,12 +34,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(params=["_varlen", "_efficient"])
+def cuda_branch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     varlen = varlen_on_cpu.varlen
     varlen._varlen_attn.register_kernel("cpu")(varlen_on_cpu.forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(varlen_on_cpu.backward)
-    monkeypatch.setattr(attention, "_varlen_applies", lambda *_: True)
+    branch = getattr(attention, request.param)
+    monkeypatch.setattr(attention, "_in_one_call", lambda *_: branch)
 
     def arguments(*given: Any) -> dict[str, Any]:
         made = attention.packed_arguments(*given)
@@ -48,7 +51,8 @@ def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "packed_arguments", arguments)
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with standing_in():
+        yield
     torch._dynamo.reset()
 
 
@@ -108,12 +112,11 @@ def test_batches_of_any_documents_need_three_graphs_without_breaks_and_learn_the
     [
         (ModelConfig(), 1, True, True),
         (ModelConfig(), 3, True, False),
-        (ModelConfig(dtype=Dtype.fp32), 1, True, False),
         (ModelConfig(), 2, False, False),
         (ModelConfig(compile=False), 1, True, False),
         (ModelConfig(compile=True), 3, True, True),
     ],
-    ids=["GPU", "ZeRO-3", "fp32", "no compiler", "off", "on"],
+    ids=["GPU", "ZeRO-3", "no compiler", "off", "on"],
 )
 def test_layers_are_compiled_on_a_gpu_unless_something_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, config: ModelConfig, stage: int, has_compiler: bool, expected: bool
