@@ -66,6 +66,7 @@ class Outcome:
     passes: list[list[int]] = field(default_factory=list)
     syncs: list[list[Any]] = field(default_factory=list)
     collectives: list[list[Any]] = field(default_factory=list)
+    pageable: list[list[Any]] = field(default_factory=list)
     peak: int = 0
     peak_site: str = ""
     kernels: list[list[Any]] = field(default_factory=list)
@@ -77,6 +78,10 @@ class Outcome:
             if at == step and phase in phases:
                 found[f"{what}: {without_lines(site)}"] += count
         return found
+
+    def pageable_of(self, step: int) -> set[str]:
+        """Where a step copies to the device from memory that is not pinned: `file function`."""
+        return {without_lines(at[2]) for at in self.pageable if at[1] == step and at[0] in TRAINING}
 
 
 def without_lines(site: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.config import Dtype
-from tests.gpu_fake.jobs import MOE, Fake, Shape
+from tests.gpu_fake.jobs import MOE, STEPS, Fake, Shape
 from tests.gpu_fake.waits import assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
@@ -40,6 +40,10 @@ def test_it_trains_and_exports(fake: Fake, name: str) -> None:
 def test_an_optimizer_step_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
     """With offload DeepSpeed waits at every parameter."""
     assert_waits(fake.run("sft", SHAPES[name]), expected("sft", SHAPES[name]))
+
+
+def test_batches_are_copied_from_pinned_memory(fake: Fake) -> None:
+    assert not fake.run("sft", SHAPES["zero1"]).pageable_of(STEPS)
 
 
 def test_more_micro_batches_wait_no_more_often(fake: Fake) -> None:
