@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 from common.compiling import ALONE, why_not_compiled
-from common.config import Dtype, Offload, OptimizerName, Quantize, TrainConfig
+from common.config import CheckpointingPolicy, Dtype, Offload, OptimizerName, Quantize, TrainConfig
 from common.handoff import model_of
 from common.parts import why_whole
 from common.stage import Input, Step
@@ -84,6 +84,7 @@ def workload_of(
         half=config.model.dtype is not Dtype.fp32,
         gpu=gpu,
         checkpointing=config.model.gradient_checkpointing,
+        selective=config.model.checkpointing_policy is CheckpointingPolicy.selective,
         decoding=decoding_of(config, step, ranks),
         frozen=frozen_networks(config, step, network, vocabulary),
         offload_frozen=step is Step.ppo and config.ppo.offload_frozen,

@@ -14,6 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from common.config import CheckpointingPolicy
 from common.errors import UserError
 from common.model import attention
 from common.model.loading import enable_checkpointing
@@ -178,11 +179,13 @@ def test_a_packed_document_has_the_hidden_states_it_has_alone_in_plain_transform
         torch.testing.assert_close(together[part], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("policy", CheckpointingPolicy)
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str, policy: CheckpointingPolicy) -> None:
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
-        model = tiny(CONFIGS["llama"]).train()
+        model = tiny(CONFIGS[kind]).train()
         if checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, policy)
         cu_seqlens = boundaries(LENGTHS)
         ids = torch.arange(15)[None]
         positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]

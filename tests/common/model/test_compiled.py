@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from common.config import Dtype, ModelConfig
+from common.config import CheckpointingPolicy, Dtype, ModelConfig
 from common.data.batches import collate
 from common.data.types import Batch, TokenizedExample
 from common.model import attention, compiled, loading, packed
@@ -104,6 +104,25 @@ def test_batches_of_any_documents_need_three_graphs_without_breaks_and_learn_the
         for one, other in zip(learned(ours, given), learned(plain, given), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # fp32, sums in another order
     assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("cuda_branch")
+def test_layers_that_are_compiled_and_recomputed_selectively_learn_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    plain = model("llama")
+    ours = copy.deepcopy(plain)
+    loading.enable_checkpointing(ours.base(), CheckpointingPolicy.selective)
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+    compiled.compile_layers(ours.base())
+    draws = np.random.default_rng(0)
+    for number in range(4):
+        given = batch(draws, shared=number % 2 == 0)
+        for one, other in zip(learned(ours, given), learned(plain, given), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # fp32, sums in another order
     assert not counters["graph_break"]
 
 
