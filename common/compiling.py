@@ -5,17 +5,12 @@ Imports nothing heavy, so that `plan` asks what the ranks ask.
 
 from __future__ import annotations
 
-from common.config import Dtype, dtype_on
 from common.stage import Step
 
 ALONE = (Step.sft, Step.reward)
 """Steps that compare no two passes of a network, which compiled layers round differently."""
 
 
-def why_not_compiled(dtype: Dtype, zero_stage: int) -> str | None:
+def why_not_compiled(zero_stage: int) -> str | None:
     """Why a GPU would not gain by it; None where it does."""
-    if zero_stage == 3:
-        return "ZeRO-3 fetches weights while a layer runs"
-    if dtype_on(dtype, gpu=True) is Dtype.fp32:
-        return "attention in fp32 asks for the lengths of documents"
-    return None
+    return "ZeRO-3 fetches weights while a layer runs" if zero_stage == 3 else None

@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, TypeVar
 from common.errors import UserError
 from common.fields import as_schema, fields_of, number, require
 from common.launch_config import LaunchConfig
+from common.network_fields import check_sizes
 from common.tracking_config import TrackingConfig
 
 T = TypeVar("T")
@@ -29,6 +30,11 @@ class Dtype(Enum):
 class Quantize(Enum):
     none = "none"
     nf4 = "nf4"
+
+
+class CheckpointingPolicy(Enum):
+    full = "full"
+    selective = "selective"
 
 
 class Truncation(Enum):
@@ -109,19 +115,6 @@ class TokenizerConfig:
             )
 
 
-SIZES = (
-    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "head_dim",
-    "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "n_positions", "n_embd", "n_layer", "n_head",
-)  # fmt: skip
-"""Fields of `model.config` that no network has at 0."""
-DIVIDED = (
-    ("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads", "head_dim"),
-    ("n_embd", "n_head"),
-)  # fmt: skip
-"""Fields of which the first is a multiple of the second, unless the third is given."""
-
-
 @dataclass
 class ModelConfig:
     """The base model: either `path` (weights) or `config` (random initialisation)."""
@@ -145,6 +138,9 @@ class ModelConfig:
     """nf4: 4-bit base weights under LoRA (needs bitsandbytes)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    checkpointing_policy: CheckpointingPolicy = CheckpointingPolicy.full
+    """of gradient_checkpointing; selective: matrix products and attention are kept and all else recomputed, a
+    third to a half less memory of activations and hardly more time"""
     compile: Optional[bool] = None
     """torch.compile each decoder layer; null: for SFT and the reward model on a GPU, at ZeRO 1 and 2"""
     trust_remote_code: bool = False
@@ -167,19 +163,12 @@ class ModelConfig:
             raise UserError(f"{at}quantize=nf4 needs adapters to train", hint=f"add {at}lora.enabled=true")
         if self.quantize is Quantize.nf4 and self.config:
             raise UserError(f"{at}quantize=nf4 needs weights that exist", hint=f"{at}path=MODEL")
-        self._check_sizes(f"{at}config.")
-
-    def _check_sizes(self, at: str) -> None:
-        """Of `config`: no size is 0, and heads divide what they share."""
-        given = {name: size for name in SIZES if (size := self.config.get(name)) is not None}
-        for name, size in given.items():
-            is_size = isinstance(size, int) and 1 <= size <= 10_000_000
-            require(is_size, f"{at}{name}", size, "a whole number, 1 to 10,000,000")
-        for name, part, *instead in DIVIDED:
-            if name in given and part in given and not given.keys() & set(instead):
-                allowed = f"a multiple of {at}{part}={given[part]}"
-                allowed += "".join(f", or set {at}{other} as well" for other in instead)
-                require(given[name] % given[part] == 0, f"{at}{name}", given[name], allowed)
+        if self.checkpointing_policy is not CheckpointingPolicy.full and not self.gradient_checkpointing:
+            raise UserError(
+                f"{at}checkpointing_policy={self.checkpointing_policy.value} recomputes nothing by itself",
+                hint=f"add {at}gradient_checkpointing=true",
+            )
+        check_sizes(self.config, f"{at}config.")
 
 
 @dataclass

@@ -61,8 +61,7 @@ def train(job: SFTJob, run_dir: Path) -> int:
     with loop.training():
         # Loop ----------------------------------------------------------------------------------
         while loop.goes_on:
-            step = loop.begin()
-            micro_batches = batches.micro_batches(step)
+            micro_batches = loop.begin()
             tokens, trained, padding = loop.all_reduce(count_tokens(micro_batches))
             sums = TokenSums()
             for batch in micro_batches:

@@ -92,8 +92,7 @@ def train(job: DPOJob, run_dir: Path) -> int:
     with loop.training():
         # Loop ----------------------------------------------------------------------------------
         while loop.goes_on:
-            step = loop.begin()
-            micro_batches = batches.micro_batches(step)
+            micro_batches = loop.begin()
             _, tokens, computed, padding, *counted = loop.all_reduce(
                 [*count_pairs(micro_batches), *StepCounts.of(micro_batches)]
             )

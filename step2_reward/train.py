@@ -69,8 +69,7 @@ def train(job: RewardJob, run_dir: Path) -> int:
     with loop.training():
         # Loop ----------------------------------------------------------------------------------
         while loop.goes_on:
-            step = loop.begin()
-            micro_batches = batches.micro_batches(step)
+            micro_batches = loop.begin()
             pairs, tokens, computed, padding = loop.all_reduce(count_pairs(micro_batches))
             scored = []
             for batch in micro_batches:

@@ -10,7 +10,7 @@ reads or writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -187,7 +187,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(self, **_tensors(self, device))
+        return replace(self, **_tensors(self, lambda x: x.to(device, non_blocking=True)))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a GPU copies by itself."""
+        return replace(self, **_tensors(self, lambda x: x.pin_memory()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,16 +219,20 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        return replace(self, documents=self.documents.to(device), **_tensors(self, device))
+        moved = _tensors(self, lambda x: x.to(device, non_blocking=True))
+        return replace(self, documents=self.documents.to(device), **moved)
+
+    def pinned(self) -> PairBatch:
+        """The same batch in memory from which a GPU copies by itself."""
+        return replace(self, documents=self.documents.pinned(), **_tensors(self, lambda x: x.pin_memory()))
 
 
-def _tensors(batch: Batch | PairBatch, device: torch.device) -> dict[str, Any]:
-    """Its tensors by name, on `device`."""
+def _tensors(batch: Batch | PairBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Its own tensors by name, moved."""
     import torch
 
     found = {each.name: getattr(batch, each.name) for each in fields(batch)}
-    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+    return {name: move(value) for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def prefix_owners_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ It takes what a transformers attention module gives (query [1, H, N, d], key and
 G key-value heads, G dividing H) and, through the model's forward arguments, where documents begin and
 end; it returns [1, N, H, d]. Each document attends causally to itself and to nothing else; what it has in
 common with the beginning of a document before it may stand there only (`SharedPrefix`). The backend follows
-the device: a loop over documents on the CPU, `varlen_attn` (flash attention) on CUDA in half
-precision, the same loop elsewhere. Soft-capped scores and attention sinks, which neither kernel knows, are
-computed in the loop in plain steps, with memory that grows with the square of a document's length.
+the device: a loop over documents on the CPU; on CUDA `varlen_attn` (flash attention) in half precision, and
+`efficient_attention` for fp32, dropout and heads that flash attention does not take. Soft-capped scores and
+attention sinks, which no kernel knows, are computed in the loop in plain steps, with memory that grows with
+the square of a document's length.
 
 It knows nothing of padding, masks or caches; transformers' own `generate` runs inside `plain_attention`.
 """
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from common.data.types import prefix_owners_of
 from common.errors import UserError
+from common.model.efficient_attention import efficient_attention
 from common.notices import notice
 
 if TYPE_CHECKING:
@@ -65,9 +68,9 @@ class SharedPrefix:
         self._cu_seqlens, self._length, self._max_seqlen = cu_seqlens, length, max_seqlen
 
     @cached_property
-    def keys(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The keys of all documents, end to end: positions int64 [K], boundaries int32 [D + 1], and how many
-        a document has at most.
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+        """The keys of all documents, end to end: positions int64 [K], boundaries int32 [D + 1], how many a
+        document has at most, and int64 [N], where among them each stored token is its own document's.
 
         Flash attention aligns the last query with the last key, so every query sees the keys in front. Made
         once per batch, for all layers, on the device: the host waits for nothing.
@@ -82,7 +85,9 @@ class SharedPrefix:
         within = torch.arange(count, device=device) - ends[document]
         own = starts[document] + within - shared[document]
         positions = torch.where(own < starts[document], starts[owners[document]] + within, own)
-        return positions, ends.int(), self._max_seqlen + max(self.tokens)
+        before = shared.cumsum(0).repeat_interleave(starts.diff(), output_size=self._length)
+        stored = torch.arange(self._length, device=device) + before
+        return positions, ends.int(), self._max_seqlen + max(self.tokens), stored
 
 
 def packed_arguments(
@@ -158,11 +163,13 @@ def packed_attention(
             "generate inside `with plain_attention(model)`"
         )
     scores = Scores(scaling, dropout, softcap, s_aux)
-    if scores.is_plain and _varlen_applies(query, value, dropout):
+    if (in_one_call := _in_one_call(query, value, scores)) is not None:
         longest = max_length_q or int(cu_seq_lens_q.diff().max())
-        out = _varlen(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window, shared_prefix)
+        out = in_one_call(query, key, value, cu_seq_lens_q, longest, scores, sliding_window, shared_prefix)
     else:
-        lengths = cu_seq_lens_q.diff().tolist()
+        if query.is_cuda:
+            _say_one_by_one(getattr(getattr(module, "config", None), "model_type", "?"))
+        lengths = _lengths_of(cu_seq_lens_q)
         out = _by_document(query, key, value, lengths, scores, sliding_window, shared_prefix)
     return out, None
 
@@ -240,6 +247,36 @@ class NoBoundaries(ValueError):
     """Packed attention was called without knowing where documents begin."""
 
 
+def _in_one_call(
+    query: torch.Tensor, value: torch.Tensor, scores: Scores
+) -> Callable[..., torch.Tensor] | None:
+    """What computes all documents of these tensors at once; None: nothing does."""
+    if not query.is_cuda or not scores.is_plain:
+        return None
+    return _varlen if _varlen_applies(query, value, scores.dropout) else _efficient
+
+
+@cache
+def _say_one_by_one(kind: str) -> None:
+    """A notice, from the passes in which `probes` tries a model before it is trained."""
+    notice(
+        "attention goes document by document, not over a whole row at once",
+        f"no kernel knows the soft-capped scores or attention sinks of model_type={kind}",
+        "slower the shorter documents are, and memory grows with the square of the longest",
+    )
+
+
+_LENGTHS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _lengths_of(bounds: torch.Tensor) -> list[int]:
+    """Of the documents. A device is asked once for all layers of a pass: they are given one tensor."""
+    if bounds not in _LENGTHS:
+        _LENGTHS[bounds] = bounds.diff().tolist()
+    lengths: list[int] = _LENGTHS[bounds]
+    return lengths
+
+
 def _by_document(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -305,23 +342,13 @@ def _has_varlen() -> bool:
     return {"window_size", "scale"} <= _varlen_keywords()
 
 
-def say_without_flash(device: torch.device, dtype: torch.dtype) -> None:
-    """A notice where packed rows would go through flash attention with another torch."""
-    if device.type == "cuda" and dtype in HALF and not _has_varlen():
-        notice(
-            "attention goes document by document, not over a whole row at once",
-            f"torch {torch.__version__} has no varlen_attn with windows",
-            "slower the shorter documents are; torch 2.11 has it",
-        )
-
-
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     boundaries: torch.Tensor,
     longest: int,
-    scaling: float | None,
+    scores: Scores,
     window: int | None,
     shared_prefix: SharedPrefix | None,
 ) -> torch.Tensor:
@@ -329,7 +356,7 @@ def _varlen(
     assert function is not None
     key_boundaries, key_longest = boundaries, longest
     if shared_prefix is not None:
-        order, key_boundaries, key_longest = shared_prefix.keys
+        order, key_boundaries, key_longest, _ = shared_prefix.keys
         key, value = key.index_select(2, order), value.index_select(2, order)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
     options: dict[str, Any] = {}
@@ -342,9 +369,32 @@ def _varlen(
     left = -1 if window is None or window > key_longest else window - 1
     out = function(
         q, k, v, boundaries, key_boundaries, longest, key_longest,
-        scale=scaling, window_size=(left, 0), **options,
+        scale=scores.scaling, window_size=(left, 0), **options,
     )  # fmt: skip
     return out[None]
+
+
+def _efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scores: Scores,
+    window: int | None,
+    shared_prefix: SharedPrefix | None,
+) -> torch.Tensor:
+    """A document that shares its prefix has its queries, too; what they find is left out."""
+    width, scale = value.shape[-1], scores.scale_for(query)
+    q, k, v = (F.pad(x[0].transpose(0, 1), (0, -x.shape[-1] % 8)) for x in (query, key, value))
+    stored = None
+    if shared_prefix is not None:
+        order, boundaries, longest, stored = shared_prefix.keys
+        q, k, v = (x.index_select(0, order) for x in (q, k, v))
+    narrow = 0 if window is None or window > longest else window
+    out, *_ = efficient_attention(q, k, v, boundaries, longest, scale, narrow, scores.dropout)
+    out = out[..., :width]
+    return (out if stored is None else out.index_select(0, stored))[None]
 
 
 def plain_name(model: PreTrainedModel) -> str:

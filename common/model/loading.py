@@ -16,11 +16,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from common.config import Dtype, ModelConfig, Quantize, dtype_on
+from common.config import CheckpointingPolicy, Dtype, ModelConfig, Quantize, dtype_on
 from common.errors import UserError
 from common.model import attention, loss_kernel
 from common.model.adapters import add_adapters
@@ -69,7 +71,6 @@ def load_model(
     """
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
     attention.register()
-    attention.say_without_flash(device, torch_dtype(model.dtype))
     loss_kernel.say_without_kernel(device)
     share = _possible(share, model)
     try:
@@ -106,7 +107,7 @@ def _ready(
         isolate_documents(network)
         say_what_differs(network.config, model)
         if model.gradient_checkpointing:
-            enable_checkpointing(network)
+            enable_checkpointing(network, model.checkpointing_policy)
         if model.compile:
             compile_layers(network)
         if model.lora.enabled:
@@ -298,7 +299,22 @@ def _set_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     network.generation_config = settings
 
 
-def enable_checkpointing(network: PreTrainedModel) -> None:
+KEPT = {
+    "mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_varlen_attn", "efficient_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+}  # fmt: skip
+"""What selective recomputation keeps, by name: all of a layer's matrix products, and its attention."""
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = getattr(operation, "overloadpacket", operation).__name__
+    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def enable_checkpointing(
+    network: PreTrainedModel, policy: CheckpointingPolicy = CheckpointingPolicy.full
+) -> None:
+    """Activations of a layer are recomputed in the backward pass, with selective all that are cheap."""
     if not network.supports_gradient_checkpointing:
         raise UserError(
             f"model_type={network.config.model_type} cannot recompute activations",
@@ -308,7 +324,10 @@ def enable_checkpointing(network: PreTrainedModel) -> None:
     enable = (
         getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     )
-    enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy is CheckpointingPolicy.selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    enable(options)
 
 
 @contextmanager

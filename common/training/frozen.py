@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.artifacts import Artifact
-from common.config import DeepSpeedConfig, Dtype, JobConfig, LoraConfig, ModelConfig, Offload, Quantize
+from common.config import (
+    CheckpointingPolicy,
+    DeepSpeedConfig,
+    Dtype,
+    JobConfig,
+    LoraConfig,
+    ModelConfig,
+    Offload,
+    Quantize,
+)
 from common.handoff import model_of
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM
@@ -113,5 +122,6 @@ def load_frozen_policy(
 def frozen_settings(model: ModelConfig) -> ModelConfig:
     """How a network is loaded that is not trained."""
     return dataclasses.replace(
-        model, lora=LoraConfig(enabled=False), quantize=Quantize.none, gradient_checkpointing=False
-    )
+        model, lora=LoraConfig(enabled=False), quantize=Quantize.none, gradient_checkpointing=False,
+        checkpointing_policy=CheckpointingPolicy.full,
+    )  # fmt: skip

@@ -22,6 +22,7 @@ from common.runtime.distributed import STOPPED_EXIT_CODE, broadcast_from_rank0, 
 from common.runtime.performance import performance, training_flops_per_token
 from common.stage import Input, Step
 from common.text import did_you_mean
+from common.training.ahead import PATIENCE, Ahead
 from common.training.engine import StepOutcome
 from common.training.learner import Learner
 from common.training.session import ExtraDetails, FinalLines, Session, restore
@@ -136,6 +137,7 @@ class Loop(Generic[Rows]):
         on held-out rows; returns metrics, among them `eval/loss`, and a line to show.
         """
         self._session, self._learner, self._batches = session, learner, batches
+        self._ahead = Ahead(batches, total_steps, session.world.device)
         self._data: StepData[Rows] = data
         self._evaluate_held_out: Callable[[Rows, int], tuple[dict[str, float], str]] = evaluate_held_out
         self.total_steps = total_steps
@@ -143,7 +145,7 @@ class Loop(Generic[Rows]):
         self._flops_per_token = training_flops_per_token(model)
         self._checkpoints = session.checkpoints
         self.counters = Counters()
-        self._began, self._saving = 0.0, False
+        self._began, self._epoch, self._saving = 0.0, 0.0, False
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, if there is one. A collective."""
@@ -173,20 +175,24 @@ class Loop(Generic[Rows]):
             if done == 0:
                 self._evaluate()  # what training starts from; no checkpoint, so never the best
                 session.progress.restart()
-            yield
+            try:
+                yield
+            finally:
+                self._ahead.settle(PATIENCE)
 
-    def begin(self) -> int:
-        """Begin a step and seed its random draws; returns its number, from 0."""
+    def begin(self) -> list[Any]:
+        """Begin a step and seed its random draws; returns this rank's micro-batches."""
         enter("step", self.counters.step + 1)
         self._began = time.perf_counter()
         seed_everything(self._session.job.seed, self.counters.step, self._session.world.rank)
-        return self.counters.step
+        micro_batches, self._epoch = self._ahead.take(self.counters.step)
+        return micro_batches
 
     def all_reduce(self, counts: Sequence[float]) -> list[float]:
         """The sums of `counts` over all ranks: the one collective before the first backward pass.
 
         It also carries whether to save after this step and whether to stop. Told to stop, all ranks save and
-        leave by SystemExit.
+        leave by SystemExit; else the next step's micro-batches are begun.
         """
         session = self._session
         sums, stopping, self._saving = session.all_reduce(counts)
@@ -197,6 +203,7 @@ class Loop(Generic[Rows]):
                 f"told to stop: saved at step {self.counters.step}; the same command goes on from there"
             )
             raise SystemExit(STOPPED_EXIT_CODE)
+        self._ahead.make(self.counters.step + 1)
         return sums
 
     def update(self, tokens: float, trained: float | None = None) -> None:
@@ -227,7 +234,7 @@ class Loop(Generic[Rows]):
             "learning_rate": self._learning_rate,
             "num_tokens": counters.num_tokens,
             **({"num_trained_tokens": counters.num_trained_tokens} if self._counts_trained else {}),
-            "epoch": self._batches.epoch_of(counters.step),
+            "epoch": self._epoch,
             "perf/padding_share": padding / (computed + padding),
             **performance(flops, tokens, self._seconds, dtype.value, world),
         }
@@ -237,6 +244,7 @@ class Loop(Generic[Rows]):
             mfu=seen.get("perf/mfu"),
         )  # fmt: skip
         if not self._outcome.applied:
+            self._ahead.settle()
             rows = self._batches.rows(counters.step - 1)
             places = [self._data.train.place(int(index)) for row in rows for index in row]
             scale = self._learner.engine.loss_scale
@@ -267,6 +275,7 @@ class Loop(Generic[Rows]):
         if is_due(step, train.save_every) or self._saving or self.counters.best_step == step or is_last:
             self._save()
         if self._is_over:
+            self._ahead.settle(PATIENCE)  # with a step that does not come
             self._session.progress.log(stopping_line(step, train.stop_when))
 
     def export(

@@ -73,15 +73,20 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
         small = f"{name}.train.micro_batch_size={rows}"
         smallest = with_rows(work, rows / micro)
         yield small, smallest
-    checkpointed = dataclasses.replace(work, checkpointing=True)
+    recompute = "model.gradient_checkpointing=true"
     if not work.checkpointing:
-        yield "model.gradient_checkpointing=true", checkpointed
+        selective = dataclasses.replace(work, checkpointing=True, selective=True)
+        yield f"{recompute} model.checkpointing_policy=selective", selective
+    else:
+        recompute = "model.checkpointing_policy=full" if work.selective else ""
+    if recompute:
+        yield recompute, dataclasses.replace(work, checkpointing=True, selective=False)
     if work.gpu and (smaller := with_8bit_states(work)) != work:
         yield f"optim@{name}.optim=adamw_8bit", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
-    everything = dataclasses.replace(smallest, checkpointing=True)
-    parts = [small, "" if work.checkpointing else "model.gradient_checkpointing=true"]
+    everything = dataclasses.replace(smallest, checkpointing=True, selective=False)
+    parts = [small, recompute]
     for option, other in [("", everything), *sharded(everything)]:
         yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
 

@@ -104,6 +104,7 @@ class Workload:
     half: bool  # bf16 or fp16
     gpu: bool
     checkpointing: bool = False
+    selective: bool = False  # of checkpointing: matrix products and attention are kept
     decoding: Decoding | None = None
     frozen: tuple[Network, ...] = ()
     offload_frozen: bool = False
@@ -308,9 +309,9 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
     halves, the activated one and their product (4 i); times 4 bytes. In half precision norms compute in fp32
     (16 h bytes), and so does attention of documents up to 256 tokens on the CPU.
     The last layer's feed-forward network has trained positions only (`common.model.last_layer`); with
-    recomputation a layer keeps its input, and one layer at a time all of it. A compiled layer keeps its
-    input, both normalised inputs, what attention gives, both halves and their product (4 h + 3 i) at all
-    positions.
+    recomputation a layer keeps its input, and one layer at a time all of it; with a selective one it also
+    keeps what its matrix products and attention give. A compiled layer keeps its input, both normalised
+    inputs, what attention gives, both halves and their product (4 h + 3 i) at all positions.
     """
     net, batch = part.network, work.batch
     n, m = batch.tokens, min(batch.trained, batch.tokens)
@@ -325,7 +326,9 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
     if work.compiled:
         layer = attention + (4 * net.hidden + 3 * net.intermediate) * b
     if work.checkpointing:
-        return final + n * (net.layers * net.hidden * b + (layer if recomputed else 0))
+        kept = net.hidden * b + (_kept_products(work, part) if work.selective else 0)
+        once = layer - (kept - net.hidden * b)  # what one layer has beside what it keeps
+        return final + n * (net.layers * kept + (once if recomputed else 0))
     if work.compiled:
         return final + n * layer * net.layers
     return final + n * layer * net.layers - (n - m) * (feed_forward - net.hidden * b)
@@ -423,6 +426,16 @@ def _attention_bytes(work: Workload, net: Network) -> int:
         return b * 2 * (net.query_width + net.kv_width)
     kernel = FP32 if work.batch.short else b
     return kernel * 2 * (net.query_width + net.kv_width) + b * net.query_width
+
+
+def _kept_products(work: Workload, part: Trained) -> int:
+    """Per token and layer: attention q and what the matrix products give, q + 2 k + 2 h + 2 i; adapters give
+    as much beside it. A graph that is compiled leaves out the last product, which is only added to."""
+    net, b = part.network, work.weight_bytes
+    products = net.query_width + 2 * net.kv_width + 2 * net.hidden + 2 * net.intermediate
+    if part.trained < net.parameters:
+        products *= 2
+    return b * (net.query_width + products - (net.hidden if work.compiled else 0))
 
 
 def _weights(work: Workload, part: Trained) -> float:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 from common.compiling import ALONE, why_not_compiled
-from common.config import Dtype, Offload, Quantize
+from common.config import CheckpointingPolicy, Dtype, Offload, Quantize
 from common.handoff import model_of
 from common.parts import why_whole
 from common.stage import Input, Step
@@ -44,7 +44,7 @@ def compiles(config: PipelineConfig, step: Step) -> bool:
     """Whether a GPU's layers are compiled, as in `common.model.compiled`, on a machine that can."""
     if config.model.compile is not None:
         return config.model.compile
-    return step in ALONE and why_not_compiled(config.model.dtype, config.deepspeed.stage) is None
+    return step in ALONE and why_not_compiled(config.deepspeed.stage) is None
 
 
 def workload_of(
@@ -85,6 +85,7 @@ def workload_of(
         half=config.model.dtype is not Dtype.fp32,
         gpu=gpu,
         checkpointing=config.model.gradient_checkpointing,
+        selective=config.model.checkpointing_policy is CheckpointingPolicy.selective,
         decoding=decoding_of(config, step, ranks),
         frozen=frozen_networks(config, step, network, vocabulary),
         offload_frozen=step is Step.ppo and config.ppo.offload_frozen,

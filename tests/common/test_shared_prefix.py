@@ -124,9 +124,11 @@ def test_many_answers_to_a_prompt_give_the_same_losses_and_gradients(window: int
 
 def test_keys_are_those_of_the_prefix_and_the_documents_own() -> None:
     boundaries = torch.tensor([0, 4, 6, 9, 10], dtype=torch.int32)
-    positions, ends, longest = attention.SharedPrefix((0, 3, 4, 0), boundaries, 10, 4).keys
+    positions, ends, longest, stored = attention.SharedPrefix((0, 3, 4, 0), boundaries, 10, 4).keys
     assert positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9]
     assert ends.tolist() == [0, 4, 9, 16, 17] and longest == 4 + 4  # at most
+    assert stored.tolist() == [0, 1, 2, 3, 7, 8, 13, 14, 15, 16]
+    assert positions[stored].tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -180,11 +180,16 @@ def _let_fake_tensors_be_used() -> None:
 
     address = torch.Tensor.data_ptr
     torch.Tensor.data_ptr = lambda self: 0 if isinstance(self, FakeTensor) else address(self)
-    torch.Tensor.pin_memory = lambda self, *_: self
-    torch.Tensor.is_pinned = lambda self, *_: False
+    torch.Tensor.pin_memory = _pinned
+    torch.Tensor.is_pinned = lambda self, *_: hasattr(self, "pinned_here")
     FakeTensor.tolist = tolist
     FakeTensor.record_stream = lambda self, stream: None
     FakeTensor.__reduce_ex__ = _as_saved
+
+
+def _pinned(self: torch.Tensor, *_: Any) -> torch.Tensor:
+    self.pinned_here = True  # type: ignore[attr-defined]
+    return self
 
 
 def _as_saved(self: FakeTensor, protocol: int) -> tuple[Any, ...]:

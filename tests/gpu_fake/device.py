@@ -186,6 +186,8 @@ class Device(TorchDispatchMode):
         waits = not (kwargs.get("non_blocking") or (in_place and len(args) > 2 and args[2]))
         if source.device.type == "cpu" and target.type == "cuda":
             self._waits("copy from host", waits and source.dim() > 0)
+            if source.dim() > 0 and not source.is_pinned():
+                self.record.from_pageable(source)
             return self._to_device(source, args, kwargs, in_place)
         if source.is_cuda and target.type == "cpu":
             self._waits("copy to host", waits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import Dtype, LoraConfig, Offload
+from common.config import CheckpointingPolicy, Dtype, LoraConfig, Offload
 from step1_sft.config import SFTJob
 from step2_dpo.config import DPOJob
 from step2_reward.config import RewardJob
@@ -44,12 +44,15 @@ class Shape:
     hpz: int = 1
     lora: bool = False
     checkpointing: bool = False
+    selective: bool = False
     compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
 
     def put_into(self, job: Any) -> None:
         job.model.dtype, job.model.gradient_checkpointing = self.dtype, self.checkpointing
         job.model.compile = self.compile
+        if self.selective:
+            job.model.checkpointing_policy = CheckpointingPolicy.selective
         job.model.lora = LoraConfig(enabled=self.lora, r=4, alpha=8)
         job.deepspeed.stage, job.deepspeed.hpz_partition_size = self.stage, self.hpz
         job.deepspeed.offload_optimizer = Offload.cpu if self.offload_optimizer else Offload.none
@@ -66,6 +69,7 @@ class Outcome:
     passes: list[list[int]] = field(default_factory=list)
     syncs: list[list[Any]] = field(default_factory=list)
     collectives: list[list[Any]] = field(default_factory=list)
+    pageable: list[list[Any]] = field(default_factory=list)
     peak: int = 0
     peak_site: str = ""
     kernels: list[list[Any]] = field(default_factory=list)
@@ -77,6 +81,10 @@ class Outcome:
             if at == step and phase in phases:
                 found[f"{what}: {without_lines(site)}"] += count
         return found
+
+    def pageable_of(self, step: int) -> set[str]:
+        """Where a step copies to the device from memory that is not pinned: `file function`."""
+        return {without_lines(at[2]) for at in self.pageable if at[1] == step and at[0] in TRAINING}
 
 
 def without_lines(site: str) -> str:

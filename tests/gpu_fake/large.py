@@ -48,8 +48,8 @@ def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
     case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
-    checkpointing and, if wanted, compile. names: sizes of the networks that learn, the first with a head of
-    tokens, the others with a scalar one; frozen: of those that do not learn.
+    checkpointing and, if wanted, policy (of checkpointing) and compile. names: sizes of the networks that
+    learn, the first with a head of tokens, the others with a scalar one; frozen: of those that do not.
     """
     from common.runtime.distributed import init_world
 
@@ -89,7 +89,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     """The network of this size, as a step makes it."""
     import torch
 
-    from common.config import Dtype, LoraConfig, ModelConfig
+    from common.config import CheckpointingPolicy, Dtype, LoraConfig, ModelConfig
     from common.model import adapters, attention, compiled, loading
     from common.model.architecture import CAUSAL_LM, build_config
     from common.model.packed import PackedCausalLM
@@ -105,7 +105,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     with cuda, nullcontext() if share is None else drawing_shares(share, cuda):
         network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
     if case["checkpointing"]:
-        loading.enable_checkpointing(network)
+        loading.enable_checkpointing(network, CheckpointingPolicy(case.get("policy", "full")))
     if case.get("compile"):
         compiled.compile_layers(network)
     if case["lora"]:

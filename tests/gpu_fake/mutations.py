@@ -70,12 +70,17 @@ def positions_that_differ_asked_of_the_device() -> None:
 
 
 def a_blocking_copy_of_the_batch() -> None:
-    from common.data import types
+    from dataclasses import replace
 
-    tensors = types._tensors
-    types._tensors = lambda batch, device: {
-        name: x.cpu().to(device) for name, x in tensors(batch, "cpu").items()
-    }
+    from common.data.types import Batch, _tensors
+
+    Batch.to = lambda self, device: replace(self, **_tensors(self, lambda x: x.to(device)))
+
+
+def a_batch_that_is_not_pinned() -> None:
+    from common.data.types import Batch
+
+    Batch.pinned = lambda self: self
 
 
 def activations_that_are_kept() -> None:

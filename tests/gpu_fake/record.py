@@ -47,11 +47,16 @@ class Record:
         self.syncs: Counter[tuple[str, int, str, str]] = Counter()  # (phase, step, what, site)
         self.collectives: Counter[tuple[str, int, str]] = Counter()
         self.sent: Counter[tuple[str, int, str]] = Counter()  # bytes given to each kind of collective
+        self.pageable: Counter[tuple[str, int, str]] = Counter()  # bytes, by (phase, step, site)
         self.now = self.peak = 0
         self.peak_site = ""
 
     def sync(self, what: str) -> None:
         self.syncs[*place(), what, site()] += 1
+
+    def from_pageable(self, source: torch.Tensor) -> None:
+        """A copy from memory that is not pinned: the driver copies it once more first."""
+        self.pageable[*place(), site()] += source.numel() * source.element_size()
 
     def collective(self, name: str, arguments: Any) -> None:
         on_device = [x for x in tensors_in(arguments) if x.is_cuda]
@@ -72,6 +77,7 @@ class Record:
         return {
             "syncs": [[*key, count] for key, count in sorted(self.syncs.items())],
             "collectives": [[*key, n, self.sent[key]] for key, n in sorted(self.collectives.items())],
+            "pageable": [[*key, size] for key, size in sorted(self.pageable.items())],
             "peak": self.peak,
             "peak_site": self.peak_site,
         }

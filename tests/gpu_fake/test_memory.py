@@ -23,6 +23,9 @@ CASES: dict[str, dict[str, Any]] = {
     "1B": {},
     "1B, compiled": {"compile": True},
     "7B, checkpointing": {"names": ["7B"], "checkpointing": True},
+    "1B, selective": {"checkpointing": True, "policy": "selective"},
+    "1B, selective, compiled": {"checkpointing": True, "policy": "selective", "compile": True},
+    "1B, selective, lora": {"checkpointing": True, "policy": "selective", "lora": 16},
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
     "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
@@ -58,6 +61,7 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
             half=True,
             gpu=True,
             checkpointing=case["checkpointing"],
+            selective=case.get("policy") == "selective",
             compiled=case.get("compile", False),
             frozen=tuple(network(name) for name in case["frozen"]),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gpu_fake.jobs import Fake, Shape
+from tests.gpu_fake.jobs import STEPS, Fake, Shape
 from tests.gpu_fake.waits import assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
@@ -40,6 +40,11 @@ def test_it_makes_the_host_wait_and_the_line_is_named(fake: Fake, change: str) -
     with pytest.raises(AssertionError) as caught:
         assert_waits(outcome, expected("sft", Shape()))
     assert WAITING[change] in str(caught.value)
+
+
+def test_a_copy_from_memory_that_is_not_pinned_is_seen(fake: Fake) -> None:
+    found = fake.run("sft", change="a_batch_that_is_not_pinned").pageable_of(STEPS)
+    assert found == {"common/data/types.py <lambda>"}
 
 
 @pytest.mark.parametrize("change", ["activations_that_are_kept", "whole_logits"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.config import Dtype
-from tests.gpu_fake.jobs import Fake, Shape
+from tests.gpu_fake.jobs import STEPS, Fake, Shape
 from tests.gpu_fake.waits import assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
@@ -32,3 +32,12 @@ def test_an_optimizer_step_waits_for_the_device_where_the_table_says(
     fake: Fake, step: str, name: str
 ) -> None:
     assert_waits(fake.run(step, SHAPES[name]), expected(step, SHAPES[name]))
+
+
+PREFIXES = "common/model/attention.py keys"  # two numbers of each document
+REFERENCE = "step2_dpo/loss.py pair_losses"  # two numbers of each pair
+
+
+@pytest.mark.parametrize(("step", "sites"), [("reward", {PREFIXES}), ("dpo", {PREFIXES, REFERENCE})])
+def test_batches_are_copied_from_pinned_memory(fake: Fake, step: str, sites: set[str]) -> None:
+    assert fake.run(step, SHAPES["zero1"]).pageable_of(STEPS) == sites

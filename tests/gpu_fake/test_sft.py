@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.config import Dtype
-from tests.gpu_fake.jobs import MOE, Fake, Shape
+from tests.gpu_fake.jobs import MOE, STEPS, Fake, Shape
 from tests.gpu_fake.waits import assert_waits, expected
 
 pytestmark = pytest.mark.gpu_fake
@@ -21,6 +21,9 @@ SHAPES = {
     "checkpointing": Shape(checkpointing=True),
     "lora": Shape(stage=2, lora=True),
     "compiled, checkpointing, lora": Shape(compile=True, checkpointing=True, lora=True, stage=2),
+    "selective": Shape(checkpointing=True, selective=True),
+    "selective, compiled, lora": Shape(compile=True, checkpointing=True, selective=True, lora=True, stage=2),
+    "selective, zero3": Shape(checkpointing=True, selective=True, stage=3),
     "moe": Shape(model=tuple(MOE.items())),
     "8 ranks": Shape(size=8),
     "8 ranks, zero2": Shape(size=8, stage=2),
@@ -36,10 +39,14 @@ def test_it_trains_and_exports(fake: Fake, name: str) -> None:
     assert "skipped" not in outcome.printed
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if "offload" not in name and name != "fp32"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if "offload" not in name])
 def test_an_optimizer_step_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
-    """With offload DeepSpeed waits at every parameter; in fp32 attention goes document by document."""
+    """With offload DeepSpeed waits at every parameter."""
     assert_waits(fake.run("sft", SHAPES[name]), expected("sft", SHAPES[name]))
+
+
+def test_batches_are_copied_from_pinned_memory(fake: Fake) -> None:
+    assert not fake.run("sft", SHAPES["zero1"]).pageable_of(STEPS)
 
 
 def test_more_micro_batches_wait_no_more_often(fake: Fake) -> None:

@@ -45,6 +45,7 @@ WITH_SCALE = (
     Wait(f"item: {ZERO}/stage_1_and_2.py has_overflow {STEP}", SKIPPED),
     Wait(f"item: {UTILS} is_invalid_grad_norm {STEP}", f"{SKIPPED}; asked twice", count=2),
 )
+IN_FP32 = WITH_SCALE[1:]
 STAGE_2 = (
     *WITH_SCALE,
     Wait(f"{SYNCHRONIZE} {BACKWARD}", "gradients go to the stream that reduces them", per_micro_batch=True),
@@ -80,7 +81,7 @@ def waits_of(step: str, shape: Shape) -> tuple[Wait, ...]:
         return (*ours, *STAGE_3, *(ALONE if shape.size == 1 else SEVERAL), *gathered)
     if shape.stage == 2:
         return (*ours, *STAGE_2)
-    return (*ours, *(STAGE_1 if shape.dtype is Dtype.bf16 else WITH_SCALE))
+    return (*ours, *{Dtype.bf16: STAGE_1, Dtype.fp16: WITH_SCALE, Dtype.fp32: IN_FP32}[shape.dtype])
 
 
 def expected(step: str, shape: Shape, micro_batches: int = MICRO_BATCHES) -> Counter[str]:

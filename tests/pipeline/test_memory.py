@@ -404,7 +404,7 @@ def test_one_gpu_sends_no_gradients_and_two_send_all_of_them_rounded() -> None:
     [
         ([], Step.sft, True),
         (["deepspeed=zero3"], Step.sft, False),
-        (["model.dtype=fp32"], Step.sft, False),
+        (["model.dtype=fp32"], Step.sft, True),
         ([], Step.dpo, False),
         (["model.compile=true"], Step.dpo, True),
         (["model.compile=false"], Step.sft, False),

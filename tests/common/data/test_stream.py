@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from common.config import DataConfig, OnBadRow, SourceConfig
 from common.data import sources, stream, stream_batches
@@ -21,6 +22,7 @@ from common.data.stream_batches import StreamedBatches, training_batches
 from common.errors import UserError
 from common.stage import Step
 from common.streaming import check_streaming
+from common.training.ahead import Ahead
 from common.training_config import TrainConfig
 from tests.common.data.built import Said, made, pairs, texts, write
 from tests.tiny import CHATML, tiny_tokenizer
@@ -99,6 +101,20 @@ def test_the_batches_depend_on_neither_the_ranks_nor_on_what_is_there_already(
     )
     # a run that goes on at a step asks for no step before it
     assert [row.tolist() for row in StreamedBatches(ready, PLAN).rows(8)] == steps_of(while_made, 9)[8]
+
+
+def test_batches_of_a_stream_are_the_same_when_a_thread_makes_them_ahead(
+    rows: StreamedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    ahead = Ahead(StreamedBatches(rows, PLAN), 30, torch.device("cuda", 0))
+    direct = StreamedBatches(opened(tmp_path), PLAN)
+    for step in range(30):
+        made = ahead.take(step)
+        ahead.make(step + 1)
+        assert [b.row_ids for b in made.micro_batches] == [b.row_ids for b in direct.micro_batches(step)]
+        assert made.epoch == direct.epoch_of(step + 1)
 
 
 def test_the_first_window_is_used_before_a_bad_row_behind_it_ends_the_run(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from common import notices
+from common.config import CheckpointingPolicy
 from common.errors import UserError
 from common.model import attention
 from common.model.loading import enable_checkpointing
@@ -179,11 +179,13 @@ def test_a_packed_document_has_the_hidden_states_it_has_alone_in_plain_transform
         torch.testing.assert_close(together[part], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("policy", CheckpointingPolicy)
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str, policy: CheckpointingPolicy) -> None:
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
-        model = tiny(CONFIGS["llama"]).train()
+        model = tiny(CONFIGS[kind]).train()
         if checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, policy)
         cu_seqlens = boundaries(LENGTHS)
         ids = torch.arange(15)[None]
         positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -288,20 +290,3 @@ def test_varlen_attention_agrees_with_the_reference(window: int | None) -> None:
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     out.float().square().sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
-
-
-def test_a_torch_without_windows_in_its_flash_attention_is_said_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(notices.log, "handlers", [notices.Listener(said.append)])
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(attention, "_varlen_keywords", lambda: frozenset({"window_size", "scale"}))
-    attention.say_without_flash(cuda, torch.bfloat16)
-    monkeypatch.setattr(attention, "_varlen_keywords", frozenset)
-    attention.say_without_flash(cpu, torch.bfloat16)
-    attention.say_without_flash(cuda, torch.float32)
-    assert said == []
-    attention.say_without_flash(cuda, torch.bfloat16)
-    (line,) = said
-    assert line.startswith("attention goes document by document") and torch.__version__ in line

@@ -1,7 +1,8 @@
 """Compiled layers: one graph for batches of any documents, and the numbers of layers that are not compiled.
 
-The CUDA branch of attention runs on the CPU, by the kernels of `test_varlen_on_cpu`. Graphs are run by
-torch's operations, not by kernels made for them: what is compiled is tested, not what Inductor makes of it.
+The CUDA branches of attention run on the CPU, by the kernels of `test_varlen_on_cpu` and
+`test_efficient_attention`. Graphs are run by torch's operations, not by kernels made for them: what is
+compiled is tested, not what Inductor makes of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from common.config import Dtype, ModelConfig
+from common.config import CheckpointingPolicy, Dtype, ModelConfig
 from common.data.batches import collate
 from common.data.types import Batch, TokenizedExample
 from common.model import attention, compiled, loading, packed
@@ -23,6 +24,7 @@ from common.model.architecture import CAUSAL_LM, build_config
 from common.model.packed import PackedCausalLM, batch_arguments
 from common.model.probes import find_shortcuts
 from tests.common.model import test_varlen_on_cpu as varlen_on_cpu
+from tests.common.model.test_efficient_attention import standing_in
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -32,12 +34,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(params=["_varlen", "_efficient"])
+def cuda_branch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     varlen = varlen_on_cpu.varlen
     varlen._varlen_attn.register_kernel("cpu")(varlen_on_cpu.forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(varlen_on_cpu.backward)
-    monkeypatch.setattr(attention, "_varlen_applies", lambda *_: True)
+    branch = getattr(attention, request.param)
+    monkeypatch.setattr(attention, "_in_one_call", lambda *_: branch)
 
     def arguments(*given: Any) -> dict[str, Any]:
         made = attention.packed_arguments(*given)
@@ -48,7 +51,8 @@ def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "packed_arguments", arguments)
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with standing_in():
+        yield
     torch._dynamo.reset()
 
 
@@ -103,17 +107,35 @@ def test_batches_of_any_documents_need_three_graphs_without_breaks_and_learn_the
     assert not counters["graph_break"]
 
 
+@pytest.mark.usefixtures("cuda_branch")
+def test_layers_that_are_compiled_and_recomputed_selectively_learn_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    plain = model("llama")
+    ours = copy.deepcopy(plain)
+    loading.enable_checkpointing(ours.base(), CheckpointingPolicy.selective)
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+    compiled.compile_layers(ours.base())
+    draws = np.random.default_rng(0)
+    for number in range(4):
+        given = batch(draws, shared=number % 2 == 0)
+        for one, other in zip(learned(ours, given), learned(plain, given), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # fp32, sums in another order
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize(
     ("config", "stage", "has_compiler", "expected"),
     [
         (ModelConfig(), 1, True, True),
         (ModelConfig(), 3, True, False),
-        (ModelConfig(dtype=Dtype.fp32), 1, True, False),
         (ModelConfig(), 2, False, False),
         (ModelConfig(compile=False), 1, True, False),
         (ModelConfig(compile=True), 3, True, True),
     ],
-    ids=["GPU", "ZeRO-3", "fp32", "no compiler", "off", "on"],
+    ids=["GPU", "ZeRO-3", "no compiler", "off", "on"],
 )
 def test_layers_are_compiled_on_a_gpu_unless_something_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, config: ModelConfig, stage: int, has_compiler: bool, expected: bool

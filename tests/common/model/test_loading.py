@@ -3,16 +3,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.config import Dtype, LoraConfig, ModelConfig, Quantize
+from common.config import CheckpointingPolicy, Dtype, LoraConfig, ModelConfig, Quantize
 from common.errors import UserError
-from common.model.attention import plain_attention
+from common.model.attention import packed_arguments, plain_attention, positions_within
 from common.model.loading import load_model
 from common.model.tokenizer import train_tokenizer
 from tests.packed import packed_lm
@@ -214,6 +216,27 @@ def test_four_bit_weights_say_that_bitsandbytes_is_missing(
     model = ModelConfig(path=str(base), lora=LoraConfig(enabled=True), quantize=Quantize.nf4)
     with pytest.raises(UserError, match="model.quantize=nf4 needs bitsandbytes"):
         load_model(model, tiny_tokenizer(CHATML), seed=0, device=CPU)
+
+
+def test_a_policy_of_recomputation_without_recomputation_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UserError, match="checkpointing_policy=selective recomputes nothing") as caught:
+        config(checkpointing_policy=CheckpointingPolicy.selective).check("model.")
+    assert caught.value.hint == "add model.gradient_checkpointing=true"
+
+
+def test_selective_recomputation_repeats_no_product_and_no_attention() -> None:
+    settings = config(gradient_checkpointing=True, checkpointing_policy=CheckpointingPolicy.selective)
+    counts = []
+    for given in (config(), settings, replace(settings, checkpointing_policy=CheckpointingPolicy.full)):
+        network = load_model(given, tiny_tokenizer(CHATML), seed=0, device=CPU)
+        ids = torch.arange(8)[None]
+        bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
+        arguments = packed_arguments(ids, positions_within(bounds, 8), bounds, 5)
+        with FlopCounterMode(display=False) as counter:
+            network.get_decoder()(**arguments).last_hidden_state.sum().backward()
+        counts.append(counter.get_total_flops())
+    without, selective, full = counts
+    assert without == selective < full
 
 
 def test_gradient_checkpointing_is_the_non_reentrant_one() -> None:

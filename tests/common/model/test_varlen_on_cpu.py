@@ -95,7 +95,7 @@ def test_the_cuda_branch_gives_what_the_cpu_branch_gives(
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     prefix = attention.SharedPrefix(shared, cu_seqlens, count, max(LENGTHS)) if shared else None
     q, k, v = (torch.randn(1, n, count, width, requires_grad=True) for n in (heads, groups, groups))
-    cuda = attention._varlen(q, k, v, cu_seqlens, max(LENGTHS), None, window, prefix)
+    cuda = attention._varlen(q, k, v, cu_seqlens, max(LENGTHS), attention.Scores(None), window, prefix)
     cpu = attention._by_document(q, k, v, LENGTHS, attention.Scores(None), window, prefix)
     grad = torch.randn_like(cuda)
     found, wanted = (torch.autograd.grad(out, (q, k, v), grad) for out in (cuda, cpu))
