@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.fields import number
 from common.limits import collective_seconds
 from common.stage import Input, Role, Stage, Step
+from common.vllm_fit import SamplingEngine, check_vllm_sampling
 from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
@@ -48,11 +49,6 @@ class CriticStart(Enum):
     policy = "policy"
 
 
-class RolloutEngine(Enum):
-    builtin = "builtin"
-    vllm = "vllm"
-
-
 @dataclass
 class VLLMConfig:
     """vLLM as what samples; without effect with another engine."""
@@ -88,14 +84,14 @@ class RolloutConfig:
     """responses decoded side by side, per rank"""
     gather_parameters: bool = True
     """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
-    engine: RolloutEngine = RolloutEngine.builtin
+    engine: SamplingEngine = SamplingEngine.builtin
     """builtin, or vllm: in each rank, on its device, in the same environment (make vllm)"""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     """vLLM as what samples"""
 
     @property
     def uses_vllm(self) -> bool:
-        return self.engine is RolloutEngine.vllm
+        return self.engine is SamplingEngine.vllm
 
     @property
     def leaves_out_tokens(self) -> bool:
@@ -110,12 +106,7 @@ class RolloutConfig:
                     what = f"{at}vllm.{each.name} has no effect with {at}engine={self.engine.value}"
                     raise UserError(what, hint=f"{at}engine=vllm")
             return
-        if self.leaves_out_tokens and self.temperature != 1:
-            raise UserError(
-                f"{at}engine=vllm gives no log-probabilities over all tokens with {at}temperature="
-                f"{self.temperature:g} and {at}top_p={self.top_p:g}, {at}top_k={self.top_k}",
-                hint=f"{at}temperature=1, or {at}top_p=1 and {at}top_k=0, or {at}engine=builtin",
-            )
+        check_vllm_sampling(self.temperature, self.top_p, self.top_k, at)
         if not self.gather_parameters:
             raise UserError(
                 f"{at}gather_parameters=false has no effect with {at}engine=vllm, which gets the weights "

@@ -20,10 +20,11 @@ from common.config import (
 from common.errors import UserError
 from common.fields import as_schema
 from common.stage import Step
+from common.vllm_fit import SamplingEngine
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from pipeline.disk import SMALLEST_DISK
-from step3_ppo.config import Estimator, RewardSourceConfig, RolloutEngine
+from step3_ppo.config import Estimator, RewardSourceConfig
 from tests.pipeline.checking import LLAMA, config_in, error_of
 
 
@@ -59,7 +60,7 @@ def test_ppo_without_prompts_names_the_missing_key(ppo: PipelineConfig) -> None:
 def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(
     ppo: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ppo.ppo.rollout.engine = RolloutEngine.vllm
+    ppo.ppo.rollout.engine = SamplingEngine.vllm
     checks.check(ppo, ranks=2)
     ppo.model.lora.enabled = ppo.model.lora.dora = True
     assert "has no DoRA" in error_of(ppo).message

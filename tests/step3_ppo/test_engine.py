@@ -10,10 +10,11 @@ import pytest
 from common import vllm_fit
 from common.errors import UserError
 from common.fields import as_schema
+from common.vllm_fit import SamplingEngine
 from pipeline.doctor.findings import Level, Machine
 from pipeline.doctor.software import sampler
 from step3_ppo.__main__ import _check
-from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig, RolloutEngine
+from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -50,7 +51,7 @@ def test_an_absent_or_another_version_is_one_error_with_what_fits(
 ) -> None:
     installed(monkeypatch, **there)
     job = PPOJob()
-    job.ppo.rollout = RolloutConfig(engine=RolloutEngine.vllm)
+    job.ppo.rollout = RolloutConfig(engine=SamplingEngine.vllm)
     with pytest.raises(UserError) as caught:
         _check(job)
     assert said in caught.value.message
