@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
+from common.addresses import Words, check_url
 from common.config import DataConfig, Exported, JobConfig, OptimConfig, TrainConfig
 from common.errors import UserError
 from common.fields import number
@@ -49,10 +50,22 @@ class CriticStart(Enum):
     policy = "policy"
 
 
+VLLM_SERVER = Words(
+    example="http://127.0.0.1:8000",
+    sends="prompts",
+    instead="put the server's key into VLLM_API_KEY in the environment, and leave it out of the address",
+    if_plain="use https",
+)
+
+
 @dataclass
 class VLLMConfig:
     """vLLM as what samples; without effect with another engine."""
 
+    servers: Optional[List[str]] = None
+    """addresses of running vLLM servers, e.g. [http://127.0.0.1:8000]; null: in each rank, on its device"""
+    timeout: float = number(600, 0, 86_400, above=True)
+    """seconds within which a server answers: has read new weights, or made a response"""
     cache_gb: Optional[float] = number(None, 0, 1_000_000, above=True)
     """keys and values per rank, in GB; null: room for all slots at data.max_length. With less, vLLM lets
     responses wait"""
@@ -61,6 +74,19 @@ class VLLMConfig:
     more, on average, in nats per token"""
     importance_cap: float = number(2.0, 1, 1_000_000)
     """largest importance weight of a token"""
+
+    def check(self, at: str) -> None:
+        """Servers have addresses, and nothing is set that they do not read."""
+        if self.servers is None:
+            return
+        if not self.servers:
+            raise UserError(f"{at}servers names none", hint=f"{at}servers=null: vLLM in each rank")
+        for index, url in enumerate(self.servers):
+            check_url(url, f"{at}servers[{index}]", VLLM_SERVER, allow_http=True)
+        if self.cache_gb is not None:
+            raise UserError(
+                f"{at}cache_gb has no effect with {at}servers", hint="theirs is --kv-cache-memory-bytes"
+            )
 
 
 @dataclass
@@ -85,13 +111,18 @@ class RolloutConfig:
     gather_parameters: bool = True
     """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
     engine: SamplingEngine = SamplingEngine.builtin
-    """builtin, or vllm: in each rank, on its device, in the same environment (make vllm)"""
+    """builtin, or vllm: in each rank, on its device, in the same environment (make vllm), or as servers"""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     """vLLM as what samples"""
 
     @property
     def uses_vllm(self) -> bool:
         return self.engine is SamplingEngine.vllm
+
+    @property
+    def vllm_here(self) -> bool:
+        """Whether vLLM is in the ranks' processes."""
+        return self.uses_vllm and self.vllm.servers is None
 
     @property
     def leaves_out_tokens(self) -> bool:

@@ -34,6 +34,7 @@ from common.decoding.requests import Completion, DecodingCounts, Request, Sampli
 from common.decoding.scheduler import not_finite, rounded_up, token_limit
 from common.errors import UserError
 from common.model.adapters import ADAPTER
+from common.model.architecture import read_config
 from common.vllm_fit import BUILTIN, WAY_OUT, check_vllm
 
 BLOCK = 128
@@ -168,6 +169,7 @@ class VLLMDecoder:
         """Let go of the engine and of its memory; nothing can be asked any more."""
         with _process_left_alone():
             del self._engine
+            gc.unfreeze()  # vLLM took all that was there from the collector's sight, itself too
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -176,16 +178,8 @@ class VLLMDecoder:
         limits = [token_limit(request, params, self._context) for request in requests]
         for number, (request, limit) in enumerate(zip(requests, limits, strict=True)):
             sampling = self._vllm.SamplingParams(
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                max_tokens=limit,
-                seed=None if params.temperature == 0 else seed_of(request.key),
-                stop_token_ids=list(params.terminators),
-                ignore_eos=True,  # the terminators are those of the chat template, and no others
-                logprobs=0,
+                **sampling_fields(request, params, limit),
                 flat_logprobs=True,
-                detokenize=False,
                 output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )
             prompt = {"prompt_token_ids": request.prompt.tolist()}
@@ -211,6 +205,21 @@ class VLLMDecoder:
         adapter they are kept in host memory, level 1."""
         if self._sleeps:
             self._engine.sleep(level=2 if self._adapter is None else 1)
+
+
+def sampling_fields(request: Request, params: SamplingParams, limit: int) -> dict[str, Any]:
+    """Of vLLM's sampling parameters those that are not as they are by default. limit: tokens, at most."""
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "max_tokens": limit,
+        "seed": None if params.temperature == 0 else seed_of(request.key),
+        "stop_token_ids": list(params.terminators),
+        "ignore_eos": True,  # the terminators are those of the chat template, and no others
+        "logprobs": 0,
+        "detokenize": False,
+    }
 
 
 def seed_of(key: tuple[int, ...]) -> int:
@@ -258,22 +267,13 @@ def _arguments(
     live: bool,
 ) -> tuple[Any, int]:
     """Of the engine, and the tokens that a prompt with its response may have."""
-    from common.model.architecture import read_config
-
-    config = read_config(model).get_text_config(decoder=True)
-    if any(getattr(config, name, 0) for name in EXPERTS):
-        raise UserError(
-            f"model_type={config.model_type} has experts, which vLLM 0.32 keeps under other names and whose "
-            "log-probabilities differ",
-            hint=BUILTIN,
-        )
-    context = min(size.max_length, getattr(config, "max_position_embeddings", None) or size.max_length)
+    config, context = read_config(model).get_text_config(decoder=True), context_of(model, size.max_length)
     width = 4 if model.dtype is Dtype.fp32 else 2
     return vllm.EngineArgs(
         model=str(model.path),
         # what the weights that it is given do not reach stays random, and shows in the first roll-out
         load_format="dummy" if live and adapter is None else "auto",
-        dtype={Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16"}[model.dtype],
+        dtype=dtype_name(model),
         trust_remote_code=model.trust_remote_code,
         max_model_len=context,
         max_num_seqs=size.slots,
@@ -285,13 +285,34 @@ def _arguments(
         distributed_executor_backend="external_launcher",  # the ranks exist: one engine in each
         skip_tokenizer_init=True,
         generation_config="vllm",  # what is sampled is what is asked for
-        # of all tokens, at the temperature. What top_p and top_k leave of them has other probabilities
-        logprobs_mode="raw_logprobs" if filters else "processed_logprobs",
+        logprobs_mode=logprobs_mode(filters),
         seed=0,
         disable_log_stats=True,
         use_tqdm_on_load=False,
         **({} if adapter is None else _for_adapter(adapter)),
     ), context
+
+
+def context_of(model: ModelConfig, max_length: int) -> int:
+    """Tokens that a prompt with its response may have. UserError for a model that vLLM would compute
+    otherwise."""
+    config = read_config(model).get_text_config(decoder=True)
+    if any(getattr(config, name, 0) for name in EXPERTS):
+        raise UserError(
+            f"model_type={config.model_type} has experts, which vLLM 0.32 keeps under other names and whose "
+            "log-probabilities differ",
+            hint=BUILTIN,
+        )
+    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+
+
+def dtype_name(model: ModelConfig) -> str:
+    return {Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16"}[model.dtype]
+
+
+def logprobs_mode(filters: bool) -> str:
+    """Of all tokens, at the temperature. What top_p and top_k leave of them has other probabilities."""
+    return "raw_logprobs" if filters else "processed_logprobs"
 
 
 def _for_adapter(adapter: Any) -> dict[str, Any]:
