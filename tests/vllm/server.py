@@ -17,18 +17,19 @@ SECONDS = 600
 
 
 @contextmanager
-def serving(model: Path, log: Path, *options: str, api_key: str) -> Iterator[str]:
+def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
     """Its address. options: in the place of defaults."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
-        "--port", str(port), "--enforce-eager", "--enable-scale-out", "--generation-config", "vllm",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-scale-out",
+        "--generation-config", "vllm",
         "--kv-cache-memory-bytes", "4000000", "--max-num-seqs", "4", *options,
     ]  # fmt: skip
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "VLLM_API_KEY": api_key}
+    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:

@@ -1,4 +1,4 @@
-"""PPO with a vLLM server of its own, started as a user starts one: the same policy, the same samples again."""
+"""PPO with a vLLM server, started as a user starts one: the same policy, the same samples again."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import kill_resume
+from benchmarks.pairs_workload import export_as_policy
 from common.artifacts import verify
 from common.config import Dtype, ModelConfig
 from common.decoding.decoder import Decoder
 from common.decoding.requests import SamplingParams
 from common.decoding.vllm_server import VLLMServers
 from common.errors import UserError
+from common.model.tokenizer import load_tokenizer
 from common.runtime.distributed import STOPPED_EXIT_CODE, World
 from step3_ppo.config import PPOJob
-from tests.runs import Base, finish, write_job
+from tests.runs import finish, write_job
 from tests.step3_ppo.runs import (
     Artifacts,
     lines_of,
-    make_artifacts,
     ppo,
     ppo_interrupted,
     run_job,
     series,
     watched,
 )
-from tests.vllm.conftest import WIDTHS
 from tests.vllm.server import serving
 from tests.vllm.test_ppo import CLOSE, UPDATES, job_of
 from tests.vllm.test_vllm_decoder import TERMINATORS, loaded, requests, sampled, scored, weights_of, written
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("world")]
 
-KEY = "of this test"
 MAX_LENGTH = 64
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -44,15 +44,24 @@ FP32 = ("--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-mo
 
 
 @pytest.fixture(scope="module")
-def untied(base: Base, folder: Path) -> Artifacts:
-    """Of a policy whose output layer has weights of its own."""
-    return make_artifacts(folder / "untied", base.tokenizer, **WIDTHS, tie_word_embeddings=False)
+def untied(artifacts: Artifacts, folder: Path) -> Artifacts:
+    """The same policy, with weights of its own for its output layer."""
+    tied = AutoModelForCausalLM.from_pretrained(artifacts.policy, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(artifacts.policy, tie_word_embeddings=False)
+    network = AutoModelForCausalLM.from_config(config)
+    network.load_state_dict(tied.state_dict())
+    network.save_pretrained(folder / "untied base")
+    settings = ModelConfig(path=str(folder / "untied base"), dtype=Dtype.fp32)
+    tokenizer = load_tokenizer(ModelConfig(path=str(artifacts.policy)))
+    tokenizer.save_pretrained(folder / "untied base")
+    export_as_policy(settings, tokenizer, folder / "untied", MAX_LENGTH)
+    return Artifacts(folder / "untied", artifacts.reward_model)
 
 
 @pytest.fixture(scope="module")
-def server(untied: Artifacts, folder: Path, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch_module.setenv("VLLM_API_KEY", KEY)
-    with serving(untied.policy, folder / "server.log", *FP32, api_key=KEY) as url:
+def server(untied: Artifacts, folder: Path) -> Iterator[str]:
+    """It has the key of the environment."""
+    with serving(untied.policy, folder / "server.log", *FP32) as url:
         yield url
 
 
