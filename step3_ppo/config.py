@@ -78,6 +78,8 @@ class VLLMConfig:
     def check(self, at: str) -> None:
         """Servers have addresses, and nothing is set that they do not read."""
         if self.servers is None:
+            if self.timeout != VLLMConfig.timeout:
+                raise UserError(f"{at}timeout has no effect without {at}servers", hint="leave it out")
             return
         if not self.servers:
             raise UserError(f"{at}servers names none", hint=f"{at}servers=null: vLLM in each rank")
@@ -147,10 +149,11 @@ class RolloutConfig:
 
     def notes(self) -> list[str]:
         """What should be known at a run's start: whether not all tokens can be sampled, and what samples."""
+        where = "" if self.vllm.servers is None else f" at {', '.join(self.vllm.servers)}"
         by_vllm = [
-            "vLLM samples the responses; in iterations in which its log-probabilities and the actor's differ "
-            f"by more than {self.vllm.drift_bound:g} nats per token, tokens get importance weights up to "
-            f"{self.vllm.importance_cap:g}"
+            f"vLLM{where} samples the responses; in iterations in which its log-probabilities and the "
+            f"actor's differ by more than {self.vllm.drift_bound:g} nats per token, tokens get importance "
+            f"weights up to {self.vllm.importance_cap:g}"
         ] * self.uses_vllm
         if not self.leaves_out_tokens:
             return by_vllm

@@ -62,7 +62,11 @@ def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(
 ) -> None:
     ppo.ppo.rollout.engine = SamplingEngine.vllm
     checks.check(ppo, ranks=2)
-    ppo.model.lora.enabled = ppo.model.lora.dora = True
+    ppo.ppo.rollout.vllm.servers = ["http://127.0.0.1:8000"]
+    checks.check(ppo, ranks=2)
+    ppo.model.lora.enabled = True
+    assert "are handed whole weights" in error_of(ppo).message
+    ppo.ppo.rollout.vllm.servers, ppo.model.lora.dora = None, True
     assert "has no DoRA" in error_of(ppo).message
     ppo.model.lora.dora, ppo.model.quantize = False, Quantize.nf4
     monkeypatch.setattr(checks, "check_bitsandbytes", lambda *_: None)  # nf4 needs it
