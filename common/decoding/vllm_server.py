@@ -132,13 +132,20 @@ class VLLMServers:
         self._servers = [Server(url, timeout) for url in urls]
         self._folder, self._world, self._slots = folder.resolve(), world, slots
         self._context = context_of(model, max_length)
-        all_gather_or_raise(lambda: [self._check(server, model, filters) for server in self._servers])
+
+        def check() -> None:
+            for server in self._servers:
+                self._check(server, model, filters)
+
+        all_gather_or_raise(check)
 
     def _check(self, server: Server, model: ModelConfig, filters: bool) -> None:
-        version = str(server.ask("/version").get("version"))
+        said = server.ask("/version")
+        version = str(said.get("version") if isinstance(said, dict) else said)
         if not fits(version):
             raise UserError(
-                f"{KEY}: {server.url} is vLLM {version}; {FITTING} is expected", hint="vllm==0.32.0 there"
+                f"{KEY}: {server.url} says that its version is {version}; a vLLM {FITTING} is expected",
+                hint="vllm==0.32.0 there",
             )
         found = server.ask("/server_info?config_format=json")["vllm_config"]
         theirs, expected = found["model_config"], {
