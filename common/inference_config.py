@@ -9,6 +9,7 @@ from typing import Dict, List, Optional
 
 from common.config import DataConfig, Dtype
 from common.fields import as_schema, number
+from common.vllm_fit import SamplingEngine, check_vllm_sampling
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class ManySettings(Settings):
     """completions decoded side by side"""
     dtype: Dtype = Dtype.auto
     """of the weights; auto: bf16 on a GPU, fp32 on a CPU"""
+    engine: SamplingEngine = SamplingEngine.builtin
+    """what samples: builtin, or vllm in the same environment (make vllm)"""
+
+    def check(self, at: str) -> None:
+        """The engine can do what it is asked for."""
+        if self.engine is SamplingEngine.vllm:
+            check_vllm_sampling(self.temperature, self.top_p, self.top_k, at)
 
 
 @dataclass(frozen=True)

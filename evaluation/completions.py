@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from common.data.stored import PromptDataset
-from common.decoding.decoder import Decoder
-from common.decoding.generate import CHUNK_REQUESTS, complete, text_of
+from common.decoding.generate import CHUNK_REQUESTS, complete, decoder_of, text_of
 from common.decoding.requests import Completion, SamplingParams
 from common.errors import UserError
 from common.handoff import scores_text
@@ -98,12 +97,12 @@ def answer(
     model: InferenceModel, rows: PromptDataset, keys: Mapping[str, int], settings: EvaluationSettings
 ) -> PolicyCompletions:
     """Sample completions of these prompts."""
-    decoder = Decoder(model.network(), slots=settings.slots)
     params = SamplingParams.of(settings, terminators_of(model.tokenizer))
     answers = PolicyCompletions(rows, keys)
     names, indices = {index: key for key, index in keys.items()}, list(keys.values())
     found: dict[int, list[Completion]] = {}
-    with Progress(len(indices), label="answer") as progress:
+    decoding = decoder_of(model.config, model.network, rows, settings, model.device)
+    with Progress(len(indices), label="answer") as progress, decoding as decoder:
 
         def ready(index: int, completions: list[Completion]) -> None:
             found[index] = completions

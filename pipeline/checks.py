@@ -188,6 +188,11 @@ def check_vllm_policy(config: PipelineConfig) -> None:
             f"{model.quantize.value}, which is another policy than the one that is trained",
             hint="model.quantize=none, or ppo.rollout.engine=builtin",
         )
+    if lora.enabled and not config.ppo.rollout.vllm_here:
+        raise UserError(
+            "ppo.rollout.vllm.servers are handed whole weights, and model.lora trains adapters alone",
+            hint="ppo.rollout.vllm.servers=null: vLLM in each rank takes adapters; or no adapters",
+        )
     if lora.enabled and lora.dora:
         raise UserError(
             "ppo.rollout.engine=vllm has no DoRA, which model.lora.dora=true trains",

@@ -19,7 +19,7 @@ from common.handoff import check_is_artifact
 from common.inference_config import EvaluateJob, EvaluationSettings
 from common.stage import Role
 from pipeline.config import PipelineConfig
-from pipeline.generate import cached_rows, work
+from pipeline.generate import cached_rows, check_engine, work
 from pipeline.options import Options, data_given, data_of, fields_given
 from pipeline.sources import artifact_of, artifacts_in, models_below, role_of_published
 from step3_ppo.rewards.config import check_reference
@@ -35,6 +35,7 @@ def evaluate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     output_dir = PipelineConfig().output_dir
     data = data_of(given.data, "--data", typed, cached_rows(output_dir))
     settings = fields_given(EvaluationSettings, given)
+    check_engine(settings)
     if given.out is not None:
         check_new(Path(given.out))
     for reference in given.functions:

@@ -18,6 +18,7 @@ from common.files import written_with
 from common.handoff import check_is_artifact
 from common.inference_config import GenerateJob, ManySettings
 from common.stage import Role
+from common.vllm_fit import SamplingEngine, check_vllm
 from launch.local import Job
 from launch.supervise import supervise
 from pipeline.config import PipelineConfig
@@ -35,6 +36,7 @@ def generate_verb(arguments: Sequence[str], *, say: Say = print) -> int:
     output_dir = PipelineConfig().output_dir
     data = data_of(given.prompts, "--prompts", typed, cached_rows(output_dir))
     settings = fields_given(ManySettings, given)
+    check_engine(settings)
     policy = artifact_of(given.model, Role.policy, "MODEL", models_below(output_dir), say)
     check_is_artifact(policy, Role.policy, "MODEL")
     say(f"policy    {policy}")
@@ -52,6 +54,12 @@ def generate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict
     parser.add_argument("--system", metavar="TEXT", help="system message of the prompts that have none")
     parser.add_fields(ManySettings)
     return parser.parse_args(others), typed
+
+
+def check_engine(settings: ManySettings) -> None:
+    """UserError where vLLM is asked for, and none is installed that fits."""
+    if settings.engine is SamplingEngine.vllm:
+        check_vllm()
 
 
 def cached_rows(output_dir: str) -> str:

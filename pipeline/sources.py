@@ -98,7 +98,7 @@ def check_functions(config: PipelineConfig, wired: Sequence[Wired], run_dir: Pat
     """
     steps = {step.stage.name: step for step in wired}
     done = (run_dir / Step.ppo.value / EXPORT / MANIFEST).exists()
-    asks = config.ppo.names_code or config.ppo.rollout.uses_vllm
+    asks = config.ppo.names_code or config.ppo.rollout.vllm_here
     if Step.ppo not in steps or not asks or (done and not config.force):
         return 0
     with tempfile.TemporaryDirectory(prefix="rlhf_check_") as folder:

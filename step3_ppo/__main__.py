@@ -18,7 +18,7 @@ def _check(job: PPOJob) -> None:
     from step3_ppo.rewards.functions import load_functions
     from step3_ppo.rewards.sources import RewardSources
 
-    if job.ppo.rollout.uses_vllm:
+    if job.ppo.rollout.vllm_here:
         check_vllm()
     RewardSources(job.ppo.rewards)
     load_functions(job.ppo.evaluation.functions, "ppo.evaluation.functions")

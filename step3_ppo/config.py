@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Dict, List, Optional
 
+from common.addresses import Words, check_url
 from common.config import DataConfig, JobConfig
 from common.errors import UserError
 from common.fields import number
 from common.limits import collective_seconds
 from common.stage import Input, Role, Stage, Step
 from common.training_config import Exported, OptimConfig, TrainConfig
+from common.vllm_fit import SamplingEngine, check_vllm_sampling
 from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
@@ -49,15 +51,22 @@ class CriticStart(Enum):
     policy = "policy"
 
 
-class RolloutEngine(Enum):
-    builtin = "builtin"
-    vllm = "vllm"
+VLLM_SERVER = Words(
+    example="http://127.0.0.1:8000",
+    sends="prompts",
+    instead="put the server's key into VLLM_API_KEY in the environment, and leave it out of the address",
+    if_plain="use https",
+)
 
 
 @dataclass
 class VLLMConfig:
     """vLLM as what samples; without effect with another engine."""
 
+    servers: Optional[List[str]] = None
+    """addresses of running vLLM servers, e.g. [http://127.0.0.1:8000]; null: in each rank, on its device"""
+    timeout: float = number(600, 0, 86_400, above=True)
+    """seconds within which a server answers: has read new weights, or made a response"""
     cache_gb: Optional[float] = number(None, 0, 1_000_000, above=True)
     """keys and values per rank, in GB; null: room for all slots at data.max_length. With less, vLLM lets
     responses wait"""
@@ -66,6 +75,21 @@ class VLLMConfig:
     more, on average, in nats per token"""
     importance_cap: float = number(2.0, 1, 1_000_000)
     """largest importance weight of a token"""
+
+    def check(self, at: str) -> None:
+        """Servers have addresses, and nothing is set that they do not read."""
+        if self.servers is None:
+            if self.timeout != VLLMConfig.timeout:
+                raise UserError(f"{at}timeout has no effect without {at}servers", hint="leave it out")
+            return
+        if not self.servers:
+            raise UserError(f"{at}servers names none", hint=f"{at}servers=null: vLLM in each rank")
+        for index, url in enumerate(self.servers):
+            check_url(url, f"{at}servers[{index}]", VLLM_SERVER, allow_http=True)
+        if self.cache_gb is not None:
+            raise UserError(
+                f"{at}cache_gb has no effect with {at}servers", hint="theirs is --kv-cache-memory-bytes"
+            )
 
 
 @dataclass
@@ -89,14 +113,19 @@ class RolloutConfig:
     """responses decoded side by side, per rank"""
     gather_parameters: bool = True
     """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
-    engine: RolloutEngine = RolloutEngine.builtin
-    """builtin, or vllm: in each rank, on its device, in the same environment (make vllm)"""
+    engine: SamplingEngine = SamplingEngine.builtin
+    """builtin, or vllm: in each rank, on its device, in the same environment (make vllm), or as servers"""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     """vLLM as what samples"""
 
     @property
     def uses_vllm(self) -> bool:
-        return self.engine is RolloutEngine.vllm
+        return self.engine is SamplingEngine.vllm
+
+    @property
+    def vllm_here(self) -> bool:
+        """Whether vLLM is in the ranks' processes."""
+        return self.uses_vllm and self.vllm.servers is None
 
     @property
     def leaves_out_tokens(self) -> bool:
@@ -111,12 +140,7 @@ class RolloutConfig:
                     what = f"{at}vllm.{each.name} has no effect with {at}engine={self.engine.value}"
                     raise UserError(what, hint=f"{at}engine=vllm")
             return
-        if self.leaves_out_tokens and self.temperature != 1:
-            raise UserError(
-                f"{at}engine=vllm gives no log-probabilities over all tokens with {at}temperature="
-                f"{self.temperature:g} and {at}top_p={self.top_p:g}, {at}top_k={self.top_k}",
-                hint=f"{at}temperature=1, or {at}top_p=1 and {at}top_k=0, or {at}engine=builtin",
-            )
+        check_vllm_sampling(self.temperature, self.top_p, self.top_k, at)
         if not self.gather_parameters:
             raise UserError(
                 f"{at}gather_parameters=false has no effect with {at}engine=vllm, which gets the weights "
@@ -126,10 +150,11 @@ class RolloutConfig:
 
     def notes(self) -> list[str]:
         """What should be known at a run's start: whether not all tokens can be sampled, and what samples."""
+        where = "" if self.vllm.servers is None else f" at {', '.join(self.vllm.servers)}"
         by_vllm = [
-            "vLLM samples the responses; in iterations in which its log-probabilities and the actor's differ "
-            f"by more than {self.vllm.drift_bound:g} nats per token, tokens get importance weights up to "
-            f"{self.vllm.importance_cap:g}"
+            f"vLLM{where} samples the responses; in iterations in which its log-probabilities and the "
+            f"actor's differ by more than {self.vllm.drift_bound:g} nats per token, tokens get importance "
+            f"weights up to {self.vllm.importance_cap:g}"
         ] * self.uses_vllm
         if not self.leaves_out_tokens:
             return by_vllm

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
+from common.decoding.vllm_server import VLLMServers
 from common.model.adapters import ADAPTER
 from common.runtime.distributed import (
     StopSignal,
@@ -115,7 +117,7 @@ class PromptSource(Protocol):
 
 
 def roll_out(
-    decoder: Decoder | VLLMDecoder,
+    decoder: Decoder | VLLMDecoder | VLLMServers,
     prompts: PromptSource,
     prompt_ids: Sequence[int],
     params: SamplingParams,
@@ -216,7 +218,7 @@ class Sampler:
         terminators: Sequence[int],
         world: World,
         stop: StopSignal,
-        vllm: VLLMDecoder | None = None,
+        vllm: VLLMDecoder | VLLMServers | None = None,
     ) -> None:
         """vllm: what samples, in the place of the builtin decoder."""
         self._actor, self._model, self._config, self._terminators = actor, model, config, terminators
@@ -226,7 +228,7 @@ class Sampler:
         self._vllm = vllm
         if vllm is None:
             with self._phase():
-                self._decoder: Decoder | VLLMDecoder = Decoder(model, slots=config.slots)
+                self._decoder: Decoder | VLLMDecoder | VLLMServers = Decoder(model, slots=config.slots)
         else:
             self._decoder = vllm
 
@@ -265,15 +267,22 @@ class Sampler:
 
 
 def vllm_of(
-    policy: ModelConfig, model: nn.Module, config: RolloutConfig, max_length: int, world: World
-) -> VLLMDecoder | None:
-    """vLLM on every rank, which all call it; None where the settings ask for another engine.
+    policy: ModelConfig, model: nn.Module, config: RolloutConfig, max_length: int, world: World, folder: Path
+) -> VLLMDecoder | VLLMServers | None:
+    """vLLM on every rank, or servers, for all ranks, which all call it; None where the settings ask for
+    another engine.
 
     policy: its files. model: made from them, to be trained. max_length: of a prompt with its response.
+    folder: where weights on their way to servers are written.
     """
     if not config.uses_vllm:
         return None
-    gigabytes = config.vllm.cache_gb
-    size = EngineSize(config.slots, max_length, None if gigabytes is None else gigabytes * 1e9)
+    vllm, filters = config.vllm, config.leaves_out_tokens
+    if vllm.servers is not None:
+        return VLLMServers(
+            vllm.servers, policy, max_length, folder, world,
+            filters=filters, slots=config.slots, timeout=vllm.timeout,
+        )  # fmt: skip
+    size = EngineSize(config.slots, max_length, None if vllm.cache_gb is None else vllm.cache_gb * 1e9)
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
-    return VLLMDecoder(policy, size, world.device, filters=config.leaves_out_tokens, adapter=adapter)
+    return VLLMDecoder(policy, size, world.device, filters=filters, adapter=adapter)

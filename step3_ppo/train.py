@@ -99,7 +99,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
     actor, flops_per_token = networks.actor.engine, training_flops_per_token(networks.model)
     terminators = terminators_of(tokenizer)
     files = model_of(job.model, policy.path)
-    vllm = vllm_of(files, networks.model, ppo.rollout, ppo.data.max_length, world)
+    vllm = vllm_of(files, networks.model, ppo.rollout, ppo.data.max_length, world, folder / "handover")
     sampler = Sampler(actor, networks.model, ppo.rollout, terminators, world, session.stop, vllm)
     if reward_model is not None and scoring.needs_calibration:
         calibrate(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from common.data.stored import PromptDataset
 from common.decoding.completions import CompletionsFile
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, Request, SamplingParams
+from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
 from common.errors import UserError
 from common.handoff import load_named
 from common.inference_config import GenerateJob, ManySettings
@@ -35,12 +37,14 @@ from common.model.architecture import read_config
 from common.model.loading import load_model
 from common.model.tokenizer import load_tokenizer, terminators_of
 from common.redact import shown
+from common.runtime.distributed import init_world
 from common.runtime.entry import job_main
 from common.runtime.progress import Progress
 from common.stage import Role
+from common.vllm_fit import SamplingEngine
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 STREAM = 0x67656E65
 """Tells the draws of completions from whatever else is derived from a seed."""
@@ -83,17 +87,22 @@ def generate(job: GenerateJob) -> int:
         if done:
             say(f"{job.out} has {done:,} of {len(rows):,} prompts: going on")
         if done < len(rows):
-            decoder = Decoder(load_model(model, tokenizer, seed=0, device=device), slots=settings.slots)
             chunk = max(1, CHUNK_REQUESTS // settings.samples)
-            is_exact = device.type == "cpu" and model.dtype is Dtype.fp32 and decoder.has_cache
-            begin = done if is_exact else done - done % chunk
-            _complete(decoder, rows, range(begin, len(rows)), settings, chunk, tokenizer, file)
+
+            def network() -> PreTrainedModel:
+                return load_model(model, tokenizer, seed=0, device=device)
+
+            with decoder_of(model, network, rows, settings, device) as decoder:
+                can_be_exact = isinstance(decoder, Decoder) and decoder.has_cache
+                is_exact = can_be_exact and device.type == "cpu" and model.dtype is Dtype.fp32
+                begin = done if is_exact else done - done % chunk
+                _complete(decoder, rows, range(begin, len(rows)), settings, chunk, tokenizer, file)
         say(f"{job.out}: {file.count:,} prompts, {file.summary()}")
     return 0
 
 
 def _complete(
-    decoder: Decoder,
+    decoder: Decoder | VLLMDecoder,
     rows: PromptDataset,
     prompt_ids: range,
     settings: ManySettings,
@@ -180,8 +189,33 @@ def as_trained(data: DataConfig, model: Artifact, *, whole_context: bool) -> Dat
     return dataclasses.replace(data, chat_template_kwargs=kwargs, max_length=context)
 
 
+@contextmanager
+def decoder_of(
+    model: ModelConfig,
+    network: Callable[[], PreTrainedModel],
+    rows: PromptDataset,
+    settings: ManySettings,
+    device: torch.device,
+) -> Iterator[Decoder | VLLMDecoder]:
+    """What the settings say samples, with the weights of the model's files, while the block runs.
+
+    network: the same weights for the builtin decoder. rows: their longest decides the size of vLLM's cache.
+    """
+    if settings.engine is SamplingEngine.builtin:
+        yield Decoder(network(), slots=settings.slots)
+        return
+    init_world()
+    size = EngineSize(settings.slots, int(rows.lengths.max()) + settings.max_new_tokens)
+    filters = settings.top_p < 1 or settings.top_k > 0
+    decoder = VLLMDecoder(model, size, device, filters=filters, live=False)
+    try:
+        yield decoder
+    finally:
+        decoder.close()
+
+
 def complete(
-    decoder: Decoder,
+    decoder: Decoder | VLLMDecoder,
     rows: PromptDataset,
     prompt_ids: Sequence[int],
     params: SamplingParams,

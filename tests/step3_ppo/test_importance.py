@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from step3_ppo.config import RolloutConfig, RolloutEngine, VLLMConfig
+from common.vllm_fit import SamplingEngine
+from step3_ppo.config import RolloutConfig, VLLMConfig
 from step3_ppo.importance import drift, importance_metrics, with_importance
 from step3_ppo.loss import policy_loss
 from step3_ppo.rollout import Experience, Response
@@ -29,7 +30,7 @@ def experience(log_ratios: list[float]) -> Experience:
 
 
 def of(**vllm: float) -> RolloutConfig:
-    return RolloutConfig(engine=RolloutEngine.vllm, vllm=VLLMConfig(**vllm))
+    return RolloutConfig(engine=SamplingEngine.vllm, vllm=VLLMConfig(**vllm))
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,14 @@ WIDTHS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def there() -> None:
+def there() -> Iterator[None]:
+    """vLLM; and a key for servers, set before the first rank is forked."""
     found = installed_vllm()
     if found is None or not fits(found[1]):
         pytest.skip("no vLLM 0.32 here: make vllm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", "of these tests")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from benchmarks import kill_resume
 from common.artifacts import verify
 from common.config import Dtype, LoraConfig
 from common.runtime.distributed import STOPPED_EXIT_CODE
-from step3_ppo.config import PPOJob, RolloutEngine
+from common.vllm_fit import SamplingEngine
+from step3_ppo.config import PPOJob
 from tests.runs import finish, write_job
 from tests.step3_ppo.runs import (
     Artifacts,
@@ -36,7 +37,7 @@ UPDATES = 2
 """Of an iteration."""
 
 
-def job_of(folder: Path, artifacts: Artifacts, engine: RolloutEngine = RolloutEngine.vllm) -> PPOJob:
+def job_of(folder: Path, artifacts: Artifacts, engine: SamplingEngine = SamplingEngine.vllm) -> PPOJob:
     job = make_job(folder, artifacts, eval_every=2, save_every=1)
     job.ppo.rollout.temperature, job.ppo.rollout.engine = TEMPERATURE, engine
     return job
@@ -51,7 +52,7 @@ def whole(folder: Path, artifacts: Artifacts) -> Path:
 
 @pytest.fixture(scope="module")
 def builtin(folder: Path, artifacts: Artifacts) -> Path:
-    run_job(job_of(folder, artifacts, RolloutEngine.builtin), folder / "runs" / "builtin")
+    run_job(job_of(folder, artifacts, SamplingEngine.builtin), folder / "runs" / "builtin")
     return folder / "runs" / "builtin"
 
 

@@ -15,6 +15,7 @@ from common.config import Dtype, LoraConfig, ModelConfig
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, Request, SamplingParams
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
+from common.decoding.vllm_server import VLLMServers
 from common.errors import UserError
 from common.model.adapters import ADAPTER, add_adapters
 from tests.runs import LLAMA
@@ -79,7 +80,7 @@ def scored(network: Any, request: Request, completion: Completion, temperature: 
 
 
 def sampled(
-    decoder: VLLMDecoder, network: Any, asked: Sequence[Request], params: SamplingParams
+    decoder: VLLMDecoder | VLLMServers, network: Any, asked: Sequence[Request], params: SamplingParams
 ) -> list[Completion]:
     with decoder.holding(weights_of(network)):
         found = decoder.decode(asked, params)
