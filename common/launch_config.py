@@ -86,6 +86,8 @@ class LaunchConfig:
     """which of them this one is, from 0; ssh, slurm and k8s set it"""
     rdzv_endpoint: Optional[str] = None
     """HOST:PORT of machine 0, where all meet; PORT + 1 is used as well"""
+    sequence_parallel: int = number(1, 1, 1_024)
+    """ranks that share each row, consecutive tokens on each; for documents longer than a device holds"""
     join_seconds: int = number(600, 1, 1_000_000)
     """how long machines wait for each other at the start"""
     max_restarts: int = number(0, 0, 1_000_000)

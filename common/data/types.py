@@ -161,7 +161,7 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: all its documents laid end to end in one sequence, without padding.
+    """One micro-batch: all its documents laid end to end in one sequence.
 
     input_ids: int64 [1, N]. position_ids: int64 [1, N], from 0 in each document.
     cu_seqlens: int32 [D + 1], where documents begin and the last ends (0 first, N last).
@@ -171,6 +171,9 @@ class Batch:
     shared_prefix: for each document, the length of its prefix that is stored only in its owner: the nearest
     document before it that shares nothing (0). Empty: no document shares a prefix.
     computed_positions: int64 [C], the different ones among trained_positions, ascending (None: not listed).
+    padding: how many of the N positions, the last ones, are no document's.
+    sequence_parallel: ranks that have the sequence, an equal slice each. N and all tensors are this rank's
+    slice's; but cu_seqlens, max_seqlen and shared_prefix tell of the whole.
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -184,6 +187,8 @@ class Batch:
     row_ids: tuple[int, ...]
     shared_prefix: tuple[int, ...] = ()
     computed_positions: torch.Tensor | None = None
+    padding: int = 0
+    sequence_parallel: int = 1
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

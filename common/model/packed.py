@@ -100,6 +100,7 @@ class PackedCausalLM(PackedModel):
         per_token: bool = False,
         temperature: float = 1.0,
         computed_positions: torch.Tensor | None = None,
+        sequence_parallel: int = 1,
     ) -> TokenLoss:
         """Score the trained positions of one packed sequence. Shapes as in `Batch`.
 
@@ -107,7 +108,9 @@ class PackedCausalLM(PackedModel):
         not. temperature: the distributions are softmax(logits / temperature).
         """
         base: Any = self.base()
-        arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
+        arguments = packed_arguments(
+            input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix, sequence_parallel
+        )
         with self.read_at(trained_positions, input_ids.shape[1], computed_positions):
             if not self.shortcuts.fused_loss:
                 logits = base(**arguments, logits_to_keep=trained_positions).logits[0]
@@ -140,6 +143,7 @@ def document_arguments(batch: Batch) -> dict[str, Any]:
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
         "shared_prefix": batch.shared_prefix,
+        "sequence_parallel": batch.sequence_parallel,
     }
 
 

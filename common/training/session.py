@@ -112,7 +112,7 @@ class Session:
         self.folder = run_dir / step.value
         self.taken_from = TakenFrom.read(self.folder)
         self._base_revision: str | None = None
-        self.world = init_world()
+        self.world = init_world(job.launch.sequence_parallel)
         self.stop = StopSignal()
         seed_everything(job.seed)
         self.say = print if self.world.is_rank0 else logging.getLogger(f"rlhf.{step.value}").info
