@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.model.attention import packed_arguments, positions_within
 from common.model.fused_loss import ScoringHead, TokenLoss
 from common.model.last_layer import computed_at, feed_forward_of
-from common.model.one_by_one import decoder_of
+from common.model.one_by_one import decoder_of, reason_of
 from common.model.probes import Shortcuts
 from common.stage import Role
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from common.data.types import Batch
+
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of rotary embeddings that transformers adapts to the largest position of a pass."""
 
 
 class PackedModel(nn.Module):
@@ -133,6 +137,19 @@ class PackedCausalLM(PackedModel):
         positions = positions_within(boundaries, length)
         arguments = packed_arguments(input_ids, positions, boundaries, int(boundaries.diff().max()))
         return cast(torch.Tensor, cast(Any, self.base())(**arguments).logits[0])
+
+
+def refuse_unsliced(network: PreTrainedModel) -> None:
+    """UserError for a network in which a slice of a row would be computed otherwise than within the row."""
+    why = reason_of(network)
+    kinds = {str(getattr(module, "rope_type", "")) for module in network.modules()}
+    if any(named in kind for kind in kinds for named in ROPE_BY_LENGTH):
+        why = "rotary embeddings depend on how long the row is"
+    if why is not None:
+        raise UserError(
+            f"launch.sequence_parallel: model_type={network.config.model_type} cannot share rows: {why}",
+            hint="launch.sequence_parallel=1",
+        )
 
 
 def document_arguments(batch: Batch) -> dict[str, Any]:

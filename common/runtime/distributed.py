@@ -73,7 +73,7 @@ def init_world(sequence_parallel: int = 1) -> World:
     """Join the process group named by the environment; a lone process is a world of one.
 
     Several ranks exchange heartbeats from here on (`heartbeat.py`). sequence_parallel: how many share each
-    row. UserError when RLHF_FAULT or a limit cannot be parsed, and when the ranks cannot be shared out so.
+    row, a divisor of their number. UserError when RLHF_FAULT or a limit cannot be parsed.
     """
     global _heartbeat, _sequence_group
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,11 +93,6 @@ def init_world(sequence_parallel: int = 1) -> World:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         if size > 1:
             _heartbeat = start_heartbeat(rank, size, timeout, barrier)
-    if size % sequence_parallel:
-        raise UserError(
-            f"launch.sequence_parallel={sequence_parallel} does not divide the {size} rank(s)",
-            hint="launch.sequence_parallel=1, or a number of ranks that it divides",
-        )
     if sequence_parallel > 1:
         _sequence_group, _ = dist.new_subgroups(sequence_parallel)
     phases.enter("start")

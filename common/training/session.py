@@ -37,7 +37,7 @@ from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
 from common.model.compiled import settled
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM, PackedModel
+from common.model.packed import PackedCausalLM, PackedModel, refuse_unsliced
 from common.model.partition import share_of
 from common.model.tokenizer import terminators_of
 from common.phases import enter
@@ -179,6 +179,10 @@ class Session:
         network = load_model(
             model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
         )
+        if self.world.sequence_parallel > 1:
+            heads = network.config.get_text_config().num_attention_heads
+            self.job.launch.check_sequence_parallel(self.world.size, heads)
+            refuse_unsliced(network)
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network

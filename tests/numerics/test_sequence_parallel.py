@@ -1,4 +1,4 @@
-"""The gradient of a step is that of the token mean over all its documents, also where ranks share its rows."""
+"""Where ranks share rows, the gradient of a step is that of the token mean over all its documents, too."""
 
 from __future__ import annotations
 
