@@ -7,15 +7,55 @@ is told of the whole sequence, to which each rank's attention belongs (see `comm
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from common.data.types import Batch
+from common.data.types import Batch, PairBatch, SharedReads
+
+PAIR = 2
+"""Documents of a pair."""
+BatchOrPairs = TypeVar("BatchOrPairs", Batch, PairBatch)
 
 
-def slice_of(batch: Batch, rank: int, ranks: int) -> Batch:
-    """The slice of one of some ranks."""
+def slice_of(batch: BatchOrPairs, rank: int, ranks: int) -> BatchOrPairs:
+    """What one of some ranks has of it. Of pairs, which may lie across slices, each rank judges some."""
+    if isinstance(batch, Batch):
+        return _documents(batch, rank, ranks)
+    documents = _documents(batch.documents, rank, ranks)
+    size = documents.input_ids.shape[1]
+    sides = torch.arange(len(batch.score_positions))
+    pair_of_target = batch.document_of_target // PAIR
+    targets, scored = pair_of_target % ranks == rank, sides // PAIR % ranks == rank
+    pairs = slice(rank, None, ranks)
+    ends = batch.score_positions
+    return replace(
+        batch,
+        documents=documents,
+        score_positions=ends[_is_between(ends, size * rank, size * (rank + 1))] - size * rank,
+        document_of_target=(pair_of_target // ranks * PAIR + batch.document_of_target % PAIR)[targets],
+        margins=batch.margins[pairs],
+        source_ids=batch.source_ids[pairs],
+        lengths=batch.lengths[scored],
+        pair_ids=batch.pair_ids[pairs],
+        target_reads=_reads(batch.documents.trained_positions, size, ranks, targets),
+        score_reads=_reads(ends, size, ranks, scored),
+    )
+
+
+def _reads(positions: torch.Tensor, size: int, ranks: int, needed: torch.Tensor) -> SharedReads:
+    """positions: of all reads in the sequence, in slices of `size`; needed: bool, by this rank."""
+    holder = positions // size
+    by_holder = [torch.nonzero(holder == rank)[:, 0] for rank in range(ranks)]
+    length = max(1, *map(len, by_holder))
+    places = torch.empty_like(positions)
+    for rank, reads in enumerate(by_holder):
+        places[reads] = rank * length + torch.arange(len(reads))
+    return SharedReads(places[needed], length)
+
+
+def _documents(batch: Batch, rank: int, ranks: int) -> Batch:
     batch = _padded(batch, ranks)
     length = batch.input_ids.shape[1]
     size = length // ranks

@@ -192,7 +192,22 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(self, **_tensors(self, device))
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(frozen=True, slots=True)
+class SharedReads:
+    """What the ranks of a sequence group read off their slices and need of each other's.
+
+    own: int64, places of what this rank needs among what all have read, end to end, each rank `length` values
+    (padded).
+    """
+
+    own: torch.Tensor
+    length: int
+
+    def to(self, device: torch.device) -> SharedReads:
+        return replace(self, **_moved(self, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +218,9 @@ class PairBatch:
     score_positions: int64 [2P], index into N of each document's terminator. document_of_target: int64 [M],
     the document that each target of `documents` belongs to. margins: fp32 [P]. source_ids: int64 [P].
     lengths: int64 [2P], tokens of each document. num_tokens: their sum; shared prefixes count on both sides.
+    target_reads, score_reads: where ranks share the sequence (None: they do not), `documents`, and what is
+    read at the targets and score_positions in it, are of this rank's slice; the P pairs, and all else, are
+    those of the sequence that are this rank's to judge.
     A batch may have P = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -213,6 +231,8 @@ class PairBatch:
     source_ids: torch.Tensor
     lengths: torch.Tensor
     pair_ids: tuple[int, ...]
+    target_reads: SharedReads | None = None
+    score_reads: SharedReads | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -220,16 +240,19 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        return replace(self, documents=self.documents.to(device), **_tensors(self, device))
+        return replace(self, **_moved(self, device))
 
 
-def _tensors(batch: Batch | PairBatch, device: torch.device) -> dict[str, Any]:
-    """Its tensors by name, on `device`."""
+def _moved(holder: Batch | PairBatch | SharedReads, device: torch.device) -> dict[str, Any]:
+    """Its tensors, and what holds some, by name; on `device`."""
     import torch
 
-    found = {each.name: getattr(batch, each.name) for each in fields(batch)}
-    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+    found = {each.name: getattr(holder, each.name) for each in fields(holder)}
+    moved = {name: value for name, value in found.items() if hasattr(value, "to")}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value.to(device)
+        for name, value in moved.items()
+    }
 
 
 def prefix_owners_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:

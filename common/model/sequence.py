@@ -12,8 +12,10 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from common.data.types import SharedReads
 from common.runtime.distributed import sequence_group
 
 
@@ -44,3 +46,13 @@ def own_heads(per_head: torch.Tensor, ranks: int) -> torch.Tensor:
 def _exchanged(x: torch.Tensor) -> torch.Tensor:
     """[ranks, m], what goes to each rank -> [ranks, m], what came from each. Carries the gradient."""
     return all_to_all_single_autograd(x, None, None, sequence_group())
+
+
+def reads_of_group(values: torch.Tensor, reads: SharedReads | None) -> torch.Tensor:
+    """What this rank needs of what all of its group have read. values: [R], read by this rank; all that is
+    needed where ranks do not share rows (None). Carries the gradient."""
+    if reads is None:
+        return values
+    ranks = dist.get_world_size(sequence_group())
+    to_each = F.pad(values, (0, reads.length - len(values))).expand(ranks, -1)
+    return _exchanged(to_each.contiguous()).flatten().index_select(0, reads.own)

@@ -19,6 +19,7 @@ from common.runtime.distributed import World, all_reduce_sum, close_world, init_
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
 from tests.packed import packed_lm
+from tests.spread import sharing
 
 LEARNING_RATE = 1e5
 MAX_LENGTH = 24
@@ -88,10 +89,7 @@ def pipeline_gradient(
         world_size=world.size, num_parameters=sum(p.numel() for p in module.parameters()),
     )  # fmt: skip
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=LEARNING_RATE), config)
-    plan = BatchPlan(
-        MAX_LENGTH, packing, 8, micro_batch_size, 0, world.data_rank, world.data_size,
-        world.sequence_rank, world.sequence_parallel,
-    )  # fmt: skip
+    plan = BatchPlan(MAX_LENGTH, packing, 8, micro_batch_size, 0, **sharing(world))
     micro_batches = Batches(Documents(), plan).micro_batches(0)
     (trained,) = all_reduce_sum([sum(len(batch.targets) for batch in micro_batches)])
     engine.train()
