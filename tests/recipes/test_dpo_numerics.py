@@ -43,6 +43,7 @@ def job_of(folder: Path, point: Point) -> DPOJob:
     job.dpo.sft_weight, job.dpo.label_smoothing = 0.1, 0.1
     job.deepspeed.stage, job.model.gradient_checkpointing = point.stage, point.checkpointing
     job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
+    job.launch.sequence_parallel = point.sequence_parallel
     job.dpo.sampling.num_prompts = 2 if point in SPREAD else 0
     return job
 
