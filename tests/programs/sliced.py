@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 
 from common.model.attention import SharedPrefix, packed_attention
@@ -71,6 +74,31 @@ def largest_error(world: World, asked: Asked) -> float:
     parts: Any = list(zip(*found, strict=True))
     joined = [torch.cat(parts[0], 1), *(torch.cat(part, 2) for part in parts[1:4]), sum(parts[4])]
     return max(float((a - b).abs().max()) for a, b in zip(joined, expected, strict=True))
+
+
+def compiled_layers() -> int:
+    """With compiled layers two ranks learn from their slices the same; nothing breaks a graph."""
+    from torch._dynamo.utils import counters
+
+    from common.data.slices import slice_of
+    from common.model import compiled
+    from tests.common.model.test_compiled import batch, learned, model, take_cuda_branch
+
+    world = init_world(sequence_parallel=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_cuda_branch(monkeypatch)
+        torch.manual_seed(0)
+        plain = model("llama")
+        ours = copy.deepcopy(plain)
+        compiled.compile_layers(ours.base())
+        draws = np.random.default_rng(0)
+        for number in range(4):
+            given = slice_of(batch(draws, shared=number % 2 == 0), world.sequence_rank, 2)
+            for one, other in zip(learned(ours, given), learned(plain, given), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # sums in another order
+    assert 2 <= counters["stats"]["unique_graphs"] <= 5 and not counters["graph_break"]
+    close_world()
+    return 0
 
 
 def main(out: str) -> int:

@@ -104,4 +104,6 @@ def test_untied_and_adapted_runs_do_not_depend_on_stage_or_ranks_either(run_of: 
         assert margins[3] > 1e-3
         for other in others:
             assert series(run_of(other), "loss") == pytest.approx(losses, rel=LOSS_TOLERANCE)
-            assert series(run_of(other), "rewards/margins") == pytest.approx(margins, rel=LOSS_TOLERANCE)
+            # margins begin at 0: of log-probabilities of tens in fp32, beta times the difference has 1e-7
+            close = pytest.approx(margins, rel=LOSS_TOLERANCE, abs=1e-7)
+            assert series(run_of(other), "rewards/margins") == close

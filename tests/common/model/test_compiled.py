@@ -32,8 +32,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def take_cuda_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as on a GPU, layers compiled without kernels of their own."""
     varlen = varlen_on_cpu.varlen
     varlen._varlen_attn.register_kernel("cpu")(varlen_on_cpu.forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(varlen_on_cpu.backward)
@@ -46,6 +46,13 @@ def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made
 
     monkeypatch.setattr(packed, "packed_arguments", arguments)
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+
+
+@pytest.fixture
+def cuda_branch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    take_cuda_branch(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -86,13 +93,11 @@ def learned(module: PackedCausalLM, given: Batch) -> list[torch.Tensor]:
     ],
 )
 def test_batches_of_any_documents_need_three_graphs_without_breaks_and_learn_the_same(
-    monkeypatch: pytest.MonkeyPatch, model_type: str, fields: dict[str, Any], graphs: int
+    model_type: str, fields: dict[str, Any], graphs: int
 ) -> None:
     torch.manual_seed(0)
     plain = model(model_type, **fields)
     ours = copy.deepcopy(plain)
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
     compiled.compile_layers(ours.base())
     draws = np.random.default_rng(0)
     for number in range(10):

@@ -25,6 +25,11 @@ def test_slices_of_four_ranks_are_attended_to_like_the_whole(tmp_path: Path) -> 
     assert max(errors.values()) < TOLERANCE, errors
 
 
+@pytest.mark.slow  # two processes that compile
+def test_compiled_layers_exchange_slices_without_breaking_a_graph(tmp_path: Path) -> None:
+    forked.run(sliced.compiled_layers, (), 2, tmp_path / "printed.txt")
+
+
 def network_with(**fields: Any) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
