@@ -52,7 +52,7 @@ from common.model import (
     tokenizer,
 )
 from common.model.adapters import adapters_off
-from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments
+from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments, refuse_unsliced
 from common.model.sequence import reads_of_group
 from common.runtime.distributed import World, all_gather_arrays, broadcast_from_rank0
 from common.training import frozen
@@ -122,7 +122,9 @@ def other_model(
 ) -> Iterator[tuple[Ask, bool]]:
     """Another policy, on the device while it is asked; and whether it can share prefixes."""
     model = load_frozen_policy(job, artifact, tokenizer, world)
-    yield model, cast(PackedCausalLM, model.module).shortcuts.shared_prefix
+    module = cast(PackedCausalLM, model.module)
+    refuse_unsliced(module.base(), job.launch, world.size)
+    yield model, module.shortcuts.shared_prefix
 
 
 def reference_key(

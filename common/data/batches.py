@@ -303,13 +303,9 @@ def count_pairs(micro_batches: Sequence[PairBatch]) -> tuple[int, int, int, int]
     """
     pairs = sum(len(batch.pair_ids) for batch in micro_batches)
     tokens = sum(batch.num_tokens for batch in micro_batches)
+    positions = sum(batch.documents.input_ids.shape[1] for batch in micro_batches)
     padding = sum(batch.documents.padding for batch in micro_batches)
-    return (
-        pairs,
-        tokens,
-        sum(batch.documents.input_ids.shape[1] for batch in micro_batches) - padding,
-        padding,
-    )
+    return pairs, tokens, positions - padding, padding
 
 
 def _shared_tokens(examples: Sequence[TokenizedExample], prefix_groups: Sequence[int] | None) -> np.ndarray:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from common.data.types import Batch
+    from common.launch_config import LaunchConfig
 
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 """Kinds of rotary embeddings that transformers adapts to the largest position of a pass."""
@@ -139,8 +140,12 @@ class PackedCausalLM(PackedModel):
         return cast(torch.Tensor, cast(Any, self.base())(**arguments).logits[0])
 
 
-def refuse_unsliced(network: PreTrainedModel) -> None:
-    """UserError for a network in which a slice of a row would be computed otherwise than within the row."""
+def refuse_unsliced(network: PreTrainedModel, launch: LaunchConfig, ranks: int) -> None:
+    """Where ranks share rows, UserError for a network in which a slice of a row would be computed otherwise
+    than within the row, or whose heads they cannot share. ranks: of the run."""
+    if launch.sequence_parallel == 1:
+        return
+    launch.check_sequence_parallel(ranks, network.config.get_text_config().num_attention_heads)
     why = reason_of(network)
     kinds = {str(getattr(module, "rope_type", "")) for module in network.modules()}
     if any(named in kind for kind in kinds for named in ROPE_BY_LENGTH):

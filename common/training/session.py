@@ -179,10 +179,7 @@ class Session:
         network = load_model(
             model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
         )
-        if self.world.sequence_parallel > 1:
-            heads = network.config.get_text_config().num_attention_heads
-            self.job.launch.check_sequence_parallel(self.world.size, heads)
-            refuse_unsliced(network)
+        refuse_unsliced(network, self.job.launch, self.world.size)
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network

@@ -46,11 +46,13 @@ class Shape:
     checkpointing: bool = False
     compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
+    shared: int = 1  # ranks that share each row
 
     def put_into(self, job: Any) -> None:
         job.model.dtype, job.model.gradient_checkpointing = self.dtype, self.checkpointing
         job.model.compile = self.compile
         job.model.lora = LoraConfig(enabled=self.lora, r=4, alpha=8)
+        job.launch.sequence_parallel = self.shared
         job.deepspeed.stage, job.deepspeed.hpz_partition_size = self.stage, self.hpz
         job.deepspeed.offload_optimizer = Offload.cpu if self.offload_optimizer else Offload.none
         job.deepspeed.offload_param = Offload.cpu if self.offload_param else Offload.none

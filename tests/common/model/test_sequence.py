@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.launch_config import LaunchConfig
+from common.model.one_by_one import run_one_by_one
 from common.model.packed import refuse_unsliced
 from tests import forked
 from tests.programs import sliced
@@ -37,9 +39,16 @@ def network_with(**fields: Any) -> Any:
     return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=8, **sizes, **fields))
 
 
-def test_rotary_embeddings_that_look_at_the_length_of_a_row_are_refused() -> None:
-    refuse_unsliced(network_with())
+def test_networks_that_cannot_share_rows_are_refused() -> None:
+    shared = LaunchConfig(sequence_parallel=2)
+    refuse_unsliced(network_with(), shared, 6)
+    with pytest.raises(UserError, match="does not divide the 2 attention heads"):
+        refuse_unsliced(network_with(), LaunchConfig(sequence_parallel=3), 6)
+    by_length = network_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    refuse_unsliced(by_length, LaunchConfig(), 6)
     with pytest.raises(UserError, match="rotary embeddings depend on how long the row is"):
-        refuse_unsliced(
-            network_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-        )
+        refuse_unsliced(by_length, shared, 6)
+    alone = network_with()
+    run_one_by_one(alone, "layers of its own")
+    with pytest.raises(UserError, match="cannot share rows: layers of its own"):
+        refuse_unsliced(alone, shared, 6)
