@@ -26,10 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
     "1B, zero3, 8 ranks that share rows": {"tokens": 8 * 4096, "stage": 3, "size": 8, "shared": 8},
-    "8B, 128k tokens, zero3, 8 ranks that share rows": {
-        "names": ["8B"], "tokens": 1 << 17, "micro_batches": 1, "stage": 3, "size": 8, "shared": 8,
-        "checkpointing": True,
-    },
     "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
     "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
     "70B, 8 of 80 layers, zero3, 64 ranks": {
