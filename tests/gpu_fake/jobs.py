@@ -110,7 +110,7 @@ class Fake:
     def job(self, step: str, shape: Shape) -> Any:
         """The smallest job of a step: nothing is held out, nothing sampled but what is learned from."""
         train = {"max_steps": STEPS, "save_every": 0, "eval_every": 0, "micro_batch_size": 2}
-        train["global_batch_size"] = 2 * MICRO_BATCHES * shape.size
+        train["global_batch_size"] = 2 * MICRO_BATCHES * shape.size // shape.shared
         job: SFTJob | RewardJob | DPOJob | PPOJob
         if step == "sft":
             job = self.base.job(**train)
