@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Dict, List, Optional
 
+from common.errors import UserError
 from common.fields import EMPTY_TOO, number, require
 
 
@@ -86,6 +87,8 @@ class LaunchConfig:
     """which of them this one is, from 0; ssh, slurm and k8s set it"""
     rdzv_endpoint: Optional[str] = None
     """HOST:PORT of machine 0, where all meet; PORT + 1 is used as well"""
+    sequence_parallel: int = number(1, 1, 1_024)
+    """ranks that share each row, consecutive tokens on each; for documents longer than a device holds"""
     join_seconds: int = number(600, 1, 1_000_000)
     """how long machines wait for each other at the start"""
     max_restarts: int = number(0, 0, 1_000_000)
@@ -105,6 +108,26 @@ class LaunchConfig:
     def is_elsewhere(self) -> bool:
         """Whether other machines run the steps; one that has its number takes part in it."""
         return self.kind is not Launcher.local and self.node_rank is None
+
+    def data_ranks(self, ranks: int) -> int:
+        """How many of so many ranks have rows of their own; the others share theirs."""
+        return ranks // self.sequence_parallel
+
+    def check_sequence_parallel(self, ranks: int, heads: int | None) -> None:
+        """UserError where the ranks that share a row cannot share its heads, or are not a part of all ranks.
+
+        heads: of the network's attention; None: not known.
+        """
+        asked = self.sequence_parallel
+        for count, things in ((ranks, "rank(s)"), (heads, "attention heads")):
+            if count is not None and count % asked:
+                fits = [n for n in range(1, ranks + 1) if ranks % n == 0 and (heads or 0) % n == 0]
+                nearest = min(fits, key=lambda n: (abs(n - asked), n))
+                heads_too = "" if heads is None else f" and the {heads} attention heads"
+                raise UserError(
+                    f"launch.sequence_parallel={asked} does not divide the {count} {things}",
+                    hint=f"launch.sequence_parallel={nearest}, or another divisor of the ranks{heads_too}",
+                )
 
     def check(self, at: str) -> None:
         """Of so many machines this is one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,7 @@ from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
 from pipeline.disk import check_disk
 from pipeline.plan import STAGES, start_of, wire_run
+from pipeline.sharing import check_batch, check_rows_not_shared, check_sharding
 from step3_ppo.config import PPOConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
@@ -67,11 +68,14 @@ def check(
             for taken, start in starts.items()
         }
         models = models or {Input.policy: config.model}
+        if on_each or config.launch.nnodes == 1:  # else the others' ranks are not known yet
+            check_heads(config.launch, models.values(), ranks)
         stand_ins = {taken: models[Input.policy] for taken in can_lack if taken not in models}
         check_step(config, step.stage.name, {**models, **stand_ins}, ranks)
     if Step.ppo in config.steps:
         check_ppo(config.ppo)
         check_vllm_policy(config)
+        check_rows_not_shared(config.launch)
         config.ppo.check_patience(ranks)
     check_stage_split(config)
     for count in set(on_each or [ranks]):
@@ -114,7 +118,9 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelC
     for taken, model in models.items():
         whose = "model" if taken is Input.policy else taken.value.replace("_", " ")
         check_length(model, part.data.max_length, f"{name}.data.max_length", whose)
-    check_batch(part.train.global_batch_size, ranks, f"{name}.train.global_batch_size")
+    check_batch(
+        part.train.global_batch_size, config.launch.data_ranks(ranks), f"{name}.train.global_batch_size"
+    )
     check_streaming(part.data, part.train, step)
     check_exported(part.train, part.data, name)
     check_watched(part.train.stop_when.metric, part.measured(), part.data, name)
@@ -304,8 +310,19 @@ def check_length(model: ModelConfig, max_length: int, key: str, whose: str = "mo
         )
 
 
+def check_heads(launch: LaunchConfig, models: Iterable[ModelConfig], ranks: int) -> None:
+    """Ranks that share rows are a part of all ranks, and share the heads of attention, where their number is
+    known without loading."""
+    for model in models:
+        launch.check_sequence_parallel(ranks, _number_in_config(model, "num_attention_heads"))
+
+
 def context_length(model: ModelConfig) -> int | None:
     """max_position_embeddings of model.config or of a local folder's config.json; None when unknown."""
+    return _number_in_config(model, "max_position_embeddings")
+
+
+def _number_in_config(model: ModelConfig, field: str) -> int | None:
     config: Any = model.config
     if model.path is not None:
         try:
@@ -316,17 +333,8 @@ def context_length(model: ModelConfig) -> int | None:
             raise UserError(
                 f"{model.path}/config.json cannot be read: {error}", hint="restore the model's folder"
             ) from None
-    value = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    value = config.get(field) if isinstance(config, dict) else None
     return value if isinstance(value, int) else None
-
-
-def check_batch(global_batch_size: int, ranks: int, key: str) -> None:
-    """Every rank has a row in every optimizer step, save the last of an epoch, which may be short of rows."""
-    if global_batch_size < ranks:
-        raise UserError(
-            f"{key}={global_batch_size} is less than the {ranks} ranks it is shared by",
-            hint=f"{key}={ranks} or more, or fewer ranks with launch.nproc_per_node",
-        )
 
 
 def check_gpu(launch: LaunchConfig, setting: str, way_out: str) -> None:
@@ -376,16 +384,6 @@ def check_muon(config: PipelineConfig, optim: OptimConfig, key: str) -> None:
             f"{key}.max_grad_norm={optim.max_grad_norm} would clip Muon's update, whose norm says nothing "
             "of the gradient's",
             hint=f"{key}.max_grad_norm=0, which optim=muon sets",
-        )
-
-
-def check_sharding(config: PipelineConfig, ranks: int) -> None:
-    """A secondary partition divides the ranks of a node."""
-    size = config.deepspeed.hpz_partition_size
-    if size > 1 and ranks % size != 0:
-        raise UserError(
-            f"deepspeed.hpz_partition_size={size} does not divide the {ranks} rank(s) of this machine",
-            hint=f"deepspeed.hpz_partition_size={ranks}" if ranks > 1 else "deepspeed=zero3",
         )
 
 

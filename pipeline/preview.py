@@ -23,7 +23,7 @@ def preview(config: PipelineConfig) -> int:
     config = settle_sources(config, can_lack=[Input.reward_model])
     wired = wire_run(config, can_lack=[Input.reward_model])
     config, _ = state.settle_dtype(config, state.run_folder(config), gpu=count_gpus() > 0)
-    checks.check(config, 1, can_lack=[Input.reward_model])
+    checks.check(config, config.launch.sequence_parallel, can_lack=[Input.reward_model])
     with tempfile.TemporaryDirectory(prefix="rlhf_preview_") as folder:
         for step in wired:
             trained = Path(folder) / Step.sft.value / "tokenizer"  # by the preview of SFT

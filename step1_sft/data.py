@@ -47,10 +47,7 @@ def load_sft_tokenizer(job: SFTJob, folder: Path, local_rank: int, say: Say) -> 
 
 
 def count_tokens(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
-    """This rank's part of a step: tokens, trained tokens, and computed positions that are nobody's token.
-
-    Documents lie end to end: only filler batches, which have no documents, are padding.
-    """
-    real = sum(batch.input_ids.shape[1] for batch in micro_batches if batch.row_ids)
+    """This rank's part of a step: tokens, trained tokens, and computed positions that are nobody's token."""
     computed = sum(batch.input_ids.shape[1] for batch in micro_batches)
-    return real, sum(len(batch.targets) for batch in micro_batches), computed - real
+    padding = sum(batch.padding for batch in micro_batches)
+    return computed - padding, sum(len(batch.targets) for batch in micro_batches), padding

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from common.data.types import PairBatch
 from common.model.fused_loss import TokenLoss
 from common.model.packed import batch_arguments
+from common.model.sequence import reads_of_group
 from common.runtime.distributed import all_reduce_sum, on_host
 from common.training.engine import Engine
 from step2_dpo.config import DPOConfig, LossType
@@ -135,14 +136,15 @@ def pair_losses(
     tokens: TokenLoss, batch: PairBatch, reference: ChosenRejected, objective: Objective
 ) -> PairLosses:
     """From tokens to pairs; `tokens.token_losses` carry the gradient."""
-    nll = answer_sums(tokens.token_losses, batch.document_of_target, len(batch.pair_ids))
+    losses = reads_of_group(tokens.token_losses, batch.target_reads)
+    nll = answer_sums(losses, batch.document_of_target, len(batch.pair_ids))
     logps = ChosenRejected(-nll.chosen, -nll.rejected)
     ratios = ChosenRejected(
         logps.chosen - reference.chosen.to(logps.chosen.device, non_blocking=True),
         logps.rejected - reference.rejected.to(logps.rejected.device, non_blocking=True),
     )
-    losses = objective.losses(ratios, count_answers(batch))
-    return PairLosses(losses, nll.chosen.sum(), logps, ratios, tokens)
+    preferences = objective.losses(ratios, count_answers(batch))
+    return PairLosses(preferences, nll.chosen.sum(), logps, ratios, tokens)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ import torch
 from common.artifacts import Artifact, content_sha256
 from common.config import JobConfig, ModelConfig, Quantize
 from common.data import batches as batches_module
-from common.data import packing
+from common.data import packing, slices
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.data.types import PairBatch
 from common.files import disk_errors, write_atomically
@@ -48,10 +48,12 @@ from common.model import (
     packed,
     partition,
     probes,
+    sequence,
     tokenizer,
 )
 from common.model.adapters import adapters_off
-from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments
+from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments, refuse_unsliced
+from common.model.sequence import reads_of_group
 from common.runtime.distributed import World, all_gather_arrays, broadcast_from_rank0
 from common.training import frozen
 from common.training.engine import Engine
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
 
 HASHED = (
     adapters, architecture, attention, fused_loss, hub, last_layer, loading, miniature, one_by_one, packed,
-    partition, probes, tokenizer, frozen, batches_module, packing, loss,
+    partition, probes, sequence, slices, tokenizer, frozen, batches_module, packing, loss,
 )  # fmt: skip
 """The modules that load the model, lay out the pairs and compute the numbers."""
 
@@ -120,7 +122,9 @@ def other_model(
 ) -> Iterator[tuple[Ask, bool]]:
     """Another policy, on the device while it is asked; and whether it can share prefixes."""
     model = load_frozen_policy(job, artifact, tokenizer, world)
-    yield model, cast(PackedCausalLM, model.module).shortcuts.shared_prefix
+    module = cast(PackedCausalLM, model.module)
+    refuse_unsliced(module.base(), job.launch, world.size)
+    yield model, module.shortcuts.shared_prefix
 
 
 def reference_key(
@@ -139,7 +143,7 @@ def reference_key(
     path before. model: how it was loaded; its adapters decide nothing, for they are off. data: fingerprints
     of the data sets. weights: of the sources.
     """
-    layout = {name: value for name, value in asdict(plan).items() if name != "rank"}
+    layout = {name: value for name, value in asdict(plan).items() if name not in ("rank", "sequence_rank")}
     return {
         "weights": _hashes(reference, _is_weights),
         "architecture": _hashes(reference, _is_architecture),
@@ -287,7 +291,8 @@ def _sums(ask: Ask, batches: Iterable[tuple[int, PairBatch]], device: torch.devi
     for step, batch in batches:
         moved = batch.to(device)
         tokens = ask(**batch_arguments(moved.documents))
-        nll = answer_sums(tokens.token_losses, moved.document_of_target, len(batch.pair_ids))
+        losses = reads_of_group(tokens.token_losses, moved.target_reads)
+        nll = answer_sums(losses, moved.document_of_target, len(batch.pair_ids))
         scored.append(_Scored(step, batch.pair_ids, -torch.stack(nll, 1).cpu().numpy()))
     return scored
 

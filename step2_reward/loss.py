@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from common.data.types import PairBatch
 from common.model.packed import document_arguments
+from common.model.sequence import reads_of_group
 from common.runtime.distributed import all_gather_arrays
 from common.training.engine import Engine
 
@@ -29,7 +30,7 @@ def score(engine: Engine, batch: PairBatch, device: torch.device) -> torch.Tenso
     arguments = document_arguments(batch.documents)
     ends = batch.score_positions
     scores: torch.Tensor = engine(**arguments, score_positions=ends, computed_positions=ends)
-    return scores.view(-1, 2)
+    return reads_of_group(scores, batch.score_reads).view(-1, 2)
 
 
 def pair_losses(scores: torch.Tensor, margins: torch.Tensor, centering: float) -> torch.Tensor:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from common.runtime.distributed import World
 
 # fp32 against a float64 reference; the sums have a few hundred terms
 GRADIENT_TOLERANCE = 1e-5
@@ -31,11 +34,13 @@ class Point:
     checkpointing: bool = False
     policy: str = "tied"
     lora: bool = False
+    sequence_parallel: int = 1
 
     @property
     def name(self) -> str:
         words = [f"ranks{self.ranks}", f"micro{self.micro_batch_size}", f"zero{self.stage}", self.policy]
         words.append("packed" if self.packing else "single")
+        words += [f"slices{self.sequence_parallel}"] * (self.sequence_parallel > 1)
         return "-".join(words + ["checkpointing"] * self.checkpointing + ["lora"] * self.lora)
 
 
@@ -45,10 +50,37 @@ SPREAD = [
     Point(1, 2, True, 3, checkpointing=True),
     Point(2, 2, True, 1),
     Point(2, 4, False, 2, checkpointing=True),
+    Point(2, 2, True, 2, sequence_parallel=2),
+    Point(4, 1, False, 3, sequence_parallel=2),
     Point(2, 1, True, 3),
 ]
 UNTIED = [Point(1, 8, True, 2, policy="untied"), Point(2, 8, True, 3, policy="untied")]
-LORA = [Point(1, 8, True, 1, lora=True), Point(2, 8, False, 2, lora=True), Point(2, 8, True, 3, lora=True)]
+LORA = [
+    Point(1, 8, True, 1, lora=True),
+    Point(2, 8, False, 2, lora=True),
+    Point(2, 8, True, 3, lora=True),
+    Point(2, 8, True, 2, lora=True, sequence_parallel=2),
+]
+
+
+class Sharing(NamedTuple):
+    """So many ranks, of which so many share each row."""
+
+    ranks: int
+    sequence_parallel: int = 1
+
+
+SHARING = [Sharing(1), Sharing(2), Sharing(2, 2)]
+
+
+def sharing(world: World) -> dict[str, int]:
+    """The fields of a `BatchPlan` that say which rows and slices are this rank's."""
+    return {
+        "rank": world.data_rank,
+        "world_size": world.data_size,
+        "sequence_rank": world.sequence_rank,
+        "sequence_parallel": world.sequence_parallel,
+    }
 
 
 def relative_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:

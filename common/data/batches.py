@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from common.data.packing import Packing, one_per_row, pack, spread
+from common.data.slices import slice_of
 from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair, prefix_owners_of
 from common.errors import UserError
 
@@ -51,16 +52,18 @@ PairSource = RecordSource[TokenizedPair]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows become batches. Only `rank`, `world_size` and `micro_batch_size` differ between
-    machines, and they never change which documents a step has."""
+    """How rows become batches. Only the ranks, their numbers and `micro_batch_size` differ between machines,
+    and they never change which documents a step has."""
 
     max_length: int
     packing: bool
     global_batch_size: int  # rows (of pairs: pairs) per optimizer step, over all ranks
     micro_batch_size: int  # rows per rank and forward pass
     seed: int
-    rank: int = 0
+    rank: int = 0  # of data: the ranks of a sequence group have the same rows
     world_size: int = 1
+    sequence_rank: int = 0
+    sequence_parallel: int = 1  # ranks of a sequence group, each with a slice of every row
     share_prefix: bool = True  # what neighbours begin with alike is computed once
 
 
@@ -235,7 +238,8 @@ def collate(
     row_ids, source_ids, prefix_groups: one per document. Neighbours of one prefix group share their common
     prefix (None: nothing is shared). Shapes as in `Batch`.
     """
-    if not examples:
+    filler = not examples
+    if filler:
         nothing = TokenizedExample(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32), "")
         examples, source_ids, prefix_groups = [nothing], [0], None
     lengths = np.array([len(example.input_ids) for example in examples])
@@ -262,6 +266,7 @@ def collate(
         row_ids=tuple(int(index) for index in row_ids),
         shared_prefix=tuple(shared.tolist()) if shared.any() else (),
         computed_positions=_tensor(np.unique(positions)),
+        padding=int(filler),
     )
 
 
@@ -294,12 +299,13 @@ def collate_pairs(
 def count_pairs(micro_batches: Sequence[PairBatch]) -> tuple[int, int, int, int]:
     """Of this rank's part of a step: pairs, tokens of both sides, positions computed for them, padding.
 
-    A shared prompt counts twice as tokens and once as computed positions. Only filler batches have padding.
+    A shared prompt counts twice as tokens and once as computed positions.
     """
     pairs = sum(len(batch.pair_ids) for batch in micro_batches)
     tokens = sum(batch.num_tokens for batch in micro_batches)
-    sizes = [(batch.documents.input_ids.shape[1], bool(batch.pair_ids)) for batch in micro_batches]
-    return pairs, tokens, sum(n for n, real in sizes if real), sum(n for n, real in sizes if not real)
+    positions = sum(batch.documents.input_ids.shape[1] for batch in micro_batches)
+    padding = sum(batch.documents.padding for batch in micro_batches)
+    return pairs, tokens, positions - padding, padding
 
 
 def _shared_tokens(examples: Sequence[TokenizedExample], prefix_groups: Sequence[int] | None) -> np.ndarray:
@@ -372,7 +378,10 @@ def share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]
     passes = -(-len(rows[:: plan.world_size]) // size)  # of rank 0, which never has fewer rows
     mine = rows[plan.rank :: plan.world_size]
     parts = [mine[first * size : (first + 1) * size] for first in range(passes)]
-    return [make([int(index) for row in part for index in row]) for part in parts]
+    made = [make([int(index) for row in part for index in row]) for part in parts]
+    if plan.sequence_parallel == 1:
+        return made
+    return [slice_of(batch, plan.sequence_rank, plan.sequence_parallel) for batch in made]
 
 
 def documents_of(dataset: Any, indices: list[int], prefix_groups: np.ndarray | None = None) -> Batch:

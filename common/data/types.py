@@ -112,6 +112,7 @@ class Prompt:
     context: TemplateContext = NO_CONTEXT
 
 
+Held = TypeVar("Held", bound="Batch | PairBatch | SharedReads")
 Row = TypeVar("Row", bound=Conversation | Preference | Prompt)
 
 
@@ -161,7 +162,7 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: all its documents laid end to end in one sequence, without padding.
+    """One micro-batch: all its documents laid end to end in one sequence.
 
     input_ids: int64 [1, N]. position_ids: int64 [1, N], from 0 in each document.
     cu_seqlens: int32 [D + 1], where documents begin and the last ends (0 first, N last).
@@ -171,6 +172,9 @@ class Batch:
     shared_prefix: for each document, the length of its prefix that is stored only in its owner: the nearest
     document before it that shares nothing (0). Empty: no document shares a prefix.
     computed_positions: int64 [C], the different ones among trained_positions, ascending (None: not listed).
+    padding: how many of the N positions, the last ones, are no document's.
+    sequence_parallel: ranks that have the sequence, an equal slice each. N and all tensors are this rank's
+    slice's; but cu_seqlens, max_seqlen and shared_prefix tell of the whole.
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -184,14 +188,28 @@ class Batch:
     row_ids: tuple[int, ...]
     shared_prefix: tuple[int, ...] = ()
     computed_positions: torch.Tensor | None = None
+    padding: int = 0
+    sequence_parallel: int = 1
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(self, **_tensors(self, lambda x: x.to(device, non_blocking=True)))
+        return _moved(self, lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The same batch in memory from which a GPU copies by itself."""
-        return replace(self, **_tensors(self, lambda x: x.pin_memory()))
+        return _moved(self, lambda x: x.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class SharedReads:
+    """What the ranks of a sequence group read off their slices and need of each other's.
+
+    own: int64, places of what this rank needs among what all have read, end to end, each rank `length` values
+    (padded).
+    """
+
+    own: torch.Tensor
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +220,9 @@ class PairBatch:
     score_positions: int64 [2P], index into N of each document's terminator. document_of_target: int64 [M],
     the document that each target of `documents` belongs to. margins: fp32 [P]. source_ids: int64 [P].
     lengths: int64 [2P], tokens of each document. num_tokens: their sum; shared prefixes count on both sides.
+    target_reads, score_reads: where ranks share the sequence (None: they do not), `documents`, and what is
+    read at the targets and score_positions in it, are of this rank's slice; the P pairs, and all else, are
+    those of the sequence that are this rank's to judge.
     A batch may have P = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -212,6 +233,8 @@ class PairBatch:
     source_ids: torch.Tensor
     lengths: torch.Tensor
     pair_ids: tuple[int, ...]
+    target_reads: SharedReads | None = None
+    score_reads: SharedReads | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -219,20 +242,25 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        moved = _tensors(self, lambda x: x.to(device, non_blocking=True))
-        return replace(self, documents=self.documents.to(device), **moved)
+        return _moved(self, lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> PairBatch:
         """The same batch in memory from which a GPU copies by itself."""
-        return replace(self, documents=self.documents.pinned(), **_tensors(self, lambda x: x.pin_memory()))
+        return _moved(self, lambda x: x.pin_memory())
 
 
-def _tensors(batch: Batch | PairBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """Its own tensors by name, moved."""
+def _moved(holder: Held, move: Callable[[torch.Tensor], torch.Tensor]) -> Held:
+    """The same with its tensors moved, and those of what it holds."""
     import torch
 
-    found = {each.name: getattr(batch, each.name) for each in fields(batch)}
-    return {name: move(value) for name, value in found.items() if isinstance(value, torch.Tensor)}
+    found = {each.name: getattr(holder, each.name) for each in fields(holder)}
+    moved: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = move(value)
+        elif isinstance(value, Batch | SharedReads):
+            moved[name] = _moved(value, move)
+    return replace(holder, **moved)
 
 
 def prefix_owners_of(shared_prefix: Sequence[int]) -> tuple[int, ...]:

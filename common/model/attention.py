@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from common.data.types import prefix_owners_of
 from common.errors import UserError
 from common.model.efficient_attention import efficient_attention
+from common.model.sequence import own_heads, row_of_slices, slice_of_row
 from common.notices import notice
 
 if TYPE_CHECKING:
@@ -96,11 +97,14 @@ def packed_arguments(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     shared_prefix: tuple[int, ...] = (),
+    sequence_parallel: int = 1,
 ) -> dict[str, Any]:
     """What a transformers model wants to hear about a packed sequence. Shapes as in `Batch`."""
-    shared = {}
+    shared: dict[str, Any] = {}
+    if sequence_parallel > 1:
+        shared["sequence_parallel"] = sequence_parallel
     if any(shared_prefix):
-        length = input_ids.shape[1]
+        length = input_ids.shape[1] * sequence_parallel
         shared["shared_prefix"] = SharedPrefix(shared_prefix, cu_seqlens, length, max_seqlen)
         if cu_seqlens.is_cuda:
             shared["shared_prefix"].keys  # noqa: B018  (here, and not in a layer that is compiled)
@@ -145,6 +149,7 @@ def packed_attention(
     shared_prefix: SharedPrefix | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sequence_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of one flat sequence.
@@ -152,7 +157,8 @@ def packed_attention(
     cu_seq_lens_q: int32 [D + 1], document boundaries (0 first, N last); max_length_q: longest document;
     sliding_window: each token sees itself and the `sliding_window - 1` before it. shared_prefix: the
     prefixes that documents share (None: none). softcap: scores become softcap · tanh(score / softcap).
-    s_aux: [H], a sink of each head: a score that takes part in the softmax and has no value. Returns
+    s_aux: [H], a sink of each head: a score that takes part in the softmax and has no value.
+    sequence_parallel: ranks that have the sequence; query, key and value are this rank's slice of it. Returns
     ([1, N, H, d], None). Raises UserError for what no backend computes, ValueError when called without
     boundaries.
     """
@@ -162,6 +168,9 @@ def packed_attention(
             "packed attention needs one flat sequence, cu_seq_lens_q and no cache; "
             "generate inside `with plain_attention(model)`"
         )
+    if sequence_parallel > 1:
+        query, key, value = (row_of_slices(x, sequence_parallel) for x in (query, key, value))
+        s_aux = None if s_aux is None else own_heads(s_aux, sequence_parallel)
     scores = Scores(scaling, dropout, softcap, s_aux)
     if (in_one_call := _in_one_call(query, value, scores)) is not None:
         longest = max_length_q or int(cu_seq_lens_q.diff().max())
@@ -171,7 +180,7 @@ def packed_attention(
             _say_one_by_one(getattr(getattr(module, "config", None), "model_type", "?"))
         lengths = _lengths_of(cu_seq_lens_q)
         out = _by_document(query, key, value, lengths, scores, sliding_window, shared_prefix)
-    return out, None
+    return slice_of_row(out, sequence_parallel) if sequence_parallel > 1 else out, None
 
 
 class Scores(NamedTuple):

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.model.attention import packed_arguments, positions_within
 from common.model.fused_loss import ScoringHead, TokenLoss
 from common.model.last_layer import computed_at, feed_forward_of
-from common.model.one_by_one import decoder_of
+from common.model.one_by_one import decoder_of, reason_of
 from common.model.probes import Shortcuts
 from common.stage import Role
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from common.data.types import Batch
+    from common.launch_config import LaunchConfig
+
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of rotary embeddings that transformers adapts to the largest position of a pass."""
 
 
 class PackedModel(nn.Module):
@@ -100,6 +105,7 @@ class PackedCausalLM(PackedModel):
         per_token: bool = False,
         temperature: float = 1.0,
         computed_positions: torch.Tensor | None = None,
+        sequence_parallel: int = 1,
     ) -> TokenLoss:
         """Score the trained positions of one packed sequence. Shapes as in `Batch`.
 
@@ -107,7 +113,9 @@ class PackedCausalLM(PackedModel):
         not. temperature: the distributions are softmax(logits / temperature).
         """
         base: Any = self.base()
-        arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
+        arguments = packed_arguments(
+            input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix, sequence_parallel
+        )
         with self.read_at(trained_positions, input_ids.shape[1], computed_positions):
             if not self.shortcuts.fused_loss:
                 logits = base(**arguments, logits_to_keep=trained_positions).logits[0]
@@ -132,6 +140,23 @@ class PackedCausalLM(PackedModel):
         return cast(torch.Tensor, cast(Any, self.base())(**arguments).logits[0])
 
 
+def refuse_unsliced(network: PreTrainedModel, launch: LaunchConfig, ranks: int) -> None:
+    """Where ranks share rows, UserError for a network in which a slice of a row would be computed otherwise
+    than within the row, or whose heads they cannot share. ranks: of the run."""
+    if launch.sequence_parallel == 1:
+        return
+    launch.check_sequence_parallel(ranks, network.config.get_text_config().num_attention_heads)
+    why = reason_of(network)
+    kinds = {str(getattr(module, "rope_type", "")) for module in network.modules()}
+    if any(named in kind for kind in kinds for named in ROPE_BY_LENGTH):
+        why = "rotary embeddings depend on how long the row is"
+    if why is not None:
+        raise UserError(
+            f"launch.sequence_parallel: model_type={network.config.model_type} cannot share rows: {why}",
+            hint="launch.sequence_parallel=1",
+        )
+
+
 def document_arguments(batch: Batch) -> dict[str, Any]:
     """The arguments of a packed model's forward pass that say what its documents are."""
     return {
@@ -140,6 +165,7 @@ def document_arguments(batch: Batch) -> dict[str, Any]:
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
         "shared_prefix": batch.shared_prefix,
+        "sequence_parallel": batch.sequence_parallel,
     }
 
 

@@ -127,12 +127,15 @@ class PackedScalarModel(PackedModel):
         score_positions: torch.Tensor,
         shared_prefix: tuple[int, ...] = (),
         computed_positions: torch.Tensor | None = None,
+        sequence_parallel: int = 1,
     ) -> torch.Tensor:
         """fp32 [S], the scores read at score_positions (int64 [S], indices into N). Shapes as in `Batch`.
 
         computed_positions: the different ones among score_positions, ascending (None: found here).
         """
-        arguments = packed_arguments(input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix)
+        arguments = packed_arguments(
+            input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix, sequence_parallel
+        )
         with self.read_at(score_positions, input_ids.shape[1], computed_positions):
             hidden = decoder_of(self.base())(**arguments).last_hidden_state
         selected = hidden[0].index_select(0, score_positions)

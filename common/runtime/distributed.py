@@ -33,30 +33,49 @@ HEARTBEAT_FIRST = 60.0
 T = TypeVar("T")
 log = logging.getLogger("rlhf.distributed")
 _heartbeat: HeartbeatThreads | None = None
+_sequence_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks."""
+    """This process among all ranks.
+
+    Of the ranks, `sequence_parallel` consecutive ones share each row of data: they are one data rank.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    sequence_parallel: int = 1
 
     @property
     def is_rank0(self) -> bool:
         """Rank 0 writes the files that all ranks share."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which rows this rank has; those it shares them with have the same number."""
+        return self.rank // self.sequence_parallel
 
-def init_world() -> World:
+    @property
+    def data_size(self) -> int:
+        return self.size // self.sequence_parallel
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which slice of its rows this rank has."""
+        return self.rank % self.sequence_parallel
+
+
+def init_world(sequence_parallel: int = 1) -> World:
     """Join the process group named by the environment; a lone process is a world of one.
 
-    Several ranks exchange heartbeats from here on (`heartbeat.py`). UserError when RLHF_FAULT or a limit
-    cannot be parsed.
+    Several ranks exchange heartbeats from here on (`heartbeat.py`). sequence_parallel: how many share each
+    row, a divisor of their number. UserError when RLHF_FAULT or a limit cannot be parsed.
     """
-    global _heartbeat
+    global _heartbeat, _sequence_group
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -74,8 +93,16 @@ def init_world() -> World:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         if size > 1:
             _heartbeat = start_heartbeat(rank, size, timeout, barrier)
+    if sequence_parallel > 1:
+        _sequence_group, _ = dist.new_subgroups(sequence_parallel)
     phases.enter("start")
-    return World(rank, size, local_rank, device)
+    return World(rank, size, local_rank, device, sequence_parallel)
+
+
+def sequence_group() -> dist.ProcessGroup:
+    """The ranks that have slices of the same rows as this one, in the order of the slices."""
+    assert _sequence_group is not None, "launch.sequence_parallel is 1"
+    return _sequence_group
 
 
 def _limit_every_group(timeout: timedelta) -> None:
@@ -87,7 +114,8 @@ def _limit_every_group(timeout: timedelta) -> None:
 
 
 def close_world() -> None:
-    global _heartbeat
+    global _heartbeat, _sequence_group
+    _sequence_group = None
     if _heartbeat is not None:
         _heartbeat.stop()
         _heartbeat = None

@@ -30,7 +30,7 @@ from common.model.adapters import reach, unwrapped
 from common.model.architecture import HeadSpec
 from common.model.compiled import settled
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM, PackedModel
+from common.model.packed import PackedCausalLM, PackedModel, refuse_unsliced
 from common.model.partition import share_of
 from common.model.tokenizer import terminators_of
 from common.phases import enter
@@ -106,7 +106,7 @@ class Session:
         self.folder = run_dir / step.value
         self.taken_from = TakenFrom.read(self.folder)
         self._base_revision: str | None = None
-        self.world = init_world()
+        self.world = init_world(job.launch.sequence_parallel)
         self.stop = StopSignal()
         seed_everything(job.seed)
         self.say = print if self.world.is_rank0 else logging.getLogger(f"rlhf.{step.value}").info
@@ -176,6 +176,7 @@ class Session:
         network = load_model(
             model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
         )
+        refuse_unsliced(network, self.job.launch, self.world.size)
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network

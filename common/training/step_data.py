@@ -223,7 +223,9 @@ def batch_plan(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         seed=job.seed,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        sequence_rank=world.sequence_rank,
+        sequence_parallel=world.sequence_parallel,
         share_prefix=share_prefix,
     )

@@ -120,7 +120,7 @@ def largest_rows(work: Workload, rows: int, limit: float, most: int) -> int:
 
 def rows_that_fit(work: Workload, step: Step, config: PipelineConfig, ranks: int, here: float | None) -> str:
     """The largest micro-batch on this GPU (here: bytes, None: not known) and on others, in a line."""
-    train = getattr(config, step.value).train
+    train, ranks = getattr(config, step.value).train, config.launch.data_ranks(ranks)
     most, rows = math.ceil(train.global_batch_size / ranks), workload.rows_per_pass(train, ranks)
     sizes = {**({} if here is None else {"here": here}), **GPUS}
     found = [

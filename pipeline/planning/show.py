@@ -165,15 +165,16 @@ def schedule_lines(
     for step in wired:
         name = step.stage.name
         part, found = getattr(config, name.value), counts[name]
-        batch, micro = part.train.global_batch_size, rows_per_pass(part.train, where.ranks)
-        times = accumulation(part.train, where.ranks)
+        ranks = config.launch.data_ranks(where.ranks)
+        batch, micro = part.train.global_batch_size, rows_per_pass(part.train, ranks)
+        times = accumulation(part.train, ranks)
         unit = {Step.ppo: "prompts", Step.sft: "rows"}.get(name, "pairs")
         steps = _updates(config, found.total_steps) if name is Step.ppo else found.total_steps
         fill = f"{found.fill:.1%}" if name is Step.sft else ""
         about = "~" if found.scale != 1 else ""
         packed = "packed " if name is Step.sft and part.data.packing else ""
-        equals = "=" if where.ranks * micro * times == batch else "<="
-        sum_up = f"{equals} {where.ranks} x {micro} x {times}"
+        equals = "=" if ranks * micro * times == batch else "<="
+        sum_up = f"{equals} {ranks} x {micro} x {times}"
         counted = f"{about}{found.rows:,} {packed}{unit}"
         rows.append([name.value, counted, fill, f"{about}{steps:,}", str(batch), sum_up])
         if name is Step.ppo:

@@ -66,7 +66,8 @@ def workload_of(
         return None
     part, deepspeed = getattr(config, step.value), config.deepspeed
     pair = PAIR if step in (Step.reward, Step.dpo) else 1
-    tokens = rows_per_pass(part.train, ranks) * part.data.max_length * pair
+    rows = rows_per_pass(part.train, config.launch.data_ranks(ranks))
+    tokens = math.ceil(rows * part.data.max_length * pair / config.launch.sequence_parallel)
     return Workload(
         networks=trained_networks(config, step, network, vocabulary),
         batch=MicroBatchShape(
@@ -98,7 +99,10 @@ def workload_of(
 
 
 def rows_per_pass(train: TrainConfig, ranks: int) -> int:
-    """Rows of one forward pass of a rank: the micro batch, or less where the global batch gives less."""
+    """Rows of one forward pass of a rank: the micro batch, or less where the global batch gives less.
+
+    ranks: with rows of their own.
+    """
     return min(train.micro_batch_size, math.ceil(train.global_batch_size / ranks))
 
 

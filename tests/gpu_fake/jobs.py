@@ -47,6 +47,7 @@ class Shape:
     selective: bool = False
     compile: bool = False
     model: tuple[tuple[str, Any], ...] = ()
+    shared: int = 1  # ranks that share each row
 
     def put_into(self, job: Any) -> None:
         job.model.dtype, job.model.gradient_checkpointing = self.dtype, self.checkpointing
@@ -54,6 +55,7 @@ class Shape:
         if self.selective:
             job.model.checkpointing_policy = CheckpointingPolicy.selective
         job.model.lora = LoraConfig(enabled=self.lora, r=4, alpha=8)
+        job.launch.sequence_parallel = self.shared
         job.deepspeed.stage, job.deepspeed.hpz_partition_size = self.stage, self.hpz
         job.deepspeed.offload_optimizer = Offload.cpu if self.offload_optimizer else Offload.none
         job.deepspeed.offload_param = Offload.cpu if self.offload_param else Offload.none
@@ -116,7 +118,7 @@ class Fake:
     def job(self, step: str, shape: Shape) -> Any:
         """The smallest job of a step: nothing is held out, nothing sampled but what is learned from."""
         train = {"max_steps": STEPS, "save_every": 0, "eval_every": 0, "micro_batch_size": 2}
-        train["global_batch_size"] = 2 * MICRO_BATCHES * shape.size
+        train["global_batch_size"] = 2 * MICRO_BATCHES * shape.size // shape.shared
         job: SFTJob | RewardJob | DPOJob | PPOJob
         if step == "sft":
             job = self.base.job(**train)

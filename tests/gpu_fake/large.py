@@ -48,17 +48,22 @@ def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
     case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
-    checkpointing and, if wanted, policy (of checkpointing) and compile. names: sizes of the networks that
-    learn, the first with a head of tokens, the others with a scalar one; frozen: of those that do not.
+    checkpointing and, if wanted, policy (of checkpointing), compile and shared. names: sizes of the networks
+    that learn, the first with a head of tokens, the others with a scalar one; frozen: of those that do not
+    learn. shared: ranks that share the tokens.
     """
+    from common.data.slices import slice_of
     from common.runtime.distributed import init_world
 
-    world = init_world()
+    world = init_world(case.get("shared", 1))
     learning = [_learner(case, name, number > 0) for number, name in enumerate(case["names"])]
     held = [_module(case, name, False) for name in case.get("frozen", ())]
     for module in held:
         module.requires_grad_(False)
-    batch = _batch(case["tokens"]).to(world.device)
+    batch = _batch(case["tokens"])
+    if world.sequence_parallel > 1:
+        batch = slice_of(batch, world.sequence_rank, world.sequence_parallel)
+    batch = batch.to(world.device)
     for step in (1, 2):
         for number, engine in enumerate(learning):
             passes = 1 if step == 1 else case["micro_batches"]  # the first makes the optimizer's state

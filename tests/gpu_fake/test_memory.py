@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "1B, selective, lora": {"checkpointing": True, "policy": "selective", "lora": 16},
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
+    "1B, zero3, 8 ranks that share rows": {"tokens": 8 * 4096, "stage": 3, "size": 8, "shared": 8},
     "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
     "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
     "70B, 8 of 80 layers, zero3, 64 ranks": {
@@ -48,7 +49,7 @@ def network(name: str, *, scalar: bool = False) -> Network:
 
 def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
     lora = LoraConfig(enabled=True, r=case["lora"]) if case["lora"] else None
-    learning = []
+    learning, tokens = [], case["tokens"] // case.get("shared", 1)
     for number, name in enumerate(case["names"]):
         net = network(name, scalar=number > 0)
         trained = net.adapter_parameters(lora) if lora else net.parameters
@@ -56,7 +57,7 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
     return memory.estimate(
         Workload(
             networks=tuple(learning),
-            batch=MicroBatchShape(case["tokens"], case["tokens"], short=False),
+            batch=MicroBatchShape(tokens, tokens, short=False),
             sharding=Sharding(case["stage"], case["size"], case["offload_optimizer"], case["offload_param"]),
             half=True,
             gpu=True,

@@ -15,6 +15,7 @@ SHAPES = {
     "fp16, zero2": Shape(stage=2, dtype=Dtype.fp16),
     "lora, zero2 offload": Shape(stage=2, lora=True, offload_optimizer=True),
     "8 ranks, zero3": Shape(size=8, stage=3),
+    "8 ranks that share rows by 4": Shape(size=8, stage=2, shared=4),
 }
 
 

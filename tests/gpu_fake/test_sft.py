@@ -29,6 +29,7 @@ SHAPES = {
     "8 ranks, zero2": Shape(size=8, stage=2),
     "8 ranks, zero3": Shape(size=8, stage=3),
     "8 ranks, hpz": Shape(size=8, stage=3, hpz=4),
+    "8 ranks that share rows by 4": Shape(size=8, stage=3, shared=4),
 }
 
 

@@ -51,6 +51,13 @@ def test_ppo_without_prompts_names_the_missing_key(ppo: PipelineConfig) -> None:
     assert "ppo.data.path is missing" in error_of(ppo).message
 
 
+def test_ppo_says_that_its_ranks_do_not_share_rows(ppo: PipelineConfig) -> None:
+    ppo.launch.sequence_parallel = 2
+    assert "launch.sequence_parallel=2 is for sft, reward and dpo" in error_of(ppo, ranks=2).message
+    ppo.steps = [Step.sft, Step.reward]
+    checks.check(ppo, ranks=2)
+
+
 def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(
     ppo: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from common.runtime.distributed import World, all_reduce_sum, close_world, init_
 from common.training.ds_config import build_ds_config
 from common.training.engine import Engine
 from tests.packed import packed_lm
+from tests.spread import sharing
 
 LEARNING_RATE = 1e5
 MAX_LENGTH = 24
@@ -88,7 +89,7 @@ def pipeline_gradient(
         world_size=world.size, num_parameters=sum(p.numel() for p in module.parameters()),
     )  # fmt: skip
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=LEARNING_RATE), config)
-    plan = BatchPlan(MAX_LENGTH, packing, 8, micro_batch_size, 0, world.rank, world.size)
+    plan = BatchPlan(MAX_LENGTH, packing, 8, micro_batch_size, 0, **sharing(world))
     micro_batches = Batches(Documents(), plan).micro_batches(0)
     (trained,) = all_reduce_sum([sum(len(batch.targets) for batch in micro_batches)])
     engine.train()
@@ -110,6 +111,20 @@ def main(out: str) -> int:
         gradients[key] = pipeline_gradient(world, micro, packing, stage)
     for stage in ZERO_STAGES:
         gradients[2, True, stage, True] = pipeline_gradient(world, 2, True, stage, checkpointing=True)
+    if world.is_rank0:
+        torch.save(gradients, out)
+    close_world()
+    return 0
+
+
+def of_slices(out: str, sequence_parallel: int) -> int:
+    """One rank of those that share rows."""
+    attention.register()
+    world = init_world(sequence_parallel)
+    gradients = {}
+    for stage, packing in itertools.product(ZERO_STAGES, PACKINGS):
+        gradients[stage, packing, False] = pipeline_gradient(world, 1, packing, stage)
+    gradients[2, True, True] = pipeline_gradient(world, 2, True, 2, checkpointing=True)
     if world.is_rank0:
         torch.save(gradients, out)
     close_world()

@@ -43,6 +43,7 @@ def job_of(folder: Path, point: Point) -> DPOJob:
     job.dpo.sft_weight, job.dpo.label_smoothing = 0.1, 0.1
     job.deepspeed.stage, job.model.gradient_checkpointing = point.stage, point.checkpointing
     job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
+    job.launch.sequence_parallel = point.sequence_parallel
     job.dpo.sampling.num_prompts = 2 if point in SPREAD else 0
     return job
 
@@ -103,4 +104,6 @@ def test_untied_and_adapted_runs_do_not_depend_on_stage_or_ranks_either(run_of: 
         assert margins[3] > 1e-3
         for other in others:
             assert series(run_of(other), "loss") == pytest.approx(losses, rel=LOSS_TOLERANCE)
-            assert series(run_of(other), "rewards/margins") == pytest.approx(margins, rel=LOSS_TOLERANCE)
+            # margins begin at 0: of log-probabilities of tens in fp32, beta times the difference has 1e-7
+            close = pytest.approx(margins, rel=LOSS_TOLERANCE, abs=1e-7)
+            assert series(run_of(other), "rewards/margins") == close

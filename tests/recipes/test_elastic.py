@@ -60,6 +60,36 @@ def test_sft_goes_from_two_ranks_to_one_to_two_and_from_zero2_to_zero3(base: Bas
     verify(run_dir / "sft" / "export")
 
 
+def test_ranks_begin_and_cease_to_share_rows(base: Base) -> None:
+    whole = base.write("shared-whole", job_of(base, 2))
+    finish(whole, 1, sft_recorded, 0)
+    for ranks, shared, stop_after in [(2, 2, 2), (4, 2, 4), (2, 1, 0)]:
+        job = job_of(base, 2)
+        job.launch.sequence_parallel = shared
+        run_dir = base.write("shared", job)
+        printed = finish(
+            run_dir, ranks, sft_recorded, stop_after, code=STOPPED_EXIT_CODE if stop_after else 0
+        )
+        # the state is of all ranks, whichever rows they have
+        assert ("resuming from" in printed) == (stop_after != 2)
+    assert close(training_lines(whole), training_lines(run_dir), ("loss", "grad_norm", "num_trained_tokens"))
+    verify(run_dir / "sft" / "export")
+
+
+def test_ranks_that_share_rows_resume_with_the_same_bits(base: Base) -> None:
+    job = job_of(base, 3)
+    job.launch.sequence_parallel = 2
+    whole, run_dir = base.write("bits-whole", job), base.write("bits", job)
+    finish(whole, 2, sft_recorded, 0)
+    finish(run_dir, 2, sft_recorded, 3, code=STOPPED_EXIT_CODE)
+    finish(run_dir, 2, sft_recorded, 0)
+    weights = [(at / "sft" / "export" / "model.safetensors").read_bytes() for at in (whole, run_dir)]
+    assert weights[0] == weights[1]
+    assert [line["loss"] for line in training_lines(whole)] == [
+        line["loss"] for line in training_lines(run_dir)
+    ]
+
+
 def test_a_start_that_dies_while_it_divides_leaves_everything_as_it_was(base: Base) -> None:
     run_dir = base.write("elastic-dies", job_of(base, 2))
     finish(run_dir, 1, sft_recorded, 2, code=STOPPED_EXIT_CODE)

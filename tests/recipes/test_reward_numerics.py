@@ -55,6 +55,7 @@ def run_of(folder: Path) -> Callable[[Point], Path]:
         job = make_job(folder, folder / point.policy, max_steps=4, eval_every=1, global_batch_size=16)
         job.reward.train.micro_batch_size = point.micro_batch_size
         job.reward.data.packing, job.deepspeed.stage = point.packing, point.stage
+        job.launch.sequence_parallel = point.sequence_parallel
         job.model.gradient_checkpointing = point.checkpointing
         job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
         job.reward.center_rewards_coefficient = 0.01

@@ -39,7 +39,7 @@ def job_of(base: Base, point: Point) -> SFTJob:
     job.deepspeed.stage, job.model.gradient_checkpointing = point.stage, point.checkpointing
     job.model.config["tie_word_embeddings"] = point.policy == "tied"
     job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
-    job.sft.sampling.num_prompts = 2
+    job.launch.sequence_parallel, job.sft.sampling.num_prompts = point.sequence_parallel, 2
     if point not in SPREAD:  # what is compared here comes from the end
         job.sft.train.eval_every, job.sft.sampling.num_prompts = 0, 0
     return job

@@ -25,6 +25,7 @@ from step2_dpo.evaluate import evaluate
 from step2_dpo.loss import Objective, PairSums, StepCounts, compute_loss, step_loss
 from step2_dpo.reference import Reference, load_or_compute, starting_policy
 from tests.packed import packed_lm
+from tests.spread import sharing
 from tests.step2_dpo.pairs import MAX_LENGTH, SomePairs, plain_logps, tiny_llama
 
 LEARNING_RATE = 1e5
@@ -80,8 +81,8 @@ def other_reference() -> Reference:
 
 def plan_of(point: Point | Start, world: World) -> BatchPlan:
     return BatchPlan(
-        MAX_LENGTH, point.packing, 8, getattr(point, "micro_batch_size", 2), 0, world.rank, world.size,
-        share_prefix=getattr(point, "share_prefix", True),
+        MAX_LENGTH, point.packing, 8, getattr(point, "micro_batch_size", 2), 0,
+        share_prefix=getattr(point, "share_prefix", True), **sharing(world),
     )  # fmt: skip
 
 
@@ -144,8 +145,8 @@ def beginning(world: World, start: Start, cache: Path) -> dict[str, float]:
     return {**first, **held_out, "second loss": second["loss"]}
 
 
-def main(out: str) -> int:
-    world = init_world()
+def main(out: str, sequence_parallel: int = 1) -> int:
+    world = init_world(sequence_parallel)
     gradients, metrics = {}, {}
     for point in GRID:
         gradients[point], metrics[point] = gradient(world, point)

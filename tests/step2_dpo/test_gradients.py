@@ -12,7 +12,7 @@ import torch
 from common.data.types import IGNORE
 from step2_dpo.loss import ChosenRejected, Objective
 from tests import forked
-from tests.spread import GRADIENT_TOLERANCE, relative_error
+from tests.spread import GRADIENT_TOLERANCE, SHARING, relative_error
 from tests.step2_dpo import gradients
 from tests.step2_dpo.gradients import GRID, STARTS, Point, Start
 from tests.step2_dpo.pairs import SomePairs, plain_logps, tiny_llama
@@ -40,10 +40,15 @@ def plain_loss(objective: Objective) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=SHARING, ids=str)
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
+    forked.run(
+        gradients.main,
+        (str(out), request.param.sequence_parallel),
+        request.param.ranks,
+        out.with_suffix(".txt"),
+    )
     return torch.load(out, weights_only=False)
 
 

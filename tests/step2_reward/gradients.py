@@ -18,6 +18,7 @@ from common.training.engine import Engine
 from step2_reward.evaluate import held_out_metrics, score_pairs
 from step2_reward.loss import ScoredPairs, pair_losses, score, step_metrics
 from tests.packed import packed_scorer
+from tests.spread import sharing
 from tests.step2_reward.pairs import CENTERING, MAX_LENGTH, SomePairs, tiny_scorer
 
 LEARNING_RATE = 1e5
@@ -56,8 +57,8 @@ def one_step(world: World, point: Point) -> Found:
     )  # fmt: skip
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=LEARNING_RATE), config)
     plan = BatchPlan(
-        MAX_LENGTH, point.packing, 8, point.micro_batch_size, 0, world.rank, world.size,
-        share_prefix=point.share_prefix,
+        MAX_LENGTH, point.packing, 8, point.micro_batch_size, 0, share_prefix=point.share_prefix,
+        **sharing(world),
     )  # fmt: skip
     evaluated = score_pairs(engine, evaluation_pair_batches(SomePairs(), plan), world.device)
     micro_batches = PairBatches(SomePairs(), plan).micro_batches(0)
@@ -75,8 +76,8 @@ def one_step(world: World, point: Point) -> Found:
     return Found(gradient, metrics, held_out_metrics(evaluated, SomePairs.sources, CENTERING))
 
 
-def main(out: str) -> int:
-    world = init_world()
+def main(out: str, sequence_parallel: int = 1) -> int:
+    world = init_world(sequence_parallel)
     found = {tuple(point): tuple(one_step(world, point)) for point in GRID}
     if world.is_rank0:
         torch.save(found, out)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import forked
-from tests.spread import GRADIENT_TOLERANCE, relative_error
+from tests.spread import GRADIENT_TOLERANCE, SHARING, relative_error
 from tests.step2_reward import gradients
 from tests.step2_reward.gradients import GRID, Found, Point
 from tests.step2_reward.pairs import CENTERING, SomePairs, plain_scores, reference_gradient, tiny_scorer
@@ -23,10 +23,15 @@ def scores() -> torch.Tensor:
         return plain_scores(tiny_scorer("eager").double(), SomePairs())
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=SHARING, ids=str)
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
+    forked.run(
+        gradients.main,
+        (str(out), request.param.sequence_parallel),
+        request.param.ranks,
+        out.with_suffix(".txt"),
+    )
     return {point: Found(*found) for point, found in torch.load(out).items()}
 
 

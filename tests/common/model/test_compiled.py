@@ -34,12 +34,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["_varlen", "_efficient"])
-def cuda_branch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+def take_cuda_branch(monkeypatch: pytest.MonkeyPatch, name: str = "_varlen") -> None:
+    """Attention as on a GPU, layers compiled without kernels of their own."""
     varlen = varlen_on_cpu.varlen
     varlen._varlen_attn.register_kernel("cpu")(varlen_on_cpu.forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(varlen_on_cpu.backward)
-    branch = getattr(attention, request.param)
+    branch = getattr(attention, name)
     monkeypatch.setattr(attention, "_in_one_call", lambda *_: branch)
 
     def arguments(*given: Any) -> dict[str, Any]:
@@ -49,6 +49,13 @@ def cuda_branch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
         return made
 
     monkeypatch.setattr(packed, "packed_arguments", arguments)
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+
+
+@pytest.fixture(params=["_varlen", "_efficient"])
+def cuda_branch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    take_cuda_branch(monkeypatch, request.param)
     torch._dynamo.reset()
     counters.clear()
     with standing_in():
@@ -90,13 +97,11 @@ def learned(module: PackedCausalLM, given: Batch) -> list[torch.Tensor]:
     ],
 )
 def test_batches_of_any_documents_need_three_graphs_without_breaks_and_learn_the_same(
-    monkeypatch: pytest.MonkeyPatch, model_type: str, fields: dict[str, Any], graphs: int
+    model_type: str, fields: dict[str, Any], graphs: int
 ) -> None:
     torch.manual_seed(0)
     plain = model(model_type, **fields)
     ours = copy.deepcopy(plain)
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
     compiled.compile_layers(ours.base())
     draws = np.random.default_rng(0)
     for number in range(10):
@@ -108,15 +113,11 @@ def test_batches_of_any_documents_need_three_graphs_without_breaks_and_learn_the
 
 
 @pytest.mark.usefixtures("cuda_branch")
-def test_layers_that_are_compiled_and_recomputed_selectively_learn_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_that_are_compiled_and_recomputed_selectively_learn_the_same() -> None:
     torch.manual_seed(0)
     plain = model("llama")
     ours = copy.deepcopy(plain)
     loading.enable_checkpointing(ours.base(), CheckpointingPolicy.selective)
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
     compiled.compile_layers(ours.base())
     draws = np.random.default_rng(0)
     for number in range(4):

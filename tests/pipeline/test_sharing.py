@@ -1,0 +1,75 @@
+"""Ranks that share rows: which numbers of them go, and what a plan makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.launch_config import LaunchConfig
+from common.stage import Step
+from pipeline import checks
+from pipeline.config import PipelineConfig
+from pipeline.planning import memory
+from pipeline.planning.workload import workload_of
+from tests.pipeline.checking import config_in, error_of
+
+SIZES = {"hidden_size": 90, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 9}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+    config = config_in(tmp_path, monkeypatch)
+    config.model.config |= SIZES
+    config.sft.train.global_batch_size = config.sft.train.micro_batch_size = 2
+    return config
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "heads", "nearest"),
+    [(2, 3, None, 1), (3, 4, None, 2), (4, 8, 6, 2), (2, 6, 9, 1), (8, 12, 12, 6), (16, 8, 32, 8)],
+)
+def test_a_number_that_ranks_or_heads_cannot_be_divided_by_is_refused_with_the_nearest(
+    asked: int, ranks: int, heads: int | None, nearest: int
+) -> None:
+    launch = LaunchConfig(sequence_parallel=asked)
+    with pytest.raises(UserError, match=f"launch.sequence_parallel={asked} does not divide the") as caught:
+        launch.check_sequence_parallel(ranks, heads)
+    assert str(caught.value.hint).startswith(f"launch.sequence_parallel={nearest},")
+    LaunchConfig(sequence_parallel=nearest).check_sequence_parallel(ranks, heads)
+
+
+def test_heads_in_a_config_are_looked_at_before_anything_starts(config: PipelineConfig) -> None:
+    config.launch.sequence_parallel = 3
+    checks.check(config, ranks=6)
+    config.launch.sequence_parallel = 2
+    assert "does not divide the 9 attention heads" in error_of(config, ranks=6).message
+
+
+def test_one_of_several_machines_may_have_fewer_ranks_than_share_a_row(config: PipelineConfig) -> None:
+    config.launch.sequence_parallel, config.launch.nnodes = 9, 3
+    checks.check(config, ranks=3)  # those of this machine, before it has met the others
+    checks.check(config, 9, [3, 3, 3])
+    with pytest.raises(UserError, match=r"does not divide the 6 rank\(s\)"):
+        checks.check(config, 6, [3, 3])
+
+
+def test_the_global_batch_is_shared_by_groups_of_ranks(config: PipelineConfig) -> None:
+    config.launch.sequence_parallel = 3
+    checks.check(config, ranks=6)
+    config.launch.sequence_parallel = 1
+    assert "less than the 6 ranks" in error_of(config, ranks=6).message
+
+
+def test_a_rank_has_a_share_of_the_activations(config: PipelineConfig) -> None:
+    def activations(shared: int) -> float:
+        config.launch.sequence_parallel = shared
+        work = workload_of(config, Step.sft, 9, gpu=True)
+        assert work is not None and work.sharding.ranks == 9
+        return memory.activations(work, work.networks[0])
+
+    config.sft.data.max_length, config.sft.train.global_batch_size = 252, 9
+    config.sft.train.micro_batch_size = 1
+    assert activations(3) == pytest.approx(activations(1) / 3)
+    assert activations(9) == pytest.approx(activations(1) / 9)
