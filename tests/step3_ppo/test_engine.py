@@ -80,6 +80,7 @@ def test_doctor_says_which_one_there_is(
         ({"engine": "vllm", "temperature": 0.7, "top_p": 0.9}, "ppo.rollout.temperature=0.7"),
         ({"engine": "vllm", "temperature": 0.7, "top_k": 5}, "ppo.rollout.top_k=5"),
         ({"engine": "vllm", "gather_parameters": False}, "ppo.rollout.gather_parameters=false"),
+        ({"engine": "vllm", "cuda_graphs": False}, "ppo.rollout.cuda_graphs=false"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(written: dict[str, Any], named: str) -> None:
