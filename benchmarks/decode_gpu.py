@@ -2,7 +2,8 @@
 
 Llama shapes with random weights in bf16, made on the device; prompts of random tokens. All responses have the
 same length, so that every slot is busy to the end. Reports sampled tokens per second and peak GPU memory for
-each number of slots, beside what reading the weights once per token would allow at the device's bandwidth.
+each number of slots, with CUDA graphs and without, beside what reading the weights once per token would allow
+at the device's bandwidth.
 Writes `results/decode_gpu_<shape>.json`. Runs on the CPU with `--shape toy`, to see that it works.
 """
 
@@ -45,10 +46,12 @@ def main() -> int:
     model = new_model(arguments.shape, device)
     runs = {}
     for slots in arguments.slots:
-        runs[slots] = decoded(model, load_of(arguments, slots), slots)
-        print(f"{slots} slots: {runs[slots]['tokens_per_second']:,.0f} tokens/s", flush=True)
+        for graphs in (False, True) if device.type == "cuda" else (False,):
+            name = f"{slots}, graphs" if graphs else f"{slots}"
+            runs[name] = decoded(model, load_of(arguments, slots), slots, graphs)
+            print(f"{name}: {runs[name]['tokens_per_second']:,.0f} tokens/s", flush=True)
     head = ("slots", *next(iter(runs.values())))
-    print(table(head, [(slots, *record.values()) for slots, record in runs.items()]))
+    print(table(head, [(name, *record.values()) for name, record in runs.items()]))
     result = {"shape": arguments.shape, "prompt": arguments.prompt, "response": arguments.response}
     path = write_results(f"decode_gpu_{arguments.shape}", {**result, "runs": runs}, to=arguments.results)
     print(f"written: {path}")
@@ -80,19 +83,19 @@ def load_of(arguments: argparse.Namespace, slots: int) -> Load:
     return Load(prompts, [arguments.response] * slots)
 
 
-def decoded(model: Any, load: Load, slots: int) -> dict[str, float]:
+def decoded(model: Any, load: Load, slots: int, cuda_graphs: bool) -> dict[str, float]:
     """One round to warm up, one that counts."""
     import torch
 
     from benchmarks.rollout_cpu import decoded as run
 
     gpu = next(model.parameters()).is_cuda
-    run(model, Load(load.prompts, [8] * slots), slots)
+    run(model, Load(load.prompts, [8] * slots), slots, cuda_graphs)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     began = time.perf_counter()
-    said = run(model, load, slots)
+    said = run(model, load, slots, cuda_graphs)
     if gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began

@@ -152,7 +152,7 @@ def timed(side: Callable[[], dict[str, float]], tokens: int) -> dict[str, float]
     return {"cpu_seconds": cpu, "wall_seconds": wall, **rates, **said}
 
 
-def decoded(model: Any, load: Load, slots: int) -> dict[str, float]:
+def decoded(model: Any, load: Load, slots: int, cuda_graphs: bool = True) -> dict[str, float]:
     """With our decoder, its check of the model included."""
     from common.decoding.decoder import Decoder
     from common.decoding.requests import Request, SamplingParams
@@ -161,7 +161,7 @@ def decoded(model: Any, load: Load, slots: int) -> dict[str, float]:
         Request(prompt, (SEED, number), length)
         for number, (prompt, length) in enumerate(zip(load.prompts, load.lengths, strict=True))
     ]
-    decoder = Decoder(model, slots=slots)
+    decoder = Decoder(model, slots=slots, cuda_graphs=cuda_graphs)
     completions = decoder.decode(requests, SamplingParams(1.0, max(load.lengths), ()))
     assert completions is not None
     assert [len(completion.tokens) for completion in completions] == load.lengths

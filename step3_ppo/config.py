@@ -113,6 +113,8 @@ class RolloutConfig:
     """responses decoded side by side, per rank"""
     gather_parameters: bool = True
     """ZeRO-3: hold the whole actor while sampling; false gathers it layer by layer, token by token"""
+    cuda_graphs: bool = True
+    """on a GPU, decode with CUDA graphs where the model allows it; false if they fail"""
     engine: SamplingEngine = SamplingEngine.builtin
     """builtin, or vllm: in each rank, on its device, in the same environment (make vllm), or as servers"""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
@@ -146,6 +148,11 @@ class RolloutConfig:
                 f"{at}gather_parameters=false has no effect with {at}engine=vllm, which gets the weights "
                 "one tensor at a time",
                 hint=f"leave {at}gather_parameters out",
+            )
+        if not self.cuda_graphs:
+            raise UserError(
+                f"{at}cuda_graphs=false has no effect with {at}engine=vllm, which has its own",
+                hint=f"leave {at}cuda_graphs out",
             )
 
     def notes(self) -> list[str]:

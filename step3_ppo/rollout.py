@@ -228,7 +228,9 @@ class Sampler:
         self._vllm = vllm
         if vllm is None:
             with self._phase():
-                self._decoder: Decoder | VLLMDecoder | VLLMServers = Decoder(model, slots=config.slots)
+                self._decoder: Decoder | VLLMDecoder | VLLMServers = Decoder(
+                    model, slots=config.slots, cuda_graphs=config.cuda_graphs
+                )
         else:
             self._decoder = vllm
 

@@ -24,6 +24,7 @@ from common.decoding.requests import Completion, DecodingCounts, Request, Sampli
 from common.decoding.scheduler import Passes, Scheduler
 from common.errors import UserError
 from common.model.adapters import unwrapped
+from common.model.attention import say_without_used_keys
 from common.notices import notice
 from common.runtime.distributed import all_reduce_sum
 
@@ -37,9 +38,10 @@ class Decoder:
     model: a causal LM with packed attention. slots: responses decoded side by side. An architecture that
     cannot decode from a cache of slots (found out here, with a few tokens) is decoded without a cache, which
     is slow and said in a notice. Under ZeRO-3 with partitioned parameters all ranks make it together.
+    cuda_graphs: on a GPU, replay passes without prompts as CUDA graphs; a notice says where that fails.
     """
 
-    def __init__(self, model: nn.Module, *, slots: int) -> None:
+    def __init__(self, model: nn.Module, *, slots: int, cuda_graphs: bool = True) -> None:
         if slots < 1:
             raise ValueError(f"slots={slots}")
         self.model, self.slots = model, slots
@@ -52,6 +54,11 @@ class Decoder:
                 f"model_type={unwrapped(model).config.model_type} cannot decode from one: {fault}",
                 "several times as slow, more so for longer ones",
             )
+        parameter = next(model.parameters())
+        say_without_used_keys(parameter.device, parameter.dtype)
+        self._graphs = cuda_graphs and self.has_cache and parameter.is_cuda
+        if self._graphs and any(hasattr(each, "ds_id") for each in model.parameters()):
+            self._without_graphs("ZeRO-3 gathers its weights in every pass")
 
     def decode(
         self,
@@ -74,13 +81,21 @@ class Decoder:
         scheduler = Scheduler(requests, params, self.slots, getattr(config, "max_position_embeddings", None))
         with sampling_from(self.model, self.has_cache) as base:
             passes = (
-                CachedPasses(base, scheduler.slots, scheduler.capacity)
+                CachedPasses(base, scheduler.slots, scheduler.capacity, graphs=self._graphs)
                 if self.has_cache
                 else UncachedPasses(base)
             )
             finished = _until_done(scheduler, passes, should_stop, ready, lockstep)
         self.counts = DecodingCounts(scheduler.steps, int(scheduler.made.sum()), scheduler.computed_rows)
+        if isinstance(passes, CachedPasses) and passes.graphs is not None and passes.graphs.fault is not None:
+            self._without_graphs(passes.graphs.fault)
         return scheduler.completions() if finished else None
+
+    def _without_graphs(self, why: str) -> None:
+        """From now on."""
+        self._graphs = False
+        what = f"model_type={unwrapped(self.model).config.model_type} allows none: {why}"
+        notice("responses are sampled without CUDA graphs", what, "the GPU may wait for the host")
 
 
 def _until_done(

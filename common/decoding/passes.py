@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from common.decoding.graphs import Graphs
 from common.decoding.scheduler import CPU_CHUNK_SLOTS, FEWEST_ROWS, LENGTH_STEP, Scheduler, rounded_up
-from common.decoding.slots import DecodingStep, PromptsOfPass, SlotCache, decoding_into_slots
+from common.decoding.slots import DecodingStep, SlotCache, decoding_into_slots
 from common.errors import UserError
 from common.model.adapters import unwrapped
 from common.model.attention import packed_arguments, plain_attention, positions_within
@@ -28,17 +30,42 @@ CPU_ROWS = 32
 """On the CPU a forward pass has a multiple of so many rows: two vectors of the widest instructions."""
 
 
-class CachedPasses:
-    """From a cache: one token of each slot, and whole prompts, in one flat sequence."""
+class PassShape(NamedTuple):
+    """How much a pass computes. rows: next tokens, of the slots from 0 on. written: tokens that go into the
+    cache. tokens: with padding. kept: rows of logits. documents: prompts, and padding. longest: tokens of the
+    longest of these."""
 
-    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+    rows: int
+    written: int
+    tokens: int
+    kept: int
+    documents: int
+    longest: int
+
+
+class CachedPasses:
+    """From a cache: one token of each slot, and whole prompts, in one flat sequence.
+
+    graphs: passes without prompts are replayed as CUDA graphs where that works; they end with this object, as
+    its cache does. The host sends two arrays for each pass, whatever the layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int, *, graphs: bool = False) -> None:
         self.model = model
         self.cache = SlotCache(slots, capacity)
         self.device = device_of(model)
-        on_cpu = self.device.type == "cpu"
-        self.chunk_slots = CPU_CHUNK_SLOTS if on_cpu else slots
-        self.rows_step = CPU_ROWS if on_cpu else FEWEST_ROWS
+        self.on_cpu = self.device.type == "cpu"
+        self.graphs = Graphs(self.device) if graphs else None
+        self.chunk_slots = CPU_CHUNK_SLOTS if self.on_cpu else slots
+        self.rows_step = CPU_ROWS if self.on_cpu else FEWEST_ROWS
         self.copy, self.rearrange = self.cache.copy, self.cache.rearrange
+
+    def padded(self, count: int) -> int:
+        """On a GPU 8, 16, 32, 64 and so on: few shapes, each with a graph."""
+        blocks = -(-count // FEWEST_ROWS)
+        if not self.on_cpu:
+            blocks = 1 << (blocks - 1).bit_length()
+        return min(blocks * FEWEST_ROWS, self.cache.slots)
 
     def logits(
         self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
@@ -56,40 +83,73 @@ class CachedPasses:
         wanted: np.ndarray,
         prompts: Sequence[tuple[int, np.ndarray]],
     ) -> torch.Tensor:
-        """Logits of the rows `wanted` and of the prompts' ends.
+        """Logits of the rows `wanted` and of the prompts' ends, until the next pass.
 
         tokens, positions: int64 [M] of the slots 0 to M - 1. chunks: see `DecodingStep`.
         """
-        documents, slots = [ids for _, ids in prompts], [slot for slot, _ in prompts]
-        count = len(tokens) + sum(map(len, documents))
-        short = rounded_up(max(count, 1), self.rows_step) - count
-        padding = [np.zeros(short, np.int64)] if short else []
-        ends = np.cumsum([len(tokens), *map(len, documents)])[1:] - 1
-        ids = np.concatenate([tokens, *documents, *padding]).astype(np.int64)
-        places = np.concatenate([positions, *(np.arange(len(part)) for part in [*documents, *padding])])
-        lengths = [*map(len, [*documents, *padding])]
-        into = [*slots, *(None for _ in padding)]
-        step = DecodingStep(
-            self.cache,
-            self._tensor(positions),
-            chunks,
-            PromptsOfPass.of(into, lengths, self.device) if into else None,
-        )
+        shape, *inputs = self._inputs(tokens, positions, wanted, prompts)
+        logits = None
+        if self.graphs is not None and not shape.documents:
+            logits = self.graphs.run(shape, partial(self._compute, shape, ()), inputs)
+        if logits is None:
+            sent = (given.to(self.device, non_blocking=True) for given in inputs)
+            logits = self._compute(shape, chunks, *sent)
+        return logits[: len(wanted) + len(prompts)]
+
+    def _inputs(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        wanted: np.ndarray,
+        prompts: Sequence[tuple[int, np.ndarray]],
+    ) -> tuple[PassShape, torch.Tensor, torch.Tensor]:
+        """What `_compute` takes, on the host: int64 (tokens, their positions, the slots that these go to,
+        rows of logits) and int32 (`lengths`, bounds of queries, keys and prompts of `DecodingStep`)."""
+        rows, documents = len(tokens), [ids for _, ids in prompts]
+        written = rows + sum(map(len, documents))
+        short = rounded_up(max(written, 1), self.rows_step) - written
+        followed = [*documents, np.zeros(short, np.int64)] if short else documents
+        ends = np.cumsum([rows, *map(len, documents)])[1:] - 1
+        fewest = FEWEST_ROWS if self.on_cpu else max(FEWEST_ROWS, rows)
         kept = np.concatenate([wanted, ends])
-        padded = np.pad(kept, (0, max(0, FEWEST_ROWS - len(kept))))
+        kept = np.pad(kept, (0, max(0, fewest - len(kept))))
+        places = [positions, *(np.arange(len(part)) for part in followed)]
+        slots = [np.arange(rows), *(np.full(len(ids), slot) for slot, ids in prompts)]
+        lengths = np.ones(rows, np.int64)  # of a free slot one key is read
+        lengths[wanted] = positions[wanted] + 1
+        starts = np.arange(rows + 1)
+        bounds = [np.cumsum([0, *map(len, followed)])] if followed else []
+        numbers = np.concatenate([tokens, *followed, *places, *slots, kept]).astype(np.int64)
+        sizes = np.concatenate([lengths, starts, starts * self.cache.capacity, *bounds]).astype(np.int32)
+        longest = max(map(len, followed), default=0)
+        shape = PassShape(rows, written, written + short, len(kept), len(followed), longest)
+        return shape, torch.from_numpy(numbers), torch.from_numpy(sizes)
+
+    def _compute(
+        self,
+        shape: PassShape,
+        chunks: Sequence[tuple[int, int, int]],
+        numbers: torch.Tensor,
+        sizes: torch.Tensor,
+    ) -> torch.Tensor:
+        """[kept, V]: logits, from what `_inputs` gives, on the device."""
+        rows, count = shape.rows, shape.tokens
+        ids, places, slots, kept = numbers.split([count, count, shape.written, shape.kept])
+        bounds = shape.documents + 1 if shape.documents else 0
+        lengths, queries, keys, prompts = sizes.split([rows, rows + 1, rows + 1, bounds])
+        step = DecodingStep(
+            self.cache, slots, places[: shape.written], lengths, queries, keys, chunks,
+            prompts if bounds else None, shape.longest,
+        )  # fmt: skip
         output = cast(Any, self.model)(
-            input_ids=self._tensor(ids)[None],
-            position_ids=self._tensor(places.astype(np.int64))[None],
+            input_ids=ids[None],
+            position_ids=places[None],
             attention_mask=None,
             use_cache=False,
-            logits_to_keep=self._tensor(padded.astype(np.int64)),
+            logits_to_keep=kept,
             decoding=step,
         )
-        return cast(torch.Tensor, output.logits[0, : len(kept)])
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        """A copy, which what the run does next to its arrays does not reach."""
-        return torch.from_numpy(np.array(array)).to(self.device, non_blocking=True)
+        return cast(torch.Tensor, output.logits[0])
 
 
 class UncachedPasses:
@@ -98,6 +158,10 @@ class UncachedPasses:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = device_of(model)
+        self.chunk_slots = CPU_CHUNK_SLOTS
+
+    def padded(self, count: int) -> int:
+        return rounded_up(count, FEWEST_ROWS)
 
     def logits(
         self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]

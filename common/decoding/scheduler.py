@@ -33,14 +33,23 @@ PROMPT_TOKENS = 4096
 
 
 class Passes(Protocol):
-    """Forward passes of a scheduler, and what they keep of one for the next."""
+    """Forward passes of a scheduler, and what they keep of one for the next.
+
+    chunk_slots: slots that attend together, each as far as the longest of them.
+    """
+
+    chunk_slots: int
+
+    def padded(self, count: int) -> int:
+        """Rows of next tokens that a pass has for the first `count` slots."""
+        ...
 
     def logits(
         self, scheduler: Scheduler, rows: int, going_on: np.ndarray, prompts: Sequence[tuple[int, np.ndarray]]
     ) -> torch.Tensor:
         """[len(going_on) + len(prompts), V]: of the next tokens of slots and of prompts (slot, ids [T]).
 
-        rows: slots up to the last of `going_on`, rounded up.
+        rows: slots up to the last of `going_on`, padded.
         """
         ...
 
@@ -99,7 +108,7 @@ class Scheduler:
         self._tidy(passes)
         going_on = np.flatnonzero(self.request >= 0)
         begun, joined = self._admit(passes)
-        rows = rounded_up(int(going_on[-1]) + 1, FEWEST_ROWS) if len(going_on) else 0
+        rows = passes.padded(int(going_on[-1]) + 1) if len(going_on) else 0
         prompts = [(slots[0], self.prompts[prompt]) for prompt, slots in begun]
         logits = passes.logits(self, rows, going_on, prompts)
         self.steps += 1
@@ -187,10 +196,11 @@ class Scheduler:
         if not count or self.steps - self.tidied_at < 8:
             return
         lengths = np.sort(self.length[going_on])[::-1]
-        ideal_rows = rounded_up(count, FEWEST_ROWS)
-        rows = rounded_up(int(np.flatnonzero(going_on)[-1]) + 1, FEWEST_ROWS)
-        ideal = sum(end_length * CPU_CHUNK_SLOTS for end_length in lengths[::CPU_CHUNK_SLOTS])
-        read = sum((end - begin) * length for begin, end, length in self.chunks(rows, CPU_CHUNK_SLOTS))
+        ideal_rows = passes.padded(count)
+        rows = passes.padded(int(np.flatnonzero(going_on)[-1]) + 1)
+        size = passes.chunk_slots
+        ideal = sum(end_length * size for end_length in lengths[::size])
+        read = sum((end - begin) * length for begin, end, length in self.chunks(rows, size))
         waiting = bool(self.queue)
         if not (rows > 1.2 * ideal_rows and not waiting) and read < 1.3 * ideal + LENGTH_STEP * rows:
             return

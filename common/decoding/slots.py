@@ -3,15 +3,16 @@
 `decoding_attention` is registered with transformers under the name "decoding". It takes what an attention
 module gives for one flat sequence and, through the model's forward arguments, a `DecodingStep`: which slots
 go on by a token, and which prompts follow them. It writes keys and values into the `SlotCache` and returns
-[1, N, H, d]. Whole prompts go through `packed_attention`. It neither chooses tokens nor fills free slots.
+[1, N, H, d]. Whole prompts go through `packed_attention`. Next tokens read the keys of their slot: on CUDA in
+half precision by flash attention, which is told on the device how many there are; elsewhere in chunks of
+slots whose lengths the host knows. It neither chooses tokens nor fills free slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from common.model.attention import (
     DECODING,
     Scores,
+    attend_to_used_keys,
     packed_attention,
+    reads_used_keys,
     refuse_unsupported,
     softmax_with_sinks,
     switched_to,
@@ -36,7 +39,8 @@ class SlotCache:
 
     slots, capacity: how many sequences, and tokens of each. A layer's tensors [slots, G, capacity, d] are
     made when it first writes, for its own widths. On the CPU half precision is kept in fp32, in which
-    attention is computed there.
+    attention is computed there. Elsewhere the heads of a token lie side by side, as flash attention reads
+    them.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -53,88 +57,77 @@ class SlotCache:
         return self._layers[module]
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-        shape = (self.slots, like.shape[1], self.capacity, like.shape[3])
-        return torch.zeros(shape, dtype=dtype, device=like.device)
+        _, groups, _, width = like.shape
+        if like.device.type == "cpu":
+            return torch.zeros((self.slots, groups, self.capacity, width), dtype=torch.float32)
+        return like.new_zeros((self.slots, self.capacity, groups, width)).transpose(1, 2)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Let the first `length` tokens of the slots `targets` be those of `source`."""
-        for layer in self._layers.values():
-            for cached in layer:
-                for target in targets:
-                    cached[target, :, :length] = cached[source, :, :length]
+        self._move(list(targets), [source] * len(targets), length)
 
     def rearrange(self, order: Sequence[int], length: int) -> None:
         """Slot s gets the first `length` tokens of what was in slot `order[s]`. order: a permutation."""
         moved = [slot for slot, before in enumerate(order) if slot != before]
-        places = torch.tensor([moved, [order[slot] for slot in moved]])
-        for layer in self._layers.values():
-            for cached in layer:
-                rows, before = places.to(cached.device, non_blocking=True)
-                cached[rows, :, :length] = cached[before, :, :length]
+        self._move(moved, [order[slot] for slot in moved], length)
+
+    def _move(self, slots: list[int], before: list[int], length: int) -> None:
+        tensors = [cached for layer in self._layers.values() for cached in layer]
+        if not slots or not tensors:
+            return
+        places = torch.tensor([slots, before]).to(tensors[0].device, non_blocking=True)
+        for cached in tensors:
+            cached[places[0], :, :length] = cached[places[1], :, :length]
 
 
-class PromptsOfPass(NamedTuple):
-    """Prompts that a pass takes in. slots: where each goes (None: nowhere). bounds: where they begin and the
-    last ends, counted from the first; on the host, and as cu_seqlens int32 [D + 1]. longest: tokens."""
-
-    slots: Sequence[int | None]
-    bounds: Sequence[int]
-    cu_seqlens: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, slots: Sequence[int | None], lengths: Sequence[int], device: torch.device) -> PromptsOfPass:
-        bounds = [0, *accumulate(lengths)]
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(slots, bounds, cu_seqlens, max(lengths))
-
-
+@dataclass
 class DecodingStep:
     """What one forward pass of a decoder computes: a next token of M sequences, then whole prompts.
 
-    cache: where keys and values go. positions: int64 [M], of the tokens of the slots 0 to M - 1. chunks:
-    (begin, end, length): slots that are computed together, and how far their keys are read. prompts: that
-    follow the slots; None without any.
+    cache: where keys and values go. slots, positions: int64 [W], where in it each of the pass's first W
+    tokens goes: the next tokens of the slots 0 to M - 1, then prompts. lengths: int32 [M], keys that each
+    next token sees. query_bounds, key_bounds: int32 [M + 1], where the tokens of each slot begin, in the pass
+    and in the cache. chunks: (begin, end, length): slots that are computed together where the host has to
+    know how far keys are read; empty where it may not matter. prompts: cu_seqlens, int32 [D + 1], of what
+    follows the slots, of which the longest has `longest` tokens; None without any.
     """
 
-    def __init__(
-        self,
-        cache: SlotCache,
-        positions: torch.Tensor,
-        chunks: Sequence[tuple[int, int, int]],
-        prompts: PromptsOfPass | None,
-    ) -> None:
-        self.cache, self.positions, self.chunks, self.prompts = cache, positions, chunks, prompts
-        self._rows = torch.arange(len(positions), device=positions.device)
-        self._biases: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+    cache: SlotCache
+    slots: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    query_bounds: torch.Tensor
+    key_bounds: torch.Tensor
+    chunks: Sequence[tuple[int, int, int]] = ()
+    prompts: torch.Tensor | None = None
+    longest: int = 0
+    _biases: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return len(self.lengths)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put key and value [1, G, N, d] where they belong in a layer's keys and values."""
-        rows = len(self.positions)
         for cached, new in ((keys, key[0]), (values, value[0])):
-            if rows:
-                cached[self._rows, :, self.positions] = new[:, :rows].transpose(0, 1).to(cached.dtype)
-            for slot, begin, end in self._documents():
-                cached[slot, :, : end - begin] = new[:, rows + begin : rows + end]
-
-    def _documents(self) -> Iterator[tuple[int, int, int]]:
-        if self.prompts is None:
-            return
-        for slot, (begin, end) in zip(self.prompts.slots, pairwise(self.prompts.bounds), strict=True):
-            if slot is not None:
-                yield slot, begin, end
+            written = new[:, : len(self.slots)].transpose(0, 1)
+            cached[self.slots, :, self.positions] = written.to(cached.dtype)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """[M, 1, 1, L]: 0 where a slot's token sees, minus infinity elsewhere. The same for all layers."""
         if (window, dtype) not in self._biases:
             longest = max(length for _, _, length in self.chunks)
             places = torch.arange(longest, device=self.positions.device)[None]
-            last = self.positions[:, None]
+            last = self.positions[: self.rows, None]
             hidden = places > last if window is None else (places > last) | (places <= last - window)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             self._biases[window, dtype] = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
         return self._biases[window, dtype]
+
+
+class LengthsOnHost(RuntimeError):
+    """Attention needs `chunks`, and none were given."""
 
 
 def decoding_attention(
@@ -162,19 +155,19 @@ def decoding_attention(
     keys, values = decoding.cache.of_layer(module, key, value)
     decoding.write(keys, values, key, value)
     scores = Scores(scaling, 0.0, softcap, s_aux)
-    rows = len(decoding.positions)
+    rows = decoding.rows
     outs = []
     if rows:
         outs = [_attend_to_slots(query[0, :, :rows], keys, values, decoding, scores, sliding_window)]
     if decoding.prompts is not None:
         q, k, v = (x[:, :, rows:] for x in (query, key, value))
         out, _ = packed_attention(
-            module, q, k, v, None, scaling, cu_seq_lens_q=decoding.prompts.cu_seqlens,
-            max_length_q=decoding.prompts.longest, sliding_window=sliding_window, softcap=softcap,
+            module, q, k, v, None, scaling, cu_seq_lens_q=decoding.prompts,
+            max_length_q=decoding.longest, sliding_window=sliding_window, softcap=softcap,
             s_aux=s_aux,
         )  # fmt: skip
         outs.append(out)
-    return torch.cat(outs, 1), None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
 
 
 def _attend_to_slots(
@@ -185,7 +178,15 @@ def _attend_to_slots(
     scores: Scores,
     window: int | None,
 ) -> torch.Tensor:
-    """[1, M, H, d] from query [H, M, d]. The query heads of a key-value head are rows of one product."""
+    """[1, M, H, d] from query [H, M, d]. LengthsOnHost where `step` has no chunks and needs them."""
+    if scores.is_plain and reads_used_keys(query, values):
+        return attend_to_used_keys(
+            query.transpose(0, 1), keys, values, step.query_bounds, step.key_bounds, step.lengths,
+            scores.scaling, window,
+        )  # fmt: skip
+    if not step.chunks:
+        raise LengthsOnHost("its attention of next tokens needs lengths that the host counts")
+    # the query heads of a key-value head are rows of one product
     heads, _, width = query.shape
     groups = keys.shape[1]
     grouped = query.transpose(0, 1).reshape(-1, groups, heads // groups, width).to(keys.dtype)

@@ -351,6 +351,16 @@ def _has_varlen() -> bool:
     return {"window_size", "scale"} <= _varlen_keywords()
 
 
+def say_without_used_keys(device: torch.device, dtype: torch.dtype) -> None:
+    """A notice where next tokens would go through flash attention with another torch."""
+    if device.type == "cuda" and dtype in HALF and not _has_used_keys():
+        notice(
+            "next tokens are sampled with attention to as many keys as the longest response has",
+            f"the varlen_attn of torch {torch.__version__} does not take seqused_k",
+            "slower the more their lengths differ; torch 2.13 has it",
+        )
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -361,21 +371,20 @@ def _varlen(
     window: int | None,
     shared_prefix: SharedPrefix | None,
 ) -> torch.Tensor:
-    function = _varlen_function()
-    assert function is not None
     key_boundaries, key_longest = boundaries, longest
     if shared_prefix is not None:
         order, key_boundaries, key_longest, _ = shared_prefix.keys
         key, value = key.index_select(2, order), value.index_select(2, order)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
+    left = _tokens_before(window, key_longest)
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in _varlen_keywords():  # torch 2.12 and later insist on it
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    # flash attention counts the tokens before the query; transformers counts the query as well
-    left = -1 if window is None or window > key_longest else window - 1
+    function = _varlen_function()
+    assert function is not None
     out = function(
         q, k, v, boundaries, key_boundaries, longest, key_longest,
         scale=scores.scaling, window_size=(left, 0), **options,
@@ -404,6 +413,51 @@ def _efficient(
     out, *_ = efficient_attention(q, k, v, boundaries, longest, scale, narrow, scores.dropout)
     out = out[..., :width]
     return (out if stored is None else out.index_select(0, stored))[None]
+
+
+def _tokens_before(window: int | None, keys: int) -> int:
+    """Flash attention counts the tokens before the query; transformers counts the query as well."""
+    return -1 if window is None or window > keys else window - 1
+
+
+def reads_used_keys(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend_to_used_keys` takes such heads [..., d] on this device."""
+    return _varlen_applies(query, value, 0.0) and _has_used_keys()
+
+
+def _has_used_keys() -> bool:
+    return {"seqused_k", "enable_gqa"} <= _varlen_keywords()
+
+
+def attend_to_used_keys(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    used: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """[1, M, H, d]: one token of each of M sequences, from what its slot holds.
+
+    query: [M, H, d]. keys, values: [S, G, capacity, d] with S at least M, of which sequence s sees the first
+    `used[s]` of slot s (int32 [M]), its own token's the last. query_bounds, key_bounds: int32 [M + 1], where
+    each begins in the queries, and in the slots end to end. Shapes do not depend on how much is used.
+    """
+    function = _varlen_function()
+    assert function is not None
+    capacity, width = keys.shape[2:]
+    k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], width) for x in (keys, values))
+    left = _tokens_before(window, capacity)
+    # a token alone sees nothing behind it. Said without a right bound, the kernel reads the keys of a
+    # key-value head once for all of its queries
+    size = (-1, -1) if left < 0 else (left, 0)
+    out = function(
+        query, k, v, query_bounds, key_bounds, 1, capacity, scale=scaling, window_size=size,
+        enable_gqa=query.shape[1] != k.shape[1], seqused_k=used,
+    )  # fmt: skip
+    return out[None]
 
 
 def plain_name(model: PreTrainedModel) -> str:

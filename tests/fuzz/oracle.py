@@ -203,6 +203,8 @@ def _rollout(rollout: Mapping[str, Any]) -> Iterator[str]:
         yield "a timeout of no server"
     if not rollout["gather_parameters"]:
         yield "layer by layer in another engine"
+    if not rollout["cuda_graphs"]:
+        yield "without the graphs of another engine"
 
 
 def _ppo(ppo: Mapping[str, Any]) -> Iterator[str]:

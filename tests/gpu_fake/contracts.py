@@ -43,6 +43,7 @@ def _refuse_attention(
     scale: float | None = None,
     window_size: Any = None,
     enable_gqa: bool = False,
+    used: torch.Tensor | None = None,
     *more: Any,
     **options: Any,
 ) -> None:
@@ -54,6 +55,10 @@ def _refuse_attention(
     for bounds in (cu_seq_q, cu_seq_k):
         if bounds.dtype is not torch.int32:
             raise RuntimeError(f"flash attention: boundaries must be int32, got {bounds.dtype}")
+    if used is not None and (
+        used.dtype is not torch.int32 or used.shape != (len(cu_seq_q) - 1,) or not used.is_contiguous()
+    ):
+        raise RuntimeError(f"flash attention: seqused_k {used.dtype} {tuple(used.shape)}")
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise RuntimeError(f"flash attention: {query.shape[1]} heads on {key.shape[1]} without enable_gqa")
     width = query.shape[2]

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import types
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,27 @@ class Event:
         return 1.0
 
 
+class Graph:
+    """A CUDA graph: what it is recorded from runs once, then it is launched as one. Nothing that the host has
+    to wait for may be in it."""
+
+    def replay(self) -> None: ...
+
+    @staticmethod
+    @contextlib.contextmanager
+    def recording(graph: Graph, **_: Any) -> Iterator[None]:
+        _waits("synchronize")  # as torch does before it records
+        assert Device.current is not None
+        with Device.current.record.refusing("operation not permitted when stream is capturing"):
+            yield
+
+
+def _set_sync_debug_mode(mode: str | int) -> None:
+    if Device.current is not None:
+        refused = mode in ("error", 2)
+        Device.current.record.refuses_to_wait = "called a synchronizing CUDA operation" if refused else ""
+
+
 def _waits(what: str) -> None:
     if Device.current is not None:
         Device.current.record.sync(what)
@@ -125,17 +147,20 @@ def _answers(hardware: Hardware) -> dict[str, Any]:
         "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
         "get_device_name": hardware.name, "get_device_capability": (9, 0), "is_bf16_supported": True,
         "get_device_properties": properties, "can_device_access_peer": True,
-        "is_current_stream_capturing": False,
+        "is_current_stream_capturing": False, "graph_pool_handle": (0, 0), "get_sync_debug_mode": 0,
         "set_device": None, "init": None, "_lazy_init": None, "_lazy_call": None, "empty_cache": None,
         "ipc_collect": None,
     }  # fmt: skip
     answers: dict[str, Any] = {name: lambda *_, value=value, **__: value for name, value in said.items()}
+    graphs = {
+        "CUDAGraph": Graph, "graph": Graph.recording, "set_sync_debug_mode": _set_sync_debug_mode,
+    }  # fmt: skip
     streams = {"current_stream": Stream, "default_stream": Stream, "Stream": Stream, "Event": Event}
     switch = {
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda *_: _waits("synchronize"),
     }
-    return {**answers, **streams, **switch}
+    return {**answers, **graphs, **streams, **switch}
 
 
 def _memory(hardware: Hardware) -> dict[str, Any]:

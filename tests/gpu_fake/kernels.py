@@ -83,6 +83,9 @@ class Kernels:
         if not any(x.is_cuda for x in (*given, *made)) or _are_views(func, made, given):
             return
         size = _bytes_of(name, given, made)
+        if name == "_varlen_attn" and (used := _used(args)) is not None:
+            unread = [x.shape[0] - int(self._values(used).sum()) for x in args[1:3]]
+            size -= sum(n * size_of(x[:1]) for n, x in zip(unread, args[1:3], strict=True))
         if HEAD in site():
             name = f"head: {name}"
         factors = [x for x in given if x.is_floating_point()]
@@ -145,10 +148,17 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any, values: Values) -> 
     return 0.0
 
 
+def _used(args: Any) -> torch.Tensor | None:
+    """`seqused_k` of an attention that reads a cache: how many keys of each sequence."""
+    return args[11] if len(args) > 11 and isinstance(args[11], torch.Tensor) else None
+
+
 def _products(args: Any, values: Values) -> float:
     """Products of numbers in queries @ keys of all heads: each document's last query sees its last key."""
     query = args[0]
     bounds = [x for x in tensors_in(list(args)) if x.dtype is torch.int32][:2]
     queries, keys = (values(x).double().diff() for x in bounds)
+    if (used := _used(args)) is not None:
+        keys = values(used).double()
     pairs = (queries * (keys - queries) + queries * (queries + 1) / 2).sum()
     return float(pairs) * query.shape[1] * query.shape[2]

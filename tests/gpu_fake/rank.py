@@ -2,9 +2,9 @@
 
 Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
 size, compile, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, whether layers
-may be compiled, and a function of `mutations` that is called first; or what `large.train` takes. Its outcome
-is JSON: {status, printed, passes}, and what was recorded, as in `record.Record.plain`. With `kernels` in the
-case they are counted too.
+may be compiled, and a function of `mutations` that is called first; or what `large.train` or
+`decoding.decode` takes. Its outcome is JSON: {status, printed, passes}, and what was recorded, as in
+`record.Record.plain`. With `kernels` in the case they are counted too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ def _in_a_fork(case: dict[str, Any]) -> dict[str, Any]:
 
 def _outcome(case: dict[str, Any]) -> dict[str, Any]:
     """Run the case and say what came of it; status 0: it returned."""
-    from tests.gpu_fake import large
     from tests.gpu_fake.device import Device
 
     printed, device, passes = io.StringIO(), Device(), []
@@ -79,7 +78,7 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
         try:
             _prepare(case, passes)
             with device:
-                status = large.train(case) if "names" in case else _train(case)
+                status = _run(case)
         except SystemExit as error:
             status = error.code
         except BaseException:
@@ -87,6 +86,14 @@ def _outcome(case: dict[str, Any]) -> dict[str, Any]:
     counted = {} if device.kernels is None else {"kernels": device.kernels.plain()}
     found = {"status": status, "printed": printed.getvalue(), "passes": passes, **counted}
     return {**found, **device.record.plain()}
+
+
+def _run(case: dict[str, Any]) -> int:
+    from tests.gpu_fake import decoding, large
+
+    if "decoded" in case:
+        return decoding.decode(case)
+    return large.train(case) if "names" in case else _train(case)
 
 
 def _prepare(case: dict[str, Any], passes: list[list[int]]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,8 +52,20 @@ class Record:
         self.pageable: Counter[tuple[str, int, str]] = Counter()  # bytes, by (phase, step, site)
         self.now = self.peak = 0
         self.peak_site = ""
+        self.refuses_to_wait = ""
+
+    @contextmanager
+    def refusing(self, why: str) -> Iterator[None]:
+        """In the block a synchronisation is an error of this name."""
+        before, self.refuses_to_wait = self.refuses_to_wait, why
+        try:
+            yield
+        finally:
+            self.refuses_to_wait = before
 
     def sync(self, what: str) -> None:
+        if self.refuses_to_wait:
+            raise RuntimeError(f"{self.refuses_to_wait}: {what}")
         self.syncs[*place(), what, site()] += 1
 
     def from_pageable(self, source: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """The CUDA branch of packed attention with real numbers on the CPU, against the branch that computes there.
 
 torch's op gets a kernel for the CPU that follows flash attention's contract: int32 boundaries, the last query
-aligned with the last key, a window that counts the tokens before the query, grouped heads when asked for.
+aligned with the last key, a window that counts the tokens before the query, grouped heads when asked for, and
+of each document's keys the first `seqused_k` only.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ LENGTHS = [9, 4, 1, 12, 7]
 TOLERANCE = 1e-5  # fp32 sums in another order; the largest seen is 3.1e-6
 
 
-def documents(cu_q: torch.Tensor, cu_k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        yield slice(a, b), slice(c, d)
+def documents(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, used: torch.Tensor | None = None
+) -> Iterator[tuple[slice, slice]]:
+    counts = (cu_k.diff() if used is None else used).tolist()
+    for (a, b), c, count in zip(pairwise(cu_q.tolist()), cu_k.tolist()[:-1], counts, strict=True):
+        yield slice(a, b), slice(c, c + count)
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, scale: float, window: list[int]) -> torch.Tensor:
@@ -45,14 +49,16 @@ def heads_of(x: torch.Tensor, part: slice, groups: int = 1) -> torch.Tensor:
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
     max_q: int, max_k: int, is_causal: bool = False, scale: float | None = None,
-    window_size: list[int] | None = None, enable_gqa: bool = False, *more: Any, **options: Any,
+    window_size: list[int] | None = None, enable_gqa: bool = False,
+    used: torch.Tensor | None = None, *more: Any, **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     assert query.shape[1] == key.shape[1] or enable_gqa
     assert cu_q.dtype is cu_k.dtype is torch.int32
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     assert max_q >= int(cu_q.diff().max()) and max_k >= int(cu_k.diff().max())
     groups, outs, sums = query.shape[1] // key.shape[1], [], []
-    for own, seen in documents(cu_q, cu_k):
+    assert used is None or (used.dtype is torch.int32 and used.is_contiguous())
+    for own, seen in documents(cu_q, cu_k, used):
         k, v = heads_of(key, seen, groups), heads_of(value, seen, groups)
         s = scores(heads_of(query, own), k, scale or query.shape[-1] ** -0.5, window_size or [-1, -1])
         outs.append((s.softmax(-1) @ v).transpose(0, 1))
