@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks import roofline
 from benchmarks.measure import machine, table, write_results
 from pipeline.planning import memory
-from pipeline.planning.memory import Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import Network, from_fields
+from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 
 DEPTHS = (1, 2, 3)
 TOKENS = 8192

@@ -16,17 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import table, write_results
-from pipeline.planning.memory import (
-    Decoding,
-    Head,
-    MemoryEstimate,
-    MicroBatchShape,
-    Sharding,
-    Trained,
-    Workload,
-    estimate,
-)
+from pipeline.planning.memory import MemoryEstimate, estimate
 from pipeline.planning.network import Network, from_fields
+from pipeline.planning.work import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 
 GB, HALF = 1e9, 2
 

@@ -268,8 +268,9 @@ def new_model(run: Run, device: torch.device, attention: str) -> Any:
 
 def planned(run: Run) -> float:
     """GB that `plan` would say for our side."""
-    from pipeline.planning.memory import Head, MicroBatchShape, Sharding, Trained, Workload, estimate
+    from pipeline.planning.memory import estimate
     from pipeline.planning.network import from_fields
+    from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 
     network = from_fields(SHAPES[run.shape].config)
     assert network is not None

@@ -24,7 +24,7 @@ from common.decoding.requests import Completion, DecodingCounts, Request, Sampli
 from common.decoding.scheduler import Passes, Scheduler
 from common.errors import UserError
 from common.model.adapters import unwrapped
-from common.model.attention import say_without_used_keys
+from common.model.flash_attention import say_without_used_keys
 from common.notices import notice
 from common.runtime.distributed import all_reduce_sum
 

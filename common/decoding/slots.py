@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from common.model.attention import (
     DECODING,
     Scores,
-    attend_to_used_keys,
     packed_attention,
-    reads_used_keys,
     refuse_unsupported,
     softmax_with_sinks,
     switched_to,
 )
+from common.model.flash_attention import attend_to_used_keys, reads_used_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,6 @@ It knows nothing of padding, masks or caches; transformers' own `generate` runs 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property, lru_cache
@@ -27,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from common.data.types import prefix_owners_of
 from common.errors import UserError
 from common.model.efficient_attention import efficient_attention
+from common.model.flash_attention import flash_applies, flash_attention
 from common.model.sequence import own_heads, row_of_slices, slice_of_row
 from common.notices import notice
 
@@ -41,12 +41,6 @@ NAME, DECODING = "packed", "decoding"
 CPU_FP32_LENGTH = 256
 """On the CPU, half-precision documents up to this length are computed in fp32: the kernel for bf16 converts
 block by block, and took 1.4 to 2.3 times as long on short documents."""
-
-HALF = (torch.bfloat16, torch.float16)
-"""What flash attention takes."""
-
-FLASH_MAX_HEAD_DIM = 256
-"""Widest head that the flash kernels of torch accept."""
 
 # What a model may ask of its attention that changes the result and that no backend here computes.
 UNSUPPORTED_ARGUMENTS = {
@@ -262,7 +256,7 @@ def _in_one_call(
     """What computes all documents of these tensors at once; None: nothing does."""
     if not query.is_cuda or not scores.is_plain:
         return None
-    return _varlen if _varlen_applies(query, value, scores.dropout) else _efficient
+    return _varlen if flash_applies(query, value, scores.dropout) else _efficient
 
 
 @cache
@@ -324,43 +318,6 @@ def _seen_by_own(length: int, window: int, shared: int, device: torch.device) ->
     return (distance >= 0) & (distance < window)
 
 
-@cache
-def _varlen_function() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-@cache
-def _varlen_keywords() -> frozenset[str]:
-    function = _varlen_function()
-    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)
-
-
-def _varlen_applies(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
-    """Flash attention takes half precision, equal head widths in steps of 8, and no dropout."""
-    width = query.shape[-1]
-    fits = width == value.shape[-1] and width % 8 == 0 and width <= FLASH_MAX_HEAD_DIM
-    return query.is_cuda and query.dtype in HALF and fits and dropout == 0.0 and _has_varlen()
-
-
-def _has_varlen() -> bool:
-    """`window_size` and `scale` came with torch 2.11; without them causality is spelled differently."""
-    return {"window_size", "scale"} <= _varlen_keywords()
-
-
-def say_without_used_keys(device: torch.device, dtype: torch.dtype) -> None:
-    """A notice where next tokens would go through flash attention with another torch."""
-    if device.type == "cuda" and dtype in HALF and not _has_used_keys():
-        notice(
-            "next tokens are sampled with attention to as many keys as the longest response has",
-            f"the varlen_attn of torch {torch.__version__} does not take seqused_k",
-            "slower the more their lengths differ; torch 2.13 has it",
-        )
-
-
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -376,19 +333,7 @@ def _varlen(
         order, key_boundaries, key_longest, _ = shared_prefix.keys
         key, value = key.index_select(2, order), value.index_select(2, order)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
-    left = _tokens_before(window, key_longest)
-    options: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in _varlen_keywords():  # torch 2.12 and later insist on it
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    function = _varlen_function()
-    assert function is not None
-    out = function(
-        q, k, v, boundaries, key_boundaries, longest, key_longest,
-        scale=scores.scaling, window_size=(left, 0), **options,
-    )  # fmt: skip
+    out = flash_attention(q, k, v, boundaries, key_boundaries, longest, key_longest, scores.scaling, window)
     return out[None]
 
 
@@ -413,51 +358,6 @@ def _efficient(
     out, *_ = efficient_attention(q, k, v, boundaries, longest, scale, narrow, scores.dropout)
     out = out[..., :width]
     return (out if stored is None else out.index_select(0, stored))[None]
-
-
-def _tokens_before(window: int | None, keys: int) -> int:
-    """Flash attention counts the tokens before the query; transformers counts the query as well."""
-    return -1 if window is None or window > keys else window - 1
-
-
-def reads_used_keys(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `attend_to_used_keys` takes such heads [..., d] on this device."""
-    return _varlen_applies(query, value, 0.0) and _has_used_keys()
-
-
-def _has_used_keys() -> bool:
-    return {"seqused_k", "enable_gqa"} <= _varlen_keywords()
-
-
-def attend_to_used_keys(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    query_bounds: torch.Tensor,
-    key_bounds: torch.Tensor,
-    used: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """[1, M, H, d]: one token of each of M sequences, from what its slot holds.
-
-    query: [M, H, d]. keys, values: [S, G, capacity, d] with S at least M, of which sequence s sees the first
-    `used[s]` of slot s (int32 [M]), its own token's the last. query_bounds, key_bounds: int32 [M + 1], where
-    each begins in the queries, and in the slots end to end. Shapes do not depend on how much is used.
-    """
-    function = _varlen_function()
-    assert function is not None
-    capacity, width = keys.shape[2:]
-    k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], width) for x in (keys, values))
-    left = _tokens_before(window, capacity)
-    # a token alone sees nothing behind it. Said without a right bound, the kernel reads the keys of a
-    # key-value head once for all of its queries
-    size = (-1, -1) if left < 0 else (left, 0)
-    out = function(
-        query, k, v, query_bounds, key_bounds, 1, capacity, scale=scaling, window_size=size,
-        enable_gqa=query.shape[1] != k.shape[1], seqused_k=used,
-    )  # fmt: skip
-    return out[None]
 
 
 def plain_name(model: PreTrainedModel) -> str:

@@ -14,7 +14,7 @@ from common.stage import Step
 from launch.local import count_gpus
 from pipeline.config import PipelineConfig
 from pipeline.planning import devices, memory, workload
-from pipeline.planning.memory import Workload
+from pipeline.planning.work import Workload, with_sharding
 
 WORTH_NAMING = 0.97
 """A way out needs less than this share of what the run needs."""
@@ -155,7 +155,7 @@ def sharded(work: Workload) -> Iterator[tuple[str, Workload]]:
     """On the stages of `conf/deepspeed` that shard or offload more."""
     for option, (stage, offload_optimizer, offload_param) in OPTIONS.items():
         if stage > work.sharding.stage or (offload_optimizer and work.gpu):
-            yield option, memory.sharded(work, stage, offload_optimizer, offload_param)
+            yield option, with_sharding(work, stage, offload_optimizer, offload_param)
 
 
 OPTIONS = {

@@ -29,6 +29,7 @@ from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.fitting import rows_that_fit, ways_out_of
+from pipeline.planning.work import Workload, with_stage
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
 from pipeline.sources import check_functions, settle_sources
 
@@ -229,7 +230,7 @@ def memory_lines(
         lines += [f"{name.value}: {about}", f"  {passes}", *vllm_lines(work)]
         rows = [["ZeRO", *COLUMNS.values(), "others", "total", ""]]
         for stage in STAGES:
-            of_stage = memory.estimate(memory.with_stage(work, stage))
+            of_stage = memory.estimate(with_stage(work, stage))
             mark = "<- chosen" if stage == work.sharding.stage else ""
             if available is not None and of_stage.device > available:
                 mark = f"{mark}, does not fit".lstrip(", ")
@@ -258,7 +259,7 @@ def memory_lines(
     ]
 
 
-def vllm_lines(work: memory.Workload) -> list[str]:
+def vllm_lines(work: Workload) -> list[str]:
     """What vLLM takes, where it samples, and which one there is."""
     if work.decoding is None or not work.decoding.by_vllm:
         return []
@@ -310,7 +311,7 @@ def command_of(overrides: Sequence[str]) -> str:
     return f"python -m pipeline run {shlex.join(overrides)}".rstrip()
 
 
-def work_in_words(work: memory.Workload) -> list[str]:
+def work_in_words(work: Workload) -> list[str]:
     """What learns and what is frozen, and how large a pass is."""
     networks = [part.network for part in work.networks]
     sizes = " and ".join(f"{network.parameters:,}" for network in networks)

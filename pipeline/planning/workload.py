@@ -17,8 +17,8 @@ from common.stage import Input, Step
 from common.training_config import OptimizerName, TrainConfig
 from pipeline.config import PipelineConfig
 from pipeline.plan import start_of, wire_run
-from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import Network, network_of
+from pipeline.planning.work import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 
 PAIR = 2
 """A row of packed pairs has room for two documents of the greatest length."""

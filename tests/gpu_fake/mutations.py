@@ -117,11 +117,11 @@ def _change_attention(change: Any) -> None:
 
 def _wrap_attention(wrap: Any) -> None:
     """With the signature of what is wrapped: the product looks at it."""
-    from common.model import attention
+    from common.model import flash_attention
 
-    function = attention._varlen_function()
+    function = flash_attention._varlen_function()
     wrapped = functools.wraps(function)(wrap(function))
-    attention._varlen_function = lambda: wrapped
+    flash_attention._varlen_function = lambda: wrapped
 
 
 def _change_loss(change: Any) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from common.config import LoraConfig
 from pipeline.planning import memory
-from pipeline.planning.memory import Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import Network, from_fields
+from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 from tests.gpu_fake.jobs import Fake
 from tests.gpu_fake.large import SIZES
 

@@ -21,8 +21,8 @@ from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
 from pipeline.planning.fitting import largest_rows, rows_that_fit, ways_out, ways_out_of, with_rows
-from pipeline.planning.memory import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.network import from_fields, network_of
+from pipeline.planning.work import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.workload import compiles, workload_of
 from tests.packed import packed_lm
 

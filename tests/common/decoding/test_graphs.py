@@ -19,7 +19,7 @@ from transformers import MistralConfig
 from common.decoding import decoder, graphs, passes, slots
 from common.decoding.decoder import Decoder
 from common.decoding.scheduler import FEWEST_ROWS
-from common.model import attention
+from common.model import attention, flash_attention
 from tests.common.decoding.test_decoder import PARAMS, decode, requests_of, tokens_of
 from tests.common.model.test_attention import CONFIGS, SHAPE, tiny
 from tests.common.model.test_varlen_on_cpu import forward, varlen
@@ -67,7 +67,7 @@ class OnGPU(passes.CachedPasses):
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     varlen._varlen_attn.register_kernel("cpu")(forward)
-    monkeypatch.setattr(attention, "_varlen_applies", lambda *asked: True)
+    monkeypatch.setattr(flash_attention, "flash_applies", lambda *asked: True)
 
 
 def as_on_gpu(model: Any, monkeypatch: pytest.MonkeyPatch, slots: int) -> Decoder:
@@ -94,7 +94,7 @@ def test_keys_of_slots_are_seen_as_far_as_each_is_long(
     )
     scores = attention.Scores(0.3)
     found = slots._attend_to_slots(query, keys, values, step, scores, window)
-    monkeypatch.setattr(attention, "_varlen_applies", lambda *asked: False)
+    monkeypatch.setattr(flash_attention, "flash_applies", lambda *asked: False)
     expected = slots._attend_to_slots(query, keys, values, step, scores, window)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_replayed_passes_draw_what_the_cpu_draws(
     model = tiny({**CONFIGS, "windows": WINDOWED}[kind])
     requests = requests_of(20)
     with monkeypatch.context() as plainly:
-        plainly.setattr(attention, "_varlen_applies", lambda *asked: False)
+        plainly.setattr(flash_attention, "flash_applies", lambda *asked: False)
         expected = decode(model, requests, slots=20)
     engine = as_on_gpu(model, monkeypatch, slots=20)
     found = engine.decode(requests, PARAMS)
@@ -195,11 +195,11 @@ def test_the_cpu_records_nothing() -> None:
 def test_an_older_torch_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cuda = torch.device("cuda")
     with caplog.at_level(logging.WARNING):
-        attention.say_without_used_keys(cuda, torch.bfloat16)
+        flash_attention.say_without_used_keys(cuda, torch.bfloat16)
         assert not caplog.text
-        monkeypatch.setattr(attention, "_varlen_keywords", lambda: frozenset({"window_size", "scale"}))
-        attention.say_without_used_keys(CPU, torch.bfloat16)
-        attention.say_without_used_keys(cuda, torch.float32)
+        monkeypatch.setattr(flash_attention, "_varlen_keywords", lambda: frozenset({"window_size", "scale"}))
+        flash_attention.say_without_used_keys(CPU, torch.bfloat16)
+        flash_attention.say_without_used_keys(cuda, torch.float32)
         assert not caplog.text
-        attention.say_without_used_keys(cuda, torch.bfloat16)
+        flash_attention.say_without_used_keys(cuda, torch.bfloat16)
     assert "does not take seqused_k" in caplog.text

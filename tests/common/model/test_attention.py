@@ -16,7 +16,7 @@ from transformers import (
 
 from common.config import CheckpointingPolicy
 from common.errors import UserError
-from common.model import attention
+from common.model import attention, flash_attention
 from common.model.loading import enable_checkpointing
 
 SHAPE = {
@@ -281,7 +281,7 @@ def test_varlen_attention_agrees_with_the_reference(window: int | None) -> None:
     torch.manual_seed(0)
     q, k, v = (heads(n, 15, 64).detach().to("cuda", torch.bfloat16).requires_grad_() for n in (4, 2, 2))
     cu_seqlens = boundaries(LENGTHS).cuda()
-    assert attention._varlen_applies(q, v, 0.0)
+    assert flash_attention.flash_applies(q, v, 0.0)
     out, _ = attention.packed_attention(
         torch.nn.Identity(), q, k, v, None, cu_seq_lens_q=cu_seqlens, max_length_q=9, sliding_window=window
     )
