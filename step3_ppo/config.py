@@ -55,7 +55,7 @@ VLLM_SERVER = Words(
     example="http://127.0.0.1:8000",
     sends="prompts",
     instead="put the server's key into VLLM_API_KEY in the environment, and leave it out of the address",
-    if_plain="use https",
+    if_plain="use https, or where the network is yours: ppo.rollout.vllm.allow_http=true",
 )
 
 
@@ -67,6 +67,8 @@ class VLLMConfig:
     """addresses of running vLLM servers, e.g. [http://127.0.0.1:8000]; null: in each rank, on its device"""
     timeout: float = number(600, 0, 86_400, above=True)
     """seconds within which a server answers: has read new weights, or made a response"""
+    allow_http: bool = False
+    """let prompts and responses travel unencrypted to servers that are not this machine"""
     cache_gb: Optional[float] = number(None, 0, 1_000_000, above=True)
     """keys and values per rank, in GB; null: room for all slots at data.max_length. With less, vLLM lets
     responses wait"""
@@ -79,13 +81,14 @@ class VLLMConfig:
     def check(self, at: str) -> None:
         """Servers have addresses, and nothing is set that they do not read."""
         if self.servers is None:
-            if self.timeout != VLLMConfig.timeout:
-                raise UserError(f"{at}timeout has no effect without {at}servers", hint="leave it out")
+            for name in ("timeout", "allow_http"):
+                if getattr(self, name) != getattr(VLLMConfig, name):
+                    raise UserError(f"{at}{name} has no effect without {at}servers", hint="leave it out")
             return
         if not self.servers:
             raise UserError(f"{at}servers names none", hint=f"{at}servers=null: vLLM in each rank")
         for index, url in enumerate(self.servers):
-            check_url(url, f"{at}servers[{index}]", VLLM_SERVER, allow_http=True)
+            check_url(url, f"{at}servers[{index}]", VLLM_SERVER, allow_http=self.allow_http)
         if self.cache_gb is not None:
             raise UserError(
                 f"{at}cache_gb has no effect with {at}servers", hint="theirs is --kv-cache-memory-bytes"

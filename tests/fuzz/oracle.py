@@ -199,8 +199,9 @@ def _rollout(rollout: Mapping[str, Any]) -> Iterator[str]:
     vllm = rollout["vllm"]
     if vllm["servers"] == [] or (vllm["servers"] is not None and vllm["cache_gb"] is not None):
         yield "servers without an address, or with a cache of ranks"
-    if vllm["servers"] is None and vllm["timeout"] != DEFAULTS["ppo"]["rollout"]["vllm"]["timeout"]:
-        yield "a timeout of no server"
+    for name in ("timeout", "allow_http"):
+        if vllm["servers"] is None and vllm[name] != DEFAULTS["ppo"]["rollout"]["vllm"][name]:
+            yield f"{name} of no server"
     if not rollout["gather_parameters"]:
         yield "layer by layer in another engine"
     if not rollout["cuda_graphs"]:

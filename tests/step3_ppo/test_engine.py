@@ -107,6 +107,8 @@ def test_doctor_says_which_one_there_is(
         ({"engine": "vllm", "vllm": {"servers": ["http://u:secret@h:1"]}}, "holds a credential"),
         ({"engine": "vllm", "vllm": {"servers": [HERE], "cache_gb": 1}}, "cache_gb has no effect"),
         ({"engine": "vllm", "vllm": {"timeout": 5}}, "ppo.rollout.vllm.timeout has no effect"),
+        ({"engine": "vllm", "vllm": {"allow_http": True}}, "ppo.rollout.vllm.allow_http has no effect"),
+        ({"engine": "vllm", "vllm": {"servers": ["http://gpu1:8000"]}}, "would send prompts unencrypted"),
         ({"engine": "vllm", "cuda_graphs": False}, "ppo.rollout.cuda_graphs=false"),
     ],
 )
