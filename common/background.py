@@ -1,12 +1,15 @@
-"""Calls that nobody waits for: a thread of its own makes them, one after the other, in the order they
-came.
-"""
+"""Work in threads that end with the process: calls that nobody waits for, one after the other in the order
+they came (`Background`), and one whose result is asked for later (`in_background`)."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Background:
@@ -29,3 +32,24 @@ class Background:
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
+
+
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """Begin `work` in a thread of this name, which does not keep the process from ending."""
+    future: Future[T] = Future()
+    threading.Thread(target=_into, args=(future, work), name=name, daemon=True).start()
+    return future
+
+
+def at_once(work: Callable[[], T]) -> Future[T]:
+    """Do `work` now; what it raises is raised where the result is asked for."""
+    future: Future[T] = Future()
+    _into(future, work)
+    return future
+
+
+def _into(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)

@@ -7,12 +7,13 @@ function of its number alone, so that none is saved, and none is lost when a run
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from common.background import in_background
 from common.data.batches import Batches
 
 PATIENCE = 10.0
@@ -32,36 +33,30 @@ class Ahead:
     def __init__(self, batches: Batches, steps: int, device: torch.device) -> None:
         """steps: how many there are; nothing is read for further ones."""
         self._batches, self._steps, self._device = batches, steps, device
-        self._making: tuple[int, Future[Made], threading.Thread] | None = None
+        self._making: tuple[int, Future[Made]] | None = None
 
     def take(self, step: int) -> Made:
         """Those of a step, from 0; raises what making them raised."""
         if self._making is None or self._making[0] != step:
             self.settle()
             return self._make(step)
-        (_, future, _), self._making = self._making, None
+        (_, future), self._making = self._making, None
         return future.result()
 
     def make(self, step: int) -> None:
         """Make those of a step meanwhile, where there is such a step and a device that works."""
         if self._device.type != "cuda" or step >= self._steps:
             return
-        future: Future[Made] = Future()
-        thread = threading.Thread(target=self._make_into, args=(future, step), name="batches", daemon=True)
-        self._making = step, future, thread
-        thread.start()
+        self._making = step, in_background(partial(self._make_in_thread, step), "batches")
 
     def settle(self, seconds: float | None = None) -> None:
         """Wait until nothing is being made; seconds: at most."""
         if self._making is not None:
-            self._making[2].join(seconds)
+            wait([self._making[1]], seconds)
 
-    def _make_into(self, future: Future[Made], step: int) -> None:
-        try:
-            torch.cuda.set_device(self._device)  # each thread has its own, and pinning asks for it
-            future.set_result(self._make(step))
-        except BaseException as error:
-            future.set_exception(error)
+    def _make_in_thread(self, step: int) -> Made:
+        torch.cuda.set_device(self._device)  # each thread has its own, and pinning asks for it
+        return self._make(step)
 
     def _make(self, step: int) -> Made:
         micro_batches = self._batches.micro_batches(step)

@@ -34,11 +34,12 @@ from common.artifacts import (
     read_manifest,
     write_manifest,
 )
+from common.background import at_once, in_background
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, set_aside, written_where
 from common.phases import enter
 from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
-from common.training.snapshot import Buffers, Open, Snapshot, at_once, in_background
+from common.training.snapshot import Buffers, Open, Snapshot
 
 T = TypeVar("T")
 log = logging.getLogger("rlhf.checkpoint")
@@ -156,7 +157,7 @@ class Checkpoints:
         snapshot = Snapshot(partial, self._buffers)
         self._on_every_rank(partial, lambda: self._write_own(snapshot, state, counters))
         held = self._buffers is not None
-        written = in_background(snapshot.write) if held else at_once(snapshot.write)
+        written = in_background(snapshot.write, "checkpoint") if held else at_once(snapshot.write)
         self._pending = Pending(final, step, best_step, written)
         if not held:
             self.finish()

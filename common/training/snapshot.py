@@ -9,18 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from common.artifacts import FileRecord, file_record
 from common.files import disk_errors
 from common.phases import enter
-
-T = TypeVar("T")
 
 Open = Callable[[Path], AbstractContextManager[BinaryIO]]
 """Opens a new file for its bytes; OSError where the disk refuses."""
@@ -72,24 +68,3 @@ class Snapshot:
                     records[name] = FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
         enter("commit.hash", beside=True)
         return records
-
-
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Begin `work` in a thread, which does not keep the process from ending."""
-    future: Future[T] = Future()
-    threading.Thread(target=_into, args=(future, work), name="checkpoint", daemon=True).start()
-    return future
-
-
-def at_once(work: Callable[[], T]) -> Future[T]:
-    """Do `work` now."""
-    future: Future[T] = Future()
-    _into(future, work)
-    return future
-
-
-def _into(future: Future[T], work: Callable[[], T]) -> None:
-    try:
-        future.set_result(work())
-    except Exception as error:
-        future.set_exception(error)
