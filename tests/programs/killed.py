@@ -37,7 +37,7 @@ def _prepare(moment: str) -> None:
     import torch
 
     from common.runtime import tracking
-    from common.training import checkpoint, export
+    from common.training import checkpoint, export, snapshot
 
     if moment == EXPORTING:
         export.write_manifest = die  # type: ignore[assignment]
@@ -47,7 +47,7 @@ def _prepare(moment: str) -> None:
     elif moment == "writing":
         _at_second_save(lambda: setattr(torch, "save", _after(torch.save, _tear_and_die)))
     elif moment == "hashing":
-        _at_second_save(lambda: setattr(checkpoint, "file_sha256", die))
+        _at_second_save(lambda: setattr(snapshot, "file_record", die))
     elif moment == "before the manifest":
         _at_second_save(lambda: setattr(checkpoint, "write_manifest", die))
     elif moment == "before the rename":
