@@ -70,11 +70,9 @@ def positions_that_differ_asked_of_the_device() -> None:
 
 
 def a_blocking_copy_of_the_batch() -> None:
-    from dataclasses import replace
+    from common.data.types import Batch, _moved
 
-    from common.data.types import Batch, _tensors
-
-    Batch.to = lambda self, device: replace(self, **_tensors(self, lambda x: x.to(device)))
+    Batch.to = lambda self, device: _moved(self, lambda x: x.to(device))
 
 
 def a_batch_that_is_not_pinned() -> None:
