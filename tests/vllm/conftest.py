@@ -45,17 +45,17 @@ def artifacts(base: Base, folder: Path) -> Artifacts:
     return make_artifacts(folder, base.tokenizer, **WIDTHS)
 
 
-@pytest.fixture(scope="module")
-def world(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as a world of one, as a rank has it before vLLM is made."""
-    monkeypatch_module.setenv("CUDA_VISIBLE_DEVICES", "")
+@pytest.fixture(scope="session")
+def world(monkeypatch_session: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a world of one, as a rank has it before vLLM is made, which keeps to its first world."""
+    monkeypatch_session.setenv("CUDA_VISIBLE_DEVICES", "")
     init_world()
     yield
     close_world()
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+@pytest.fixture(scope="session")
+def monkeypatch_session() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             if name in os.environ:
