@@ -47,7 +47,7 @@ def artifacts(base: Base, folder: Path) -> Artifacts:
 
 @pytest.fixture(scope="session")
 def world(monkeypatch_session: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as a world of one, as a rank has it before vLLM is made, which keeps to its first world."""
+    """This process as a world of one, as a rank has it before vLLM is made, which keeps to the first."""
     monkeypatch_session.setenv("CUDA_VISIBLE_DEVICES", "")
     init_world()
     yield
