@@ -39,11 +39,15 @@ from common.model import (
     adapters,
     architecture,
     attention,
+    efficient_attention,
+    flash_attention,
     fused_loss,
     hub,
     last_layer,
     loading,
+    loss_kernel,
     miniature,
+    nf4,
     one_by_one,
     packed,
     partition,
@@ -67,8 +71,9 @@ if TYPE_CHECKING:
     from common.data.stored import PairDataset
 
 HASHED = (
-    adapters, architecture, attention, fused_loss, hub, last_layer, loading, miniature, one_by_one, packed,
-    partition, probes, sequence, slices, tokenizer, frozen, batches_module, packing, loss,
+    adapters, architecture, attention, efficient_attention, flash_attention, fused_loss, hub, last_layer,
+    loading, loss_kernel, miniature, nf4, one_by_one, packed, partition, probes, sequence, slices, tokenizer,
+    frozen, batches_module, packing, loss,
 )  # fmt: skip
 """The modules that load the model, lay out the pairs and compute the numbers."""
 

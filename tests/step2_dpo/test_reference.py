@@ -16,6 +16,7 @@ from common.artifacts import MANIFEST, Artifact, Manifest, file_sha256, hash_fil
 from common.config import Dtype, LoraConfig, ModelConfig, Quantize
 from common.data.batches import BatchPlan, PairBatches, evaluation_pair_batches
 from common.errors import UserError
+from common.model import attention
 from common.runtime.distributed import World
 from common.stage import Role
 from step2_dpo import reference as reference_module
@@ -388,3 +389,10 @@ def test_steps_whose_pairs_are_all_known_are_skipped(cached: Cached) -> None:
 def test_pairs_that_the_run_never_sees_have_no_number(cached: Cached) -> None:
     reference = cached.get(PlainEngine(tiny_llama()), steps=1)
     assert np.isnan(reference.train).sum() == 2 * (7 - 3) and not np.isnan(reference.held_out).any()
+
+
+def test_every_module_that_decides_the_reference_s_numbers_is_hashed() -> None:
+    """Of networks, all but scores, exported adapters, and compiling, which DPO does not do by itself."""
+    hashed = {Path(str(module.__file__)) for module in reference_module.HASHED}
+    found = {path for path in Path(str(attention.__file__)).parent.glob("*.py") if path not in hashed}
+    assert {path.stem for path in found} == {"__init__", "adapter_folder", "compiled", "scalar_head"}
