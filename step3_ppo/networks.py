@@ -268,6 +268,6 @@ def _scale_head(network: PreTrainedModel, factor: float) -> None:
 
 
 def _learner(
-    module: torch.nn.Module, optim: OptimConfig, peak_lr: float, updates: int, job: PPOJob, world: World
+    module: PackedModel, optim: OptimConfig, peak_lr: float, updates: int, job: PPOJob, world: World
 ) -> Learner:
     return build_learner(module, job, job.ppo.train, optim, world, peak_lr=peak_lr, steps=max(updates, 1))

@@ -104,8 +104,8 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
             )
     if given.get("output_router_logits"):
         raise UserError(
-            "model.config.output_router_logits=true asks for the loss of the routers, which is not computed",
-            hint="leave it out; experts are then balanced by nothing but the loss of the step",
+            "model.config.output_router_logits=true asks transformers for the loss of the routers",
+            hint="leave it out; model.router_aux_loss_coef=0.001 adds that loss here",
         )
     try:
         return AutoConfig.for_model(kind, **given)
@@ -188,10 +188,8 @@ def _source(kind: type) -> str:
 def router_loss_of(config: PreTrainedConfig) -> str | None:
     """`field=value` of the loss that a mixture's routers were trained with; None for other models.
 
-    It is a product of means over tokens (a share of the tokens times a mean probability, expert by expert):
-    not a sum over tokens, so a mean of micro-batches depends on how a batch is cut, and the exact one needs
-    every token routed once before the first backward pass. It is therefore not computed, by default as in
-    transformers, and that is said.
+    It is not computed unless `model.router_aux_loss_coef` asks for it (see `router_balance.py`), by default as
+    in transformers, and that is said.
     """
     text = config.get_text_config(decoder=True)
     weighed = [(name, getattr(text, name, None)) for name in ROUTER_LOSSES]
@@ -205,8 +203,8 @@ def say_what_differs(config: PreTrainedConfig, model: ModelConfig) -> None:
     if own_way:
         notice("the last layer is computed at all positions", f"model.{own_way[0]}=true", WHOLE_LAYER)
     loss = router_loss_of(config)
-    if loss:
+    if loss and not model.router_aux_loss_coef:
         notice(
             f"the loss of the routers ({loss}) is not computed",
-            f"model_type={config.model_type} has experts, and no sum over tokens is what it is",
+            f"model.router_aux_loss_coef=0, and model_type={config.model_type} has experts",
         )

@@ -43,6 +43,7 @@ class PackedModel(nn.Module):
         """shortcuts: of this model, see `probes.find_shortcuts`."""
         super().__init__()
         self.model, self.shortcuts = model, shortcuts
+        self.routed = 0  # of the positions of a pass, the first ones: those that are a document's
 
     def base(self) -> PreTrainedModel:
         """The transformers model, without peft's wrapper; adapters stay active in it."""
@@ -106,6 +107,7 @@ class PackedCausalLM(PackedModel):
         temperature: float = 1.0,
         computed_positions: torch.Tensor | None = None,
         sequence_parallel: int = 1,
+        padding: int = 0,
     ) -> TokenLoss:
         """Score the trained positions of one packed sequence. Shapes as in `Batch`.
 
@@ -113,6 +115,7 @@ class PackedCausalLM(PackedModel):
         not. temperature: the distributions are softmax(logits / temperature).
         """
         base: Any = self.base()
+        self.routed = input_ids.shape[1] - padding
         arguments = packed_arguments(
             input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix, sequence_parallel
         )
@@ -166,7 +169,16 @@ def document_arguments(batch: Batch) -> dict[str, Any]:
         "max_seqlen": batch.max_seqlen,
         "shared_prefix": batch.shared_prefix,
         "sequence_parallel": batch.sequence_parallel,
+        "padding": batch.padding,
     }
+
+
+def decoder_arguments(batch: Batch) -> dict[str, Any]:
+    """The arguments of its decoder for the same documents."""
+    return packed_arguments(
+        batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared_prefix,
+        batch.sequence_parallel,
+    )  # fmt: skip
 
 
 def batch_arguments(batch: Batch) -> dict[str, Any]:

@@ -128,11 +128,13 @@ class PackedScalarModel(PackedModel):
         shared_prefix: tuple[int, ...] = (),
         computed_positions: torch.Tensor | None = None,
         sequence_parallel: int = 1,
+        padding: int = 0,
     ) -> torch.Tensor:
         """fp32 [S], the scores read at score_positions (int64 [S], indices into N). Shapes as in `Batch`.
 
         computed_positions: the different ones among score_positions, ascending (None: found here).
         """
+        self.routed = input_ids.shape[1] - padding
         arguments = packed_arguments(
             input_ids, position_ids, cu_seqlens, max_seqlen, shared_prefix, sequence_parallel
         )

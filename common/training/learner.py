@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from common.config import JobConfig
+from common.model.packed import PackedModel
+from common.model.router_balance import RouterBalance
 from common.rates import Rates
 from common.runtime.distributed import World
 from common.training.ds_config import build_ds_config
@@ -24,15 +27,23 @@ class Learner:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of the next step, by the number of applied ones
     rates: Rates  # over the run
+    balance: RouterBalance | None = None  # of a mixture's experts, where it is asked for
 
     def step(self, applied: int) -> StepOutcome:
         """Reduce, clip and update with the learning rate that is due after `applied` steps."""
         set_learning_rate(self.optimizer, self.learning_rate(applied))
         return self.engine.step()
 
+    def balance_routers(self, micro_batches: Sequence[Any], world: World) -> dict[str, float]:
+        """Before the first pass of a step, of which these are this rank's: metrics of how its tokens are
+        divided over experts; none where nothing balances them. A collective."""
+        if self.balance is None:
+            return {}
+        return self.balance.count(micro_batches, world.device, world.size * self.engine.loss_scale)
+
 
 def build_learner(
-    module: torch.nn.Module,
+    module: PackedModel,
     job: JobConfig,
     train: TrainConfig,
     optim: OptimConfig,
@@ -42,6 +53,8 @@ def build_learner(
     steps: int,
 ) -> Learner:
     """The module under ZeRO, as the job says. steps: of the optimizer, after which the schedule ends."""
+    coefficient = job.model.router_aux_loss_coef
+    balance = RouterBalance(module, coefficient) if coefficient else None  # before DeepSpeed's own hooks
     schedule = build_schedule(optim, steps)
     optimizer = build_optimizer(module, optim, peak_lr)
     config = build_ds_config(
@@ -56,4 +69,4 @@ def build_learner(
     )
     engine = Engine(module, optimizer, config)
     rates = Rates.of(optim, peak_lr, steps)
-    return Learner(engine, optimizer, lambda applied: peak_lr * schedule(applied), rates)
+    return Learner(engine, optimizer, lambda applied: peak_lr * schedule(applied), rates, balance)

@@ -146,6 +146,7 @@ class Loop(Generic[Rows]):
         self._checkpoints = session.checkpoints
         self.counters = Counters()
         self._began, self._epoch, self._saving = 0.0, 0.0, False
+        self._balance: Mapping[str, float] = {}
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, if there is one. A collective."""
@@ -184,8 +185,12 @@ class Loop(Generic[Rows]):
         """Begin a step and seed its random draws; returns this rank's micro-batches."""
         enter("step", self.counters.step + 1)
         self._began = time.perf_counter()
-        seed_everything(self._session.job.seed, self.counters.step, self._session.world.rank)
+        draws = (self._session.job.seed, self.counters.step, self._session.world.rank)
+        seed_everything(*draws)
         micro_batches, self._epoch = self._ahead.take(self.counters.step)
+        self._balance = self._learner.balance_routers(micro_batches, self._session.world)
+        if self._balance:
+            seed_everything(*draws)  # the passes that count experts and those that are trained have the same dropout
         return micro_batches
 
     def all_reduce(self, counts: Sequence[float]) -> list[float]:
@@ -230,6 +235,7 @@ class Loop(Generic[Rows]):
             computed = tokens
         seen: dict[str, float] = {
             **metrics,
+            **self._balance,
             "grad_norm": self._outcome.grad_norm,
             "learning_rate": self._learning_rate,
             "num_tokens": counters.num_tokens,

@@ -32,6 +32,7 @@ from common.model.compiled import settled
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, PackedModel, refuse_unsliced
 from common.model.partition import share_of
+from common.model.router_balance import routers_of
 from common.model.tokenizer import terminators_of
 from common.phases import enter
 from common.rates import few_steps
@@ -177,6 +178,8 @@ class Session:
             model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
         )
         refuse_unsliced(network, self.job.launch, self.world.size)
+        if model.router_aux_loss_coef:
+            routers_of(unwrapped(network))
         self.say_adapted_layers(network)
         self._base_revision = getattr(unwrapped(network).config, "_commit_hash", None)
         return network
@@ -191,7 +194,7 @@ class Session:
             self.say(reached)
 
     def build_learner(
-        self, module: torch.nn.Module, optim: OptimConfig, *, peak_lr: float, steps: int
+        self, module: PackedModel, optim: OptimConfig, *, peak_lr: float, steps: int
     ) -> Learner:
         """The module under ZeRO with its optimizer; says which learning rates it has."""
         learner = build_learner(
