@@ -97,7 +97,7 @@ def build_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
         )
     known = _config_fields(CONFIG_MAPPING[kind])
     for name in given:
-        if name not in known:
+        if name not in known and not _is_read(CONFIG_MAPPING[kind], name):
             raise UserError(
                 f"model.config.{name} is not a field of {kind}",
                 hint=did_you_mean(name, sorted(known), "see the documentation of its config in transformers"),
@@ -120,6 +120,17 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
     for parent in config_class.__mro__:
         names |= set(vars(parent).get("__annotations__", ()))
     return {name for name in names if not name.startswith("_")}
+
+
+def _is_read(config_class: type[PreTrainedConfig], name: str) -> bool:
+    """Whether the type's own network asks for a field that its config does not declare: head_dim of
+    qwen3_moe."""
+    try:
+        network = CAUSAL_LM.transformers_class._model_mapping[config_class]
+    except KeyError:
+        return False
+    networks = network if isinstance(network, (list, tuple)) else [network]
+    return any(re.search(rf"config(, \"|\.){re.escape(name)}\b", _source(each)) for each in networks)
 
 
 def attention_for(config: PreTrainedConfig, head: HeadSpec) -> str | None:

@@ -45,6 +45,7 @@ VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
 FEED_FORWARD = (
     "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner",
 )  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 """Config fields that say from which layer on layers are of another kind."""
 
@@ -169,6 +170,9 @@ def _narrow(text: PreTrainedConfig) -> None:
             text.num_key_value_heads = fewer_groups
     for name in FEED_FORWARD:
         _at_most(text, name, WIDTH)
+    chosen, groups = (_value(text, name) or 1 for name in ("num_experts_per_tok", "n_group"))
+    for name in EXPERTS:
+        _at_most(text, name, 2 * max(chosen, groups))
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:

@@ -241,7 +241,8 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
     if part.trained < net.parameters:
         norm -= b * net.hidden  # a frozen weight needs no normalised input
     attention = _attention_bytes(work, net)
-    feed_forward = 4 * net.intermediate * b
+    feed_forward = 4 * net.intermediate * b + _routing_bytes(work, net)
+    attention += (8 if work.half else 12) * (net.query_width + net.kv_width) * net.has_qk_norm
     layer = 2 * norm + attention + feed_forward
     final = n * norm + 2 * m * net.hidden * b
     if work.compiled:
@@ -333,6 +334,12 @@ def _attention_bytes(work: Workload, net: Network) -> int:
         return b * 2 * (net.query_width + net.kv_width)
     kernel = FP32 if work.batch.short else b
     return kernel * 2 * (net.query_width + net.kv_width) + b * net.query_width
+
+
+def _routing_bytes(work: Workload, net: Network) -> int:
+    """Per token, of experts: its copies for those it takes and what comes back of each, 2 c h; the routers'
+    probabilities in fp32, and the order of the copies, five times int64."""
+    return net.chosen * (2 * net.hidden * work.weight_bytes + 5 * 8) + FP32 * net.experts
 
 
 def _kept_products(work: Workload, part: Trained) -> int:

@@ -19,14 +19,20 @@ from common.config import LoraConfig, ModelConfig
 from common.tokenizer_files import check_tokenizer_files
 
 WITH_QKV_BIAS = ("qwen2",)
-WITH_QK_NORM = ("qwen3",)
+WITH_QK_NORM = ("qwen3", "qwen3_moe")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields by which configs say how many experts a layer has."""
 LONGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header, at most, as its own reader has it."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A decoder. parameters: of the whole network; is_exact: counted in its files, not by the formula."""
+    """A decoder. parameters: of the whole network; is_exact: counted in its files, not by the formula.
+
+    With experts, intermediate is the width of all that a token takes: `chosen` of `expert_width` each, and of
+    those that all tokens take.
+    """
 
     hidden: int
     intermediate: int
@@ -38,6 +44,10 @@ class Network:
     is_tied: bool
     parameters: int
     is_exact: bool = False
+    experts: int = 0
+    chosen: int = 0
+    expert_width: int = 0
+    has_qk_norm: bool = False
 
     @property
     def query_width(self) -> int:
@@ -51,14 +61,19 @@ class Network:
 
     @property
     def largest(self) -> int:
-        """Numbers of the largest weight: the embeddings or a matrix of the feed-forward network."""
-        return self.hidden * max(self.vocabulary, self.intermediate)
+        """Numbers of the largest weight: the embeddings, a matrix of the feed-forward network, or both halves of
+        all experts, which are one tensor."""
+        return self.hidden * max(self.vocabulary, self.intermediate, 2 * self.experts * self.expert_width)
 
     @property
     def linear_sizes(self) -> list[tuple[int, int]]:
-        """(in, out) of each linear layer of one decoder layer."""
-        h, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+        """(in, out) of each linear layer of one decoder layer; of experts each, their first two as one."""
+        h, q, kv, shared = self.hidden, self.query_width, self.kv_width, self.intermediate
+        sizes = [(h, q), (h, kv), (h, kv), (q, h)]
+        if self.experts:
+            shared -= self.chosen * self.expert_width
+            sizes += [(h, 2 * self.expert_width), (self.expert_width, h)] * self.experts + [(h, self.experts)]
+        return sizes + [(h, shared), (h, shared), (shared, h)] * (shared > 0)
 
     def adapter_parameters(self, lora: LoraConfig) -> int:
         """Of low-rank adapters on every linear layer: r (in + out) each, as `all-linear` places them."""
@@ -105,14 +120,28 @@ def from_fields(fields: Mapping[str, Any], vocabulary: int | None = None) -> Net
     head_dim = int(fields.get("head_dim") or h // heads)
     tied = bool(fields.get("tie_word_embeddings", False))
     kind = str(fields.get("model_type", ""))
-    network = Network(h, i, layers, heads, kv_heads, head_dim, int(vocabulary), tied, 0)
+    experts, chosen, width = _experts_of(fields, i)
+    shared = fields.get("shared_expert_intermediate_size") or width * (fields.get("n_shared_experts") or 0)
+    network = Network(
+        h, chosen * width + int(shared) if experts else i, layers, heads, kv_heads, head_dim, int(vocabulary),
+        tied, 0, experts=experts, chosen=chosen, expert_width=width, has_qk_norm=kind in WITH_QK_NORM,
+    )  # fmt: skip
     of_layer = sum(size_in * size_out for size_in, size_out in network.linear_sizes) + 2 * h
     if kind in WITH_QKV_BIAS or fields.get("attention_bias"):
         of_layer += network.query_width + 2 * network.kv_width
-    if kind in WITH_QK_NORM:
+    if network.has_qk_norm:
         of_layer += 2 * head_dim
     embeddings = int(vocabulary) * h * (1 if tied else 2)
     return replace(network, parameters=embeddings + layers * of_layer + h)
+
+
+def _experts_of(fields: Mapping[str, Any], intermediate: int) -> tuple[int, int, int]:
+    """How many a layer has, how many a token takes, and how wide one is; zeros where there are none."""
+    experts = next((int(fields[name]) for name in EXPERTS if fields.get(name)), 0)
+    chosen = int(fields.get("num_experts_per_tok") or 0)
+    if not experts or not chosen:
+        return 0, 0, 0
+    return experts, chosen, int(fields.get("moe_intermediate_size") or intermediate)
 
 
 def parameters_in(folder: Path) -> int:
