@@ -33,6 +33,7 @@ from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
 from pipeline.disk import check_disk
 from pipeline.plan import STAGES, start_of, wire_run
+from pipeline.experts import check_balanced, check_not_balanced
 from pipeline.sharing import check_batch, check_rows_not_shared, check_sharding
 from step3_ppo.config import PPOConfig
 
@@ -68,6 +69,8 @@ def check(
             for taken, start in starts.items()
         }
         models = models or {Input.policy: config.model}
+        for model in models.values():
+            check_balanced(model)
         if on_each or config.launch.nnodes == 1:  # else the others' ranks are not known yet
             check_heads(config.launch, models.values(), ranks)
         stand_ins = {taken: models[Input.policy] for taken in can_lack if taken not in models}
@@ -76,6 +79,7 @@ def check(
         check_ppo(config.ppo)
         check_vllm_policy(config)
         check_rows_not_shared(config.launch)
+        check_not_balanced(config.model)
         config.ppo.check_patience(ranks)
     check_stage_split(config)
     for count in set(on_each or [ranks]):

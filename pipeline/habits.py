@@ -128,6 +128,26 @@ REMARKS = {
 """What differs so much that the key alone misleads."""
 
 
+NO_EXPERTS = (
+    "expert parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides experts over the ranks"
+)
+NO_TENSORS = (
+    "tensor parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides weights over the ranks, "
+    "launch.sequence_parallel rows"
+)
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("expert_parallel", "autoep_size", "expert_parallel_size", "expert_model_parallel_size", "ep_size"),
+        NO_EXPERTS,
+    ),
+    **dict.fromkeys(
+        ("tensor_parallel", "autotp_size", "tensor_parallel_size", "tensor_model_parallel_size", "tp_size"),
+        NO_TENSORS,
+    ),
+}
+"""What other programs and DeepSpeed divide a network by, and what does that here."""
+
+
 def meant(key: str, steps: Sequence[str] = ()) -> str | None:
     """The hint for an unknown key that other programs have; None for any other.
 
@@ -136,6 +156,8 @@ def meant(key: str, steps: Sequence[str] = ()) -> str | None:
     """
     typed, _, name = key.strip("+~-").rpartition(".")
     name = name.replace("-", "_")
+    if refused := [REFUSED[part] for part in (name, *typed.split(".")) if part in REFUSED]:
+        return refused[0]
     if name not in MEANT:
         return None
     own = [step for step in typed.split(".")[:1] if step in Step.__members__]
