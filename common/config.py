@@ -142,8 +142,8 @@ class ModelConfig:
     """of gradient_checkpointing; selective: matrix products and attention are kept and all else recomputed, a
     third to a half less memory of activations and hardly more time"""
     router_aux_loss_coef: float = number(0.0, 0, 100)
-    """mixtures of experts: weight of the load-balancing loss over the tokens of each step; 0: none. 0.001 to 0.02
-    is usual; it costs one more pass without gradients"""
+    """mixtures of experts: weight of the load-balancing loss over the tokens of each step; 0: none. 0.001 to
+    0.02 is usual; it costs one more pass without gradients"""
     compile: Optional[bool] = None
     """torch.compile each decoder layer; null: for SFT and the reward model on a GPU, at ZeRO 1 and 2"""
     trust_remote_code: bool = False

@@ -32,8 +32,8 @@ from launch.local import gpus_of
 from launch.nodes import endpoint_of
 from pipeline.config import CONF, PipelineConfig
 from pipeline.disk import check_disk
-from pipeline.plan import STAGES, start_of, wire_run
 from pipeline.experts import check_balanced, check_not_balanced
+from pipeline.plan import STAGES, start_of, wire_run
 from pipeline.sharing import check_batch, check_rows_not_shared, check_sharding
 from step3_ppo.config import PPOConfig
 

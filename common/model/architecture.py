@@ -199,8 +199,8 @@ def _source(kind: type) -> str:
 def router_loss_of(config: PreTrainedConfig) -> str | None:
     """`field=value` of the loss that a mixture's routers were trained with; None for other models.
 
-    It is not computed unless `model.router_aux_loss_coef` asks for it (see `router_balance.py`), by default as
-    in transformers, and that is said.
+    It is not computed unless `model.router_aux_loss_coef` asks for it (see `router_balance.py`), by default
+    as in transformers, and that is said.
     """
     text = config.get_text_config(decoder=True)
     weighed = [(name, getattr(text, name, None)) for name in ROUTER_LOSSES]

@@ -5,15 +5,15 @@ micro-batches, each of the L layers that route has
 
     loss = E Σ_e f_e P_e,    f_e = (tokens that take expert e) / T,    P_e = Σ_t p_t(e) / T
 
-where p_t is the softmax of the router's logits. It is k where experts are taken equally often. The loss of the
-step gets `model.router_aux_loss_coef` times the mean over the layers. T counts every token that is computed,
-trained or not, once: prompts that documents share, too, and no padding.
+where p_t is the softmax of the router's logits. It is k where experts are taken equally often. The loss of
+the step gets `model.router_aux_loss_coef` times the mean over the layers. T counts every token that is
+computed, trained or not, once: prompts that documents share, too, and no padding.
 
 f has no gradient, so given f the gradient is a sum over tokens as any other. But f is of all tokens of the
-step: with that of a micro-batch alone the loss would depend on how the batch is cut, and push each small batch
-towards all experts (arXiv 2501.11873). So the decoder runs over the step's micro-batches once more, first and
-without gradients, and tokens are counted. Then each router adds its share to the gradient where it is
-computed, in the backward pass of whatever the step minimises: nothing else knows of it.
+step: with that of a micro-batch alone the loss would depend on how the batch is cut, and push each small
+batch towards all experts (arXiv 2501.11873). So the decoder runs over the step's micro-batches once more,
+first and without gradients, and tokens are counted. Then each router adds its share to the gradient where it
+is computed, in the backward pass of whatever the step minimises: nothing else knows of it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class RouterBalance:
         mass = probabilities.sum(0)
         if self._is_counting:
             chosen = probabilities.topk(self._chosen, -1).indices.flatten()
-            counts = torch.zeros_like(mass, dtype=torch.int64).scatter_add_(0, chosen, torch.ones_like(chosen))
+            counts = torch.zeros_like(mass, dtype=torch.int64).scatter_add_(
+                0, chosen, torch.ones_like(chosen)
+            )
             self._counts[layer] = _added(self._counts[layer], counts.double())
             self._mass[layer] = _added(self._mass[layer], mass.double())
             return iter(outputs)
@@ -179,4 +181,3 @@ class _Pulled(torch.autograd.Function):
 
 def _added(before: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
     return more if before is None else before + more
-

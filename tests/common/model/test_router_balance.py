@@ -48,14 +48,16 @@ COEFFICIENT = 0.5  # large, so that a wrong gradient shows
 def transformers_loss(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The token mean of a batch of whole rows, and the mean over layers of transformers' own function."""
     out = model(input_ids=ids, use_cache=False, output_router_logits=True)
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
     losses = [function((logits,), 4, 2) for logits in out.router_logits]
     tokens = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return tokens, torch.stack(losses).mean()
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -173,5 +175,7 @@ def test_networks_that_have_no_such_loss_are_refused(kind: str, fields: dict[str
     with torch.device("meta"):
         config = AutoConfig.for_model(kind, **{**SHAPE, **fields}, vocab_size=VOCABULARY)
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=rf"{KEY} .*model_type={kind} {why}|{KEY} .*model_type={kind} .*{why}"):
+    with pytest.raises(
+        UserError, match=rf"{KEY} .*model_type={kind} {why}|{KEY} .*model_type={kind} .*{why}"
+    ):
         routers_of(model)

@@ -21,5 +21,8 @@ def test_deepspeed_divides_no_mixture_and_leaves_exports_in_parts(tmp_path: Path
     forked.run(parallel.main, (str(out),), 2, tmp_path / "printed.txt")
     found = json.loads(out.read_text())
     assert "_CanRecordRegistry.get() takes 2 positional arguments but 3 were given" in found["experts"]
-    assert "unsupported partition style(s): ['moe_tp_experts', 'packed_colwise']" in found["tensors of a mixture"]
+    assert (
+        "unsupported partition style(s): ['moe_tp_experts', 'packed_colwise']"
+        in found["tensors of a mixture"]
+    )
     assert found["tensors"] in ("[(16, 32)]", "[]")  # half of a matrix
