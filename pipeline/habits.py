@@ -128,9 +128,11 @@ REMARKS = {
 """What differs so much that the key alone misleads."""
 
 
-NO_EXPERTS = "expert parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides experts over the ranks"
+NO_EXPERTS = (
+    "expert parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides experts over ranks"
+)
 NO_TENSORS = (
-    "tensor parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides weights over the ranks, "
+    "tensor parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides weights over ranks, "
     "launch.sequence_parallel rows"
 )
 REFUSED: Mapping[str, str] = {

@@ -61,8 +61,8 @@ class Network:
 
     @property
     def largest(self) -> int:
-        """Numbers of the largest weight: the embeddings, a matrix of the feed-forward network, or both halves of
-        all experts, which are one tensor."""
+        """Numbers of the largest weight: the embeddings, a matrix of the feed-forward network, or both halves
+        of all experts, which are one tensor."""
         return self.hidden * max(self.vocabulary, self.intermediate, 2 * self.experts * self.expert_width)
 
     @property

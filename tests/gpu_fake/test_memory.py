@@ -11,7 +11,7 @@ from pipeline.planning import memory
 from pipeline.planning.network import Network, from_fields
 from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 from tests.gpu_fake.jobs import Fake
-from tests.gpu_fake.large import SIZES
+from tests.gpu_fake.large import fields_of
 
 pytestmark = pytest.mark.gpu_fake
 
@@ -35,6 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
         "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
     },
     "1B, lora": {"lora": 16},
+    "2 of 48 layers of 30B-A3B": {"names": ["2 layers of 30B-A3B"]},
+    "3 of 48 layers of 30B-A3B, 32k, checkpointing": {
+        "names": ["3 layers of 30B-A3B"], "tokens": 32_768, "checkpointing": True,
+    },
     "PPO's four 1B, zero2, 8 ranks": {
         "names": ["1B", "1B"], "frozen": ["1B", "1B"], "stage": 2, "size": 8,
     },
@@ -42,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def network(name: str, *, scalar: bool = False) -> Network:
-    found = from_fields(SIZES[name])
+    found = from_fields(fields_of(name))
     assert found is not None
     return found.without_head() if scalar else found
 

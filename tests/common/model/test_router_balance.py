@@ -139,8 +139,8 @@ def test_passes_without_gradients_and_before_counting_are_left_alone() -> None:
 
 
 def test_one_expert_that_takes_all_is_seen() -> None:
-    """Of four experts, two for a token: a router that always takes the first two has a load of two, and a loss
-    of 4 (1/2 + 1/2) where it is sure of both."""
+    """Of four experts, two for a token: a router that always takes the first two has a load of two, and a
+    loss of 4 (1/2 + 1/2) where it is sure of both."""
     packed = packed_lm(mixture("qwen3_moe"))
     with torch.no_grad():
         for router in routers_of(packed.base()):
