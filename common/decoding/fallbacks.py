@@ -16,6 +16,7 @@ from common.model.architecture import HeadSpec, attention_for, read_config, say_
 from common.model.loading import make_network
 from common.model.miniature import reduced, small_network
 from common.model.probes import find_shortcuts, isolate_documents
+from common.model.router_balance import routers_of, say_what_it_costs
 from common.notices import notice
 
 
@@ -38,6 +39,9 @@ def notice_fallbacks(model: ModelConfig, head: HeadSpec, *, samples: bool = Fals
         return
     head.settle(network, in_fp32, 0)
     isolate_documents(network)
-    find_shortcuts(network)
+    shortcuts = find_shortcuts(network)
+    if model.router_aux_loss_coef:
+        routers_of(network)
+        say_what_it_costs(model.router_aux_loss_coef, shortcuts)
     if samples:
         Decoder(network, slots=1)

@@ -32,6 +32,7 @@ from common.errors import UserError
 from common.model.last_layer import WHOLE_LAYER
 from common.model.one_by_one import decoder_of, reason_of
 from common.model.packed import PackedModel, decoder_arguments
+from common.model.probes import Shortcuts
 from common.notices import notice
 from common.runtime.distributed import all_reduce_sum
 
@@ -78,6 +79,17 @@ def experts_of_a_token(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).num_experts_per_tok)
 
 
+def say_what_it_costs(coefficient: float, shortcuts: Shortcuts) -> None:
+    """Notices of what is computed for the loss alone. shortcuts: of the network without it."""
+    if shortcuts.partial_last_layer:
+        notice("the last layer is computed at all positions", f"{KEY}={coefficient:g}", WHOLE_LAYER)
+    notice(
+        "each step runs its micro-batches once more without gradients",
+        f"{KEY}={coefficient:g} counts which experts its tokens take",
+        "a fourth to a third of the computation more",
+    )
+
+
 class RouterBalance:
     """Adds the loss to the gradients of a module's passes; in place before DeepSpeed puts its hooks there."""
 
@@ -92,14 +104,8 @@ class RouterBalance:
         self._is_counting = False
         for layer, router in enumerate(routers):
             router.module.register_forward_hook(_Hook(self, layer, router.index))
-        if module.shortcuts.partial_last_layer:
-            module.shortcuts = replace(module.shortcuts, partial_last_layer=False)
-            notice("the last layer is computed at all positions", f"{KEY}={coefficient:g}", WHOLE_LAYER)
-        notice(
-            "each step runs its micro-batches once more without gradients",
-            f"{KEY}={coefficient:g} counts which experts its tokens take",
-            "a fourth to a third of the computation more",
-        )
+        say_what_it_costs(coefficient, module.shortcuts)
+        module.shortcuts = replace(module.shortcuts, partial_last_layer=False)
 
     @torch.no_grad()
     def count(

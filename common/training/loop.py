@@ -190,9 +190,7 @@ class Loop(Generic[Rows]):
         micro_batches, self._epoch = self._ahead.take(self.counters.step)
         self._balance = self._learner.balance_routers(micro_batches, self._session.world)
         if self._balance:
-            seed_everything(
-                *draws
-            )  # the passes that count experts and those that are trained have the same dropout
+            seed_everything(*draws)  # what counted experts and what is trained have the same dropout
         return micro_batches
 
     def all_reduce(self, counts: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.planning.network import from_fields
 from tests.gpu_fake.jobs import Fake
-from tests.gpu_fake.large import DOCUMENT, SIZES
+from tests.gpu_fake.large import DOCUMENT, OF_DEPTH, SIZES
 from tests.gpu_fake.test_memory import PLAIN
 
 pytestmark = pytest.mark.gpu_fake
@@ -96,3 +96,18 @@ def test_compiled_layers_multiply_the_same_and_move_less(
     saved = not_products[0] - not_products[1]
     fused = sum(size for kernel, size in compiled["bytes"].items() if kernel.startswith("fused_"))
     assert fused < saved  # the layers' small operations move less than half of what they moved
+
+
+def test_a_layer_has_as_many_kernels_however_many_experts_it_has(fake: Fake) -> None:
+    """Of the size of 30B-A3B's: experts are grouped products, not a loop over them."""
+    found = []
+    for name in ("30B-A3B", "30B-A3B of 16 experts"):
+        outcome = fake.run_large({**CASE, "names": [f"1{OF_DEPTH}{name}"], "tokens": DOCUMENT})
+        assert outcome.status == 0, outcome.printed[-3000:]
+        calls = Counter[str]()
+        for _, step, kernel, count, *_ in outcome.kernels:
+            if step == 2:
+                calls[kernel] += count
+        found.append(calls)
+    assert found[0] == found[1]
+    assert found[0]["_grouped_mm"] == 6  # both halves as one and what they give; two of each backward

@@ -81,3 +81,16 @@ def test_where_nothing_can_be_asked_that_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("common.decoding.fallbacks.small_network", lambda *_: None)
     (line,) = foreseen(model_of("llama", **SHAPE))
     assert line.startswith("what the architecture falls back to is not known before the run, since a small")
+
+
+def test_a_loss_of_routers_is_foreseen_and_refused_where_there_are_none() -> None:
+    mixture = model_of("mixtral", **KINDS["mixtral"])
+    mixture.router_aux_loss_coef = 0.01
+    said = foreseen(mixture)
+    assert any("each step runs its micro-batches once more" in line for line in said)
+    assert any("model.router_aux_loss_coef=0.01 (up to two thirds of a layer" in line for line in said)
+    assert not any("is not computed" in line for line in said)
+    dense = model_of("llama", **SHAPE)
+    dense.router_aux_loss_coef = 0.01
+    with pytest.raises(UserError, match="model_type=llama has no experts"):
+        foreseen(dense)

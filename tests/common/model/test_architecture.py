@@ -70,7 +70,7 @@ def test_a_mixture_says_that_its_router_loss_is_not_computed() -> None:
 
 def test_a_config_that_asks_for_the_router_loss_is_refused() -> None:
     with pytest.raises(
-        UserError, match="model.config.output_router_logits=true.*not computed\n.*leave it out"
+        UserError, match="model.config.output_router_logits=true.*\n.*model.router_aux_loss_coef=0.001"
     ):
         build_config({"model_type": "mixtral", "output_router_logits": True})
 
