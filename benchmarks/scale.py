@@ -102,12 +102,13 @@ def mixture() -> Model:
     """The shape of Qwen3-30B-A3B: 128 experts of 768, eight of them for a token."""
     fields = {
         "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 8 * 768, "num_hidden_layers": 48,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "model_type": "qwen3_moe",
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     }  # fmt: skip
-    active = from_fields(fields)
-    assert active is not None
+    network = from_fields(fields)
+    assert network is not None
     idle = 48 * (128 - 8) * 3 * 2048 * 768
-    return Model("30B-A3B", replace(active, parameters=active.parameters + idle), active.parameters)
+    return Model("30B-A3B", network, network.parameters - idle)
 
 
 def models() -> list[Model]:
