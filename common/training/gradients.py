@@ -1,9 +1,9 @@
 """Gradients of a lone rank that lie end to end, as the optimizer reads them.
 
 Under ZeRO-1 in fp32 DeepSpeed copies gradients twice before the optimizer reads them: out of the buffer in
-which ranks reduce them, and into one flat tensor. A lone rank reduces nothing: each of its gradients is a part
-of the flat tensor from the first pass of a step on. The step's end then takes 8 bytes less per trained weight.
-In bf16 DeepSpeed's optimizer is another one, whose gradients lie so already.
+which ranks reduce them, and into one flat tensor. A lone rank reduces nothing: each of its gradients is a
+part of the flat tensor from the first pass of a step on. The step's end then takes 8 bytes less per trained
+weight. In bf16 DeepSpeed's optimizer is another one, whose gradients lie so already.
 """
 
 from __future__ import annotations
