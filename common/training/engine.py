@@ -177,6 +177,14 @@ class Engine:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
         return None
 
+    def forget_optimizer(self) -> None:
+        """Free this rank's optimizer state, once training is over and saved: nothing trains after it."""
+        zero = self._engine.optimizer
+        for parameter in self.module.parameters():
+            if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+                mapping.optim_fragment = {}  # views of that state
+        zero.optimizer.state.clear()
+
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The module's whole state dict on rank 0, None elsewhere; all ranks call it."""
         if self.zero_stage == 3:
