@@ -70,7 +70,8 @@ def routers_of(model: PreTrainedModel) -> list[Router]:
         why = f"runs documents one by one: {reason}"
     if why is not None:
         raise UserError(f"{KEY} asks for a load-balancing loss, and model_type={kind} {why}", hint=f"{KEY}=0")
-    kind_of_router, index = getattr(recorded, "target_class", recorded), getattr(recorded, "index", 0)
+    kind_of_router: Any = getattr(recorded, "target_class", recorded)
+    index = getattr(recorded, "index", 0)
     return [Router(module, index) for module in model.modules() if isinstance(module, kind_of_router)]
 
 
@@ -118,7 +119,8 @@ class RouterBalance:
         in its layer, in units of what each would have if all had the same.
         """
         decoder: Any = decoder_of(self._module.base())
-        self._counts, self._mass = ([None] * len(self._counts) for _ in range(2))
+        layers = len(self._counts)
+        self._counts, self._mass = [None] * layers, [None] * layers
         self._is_counting = True
         try:
             for batch in micro_batches:

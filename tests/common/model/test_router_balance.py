@@ -179,3 +179,20 @@ def test_networks_that_have_no_such_loss_are_refused(kind: str, fields: dict[str
         UserError, match=rf"{KEY} .*model_type={kind} {why}|{KEY} .*model_type={kind} .*{why}"
     ):
         routers_of(model)
+
+
+def test_routers_that_prefer_some_experts_learn_to_take_all() -> None:
+    """By this loss alone: that of tokens has no weight here."""
+    packed = packed_lm(mixture("qwen3_moe"))
+    weights = [router.module.weight for router in routers_of(packed.base())]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(40)
+    balance, batch = RouterBalance(packed, 1.0), batch_of(DOCUMENTS.tolist(), EVERYTHING)
+    optimizer, seen = torch.optim.AdamW(weights, lr=0.05), []
+    for _ in range(20):
+        seen.append(balance.count([batch], CPU, 1.0))
+        (packed(**batch_arguments(batch)).loss_sum * 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen[0]["aux_loss"] > 2.1 and seen[-1]["aux_loss"] < (seen[0]["aux_loss"] + 2) / 2
