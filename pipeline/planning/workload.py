@@ -44,7 +44,7 @@ def compiles(config: PipelineConfig, step: Step) -> bool:
     """Whether a GPU's layers are compiled, as in `common.model.compiled`, on a machine that can."""
     if config.model.compile is not None:
         return config.model.compile
-    return step in ALONE and why_not_compiled(config.deepspeed.stage) is None
+    return step in ALONE and why_not_compiled(config.model, config.deepspeed.stage) is None
 
 
 def workload_of(
