@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from common.errors import UserError
@@ -112,7 +113,11 @@ class _Tiled(torch.autograd.Function):
         *weights: nn.Parameter,
     ) -> torch.Tensor:
         ctx.run, ctx.kept, ctx.draws, ctx.weights = run, kept, draws, weights
-        return _by_tiles(run, hidden)
+        if draws is None:
+            return _by_tiles(run, hidden)
+        # dropout draws other numbers where autograd records nothing; what it saves here is for nobody
+        with saved_tensors_hooks(lambda saved: None, lambda nothing: nothing):
+            return _by_tiles(lambda tile: _recorded(run, tile)[1].detach(), hidden)
 
     @staticmethod
     @once_differentiable
@@ -122,21 +127,30 @@ class _Tiled(torch.autograd.Function):
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in ctx.weights]
         with _drawing_again(ctx.draws):
             for part in _tiles(hidden.shape[-2]):
-                tile = hidden.narrow(-2, *part).detach().requires_grad_()
-                with torch.enable_grad():
-                    out = ctx.run(tile)
+                tile, out = _recorded(ctx.run, hidden.narrow(-2, *part))
                 found = torch.autograd.grad(
                     out, [tile, *ctx.weights], gradient.narrow(-2, *part), allow_unused=True
                 )
                 by_hidden.narrow(-2, *part).copy_(found[0])
-                for total, by_weight in zip(sums, found[1:], strict=True):
-                    if by_weight is not None:
-                        total += by_weight
-                del out, found, by_weight
+                _add(sums, found[1:])
+                del out, found  # before the next tile has its own
         rounded = []
         for weight in reversed(ctx.weights):
             rounded.append(sums.pop().to(weight.dtype))
         return by_hidden, None, None, None, *reversed(rounded)
+
+
+def _recorded(run: Callable[..., torch.Tensor], tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tile, and what comes of it with all that autograd needs."""
+    with torch.enable_grad():
+        tile = tile.detach().requires_grad_()
+        return tile, run(tile)
+
+
+def _add(sums: list[torch.Tensor], gradients: tuple[torch.Tensor | None, ...]) -> None:
+    for total, gradient in zip(sums, gradients, strict=True):
+        if gradient is not None:  # no token reaches the weight
+            total += gradient
 
 
 def _by_tiles(run: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
