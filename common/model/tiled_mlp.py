@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from common.errors import UserError
@@ -113,11 +112,7 @@ class _Tiled(torch.autograd.Function):
         *weights: nn.Parameter,
     ) -> torch.Tensor:
         ctx.run, ctx.kept, ctx.draws, ctx.weights = run, kept, draws, weights
-        if draws is None:
-            return _by_tiles(run, hidden)
-        # dropout draws other numbers where autograd records nothing; what it saves here is for nobody
-        with saved_tensors_hooks(lambda saved: None, lambda nothing: nothing):
-            return _by_tiles(lambda tile: _recorded(run, tile)[1].detach(), hidden)
+        return _by_tiles(run, hidden)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +122,9 @@ class _Tiled(torch.autograd.Function):
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in ctx.weights]
         with _drawing_again(ctx.draws):
             for part in _tiles(hidden.shape[-2]):
-                tile, out = _recorded(ctx.run, hidden.narrow(-2, *part))
+                tile = hidden.narrow(-2, *part).detach().requires_grad_()
+                with torch.enable_grad():
+                    out = ctx.run(tile)
                 found = torch.autograd.grad(
                     out, [tile, *ctx.weights], gradient.narrow(-2, *part), allow_unused=True
                 )
@@ -138,13 +135,6 @@ class _Tiled(torch.autograd.Function):
         for weight in reversed(ctx.weights):
             rounded.append(sums.pop().to(weight.dtype))
         return by_hidden, None, None, None, *reversed(rounded)
-
-
-def _recorded(run: Callable[..., torch.Tensor], tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tile, and what comes of it with all that autograd needs."""
-    with torch.enable_grad():
-        tile = tile.detach().requires_grad_()
-        return tile, run(tile)
 
 
 def _add(sums: list[torch.Tensor], gradients: tuple[torch.Tensor | None, ...]) -> None:
