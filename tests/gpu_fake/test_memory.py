@@ -63,6 +63,8 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
             gpu=True,
             checkpointing=case["checkpointing"],
             selective=case.get("policy") == "selective",
+            tiled=case["checkpointing"] and case.get("tiled") is not False and case.get("policy") is None,
+            offload_activations=case.get("activation_offload", False),
             compiled=case.get("compile", False),
             frozen=tuple(network(name) for name in case["frozen"]),
         )

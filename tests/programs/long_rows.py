@@ -1,4 +1,4 @@
-"""One rank of a step whose layers are recomputed in tiles, with their inputs put away: rank 0 writes gradients.
+"""One rank of a step with layers recomputed in tiles, their inputs put away: rank 0 writes gradients.
 
 As in `gradients`, the gradient is read off a plain SGD step so large that the old weight is lost in rounding.
 """
@@ -25,7 +25,7 @@ from tests.spread import sharing
 
 TILE = 5
 ADAPTED: tuple[tuple[str, ...], ...] = ((), ("all-linear",), ("gate_proj", "up_proj", "down_proj"))
-"""Targets of adapters; the first: all weights learn. Below the last, no gradient reaches the first network."""
+"""Targets of adapters; the first: all weights learn. With the last, the first network's input wants none."""
 
 Gradients = dict[str, torch.Tensor]
 
@@ -33,9 +33,7 @@ Gradients = dict[str, torch.Tensor]
 def gradient(world: World, stage: int, targets: tuple[str, ...], *, tiled: bool) -> Gradients | None:
     """Of one optimizer step over all documents, on rank 0. tiled: and inputs put away."""
     network = tiny_llama(attention.NAME)
-    recompute_layers(
-        network, ModelConfig(gradient_checkpointing=True, tiled_mlp=tiled), torch.device("cpu")
-    )
+    recompute_layers(network, ModelConfig(gradient_checkpointing=True, tiled_mlp=tiled), torch.device("cpu"))
     if tiled:
         offload_layer_inputs(network)
     if targets:
