@@ -274,16 +274,16 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
 
 def _one_layer(work: Workload, net: Network, n: int, norm: int, attention: int) -> float:
     """Bytes of a layer that is run again and then backward: norms and attention, and the more of what two
-    moments add. The feed-forward network: its four intermediates, on a GPU two of their gradients beside them
+    moments add. The feed-forward network: its four intermediates, on a GPU their four gradients beside them
     and those of its weights; in tiles all of one tile, the gradients of input and output, and the sums over
     tiles in fp32. On a GPU, the norm before it: five tensors in fp32, when its output is gone.
     """
     b, width = work.weight_bytes, net.intermediate * work.weight_bytes
     weights = 3 * net.intermediate * net.hidden
-    of_network = n * 4 * width + (n * 2 * width + b * weights if work.gpu else 0)
+    of_network = n * 4 * width + (n * 4 * width + b * weights if work.gpu else 0)
     if work.tiled and n > TILE:
         tile = n / math.ceil(n / TILE)
-        of_network = 2 * n * net.hidden * b + tile * 7 * width + (FP32 + b) * weights
+        of_network = 2 * n * net.hidden * b + tile * 8 * width + (FP32 + b) * weights
     of_norm = n * (5 * FP32 - b) * net.hidden if work.gpu else 0
     return n * (2 * norm + attention) + max(of_network, of_norm)
 

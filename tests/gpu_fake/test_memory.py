@@ -11,13 +11,20 @@ from pipeline.planning import memory
 from pipeline.planning.network import Network, from_fields
 from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 from tests.gpu_fake.jobs import Fake
-from tests.gpu_fake.large import SIZES
+from tests.gpu_fake.large import fields_of
 
 pytestmark = pytest.mark.gpu_fake
 
 PLAIN: dict[str, Any] = {
     "names": ["1B"], "frozen": [], "tokens": 4096, "micro_batches": 2, "stage": 1, "size": 1, "hpz": 1,
     "lora": 0, "checkpointing": False, "offload_optimizer": False, "offload_param": False,
+}  # fmt: skip
+LONG: dict[str, Any] = {
+    "names": ["3 layers of 8B"], "tokens": 1 << 20, "micro_batches": 1, "stage": 3, "size": 8, "shared": 8,
+    "checkpointing": True, "activation_offload": True,
+}  # fmt: skip
+ALONE: dict[str, Any] = {
+    **LONG, "tokens": 131_072, "size": 1, "shared": 1, "offload_optimizer": True, "offload_param": True,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "1B": {},
@@ -34,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     "70B, 8 of 80 layers, zero3, 64 ranks": {
         "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
     },
+    "8B, 3 of 32 layers, 128k untiled, 8 ranks that share rows": {
+        **LONG, "tokens": 131_072, "tiled": False, "activation_offload": False,
+    },
     "1B, lora": {"lora": 16},
     "PPO's four 1B, zero2, 8 ranks": {
         "names": ["1B", "1B"], "frozen": ["1B", "1B"], "stage": 2, "size": 8,
@@ -42,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def network(name: str, *, scalar: bool = False) -> Network:
-    found = from_fields(SIZES[name])
+    found = from_fields(fields_of(name))
     assert found is not None
     return found.without_head() if scalar else found
 
@@ -79,3 +89,25 @@ def test_the_plan_is_the_peak(fake: Fake, name: str) -> None:
     estimate = planned(case)
     base = estimate.of("libraries")  # CUDA's context and workspaces, which are not on the fake device
     assert estimate.device - base == pytest.approx(outcome.peak, rel=0.05), outcome.peak_site
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "host"),
+    [
+        pytest.param(LONG, 56e9, 40e9, id="8B, 1M tokens shared by 8 ranks"),
+        pytest.param(
+            ALONE, 56e9, 200e9, id="8B, 128k tokens on one GPU, weights and optimizer in host memory"
+        ),
+    ],
+)
+def test_a_long_row_of_8b_fits(fake: Fake, case: dict[str, Any], device: float, host: float) -> None:
+    """At 3 of 32 layers `plan` is the peak; what it says of 32 is within 80 GB, with room. Pinned are the
+    inputs of layers alone, to the byte. Whole depths are in benchmarks/results/long_rows.json."""
+    outcome = fake.run_large({**PLAIN, **case})
+    assert outcome.status == 0, outcome.printed[-3000:]
+    estimate, whole = planned({**PLAIN, **case}), planned({**PLAIN, **case, "names": ["8B"]})
+    assert estimate.device - estimate.of("libraries") == pytest.approx(outcome.peak, rel=0.05), (
+        outcome.peak_site
+    )
+    assert estimate.of("inputs of layers") == outcome.pinned_peak
+    assert whole.device < device < 80e9 and whole.host < host
