@@ -1,7 +1,7 @@
 """Memory, traffic, steps per hour and cost on up to 4,096 GPUs, by formula: `python -m benchmarks.scale`.
 
-Arithmetic, not a measurement: `plan`'s memory formulas (held to the peak of a fake GPU at 1B, 7B, 8B and 70B),
-the operations of a decoder, ZeRO's traffic (arXiv 1910.02054, section 7), that of ranks that share rows, and
+Arithmetic, not a measurement: `plan`'s memory formulas (held to a fake GPU's peak at 1B, 7B, 8B and 70B), the
+operations of a decoder, ZeRO's traffic (arXiv 1910.02054, section 7), that of ranks that share rows, and
 the assumptions in `Cluster`. For every model, number of devices and task it takes the lightest setting that
 fits, with the fewest ranks that share a row, and names what breaks first. Prints the tables of docs/scale.md;
 writes `results/scale.json`.
@@ -153,7 +153,7 @@ SETTINGS = (
 
 
 def workload(model: Model, task: Task, ranks: int, sharing: int, setting: Setting) -> Workload:
-    """One sequence per pass, layers recomputed, feed-forward networks in tiles."""
+    """One sequence per pass, layers recomputed, feed-forward networks without experts in tiles."""
     part = Trained(model.network, model.network.parameters, Head.tokens)
     scored = replace(part, network=model.network.without_head(), head=Head.scalar)
     decoding = Decoding(slots=64, capacity=task.length, gathers=True) if task.response else None
@@ -161,8 +161,8 @@ def workload(model: Model, task: Task, ranks: int, sharing: int, setting: Settin
         networks=(part, scored)[: task.networks],
         batch=MicroBatchShape(task.length // sharing, task.length // sharing, short=False),
         sharding=replace(setting.sharding, ranks=ranks),
-        half=True, gpu=True, checkpointing=True, tiled=True, offload_activations=setting.offload,
-        decoding=decoding,
+        half=True, gpu=True, checkpointing=True, tiled=model.active == model.network.parameters,
+        offload_activations=setting.offload, decoding=decoding,
         frozen=(model.network,) * task.frozen,
     )  # fmt: skip
 

@@ -137,6 +137,7 @@ def _moments(work: Workload) -> list[list[Term]]:
     updating = max((update_buffers(work, part) for part in work.networks), key=_total)
     return [
         [gradients, of_loss, logits],
+        [gradients, of_loss, of_head, max((_to_host(work, part) for part in work.networks), key=_total)],
         [gradients, reducing, activated, of_head],
         [gradients, updating],
     ]
@@ -217,6 +218,18 @@ def buffers(work: Workload, part: Trained) -> Term:
     width = work.weight_bytes
     flat = FP32 * share if work.half and not sharding.offload_optimizer else 0.0
     return Term("buffers", width * bucket + max(flat, width * bucket + width * bucket / sharding.ranks))
+
+
+def _to_host(work: Workload, part: Trained) -> Term:
+    """On stage 3, where the optimizer is in host memory, the gradient of the largest weight on its way there:
+    a bucket, the rank's share as it was reduced and in fp32. One rank alone reduces in fp32."""
+    sharding = work.sharding
+    if sharding.stage < 3 or not sharding.offload_optimizer:
+        return Term("buffers", 0.0)
+    reduced = FP32 if sharding.ranks == 1 else work.weight_bytes
+    share = min(part.trained, part.network.largest) / sharding.ranks
+    bucket = min(sharding.reduce_bucket_size, part.trained)
+    return Term("buffers", reduced * bucket + (reduced + FP32) * share)
 
 
 def update_buffers(work: Workload, part: Trained) -> Term:

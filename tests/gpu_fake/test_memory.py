@@ -95,9 +95,7 @@ def test_the_plan_is_the_peak(fake: Fake, name: str) -> None:
     ("case", "device", "host"),
     [
         pytest.param(LONG, 56e9, 40e9, id="8B, 1M tokens shared by 8 ranks"),
-        pytest.param(
-            ALONE, 56e9, 200e9, id="8B, 128k tokens on one GPU, weights and optimizer in host memory"
-        ),
+        pytest.param(ALONE, 56e9, 200e9, id="8B, 128k tokens on one GPU, states in host memory"),
     ],
 )
 def test_a_long_row_of_8b_fits(fake: Fake, case: dict[str, Any], device: float, host: float) -> None:
