@@ -3,8 +3,8 @@
     python -m benchmarks.long_rows           minutes; writes results/long_rows.json
     python -m benchmarks.long_rows --whole   at all 32 layers as well
 
-Rank 0's own code runs on the fake device of `tests/gpu_fake` for networks of two, three and four layers, and
-with --whole for all. Beside each peak stands `plan`'s, whose error is shown; what the whole depth needs is its
+Rank 0's own code runs on the fake device of `tests/gpu_fake` for networks of two, three and four layers, with
+--whole for all. Beside each peak stands `plan`'s, whose error is shown; what the whole depth needs is its
 estimate. Pinned are the inputs of layers; what DeepSpeed offloads lies in host memory beside them and is in
 `plan`'s. Nothing is computed, and no time is measured.
 """
