@@ -42,7 +42,7 @@ def gradient(world: World, stage: int, targets: tuple[str, ...], *, tiled: bool)
         with torch.no_grad():
             for name, weight in network.named_parameters():
                 if "lora_" in name:
-                    weight.normal_()
+                    weight.normal_(std=0.1)
     module = packed_lm(network.train())
     before = {f"model.{name}": value.clone() for name, value in module.model.state_dict().items()}
     config = build_ds_config(
