@@ -293,7 +293,7 @@ def _one_layer(work: Workload, net: Network, n: int, norm: int, attention: int) 
     """
     b, width = work.weight_bytes, net.intermediate * work.weight_bytes
     weights = 3 * net.intermediate * net.hidden
-    of_network = n * 4 * width + (n * 4 * width + b * weights if work.gpu else 0)
+    of_network: float = n * 4 * width + (n * 4 * width + b * weights if work.gpu else 0)
     if work.tiled and n > TILE:
         tile = n / math.ceil(n / TILE)
         of_network = 2 * n * net.hidden * b + tile * 8 * width + (FP32 + b) * weights
