@@ -201,17 +201,18 @@ def gradients(work: Workload, part: Trained) -> Term:
 def buffers(work: Workload, part: Trained) -> Term:
     """DeepSpeed's copies around a reduction and a step, as read in its 0.19.8 and seen in a process:
 
-    stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half precision
-    its other optimizer updates in place); one rank alone has the last of them only. Stage 2: one bucket, on a
-    GPU with overlap two, and the share of the newest micro-batch b T / R. Stage 3: a bucket, its
-    concatenation and the reduced share, which goes to the host bucket by bucket where the optimizer is there.
+    stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half
+    precision its other optimizer updates in place); none of them on one rank alone
+    (`training/gradients.py`). Stage 2: one bucket, on a GPU with overlap two, and the share of the newest
+    micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share, which goes to the host
+    bucket by bucket where the optimizer is there.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
     share = trained / sharding.ranks
     if sharding.stage == 1:
-        copies = share if sharding.ranks == 1 and not sharding.offload_optimizer else bucket + 2 * share
-        return Term("buffers", 0.0 if work.half else FP32 * copies)
+        none = work.half or _alone(work)
+        return Term("buffers", 0.0 if none else FP32 * (bucket + 2 * share))
     if sharding.stage == 2:
         count = 2 if work.gpu and sharding.overlap_comm else 1
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
@@ -234,15 +235,19 @@ def _to_host(work: Workload, part: Trained) -> Term:
 
 def update_buffers(work: Workload, part: Trained) -> Term:
     """On a GPU, in the update: stage 1 in half precision sends all gradients at once, rounded to b T, and one
-    rank none in bf16; the others flatten the share in fp32, 4 T / R. On stage 3 an optimizer in host memory
-    updates there."""
-    if work.sharding.stage == 3 and work.sharding.offload_optimizer:
+    rank none unless in fp16; the others flatten the share in fp32, 4 T / R. On stage 3 an optimizer in host
+    memory updates there."""
+    if _alone(work) or (work.sharding.stage == 3 and work.sharding.offload_optimizer):
         return Term("buffers", 0.0)
     if work.sharding.stage == 1 and work.half:
-        if work.sharding.ranks == 1 and not work.fp16:
-            return Term("buffers", 0.0)
         return Term("buffers", work.weight_bytes * part.trained)
     return Term("buffers", FP32 * part.trained / work.sharding.ranks)
+
+
+def _alone(work: Workload) -> bool:
+    """One rank of stage 1, whose gradients lie where the optimizer reads them."""
+    sharding = work.sharding
+    return sharding.stage == sharding.ranks == 1 and not sharding.offload_optimizer and not work.fp16
 
 
 def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> float:
@@ -289,12 +294,12 @@ def _one_layer(work: Workload, net: Network, n: int, norm: int, attention: int) 
     """Bytes of a layer that is run again and then backward: norms and attention, and the more of what two
     moments add. The feed-forward network: its four intermediates, on a GPU their four gradients beside them
     and those of its weights; in tiles all of one tile, the gradients of input and output, and the sums over
-    tiles in fp32. On a GPU, the norm before it: five tensors in fp32, when its output is gone.
+    tiles in fp32; networks with experts are not tiled. On a GPU, the norm before it: five tensors in fp32, when its output is gone.
     """
     b, width = work.weight_bytes, net.intermediate * work.weight_bytes
     weights = 3 * net.intermediate * net.hidden
     of_network: float = n * 4 * width + (n * 4 * width + b * weights if work.gpu else 0)
-    if work.tiled and n > TILE:
+    if work.tiled and n > TILE and not net.experts:
         tile = n / math.ceil(n / TILE)
         of_network = 2 * n * net.hidden * b + tile * 8 * width + (FP32 + b) * weights
     of_norm = n * (5 * FP32 - b) * net.hidden if work.gpu else 0

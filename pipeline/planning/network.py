@@ -20,6 +20,8 @@ from common.tokenizer_files import check_tokenizer_files
 
 WITH_QKV_BIAS = ("qwen2",)
 WITH_QK_NORM = ("qwen3",)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields by which configs say how many experts a layer has."""
 LONGEST_HEADER = 100 * 2**20
 """Bytes of a safetensors header, at most, as its own reader has it."""
 
@@ -38,6 +40,7 @@ class Network:
     is_tied: bool
     parameters: int
     is_exact: bool = False
+    experts: int = 0
 
     @property
     def query_width(self) -> int:
@@ -105,7 +108,8 @@ def from_fields(fields: Mapping[str, Any], vocabulary: int | None = None) -> Net
     head_dim = int(fields.get("head_dim") or h // heads)
     tied = bool(fields.get("tie_word_embeddings", False))
     kind = str(fields.get("model_type", ""))
-    network = Network(h, i, layers, heads, kv_heads, head_dim, int(vocabulary), tied, 0)
+    experts = next((int(fields[name]) for name in EXPERTS if fields.get(name)), 0)
+    network = Network(h, i, layers, heads, kv_heads, head_dim, int(vocabulary), tied, 0, experts=experts)
     of_layer = sum(size_in * size_out for size_in, size_out in network.linear_sizes) + 2 * h
     if kind in WITH_QKV_BIAS or fields.get("attention_bias"):
         of_layer += network.query_width + 2 * network.kv_width
