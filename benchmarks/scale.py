@@ -161,7 +161,7 @@ def workload(model: Model, task: Task, ranks: int, sharing: int, setting: Settin
         networks=(part, scored)[: task.networks],
         batch=MicroBatchShape(task.length // sharing, task.length // sharing, short=False),
         sharding=replace(setting.sharding, ranks=ranks),
-        half=True, gpu=True, checkpointing=True, tiled=model.active == model.network.parameters,  # not with experts
+        half=True, gpu=True, checkpointing=True, tiled=model.active == model.network.parameters,
         offload_activations=setting.offload, decoding=decoding,
         frozen=(model.network,) * task.frozen,
     )  # fmt: skip
