@@ -293,9 +293,9 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
 def _one_layer(work: Workload, net: Network, n: int, norm: int, attention: int) -> float:
     """Bytes of a layer that is run again and then backward: norms and attention, and the more of what two
     moments add. The feed-forward network: its four intermediates, on a GPU their four gradients beside them
-    and those of its weights; in tiles, which those with experts have not, all of one tile, the gradients of
-    input and output, and the sums over tiles in fp32. On a GPU, the norm before it: five tensors in fp32, when
-    its output is gone.
+    and those of its weights; in tiles (not with experts) all of one tile, the gradients of input and output,
+    and the sums over tiles in fp32. On a GPU, the norm before it: five tensors in fp32, when its output is
+    gone.
     """
     b, width = work.weight_bytes, net.intermediate * work.weight_bytes
     weights = 3 * net.intermediate * net.hidden
