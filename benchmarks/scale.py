@@ -1,9 +1,10 @@
 """Memory, traffic, steps per hour and cost on up to 4,096 GPUs, by formula: `python -m benchmarks.scale`.
 
-Arithmetic, not a measurement: `plan`'s memory formulas (held to the peak of a fake GPU at 1B, 7B and 70B),
-the operations of a decoder, ZeRO's traffic (arXiv 1910.02054, section 7), and the assumptions in `Cluster`.
-For every model, number of devices and task it takes the lightest setting that fits and names what breaks
-first. Prints the tables of docs/scale.md; writes `results/scale.json`.
+Arithmetic, not a measurement: `plan`'s memory formulas (held to a fake GPU's peak at 1B, 7B, 8B and 70B), the
+operations of a decoder, ZeRO's traffic (arXiv 1910.02054, section 7), that of ranks that share rows, and
+the assumptions in `Cluster`. For every model, number of devices and task it takes the lightest setting that
+fits, with the fewest ranks that share a row, and names what breaks first. Prints the tables of docs/scale.md;
+writes `results/scale.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Cluster:
     """H100 SXM in nodes of eight. What is not a data sheet's figure is an assumption, and says so."""
 
     memory: float = 80 * GB
+    host: float = 250 * GB  # assumed, per device
     operations: float = 989e12  # dense bf16, data sheet
     reached: float = 0.40  # assumed share of it; see the roofline for what is at most possible
     bandwidth: float = 3.35e12  # of the device's memory, bytes per second, data sheet
@@ -58,7 +60,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """An optimizer step: tokens in all, in sequences of one length, each whole on one device."""
+    """An optimizer step: tokens in all, in sequences of one length."""
 
     name: str
     length: int
@@ -79,6 +81,7 @@ class Outcome:
     model: str
     task: str
     devices: int
+    sharing: int  # ranks that share a row
     setting: str
     memory: float
     wire: float | None
@@ -126,24 +129,41 @@ TASKS = (
     Task("PPO, 2k", 2048, tokens=1 << 20, networks=2, frozen=2, response=1024),
 )
 DEVICES = (1, 8, 64, 512, 4096)
-SETTINGS = {
-    "ZeRO-1": Sharding(1, 1),
-    "ZeRO-2": Sharding(2, 1),
-    "ZeRO-3": Sharding(3, 1),
-    "ZeRO-3, optimizer in host memory": Sharding(3, 1, offload_optimizer=True),
-}
 
 
-def workload(model: Model, task: Task, ranks: int, sharding: Sharding) -> Workload:
-    """One sequence per pass, layers recomputed."""
+@dataclass(frozen=True)
+class Setting:
+    """offload: inputs of layers in host memory."""
+
+    name: str
+    sharding: Sharding
+    offload: bool = False
+
+
+SETTINGS = (
+    Setting("ZeRO-1", Sharding(1, 1)),
+    Setting("ZeRO-2", Sharding(2, 1)),
+    Setting("ZeRO-3", Sharding(3, 1)),
+    Setting("ZeRO-3, activations in host memory", Sharding(3, 1), offload=True),
+    Setting("ZeRO-3, optimizer in host memory", Sharding(3, 1, offload_optimizer=True)),
+    Setting(
+        "ZeRO-3, all of these in host memory",
+        Sharding(3, 1, offload_optimizer=True, offload_param=True), offload=True,
+    ),
+)  # fmt: skip
+
+
+def workload(model: Model, task: Task, ranks: int, sharing: int, setting: Setting) -> Workload:
+    """One sequence per pass, layers recomputed, feed-forward networks without experts in tiles."""
     part = Trained(model.network, model.network.parameters, Head.tokens)
     scored = replace(part, network=model.network.without_head(), head=Head.scalar)
     decoding = Decoding(slots=64, capacity=task.length, gathers=True) if task.response else None
     return Workload(
         networks=(part, scored)[: task.networks],
-        batch=MicroBatchShape(task.length, task.length, short=False),
-        sharding=replace(sharding, ranks=ranks),
-        half=True, gpu=True, checkpointing=True, decoding=decoding,
+        batch=MicroBatchShape(task.length // sharing, task.length // sharing, short=False),
+        sharding=replace(setting.sharding, ranks=ranks),
+        half=True, gpu=True, checkpointing=True, tiled=model.active == model.network.parameters,
+        offload_activations=setting.offload, decoding=decoding,
         frozen=(model.network,) * task.frozen,
     )  # fmt: skip
 
@@ -169,46 +189,67 @@ def sampling_seconds(model: Model, task: Task, ranks: int, cluster: Cluster) -> 
     return rounds * task.response * (weights + cache) / (cluster.bandwidth * cluster.read)
 
 
-def wire_bytes(model: Model, task: Task, ranks: int, stage: int) -> float:
+def exchanged_bytes(model: Model, task: Task, ranks: int, sharing: int) -> float:
+    """Sent by a rank in a step to those it shares rows with: in every pass and layer queries, keys, values
+    and results of its slice, forward, forward again and backward."""
+    net, passes = model.network, math.ceil(task.sequences * sharing / ranks)
+    per_token = 2 * (net.query_width + net.kv_width) * HALF * (sharing - 1) / sharing
+    return 3 * passes * net.layers * per_token * task.length / sharing
+
+
+def wire_bytes(model: Model, task: Task, ranks: int, sharing: int, stage: int) -> float:
     """Sent by a rank in a step. Stage 1: gradients summed (2 b P) and weights gathered (b P), once; stage 2:
     gradients scattered at every pass (b P) and weights gathered once; stage 3: b P twice to gather and once
     to scatter, at every pass."""
     if ranks == 1:
         return 0.0
     size = HALF * model.network.parameters * (ranks - 1) / ranks
-    passes = math.ceil(task.sequences / ranks)
+    passes = math.ceil(task.sequences * sharing / ranks)
     per_step = {1: 3 * size, 2: passes * size + size, 3: 3 * size * passes}[stage]
     return per_step * task.networks
 
 
+def sharings(task: Task, devices: int, cluster: Cluster) -> list[int]:
+    """How many ranks may share a row: within a node, and as many as give each device work. PPO's do not."""
+    if task.response:
+        return [1]
+    most = min(devices, cluster.per_node)
+    idle = min(most, devices // task.sequences)
+    return [ranks for ranks in (1, 2, 4, 8) if max(1, idle) <= ranks <= most]
+
+
+def lightest(
+    model: Model, task: Task, devices: int, cluster: Cluster
+) -> tuple[Setting | None, int, int, MemoryEstimate]:
+    """(the setting, None if none fits; ranks that share a row; ranks that have work; their memory)"""
+    smallest: tuple[int, int, MemoryEstimate] | None = None
+    for setting in SETTINGS:
+        for sharing in sharings(task, devices, cluster):
+            ranks = min(devices, task.sequences * sharing)  # further ones have nothing to do
+            found = estimate(workload(model, task, ranks, sharing, setting))
+            if found.device <= cluster.memory and found.host <= cluster.host:
+                return setting, sharing, ranks, found
+            if smallest is None or found.device < smallest[2].device:
+                smallest = sharing, ranks, found
+    assert smallest is not None
+    return None, *smallest
+
+
 def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome:
     """The lightest setting that fits, and what limits it."""
-    ranks = min(devices, task.sequences)  # a sequence is on one device: further ones have nothing to do
-    found: tuple[str, MemoryEstimate, int] | None = None
-    for name, sharding in SETTINGS.items():
-        estimated = estimate(workload(model, task, ranks, sharding))
-        if estimated.device <= cluster.memory:
-            found = name, estimated, sharding.stage
-            break
-    if found is None:
-        largest = max(estimated.terms, key=lambda term: term.device)
-        return Outcome(
-            model.name,
-            task.name,
-            devices,
-            "none fits",
-            estimated.device,
-            None,
-            None,
-            None,
-            f"memory: {largest.name}",
-        )
-    name, estimated, stage = found
-    wire = wire_bytes(model, task, ranks, stage)
+    setting, sharing, ranks, found = lightest(model, task, devices, cluster)
+    if setting is None:
+        largest = max(found.terms, key=lambda term: term.device)
+        limit = "host memory" if found.device <= cluster.memory else f"memory: {largest.name}"
+        nothing = (None, None, None)
+        return Outcome(model.name, task.name, devices, sharing, "none fits", found.device, *nothing, limit)
+    wire = wire_bytes(model, task, ranks, sharing, setting.sharding.stage)
+    exchanged = exchanged_bytes(model, task, ranks, sharing)
     computing = operations(model, task) / (ranks * cluster.operations * cluster.reached)
     sending = wire / cluster.wire(ranks)
     sampling = sampling_seconds(model, task, ranks, cluster)
-    seconds = max(computing, sending) + sampling  # sent while others are computed, at best
+    # gradients and weights are sent while others are computed, at best; slices are waited for
+    seconds = max(computing, sending) + exchanged / cluster.in_node + sampling
     if ranks < devices:
         breaks = f"{task.sequences:,} sequences for {devices:,} devices"
     elif sending > computing + sampling:
@@ -218,7 +259,10 @@ def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome
     else:
         breaks = "computation"
     cost = seconds * devices * cluster.dollars_per_hour / 3600
-    return Outcome(model.name, task.name, devices, name, estimated.device, wire, seconds, cost, breaks)
+    return Outcome(
+        model.name, task.name, devices, sharing, setting.name, found.device, wire + exchanged, seconds, cost,
+        breaks,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -259,14 +303,24 @@ def rendered(found: list[Outcome], task: Task) -> str:
         fits = each.seconds is not None and each.wire is not None and each.dollars_per_step is not None
         rows.append(
             [
-                each.model, each.devices, each.setting, each.memory / GB,
+                each.model, each.devices, each.sharing, each.setting, each.memory / GB,
                 each.wire / GB if fits else "-",  # type: ignore[operator]
                 3600 / each.seconds if fits else "-",  # type: ignore[operator]
                 each.dollars_per_step if fits else "-",
                 each.breaks_first,
             ]
         )  # fmt: skip
-    head = ["model", "devices", "lightest setting", "GB", "GB sent", "steps/h", "$/step", "limited by"]
+    head = [
+        "model",
+        "devices",
+        "share a row",
+        "lightest setting",
+        "GB",
+        "GB sent",
+        "steps/h",
+        "$/step",
+        "limited by",
+    ]
     return table(head, rows)
 
 

@@ -297,9 +297,9 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
     """(model, loss of each step, when each step ended), with the pipeline's own classes."""
     from common.config import DeepSpeedConfig, Dtype
     from common.model import attention
-    from common.model.loading import enable_checkpointing
     from common.model.packed import PackedCausalLM
     from common.model.probes import find_shortcuts, isolate_documents
+    from common.model.recomputation import enable_checkpointing
     from common.runtime.distributed import close_world, init_world
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine

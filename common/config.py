@@ -144,6 +144,12 @@ class ModelConfig:
     router_aux_loss_coef: float = number(0.0, 0, 100)
     """mixtures of experts: weight of the load-balancing loss over the tokens of each step; 0: none. 0.001 to
     0.02 is usual; it costs one more pass without gradients"""
+    tiled_mlp: Optional[bool] = None
+    """of gradient_checkpointing: feed-forward networks run in tiles of 8,192 tokens, so that what is between
+    their matrices is held of one tile; null: in longer passes, unless compiled or selective"""
+    activation_offload: bool = False
+    """of gradient_checkpointing: inputs of recomputed layers wait in host memory for the backward pass; on a
+    GPU, exact to the bit"""
     compile: Optional[bool] = None
     """torch.compile each decoder layer; null: for SFT and the reward model on a GPU, at ZeRO 1 and 2"""
     trust_remote_code: bool = False
@@ -171,7 +177,41 @@ class ModelConfig:
                 f"{at}checkpointing_policy={self.checkpointing_policy.value} recomputes nothing by itself",
                 hint=f"add {at}gradient_checkpointing=true",
             )
+        self._check_recomputation(at)
         check_sizes(self.config, f"{at}config.")
+
+    def _check_recomputation(self, at: str) -> None:
+        """What is for layers that are recomputed in full, and run as they stand."""
+        asked = [name for name in ("tiled_mlp", "activation_offload") if getattr(self, name)]
+        if not asked:
+            return
+        key = f"{at}{asked[0]}=true"
+        if not self.gradient_checkpointing:
+            raise UserError(
+                f"{key} is for layers that are recomputed", hint=f"add {at}gradient_checkpointing=true"
+            )
+        if self.checkpointing_policy is not CheckpointingPolicy.full:
+            raise UserError(
+                f"{key} does not go with {at}checkpointing_policy={self.checkpointing_policy.value}, which "
+                "keeps on the device what layers compute",
+                hint=f"{at}checkpointing_policy=full",
+            )
+        if self.compile:
+            raise UserError(
+                f"{key} does not go with {at}compile=true: a compiled layer is recomputed within its graph",
+                hint=f"{at}compile=null, or leave {at}{asked[0]} out",
+            )
+
+    @property
+    def tiles_feed_forward(self) -> bool:
+        """Whether recomputed layers compute feed-forward networks in tiles where a pass has more than one."""
+        is_full = self.gradient_checkpointing and self.checkpointing_policy is CheckpointingPolicy.full
+        return is_full and not self.compile and self.tiled_mlp is not False
+
+    @property
+    def needs_plain_layers(self) -> str | None:
+        """The setting for which layers are not compiled; None: there is none."""
+        return next((name for name in ("tiled_mlp", "activation_offload") if getattr(self, name)), None)
 
 
 @dataclass

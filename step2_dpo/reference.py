@@ -52,7 +52,9 @@ from common.model import (
     packed,
     partition,
     probes,
+    recomputation,
     sequence,
+    tiled_mlp,
     tokenizer,
 )
 from common.model.adapters import adapters_off
@@ -72,8 +74,8 @@ if TYPE_CHECKING:
 
 HASHED = (
     adapters, architecture, attention, efficient_attention, flash_attention, fused_loss, hub, last_layer,
-    loading, loss_kernel, miniature, nf4, one_by_one, packed, partition, probes, sequence, slices, tokenizer,
-    frozen, batches_module, packing, loss,
+    loading, loss_kernel, miniature, nf4, one_by_one, packed, partition, probes, recomputation, sequence,
+    slices, tiled_mlp, tokenizer, frozen, batches_module, packing, loss,
 )  # fmt: skip
 """The modules that load the model, lay out the pairs and compute the numbers."""
 
@@ -157,8 +159,9 @@ def reference_key(
         "model": {
             "dtype": model.dtype.value,
             "quantize": model.quantize.value,
-            # with either of them other positions of the last layer are computed: other last bits
+            # with any of them other tokens are computed at once: other last bits
             "gradient_checkpointing": model.gradient_checkpointing,
+            "tiled_mlp": model.tiles_feed_forward,
             "compile": bool(model.compile),
             # whether the policy's own code runs, or that of transformers under the same name
             "trust_remote_code": model.trust_remote_code,

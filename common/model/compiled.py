@@ -35,16 +35,16 @@ def settled(model: ModelConfig, device: torch.device, zero_stage: int) -> ModelC
     """
     if model.compile is not None or device.type != "cuda":
         return replace(model, compile=bool(model.compile))
-    why = _why_not(zero_stage)
+    why = _why_not(model, zero_stage)
     if why is not None:
         notice(NOT_COMPILED, why, SLOWER)
     return replace(model, compile=why is None)
 
 
-def _why_not(zero_stage: int) -> str | None:
+def _why_not(model: ModelConfig, zero_stage: int) -> str | None:
     from torch.utils._triton import has_triton_package
 
-    if (why := why_not_compiled(zero_stage)) is not None:
+    if (why := why_not_compiled(model, zero_stage)) is not None:
         return why
     if not has_triton_package():
         return "triton is not installed"

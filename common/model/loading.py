@@ -16,13 +16,11 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from common.config import CheckpointingPolicy, Dtype, ModelConfig, Quantize, dtype_on
+from common.config import Dtype, ModelConfig, Quantize, dtype_on
 from common.errors import UserError
 from common.model import attention, loss_kernel
 from common.model.adapters import add_adapters
@@ -41,6 +39,7 @@ from common.model.miniature import NoMiniature
 from common.model.nf4 import keep_one_layout, nf4_config
 from common.model.partition import Share, drawing_shares, grown_whole, reading_shares, to_device
 from common.model.probes import isolate_documents
+from common.model.recomputation import recompute_layers
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
 from common.parts import why_whole
@@ -107,7 +106,7 @@ def _ready(
         isolate_documents(network)
         say_what_differs(network.config, model)
         if model.gradient_checkpointing:
-            enable_checkpointing(network, model.checkpointing_policy)
+            recompute_layers(network, model, device, max_length)
         if model.compile:
             compile_layers(network)
         if model.lora.enabled:
@@ -297,37 +296,6 @@ def _set_token_ids(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     settings.pad_token_id = tokenizer.pad_token_id
     settings.eos_token_id = sorted(ending_tokens(tokenizer))
     network.generation_config = settings
-
-
-KEPT = {
-    "mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_varlen_attn", "efficient_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-}  # fmt: skip
-"""What selective recomputation keeps, by name: all of a layer's matrix products, and its attention."""
-
-
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = getattr(operation, "overloadpacket", operation).__name__
-    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def enable_checkpointing(
-    network: PreTrainedModel, policy: CheckpointingPolicy = CheckpointingPolicy.full
-) -> None:
-    """Activations of a layer are recomputed in the backward pass, with selective all that are cheap."""
-    if not network.supports_gradient_checkpointing:
-        raise UserError(
-            f"model_type={network.config.model_type} cannot recompute activations",
-            hint="set model.gradient_checkpointing=false",
-        )
-    # renamed in the course of transformers 5
-    enable = (
-        getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-    )
-    options: dict[str, Any] = {"use_reentrant": False}
-    if policy is CheckpointingPolicy.selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    enable(options)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.model.tiled_mlp import is_tiled
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
 from common.training.gradients import FlatGradients, lie_end_to_end
@@ -372,6 +373,8 @@ def _initialized(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its older names
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 with bf16 it prints its memory use
+        for part in filter(is_tiled, module.modules()):
+            deepspeed.utils.set_z3_leaf_module(part, True)  # gathered once, not for every tile
         fill_partitions(module, config, deepspeed)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False

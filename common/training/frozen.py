@@ -123,5 +123,5 @@ def frozen_settings(model: ModelConfig) -> ModelConfig:
     """How a network is loaded that is not trained."""
     return dataclasses.replace(
         model, lora=LoraConfig(enabled=False), quantize=Quantize.none, gradient_checkpointing=False,
-        checkpointing_policy=CheckpointingPolicy.full,
+        checkpointing_policy=CheckpointingPolicy.full, tiled_mlp=None, activation_offload=False,
     )  # fmt: skip

@@ -63,8 +63,8 @@ def ways_out_of(work: Workload, step: Step, config: PipelineConfig, limit: float
 
 
 def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tuple[str, Workload]]:
-    """(overrides, the work with them): smaller passes, recomputation, 8-bit optimizer states, sharding and
-    offload; and all of these but the states."""
+    """(overrides, the work with them): smaller passes, recomputation, its inputs in host memory, 8-bit
+    optimizer states, sharding and offload; and all of these but the states."""
     name, micro = step.value, getattr(config, step.value).train.micro_batch_size
     smallest, small = work, ""
     rows = micro
@@ -80,15 +80,26 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
     else:
         recompute = "model.checkpointing_policy=full" if work.selective else ""
     if recompute:
-        yield recompute, dataclasses.replace(work, checkpointing=True, selective=False)
+        yield recompute, in_full(work)
+    if work.gpu and not work.offload_activations:
+        moved = f"{recompute} model.activation_offload=true".lstrip()
+        yield moved, dataclasses.replace(in_full(work), offload_activations=True)
     if work.gpu and (smaller := with_8bit_states(work)) != work:
         yield f"optim@{name}.optim=adamw_8bit", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
-    everything = dataclasses.replace(smallest, checkpointing=True, selective=False)
+    everything = in_full(smallest)
     parts = [small, recompute]
+    if work.gpu:
+        everything = dataclasses.replace(everything, offload_activations=True)
+        parts.append("" if work.offload_activations else "model.activation_offload=true")
     for option, other in [("", everything), *sharded(everything)]:
         yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
+
+
+def in_full(work: Workload) -> Workload:
+    """With layers that are recomputed in full, feed-forward networks in tiles and nothing compiled."""
+    return dataclasses.replace(work, checkpointing=True, selective=False, tiled=True, compiled=False)
 
 
 def with_8bit_states(work: Workload) -> Workload:

@@ -12,6 +12,7 @@ L layers, V vocabulary, B = min(reduce_bucket_size, P).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from pipeline.planning.network import Network
@@ -40,6 +41,11 @@ LIVE_PARAMETERS = 1_000_000_000
 NF4_BYTES = 0.53
 """Of a 4-bit weight with its doubly quantized scales."""
 
+
+TILE = 8192
+"""As in `common.model.tiled_mlp`: tokens of a tile of a feed-forward network, at most."""
+PINNED_BLOCK = 64 << 20
+"""As in `common.model.activation_offload`: bytes of a block of host memory."""
 
 SHARED = ("optimizer", "average")
 """Terms of what ranks save, each its share, beside the weights."""
@@ -95,7 +101,8 @@ def estimate(work: Workload) -> MemoryEstimate:
     samples_by_vllm = work.decoding is not None and work.decoding.by_vllm
     base = Term("libraries", (GPU_BASE if work.gpu else CPU_BASE) + VLLM_BASE * samples_by_vllm)
     kernels = Term("kernels", min(KERNELS, activated) if work.half and not work.gpu else 0.0)
-    found = MemoryEstimate((base, kernels, *states(work), held(work), *training, *sampling), work.gpu)
+    terms = (base, kernels, *states(work), held(work), inputs_on_host(work), *training, *sampling)
+    found = MemoryEstimate(terms, work.gpu)
     loaded = MemoryEstimate((base, loading(work)), work.gpu)
     largest = max(found, loaded, key=lambda each: each.device)
     return dataclasses.replace(largest, host_to_load=loaded.host)
@@ -130,6 +137,7 @@ def _moments(work: Workload) -> list[list[Term]]:
     updating = max((update_buffers(work, part) for part in work.networks), key=_total)
     return [
         [gradients, of_loss, logits],
+        [gradients, of_loss, of_head, max((_to_host(work, part) for part in work.networks), key=_total)],
         [gradients, reducing, activated, of_head],
         [gradients, updating],
     ]
@@ -196,7 +204,8 @@ def buffers(work: Workload, part: Trained) -> Term:
     stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half
     precision its other optimizer updates in place); none of them on one rank alone
     (`training/gradients.py`). Stage 2: one bucket, on a GPU with overlap two, and the share of the newest
-    micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share.
+    micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share, which goes to the host
+    bucket by bucket where the optimizer is there.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
@@ -208,14 +217,27 @@ def buffers(work: Workload, part: Trained) -> Term:
         count = 2 if work.gpu and sharding.overlap_comm else 1
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
     width = work.weight_bytes
-    flat = FP32 * share if work.half else 0.0
+    flat = FP32 * share if work.half and not sharding.offload_optimizer else 0.0
     return Term("buffers", width * bucket + max(flat, width * bucket + width * bucket / sharding.ranks))
+
+
+def _to_host(work: Workload, part: Trained) -> Term:
+    """On stage 3, where the optimizer is in host memory, the gradient of the largest weight on its way there:
+    a bucket, the rank's share as it was reduced and in fp32. One rank alone reduces in fp32."""
+    sharding = work.sharding
+    if sharding.stage < 3 or not sharding.offload_optimizer:
+        return Term("buffers", 0.0)
+    reduced = FP32 if sharding.ranks == 1 else work.weight_bytes
+    share = min(part.trained, part.network.largest) / sharding.ranks
+    bucket = min(sharding.reduce_bucket_size, part.trained)
+    return Term("buffers", reduced * bucket + (reduced + FP32) * share)
 
 
 def update_buffers(work: Workload, part: Trained) -> Term:
     """On a GPU, in the update: stage 1 in half precision sends all gradients at once, rounded to b T, and one
-    rank none unless in fp16; the others flatten the share in fp32, 4 T / R."""
-    if _alone(work):
+    rank none unless in fp16; the others flatten the share in fp32, 4 T / R. On stage 3 an optimizer in host
+    memory updates there."""
+    if _alone(work) or (work.sharding.stage == 3 and work.sharding.offload_optimizer):
         return Term("buffers", 0.0)
     if work.sharding.stage == 1 and work.half:
         return Term("buffers", work.weight_bytes * part.trained)
@@ -236,9 +258,10 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
     halves, the activated one and their product (4 i); times 4 bytes. In half precision norms compute in fp32
     (16 h bytes), and so does attention of documents up to 256 tokens on the CPU.
     The last layer's feed-forward network has trained positions only (`common.model.last_layer`); with
-    recomputation a layer keeps its input, and one layer at a time all of it; with a selective one it also
-    keeps what its matrix products and attention give. A compiled layer keeps its input, both normalised
-    inputs, what attention gives, both halves and their product (4 h + 3 i) at all positions.
+    recomputation a layer keeps its input, perhaps in host memory, and one layer at a time all of it
+    (`_one_layer`); with a selective one it also keeps what its matrix products and attention give. A compiled
+    layer keeps its input, both normalised inputs, what attention gives, both halves and their product (4 h +
+    3 i) at all positions.
     """
     net, batch = part.network, work.batch
     n, m = batch.tokens, min(batch.trained, batch.tokens)
@@ -253,6 +276,12 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
     final = n * norm + 2 * m * net.hidden * b
     if work.compiled:
         layer = attention + (4 * net.hidden + 3 * net.intermediate) * b
+    if work.checkpointing and not work.selective and not work.compiled:
+        inputs = n * net.hidden * b * (1 if work.offload_activations else net.layers)
+        if not recomputed:
+            return final + inputs
+        # on a GPU the final norm is through with its backward pass when a layer is computed again
+        return (0 if work.gpu else final) + inputs + _one_layer(work, net, n, norm, attention)
     if work.checkpointing:
         kept = net.hidden * b + (_kept_products(work, part) if work.selective else 0)
         once = layer - (kept - net.hidden * b)  # what one layer has beside what it keeps
@@ -260,6 +289,33 @@ def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> fl
     if work.compiled:
         return final + n * layer * net.layers
     return final + n * layer * net.layers - (n - m) * (feed_forward - net.hidden * b)
+
+
+def _one_layer(work: Workload, net: Network, n: int, norm: int, attention: int) -> float:
+    """Bytes of a layer that is run again and then backward: norms and attention, and the more of what two
+    moments add. The feed-forward network: its four intermediates, on a GPU their four gradients beside them
+    and those of its weights; in tiles (not with experts) all of one tile, the gradients of input and output,
+    and the sums over tiles in fp32. On a GPU, the norm before it: five tensors in fp32, when its output is
+    gone.
+    """
+    b, width = work.weight_bytes, net.intermediate * work.weight_bytes
+    weights = 3 * net.intermediate * net.hidden
+    of_network: float = n * 4 * width + (n * 4 * width + b * weights if work.gpu else 0)
+    if work.tiled and n > TILE and not net.experts:
+        tile = n / math.ceil(n / TILE)
+        of_network = 2 * n * net.hidden * b + tile * 8 * width + (FP32 + b) * weights
+    of_norm = n * (5 * FP32 - b) * net.hidden if work.gpu else 0
+    return n * (2 * norm + attention) + max(of_network, of_norm)
+
+
+def inputs_on_host(work: Workload) -> Term:
+    """L n h b in pinned memory, in blocks of which torch rounds the last up to a power of two."""
+    if not work.offload_activations:
+        return Term("inputs of layers", 0.0)
+    net = max((part.network for part in work.networks), key=lambda each: each.layers * each.hidden)
+    blocks, rest = divmod(work.batch.tokens * net.hidden * work.weight_bytes, PINNED_BLOCK)
+    last = 1 << (rest - 1).bit_length() if rest else 0
+    return Term("inputs of layers", 0.0, net.layers * (blocks * PINNED_BLOCK + last))
 
 
 def head_memory(work: Workload, part: Trained) -> float:

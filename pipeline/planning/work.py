@@ -75,6 +75,8 @@ class Workload:
     gpu: bool
     checkpointing: bool = False
     selective: bool = False  # of checkpointing: matrix products and attention are kept
+    tiled: bool = False  # of checkpointing: feed-forward networks run in tiles
+    offload_activations: bool = False  # of checkpointing: inputs of layers are in host memory
     decoding: Decoding | None = None
     frozen: tuple[Network, ...] = ()
     offload_frozen: bool = False

@@ -44,7 +44,7 @@ def compiles(config: PipelineConfig, step: Step) -> bool:
     """Whether a GPU's layers are compiled, as in `common.model.compiled`, on a machine that can."""
     if config.model.compile is not None:
         return config.model.compile
-    return step in ALONE and why_not_compiled(config.deepspeed.stage) is None
+    return step in ALONE and why_not_compiled(config.model, config.deepspeed.stage) is None
 
 
 def workload_of(
@@ -87,6 +87,8 @@ def workload_of(
         gpu=gpu,
         checkpointing=config.model.gradient_checkpointing,
         selective=config.model.checkpointing_policy is CheckpointingPolicy.selective,
+        tiled=config.model.tiles_feed_forward and not (gpu and compiles(config, step)),
+        offload_activations=config.model.activation_offload and gpu,
         decoding=decoding_of(config, step, ranks),
         frozen=frozen_networks(config, step, network, vocabulary),
         offload_frozen=step is Step.ppo and config.ppo.offload_frozen,

@@ -137,6 +137,9 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "four bits of weights that are not there yet"
     if model["checkpointing_policy"] != "full" and not model["gradient_checkpointing"]:
         yield "a way of recomputing, and nothing to recompute"
+    is_whole = model["gradient_checkpointing"] and model["checkpointing_policy"] == "full"
+    if (model["tiled_mlp"] or model["activation_offload"]) and (model["compile"] or not is_whole):
+        yield "what is for layers recomputed in full, as they stand"
     if not model["lora"]["targets"]:
         yield "adapters of nothing"
     yield from _sizes(model["config"])

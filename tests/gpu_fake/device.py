@@ -137,12 +137,22 @@ class Device(TorchDispatchMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation among host tensors: computed, unless it makes a large one."""
+        if kwargs.get("pin_memory"):
+            return self._pinned(func, args, {**kwargs, "pin_memory": False})
         if func.overloadpacket.__name__ in MAKES and args and not _is_meta(kwargs.get("device")):
             size = args[0] if isinstance(args[0], (list, tuple)) else ()
             if size and math.prod(size) > LARGE and kwargs.get("dtype") is not torch.uint8:
                 with self._fake:
                     return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _pinned(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """Memory that the driver knows; torch rounds it up to a power of two."""
+        made: torch.Tensor = self._on_host(func, args, kwargs).pin_memory()
+        size = 1 << (made.untyped_storage().nbytes() - 1).bit_length()
+        self.record.pin(size)
+        weakref.finalize(made.untyped_storage(), self.record.pin, -size)
+        return made
 
     def _refuse_host_tensors(self, func: Any, tensors: list[torch.Tensor]) -> None:
         """A number may be on the host; indices are copied, for which the host waits."""

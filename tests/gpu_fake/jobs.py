@@ -73,6 +73,7 @@ class Outcome:
     collectives: list[list[Any]] = field(default_factory=list)
     pageable: list[list[Any]] = field(default_factory=list)
     peak: int = 0
+    pinned_peak: int = 0
     peak_site: str = ""
     kernels: list[list[Any]] = field(default_factory=list)
 

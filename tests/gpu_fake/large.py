@@ -102,7 +102,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     import torch
 
     from common.config import CheckpointingPolicy, Dtype, LoraConfig, ModelConfig
-    from common.model import adapters, attention, compiled, loading
+    from common.model import adapters, attention, compiled, loading, recomputation
     from common.model.architecture import CAUSAL_LM, build_config
     from common.model.packed import PackedCausalLM
     from common.model.partition import drawing_shares, share_of
@@ -117,7 +117,12 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     with cuda, nullcontext() if share is None else drawing_shares(share, cuda):
         network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
     if case["checkpointing"]:
-        loading.enable_checkpointing(network, CheckpointingPolicy(case.get("policy", "full")))
+        model = ModelConfig(
+            gradient_checkpointing=True, checkpointing_policy=CheckpointingPolicy(case.get("policy", "full")),
+            tiled_mlp=case.get("tiled"), activation_offload=case.get("activation_offload", False),
+            compile=case.get("compile"),
+        )  # fmt: skip
+        recomputation.recompute_layers(network, model, cuda)
     if case.get("compile"):
         compiled.compile_layers(network)
     if case["lora"]:

@@ -51,6 +51,7 @@ class Record:
         self.sent: Counter[tuple[str, int, str]] = Counter()  # bytes given to each kind of collective
         self.pageable: Counter[tuple[str, int, str]] = Counter()  # bytes, by (phase, step, site)
         self.now = self.peak = 0
+        self.pinned = self.pinned_peak = 0  # of host memory, made pinned
         self.peak_site = ""
         self.refuses_to_wait = ""
 
@@ -83,6 +84,10 @@ class Record:
         if self.now > self.peak:
             self.peak, self.peak_site = self.now, site()
 
+    def pin(self, size: int) -> None:
+        self.pinned += size
+        self.pinned_peak = max(self.pinned_peak, self.pinned)
+
     def freed(self, size: int) -> None:
         self.now -= size
 
@@ -93,6 +98,7 @@ class Record:
             "collectives": [[*key, n, self.sent[key]] for key, n in sorted(self.collectives.items())],
             "pageable": [[*key, size] for key, size in sorted(self.pageable.items())],
             "peak": self.peak,
+            "pinned_peak": self.pinned_peak,
             "peak_site": self.peak_site,
         }
 

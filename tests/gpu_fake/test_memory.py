@@ -19,6 +19,13 @@ PLAIN: dict[str, Any] = {
     "names": ["1B"], "frozen": [], "tokens": 4096, "micro_batches": 2, "stage": 1, "size": 1, "hpz": 1,
     "lora": 0, "checkpointing": False, "offload_optimizer": False, "offload_param": False,
 }  # fmt: skip
+LONG: dict[str, Any] = {
+    "names": ["4 layers of 8B"], "tokens": 1 << 20, "micro_batches": 1, "stage": 3, "size": 8, "shared": 8,
+    "checkpointing": True, "activation_offload": True,
+}  # fmt: skip
+ALONE: dict[str, Any] = {
+    **LONG, "tokens": 131_072, "size": 1, "shared": 1, "offload_optimizer": True, "offload_param": True,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "1B": {},
     "1B, compiled": {"compile": True},
@@ -33,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
     "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
     "70B, 8 of 80 layers, zero3, 64 ranks": {
         "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
+    },
+    "8B, 4 of 32 layers, 128k untiled, 8 ranks that share rows": {
+        **LONG, "tokens": 131_072, "tiled": False, "activation_offload": False,
     },
     "1B, lora": {"lora": 16},
     "2 of 48 layers of 30B-A3B": {"names": ["2 layers of 30B-A3B"]},
@@ -67,6 +77,8 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
             gpu=True,
             checkpointing=case["checkpointing"],
             selective=case.get("policy") == "selective",
+            tiled=case["checkpointing"] and case.get("tiled") is not False and case.get("policy") is None,
+            offload_activations=case.get("activation_offload", False),
             compiled=case.get("compile", False),
             frozen=tuple(network(name) for name in case["frozen"]),
         )
@@ -81,3 +93,23 @@ def test_the_plan_is_the_peak(fake: Fake, name: str) -> None:
     estimate = planned(case)
     base = estimate.of("libraries")  # CUDA's context and workspaces, which are not on the fake device
     assert estimate.device - base == pytest.approx(outcome.peak, rel=0.05), outcome.peak_site
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "host"),
+    [
+        pytest.param(LONG, 56e9, 40e9, id="8B, 1M tokens shared by 8 ranks"),
+        pytest.param(ALONE, 56e9, 200e9, id="8B, 128k tokens on one GPU, states in host memory"),
+    ],
+)
+def test_a_long_row_of_8b_fits(fake: Fake, case: dict[str, Any], device: float, host: float) -> None:
+    """At 4 of 32 layers `plan` is the peak; what it says of 32 is within 80 GB, with room. Pinned are the
+    inputs of layers alone, to the byte. Whole depths are in benchmarks/results/long_rows.json."""
+    outcome = fake.run_large({**PLAIN, **case})
+    assert outcome.status == 0, outcome.printed[-3000:]
+    estimate, whole = planned({**PLAIN, **case}), planned({**PLAIN, **case, "names": ["8B"]})
+    assert estimate.device - estimate.of("libraries") == pytest.approx(outcome.peak, rel=0.05), (
+        outcome.peak_site
+    )
+    assert estimate.of("inputs of layers") == outcome.pinned_peak
+    assert whole.device < device < 80e9 and whole.host < host

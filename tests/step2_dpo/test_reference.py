@@ -392,10 +392,10 @@ def test_pairs_that_the_run_never_sees_have_no_number(cached: Cached) -> None:
 
 
 def test_every_module_that_decides_the_reference_s_numbers_is_hashed() -> None:
-    """Of networks, all but scores, exported adapters, what balances the routers of a network that learns, and
-    compiling, which DPO does not do by itself."""
+    """Of networks, all but scores, exported adapters, what balances routers that learn, bytes that go to the
+    host and come back, and compiling, which DPO does not do by itself."""
     hashed = {Path(str(module.__file__)) for module in reference_module.HASHED}
     found = {path for path in Path(str(attention.__file__)).parent.glob("*.py") if path not in hashed}
     assert {path.stem for path in found} == {
-        "__init__", "adapter_folder", "compiled", "router_balance", "scalar_head",
+        "__init__", "activation_offload", "adapter_folder", "compiled", "router_balance", "scalar_head",
     }  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import (
 from common.config import CheckpointingPolicy
 from common.errors import UserError
 from common.model import attention, flash_attention
-from common.model.loading import enable_checkpointing
+from common.model.recomputation import enable_checkpointing
 
 SHAPE = {
     "vocab_size": 64,

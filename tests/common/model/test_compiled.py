@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from common.config import CheckpointingPolicy, Dtype, ModelConfig
 from common.data.batches import collate
 from common.data.types import Batch, TokenizedExample
-from common.model import attention, compiled, loading, packed
+from common.model import attention, compiled, loading, packed, recomputation
 from common.model.architecture import CAUSAL_LM, build_config
 from common.model.packed import PackedCausalLM, batch_arguments
 from common.model.probes import find_shortcuts
@@ -117,7 +117,7 @@ def test_layers_that_are_compiled_and_recomputed_selectively_learn_the_same() ->
     torch.manual_seed(0)
     plain = model("llama")
     ours = copy.deepcopy(plain)
-    loading.enable_checkpointing(ours.base(), CheckpointingPolicy.selective)
+    recomputation.enable_checkpointing(ours.base(), CheckpointingPolicy.selective)
     compiled.compile_layers(ours.base())
     draws = np.random.default_rng(0)
     for number in range(4):

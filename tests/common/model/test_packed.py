@@ -18,9 +18,9 @@ from transformers import (
 from common.data.types import Batch
 from common.model import attention
 from common.model.fused_loss import ScoringHead, TokenLoss
-from common.model.loading import enable_checkpointing
 from common.model.packed import PackedCausalLM, batch_arguments
 from common.model.probes import Shortcuts
+from common.model.recomputation import enable_checkpointing
 from tests.common.model.test_fused_loss import plain_scores
 from tests.packed import packed_lm
 from tests.tiny import SHAPE as DECODER
