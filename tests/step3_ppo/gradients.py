@@ -26,6 +26,7 @@ from step3_ppo.rollout import Experience, Response
 from step3_ppo.state import PPOCounters
 from step3_ppo.update import update
 from tests.packed import packed_lm
+from tests.spread import sharing
 from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
 from tests.step2_dpo.pairs import VOCABULARY, tiny_llama
 
@@ -122,9 +123,7 @@ def tiny_scorer(attn_implementation: str = attention.NAME) -> Any:
 
 
 def plan_of(point: Point, world: World, size: int) -> BatchPlan:
-    return BatchPlan(
-        MAX_LENGTH, point.packing, size, point.micro_batch_size, 0, world.rank, world.size
-    )  # fmt: skip
+    return BatchPlan(MAX_LENGTH, point.packing, size, point.micro_batch_size, 0, **sharing(world))
 
 
 def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, float]]:
@@ -166,8 +165,8 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     return gradients, metrics
 
 
-def main(out: str) -> int:
-    world = init_world()
+def main(out: str, sequence_parallel: int = 1) -> int:
+    world = init_world(sequence_parallel)
     found = {point: one_update(world, point) for point in GRID}
     if world.is_rank0:
         torch.save(found, out)

@@ -11,7 +11,7 @@ import torch
 
 from common.data.types import IGNORE
 from tests import forked
-from tests.spread import GRADIENT_TOLERANCE, relative_error
+from tests.spread import GRADIENT_TOLERANCE, SHARING, Sharing, relative_error
 from tests.step2_dpo.pairs import tiny_llama
 from tests.step3_ppo import gradients
 from tests.step3_ppo.gradients import GRID, KL_COEF, SHIFT, TEMPERATURE, Point, some_experience, tiny_scorer
@@ -85,10 +85,14 @@ def plain_critic() -> Any:
     return float(total.detach()) / tokens, clipped / tokens, grads
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+SHARED_BY_FOUR = [Sharing(4, 2), Sharing(4, 4)]
+
+
+@pytest.fixture(scope="module", params=[*SHARING, *SHARED_BY_FOUR], ids=str)
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Point, Any]:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
+    sharing: Sharing = request.param
+    forked.run(gradients.main, (str(out), sharing.sequence_parallel), sharing.ranks, out.with_suffix(".txt"))
     found: dict[Point, Any] = torch.load(out, weights_only=False)
     return found
 
