@@ -62,7 +62,8 @@ GRID = [
 
 
 def some_experience() -> Experience:
-    """Seven responses of different lengths to four prompts, with made-up numbers; some tokens are clipped."""
+    """Seven responses of different lengths to four prompts, with made-up numbers, also as importance weights;
+    some tokens are clipped."""
     draw = np.random.default_rng(6)
 
     def ids(count: int) -> np.ndarray:
@@ -86,6 +87,7 @@ def some_experience() -> Experience:
         values=numbers(SHIFT, 0.2),
         advantages=numbers(),
         returns=numbers(),
+        importance=np.exp(numbers()),
     )
 
 

@@ -27,7 +27,9 @@ def of_tokens(name: str, response: int) -> torch.Tensor:
 
 
 @cache
-def plain_actor(entropy_coef: float = 1.0, ptx_weight: float = 0.5, kl_coef: float = KL_COEF) -> Any:
+def plain_actor(
+    entropy_coef: float = 1.0, ptx_weight: float = 0.5, kl_coef: float = KL_COEF, weighted: bool = True
+) -> Any:
     """(surrogate per token, share of clipped tokens, gradients) by transformers in float64, a response at a
     time, one backward pass over all."""
     model, terms, surrogates, clipped = tiny_llama("eager").double(), [], [], 0
@@ -40,6 +42,7 @@ def plain_actor(entropy_coef: float = 1.0, ptx_weight: float = 0.5, kl_coef: flo
         advantages = of_tokens("advantages", index)
         surrogate = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         clipped += int((surrogate.detach() > -ratio * advantages).sum())
+        surrogate = surrogate * of_tokens("importance", index) if weighted else surrogate
         distance = of_tokens("ref_logprobs", index) - logprobs
         k3 = distance.exp() - 1 - distance
         entropy = -(of_all.exp() * of_all).sum(-1)
@@ -126,5 +129,5 @@ def test_every_term_and_the_clipping_are_felt() -> None:
     """Guards the comparison."""
     _, clipped, whole = plain_actor()
     assert 0.1 < clipped < 0.9 and 0.1 < plain_critic()[1] < 0.9
-    for changed in ({"entropy_coef": 0.0}, {"ptx_weight": 0.0}, {"kl_coef": 0.0}):
+    for changed in ({"entropy_coef": 0.0}, {"ptx_weight": 0.0}, {"kl_coef": 0.0}, {"weighted": False}):
         assert relative_error(plain_actor(**changed)[2], whole) > 1000 * GRADIENT_TOLERANCE
