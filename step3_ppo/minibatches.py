@@ -71,8 +71,10 @@ def updates_in(responses: int, plan: BatchPlan, epochs: int) -> int:
 @torch.no_grad()
 def computed(batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]) -> np.ndarray:
     """fp32: what `compute` gives for each of this rank's batches, end to end."""
-    found = [compute(batch).float().cpu().numpy() for batch in batches]
-    return np.concatenate([np.empty(0, np.float32), *found])
+    found = [np.empty(0, np.float32)]
+    for batch in batches:
+        found.append(compute(batch).float().cpu().numpy())
+    return np.concatenate(found)
 
 
 def per_token(
