@@ -5,6 +5,7 @@ The gradient is read off a plain SGD step so large that the old weight is lost i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,9 +168,9 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     return gradients, metrics
 
 
-def main(out: str, sequence_parallel: int = 1) -> int:
+def main(out: str, sequence_parallel: int = 1, points: Sequence[Point] = tuple(GRID)) -> int:
     world = init_world(sequence_parallel)
-    found = {point: one_update(world, point) for point in GRID}
+    found = {point: one_update(world, point) for point in points}
     if world.is_rank0:
         torch.save(found, out)
     close_world()
