@@ -34,7 +34,7 @@ from pipeline.config import CONF, PipelineConfig
 from pipeline.disk import check_disk
 from pipeline.experts import check_balanced, check_not_balanced
 from pipeline.plan import STAGES, start_of, wire_run
-from pipeline.sharing import check_batch, check_rows_not_shared, check_sharding
+from pipeline.sharing import check_batch, check_sharding
 from step3_ppo.config import PPOConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
@@ -78,7 +78,6 @@ def check(
     if Step.ppo in config.steps:
         check_ppo(config.ppo)
         check_vllm_policy(config)
-        check_rows_not_shared(config.launch)
         check_not_balanced(config.model)
         config.ppo.check_patience(ranks)
     check_stage_split(config)
@@ -130,7 +129,7 @@ def check_step(config: PipelineConfig, step: Step, models: Mapping[Input, ModelC
     check_watched(part.train.stop_when.metric, part.measured(), part.data, name)
     trained = {f"{name}.optim": (models[Input.policy], part.optim)}
     if step is Step.ppo:
-        check_ptx(part, models[Input.policy], ranks)
+        check_ptx(part, models[Input.policy], config.launch.data_ranks(ranks))
         if part.has_critic:
             trained["ppo.critic.optim"] = (models[part.critic_starts_from], part.critic.optim)
     for key, (_, optim) in trained.items():
@@ -211,7 +210,10 @@ def check_vllm_policy(config: PipelineConfig) -> None:
 
 
 def check_ptx(ppo: PPOConfig, model: ModelConfig, ranks: int) -> None:
-    """Demonstrations are mixed in when there are some, and there are some when they are mixed in."""
+    """Demonstrations are mixed in when there are some, and there are some when they are mixed in.
+
+    ranks: with rows of their own.
+    """
     data, weight = ppo.ptx_data, ppo.ptx_weight
     if weight > 0:
         check_data(data, "ppo.ptx_data")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from common.errors import UserError
-from common.launch_config import LaunchConfig
 from pipeline.config import PipelineConfig
 
 
@@ -23,13 +22,4 @@ def check_sharding(config: PipelineConfig, ranks: int) -> None:
         raise UserError(
             f"deepspeed.hpz_partition_size={size} does not divide the {ranks} rank(s) of this machine",
             hint=f"deepspeed.hpz_partition_size={ranks}" if ranks > 1 else "deepspeed=zero3",
-        )
-
-
-def check_rows_not_shared(launch: LaunchConfig) -> None:
-    """PPO's ranks have rows of their own."""
-    if launch.sequence_parallel > 1:
-        raise UserError(
-            f"launch.sequence_parallel={launch.sequence_parallel} is for sft, reward and dpo, not for ppo",
-            hint="launch.sequence_parallel=1, or a run of its own for the other steps",
         )

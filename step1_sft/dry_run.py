@@ -33,7 +33,7 @@ def forecast(resolved: Path) -> DataCounts:
     counted = replace(job, sft=replace(job.sft, data=reading.data))
     tokenizer = load_sft_tokenizer(counted, resolved.parent / "sft", local_rank=0, say=log.info)
     built = build_data(counted, Step.sft, reading.data, DEMONSTRATIONS, tokenizer, log.info)
-    notice_fallbacks(job.model, CAUSAL_LM, samples=job.sft.sampling.num_prompts > 0)
+    notice_fallbacks(job.model, CAUSAL_LM, job.launch, samples=job.sft.sampling.num_prompts > 0)
     return of_documents(job, reading, job.sft.train, built, tokenizer)
 
 

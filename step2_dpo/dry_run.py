@@ -23,7 +23,7 @@ def forecast(resolved: Path) -> DataCounts:
     job = load_resolved(resolved, DPOJob)
     model = model_to_preview(job.model, job.dpo.policy, "dpo.policy")
     counts = of_pairs(job, Step.dpo, job.dpo.data, job.dpo.train, model)
-    notice_fallbacks(model, CAUSAL_LM, samples=job.dpo.sampling.num_prompts > 0)
+    notice_fallbacks(model, CAUSAL_LM, job.launch, samples=job.dpo.sampling.num_prompts > 0)
     return counts
 
 

@@ -58,7 +58,7 @@ from common.model import (
     tokenizer,
 )
 from common.model.adapters import adapters_off
-from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments, refuse_unsliced
+from common.model.packed import PackedCausalLM, TokenLoss, batch_arguments
 from common.model.sequence import reads_of_group
 from common.runtime.distributed import World, all_gather_arrays, broadcast_from_rank0
 from common.training import frozen
@@ -130,7 +130,6 @@ def other_model(
     """Another policy, on the device while it is asked; and whether it can share prefixes."""
     model = load_frozen_policy(job, artifact, tokenizer, world)
     module = cast(PackedCausalLM, model.module)
-    refuse_unsliced(module.base(), job.launch, world.size)
     yield model, module.shortcuts.shared_prefix
 
 

@@ -23,7 +23,7 @@ def forecast(resolved: Path) -> DataCounts:
     job = load_resolved(resolved, RewardJob)
     model = model_to_preview(job.model, job.reward.policy, "reward.policy")
     counts = of_pairs(job, Step.reward, job.reward.data, job.reward.train, model)
-    notice_fallbacks(model, NEW_REWARD_MODEL)
+    notice_fallbacks(model, NEW_REWARD_MODEL, job.launch)
     return counts
 
 

@@ -44,10 +44,10 @@ def forecast(resolved: Path) -> DataCounts:
     built = build_data(job, Step.ppo, reading.data, dataset_type_of(job), tokenizer, log.info)
     order = PromptOrder(built.train, ppo.rollout.prompts, job.seed, reading.weights(built.weights))
     iterations = ppo.iterations_over(round(order.prompts_per_epoch * reading.scale))
-    notice_fallbacks(model, CAUSAL_LM, samples=True)
+    notice_fallbacks(model, CAUSAL_LM, job.launch, samples=True)
     if ppo.has_critic or ppo.needs(Input.reward_model):
         scoring = model if ppo.reward_model is None else model_of(job.model, Path(ppo.reward_model))
-        notice_fallbacks(scoring, NEW_REWARD_MODEL)
+        notice_fallbacks(scoring, NEW_REWARD_MODEL, job.launch)
     return of_prompts(built, tokenizer, reading, ppo.train, order.prompts_per_epoch, iterations)
 
 

@@ -10,7 +10,7 @@ A group stays together: in an update, and in a row as far as it fits, which comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,47 +68,57 @@ def updates_in(responses: int, plan: BatchPlan, epochs: int) -> int:
     return epochs * math.ceil(responses / plan.global_batch_size)
 
 
-def per_token(
-    experience: Experience, batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]
-) -> np.ndarray:
-    """fp32 [R]: the results of `compute` (fp32 [M] for a batch's M response tokens) for all response tokens.
-
-    batches: this rank's; together the ranks' hold every response once. All ranks get all results.
-    """
-    found = np.empty(experience.num_tokens, np.float32)
-    for response, values in _all_gathered(batches, compute, np.diff(experience.offsets)):
-        found[experience.offsets[response] : experience.offsets[response + 1]] = values
-    return found
-
-
-def per_response(
-    experience: Experience, batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]
-) -> np.ndarray:
-    """float64 [B]: the results of `compute` (a number for each document of a batch) for all responses."""
-    found = np.empty(len(experience.responses), np.float64)
-    ones = np.ones(len(found), np.int64)
-    for response, values in _all_gathered(batches, compute, ones):
-        found[response] = values[0]
-    return found
-
-
-def last_positions(batch: Batch) -> torch.Tensor:
-    """int64 [D]: position of each document's last token, where its reward is read."""
-    return batch.cu_seqlens[1:].long() - 1
-
-
 @torch.no_grad()
-def _all_gathered(
-    batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor], sizes: np.ndarray
-) -> Iterable[tuple[int, np.ndarray]]:
-    """(response, its values) of all ranks' batches. sizes: int64 [B], how many values a response has."""
-    ids, found = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+def computed(batches: Iterable[Batch], compute: Callable[[Batch], torch.Tensor]) -> np.ndarray:
+    """fp32: what `compute` gives for each of this rank's batches, end to end."""
+    found = [np.empty(0, np.float32)]
     for batch in batches:
-        ids.append(np.array(batch.row_ids, np.int64))
-        values = compute(batch).float().cpu().numpy()
-        found.append(values[: sizes[ids[-1]].sum()])  # a filler batch has no response
-    for responses, flat in all_gather_arrays([np.concatenate(ids), np.concatenate(found)]):
-        yield from zip(responses.tolist(), np.split(flat, np.cumsum(sizes[responses])[:-1]), strict=False)
+        found.append(compute(batch).float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def per_token(
+    experience: Experience, batches: Iterable[Batch], shares: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """fp32 [R] by name, for all response tokens, on every rank.
+
+    batches: this rank's; together the ranks' hold every token once. shares: what it `computed` for the M
+    response tokens of each.
+    """
+    places = np.arange(experience.num_tokens, dtype=np.int32)
+    own = [experience.of_targets(places, batch) for batch in batches]
+    return _placed(own, shares, experience.num_tokens)
+
+
+def per_response(experience: Experience, batches: Iterable[Batch], scores: np.ndarray) -> np.ndarray:
+    """float64 [B], for all responses, on every rank.
+
+    batches: this rank's; together the ranks' hold every response once. scores: what it `computed` for the
+    responses that end in each, see `ends_in`.
+    """
+    own = [np.array(batch.row_ids, np.int32)[ends_in(batch)[0].numpy()] for batch in batches]
+    return _placed(own, {"": scores}, len(experience.responses))[""].astype(np.float64)
+
+
+def ends_in(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a batch on the host, or this rank's slice of it: which of its documents end there, and the positions
+    of their last tokens, where their rewards are read. int64 [D] each."""
+    ends = batch.cu_seqlens[1 : 1 + len(batch.row_ids)].long() - 1 - batch.first
+    here = torch.nonzero((ends >= 0) & (ends < batch.input_ids.shape[1]))[:, 0]
+    return here, ends[here]
+
+
+def _placed(
+    places: Sequence[np.ndarray], shares: Mapping[str, np.ndarray], count: int
+) -> dict[str, np.ndarray]:
+    """fp32 [count] by name, from all ranks. places: int32, where this rank's numbers go; end to end they are
+    as many as each share has."""
+    found = {name: np.empty(count, np.float32) for name in shares}
+    own = np.concatenate([np.empty(0, np.int32), *places])
+    for at, *of_rank in all_gather_arrays([own, *shares.values()]):
+        for name, values in zip(shares, of_rank, strict=True):
+            found[name][at] = values
+    return found
 
 
 def _batches(experience: Experience, chosen: np.ndarray, plan: BatchPlan) -> list[Batch]:

@@ -14,17 +14,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from common.artifacts import Artifact
+from common.config import ModelConfig
 from common.data.types import Batch
 from common.handoff import model_of, scores_text
 from common.model.adapters import adapters_off
+from common.model.architecture import CAUSAL_LM, HeadSpec
 from common.model.fused_loss import TokenLoss
 from common.model.loading import disable_dropout, load_model
-from common.model.packed import PackedCausalLM, PackedModel, batch_arguments, document_arguments
+from common.model.packed import (
+    PackedCausalLM,
+    PackedModel,
+    batch_arguments,
+    document_arguments,
+    refuse_unsliced,
+)
 from common.model.partition import share_of
 from common.model.probes import Shortcuts, find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
@@ -35,7 +43,7 @@ from common.training.frozen import Frozen, frozen_settings, load_frozen_policy
 from common.training.learner import Learner, build_learner
 from common.training_config import OptimConfig
 from step3_ppo.config import PPOConfig, PPOJob
-from step3_ppo.minibatches import last_positions, per_token
+from step3_ppo.minibatches import computed, ends_in, per_token
 from step3_ppo.rewards.sources import Calibration
 from step3_ppo.rollout import Experience
 
@@ -108,25 +116,25 @@ class Networks:
         )
 
     def document_scores(self, batch: Batch) -> torch.Tensor:
-        """fp32 [D], the reward model's raw score of each document, read at its last token."""
+        """fp32 [D], the reward model's raw score of each response that ends in a batch, see `ends_in`."""
         assert self.reward_model is not None
-        batch = batch.to(self.device)
-        ends = last_positions(batch)
+        _, ends = ends_in(batch)
+        batch, ends = batch.to(self.device), ends.to(self.device, non_blocking=True)
         return self.reward_model(**document_arguments(batch), score_positions=ends, computed_positions=ends)
 
     def with_token_numbers(
         self, experience: Experience, batches: Sequence[Batch], *, values: bool = True
     ) -> Experience:
         """The experience with log-probabilities of actor and reference and, if asked for, the critic's
-        values. batches: this rank's; together the ranks' hold every response once."""
-        found = replace(experience, old_logprobs=per_token(experience, batches, self.logprobs))
+        values. batches: this rank's; together the ranks' hold every response token once."""
+        shares = {"old_logprobs": computed(batches, self.logprobs)}
         if self.has_reference:
             with nullcontext() if self.reference is None else self.reference.present():
-                ref_logprobs = per_token(experience, batches, self.reference_logprobs)
-            found = replace(found, ref_logprobs=ref_logprobs)
+                shares["ref_logprobs"] = computed(batches, self.reference_logprobs)
         if values and self.critic is not None:
-            found = replace(found, values=per_token(experience, batches, self.values))
-        return found
+            shares["values"] = computed(batches, self.values)
+        found: dict[str, Any] = per_token(experience, batches, shares)
+        return replace(experience, **found)
 
     def train(self) -> None:
         """Adapters' dropout on; the models' own stays off."""
@@ -155,14 +163,14 @@ def build_networks(
 ) -> Networks:
     """All four, ready. actor_updates, critic_updates: in the whole run; their schedules end there."""
     ppo, lora = job.ppo, job.model.lora.enabled
-    model = load_actor(job, policy, tokenizer, world.device)
+    model = load_actor(job, policy, tokenizer, world)
     actor_lr = ppo.peak_lr(lora=lora)
     actor = _learner(
         PackedCausalLM(model, find_shortcuts(model)), ppo.optim, actor_lr, actor_updates, job, world
     )
     critic = None
     if ppo.has_critic:
-        module = load_critic(job, policy, reward_model, tokenizer, world.device)
+        module = load_critic(job, policy, reward_model, tokenizer, world)
         critic_lr = ppo.critic.peak_lr(lora=lora)
         critic = _learner(module, ppo.critic.optim, critic_lr, critic_updates, job, world)
     has_reference = ppo.kl.coef > 0
@@ -184,17 +192,11 @@ def build_networks(
 
 
 def load_actor(
-    job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizerFast, device: torch.device
+    job: PPOJob, policy: Artifact, tokenizer: PreTrainedTokenizerFast, world: World
 ) -> PreTrainedModel:
     """The policy, to be trained; with adapters a PeftModel around it, which begins as the policy itself."""
-    network = load_model(
-        model_of(job.model, policy.path),
-        tokenizer,
-        seed=job.seed,
-        device=device,
-        max_length=job.ppo.data.max_length,
-        share=share_of(job.deepspeed.stage),
-    )
+    settings = model_of(job.model, policy.path)
+    network = _load(settings, tokenizer, CAUSAL_LM, job, world, job.ppo.data.max_length)
     disable_dropout(network)
     return network
 
@@ -204,7 +206,7 @@ def load_critic(
     policy: Artifact,
     reward_model: Artifact | None,
     tokenizer: PreTrainedTokenizerFast,
-    device: torch.device,
+    world: World,
 ) -> Critic:
     """The value network, to be trained; with adapters these and the head are.
 
@@ -217,15 +219,8 @@ def load_critic(
         raise ValueError("a critic that begins as the reward model needs one")
     start = reward_model if from_reward_model and reward_model is not None else policy
     head = REWARD_MODEL if from_reward_model else NEW_REWARD_MODEL
-    network = load_model(
-        model_of(job.model, start.path),
-        tokenizer,
-        head,
-        seed=job.seed,
-        device=device,
-        max_length=job.ppo.data.max_length,
-        share=share_of(job.deepspeed.stage),
-    )
+    settings = model_of(job.model, start.path)
+    network = _load(settings, tokenizer, head, job, world, job.ppo.data.max_length)
     scale, shift = 0.0, 0.0
     if from_reward_model:
         scale, shift = _units(job.ppo, Calibration.of(start.manifest.details, start.path))
@@ -240,16 +235,26 @@ def load_frozen_reward_model(
     settings = frozen_settings(model_of(job.model, reward_model.path))
     if scores_text(reward_model):
         tokenizer = load_tokenizer(settings)
-    network = load_model(
-        settings,
-        tokenizer,
-        REWARD_MODEL,
-        seed=job.seed,
-        device=world.device,
-        share=share_of(job.deepspeed.stage),
-    )
+    network = _load(settings, tokenizer, REWARD_MODEL, job, world)
     module = PackedScalarModel(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=job.ppo.offload_frozen)
+
+
+def _load(
+    settings: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    head: HeadSpec,
+    job: PPOJob,
+    world: World,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """As `load_model`; UserError for a network that cannot share rows where ranks do."""
+    network = load_model(
+        settings, tokenizer, head, seed=job.seed, device=world.device, max_length=max_length,
+        share=share_of(job.deepspeed.stage),
+    )  # fmt: skip
+    refuse_unsliced(network, job.launch, world.size)
+    return network
 
 
 def _units(ppo: PPOConfig, calibration: Calibration) -> tuple[float, float]:

@@ -23,7 +23,7 @@ import numpy as np
 from torch import nn
 
 from common.config import ModelConfig
-from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
+from common.data.types import IGNORE, Batch, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
@@ -108,6 +108,11 @@ class Experience:
         """Out of a flat array [R], the part of these responses, in their order."""
         parts = [values[self.offsets[i] : self.offsets[i + 1]] for i in response_ids]
         return np.concatenate(parts) if parts else values[:0]
+
+    def of_targets(self, values: np.ndarray, batch: Batch) -> np.ndarray:
+        """[M] out of a flat array [R]: of the response tokens of a batch, or of this rank's slice of it."""
+        whole = self.of_tokens(values, batch.row_ids)
+        return whole if batch.own_targets is None else whole[batch.own_targets]
 
 
 class PromptSource(Protocol):

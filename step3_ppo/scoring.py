@@ -23,7 +23,7 @@ from common.data.types import Batch
 from common.errors import UserError
 from common.runtime.distributed import World, all_gather_arrays_or_raise, all_gather_objects
 from step3_ppo.config import PPOConfig
-from step3_ppo.minibatches import batches_in, per_response
+from step3_ppo.minibatches import batches_in, computed, per_response
 from step3_ppo.networks import Networks
 from step3_ppo.rewards.calls import in_whole_groups
 from step3_ppo.rewards.functions import ScoreFunction, load_functions
@@ -167,7 +167,8 @@ class Scoring:
             plan = replace(self._plan, max_length=max(longest, self._plan.max_length))
             batches = batches_in(asked, replace(plan, share_prefix=networks.share_prefix))
         with networks.reward_model.present():
-            scored = per_response(asked, batches, networks.document_scores)
+            scores = computed(batches, networks.document_scores)
+        scored = per_response(asked, batches, scores)
         return same_score_for_same_tokens(experience.responses, scored)
 
     def _read(self, experience: Experience, texts: Texts, reader: TextReader) -> Experience:

@@ -15,6 +15,7 @@ import torch
 
 from common.config import Dtype
 from common.data.batches import Batches
+from common.data.types import Batch
 from common.model.fused_loss import TokenLoss
 from common.model.packed import batch_arguments
 from common.runtime.distributed import all_reduce_sum
@@ -120,18 +121,16 @@ def _actor_gradient(
         scored = networks.score_tokens(batch, with_entropy=True)
         result = policy_loss(
             -scored.token_losses,
-            _part(experience, experience.old_logprobs, batch.row_ids, networks.device),
-            _part(experience, experience.advantages, batch.row_ids, networks.device),
+            _part(experience, experience.old_logprobs, batch, networks.device),
+            _part(experience, experience.advantages, batch, networks.device),
             clip=ppo.clip,
             entropies=scored.token_entropies,
             entropy_coef=ppo.entropy_coef,
-            ref=_part(experience, experience.ref_logprobs, batch.row_ids, networks.device)
-            if in_loss
-            else None,
+            ref=_part(experience, experience.ref_logprobs, batch, networks.device) if in_loss else None,
             kl_coef=kl_coef if in_loss else 0.0,
             importance=None
             if experience.importance is None
-            else _part(experience, experience.importance, batch.row_ids, networks.device),
+            else _part(experience, experience.importance, batch, networks.device),
         )
         networks.actor.engine.backward(result.loss, minibatch.tokens)
         sums.add_policy(result)
@@ -144,8 +143,8 @@ def _critic_gradient(
     for batch in minibatch.micro_batches:
         result = value_loss(
             networks.values(batch),
-            _part(experience, experience.values, batch.row_ids, networks.device),
-            _part(experience, experience.returns, batch.row_ids, networks.device),
+            _part(experience, experience.values, batch, networks.device),
+            _part(experience, experience.returns, batch, networks.device),
             clip=clip,
         )
         networks.critic.engine.backward(result.loss, minibatch.tokens)
@@ -168,8 +167,8 @@ def _add_demonstrations(
 
 
 def _part(
-    experience: Experience, values: np.ndarray | None, responses: Sequence[int], device: torch.device
+    experience: Experience, values: np.ndarray | None, batch: Batch, device: torch.device
 ) -> torch.Tensor:
     """fp32 [M]: the values of a micro-batch's response tokens."""
     assert values is not None
-    return torch.from_numpy(experience.of_tokens(values, responses)).to(device, non_blocking=True)
+    return torch.from_numpy(experience.of_targets(values, batch)).to(device, non_blocking=True)

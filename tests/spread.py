@@ -35,12 +35,14 @@ class Point:
     policy: str = "tied"
     lora: bool = False
     sequence_parallel: int = 1
+    hpz: int = 1
 
     @property
     def name(self) -> str:
         words = [f"ranks{self.ranks}", f"micro{self.micro_batch_size}", f"zero{self.stage}", self.policy]
         words.append("packed" if self.packing else "single")
         words += [f"slices{self.sequence_parallel}"] * (self.sequence_parallel > 1)
+        words += [f"hpz{self.hpz}"] * (self.hpz > 1)
         return "-".join(words + ["checkpointing"] * self.checkpointing + ["lora"] * self.lora)
 
 
@@ -54,6 +56,7 @@ SPREAD = [
     Point(4, 1, False, 3, sequence_parallel=2),
     Point(2, 1, True, 3),
 ]
+HPZ = [Point(4, 1, True, 3, sequence_parallel=2, hpz=2)]
 UNTIED = [Point(1, 8, True, 2, policy="untied"), Point(2, 8, True, 3, policy="untied")]
 LORA = [
     Point(1, 8, True, 1, lora=True),

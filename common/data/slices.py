@@ -74,6 +74,8 @@ def _documents(batch: Batch, rank: int, ranks: int) -> Batch:
         computed_positions=computed,
         padding=min(max(end - (length - batch.padding), 0), size),
         sequence_parallel=ranks,
+        first=first,
+        own_targets=torch.nonzero(is_here)[:, 0].numpy(),
     )
 
 

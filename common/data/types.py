@@ -174,7 +174,9 @@ class Batch:
     computed_positions: int64 [C], the different ones among trained_positions, ascending (None: not listed).
     padding: how many of the N positions, the last ones, are no document's.
     sequence_parallel: ranks that have the sequence, an equal slice each. N and all tensors are this rank's
-    slice's; but cu_seqlens, max_seqlen and shared_prefix tell of the whole.
+    slice's; but cu_seqlens, max_seqlen, shared_prefix and row_ids tell of the whole. first: the position of
+    the sequence at which the slice begins. own_targets: int64 [M], on the host, which of the sequence's
+    targets are the slice's (None: all).
     A batch may have M = 0: ranks that run out of rows still take part in the collectives.
     """
 
@@ -190,6 +192,8 @@ class Batch:
     computed_positions: torch.Tensor | None = None
     padding: int = 0
     sequence_parallel: int = 1
+    first: int = 0
+    own_targets: np.ndarray | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

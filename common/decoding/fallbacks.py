@@ -11,18 +11,22 @@ import dataclasses
 
 from common.config import Dtype, ModelConfig
 from common.decoding.decoder import Decoder
+from common.launch_config import LaunchConfig
 from common.model import attention
 from common.model.architecture import HeadSpec, attention_for, read_config, say_what_differs
 from common.model.loading import make_network
 from common.model.miniature import reduced, small_network
+from common.model.packed import refuse_unsliced
 from common.model.probes import find_shortcuts, isolate_documents
 from common.model.router_balance import routers_of, say_what_it_costs
 from common.notices import notice
 
 
-def notice_fallbacks(model: ModelConfig, head: HeadSpec, *, samples: bool = False) -> None:
+def notice_fallbacks(
+    model: ModelConfig, head: HeadSpec, launch: LaunchConfig, *, samples: bool = False
+) -> None:
     """Notices of a network with this head, sampled from if `samples`. UserError for one that the step would
-    refuse."""
+    refuse, also where ranks share rows (launch)."""
     config = read_config(model)
     attention.register()
     attention_for(config, head)
@@ -39,6 +43,7 @@ def notice_fallbacks(model: ModelConfig, head: HeadSpec, *, samples: bool = Fals
         return
     head.settle(network, in_fp32, 0)
     isolate_documents(network)
+    refuse_unsliced(network, launch)
     shortcuts = find_shortcuts(network)
     if model.router_aux_loss_coef:
         routers_of(network)

@@ -143,12 +143,14 @@ class PackedCausalLM(PackedModel):
         return cast(torch.Tensor, cast(Any, self.base())(**arguments).logits[0])
 
 
-def refuse_unsliced(network: PreTrainedModel, launch: LaunchConfig, ranks: int) -> None:
+def refuse_unsliced(network: PreTrainedModel, launch: LaunchConfig, ranks: int | None = None) -> None:
     """Where ranks share rows, UserError for a network in which a slice of a row would be computed otherwise
-    than within the row, or whose heads they cannot share. ranks: of the run."""
+    than within the row, or whose heads they cannot share. ranks: of the run; None: of a small network, whose
+    heads are others."""
     if launch.sequence_parallel == 1:
         return
-    launch.check_sequence_parallel(ranks, network.config.get_text_config().num_attention_heads)
+    if ranks is not None:
+        launch.check_sequence_parallel(ranks, network.config.get_text_config().num_attention_heads)
     why = reason_of(network)
     kinds = {str(getattr(module, "rope_type", "")) for module in network.modules()}
     if any(named in kind for kind in kinds for named in ROPE_BY_LENGTH):

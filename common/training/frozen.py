@@ -27,7 +27,7 @@ from common.config import (
 )
 from common.handoff import model_of
 from common.model.loading import load_model
-from common.model.packed import PackedCausalLM
+from common.model.packed import PackedCausalLM, refuse_unsliced
 from common.model.partition import share_of
 from common.model.probes import find_shortcuts
 from common.runtime.distributed import World
@@ -115,6 +115,7 @@ def load_frozen_policy(
     """The policy in `job.model.dtype`, without adapters and not quantized: a frozen `PackedCausalLM`."""
     settings, share = frozen_settings(model_of(job.model, policy.path)), share_of(job.deepspeed.stage)
     network = load_model(settings, tokenizer, seed=job.seed, device=world.device, share=share)
+    refuse_unsliced(network, job.launch, world.size)
     module = PackedCausalLM(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=offload)
 

@@ -37,6 +37,7 @@ Say = Callable[[str], None]
 STAGES = (1, 2, 3)
 GUESSED = "what GPUs the machines of launch={kind} have is not known here: planned as for this one"
 NOT_IMPORTED = "what ppo scores with beside a reward model is tried where it runs, before the first step"
+WHOLE_ROLL_OUTS = "ppo: ranks share rows to score and to learn; each samples prompts of its own, unshared"
 WIDTH = 98
 """Of a section's lines, which are moved in by two more."""
 COLUMNS = {
@@ -184,6 +185,7 @@ def schedule_lines(
             )
             notes.append(f"ppo: {about}{found.total_steps:,} iterations, {each} in each")
             notes += [line for line in [part.filling(found.rows)] if line]
+            notes += [WHOLE_ROLL_OUTS] * (config.launch.sequence_parallel > 1)
         elif few := few_steps(part.train, found.total_steps, name.value):
             notes.append(f"{name.value}: {few}")
         for label, rates in learning_rates(config, name, found.total_steps).items():

@@ -128,7 +128,7 @@ class Fake:
         elif step == "ppo":
             job = ppo.make_job(self.folder, self.artifacts(shape), **train)
             rollout = job.ppo.rollout
-            rollout.prompts, rollout.samples_per_prompt = 2 * MICRO_BATCHES * shape.size, 1
+            rollout.prompts, rollout.samples_per_prompt = train["global_batch_size"], 1
             rollout.max_new_tokens, rollout.slots = 4, 3
             job.ppo.data.eval_fraction, job.ppo.ppo_epochs = 0.0, 1
         else:

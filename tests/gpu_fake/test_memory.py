@@ -52,6 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
     "PPO's four 1B, zero2, 8 ranks": {
         "names": ["1B", "1B"], "frozen": ["1B", "1B"], "stage": 2, "size": 8,
     },
+    "PPO's four 1B, zero2, 8 ranks that share rows": {
+        "names": ["1B", "1B"], "frozen": ["1B", "1B"], "tokens": 8 * 4096, "stage": 2, "size": 8, "shared": 8,
+    },
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ SHAPES = {
     "lora, zero2 offload": Shape(stage=2, lora=True, offload_optimizer=True),
     "zero3": Shape(stage=3),
     "8 ranks, zero3": Shape(size=8, stage=3),
+    "2 ranks that share rows": Shape(size=2, stage=2, shared=2),
 }
 
 
@@ -26,7 +27,7 @@ def test_it_trains_and_exports(fake: Fake, name: str) -> None:
     assert "skipped" not in outcome.printed
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero3", "8 ranks, zero3"])
+@pytest.mark.parametrize("name", ["zero1", "zero3", "8 ranks, zero3", "2 ranks that share rows"])
 def test_an_update_waits_for_the_device_where_the_table_says(fake: Fake, name: str) -> None:
     assert_waits(fake.run("ppo", SHAPES[name]), expected("ppo", SHAPES[name]))
 
@@ -55,6 +56,7 @@ def test_a_pass_that_leaves_out_unlikely_tokens_waits_once_too(fake: Fake) -> No
     assert_each_pass_waits_once(outcome)
 
 
-def test_scoring_waits_once_for_each_network_and_micro_batch(fake: Fake) -> None:
-    found = fake.run("ppo", SHAPES["zero1"]).syncs_of(STEPS, ("score",))
+@pytest.mark.parametrize("name", ["zero1", "2 ranks that share rows"])
+def test_scoring_waits_once_for_each_network_and_micro_batch(fake: Fake, name: str) -> None:
+    found = fake.run("ppo", SHAPES[name]).syncs_of(STEPS, ("score",))
     assert found.keys() == SCORING.keys() and found.total() == 4 * 2  # networks, micro-batches

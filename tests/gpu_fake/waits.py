@@ -72,7 +72,7 @@ SAMPLING = {"copy to host: common/decoding/scheduler.py _on_host": "the tokens t
 """Once per pass of the decoder, whether it takes in prompts or not."""
 RECORDING = "synchronize: common/decoding/graphs.py recorded"
 """Once per roll-out and number of rows, where passes without prompts are repeated often enough."""
-SCORING = {"copy to host: step3_ppo/minibatches.py _all_gathered": "what a network says of a micro-batch"}
+SCORING = {"copy to host: step3_ppo/minibatches.py computed": "what a network says of a micro-batch"}
 
 
 def waits_of(step: str, shape: Shape) -> tuple[Wait, ...]:

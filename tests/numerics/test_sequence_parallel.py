@@ -20,4 +20,4 @@ def test_gradient_is_that_of_the_token_mean(tmp_path: Path, ranks: int, sequence
     forked.run(gradients.of_slices, (str(out), sequence_parallel), ranks, tmp_path / "printed.txt")
     reference, computed = gradients.reference_gradient(), torch.load(out)
     errors = {point: relative_error(found, reference) for point, found in computed.items()}
-    assert len(errors) == 7 and max(errors.values()) < GRADIENT_TOLERANCE, errors
+    assert len(errors) == 8 and max(errors.values()) < GRADIENT_TOLERANCE, errors

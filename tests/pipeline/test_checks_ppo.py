@@ -51,11 +51,26 @@ def test_ppo_without_prompts_names_the_missing_key(ppo: PipelineConfig) -> None:
     assert "ppo.data.path is missing" in error_of(ppo).message
 
 
-def test_ppo_says_that_its_ranks_do_not_share_rows(ppo: PipelineConfig) -> None:
+def test_updates_and_demonstrations_have_a_row_for_each_group_of_ranks_that_share_rows(
+    ppo: PipelineConfig,
+) -> None:
+    ppo.ppo.train.global_batch_size = ppo.ppo.ptx_batch_size = 2
+    ppo.ppo.ptx_data, ppo.ppo.ptx_weight = DataConfig(path="rows.jsonl", max_length=256), 0.1
     ppo.launch.sequence_parallel = 2
-    assert "launch.sequence_parallel=2 is for sft, reward and dpo" in error_of(ppo, ranks=2).message
-    ppo.steps = [Step.sft, Step.reward]
-    checks.check(ppo, ranks=2)
+    checks.check(ppo, ranks=4)
+    ppo.ppo.ptx_batch_size = 1
+    assert "ppo.ptx_batch_size=1 is less than the 2 ranks" in error_of(ppo, ranks=4).message
+    ppo.ppo.ptx_batch_size, ppo.launch.sequence_parallel = 4, 1
+    assert "ppo.train.global_batch_size=2 is less than the 4 ranks" in error_of(ppo, ranks=4).message
+
+
+def test_ranks_that_share_rows_share_the_heads_of_the_reward_model_too(ppo: PipelineConfig) -> None:
+    ppo.steps, ppo.launch.sequence_parallel = [Step.ppo], 4
+    ppo.ppo.policy = artifact("policy", 256)
+    ppo.ppo.reward_model = artifact("scorer", 256)
+    checks.check(ppo, ranks=4)
+    Path("scorer", "config.json").write_text(json.dumps({**LLAMA, "num_attention_heads": 6}))
+    assert "does not divide the 6 attention heads" in error_of(ppo, ranks=4).message
 
 
 def test_vllm_samples_from_no_policy_that_it_would_compute_otherwise(

@@ -18,6 +18,7 @@ from pipeline.compose import compose, prepare
 from pipeline.config import PROJECT
 from pipeline.plan import wire_run
 from pipeline.planning.show import (
+    WHOLE_ROLL_OUTS,
     Where,
     launch_lines,
     memory_lines,
@@ -124,6 +125,18 @@ def test_the_batch_arithmetic_is_ranks_times_micro_times_accumulation() -> None:
     ]
     uneven = schedule_lines(config, wire_run(config), Where(3, 3, gpu=False), {Step.sft: COUNTS})
     assert uneven[1].endswith("<= 3 x 4 x 3")
+
+
+def test_ppo_on_shared_rows_counts_groups_of_ranks_and_says_that_sampling_is_not_shared() -> None:
+    typed = ["experiment=gsm8k_rlvr", "steps=[ppo]", "ppo.policy=x", "ppo.train.global_batch_size=64"]
+    counts = {Step.ppo: COUNTS}
+    config = compose(prepare([*typed, "ppo.train.micro_batch_size=4"]).overrides)
+    where = Where(8, 8, gpu=False)
+    alone = schedule_lines(config, wire_run(config), where, counts)
+    assert " 8 x 4 x 2" in alone[1] and WHOLE_ROLL_OUTS not in alone
+    config.launch.sequence_parallel = 4
+    shared = schedule_lines(config, wire_run(config), where, counts)
+    assert " 2 x 4 x 8" in shared[1] and WHOLE_ROLL_OUTS in shared
 
 
 def test_counts_of_a_sample_are_marked_as_estimates() -> None:

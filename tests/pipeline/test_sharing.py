@@ -12,6 +12,7 @@ from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
 from pipeline.planning import memory
+from pipeline.planning.work import Workload
 from pipeline.planning.workload import workload_of
 from tests.pipeline.checking import config_in, error_of
 
@@ -73,3 +74,20 @@ def test_a_rank_has_a_share_of_the_activations(config: PipelineConfig) -> None:
     config.sft.train.micro_batch_size = 1
     assert activations(3) == pytest.approx(activations(1) / 3)
     assert activations(9) == pytest.approx(activations(1) / 9)
+
+
+def test_ranks_of_ppo_share_activations_and_no_caches(config: PipelineConfig) -> None:
+    config.ppo.data.max_length, config.ppo.train.global_batch_size = 252, 9
+    config.ppo.train.micro_batch_size = 1
+
+    def work(shared: int) -> Workload:
+        config.launch.sequence_parallel = shared
+        found = workload_of(config, Step.ppo, 9, gpu=True)
+        assert found is not None
+        return found
+
+    whole, slices = work(1), work(9)
+    for network in range(2):  # actor and critic
+        kept = [memory.activations(each, each.networks[network]) for each in (whole, slices)]
+        assert kept[1] == pytest.approx(kept[0] / 9)
+    assert slices.decoding == whole.decoding is not None

@@ -79,14 +79,21 @@ def reference_gradient() -> dict[str, torch.Tensor]:
 
 
 def pipeline_gradient(
-    world: World, micro_batch_size: int, packing: bool, stage: int, *, checkpointing: bool = False
+    world: World,
+    micro_batch_size: int,
+    packing: bool,
+    stage: int,
+    *,
+    checkpointing: bool = False,
+    hpz: int = 1,
 ) -> dict[str, torch.Tensor] | None:
     """The gradient of one optimizer step over all documents, on rank 0."""
     module = packed_lm(tiny_llama(attention.NAME, checkpointing=checkpointing))
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     config = build_ds_config(
-        DeepSpeedConfig(stage=stage), dtype=Dtype.fp32, max_grad_norm=0.0, micro_batch_size=micro_batch_size,
-        world_size=world.size, num_parameters=sum(p.numel() for p in module.parameters()),
+        DeepSpeedConfig(stage=stage, hpz_partition_size=hpz), dtype=Dtype.fp32, max_grad_norm=0.0,
+        micro_batch_size=micro_batch_size, world_size=world.size,
+        num_parameters=sum(p.numel() for p in module.parameters()),
     )  # fmt: skip
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=LEARNING_RATE), config)
     plan = BatchPlan(MAX_LENGTH, packing, 8, micro_batch_size, 0, **sharing(world))
@@ -125,6 +132,7 @@ def of_slices(out: str, sequence_parallel: int) -> int:
     for stage, packing in itertools.product(ZERO_STAGES, PACKINGS):
         gradients[stage, packing, False] = pipeline_gradient(world, 1, packing, stage)
     gradients[2, True, True] = pipeline_gradient(world, 2, True, 2, checkpointing=True)
+    gradients["hpz"] = pipeline_gradient(world, 1, True, 3, hpz=2)
     if world.is_rank0:
         torch.save(gradients, out)
     close_world()

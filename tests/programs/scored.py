@@ -88,7 +88,8 @@ class Networks:
 
     def document_scores(self, batch: Batch) -> torch.Tensor:
         documents = torch.tensor_split(batch.input_ids[0], batch.cu_seqlens[1:-1].long())
-        return torch.stack([(ids * torch.arange(1, len(ids) + 1)).sum() for ids in documents]).float()
+        scores = torch.stack([(ids * torch.arange(1, len(ids) + 1)).sum() for ids in documents]).float()
+        return scores[: len(batch.row_ids)]  # a filler batch has a document, and no response
 
 
 def scoring_of(reward: dict[str, Any], scorer: str | None, world: World, plan: BatchPlan) -> Scoring:

@@ -125,6 +125,27 @@ def test_ppo_goes_on_within_an_iteration_with_other_ranks_and_another_stage(
     verify(run_dir / "ppo" / "export")
 
 
+def test_ppo_ranks_begin_and_cease_to_share_rows_within_an_iteration(base: Base, tmp_path: Path) -> None:
+    artifacts = make_artifacts(tmp_path, base.tokenizer)
+
+    def write(name: str, shared: int) -> Path:
+        job = make_job(tmp_path, artifacts, max_steps=3, eval_every=0)
+        job.deepspeed.stage, job.launch.sequence_parallel = 2, shared
+        return write_job(job, tmp_path / "runs" / name)
+
+    whole = write("whole", 1)
+    finish(whole, 1, ppo)
+    for ranks, shared, update in [(2, 2, 1), (4, 2, 3), (4, 4, 5)]:  # the first of each iteration's two
+        stopped = ("update", update, 0, signal.SIGTERM)
+        printed = finish(write("shared", shared), ranks, ppo_interrupted, *stopped, code=STOPPED_EXIT_CODE)
+        assert ("after 1 of its updates" in printed) == (update > 1)
+    run_dir = write("shared", 1)
+    finish(run_dir, 2, ppo)
+    names = ("objective/scores", "loss/policy_avg", "loss/value_avg", "objective/kl", "num_tokens")
+    assert close(lines_of(whole), lines_of(run_dir), names)
+    verify(run_dir / "ppo" / "export")
+
+
 def close(whole: list[dict[str, Any]], other: list[dict[str, Any]], names: Sequence[str]) -> bool:
     assert [line["step"] for line in whole] == [line["step"] for line in other] and len(whole) > 2
     for one, two in zip(whole, other, strict=True):

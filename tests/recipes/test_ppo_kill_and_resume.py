@@ -25,19 +25,20 @@ LAST = ITERATIONS * UPDATES
 """Number of the last checkpoint: updates are counted."""
 
 
-def job_of(folder: Path, artifacts: Artifacts, ranks: int) -> PPOJob:
+def job_of(folder: Path, artifacts: Artifacts, ranks: int, shared: int = 1) -> PPOJob:
     """Everything that has a state: both optimizers, a coefficient that moves, an average, dropout."""
     job = make_job(folder, artifacts, max_steps=ITERATIONS, eval_every=2, save_every=1)
     job.model.lora = LoraConfig(enabled=True, r=4, dropout=0.2)
     job.model.dtype, job.deepspeed.stage = (Dtype.bf16, 2) if ranks == 1 else (Dtype.fp32, 3)
+    job.launch.sequence_parallel = shared
     job.ppo.optim.lr = job.ppo.critic.optim.lr = 1e-2
     job.ppo.ppo_epochs, job.ppo.ema_decay = 2, 0.5
     job.ppo.kl.controller, job.ppo.kl.target, job.ppo.kl.horizon = KLController.adaptive, 0.05, 40.0
     return job
 
 
-def prepare(folder: Path, artifacts: Artifacts, name: str, ranks: int) -> Path:
-    return write_job(job_of(folder, artifacts, ranks), folder / "runs" / name)
+def prepare(folder: Path, artifacts: Artifacts, name: str, ranks: int, shared: int = 1) -> Path:
+    return write_job(job_of(folder, artifacts, ranks, shared), folder / "runs" / name)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,19 @@ def test_two_ranks_of_which_either_is_stopped_or_killed_end_with_the_same_bits(
     assert checkpoints(run_dir) == [8, 10] and counters_of(run_dir, 10)["update"] == 2
     finish(run_dir, 2, ppo)
     assert_same_end(whole[2], run_dir)
+
+
+def test_ranks_that_share_rows_end_with_the_same_bits_after_a_stop_and_a_kill(
+    folder: Path, artifacts: Artifacts
+) -> None:
+    untouched, run_dir = (prepare(folder, artifacts, name, 2, shared=2) for name in ("shared", "broken"))
+    finish(untouched, 2, ppo)
+    stop(run_dir, 2, "update", 6)
+    dies(run_dir, 2, "update", 7, 0)
+    dies(run_dir, 2, "scoring", 2, 1)
+    assert checkpoints(run_dir)[-1] == 8
+    finish(run_dir, 2, ppo)
+    assert_same_end(untouched, run_dir)
 
 
 def test_a_run_killed_at_each_moment_of_a_save_ends_with_the_same_bits(

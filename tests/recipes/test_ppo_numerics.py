@@ -44,10 +44,12 @@ class Point:
     packing: bool
     stage: int
     slots: int
+    sequence_parallel: int = 1
 
     @property
     def name(self) -> str:
         rows = "packed" if self.packing else "single"
+        rows += f"-slices{self.sequence_parallel}" * (self.sequence_parallel > 1)
         return f"ranks{self.ranks}-micro{self.micro_batch_size}-{rows}-zero{self.stage}-slots{self.slots}"
 
 
@@ -58,6 +60,9 @@ OTHERS = [
     Point(2, 2, True, 1, 3),
     Point(2, 1, False, 2, 8),
     Point(2, 4, True, 3, 1),
+    Point(2, 2, True, 1, 3, sequence_parallel=2),
+    Point(4, 1, True, 3, 3, sequence_parallel=2),
+    Point(4, 2, False, 2, 8, sequence_parallel=4),
 ]
 
 
@@ -71,6 +76,7 @@ def run_of(artifacts: Artifacts) -> Callable[[Point], Path]:
         job = make_job(folder, artifacts, max_steps=2, micro_batch_size=point.micro_batch_size)
         job.ppo.data.packing, job.deepspeed.stage = point.packing, point.stage
         job.ppo.rollout.slots = point.slots
+        job.launch.sequence_parallel = point.sequence_parallel
         run_job(job, folder / "runs" / point.name, point.ranks)
         return folder / "runs" / point.name
 

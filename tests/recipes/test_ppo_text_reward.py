@@ -97,11 +97,12 @@ def test_the_first_batch_has_mean_0_and_deviation_1_in_these_units(run_dir: Path
     assert 0 < spread < 3 and 0.2 < first.std() / calibration["std"] < 5
 
 
-def test_ranks_of_zero_3_score_alike(run_dir: Path, folder: Path, artifacts: Artifacts) -> None:
+@pytest.mark.parametrize("shared", [1, 2], ids=["rows of their own", "rows that they share"])
+def test_ranks_of_zero_3_score_alike(run_dir: Path, folder: Path, artifacts: Artifacts, shared: int) -> None:
     job = job_of(folder, artifacts, max_steps=1)
-    job.deepspeed.stage = 3
-    run_job(job, folder / "runs" / "two", ranks=2)
-    one, two = (watched(where)["experiences"][0] for where in (run_dir, folder / "runs" / "two"))
+    job.deepspeed.stage, job.launch.sequence_parallel = 3, shared
+    run_job(job, folder / "runs" / f"two {shared}", ranks=2)
+    one, two = (watched(at)["experiences"][0] for at in (run_dir, folder / "runs" / f"two {shared}"))
     assert two.scores["reward_model"] == pytest.approx(one.scores["reward_model"], abs=TOLERANCE)
     assert two.rewards == pytest.approx(one.rewards, abs=1e-3)  # divided by a small deviation
 

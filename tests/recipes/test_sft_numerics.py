@@ -20,6 +20,7 @@ from tests.programs.live_logits import sft_with_live_logits
 from tests.runs import Base, evaluation_lines, finish, training_lines
 from tests.spread import (
     FIRST_TOLERANCE,
+    HPZ,
     LOGIT_TOLERANCE,
     LORA,
     LOSS_TOLERANCE,
@@ -37,6 +38,7 @@ def job_of(base: Base, point: Point) -> SFTJob:
     job = base.job(max_steps=4, eval_every=1, save_every=0, global_batch_size=64)
     job.sft.train.micro_batch_size, job.sft.data.packing = point.micro_batch_size, point.packing
     job.deepspeed.stage, job.model.gradient_checkpointing = point.stage, point.checkpointing
+    job.deepspeed.hpz_partition_size = point.hpz
     job.model.config["tie_word_embeddings"] = point.policy == "tied"
     job.model.lora = LoraConfig(enabled=point.lora, r=4, alpha=8)
     job.launch.sequence_parallel, job.sft.sampling.num_prompts = point.sequence_parallel, 2
@@ -63,7 +65,7 @@ def series(run_dir: Path, name: str) -> list[float]:
     return [line[name] for line in lines]
 
 
-@pytest.mark.parametrize("point", SPREAD[1:], ids=lambda point: point.name)
+@pytest.mark.parametrize("point", [*SPREAD[1:], *HPZ], ids=lambda point: point.name)
 def test_the_whole_runs_numbers_do_not_depend_on_how_it_is_spread(run_of: Any, point: Point) -> None:
     reference, other = run_of(SPREAD[0]), run_of(point)
     assert series(reference, "num_tokens") == series(other, "num_tokens")

@@ -5,6 +5,7 @@ The gradient is read off a plain SGD step so large that the old weight is lost i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from step3_ppo.rollout import Experience, Response
 from step3_ppo.state import PPOCounters
 from step3_ppo.update import update
 from tests.packed import packed_lm
+from tests.spread import sharing
 from tests.step2_dpo.gradients import LEARNING_RATE, engine_of
 from tests.step2_dpo.pairs import VOCABULARY, tiny_llama
 
@@ -61,7 +63,8 @@ GRID = [
 
 
 def some_experience() -> Experience:
-    """Seven responses of different lengths to four prompts, with made-up numbers; some tokens are clipped."""
+    """Seven responses of different lengths to four prompts, with made-up numbers, also as importance weights;
+    some tokens are clipped."""
     draw = np.random.default_rng(6)
 
     def ids(count: int) -> np.ndarray:
@@ -85,6 +88,7 @@ def some_experience() -> Experience:
         values=numbers(SHIFT, 0.2),
         advantages=numbers(),
         returns=numbers(),
+        importance=np.exp(numbers()),
     )
 
 
@@ -122,9 +126,7 @@ def tiny_scorer(attn_implementation: str = attention.NAME) -> Any:
 
 
 def plan_of(point: Point, world: World, size: int) -> BatchPlan:
-    return BatchPlan(
-        MAX_LENGTH, point.packing, size, point.micro_batch_size, 0, world.rank, world.size
-    )  # fmt: skip
+    return BatchPlan(MAX_LENGTH, point.packing, size, point.micro_batch_size, 0, **sharing(world))
 
 
 def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, float]]:
@@ -166,9 +168,9 @@ def one_update(world: World, point: Point) -> tuple[dict[str, Any], dict[str, fl
     return gradients, metrics
 
 
-def main(out: str) -> int:
-    world = init_world()
-    found = {point: one_update(world, point) for point in GRID}
+def main(out: str, sequence_parallel: int = 1, points: Sequence[Point] = tuple(GRID)) -> int:
+    world = init_world(sequence_parallel)
+    found = {point: one_update(world, point) for point in points}
     if world.is_rank0:
         torch.save(found, out)
     close_world()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from common.data.types import IGNORE
 from tests import forked
-from tests.spread import GRADIENT_TOLERANCE, relative_error
+from tests.spread import GRADIENT_TOLERANCE, SHARING, Sharing, relative_error
 from tests.step2_dpo.pairs import tiny_llama
 from tests.step3_ppo import gradients
 from tests.step3_ppo.gradients import GRID, KL_COEF, SHIFT, TEMPERATURE, Point, some_experience, tiny_scorer
@@ -27,7 +28,9 @@ def of_tokens(name: str, response: int) -> torch.Tensor:
 
 
 @cache
-def plain_actor(entropy_coef: float = 1.0, ptx_weight: float = 0.5, kl_coef: float = KL_COEF) -> Any:
+def plain_actor(
+    entropy_coef: float = 1.0, ptx_weight: float = 0.5, kl_coef: float = KL_COEF, weighted: bool = True
+) -> Any:
     """(surrogate per token, share of clipped tokens, gradients) by transformers in float64, a response at a
     time, one backward pass over all."""
     model, terms, surrogates, clipped = tiny_llama("eager").double(), [], [], 0
@@ -40,6 +43,7 @@ def plain_actor(entropy_coef: float = 1.0, ptx_weight: float = 0.5, kl_coef: flo
         advantages = of_tokens("advantages", index)
         surrogate = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         clipped += int((surrogate.detach() > -ratio * advantages).sum())
+        surrogate = surrogate * of_tokens("importance", index) if weighted else surrogate
         distance = of_tokens("ref_logprobs", index) - logprobs
         k3 = distance.exp() - 1 - distance
         entropy = -(of_all.exp() * of_all).sum(-1)
@@ -85,10 +89,11 @@ def plain_critic() -> Any:
     return float(total.detach()) / tokens, clipped / tokens, grads
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=SHARING, ids=str)
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Point, Any]:
     out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    forked.run(gradients.main, (str(out),), request.param, out.with_suffix(".txt"))
+    sharing: Sharing = request.param
+    forked.run(gradients.main, (str(out), sharing.sequence_parallel), sharing.ranks, out.with_suffix(".txt"))
     found: dict[Point, Any] = torch.load(out, weights_only=False)
     return found
 
@@ -101,7 +106,18 @@ def name_of(point: Point) -> str:
 def test_both_gradients_are_those_of_means_over_the_tokens_of_all_ranks(
     computed: dict[Point, Any], point: Point
 ) -> None:
-    found, metrics = computed[point]
+    assert_expected(*computed[point])
+
+
+@pytest.mark.parametrize("sequence_parallel", [2, 4])
+def test_four_ranks_that_share_rows_have_them_too(tmp_path: Path, sequence_parallel: int) -> None:
+    out, points = tmp_path / "gradients.pt", (GRID[0], GRID[5])
+    forked.run(gradients.main, (str(out), sequence_parallel, points), 4, tmp_path / "printed.txt")
+    for found, metrics in torch.load(out, weights_only=False).values():
+        assert_expected(found, metrics)
+
+
+def assert_expected(found: Any, metrics: dict[str, float]) -> None:
     surrogate, clipped, expected = plain_actor()
     assert relative_error(found["actor"], expected) < GRADIENT_TOLERANCE
     assert metrics["loss/policy_avg"] == pytest.approx(surrogate, rel=1e-5)
@@ -122,5 +138,5 @@ def test_every_term_and_the_clipping_are_felt() -> None:
     """Guards the comparison."""
     _, clipped, whole = plain_actor()
     assert 0.1 < clipped < 0.9 and 0.1 < plain_critic()[1] < 0.9
-    for changed in ({"entropy_coef": 0.0}, {"ptx_weight": 0.0}, {"kl_coef": 0.0}):
+    for changed in ({"entropy_coef": 0.0}, {"ptx_weight": 0.0}, {"kl_coef": 0.0}, {"weighted": False}):
         assert relative_error(plain_actor(**changed)[2], whole) > 1000 * GRADIENT_TOLERANCE

@@ -12,7 +12,8 @@ from common.data.batches import BatchPlan
 from common.data.types import Batch
 from step3_ppo.minibatches import (
     batches_in,
-    last_positions,
+    computed,
+    ends_in,
     minibatches_of,
     per_response,
     per_token,
@@ -30,6 +31,16 @@ def plan_of(rank: int = 0, ranks: int = 1, micro: int = 2, packing: bool = True,
 
 def responses_of(minibatch: list[Batch]) -> list[int]:
     return sorted(response for batch in minibatch for response in batch.row_ids)
+
+
+def ids(batch: Batch) -> torch.Tensor:
+    """The token that each target is."""
+    return batch.targets.float()
+
+
+def last_ids(batch: Batch) -> torch.Tensor:
+    """The last token of each response that ends in a batch."""
+    return batch.input_ids[0, ends_in(batch)[1]].float()
 
 
 def passes(plan: BatchPlan, iteration: int = 0, epoch: int = 0) -> list[list[int]]:
@@ -137,14 +148,13 @@ def test_numbers_come_back_in_the_order_of_the_responses(packing: bool) -> None:
     experience = some_experience()
     batches = batches_in(experience, plan_of(packing=packing))
     assert [batch.row_ids for batch in batches] != [tuple(range(7))]  # packing has moved them, or split them
-    of_tokens = per_token(experience, batches, lambda batch: batch.targets.float())
-    assert of_tokens.dtype == np.float32
-    assert of_tokens.tolist() == np.concatenate([r.tokens for r in experience.responses]).tolist()
-
-    def last_ids(batch: Batch) -> torch.Tensor:
-        return batch.input_ids[0, last_positions(batch)]
-
-    of_responses = per_response(experience, batches, last_ids)
+    shares = {"ids": computed(batches, ids), "twice": computed(batches, lambda batch: 2 * ids(batch))}
+    of_tokens = per_token(experience, batches, shares)
+    assert all(found.dtype == np.float32 for found in of_tokens.values())
+    expected = np.concatenate([response.tokens for response in experience.responses])
+    assert of_tokens["ids"].tolist() == expected.tolist()
+    assert of_tokens["twice"].tolist() == (2 * expected).tolist()
+    of_responses = per_response(experience, batches, computed(batches, last_ids))
     assert of_responses.dtype == np.float64
     assert of_responses.tolist() == [response.tokens[-1] for response in experience.responses]
 
@@ -153,14 +163,31 @@ def test_a_rank_without_a_response_answers_for_none() -> None:
     experience = some_experience()
     one = Experience(experience.responses[:1])
     (filler,) = batches_in(one, plan_of(rank=1, ranks=2))
-    assert filler.row_ids == () and len(last_positions(filler)) == 1
-    # it computes a number for its one token of filling, which is nobody's
-    found = per_response(
-        one, [filler, *batches_in(one, plan_of())], lambda batch: last_positions(batch).float()
-    )
-    assert found.tolist() == [PROMPTS[0] + RESPONSES[0] - 1]
-    found = per_token(one, [filler, *batches_in(one, plan_of())], lambda batch: batch.targets.float())
-    assert found.tolist() == one.responses[0].tokens.tolist()
+    assert filler.row_ids == () and len(ends_in(filler)[0]) == 0
+    both = [filler, *batches_in(one, plan_of())]
+    assert per_response(one, both, computed(both, last_ids)).tolist() == [one.responses[0].tokens[-1]]
+    assert per_token(one, both, {"": computed(both, ids)})[""].tolist() == one.responses[0].tokens.tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 16])
+def test_ranks_that_share_rows_have_each_token_and_each_response_once(ranks: int) -> None:
+    experience, plan = two_prompts(), replace(plan_of(), max_length=2 * MAX_LENGTH)
+    (whole,) = minibatches_of(experience, replace(plan, global_batch_size=6), iteration=0, epoch=0)
+    assert any(batch.shared_prefix for batch in whole.micro_batches)  # a first token is told by the prompt
+    of_ranks = [
+        batches_in(experience, replace(plan, sequence_rank=rank, sequence_parallel=ranks))
+        for rank in range(ranks)
+    ]
+    parts = [batch for batches in of_ranks for batch in batches]
+    assert {len(batches) for batches in of_ranks} == {len(of_ranks[0])}
+    assert sum(len(ends_in(part)[0]) for part in parts) == len(experience.responses)
+    assert sum(len(part.targets) for part in parts) == experience.num_tokens
+    tokens = np.concatenate([response.tokens for response in experience.responses])
+    assert per_token(experience, parts, {"": computed(parts, ids)})[""].tolist() == tokens.tolist()
+    for part in parts:
+        assert experience.of_targets(tokens, part).tolist() == part.targets.tolist()
+    last = per_response(experience, parts, computed(parts, last_ids))
+    assert last.tolist() == [response.tokens[-1] for response in experience.responses]
 
 
 def test_what_is_asked_carries_no_gradient() -> None:
@@ -172,5 +199,5 @@ def test_what_is_asked_carries_no_gradient() -> None:
         grads.append((batch.targets.float() * weight).requires_grad)
         return batch.targets.float()
 
-    per_token(experience, batches_in(experience, plan_of()), compute)
+    computed(batches_in(experience, plan_of()), compute)
     assert grads and not any(grads)

@@ -55,11 +55,11 @@ def tokenizer_of(job: PPOJob) -> Any:
 
 
 def actor_of(job: PPOJob) -> PackedCausalLM:
-    return packed_lm(load_actor(job, policy_of(job), tokenizer_of(job), CPU))
+    return packed_lm(load_actor(job, policy_of(job), tokenizer_of(job), WORLD))
 
 
 def critic_of(job: PPOJob) -> PackedScalarModel:
-    return load_critic(job, policy_of(job), reward_model_of(job), tokenizer_of(job), CPU)
+    return load_critic(job, policy_of(job), reward_model_of(job), tokenizer_of(job), WORLD)
 
 
 def scores(run: Any) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_a_critic_of_zeros_learns(job: PPOJob) -> None:
 
 def test_without_a_reward_model_a_critic_that_needs_one_is_a_programming_error(job: PPOJob) -> None:
     with pytest.raises(ValueError, match="reward model"):
-        load_critic(job, policy_of(job), None, tokenizer_of(job), CPU)
+        load_critic(job, policy_of(job), None, tokenizer_of(job), WORLD)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -12,6 +12,7 @@ from common import notices
 from common.config import Dtype, ModelConfig
 from common.decoding.fallbacks import notice_fallbacks
 from common.errors import UserError
+from common.launch_config import LaunchConfig
 from common.model.architecture import CAUSAL_LM
 from common.model.loading import load_model
 from common.model.scalar_head import NEW_REWARD_MODEL
@@ -35,7 +36,7 @@ def model_of(kind: str, *, checkpointing: bool = False, **fields: Any) -> ModelC
 def foreseen(model: ModelConfig) -> list[str]:
     said: list[str] = []
     notices.listen(said.append)
-    notice_fallbacks(model, CAUSAL_LM)
+    notice_fallbacks(model, CAUSAL_LM, LaunchConfig())
     return said
 
 
@@ -63,9 +64,16 @@ def test_a_model_that_does_everything_has_nothing_to_say() -> None:
 
 def test_what_the_step_would_refuse_is_refused() -> None:
     with pytest.raises(UserError, match="model_type=bert has attention to later tokens"):
-        notice_fallbacks(model_of("bert"), CAUSAL_LM)
+        notice_fallbacks(model_of("bert"), CAUSAL_LM, LaunchConfig())
     with pytest.raises(UserError, match="lfm2 does not make a reward model: transformers has no Sequence"):
-        notice_fallbacks(model_of("lfm2"), NEW_REWARD_MODEL)
+        notice_fallbacks(model_of("lfm2"), NEW_REWARD_MODEL, LaunchConfig())
+
+
+def test_a_network_that_cannot_share_rows_is_refused_where_ranks_do() -> None:
+    shared = LaunchConfig(sequence_parallel=2)
+    notice_fallbacks(model_of("llama", **SHAPE), CAUSAL_LM, shared)
+    with pytest.raises(UserError, match="model_type=falcon cannot share rows"):
+        notice_fallbacks(model_of("falcon", **KINDS["falcon"]), CAUSAL_LM, shared)
 
 
 def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +82,7 @@ def test_a_package_that_is_lacking_is_an_error_that_names_the_type(monkeypatch: 
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", from_config)
     with pytest.raises(UserError, match="model_type=llama does not make a causal LM: ImportError: .*PIL"):
-        notice_fallbacks(model_of("llama", **SHAPE), CAUSAL_LM)
+        notice_fallbacks(model_of("llama", **SHAPE), CAUSAL_LM, LaunchConfig())
 
 
 def test_where_nothing_can_be_asked_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
