@@ -31,11 +31,12 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
+from common.training.eight_bit import encoded
 from common.training.masters import share_masters
 from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 from common.training.snapshot import Open
-from common.training.stored_state import held_by, read_state, stored_optimizer
+from common.training.stored_state import held_by, loss_scaler_for, read_state
 
 STATE_TAG = "zero"
 """Name of the folder DeepSpeed writes below a checkpoint."""
@@ -252,7 +253,7 @@ class Engine:
                 raise refusal
         weights = [values.pop(WEIGHTS) for values in held]
         self._load_buffers(folder)
-        scaler = stored_optimizer(folder, 0).get("loss_scaler") if same_dtype else None
+        scaler = loss_scaler_for(self._world_size, folder, len(stored.ranks)) if same_dtype else None
         self._load_optimizer(held, scaler)
         for master, values in zip(self.master_weights(), weights, strict=True):
             master.copy_(values)
@@ -263,7 +264,7 @@ class Engine:
         zero = self._engine.optimizer
         if self.zero_stage == 3:
             zero._set_fp32_optimizer_param_groups()  # in between it hides them
-        state = {number: values for number, values in enumerate(states) if values}
+        state = {number: encoded(values, zero.optimizer) for number, values in enumerate(states) if values}
         zero.optimizer.load_state_dict(
             {"state": state, "param_groups": zero.optimizer.state_dict()["param_groups"]}
         )
