@@ -9,6 +9,7 @@ from common.fields import number, require
 
 class OptimizerName(Enum):
     adamw = "adamw"
+    adamw_bf16 = "adamw_bf16"
     adamw_8bit = "adamw_8bit"
     paged_adamw_8bit = "paged_adamw_8bit"
     adafactor = "adafactor"

@@ -62,6 +62,9 @@ class Engine:
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
         """How the trained weights and the optimizer's state are divided over the ranks."""
+        if (place := getattr(optimizer, "place", None)) is not None:
+            own = self.layout.ranks[dist.get_rank()]
+            place({master: shard.pieces for master, shard in zip(self._masters(), own, strict=True)})
 
     @property
     def module(self) -> torch.nn.Module:

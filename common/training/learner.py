@@ -43,7 +43,7 @@ def build_learner(
 ) -> Learner:
     """The module under ZeRO, as the job says. steps: of the optimizer, after which the schedule ends."""
     schedule = build_schedule(optim, steps)
-    optimizer = build_optimizer(module, optim, peak_lr)
+    optimizer = build_optimizer(module, optim, peak_lr, seed=job.seed)
     config = build_ds_config(
         job.deepspeed,
         dtype=job.model.dtype,
