@@ -1,8 +1,8 @@
 """AdamW whose two moments are kept in bf16, rounded stochastically: 4 bytes of each weight instead of 8.
 
-The update is that of `torch.optim.AdamW` (arXiv 1711.05101), in fp32, with the moments as they are before they
-are rounded; weights are not rounded. A moment that changes by less than half of bf16's last place (2^-9 of
-its size) would never change if it were rounded to nearest, as the second with `betas[1]=0.999`; up or down
+The update is that of `torch.optim.AdamW` (arXiv 1711.05101), in fp32, with the moments as they are before
+they are rounded; weights are not rounded. A moment that changes by less than half of bf16's last place (2^-9
+of its size) would never change if it were rounded to nearest, as the second with `betas[1]=0.999`; up or down
 at random, with the right mean, it follows its fp32 twin (stochastic rounding: arXiv 2010.06192).
 
 The random bits of an element are a hash of seed, applied step, parameter and place in the parameter. They do
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from common.training.reshard import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CHUNK = {"cpu": 2**16, "cuda": 2**24}
-"""Elements that are updated at once: of them alone there are fp32 copies. On the CPU they stay in its cache."""
+CHUNK = {"cpu": 2**16, "cuda": 2**22}
+"""Elements that are updated at once: of them alone are there fp32 copies. On the CPU its cache holds them."""
 
 
 class AdamWBf16(torch.optim.Optimizer):
