@@ -154,6 +154,31 @@ def write(folder: str, cases: list[Case]) -> int:
     return 0
 
 
+def same_bits(folder: str, cases: list[Case]) -> int:
+    """A second engine of the same ranks goes on from the first one's state, and ends with the same bits."""
+    world = init_world()
+    for case in cases:
+        where = Path(folder) / case.name
+        where.mkdir(parents=True, exist_ok=True)
+        ends = []
+        for first in (True, False):
+            engine = engine_of(case, world, noise=0.0 if first else 0.5)
+            average = ExponentialMovingAverage(engine, 0.8)
+            if first:
+                learn(engine, world, range(BEFORE), average)
+                engine.save(where, Snapshot(where, None).open)
+                barrier()
+            else:
+                assert engine.load(where) is None, case.name
+            learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
+            ends.append(engines.weights_of(engine, world))
+            if case.optimizer is OptimizerName.adamw_bf16:
+                kept = engine._engine.optimizer.optimizer.state.values()
+                assert kept and all(state["exp_avg"].dtype is torch.bfloat16 for state in kept), case.name
+        assert engines.differing(*ends) == [], case.name
+    return 0
+
+
 def averaged_weights(
     engine: Engine, average: ExponentialMovingAverage, world: World
 ) -> dict[str, torch.Tensor]:

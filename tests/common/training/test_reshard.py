@@ -106,7 +106,7 @@ def test_a_layout_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 ADAFACTOR, MUON, BF16, FP16 = OptimizerName.adafactor, OptimizerName.muon, Dtype.bf16, Dtype.fp16
-EIGHT_BIT = OptimizerName.adamw_8bit
+ADAMW_BF16, EIGHT_BIT = OptimizerName.adamw_bf16, OptimizerName.adamw_8bit
 WAYS = [
     (Case(stage=2), Case(stage=3)),
     (Case(stage=3, frozen=True, offload=True), Case(stage=1, frozen=True)),
@@ -118,9 +118,21 @@ WAYS = [
     (Case(dtype=BF16, stage=3, lora=True), Case(dtype=BF16, stage=2, lora=True)),
     (Case(stage=3, hpz=2), Case(stage=3)),
     (Case(stage=1), Case(stage=3, hpz=2)),
+    (Case(ADAMW_BF16, stage=2), Case(ADAMW_BF16, stage=3, offload=True)),
+    (Case(ADAMW_BF16, dtype=BF16, stage=3, lora=True), Case(ADAMW_BF16, dtype=BF16, stage=1, lora=True)),
 ]
 if importlib.util.find_spec("bitsandbytes"):
     WAYS.append((Case(EIGHT_BIT, stage=2), Case(EIGHT_BIT, stage=3)))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_same_ranks_go_on_with_the_same_bits(tmp_path: Path, ranks: int) -> None:
+    cases = [
+        Case(ADAMW_BF16, dtype=BF16, stage=1),
+        Case(ADAMW_BF16, stage=2, offload=True),
+        Case(ADAMW_BF16, stage=3, lora=True),
+    ]
+    forked.run(divided.same_bits, (str(tmp_path), cases), ranks, tmp_path / "output.txt")
 
 
 @pytest.mark.slow
