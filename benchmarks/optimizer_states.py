@@ -110,7 +110,7 @@ def _learn(name: str, side: Side, documents: list[torch.Tensor]) -> None:
             trained_positions=torch.arange(length - 1), targets=ids[1:],
         )  # fmt: skip
         side.engine.backward(scored.loss_sum, tokens)
-        total += float(scored.loss_sum)
+        total += float(scored.loss_sum.detach())
     rounded, begun = adamw_bf16.rounded, time.process_time()
     if name == "nearest":
         adamw_bf16.rounded = lambda values, noise: values.bfloat16()

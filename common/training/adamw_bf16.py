@@ -65,19 +65,22 @@ class AdamWBf16(torch.optim.Optimizer):
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
-        flat = [tensor.view(-1) for tensor in (parameter, parameter.grad, *(state[key] for key in MOMENTS))]
+        assert parameter.grad is not None
+        weights, gradient = parameter.view(-1), parameter.grad.view(-1)
+        first, second = (state[key].view(-1) for key in MOMENTS)
         for begin, end, noise in self._stretches(parameter, state["step"], name):
-            _update(*(tensor[begin:end] for tensor in flat), noise, state["step"], group)
+            here = slice(begin, end)
+            _update(weights[here], gradient[here], first[here], second[here], noise, state["step"], group)
 
     def _stretches(
         self, parameter: torch.Tensor, step: int, name: str
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Begin and end in the flat tensor, and 32 random bits for each element between."""
-        largest = CHUNK.get(parameter.device.type, CHUNK["cuda"])
-        if parameter.device not in self._places:
-            most = min(largest, max(p.numel() for group in self.param_groups for p in group["params"]))
-            self._places[parameter.device] = torch.arange(most, dtype=torch.int32, device=parameter.device)
-        places = self._places[parameter.device]
+        device = parameter.device
+        wanted = min(CHUNK.get(device.type, CHUNK["cuda"]), parameter.numel())
+        places = self._places.get(device)
+        if places is None or len(places) < wanted:  # ZeRO-3 shows one tensor at a time, also small ones
+            places = self._places[device] = torch.arange(wanted, dtype=torch.int32, device=device)
         for piece in self._pieces.get(parameter) or ((name, 0, 0, parameter.numel()),):
             of, first, offset, length = piece
             key = hashlib.blake2b(f"{self._seed} {step} {of}".encode(), digest_size=8).digest()
