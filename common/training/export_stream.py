@@ -159,10 +159,12 @@ def stream_weights(engine: Engine, model: PreTrainedModel, folder: Path, *, writ
         writer.take(name, tensor)
     if writer is None:
         return Streamed(folder, {}, tied)
-    error = writer.finish() or (base and base.finish())
+    error = writer.finish()
+    if base is not None:
+        error = error or base.finish()
     if error is not None:
         forget_base(folder)
-    merged = merging and Merged(names, merging.adapters, merging.differences)
+    merged = None if merging is None else Merged(names, merging.adapters, merging.differences)
     return Streamed(folder, writer.sha256, tied, error, merged)
 
 

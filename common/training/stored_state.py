@@ -38,8 +38,8 @@ def loss_scaler_for(world_size: int, folder: Path, written_by: int) -> Any:
     A rank's gradients carry its loss scale times the world size: their product stays, so that the same passes
     overflow as before.
     """
-    scaler = stored_optimizer(folder, 0).get("loss_scaler")
-    if getattr(scaler, "dynamic", False):
+    scaler: Any = stored_optimizer(folder, 0).get("loss_scaler")
+    if scaler is not None and scaler.dynamic:
         scaler.cur_scale = max(scaler.min_scale, scaler.cur_scale * written_by / world_size)
     return scaler
 
