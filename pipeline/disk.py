@@ -42,7 +42,7 @@ def disk_needed(models: Sequence[ModelConfig], zero_stage: int = 1) -> int:
     """Bytes for a checkpoint of local models and the export of the first; a constant where sizes are unknown.
 
     A full checkpoint holds the weights and three fp32 numbers for each (the optimizer's own copy
-    and two moments); with adapters only the export counts, on ZeRO-3 with what they are merged into beside it.
+    and two moments); with adapters only the export counts, on ZeRO-3 with what they are merged into.
     """
     needed = SMALLEST_DISK
     for index, model in enumerate(models):
