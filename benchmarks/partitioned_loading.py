@@ -6,9 +6,9 @@ that of its weights alone. Measured on each rank: the peak of its own memory (Rs
 the mapped files (RssFile), which the system takes back when it needs them, and CPU-seconds. The bar of a
 rank: model / ranks + two largest tensors + 0.5 GB. The whole network on n ranks takes n times its memory, by
 default it is loaded by one. With `--export 2` the network is also exported from an engine on two ranks,
-tensor by tensor and whole; there the memory counts that comes on top of the engine's, on rank 0. Writes
-`results/partitioned_loading.json`, or `partitioned_export.json`; exit status 1 when a rank that loads its
-part is above its bar.
+tensor by tensor and whole, with `--merge 2` under adapters on all linear layers; there the memory counts that
+comes on top of the engine's, on rank 0. Writes `results/partitioned_loading.json`, `partitioned_export.json`
+or `partitioned_merge.json`; exit status 1 when a rank that loads its part is above its bar.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--whole", type=int, nargs="*", default=[1], help="ranks that load it whole")
     parser.add_argument("--export", type=int, nargs="*", default=[], help="ranks that export it")
+    parser.add_argument("--merge", type=int, nargs="*", default=[], help="ranks that export it with adapters")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # on a rank, started by this program
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -54,6 +55,7 @@ def main() -> int:
         return 0
     sides = [("parts", ranks) for ranks in arguments.ranks] + [("whole", ranks) for ranks in arguments.whole]
     sides += [(side, ranks) for ranks in arguments.export for side in ("export", "export whole")]
+    sides += [(side, ranks) for ranks in arguments.merge for side in ("merge", "merge whole")]
     with tempfile.TemporaryDirectory(prefix="loading_", dir=PROJECT / "benchmarks") as temporary:
         sizes = write_model(Path(temporary))
         runs = []
@@ -62,7 +64,8 @@ def main() -> int:
                 runs.append(measured(Path(temporary), ranks, side, sizes))
                 print(runs[-1], flush=True)
     print(text(runs))
-    name = "partitioned_export" if arguments.export else "partitioned_loading"
+    kind = "merge" if arguments.merge else "export" if arguments.export else "loading"
+    name = f"partitioned_{kind}"
     print(f"written: {write_results(name, {'model': sizes, 'runs': runs})}")
     return int(any(run["side"] == "parts" and run["peak_gb"] > run["bar_gb"] for run in runs))
 
@@ -126,23 +129,24 @@ def load(folder: str, *, in_parts: bool) -> dict[str, float]:
     return found
 
 
-def _module(folder: str, in_parts: bool) -> Any:
+def _module(folder: str, in_parts: bool, adapted: bool = False) -> Any:
     import torch
 
-    from common.config import Dtype, ModelConfig
+    from common.config import Dtype, LoraConfig, ModelConfig
     from common.model.loading import load_model
     from common.model.packed import PackedCausalLM
     from common.model.partition import share_of
     from common.model.probes import find_shortcuts
     from common.model.tokenizer import load_tokenizer
 
-    model, share = ModelConfig(path=folder, dtype=Dtype.bf16), share_of(3) if in_parts else None
+    lora, share = LoraConfig(enabled=adapted), share_of(3) if in_parts else None
+    model = ModelConfig(path=folder, dtype=Dtype.bf16, lora=lora)
     network = load_model(model, load_tokenizer(model), seed=0, device=torch.device("cpu"), share=share)
     return PackedCausalLM(network, find_shortcuts(network))
 
 
-def export(folder: str, *, streamed: bool) -> dict[str, float]:
-    """On one rank: export from an engine that took no step."""
+def export(folder: str, *, streamed: bool, adapted: bool = False) -> dict[str, float]:
+    """On one rank: export from an engine that took no step, with adapters that changed."""
     import torch
 
     from common.config import DeepSpeedConfig, Dtype, ModelConfig
@@ -153,12 +157,17 @@ def export(folder: str, *, streamed: bool) -> dict[str, float]:
     from common.training.export import ask_live, export_model
     from common.training.export_stream import stream_weights
 
-    world, module = init_world(), _module(folder, True)
+    world, module = init_world(), _module(folder, True, adapted)
     config = build_ds_config(
         DeepSpeedConfig(stage=3), dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1,
         world_size=world.size, num_parameters=1_000_000,
     )  # fmt: skip
-    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=1.0), config)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine = Engine(module, torch.optim.SGD(trained, lr=1.0), config)
+    if adapted:  # half of them begin as zero
+        for master in engine.master_weights():
+            master.add_(1e-3)
+        engine.publish_master_weights()
     engine.eval()
     tokenizer, out = load_tokenizer(ModelConfig(path=folder)), Path(folder) / "out" / "export"
     probe = ask_live(module, [torch.arange(3, 35)])
@@ -179,6 +188,8 @@ SIDES: dict[str, Callable[[str], dict[str, float]]] = {
     "whole": partial(load, in_parts=False),
     "export": partial(export, streamed=True),
     "export whole": partial(export, streamed=False),
+    "merge": partial(export, streamed=True, adapted=True),
+    "merge whole": partial(export, streamed=False, adapted=True),
 }
 
 

@@ -64,6 +64,14 @@ class Offload(Enum):
     cpu = "cpu"
 
 
+NO_NVME = (
+    "DeepSpeed 0.19.8 resumes without the optimizer's step and small tensors, and copies its files past the "
+    "checkpoint's hashes: deepspeed=zero3_offload, or optim.name=adamw_bf16 or adamw_8bit"
+)
+"""Why there is no third."""
+WITHOUT_NVME = f"allowed: none, cpu; with nvme {NO_NVME}"
+
+
 def dtype_on(dtype: Dtype, *, gpu: bool) -> Dtype:
     """What `auto` stands for, by the kind of device alone; any other as it is.
 
@@ -330,9 +338,9 @@ class DeepSpeedConfig:
         2, 1, 3, note="in stage 0 bf16 takes a wrong first step, fp32 has no NaN guard: deepspeed=zero1"
     )
     """1: optimizer state sharded; 2: gradients too; 3: parameters too"""
-    offload_optimizer: Offload = Offload.none
+    offload_optimizer: Offload = field(default=Offload.none, metadata={"way_out": WITHOUT_NVME})
     """keep optimizer state in host memory (stage 2, 3)"""
-    offload_param: Offload = Offload.none
+    offload_param: Offload = field(default=Offload.none, metadata={"way_out": WITHOUT_NVME})
     """keep parameters in host memory (stage 3)"""
     hpz_partition_size: int = number(1, 1, 65_536)
     """ZeRO++ secondary partition: ranks per node (stage 3)"""

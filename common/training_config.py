@@ -9,6 +9,7 @@ from common.fields import number, require
 
 class OptimizerName(Enum):
     adamw = "adamw"
+    adamw_bf16 = "adamw_bf16"
     adamw_8bit = "adamw_8bit"
     paged_adamw_8bit = "paged_adamw_8bit"
     adafactor = "adafactor"
@@ -77,7 +78,7 @@ class OptimConfig:
     """Optimizer and schedule."""
 
     name: OptimizerName = OptimizerName.adamw
-    """adamw is torch's fused one"""
+    """adamw is torch's fused one, adamw_bf16 keeps its moments in bf16, rounded stochastically"""
     lr: Optional[float] = number(None, 0, 10, above=True, note="Muon takes larger ones than AdamW")
     """peak learning rate; by default SFT 2e-5, reward model 1e-5, DPO 5e-7, with LoRA ten times that"""
     betas: List[float] = number([0.9, 0.95], 0, 1, below=True)

@@ -25,7 +25,7 @@ from common.training_config import OptimConfig
 from pipeline import schema
 from pipeline.config import CONF, PipelineConfig, register
 from pipeline.experiments import content, of_other_rows
-from pipeline.habits import meant
+from pipeline.habits import meant, not_offered
 from pipeline.plan import STAGES
 
 if TYPE_CHECKING:
@@ -377,7 +377,7 @@ def _unknown_option(error: Any) -> UserError:
     near = schema.nearest(option, options)
     listed = f"allowed: {', '.join(sorted(options))}" if options else f"there is no folder conf/{group}"
     hint = f"did you mean {group}={near}? {listed}" if near else listed
-    return UserError(f"{group}={option} is unknown", hint=hint)
+    return UserError(f"{group}={option} is unknown", hint=not_offered(option) or hint)
 
 
 def _did_you_mean(key: str, steps: Sequence[str] = ()) -> str:

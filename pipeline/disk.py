@@ -29,7 +29,7 @@ def check_disk(config: PipelineConfig, models: Sequence[ModelConfig]) -> None:
             f"output_dir={folder}: {existing} cannot be written (read-only, or not yours)",
             hint="output_dir=ANOTHER_FOLDER",
         )
-    free, needed = shutil.disk_usage(existing).free, disk_needed(models)
+    free, needed = shutil.disk_usage(existing).free, disk_needed(models, config.deepspeed.stage)
     if free < needed:
         has, wants = f"{free / 2**30:.2f} GiB", f"{needed / 2**30:.2f} GiB"
         raise UserError(
@@ -38,17 +38,18 @@ def check_disk(config: PipelineConfig, models: Sequence[ModelConfig]) -> None:
         )
 
 
-def disk_needed(models: Sequence[ModelConfig]) -> int:
+def disk_needed(models: Sequence[ModelConfig], zero_stage: int = 1) -> int:
     """Bytes for a checkpoint of local models and the export of the first; a constant where sizes are unknown.
 
     A full checkpoint holds the weights and three fp32 numbers for each (the optimizer's own copy
-    and two moments); with adapters only the export counts.
+    and two moments); with adapters only the export counts, on ZeRO-3 with what they are merged into.
     """
     needed = SMALLEST_DISK
     for index, model in enumerate(models):
         if model.path is None or not Path(model.path).is_dir():
             continue
         weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
-        copies = 0 if model.lora.enabled else 4 if model.dtype is Dtype.fp32 else 7
+        beside = int(zero_stage == 3 and index == 0)
+        copies = beside if model.lora.enabled else 4 if model.dtype is Dtype.fp32 else 7
         needed += weights * (copies + (index == 0))
     return needed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from common.config import NO_NVME
 from common.stage import Step
 
 STEP = "{step}"
@@ -127,6 +128,23 @@ REMARKS = {
 }
 """What differs so much that the key alone misleads."""
 
+NOT_OFFERED = {
+    "nvme": NO_NVME,
+    "zenflow": "ZenFlow updates most weights later than their gradients come: other numbers than AdamW's; "
+    "deepspeed=zero2_offload is exact",
+    "superoffload": "SuperOffload keeps AdamW's moments in a process that writes no checkpoint: "
+    "deepspeed=zero3_offload resumes bit for bit",
+    "bf16optimizerstates": "there they are rounded to nearest, with weights in bf16 alone: "
+    "optim.name=adamw_bf16 rounds stochastically and keeps fp32 weights",
+}
+"""What DeepSpeed has and no run takes, by its name without signs, and why (docs/performance.md)."""
+
+
+def not_offered(text: str) -> str | None:
+    """Why what is named somewhere in a key, an option or a message is not offered; None for any other."""
+    letters = "".join(filter(str.isalnum, text.lower()))
+    return next((reason for name, reason in NOT_OFFERED.items() if name in letters), None)
+
 
 NO_EXPERTS = (
     "expert parallelism is not offered, docs/scale.md says why; deepspeed=zero3 divides experts over ranks"
@@ -149,7 +167,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def meant(key: str, steps: Sequence[str] = ()) -> str | None:
-    """The hint for an unknown key that other programs have; None for any other.
+    """The hint for an unknown key that other programs or DeepSpeed have; None for any other.
 
     key: dotted, as it was typed; its last part is looked up. steps: of the run, one for each key that every
     step has; a step at the key's beginning comes before them.
@@ -159,7 +177,7 @@ def meant(key: str, steps: Sequence[str] = ()) -> str | None:
     if refused := [REFUSED[part] for part in (name, *typed.split(".")) if part in REFUSED]:
         return refused[0]
     if name not in MEANT:
-        return None
+        return not_offered(key)
     own = [step for step in typed.split(".")[:1] if step in Step.__members__]
     of_steps = own or list(steps) or [Step.sft.value]
     *others, last = dict.fromkeys(MEANT[name].replace(STEP, step) for step in of_steps)

@@ -218,10 +218,23 @@ def merged_weights(adapted: nn.Module) -> Iterator[tuple[str, torch.Tensor, floa
 
     adapted: a PeftModel whose weights are whole; it is left as it was. One layer at a time is held in fp32.
     """
+    for name, layer in adapted_layers(adapted):
+        yield name, *merged_weight(layer)
+
+
+def adapted_layers(adapted: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """For each adapted tensor its name in the model without adapters, and peft's layer around it."""
     for name, layer in _layers(adapted):
-        whole = copy.deepcopy(layer).float().eval()
-        merged = _merged(whole)
-        yield _adapted_name(name, layer), merged, _difference(whole, merged)
+        yield _adapted_name(name, layer), layer
+
+
+@torch.no_grad()
+def merged_weight(layer: nn.Module) -> tuple[torch.Tensor, float]:
+    """The merge of one of `adapted_layers` and its difference, as `merged_weights` has them. The layer's own
+    tensors are whole; others of the network may be missing."""
+    whole = copy.deepcopy(layer).float().eval()
+    merged = _merged(whole)
+    return merged, _difference(whole, merged)
 
 
 def _merged(layer: Any) -> torch.Tensor:

@@ -33,12 +33,13 @@ from common.errors import UserError
 from common.model.tiled_mlp import is_tiled
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
+from common.training.eight_bit import encoded
 from common.training.gradients import FlatGradients, lie_end_to_end
 from common.training.masters import share_masters
 from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
 from common.training.snapshot import Open
-from common.training.stored_state import held_by, read_state, stored_optimizer
+from common.training.stored_state import held_by, loss_scaler_for, read_state
 
 STATE_TAG = "zero"
 """Name of the folder DeepSpeed writes below a checkpoint."""
@@ -67,6 +68,9 @@ class Engine:
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
         """How the trained weights and the optimizer's state are divided over the ranks."""
+        if (place := getattr(optimizer, "place", None)) is not None:
+            own = self.layout.ranks[dist.get_rank()]
+            place({master: shard.pieces for master, shard in zip(self._masters(), own, strict=True)})
 
     @property
     def module(self) -> torch.nn.Module:
@@ -271,7 +275,7 @@ class Engine:
                 raise refusal
         weights = [values.pop(WEIGHTS) for values in held]
         self._load_buffers(folder)
-        scaler = stored_optimizer(folder, 0).get("loss_scaler") if same_dtype else None
+        scaler = loss_scaler_for(self._world_size, folder, len(stored.ranks)) if same_dtype else None
         self._load_optimizer(held, scaler)
         for master, values in zip(self.master_weights(), weights, strict=True):
             master.copy_(values)
@@ -282,7 +286,7 @@ class Engine:
         zero = self._engine.optimizer
         if self.zero_stage == 3:
             zero._set_fp32_optimizer_param_groups()  # in between it hides them
-        state = {number: values for number, values in enumerate(states) if values}
+        state = {number: encoded(values, zero.optimizer) for number, values in enumerate(states) if values}
         zero.optimizer.load_state_dict(
             {"state": state, "param_groups": zero.optimizer.state_dict()["param_groups"]}
         )

@@ -44,7 +44,7 @@ from common.model.tokenizer import terminators_of
 from common.stage import Role
 from common.training.export_check import Probe, check, is_compiled
 from common.training.export_model import own_names, rebuild
-from common.training.export_stream import Streamed, empty, partial_of, save_config
+from common.training.export_stream import Streamed, empty, partial_of, save_config, with_base
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -103,10 +103,10 @@ def export_model(
             )
         probe = replace(probe, unit=_head_norm(state))
     partial = partial_of(folder)
-    with disk_errors_of_weights(folder):
+    with disk_errors_of_weights(folder), with_base(folder):
         if streamed is None:
             empty(partial)
-        rebuilt = rebuild(module, state, partial)
+        rebuilt = rebuild(module, state, partial, None if streamed is None else streamed.merges())
         _save(rebuilt.saved, module, tokenizer, partial, _save_weights if streamed is None else save_config)
         checked = check(partial, rebuilt, module, probe)
         known = {**_details(rebuilt.saved, tokenizer), **checked.figures, **details}

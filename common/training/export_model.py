@@ -8,7 +8,7 @@ live module, and judges nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,10 +32,16 @@ class Rebuilt:
     merge_differences: Mapping[str, float] = field(default_factory=dict)  # by tensor: see `merged_weights`
 
 
-def rebuild(module: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: Path) -> Rebuilt:
+def rebuild(
+    module: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    merges: Iterable[tuple[str, torch.Tensor, float]] | None = None,
+) -> Rebuilt:
     """A second model around the tensors of `state`; adapters are written to `folder`, then merged.
 
-    state: the module's weights, as `own_names` returns them.
+    state: the module's weights, as `own_names` returns them. merges: what `merged_weights` gives, where it is
+    there already.
     """
     is_adapted = hasattr(module, "peft_config")
     base = unwrapped(module)
@@ -46,12 +52,12 @@ def rebuild(module: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: 
         return Rebuilt(with_weights(type(base), plain_config(base), state))
     plain = {base_name(name): tensor for name, tensor in state.items() if is_of_base(name)}
     beside = with_weights(type(base), plain_config(base), plain, runs=True)
-    tied = _tied_names(beside)
-    adapted = _with_adapters(module, beside, state)
+    tied = tied_names(beside)
+    adapted = with_adapters(module, beside, state)
     cast(Any, adapted).save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
     (folder / ADAPTER_FOLDER / CARD).unlink(missing_ok=True)  # peft's, with blanks and the base's path
     config, differences = plain_config(base), {}
-    for name, merged, difference in merged_weights(adapted):
+    for name, merged, difference in merged_weights(adapted) if merges is None else merges:
         differences[name] = difference
         plain[name] = merged.to(plain[name].dtype)  # the only rounding
     if tied & set(differences):  # what was one tensor is two now
@@ -79,7 +85,8 @@ def own_names(
     state_dict: None for the module's own.
     """
     own = module.state_dict()
-    names = {name for name in own if not is_scale(name, own)}
+    taken = (name for name in own if is_adapter(name) or is_of_base(name))
+    names = {name for name in taken if not is_scale(name, own)}
     state = own if state_dict is None else state_dict
     if not names <= set(state):
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -124,10 +131,10 @@ def with_weights(
     return model.eval()
 
 
-def _with_adapters(
+def with_adapters(
     module: PreTrainedModel, base: PreTrainedModel, state: Mapping[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """`base`, with the module's adapters and their weights in `state` around it."""
+    """`base`, with the module's adapters and their weights in `state` around it; its own may be missing."""
     import peft
 
     config = copy.deepcopy(cast(Any, module).peft_config[ADAPTER])
@@ -143,7 +150,8 @@ def _with_adapters(
     return cast("PreTrainedModel", adapted)
 
 
-def _tied_names(model: PreTrainedModel) -> set[str]:
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Of tensors that are one with another, and of those."""
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {*tied, *tied.values()}
 

@@ -1,8 +1,9 @@
 """An artifact's weights from a partitioned model to its files, tensor by tensor: no process holds them all.
 
 Takes an engine on ZeRO-3 and the model that it trains; rank 0 writes files of safetensors, each tensor when
-it is gathered, and hashes what it writes. `Streamed` gives the tensors back, mapped from the files, and
-compares the files with what was written. Writes neither config nor tokenizer, and judges no answers.
+it is gathered, and hashes what it writes. Adapters are merged on the way; what they were merged into is
+written beside, until the artifact has been checked. `Streamed` gives the tensors back, mapped from the files,
+and compares the files with what was written. Writes neither config nor tokenizer, and judges no answers.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,9 +21,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from common.artifacts import FileRecord
+from common.model.adapters import (
+    adapted_layers,
+    base_name,
+    is_adapter,
+    is_of_base,
+    merged_weight,
+    unwrapped,
+)
 from common.notices import notice
 from common.training.engine import Engine
-from common.training.export_model import plain_config
+from common.training.export_model import plain_config, tied_names, with_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,25 +39,57 @@ if TYPE_CHECKING:
 SHARD_SIZE = "5GB"
 """Of the largest file, as most models on the hub have it: the files are hashed side by side."""
 
+BASE = "base.safetensors"
+"""File of the tensors that adapters were merged into."""
+
 WHOLE = "rank 0 gathers all weights before it exports them"
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """What rank 0 wrote below a folder. error: of the disk, after which nothing was written."""
+class Merged:
+    """Adapters that were merged on the way. Names are those of the model without adapters."""
 
-    folder: Path
+    names: Mapping[str, str]  # of all tensors in the files, and of the same tensors in the module
+    adapters: Mapping[str, torch.Tensor]  # by the module's names
+    differences: Mapping[str, float]  # of each merge: see `adapters.merged_weights`
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What rank 0 wrote for the artifact at `export`. error: of the disk, after which nothing was written."""
+
+    export: Path
     sha256: Mapping[str, str]  # of each file, of the bytes that it was given
     tied: Mapping[str, str]  # names of tensors that are not written, and the names of those they are
     error: OSError | None = None
+    merged: Merged | None = None
 
     def read(self) -> dict[str, torch.Tensor]:
-        """All tensors, mapped from the files: they take memory of the system's that it can take back."""
+        """All tensors under the module's names, mapped from the files: they take memory of the system's that
+        it can take back. Adapters stand beside what they were merged into."""
+        from safetensors.torch import load_file
+
+        state = self._written()
+        if self.merged is None:
+            return state
+        state |= load_file(_base_of(self.export) / BASE)
+        return {self.merged.names[name]: tensor for name, tensor in state.items()} | dict(
+            self.merged.adapters
+        )
+
+    def merges(self) -> Iterator[tuple[str, torch.Tensor, float]] | None:
+        """What `adapters.merged_weights` gives, mapped from the files; None without adapters."""
+        if self.merged is None:
+            return None
+        state, differences = self._written(), self.merged.differences
+        return ((name, state[name], differences[name]) for name in differences)
+
+    def _written(self) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         state: dict[str, torch.Tensor] = {}
         for name in self.sha256:
-            state |= load_file(self.folder / name)
+            state |= load_file(partial_of(self.export) / name)
         return state | {name: state[source] for name, source in self.tied.items()}
 
     def fault(self, records: Mapping[str, FileRecord]) -> str | None:
@@ -62,6 +103,25 @@ class Streamed:
 def partial_of(folder: Path) -> Path:
     """Where the artifact at `folder` is made, before it is committed."""
     return folder.with_name(folder.name + ".tmp")
+
+
+def _base_of(folder: Path) -> Path:
+    """Where the tensors are kept that adapters were merged into, while the artifact is made."""
+    return folder.with_name(folder.name + ".base.tmp")
+
+
+def forget_base(folder: Path) -> None:
+    """Remove what only the check of the artifact at `folder` needs."""
+    shutil.rmtree(_base_of(folder), ignore_errors=True)
+
+
+@contextmanager
+def with_base(folder: Path) -> Iterator[None]:
+    """While an artifact is made and checked, after which what only the check needs is removed."""
+    try:
+        yield
+    finally:
+        forget_base(folder)
 
 
 def empty(partial: Path) -> None:
@@ -81,17 +141,31 @@ def stream_weights(engine: Engine, model: PreTrainedModel, folder: Path, *, writ
     if reason is not None or blank is None:
         notice(WHOLE, str(reason))
         return None
-    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in blank}
-    tensors = {name: tensor for name, tensor in _tensors(model).items() if name in blank and name not in tied}
+    found = _tensors(model)
+    names = {name: own for name, own in _names_in_files(found).items() if name in blank}
+    merging = _Merging(engine, model, found) if hasattr(model, "peft_config") else None
+    tied = {name: source for name, source in _tied(model, merging).items() if name in names}
+    tensors = {name: found[own] for name, own in names.items() if name not in tied}
     files = _files(tensors)
     order = {name: tensors[name] for names in files.values() for name in names}
     writer = _Writer(partial_of(folder), files, tensors) if writes else None
+    base = _base_writer(folder, merging, order) if writes and merging is not None else None
     for name, tensor in engine.whole_weights(order):
-        if writer is not None:
-            writer.take(name, tensor)
+        if writer is None:
+            continue
+        if base is not None and merging is not None and name in merging.layers:
+            base.take(name, tensor)
+            tensor = merging.merge(name, names[name], tensor)
+        writer.take(name, tensor)
     if writer is None:
-        return Streamed(partial_of(folder), {}, tied)
-    return Streamed(partial_of(folder), writer.finish(), tied, writer.error)
+        return Streamed(folder, {}, tied)
+    error = writer.finish()
+    if base is not None:
+        error = error or base.finish()
+    if error is not None:
+        forget_base(folder)
+    merged = None if merging is None else Merged(names, merging.adapters, merging.differences)
+    return Streamed(folder, writer.sha256, tied, error, merged)
 
 
 def save_config(saved: PreTrainedModel, folder: Path) -> None:
@@ -107,14 +181,15 @@ def _why_whole(model: PreTrainedModel) -> tuple[str | None, set[str] | None]:
     """Why a model cannot be written tensor by tensor; else the names of its tensors in a file."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    if hasattr(model, "peft_config"):
-        return "adapters are merged with the whole model at hand", None
+    if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+        return "adapters are merged with 4-bit weights when all are at hand", None
+    base = unwrapped(model)
     with torch.device("meta"):
-        blank = type(model)(plain_config(model)).state_dict()
-        own = set(blank) - set(model._keys_to_ignore_on_save or ())
-        names = set(revert_weight_conversion(type(model)(plain_config(model)), dict(blank)))
+        blank = type(base)(plain_config(base)).state_dict()
+        own = set(blank) - set(base._keys_to_ignore_on_save or ())
+        names = set(revert_weight_conversion(type(base)(plain_config(base)), dict(blank)))
     if names != set(blank):
-        return f"model_type={model.config.model_type} has other tensors in its files than in memory", None
+        return f"model_type={base.config.model_type} has other tensors in its files than in memory", None
     return None, own
 
 
@@ -122,6 +197,46 @@ def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters, which ZeRO-3 knows, and buffers that are saved, by name."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers())
+
+
+def _names_in_files(names: Iterable[str]) -> dict[str, str]:
+    """Of tensors of the module that the artifact has, by their names without adapters."""
+    return {base_name(name): name for name in names if is_of_base(name)}
+
+
+def _tied(model: PreTrainedModel, merging: _Merging | None) -> dict[str, str]:
+    """Tensors that are another one; with an adapter on either there are two."""
+    base = unwrapped(model)
+    if merging is not None and tied_names(base) & set(merging.layers):
+        return {}
+    return dict(base.all_tied_weights_keys)
+
+
+class _Merging:
+    """The adapters of a partitioned model, whole, around a base whose tensors come one after the other."""
+
+    def __init__(self, engine: Engine, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+        """A collective, after which every rank has the adapters."""
+        own = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+        self.adapters = {name: whole.detach().cpu().clone() for name, whole in engine.whole_weights(own)}
+        self.differences: dict[str, float] = {}
+        base = unwrapped(model)
+        with torch.device("meta"):
+            empty_base = type(base)(plain_config(base))
+        self._adapted = with_adapters(model, empty_base, self.adapters)
+        self.layers = dict(adapted_layers(self._adapted))
+
+    def merge(self, name: str, own: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The next tensor with its adapter, rounded once. own: its name in the module."""
+        whole = tensor.detach().cpu()
+        self._adapted.load_state_dict({own: whole}, strict=False, assign=True)
+        merged, self.differences[name] = merged_weight(self.layers[name])
+        self._adapted.load_state_dict({own: whole.to("meta")}, strict=False, assign=True)
+        return merged.to(tensor.dtype)
+
+
+def _base_writer(folder: Path, merging: _Merging, order: Mapping[str, torch.Tensor]) -> _Writer:
+    return _Writer(_base_of(folder), {BASE: [name for name in order if name in merging.layers]}, order)
 
 
 def _shape(tensor: Any) -> torch.Size:
@@ -180,12 +295,17 @@ class _Writer:
         except OSError as error:
             self.error = error
 
-    def finish(self) -> dict[str, str]:
-        """SHA-256 of the bytes of each file."""
+    def finish(self) -> OSError | None:
+        """Close the last file; the error after which nothing was written."""
         try:
             self._open.close()
         except OSError as error:
             self.error = self.error or error
+        return self.error
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of the bytes of each file."""
         return {file: found.hexdigest() for file, found in self._hashes.items()}
 
     def _write(self, data: Any) -> None:

@@ -56,7 +56,7 @@ def build_learner(
     coefficient = job.model.router_aux_loss_coef
     balance = RouterBalance(module, coefficient) if coefficient else None  # before DeepSpeed's own hooks
     schedule = build_schedule(optim, steps)
-    optimizer = build_optimizer(module, optim, peak_lr)
+    optimizer = build_optimizer(module, optim, peak_lr, seed=job.seed)
     config = build_ds_config(
         job.deepspeed,
         dtype=job.model.dtype,

@@ -41,14 +41,23 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> ParameterG
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: torch.nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """The client optimizer for `module`'s trainable parameters at peak learning rate `lr`."""
+def build_optimizer(
+    module: torch.nn.Module, optim: OptimConfig, lr: float, *, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The client optimizer for `module`'s trainable parameters at peak learning rate `lr`.
+
+    seed: of what is rounded at random.
+    """
     groups = parameter_groups(module, optim.weight_decay)
     betas = (optim.betas[0], optim.betas[1])
     if optim.name is OptimizerName.adamw:
         import torch
 
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optim.eps, fused=True)
+    if optim.name is OptimizerName.adamw_bf16:
+        from common.training.adamw_bf16 import AdamWBf16
+
+        return AdamWBf16(groups, lr, betas, optim.eps, seed)
     if optim.name is OptimizerName.adafactor:
         return _adafactor(groups, lr)
     if optim.name is OptimizerName.muon:

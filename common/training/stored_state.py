@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from common.training.eight_bit import decoded
 from common.training.reshard import WEIGHTS
 
 
 def held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
-    """The contents of a rank's file: weights and optimizer state of each flat tensor."""
+    """Of a rank's file: weights and optimizer state of each flat tensor, 8-bit moments in fp32."""
     stored = stored_optimizer(folder, rank)
     if "fp32_flat_groups" in stored:  # stage 3
         weights, optimizer = stored["fp32_flat_groups"], stored["optimizer_state_dict"]
     else:
         weights, optimizer = stored["single_partition_of_fp32_groups"], stored["base_optimizer_state"]
     return [
-        {WEIGHTS: master.detach(), **optimizer["state"].get(number, {})}
+        {WEIGHTS: master.detach(), **decoded(optimizer["state"].get(number, {}))}
         for number, master in enumerate(weights)
     ]
 
@@ -29,6 +30,18 @@ def held_by(folder: Path, rank: int) -> list[dict[str, Any]]:
 def stored_optimizer(folder: Path, rank: int) -> dict[str, Any]:
     path = next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     return dict(read_state(path, mmap=True)["optimizer_state_dict"])
+
+
+def loss_scaler_for(world_size: int, folder: Path, written_by: int) -> Any:
+    """fp16's loss scaler for that many ranks; in other dtypes it is a constant, or None.
+
+    A rank's gradients carry its loss scale times the world size: their product stays, so that the same passes
+    overflow as before.
+    """
+    scaler: Any = stored_optimizer(folder, 0).get("loss_scaler")
+    if scaler is not None and scaler.dynamic:
+        scaler.cur_scale = max(scaler.min_scale, scaler.cur_scale * written_by / world_size)
+    return scaler
 
 
 def read_state(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:

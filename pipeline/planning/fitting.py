@@ -20,7 +20,8 @@ WORTH_NAMING = 0.97
 """A way out needs less than this share of what the run needs."""
 
 
-FULL, EIGHT_BIT = 8.0, 2.0
+FULL = 8.0
+SMALLER_STATES = {"adamw_bf16": 4.0, "adamw_8bit": 2.0}
 """Bytes of AdamW's states for each weight."""
 GPUS = {"H100 (85.5 GB)": 81_559 * 2**20, "H200 (151 GB)": 143_771 * 2**20}
 """Bytes as nvidia-smi says them."""
@@ -63,7 +64,7 @@ def ways_out_of(work: Workload, step: Step, config: PipelineConfig, limit: float
 
 
 def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tuple[str, Workload]]:
-    """(overrides, the work with them): smaller passes, recomputation, its inputs in host memory, 8-bit
+    """(overrides, the work with them): smaller passes, recomputation, its inputs in host memory, smaller
     optimizer states, sharding and offload; and all of these but the states."""
     name, micro = step.value, getattr(config, step.value).train.micro_batch_size
     smallest, small = work, ""
@@ -84,8 +85,9 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
     if work.gpu and not work.offload_activations:
         moved = f"{recompute} model.activation_offload=true".lstrip()
         yield moved, dataclasses.replace(in_full(work), offload_activations=True)
-    if work.gpu and (smaller := with_8bit_states(work)) != work:
-        yield f"optim@{name}.optim=adamw_8bit", smaller
+    for optimizer, state_bytes in SMALLER_STATES.items():
+        if work.gpu and (smaller := with_states(work, state_bytes)) != work:
+            yield f"optim@{name}.optim={optimizer}", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
     everything = in_full(smallest)
@@ -102,10 +104,10 @@ def in_full(work: Workload) -> Workload:
     return dataclasses.replace(work, checkpointing=True, selective=False, tiled=True, compiled=False)
 
 
-def with_8bit_states(work: Workload) -> Workload:
-    """With AdamW's two states in 8 bits instead of 32."""
+def with_states(work: Workload, state_bytes: float) -> Workload:
+    """With that many bytes for AdamW's two states of a weight instead of 8."""
     networks = tuple(
-        dataclasses.replace(part, state_bytes=EIGHT_BIT if part.state_bytes == FULL else part.state_bytes)
+        dataclasses.replace(part, state_bytes=state_bytes if part.state_bytes == FULL else part.state_bytes)
         for part in work.networks
     )
     return dataclasses.replace(work, networks=networks)

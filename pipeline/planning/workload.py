@@ -25,6 +25,7 @@ PAIR = 2
 
 STATE_BYTES = {
     OptimizerName.adamw: 8.0,  # two fp32 moments
+    OptimizerName.adamw_bf16: 4.0,
     OptimizerName.adamw_8bit: 2.0,
     OptimizerName.paged_adamw_8bit: 2.0,
     OptimizerName.adafactor: 4.0,  # not factored on ZeRO's flat shards: one fp32 number

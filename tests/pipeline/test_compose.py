@@ -113,6 +113,23 @@ def test_an_unknown_option_of_a_group_lists_the_options() -> None:
     assert "did you mean experiment=gsm8k?" in error_of("experiment=gsm8")
 
 
+@pytest.mark.parametrize(
+    ("typed", "why"),
+    [
+        ("deepspeed=zero3_nvme", "resumes without the optimizer's step"),
+        ("deepspeed.offload_optimizer=nvme", "resumes without the optimizer's step"),
+        ("deepspeed.nvme_path=/nvme", "deepspeed=zero3_offload"),
+        ("+deepspeed.zenflow.topk_ratio=0.1", "ZenFlow updates most weights later"),
+        ("+deepspeed.super_offload=true", "writes no checkpoint"),
+        ("deepspeed.bf16_optimizer_states=true", "optim.name=adamw_bf16"),
+    ],
+)
+def test_what_deepspeed_has_and_no_run_takes_is_refused_with_the_reason(typed: str, why: str) -> None:
+    message = error_of(*JOB, typed)
+    assert why in message and typed.partition("=")[0].strip("+").partition(".")[0] in message
+    assert len(message.splitlines()) == 2
+
+
 def test_a_value_out_of_range_is_named_with_its_whole_key() -> None:
     message = error_of(*JOB, "sft.data.max_length=1")
     assert message == "sft.data.max_length=1 is not allowed\n  allowed: 2 to 10,000,000"

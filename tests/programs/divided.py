@@ -1,7 +1,7 @@
 """Engines that write their state, and engines of other ranks or stages that go on from it.
 
 What a state consists of is asked of DeepSpeed by the name of each parameter, not of our own layout. The
-documents of a step are the same for any number of ranks up to two.
+documents of a step are the same for 1, 2 and 4 ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
-from common.config import Dtype, Offload
+from common.config import Dtype, LoraConfig, Offload
 from common.errors import UserError
+from common.model import attention
+from common.model.adapters import add_adapters
+from common.model.loading import torch_dtype
 from common.runtime.distributed import World, barrier, init_world
 from common.training.ema import ExponentialMovingAverage
 from common.training.engine import Engine
@@ -22,9 +25,11 @@ from common.training.optim import build_optimizer
 from common.training.reshard import LAYOUT
 from common.training.snapshot import Snapshot
 from common.training_config import OptimConfig, OptimizerName
+from tests.packed import packed_lm
 from tests.programs import engines
+from tests.programs.gradients import tiny_llama
 
-BEFORE, AFTER, SHARES = 3, 2, 2
+BEFORE, AFTER, SHARES = 3, 2, 4
 
 
 @dataclass(frozen=True)
@@ -36,23 +41,28 @@ class Case:
     stage: int = 2
     offload: bool = False
     frozen: bool = False
+    lora: bool = False
+    hpz: int = 1
 
     @property
     def name(self) -> str:
-        more = "-offload" * self.offload + "-frozen" * self.frozen
+        more = "-offload" * self.offload + "-frozen" * self.frozen + "-lora" * self.lora
+        more += f"-hpz{self.hpz}" if self.hpz > 1 else ""
         return f"{self.optimizer.value}-{self.dtype.value}-zero{self.stage}{more}"
 
 
 def engine_of(case: Case, world: World, noise: float = 0.0) -> Engine:
-    """noise: added to the weights, so that only what is loaded can be right."""
-    module = engines.tiny_actor(case.dtype)
+    """noise: added to the trained weights, so that only what is loaded can be right."""
+    module = module_of(case)
     module.register_buffer("scale", torch.zeros(3))
     for name, parameter in module.named_parameters():
-        parameter.data.add_(noise)
-        parameter.requires_grad_(not (case.frozen and ".0." in name))
+        if case.frozen and ".0." in name:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.data.add_(noise)
     optim = OptimConfig(name=case.optimizer, weight_decay=0.1)
     cpu = Offload.cpu if case.offload else Offload.none
-    zero: dict[str, Any] = {"offload_optimizer": cpu}
+    zero: dict[str, Any] = {"offload_optimizer": cpu, "hpz_partition_size": min(case.hpz, world.size)}
     if case.stage == 3:
         zero["offload_param"] = cpu
     return engines.engine_of(
@@ -61,19 +71,35 @@ def engine_of(case: Case, world: World, noise: float = 0.0) -> Engine:
     )  # fmt: skip
 
 
+def module_of(case: Case) -> torch.nn.Module:
+    if case.dtype is Dtype.fp16:  # DeepSpeed asks whether it is fast; here it need only be there
+        import deepspeed
+
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    if not case.lora:
+        return engines.tiny_actor(case.dtype)
+    attention.register()
+    network: Any = tiny_llama(attention.NAME)
+    lora = LoraConfig(enabled=True, r=4, alpha=8, targets=["all-linear"])
+    return packed_lm(add_adapters(network, lora, "CAUSAL_LM").to(torch_dtype(case.dtype)))
+
+
 def learn(engine: Engine, world: World, steps: range, average: ExponentialMovingAverage) -> None:
     engine.train()
     for step in steps:
         for share in range(world.rank, SHARES, world.size):
             for loss in engines.actor_losses(engine, share, step):
                 engine.backward(loss, 10.0)
-        assert engine.step().applied
+        # fp16 looks for its loss scale by overflowing
+        assert engine.step().applied or engine.loss_scale > 1
         average.update()
 
 
 def keys_of(optimizer: OptimizerName, is_muon: bool) -> tuple[str, ...]:
     if optimizer is OptimizerName.adafactor:
         return ("exp_avg_sq",)
+    if optimizer is OptimizerName.adamw_8bit:
+        return ()  # rounded once more, and not where DeepSpeed looks for it
     return ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq")
 
 
@@ -85,7 +111,9 @@ def state_of(engine: Engine, optimizer: OptimizerName) -> dict[str, torch.Tensor
     if engine.zero_stage < 3:
         zero._hp_optimizer_states_linked = False  # as after a step
         zero._lazy_init_hp_params_optimizer_state()
-    found: dict[str, torch.Tensor] = {"scale": engine.module.scale.clone()}
+    scaler = getattr(zero, "loss_scaler", None)
+    found = {"scale": engine.module.scale.clone(), "scale of a rank": scale_of_a_rank(engine)}
+    found["passes"] = torch.tensor(getattr(scaler, "cur_iter", 0))
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -97,6 +125,11 @@ def state_of(engine: Engine, optimizer: OptimizerName) -> dict[str, torch.Tensor
             assert value is not None
             found[f"{name} {key}"] = value.clone()
     return found
+
+
+def scale_of_a_rank(engine: Engine) -> torch.Tensor:
+    """By how much a rank's gradients are larger in the backward pass than those of the mean loss."""
+    return torch.tensor(engine.loss_scale * engine._world_size if engine.loss_scale > 1 else 1.0)
 
 
 def write(folder: str, cases: list[Case]) -> int:
@@ -121,6 +154,31 @@ def write(folder: str, cases: list[Case]) -> int:
     return 0
 
 
+def same_bits(folder: str, cases: list[Case]) -> int:
+    """A second engine of the same ranks goes on from the first one's state, and ends with the same bits."""
+    world = init_world()
+    for case in cases:
+        where = Path(folder) / case.name
+        where.mkdir(parents=True, exist_ok=True)
+        ends = []
+        for first in (True, False):
+            engine = engine_of(case, world, noise=0.0 if first else 0.5)
+            average = ExponentialMovingAverage(engine, 0.8)
+            if first:
+                learn(engine, world, range(BEFORE), average)
+                engine.save(where, Snapshot(where, None).open)
+                barrier()
+            else:
+                assert engine.load(where) is None, case.name
+            learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
+            ends.append(engines.weights_of(engine, world))
+            if case.optimizer is OptimizerName.adamw_bf16:
+                kept = engine._engine.optimizer.optimizer.state.values()
+                assert kept and all(state["exp_avg"].dtype is torch.bfloat16 for state in kept), case.name
+        assert engines.differing(*ends) == [], case.name
+    return 0
+
+
 def averaged_weights(
     engine: Engine, average: ExponentialMovingAverage, world: World
 ) -> dict[str, torch.Tensor]:
@@ -133,7 +191,7 @@ def read(folder: str, pairs: list[tuple[Case, Case]]) -> int:
     world = init_world()
     for case, wanted in pairs:
         where = Path(folder) / case.name
-        engine = engine_of(wanted, world, noise=0.0 if case.frozen else 0.5)
+        engine = engine_of(wanted, world, noise=0.5)
         average = ExponentialMovingAverage(engine, 0.8)
         changed = engine.load(where / "state"), average.load(where / "average")
         (then, averaged), later = torch.load(where / "then.pt"), torch.load(where / "later.pt")
@@ -143,7 +201,7 @@ def read(folder: str, pairs: list[tuple[Case, Case]]) -> int:
         wrong = [key for key in then if key in found and not torch.equal(found[key], then[key])]
         assert not wrong, f"{mark}: {wrong}"
         kinds = {key.partition(" ")[2] for key in found} & {key.partition(" ")[2] for key in then}
-        assert {"weights", "exp_avg_sq"} <= kinds, (mark, kinds)
+        assert {"weights", *keys_of(case.optimizer, False)} <= kinds, (mark, kinds)
         assert engines.differing(averaged_weights(engine, average, world), averaged) == [], mark
         learn(engine, world, range(BEFORE, BEFORE + AFTER), average)
         ends = (engines.weights_of(engine, world), averaged_weights(engine, average, world))
@@ -172,8 +230,10 @@ def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> f
 def tolerance(case: Case) -> float:
     """Of the error as a share of what was learned: stages sum gradients in another order, in bf16 with
     roundings of 2^-9, and Newton-Schulz enlarges that."""
-    if case.dtype is Dtype.bf16:
+    if case.dtype is not Dtype.fp32:
         return 0.1
+    if case.optimizer is OptimizerName.adamw_8bit:
+        return 2e-2  # other ranks have other blocks of 256: once more rounded to 8 bits, as in every step
     return 1e-2 if case.optimizer is OptimizerName.muon else 1e-4
 
 

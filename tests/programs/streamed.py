@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.artifacts import MANIFEST, read_manifest
 from common.config import Dtype, LoraConfig, ModelConfig
 from common.errors import UserError
+from common.model.architecture import CAUSAL_LM, HeadSpec
 from common.model.loading import load_model
 from common.model.partition import share_of
+from common.model.scalar_head import NEW_REWARD_MODEL
 from common.runtime.distributed import World, init_world, wait_for_rank0
 from common.training import export_stream
 from common.training.export import ask_live, export_model
 from common.training.export_stream import Streamed, partial_of, stream_weights
-from tests.packed import packed_lm
+from tests.packed import packed_lm, packed_scorer
 from tests.programs import engines
 from tests.tiny import CHATML, tiny_tokenizer
 
 NAMES = ("untied", "tied", "bias")
 """Of `partitioned.FOLDERS`."""
+
+LORA = LoraConfig(enabled=True, r=2, alpha=4)
+ADAPTED = {
+    "all linear": ("untied", LORA, CAUSAL_LM),
+    "a tied head": ("tied", replace(LORA, targets=["lm_head", "q_proj"]), CAUSAL_LM),
+    "tied embeddings": ("tied", replace(LORA, targets=["embed_tokens", "q_proj"]), CAUSAL_LM),
+    "not the tied ones": ("tied", LORA, CAUSAL_LM),
+    "magnitudes": ("untied", replace(LORA, dora=True), CAUSAL_LM),
+    "a trained head": ("untied", LORA, NEW_REWARD_MODEL),
+}
+"""Folders, adapters and heads."""
 
 
 def same_files(models: str, out: str) -> int:
@@ -37,10 +51,37 @@ def same_files(models: str, out: str) -> int:
             _export(engine, network, streamed, world, written)
             _export(engine, network, whole, world, None)
             if world.is_rank0 and size == "5GB":
-                found, expected = (dict(read_manifest(folder).files) for folder in (streamed, whole))
-                found.pop("README.md"), expected.pop("README.md")
-                assert found == expected, (name, found, expected)
+                assert_same(streamed, whole)
             wait_for_rank0(world, f"{name} {size}")
+    return 0
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The same files, and of merges the same figures."""
+    found, expected = (dict(read_manifest(each).files) for each in (folder, other))
+    found.pop("README.md"), expected.pop("README.md")
+    assert found == expected, (folder, found, expected)
+    figure = "largest_merge_difference"
+    assert read_manifest(folder).details.get(figure) == read_manifest(other).details.get(figure)
+
+
+def adapters_are_merged(models: str, out: str, names: list[str], dtype: Dtype) -> int:
+    """As in a whole export, bit for bit; nothing of the base stays on the disk."""
+    world = init_world()
+    for name in names:
+        model, lora, head = ADAPTED[name]
+        config = ModelConfig(path=str(Path(models) / model), dtype=dtype, lora=lora)
+        engine, network = _trained(config, world, head)
+        streamed, whole = (Path(out) / f"{name} {kind}" for kind in ("streamed", "whole"))
+        written = stream_weights(engine, network, streamed, writes=world.is_rank0)
+        assert written is not None
+        _export(engine, network, streamed, world, written)
+        _export(engine, network, whole, world, None)
+        if world.is_rank0:
+            assert_same(streamed, whole)
+            assert read_manifest(streamed).details["largest_merge_difference"] > 0
+            assert not list(Path(out).glob("*.tmp"))
+        wait_for_rank0(world, name)
     return 0
 
 
@@ -48,13 +89,17 @@ def _shards(folder: Path) -> list[Path]:
     return list(partial_of(folder).glob("*.safetensors"))
 
 
-def _trained(model: ModelConfig, world: World) -> tuple[Any, Any]:
-    """An engine after a step, and the model in it."""
-    network = load_model(model, tiny_tokenizer(CHATML), seed=0, device=world.device, share=share_of(3))
-    engine = engines.engine_of(packed_lm(network), 3, world, model.dtype)
-    for loss in engines.actor_losses(engine, world.rank, 0):
-        engine.backward(loss, 10.0)
-    engine.step()
+def _trained(model: ModelConfig, world: World, head: HeadSpec = CAUSAL_LM) -> tuple[Any, Any]:
+    """An engine after two steps, as adapters begin with half of them zero, and the model in it."""
+    network = load_model(
+        model, tiny_tokenizer(CHATML), seed=0, device=world.device, share=share_of(3), head=head
+    )
+    is_lm = head is CAUSAL_LM
+    engine = engines.engine_of((packed_lm if is_lm else packed_scorer)(network), 3, world, model.dtype)
+    for step in range(2):
+        for loss in (engines.actor_losses if is_lm else engines.critic_losses)(engine, world.rank, step):
+            engine.backward(loss, 10.0)
+        engine.step()
     engine.eval()
     return engine, network
 
@@ -67,13 +112,10 @@ def _export(engine: Any, network: Any, folder: Path, world: World, streamed: Str
 
 
 def exported_whole(models: str, out: str) -> int:
-    """Where adapters are merged, or files have other tensors than the memory, nothing is written."""
+    """Where files have other tensors than the memory, nothing is written."""
     world = init_world()
-    lora = LoraConfig(enabled=True, r=2)
-    for model in (
-        ModelConfig(path=str(Path(models) / "tied"), dtype=Dtype.bf16, lora=lora),
-        ModelConfig(path=str(Path(models) / "experts"), dtype=Dtype.bf16),
-    ):
+    for lora in (LoraConfig(), LORA):
+        model = ModelConfig(path=str(Path(models) / "experts"), dtype=Dtype.bf16, lora=lora)
         engine, network = _trained(model, world)
         assert stream_weights(engine, network, Path(out) / "export", writes=world.is_rank0) is None
     assert not list(Path(out).iterdir())

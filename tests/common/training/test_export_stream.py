@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.config import Dtype
 from tests.common.training.test_engine import runs
 from tests.programs import partitioned, streamed
 
@@ -23,6 +24,21 @@ def test_an_export_tensor_by_tensor_has_the_bytes_of_a_whole_one(
 ) -> None:
     (tmp_path / "out").mkdir()
     runs(streamed.same_files, ranks, tmp_path, str(models), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype", "ranks"),
+    [
+        (["all linear", "a tied head", "a trained head"], Dtype.bf16, 2),
+        (["not the tied ones", "tied embeddings", "magnitudes"], Dtype.fp32, 1),
+        pytest.param(list(streamed.ADAPTED), Dtype.fp32, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_are_merged_tensor_by_tensor_as_in_a_whole_export(
+    models: Path, tmp_path: Path, names: list[str], dtype: Dtype, ranks: int
+) -> None:
+    (tmp_path / "out").mkdir()
+    runs(streamed.adapters_are_merged, ranks, tmp_path, str(models), str(tmp_path / "out"), names, dtype)
 
 
 def test_what_cannot_be_written_tensor_by_tensor_is_left_to_the_whole_export(

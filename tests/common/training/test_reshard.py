@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,38 @@ def test_a_layout_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Layout.read(tmp_path) == layout and str(layout) == "ZeRO-1 on 2 ranks"
 
 
-ADAFACTOR, MUON, BF16 = OptimizerName.adafactor, OptimizerName.muon, Dtype.bf16
+ADAFACTOR, MUON, BF16, FP16 = OptimizerName.adafactor, OptimizerName.muon, Dtype.bf16, Dtype.fp16
+ADAMW_BF16, EIGHT_BIT = OptimizerName.adamw_bf16, OptimizerName.adamw_8bit
 WAYS = [
     (Case(stage=2), Case(stage=3)),
     (Case(stage=3, frozen=True, offload=True), Case(stage=1, frozen=True)),
     (Case(dtype=BF16, stage=3), Case(dtype=BF16, stage=1)),
     (Case(ADAFACTOR, stage=1), Case(ADAFACTOR, stage=2, offload=True)),
     (Case(MUON, stage=2), Case(MUON, stage=3)),
+    # in fp16 at 2 ranks a step after the state was written overflows: one rank must skip it too
+    (Case(dtype=FP16, stage=2), Case(dtype=FP16, stage=3)),
+    (Case(dtype=BF16, stage=3, lora=True), Case(dtype=BF16, stage=2, lora=True)),
+    (Case(stage=3, hpz=2), Case(stage=3)),
+    (Case(stage=1), Case(stage=3, hpz=2)),
+    (Case(ADAMW_BF16, stage=2), Case(ADAMW_BF16, stage=3, offload=True)),
+    (Case(ADAMW_BF16, dtype=BF16, stage=3, lora=True), Case(ADAMW_BF16, dtype=BF16, stage=1, lora=True)),
 ]
+if importlib.util.find_spec("bitsandbytes"):
+    WAYS.append((Case(EIGHT_BIT, stage=2), Case(EIGHT_BIT, stage=3)))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_same_ranks_go_on_with_the_same_bits(tmp_path: Path, ranks: int) -> None:
+    cases = [
+        Case(ADAMW_BF16, dtype=BF16, stage=1),
+        Case(ADAMW_BF16, stage=2, offload=True),
+        Case(ADAMW_BF16, stage=3, lora=True),
+    ]
+    forked.run(divided.same_bits, (str(tmp_path), cases), ranks, tmp_path / "output.txt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("written", "read"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("written", "read"), [(2, 1), (1, 2), (4, 2)])
 def test_engines_go_on_from_the_state_of_other_ranks_and_another_stage(
     tmp_path: Path, written: int, read: int
 ) -> None:
