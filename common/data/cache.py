@@ -28,12 +28,12 @@ from common.files import disk_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.npz", "ledger.json", "key.json"
+INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.arrow", "ledger.json", "key.json"
 FILES = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
 
 Report = Callable[[str], None]
 
-NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py", "stream_batches.py"}
+NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py", "packings.py", "stream_batches.py"}
 """Modules of this folder that do not decide tokenized rows."""
 
 

@@ -22,6 +22,7 @@ from common import limited
 from common.config import DataConfig
 from common.data import cache
 from common.data.dataset_types import DEMONSTRATIONS, DatasetType, Opened
+from common.data.index import PARTS, read_index
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
 from common.data.splits import held_out, split_hash
@@ -111,10 +112,9 @@ def load(folder: Path, kind: DatasetType[Opened]) -> tuple[Opened, Opened | None
     """What `build` left in its folder."""
     ledger = Ledger.from_json(json.loads((folder / cache.LEDGER_FILE).read_text()))
     names = [entry.name for entry in ledger.sources]
-    with np.load(folder / cache.INDEX_FILE) as stored:
-        index = {name: stored[name] for name in stored.files}
-    train = kind.opened(folder, index, names, "train")
-    held_out = kind.opened(folder, index, names, "eval")
+    train, held_out = (
+        kind.opened(folder, read_index(folder / cache.INDEX_FILE, part), names, part) for part in PARTS
+    )
     if not len(train):
         reasons = "; ".join(ledger.reasons()) or "all rows are held out"
         raise UserError(f"no row is left to train on: {reasons}", hint=_way_out(reasons))

@@ -22,7 +22,8 @@ from common.config import SourceConfig
 from common.cores import count_cores
 from common.data import cache, sources
 from common.data.blocks import COLUMNS, DTYPES, IN_EVAL, Event, Made, Maker, is_ours
-from common.data.ledger import Ledger, SourceLedger
+from common.data.index import write_index
+from common.data.ledger import SourceLedger
 from common.data.prompts import SAME
 from common.data.reader import Reader
 from common.data.splits import held_out
@@ -43,6 +44,8 @@ Show = Callable[[float], None]
 
 POLL, ELSEWHERE_SECONDS = 0.05, 60.0
 """Between two looks for a block that another machine makes, and how long it may take."""
+
+NO_ROWS = np.empty(0, np.int64)
 
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
@@ -74,9 +77,9 @@ class Writer:
 
     def fill(self, folder: Path) -> None:
         self._write_rows(self._records(), folder)
-        index = self._index()
-        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
-        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index)
+        parts = self._parts()
+        self._count(parts["eval"])
+        write_index(folder / cache.INDEX_FILE, {name: self.kept[name] for name in self._stored()}, parts)
         (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
 
     def windows(self, size: int) -> Iterator[Records]:
@@ -87,14 +90,27 @@ class Writer:
         """A folder with some records. first: number of the first among all."""
         self._write_rows(iter([window]), folder)
         count = len(window.lengths)
-        index = {name: self.kept[name][first : first + count].copy() for name in self._stored()}
-        parts = {"train": np.arange(count), "eval": np.empty(0, np.int64)}
-        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index, **parts)
+        index = {name: self.kept[name][first : first + count] for name in self._stored()}
+        write_index(folder / cache.INDEX_FILE, index, {"train": np.arange(count), "eval": NO_ROWS})
 
     def count(self) -> None:
         """Fill in the ledger when all windows have been written."""
-        index = {"eval": np.empty(0, np.int64)} | {name: self.kept[name] for name in self._stored()}
-        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
+        self._count(NO_ROWS)
+
+    def _count(self, held_out: np.ndarray) -> None:
+        """Fill in the counts that are known only after the last row. held_out: which records are."""
+        held = np.zeros(len(self.kept["lengths"]), bool)
+        held[held_out] = True
+        for number, entry in enumerate(self.reader.ledger.sources):
+            of_source = self.kept["source_ids"] == number
+            entry.rows_kept = int(of_source.sum())
+            dropped = sum(drop.count for drop in entry.dropped.values())
+            further = entry.further_pairs + entry.further_documents
+            entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - further
+            entry.rows_held_out = int((of_source & held).sum())
+            entry.tokens = int(self.kept["lengths"][of_source].sum())
+            entry.trained_tokens = int(self.kept["trained"][of_source].sum())
+            entry.truncated = int(np.count_nonzero(self.kept["truncated"][of_source]))
 
     def _write_rows(self, records: Iterator[Records], folder: Path) -> None:
         import pyarrow
@@ -194,19 +210,14 @@ class Writer:
             case _:
                 raise AssertionError(event)
 
-    def _index(self) -> dict[str, np.ndarray]:
-        """The numbers of each record of the file, and which records are for training and which are held
-        out."""
+    def _parts(self) -> dict[str, np.ndarray]:
+        """Which records of the file are for training and which are held out."""
         hashes, source_ids = self.kept["hashes"], self.kept["source_ids"]
         for_eval = self.kept["for_eval"] != 0
         rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
         chosen = held_out(hashes[rows], source_ids[rows], self.reader.data.held_out_fraction())
         for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
-        return {
-            **{name: self.kept[name] for name in self._stored()},
-            "train": np.flatnonzero(~for_eval),
-            "eval": np.flatnonzero(for_eval),
-        }
+        return {"train": np.flatnonzero(~for_eval), "eval": np.flatnonzero(for_eval)}
 
     def _stored(self) -> tuple[str, ...]:
         return ("lengths", "trained", "source_ids", "numbers", "control", *self.opened.numbers)
@@ -304,19 +315,3 @@ class _Watch:
             left = round((self._last - self._began) * (1 - share) / share) if share else 0
             more = f", {share:.0%}, {left // 60}:{left % 60:02} left" if share else ""
             self._report(f"tokenized {self._rows:,} rows{more}")
-
-
-def _count(ledger: Ledger, index: Mapping[str, np.ndarray], truncated: np.ndarray) -> None:
-    """Fill in the counts that are known only after the last row."""
-    held = np.zeros(len(index["lengths"]), bool)
-    held[index["eval"]] = True
-    for number, entry in enumerate(ledger.sources):
-        of_source = index["source_ids"] == number
-        entry.rows_kept = int(of_source.sum())
-        dropped = sum(drop.count for drop in entry.dropped.values())
-        further = entry.further_pairs + entry.further_documents
-        entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - further
-        entry.rows_held_out = int((of_source & held).sum())
-        entry.tokens = int(index["lengths"][of_source].sum())
-        entry.trained_tokens = int(index["trained"][of_source].sum())
-        entry.truncated = int(truncated[of_source].sum())
