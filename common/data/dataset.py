@@ -10,17 +10,19 @@ are (a few numbers per row). Does not pack and does not make batches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common import limited
 from common.config import DataConfig
 from common.data import cache
+from common.data import writer as writing
 from common.data.dataset_types import DEMONSTRATIONS, DatasetType, Opened
 from common.data.index import PARTS, read_index
 from common.data.ledger import Ledger
@@ -72,15 +74,12 @@ def build(
         seed=seed,
     )
     folder = root / cache.digest(key)
+    reader = functools.partial(Reader, data, kind, split, seed, report)
     if wait:
         cache.wait_for(folder, report=report)
     elif not cache.is_intact(folder):
         report(cache.why_missed(root, key))
-        with cache.new_folder(folder) as unfinished:
-            spool = cache.spool_of(folder)
-            Writer(Reader(data, kind, split, seed, report), tokenizer, spool, show).fill(unfinished)
-            cache.seal(unfinished, key)
-        cache.remove_spool(folder)
+        _make(folder, key, lambda: Writer(reader(), tokenizer, cache.spool_of(folder), show), report)
     limited.end()  # in which the rows were rendered
     train, held_out, ledger = load(folder, kind)
     if data.eval_path is not None and held_out is None:
@@ -89,6 +88,21 @@ def build(
             hint="\n  ".join(["see what became of them:", *ledger.lines()]),
         )
     return train, held_out, ledger
+
+
+def _make(folder: Path, key: Mapping[str, Any], writer: Callable[[], Writer], report: Report) -> None:
+    """Fill a folder of the cache, or help the builder on another machine that does."""
+    if not writer().is_first():
+        report("another process puts the rows together; this one tokenizes a share of them")
+        writer().share()
+        if cache.comes(folder, report=report, silence=writing.ELSEWHERE_SECONDS):
+            cache.remove_spool(folder)
+            return
+        report("the other process is silent: the rows are put together here")
+    with cache.new_folder(folder) as unfinished:
+        writer().fill(unfinished)
+        cache.seal(unfinished, key)
+    cache.remove_spool(folder)
 
 
 def build_whole(

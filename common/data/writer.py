@@ -43,7 +43,8 @@ Show = Callable[[float], None]
 """Is told the share of the rows that are tokenized."""
 
 POLL, ELSEWHERE_SECONDS = 0.05, 60.0
-"""Between two looks for a block that another machine makes, and how long it may take."""
+"""Between two looks for a block that another machine makes, and how long it may take; also how long a machine
+that puts all together may be silent."""
 
 NO_ROWS = np.empty(0, np.int64)
 
@@ -81,6 +82,21 @@ class Writer:
         self._count(parts["eval"])
         write_index(folder / cache.INDEX_FILE, {name: self.kept[name] for name in self._stored()}, parts)
         (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
+
+    def is_first(self) -> bool:
+        """Whether no other builder that shares the blocks has said before that it puts them together."""
+        return is_ours(self.spool / "all")
+
+    def share(self) -> None:
+        """Make the blocks that nobody else has claimed, for the builder that puts all together."""
+        for number, source, for_eval in self.reader.each_source():
+            maker = Maker(self.reader, self.tokenizer, number, source, for_eval, self.eval_hashes)
+            if for_eval:  # the blocks of the other sources depend on its rows
+                for _, made in self._made(maker, source):
+                    self._noted(made, self.reader.ledger.sources[number])
+            else:
+                for _ in self._kept_blocks(maker, source):
+                    pass
 
     def windows(self, size: int) -> Iterator[Records]:
         """All records, `size` at a time, as soon as they are there."""
@@ -143,8 +159,13 @@ class Writer:
                 watch.update(len(block.rows), place, block.done)
 
     def _made(self, maker: Maker, source: SourceConfig) -> Iterator[tuple[sources.Block, Made]]:
+        """The blocks of a source, in order."""
+        for block, found in self._kept_blocks(maker, source):
+            yield block, found if isinstance(found, Made) else self._there(found) or maker.make(block)
+
+    def _kept_blocks(self, maker: Maker, source: SourceConfig) -> Iterator[tuple[sources.Block, Made | Path]]:
         """The blocks of a source, in order. Those behind the first that tells the format are made in as many
-        processes as `data.processes` says."""
+        processes as `data.processes` says, or on another machine, and kept in files."""
         blocks = sources.blocks_of(source, seed=self.reader.seed)
         for block in blocks:
             yield block, maker.make(block)
@@ -160,8 +181,7 @@ class Writer:
         count = self.reader.data.processes or count_cores()
         try:
             for path in in_order(maker.kept, tasks(), count):
-                block = waiting.pop(0)
-                yield block, self._there(path) or maker.make(block)
+                yield waiting.pop(0), path
         except WorkerEnded as error:
             raise UserError(
                 f"one of {count} processes that tokenize was ended: {error}",
