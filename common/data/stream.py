@@ -219,7 +219,7 @@ def make_windows(writer: Writer, folder: Path) -> None:
             continue
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        writer.write_window(window, number * WINDOW, unfinished)
+        writer.write_window(window, unfinished)
         hashes = {ROWS_FILE: file_sha256(unfinished / ROWS_FILE)}
         (unfinished / SHA256).write_text(json.dumps(hashes))
         try:
@@ -230,7 +230,6 @@ def make_windows(writer: Writer, folder: Path) -> None:
     if not count:
         reasons = "; ".join(writer.reader.ledger.reasons())
         raise UserError(f"no row is left to train on: {reasons}", hint="see data.max_length, data.truncation")
-    writer.count()
     end = {"windows": count, "ledger": writer.reader.ledger.to_json()}
     partial = folder / f".{END}.{WHO}-{os.getpid()}"
     partial.write_text(json.dumps(end))

@@ -79,7 +79,8 @@ class Writer:
     def fill(self, folder: Path) -> None:
         self._write_rows(self._records(), folder)
         parts = self._parts()
-        self._count(parts["eval"])
+        self._add_up(parts["eval"], len(self.kept["lengths"]))
+        self._count_read()
         write_index(folder / cache.INDEX_FILE, {name: self.kept[name] for name in self._stored()}, parts)
         (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
 
@@ -99,34 +100,43 @@ class Writer:
                     pass
 
     def windows(self, size: int) -> Iterator[Records]:
-        """All records, `size` at a time, as soon as they are there."""
-        return _in_chunks(self._records(), size)
+        """All records, `size` at a time, as soon as they are there. Of a window that was used nothing is kept
+        but what it adds to the ledger."""
+        for window in _in_chunks(self._records(), size):
+            yield window
+            count = len(window.lengths)
+            self._add_up(NO_ROWS, count)
+            self.kept.drop(count)
+        self._count_read()
 
-    def write_window(self, window: Records, first: int, folder: Path) -> None:
-        """A folder with some records. first: number of the first among all."""
+    def write_window(self, window: Records, folder: Path) -> None:
+        """A folder with the window that `windows` gave last."""
         self._write_rows(iter([window]), folder)
         count = len(window.lengths)
-        index = {name: self.kept[name][first : first + count] for name in self._stored()}
+        index = {name: self.kept[name][:count] for name in self._stored()}
         write_index(folder / cache.INDEX_FILE, index, {"train": np.arange(count), "eval": NO_ROWS})
 
-    def count(self) -> None:
-        """Fill in the ledger when all windows have been written."""
-        self._count(NO_ROWS)
-
-    def _count(self, held_out: np.ndarray) -> None:
-        """Fill in the counts that are known only after the last row. held_out: which records are."""
-        held = np.zeros(len(self.kept["lengths"]), bool)
+    def _add_up(self, held_out: np.ndarray, count: int) -> None:
+        """Add the first `count` records to the ledger. held_out: which of them are."""
+        held = np.zeros(count, bool)
         held[held_out] = True
+        columns = {
+            name: self.kept[name][:count] for name in ("source_ids", "lengths", "trained", "truncated")
+        }
         for number, entry in enumerate(self.reader.ledger.sources):
-            of_source = self.kept["source_ids"] == number
-            entry.rows_kept = int(of_source.sum())
+            of_source = columns["source_ids"] == number
+            entry.rows_kept += int(of_source.sum())
+            entry.rows_held_out += int((of_source & held).sum())
+            entry.tokens += int(columns["lengths"][of_source].sum())
+            entry.trained_tokens += int(columns["trained"][of_source].sum())
+            entry.truncated += int(np.count_nonzero(columns["truncated"][of_source]))
+
+    def _count_read(self) -> None:
+        """Fill in how many rows were read, when all that became of them is in the ledger."""
+        for entry in self.reader.ledger.sources:
             dropped = sum(drop.count for drop in entry.dropped.values())
             further = entry.further_pairs + entry.further_documents
             entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - further
-            entry.rows_held_out = int((of_source & held).sum())
-            entry.tokens = int(self.kept["lengths"][of_source].sum())
-            entry.trained_tokens = int(self.kept["trained"][of_source].sum())
-            entry.truncated = int(np.count_nonzero(self.kept["truncated"][of_source]))
 
     def _write_rows(self, records: Iterator[Records], folder: Path) -> None:
         import pyarrow
@@ -255,6 +265,11 @@ class _Kept:
     def add(self, columns: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
         for name, column in self._columns.items():
             column.frombytes(columns[name][kept].tobytes())
+
+    def drop(self, count: int) -> None:
+        """Forget the first records."""
+        for column in self._columns.values():
+            del column[:count]
 
     def __getitem__(self, name: str) -> np.ndarray:
         # a view, not a copy: with a million rows these numbers are most of the memory in use
