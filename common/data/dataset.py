@@ -31,6 +31,7 @@ from common.data.splits import held_out, split_hash
 from common.data.stages import StageSplit
 from common.data.writer import IN_EVAL, Writer
 from common.errors import UserError
+from common.files import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,9 +93,12 @@ def build(
 
 def _make(folder: Path, key: Mapping[str, Any], writer: Callable[[], Writer], report: Report) -> None:
     """Fill a folder of the cache, or help the builder on another machine that does."""
-    if not writer().is_first():
-        report("another process puts the rows together; this one tokenizes a share of them")
-        writer().share()
+    with disk_errors(folder, "data.cache_dir=DIR"):
+        is_first = writer().is_first()
+        if not is_first:
+            report("another process puts the rows together; this one tokenizes a share of them")
+            writer().share()
+    if not is_first:
         if cache.comes(folder, report=report, silence=writing.ELSEWHERE_SECONDS):
             cache.remove_spool(folder)
             return
