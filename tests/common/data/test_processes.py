@@ -229,3 +229,10 @@ def test_where_the_machine_that_puts_all_together_is_silent_another_one_does(
     train, _, _ = made(tmp_path, said=said, processes=1)
     assert len(train) == 38 and "the other process is silent: the rows are put together here" in said
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [train.folder.name]
+
+
+def test_a_builder_that_was_killed_on_this_machine_is_not_waited_for(tmp_path: Path) -> None:
+    claim_of_all(tmp_path, f"{WHO} 99999999")
+    said = Said()
+    train, _, _ = made(tmp_path, said=said, processes=1)
+    assert len(train) == 38 and not any("process" in line for line in said)
