@@ -2,26 +2,32 @@
 
 Each size, from 10^3 to 10^6 short synthetic rows, runs the pipeline's own data path (read strictly, tokenize,
 mask, write to the cache, split, pack an epoch) in a process of its own. Peak memory must be flat from 10^4
-rows on: exit status 1 when the largest run needs over `ALLOWED_GROWTH` of the 10^4 one. The rows come from a
-counter, so they are the same on every machine. Writes `results/data_scale.json`.
+rows on: exit status 1 when the largest run needs over `ALLOWED_GROWTH` of the 10^4 one. Then two ranks open
+what was made, one after the other, and go through steps of two epochs: the first makes the packings, and of
+the second the memory is measured that it shares with nobody. The rows come from a counter, so they are the
+same on every machine. Writes `results/data_scale.json`.
 
-`--processes 1 2` tokenizes each size in one process and in two, which must write the same bytes, and prints
-how many times as fast two are: wall time, so other work on the machine spoils it. `--streaming` measures the
-time to the first batch of a stream instead.
+`--processes 1 2` tokenizes each size in one process and in two, which must write the same bytes. `--speed N`
+does so N times in turn with TRL's `num_proc=2` on the same rows, each process with one thread, and gives the
+medians of their wall times and CPU-seconds (`results/data_speed.json`): other work on the machine spoils the
+former. `--streaming` measures the time to the first batch of a stream instead
+(`results/data_streaming.json`).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import run_measured, table, threads_environment, write_results
+from benchmarks.measure import Usage, run_measured, table, threads_environment, write_results
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 ALLOWED_GROWTH = 1.5
@@ -38,12 +44,18 @@ def main() -> int:
     parser.add_argument(
         "--processes", type=int, nargs="+", default=[1], help="that tokenize, one after another"
     )
+    parser.add_argument("--speed", type=int, default=0, metavar="N", help="rounds beside TRL, of one size")
     parser.add_argument("--streaming", action="store_true", help="the time to the first batch of a stream")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        (stream_first if arguments.streaming else build_and_pack)(arguments.child, arguments.processes[0])
+        CHILDREN[arguments.child](arguments.folder, arguments.processes[0])
+        return 0
+    if arguments.speed:
+        result = compare_speed(arguments.sizes[-1], arguments.speed)
+        print(f"written: {write_results('data_speed', result, to=arguments.results)}")
         return 0
     with tempfile.TemporaryDirectory(prefix="data_scale_") as temporary:
         folder = Path(temporary)
@@ -62,7 +74,12 @@ def main() -> int:
     for size in arguments.sizes if len(arguments.processes) > 1 else ():
         print(compared([record for record in records if record["rows"] == size]))
     print(f"peak memory of the largest run is {growth:.2f} x that of 10^4 rows (allowed {ALLOWED_GROWTH})")
-    result = {"threads": arguments.threads, "growth_from_10k_rows": growth, "sizes": records}
+    of_rank = bytes_per_row(records)
+    print(f"a rank's own memory grows by {of_rank:.2f} bytes a row")
+    result = {
+        "threads": arguments.threads, "growth_from_10k_rows": growth, "rank_bytes_per_row": of_rank,
+        "sizes": records,
+    }  # fmt: skip
     print(f"written: {write_results('data_scale', result, to=arguments.results)}")
     return 0 if growth <= ALLOWED_GROWTH else 1
 
@@ -71,6 +88,15 @@ def growth_of(records: list[dict[str, Any]]) -> float:
     """Peak memory of the largest size over that of 10^4 rows (or of the smallest size above)."""
     reference = next((r for r in records if r["rows"] >= 10_000), records[0])
     return records[-1]["peak_rss_mb"] / reference["peak_rss_mb"]
+
+
+def bytes_per_row(records: list[dict[str, Any]]) -> float:
+    """How much a rank's own memory grows from the size before the largest to that. Packings of few documents
+    are held in memory: with less than a million rows it is those that are measured."""
+    last = records[-1]
+    first = next((each for each in reversed(records) if each["rows"] < last["rows"]), last)
+    grown = (last["rank_own_mb"] - first["rank_own_mb"]) * 1e6
+    return float(grown / max(1, last["rows"] - first["rows"]))
 
 
 def compared(records: list[dict[str, Any]]) -> str:
@@ -113,16 +139,15 @@ def measure(
 ) -> dict[str, Any]:
     """One size, in a process of its own. processes: that tokenize."""
     write_rows(folder / "rows.jsonl", size)
-    command = [sys.executable, "-m", "benchmarks.data_scale", "--child", str(folder)]
-    command += ["--processes", str(processes), *(["--streaming"] if streaming else [])]
-    usage, _ = run_measured(command, log=folder / "log", environment=threads_environment(threads))
-    inside = json.loads((folder / "child.json").read_text())
-    assert streaming or inside["rows"] == size, (inside, size)
-    took = (
-        f"first batch after {inside['first_batch_seconds']:.1f} s"
-        if streaming
-        else f"{usage.wall_seconds:.1f} s"
-    )
+    usage, inside = child("stream" if streaming else "build", folder, threads, processes)
+    if streaming:
+        took = f"first batch after {inside['first_batch_seconds']:.1f} s"
+    else:
+        assert inside["rows"] == size, (inside, size)
+        took = f"{usage.wall_seconds:.1f} s"
+        for _ in ("makes the packings", "reads them"):
+            of_rank, rank = child("rank", folder, threads)
+        inside |= {"rank_own_mb": rank["own_mb"], "rank_peak_rss_mb": of_rank.peak_rss_mb}
     print(f"{size:,} rows, {processes} processes: {took}, {usage.peak_rss_mb:,.0f} MB", flush=True)
     return {
         "rows": size,
@@ -131,6 +156,59 @@ def measure(
         "cpu_seconds": usage.cpu_seconds,
         "peak_rss_mb": usage.peak_rss_mb,
     }
+
+
+def child(name: str, folder: Path, threads: int, processes: int = 1) -> tuple[Usage, dict[str, Any]]:
+    """What one of `CHILDREN` took, and what it wrote down."""
+    command = [sys.executable, "-m", "benchmarks.data_scale", "--child", name, "--folder", str(folder)]
+    command += ["--processes", str(processes)]
+    usage, _ = run_measured(command, log=folder / "log", environment=threads_environment(threads))
+    return usage, json.loads((folder / "child.json").read_text())
+
+
+def compare_speed(size: int, rounds: int) -> dict[str, Any]:
+    """One process, two, and TRL with two, in turn on the same rows: medians of their times, and ratios."""
+    took: dict[str, list[dict[str, float]]] = {"one process": [], "two": [], "TRL, two": []}
+    with tempfile.TemporaryDirectory(prefix="data_scale_") as temporary:
+        folder = Path(temporary)
+        save_tokenizer(folder / "tokenizer")
+        write_rows(folder / "rows.jsonl", size)
+        for number in range(rounds):
+            for processes, name in ((1, "one process"), (2, "two")):
+                usage, inside = child("build", folder, threads=1, processes=processes)
+                took[name].append({"wall": inside["tokenize_seconds"], "cpu": usage.cpu_seconds})
+            took["TRL, two"].append(tokenize_with_trl(folder, size))
+            last = ", ".join(f"{name} {every[-1]['wall']:.1f} s" for name, every in took.items())
+            print(f"round {number + 1}: {last}", flush=True)
+    medians = {
+        name: {kind: statistics.median(each[kind] for each in every) for kind in ("wall", "cpu")}
+        for name, every in took.items()
+    }
+    one, two, trl = medians.values()
+    ratios = {"two_to_one": one["wall"] / two["wall"], "two_to_trl": trl["wall"] / two["wall"]}
+    ratios["two_to_trl_cpu"] = trl["cpu"] / two["cpu"]
+    print(table(("", "wall s", "CPU s"), [(name, *each.values()) for name, each in medians.items()]))
+    print(
+        f"two processes are {ratios['two_to_one']:.2f} x as fast as one (wanted 1.8) and "
+        f"{ratios['two_to_trl']:.2f} x as fast as TRL's two (wanted 1.5)"
+    )
+    return {"rows": size, "rounds": took, "medians": medians, **ratios}
+
+
+def tokenize_with_trl(folder: Path, size: int) -> dict[str, float]:
+    """Seconds that TRL takes for the same rows, from JSONL to tokens and masks."""
+    shutil.rmtree(folder / "trl_cache", ignore_errors=True)
+    settings = {
+        "rows": str(folder / "rows.jsonl"), "tokenizer": str(folder / "tokenizer"), "num_proc": 2,
+        "max_length": MAX_LENGTH, "out": str(folder / "trl.json"),
+    }  # fmt: skip
+    (folder / "settings.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "benchmarks.trl_tokenize", str(folder / "settings.json")]
+    environment = {**threads_environment(1), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    usage, _ = run_measured(command, log=folder / "log", environment=environment)
+    inside = json.loads((folder / "trl.json").read_text())
+    assert inside["rows"] == size, (inside, size)
+    return {"wall": inside["load_seconds"] + inside["prepare_seconds"], "cpu": usage.cpu_seconds}
 
 
 def stream_first(folder: Path, processes: int) -> None:
@@ -191,6 +269,39 @@ def build_and_pack(folder: Path, processes: int) -> None:
     (folder / "child.json").write_text(json.dumps(record))
 
 
+def steps_of_a_rank(folder: Path, processes: int) -> None:
+    """The child: a rank that opens the cache and takes steps of two epochs; the memory that is its own."""
+    import pyarrow  # noqa: F401  # and all else that is imported when rows are read
+
+    from common.data import cache, dataset
+    from common.data.batches import Batches, BatchPlan
+    from common.data.dataset_types import DEMONSTRATIONS
+
+    (made,) = (path.parent for path in (folder / "cache").glob(f"*/{cache.KEY_FILE}"))
+    plan = BatchPlan(MAX_LENGTH, True, 64, 8, seed=0, rank=1, world_size=2)
+    before = own_memory()
+    train, _, _ = dataset.load(made, DEMONSTRATIONS)
+    batches = Batches(train, plan)
+    of_epoch = batches.steps_in_epochs(1)
+    taken = 0
+    for first in (0, of_epoch // 2, of_epoch):
+        for step in range(first, first + min(20, of_epoch)):
+            taken += sum(int(batch.input_ids.numel()) for batch in batches.micro_batches(step))
+    gc.collect()
+    record = {"own_mb": (own_memory() - before) / 1e6, "tokens_of_rank": taken}
+    (folder / "child.json").write_text(json.dumps(record))
+
+
+def own_memory() -> int:
+    """Bytes of this process that no file backs: what it shares with nobody."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+CHILDREN = {"build": build_and_pack, "rank": steps_of_a_rank, "stream": stream_first}
+"""What is measured in a process of its own."""
+
+
 def rendered(records: list[dict[str, Any]]) -> str:
     """One line per size."""
     head = (
@@ -204,6 +315,7 @@ def rendered(records: list[dict[str, Any]]) -> str:
         "fill",
         "CPU s",
         "peak RSS MB",
+        "rank's own MB",
     )
     return table(
         head,
@@ -211,7 +323,7 @@ def rendered(records: list[dict[str, Any]]) -> str:
             (
                 f"{r['rows']:,}", r["processes"], r["tokens"], r["tokenize_seconds"], r["pack_seconds"],
                 r["rows"] / r["tokenize_seconds"], r["packed_rows"], f"{r['fill']:.2%}",
-                r["cpu_seconds"], r["peak_rss_mb"],
+                r["cpu_seconds"], r["peak_rss_mb"], r["rank_own_mb"],
             )
             for r in records
         ],

@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from common import limited
 from common.limited import fork
 
 Item = TypeVar("Item")
@@ -79,6 +80,8 @@ def _results(
                 raise error
             yield result
             taken += 1
+    while crew:
+        crew.pop().finish()
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ class _Worker:
         killed = found.si_code != os.CLD_EXITED
         return signal.Signals(found.si_status).name if killed else f"exit code {found.si_status}"
 
+    def finish(self) -> None:
+        """End an idle one, which first ends its own child, so that the CPU time of both is counted here."""
+        self.calls.close()
+        os.waitpid(self.pid, 0)
+        self.answers.close()
+
     def end(self) -> None:
         self.calls.close()
         self.answers.close()
@@ -114,9 +123,13 @@ class _Worker:
 
 
 def _serve(function: Callable[[Item], Result], calls: Connection, answers: Connection) -> None:
-    """What a process does until it is ended, or its parent is gone."""
+    """What a process does until it is ended, or its parent wants no more or is gone."""
     while True:
-        item = calls.recv()
+        try:
+            item = calls.recv()
+        except EOFError:
+            limited.end()
+            return
         try:
             answer: tuple[Result | None, Exception | None] = (function(item), None)
         except Exception as error:

@@ -6,8 +6,7 @@ How rows become prompts on disk is in `common/training/step_data.py` and `common
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,9 +14,6 @@ from common.data.batches import Batches, BatchPlan
 from common.data.dataset_types import DatasetType, prompts_with_room
 from common.data.stored import PromptDataset
 from step3_ppo.config import PPOJob
-
-if TYPE_CHECKING:
-    pass
 
 
 def dataset_type_of(job: PPOJob) -> DatasetType[PromptDataset]:
@@ -35,21 +31,23 @@ class PromptOrder:
     def __init__(
         self, prompts: PromptDataset, per_iteration: int, seed: int, weights: dict[str, float] | None = None
     ) -> None:
-        plan = BatchPlan(  # a batch is a pass
+        plan = BatchPlan(
             max_length=0, packing=False, global_batch_size=sys.maxsize, micro_batch_size=1, seed=seed
         )
-        # it is only asked for rows, never for batches, and without packing it reads no lengths
-        batches = Batches(cast(Any, prompts), plan, weights)
-        self._pass = lru_cache(maxsize=2)(lambda number: np.concatenate(batches.rows(number)))
+        # it is only asked for epochs, never for batches, and without packing it reads no lengths
+        self._batches = Batches(cast(Any, prompts), plan, weights)
         self._per_iteration = per_iteration
-        self.prompts_per_epoch = len(batches.documents(0))
+        self.prompts_per_epoch = self._batches.documents_per_epoch
 
     def prompts_of(self, iteration: int) -> list[int]:
         """Data set indices of the N prompts of an iteration (from 0)."""
         epoch, start = divmod(iteration * self._per_iteration, self.prompts_per_epoch)
-        last = (start + self._per_iteration - 1) // self.prompts_per_epoch
-        prompts = np.concatenate([self._pass(epoch + number) for number in range(last + 1)])
-        return [int(index) for index in prompts[start : start + self._per_iteration]]
+        found: list[int] = []
+        while len(found) < self._per_iteration:
+            end = start + self._per_iteration - len(found)
+            found += self._batches.epoch(epoch).documents[start:end].tolist()
+            epoch, start = epoch + 1, 0
+        return found
 
     def epoch_of(self, iteration: int) -> float:
         """Passes over the prompts before an iteration (from 0)."""

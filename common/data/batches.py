@@ -2,8 +2,8 @@
 
 The documents of step k are a pure function of the seed and k, whatever the number of ranks, the micro
 batch or the accumulation. An epoch's documents are drawn by the sources' weights, packed afresh and
-shuffled; ranks take turns through the rows of a step. Nothing is remembered between calls but a
-cache of the last epochs, so resuming needs no more than the step's number. Does not tokenize.
+shuffled, which `packings.py` keeps; ranks take turns through the rows of a step. Nothing is remembered
+between calls but the last epochs, so resuming needs no more than the step's number. Does not tokenize.
 
 Documents with a common prefix (both sides of a pair, the samples of a prompt) are neighbours in a row, and
 the prefix is stored once (prefix sharing).
@@ -21,7 +21,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from common.data.packing import Packing, one_per_row, pack, spread
+from common.data.packing import Packing, in_order, one_per_row, pack, spread
+from common.data.packings import Packings
 from common.data.slices import slice_of
 from common.data.types import IGNORE, Batch, PairBatch, TokenizedExample, TokenizedPair, prefix_owners_of
 from common.errors import UserError
@@ -78,27 +79,31 @@ class Batches:
     ) -> None:
         self.dataset = dataset
         self.plan = plan
-        self._weights = [(weights or {}).get(name, 1.0) for name in dataset.sources]
-        self._by_source = [np.flatnonzero(dataset.source_ids == i) for i in range(len(dataset.sources))]
-        self._rows_of_epoch = functools.lru_cache(maxsize=2)(self._pack_epoch)
+        self._weights = [float((weights or {}).get(name, 1.0)) for name in dataset.sources]
+        rows = [int(np.count_nonzero(dataset.source_ids == source)) for source in range(len(dataset.sources))]
+        self._shares = [_share_of(*each) for each in zip(self._weights, rows, strict=True)]
+        if sum(rows) and not self.documents_per_epoch:
+            raise UserError(
+                f"data.sources: an epoch has none of {sum(rows):,} rows by the weights of their sources",
+                hint="larger weights, e.g. 1: each row is seen once an epoch",
+            )
+        self._packings = Packings.of(dataset)
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
         self._first_steps = [0]  # of each epoch known so far, and of the one after
+
+    @property
+    def documents_per_epoch(self) -> int:
+        """Documents that every epoch has, those that it repeats each time."""
+        return sum(copies * rows + extra for copies, extra, rows in self._shares)
 
     def documents(self, epoch: int) -> np.ndarray:
         """Dataset indices seen in an epoch: whole copies of each source and a seeded share of it."""
-        chosen = []
-        for source, (weight, members) in enumerate(zip(self._weights, self._by_source, strict=True)):
-            copies = math.floor(weight)
-            extra = round((weight - copies) * len(members))
+        chosen = [np.empty(0, np.int64)]
+        for source, (copies, extra, _) in enumerate(self._shares):
+            members = np.flatnonzero(self.dataset.source_ids == source)
             generator = np.random.default_rng([self.plan.seed, epoch, source, 1])
-            chosen += [members] * copies + [generator.permutation(members)[:extra]]
-        documents = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-        rows = len(self.dataset.source_ids)
-        if rows and not len(documents):
-            raise UserError(
-                f"data.sources: an epoch has none of {rows:,} rows by the weights of their sources",
-                hint="larger weights, e.g. 1: each row is seen once an epoch",
-            )
-        return documents
+            chosen += [members] * copies + ([generator.permutation(members)[:extra]] if extra else [])
+        return np.concatenate(chosen)
 
     def steps_in_epochs(self, epochs: float) -> int:
         """Optimizer steps in this many passes; the last one may be short of rows."""
@@ -116,10 +121,8 @@ class Batches:
     def rows(self, step: int) -> list[np.ndarray]:
         """The step's rows on all ranks together; each an array of dataset indices."""
         epoch, within = self._position(step)
-        documents, packing = self._rows_of_epoch(epoch)
         first = within * self.plan.global_batch_size
-        last = min(first + self.plan.global_batch_size, len(packing))
-        return [documents[packing[row]] for row in range(first, last)]
+        return self.epoch(epoch).rows(first, first + self.plan.global_batch_size)
 
     def micro_batches(self, step: int) -> list[Any]:
         """This rank's part of a step as `Batch`es; equally many on every rank, the missing ones without
@@ -129,12 +132,26 @@ class Batches:
     def _collate(self, indices: list[int]) -> Any:
         return documents_of(self.dataset, indices)
 
-    def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
-        documents = self.documents(epoch)
-        seed = self._seed_of(epoch)
-        if self.plan.packing:
-            return documents, pack(self.dataset.lengths[documents], self.plan.max_length, seed=seed)
-        return documents, one_per_row(len(documents), seed=seed)
+    @property
+    def _packed_over_epoch(self) -> bool:
+        """Whether the rows of an epoch are packed, or else documents (pairs) one by one."""
+        return self.plan.packing
+
+    def _epoch(self, number: int) -> Packing:
+        """The rows of an epoch in their order; their documents are dataset indices."""
+        packed, seed = self._packed_over_epoch, self._seed_of(number)
+        key = {
+            "epoch": number, "seed": self.plan.seed, "weights": self._weights,
+            "max_length": self.plan.max_length if packed else None,
+        }  # fmt: skip
+
+        def make() -> Packing:
+            documents = self.documents(number)
+            if not packed:
+                return one_per_row(len(documents), seed=seed).of(documents)
+            return pack(self.dataset.lengths[documents], self.plan.max_length, seed=seed).of(documents)
+
+        return self._packings.get(key, self.documents_per_epoch, make)
 
     def _seed_of(self, epoch: int) -> int:
         return int(np.random.SeedSequence([self.plan.seed, epoch, 2]).generate_state(1)[0])
@@ -145,10 +162,10 @@ class Batches:
     def _first_step(self, epoch: int) -> int:
         while len(self._first_steps) <= epoch:
             known = len(self._first_steps) - 1
-            if known and all(weight.is_integer() for weight in map(float, self._weights)):
+            if known and all(weight.is_integer() for weight in self._weights):
                 steps = self._first_steps[1]  # same documents, so as many rows
             else:
-                steps = -(-len(self._rows_of_epoch(known)[1]) // self.plan.global_batch_size)
+                steps = -(-len(self.epoch(known)) // self.plan.global_batch_size)
             if not steps:
                 raise ValueError("a data set without documents has no steps")
             self._first_steps.append(self._first_steps[-1] + steps)
@@ -183,9 +200,15 @@ class PairBatches(Batches):
     def _collate(self, indices: list[int]) -> Any:
         return _pairs(self.dataset, indices, self.plan)
 
-    def _pack_epoch(self, epoch: int) -> tuple[np.ndarray, Packing]:
-        documents = self.documents(epoch)
-        return documents, one_per_row(len(documents), seed=self._seed_of(epoch))
+    @property
+    def _packed_over_epoch(self) -> bool:
+        return False
+
+
+def _share_of(weight: float, rows: int) -> tuple[int, int, int]:
+    """Of a source: whole copies in an epoch, rows drawn beside them, and its rows."""
+    copies = math.floor(weight)
+    return copies, round((weight - copies) * rows), rows
 
 
 def batches_of(
@@ -213,18 +236,28 @@ def batches_of(
 
 def evaluation_batches(dataset: DocumentSource, plan: BatchPlan) -> Iterator[Batch]:
     """Every document exactly once over all ranks; equally many batches on every rank."""
-    if plan.packing:
-        packing = pack(dataset.lengths, plan.max_length, seed=0)
-        rows = [packing[row] for row in range(len(packing))]
-    else:
-        rows = [np.array([index]) for index in range(len(dataset))]
-    yield from _passes(rows, plan, functools.partial(documents_of, dataset))
+    packing = _evaluated(dataset, plan.max_length if plan.packing else None)
+    yield from _passes(packing, plan, functools.partial(documents_of, dataset))
 
 
 def evaluation_pair_batches(dataset: PairSource, plan: BatchPlan) -> Iterator[PairBatch]:
     """Every pair exactly once over all ranks; equally many batches on every rank."""
-    rows = _rows_within(PAIR * plan.max_length, dataset.lengths, np.arange(len(dataset)), plan, seed=0)
-    yield from _passes(rows, plan, lambda indices: _pairs(dataset, indices, plan))
+    capacity = PAIR * plan.max_length
+    packing = _evaluated(dataset, capacity if plan.packing else None)
+    if len(packing) < plan.world_size:
+        packing = _packed_within(capacity, dataset.lengths, plan, seed=0)
+    yield from _passes(packing, plan, lambda indices: _pairs(dataset, indices, plan))
+
+
+def _evaluated(dataset: RecordSource[Any], capacity: int | None) -> Packing:
+    """All records, packed in rows of so many tokens; in their order and one by one where that is None."""
+
+    def make() -> Packing:
+        if capacity is None:
+            return in_order(len(dataset))
+        return pack(dataset.lengths, capacity, seed=0)
+
+    return Packings.of(dataset).get({"evaluation": capacity}, len(dataset), make)
 
 
 def collate(
@@ -357,19 +390,22 @@ def _rows_within(
     capacity: int, lengths: np.ndarray, records: np.ndarray, plan: BatchPlan, *, seed: int
 ) -> list[np.ndarray]:
     """The records as rows: packed, or each a row of its own; a row for every rank if there are enough."""
+    packing = _packed_within(capacity, lengths[records], plan, seed=seed).of(records)
+    return packing.rows(0, len(packing))
+
+
+def _packed_within(capacity: int, lengths: np.ndarray, plan: BatchPlan, *, seed: int) -> Packing:
     if not plan.packing:
-        return [records[index : index + 1] for index in range(len(records))]
-    fewest = min(plan.world_size, len(records))
-    packing = pack(lengths[records], capacity, seed=seed)
-    if len(packing) < fewest:
-        packing = spread(lengths[records], capacity, fewest, seed=seed)
-    return [records[packing[row]] for row in range(len(packing))]
+        return in_order(len(lengths))
+    fewest = min(plan.world_size, len(lengths))
+    packing = pack(lengths, capacity, seed=seed)
+    return packing if len(packing) >= fewest else spread(lengths, capacity, fewest, seed=seed)
 
 
-def _passes(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> Iterator[Any]:
+def _passes(packing: Packing, plan: BatchPlan, make: Callable[[list[int]], Any]) -> Iterator[Any]:
     per_pass = plan.micro_batch_size * plan.world_size
-    for first in range(0, len(rows), per_pass):
-        yield from share(rows[first : first + per_pass], plan, make)
+    for first in range(0, len(packing), per_pass):
+        yield from share(packing.rows(first, first + per_pass), plan, make)
 
 
 def share(rows: Sequence[np.ndarray], plan: BatchPlan, make: Callable[[list[int]], Any]) -> list[Any]:

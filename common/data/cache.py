@@ -28,12 +28,12 @@ from common.files import disk_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.npz", "ledger.json", "key.json"
+INDEX_FILE, LEDGER_FILE, KEY_FILE = "index.arrow", "ledger.json", "key.json"
 FILES = (ROWS_FILE, INDEX_FILE, LEDGER_FILE)
 
 Report = Callable[[str], None]
 
-NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py", "stream_batches.py"}
+NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py", "packings.py", "stream_batches.py"}
 """Modules of this folder that do not decide tokenized rows."""
 
 
@@ -43,6 +43,15 @@ def wait_for(folder: Path, *, report: Report = print, silence: float = 1800.0, p
     No collective is involved, so nothing times out while a builder makes progress. Raises UserError
     when for `silence` seconds there was neither the folder nor a sign of a builder at work.
     """
+    if not comes(folder, report=report, silence=silence, poll=poll):
+        raise UserError(
+            f"{folder}: waited {silence:.0f} s for another process to tokenize the data, and none did",
+            hint="see the log of the first rank on this machine; data.cache_dir must be shared",
+        )
+
+
+def comes(folder: Path, *, report: Report, silence: float, poll: float = 0.2) -> bool:
+    """Wait until `folder` is whole; False when for `silence` seconds there was no sign of a builder."""
     signs: set[tuple[str, int]] = set()
     last_sign = last_line = time.monotonic()
     damaged: int | None = None
@@ -53,14 +62,12 @@ def wait_for(folder: Path, *, report: Report = print, silence: float = 1800.0, p
         if seen != signs:
             signs, last_sign = seen, now
         if now - last_sign > silence:
-            raise UserError(
-                f"{folder}: waited {silence:.0f} s for another process to tokenize the data, and none did",
-                hint="see the log of the first rank on this machine; data.cache_dir must be shared",
-            )
+            return False
         if now - last_line > 60:
             report("waiting for another process to tokenize the data")
             last_line = now
         time.sleep(poll)
+    return True
 
 
 def cache_key(

@@ -10,24 +10,28 @@ are (a few numbers per row). Does not pack and does not make batches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common import limited
 from common.config import DataConfig
 from common.data import cache
+from common.data import writer as writing
 from common.data.dataset_types import DEMONSTRATIONS, DatasetType, Opened
+from common.data.index import PARTS, read_index
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
 from common.data.splits import held_out, split_hash
 from common.data.stages import StageSplit
 from common.data.writer import IN_EVAL, Writer
 from common.errors import UserError
+from common.files import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,15 +75,12 @@ def build(
         seed=seed,
     )
     folder = root / cache.digest(key)
+    reader = functools.partial(Reader, data, kind, split, seed, report)
     if wait:
         cache.wait_for(folder, report=report)
     elif not cache.is_intact(folder):
         report(cache.why_missed(root, key))
-        with cache.new_folder(folder) as unfinished:
-            spool = cache.spool_of(folder)
-            Writer(Reader(data, kind, split, seed, report), tokenizer, spool, show).fill(unfinished)
-            cache.seal(unfinished, key)
-        cache.remove_spool(folder)
+        _make(folder, key, lambda: Writer(reader(), tokenizer, cache.spool_of(folder), show), report)
     limited.end()  # in which the rows were rendered
     train, held_out, ledger = load(folder, kind)
     if data.eval_path is not None and held_out is None:
@@ -88,6 +89,24 @@ def build(
             hint="\n  ".join(["see what became of them:", *ledger.lines()]),
         )
     return train, held_out, ledger
+
+
+def _make(folder: Path, key: Mapping[str, Any], writer: Callable[[], Writer], report: Report) -> None:
+    """Fill a folder of the cache, or help the builder on another machine that does."""
+    with disk_errors(folder, "data.cache_dir=DIR"):
+        is_first = writer().is_first()
+        if not is_first:
+            report("another process puts the rows together; this one tokenizes a share of them")
+            writer().share()
+    if not is_first:
+        if cache.comes(folder, report=report, silence=writing.ELSEWHERE_SECONDS):
+            cache.remove_spool(folder)
+            return
+        report("the other process is silent: the rows are put together here")
+    with cache.new_folder(folder) as unfinished:
+        writer().fill(unfinished)
+        cache.seal(unfinished, key)
+    cache.remove_spool(folder)
 
 
 def build_whole(
@@ -111,10 +130,9 @@ def load(folder: Path, kind: DatasetType[Opened]) -> tuple[Opened, Opened | None
     """What `build` left in its folder."""
     ledger = Ledger.from_json(json.loads((folder / cache.LEDGER_FILE).read_text()))
     names = [entry.name for entry in ledger.sources]
-    with np.load(folder / cache.INDEX_FILE) as stored:
-        index = {name: stored[name] for name in stored.files}
-    train = kind.opened(folder, index, names, "train")
-    held_out = kind.opened(folder, index, names, "eval")
+    train, held_out = (
+        kind.opened(folder, read_index(folder / cache.INDEX_FILE, part), names, part) for part in PARTS
+    )
     if not len(train):
         reasons = "; ".join(ledger.reasons()) or "all rows are held out"
         raise UserError(f"no row is left to train on: {reasons}", hint=_way_out(reasons))

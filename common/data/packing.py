@@ -18,7 +18,7 @@ import numpy as np
 class Packing:
     """Rows in compressed form: row r holds `documents[offsets[r] : offsets[r + 1]]`.
 
-    offsets: int64 [rows + 1]. documents: int64 [D], each document exactly once.
+    offsets: int [rows + 1]. documents: int [D], each document exactly once.
     """
 
     offsets: np.ndarray
@@ -28,7 +28,15 @@ class Packing:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.documents[self.offsets[row] : self.offsets[row + 1]]
+        return np.asarray(self.documents[self.offsets[row] : self.offsets[row + 1]], np.int64)
+
+    def of(self, documents: np.ndarray) -> Packing:
+        """The same rows, with `documents[i]` in place of document i."""
+        return Packing(self.offsets, documents[self.documents])
+
+    def rows(self, first: int, last: int) -> list[np.ndarray]:
+        """Rows [first, last), as far as there are so many: int64 arrays."""
+        return [self[row] for row in range(first, min(last, len(self)))]
 
 
 def pack(lengths: np.ndarray, capacity: int, *, seed: int) -> Packing:
@@ -71,6 +79,11 @@ def one_per_row(count: int, *, seed: int) -> Packing:
     """Without packing: every document a row of its own, in an order shuffled by `seed`."""
     documents = np.random.default_rng(seed).permutation(count)
     return Packing(np.arange(count + 1), documents)
+
+
+def in_order(count: int) -> Packing:
+    """Every document a row of its own, in their order."""
+    return Packing(np.arange(count + 1), np.arange(count))
 
 
 def _check(lengths: np.ndarray, capacity: int) -> None:

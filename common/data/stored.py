@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from common.data.index import ROWS
 from common.data.types import IGNORE, TokenizedExample, TokenizedPair, TokenizedPrompt
-
-if TYPE_CHECKING:
-    import pyarrow
 
 CHUNK_ROWS = 1024
 """Records in one block of the file (the last may have fewer)."""
 
 ROWS_FILE = "rows.arrow"
+INT32 = 4
+"""Bytes."""
 
 TOKEN_COLUMNS = 2
 """input_ids and labels, the first columns of the file; those behind them are text."""
@@ -59,17 +59,15 @@ class StoredRecords:
         raise NotImplementedError
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
-        # a record of the file belongs to one part; `rows` says which are this part's
-        rows = index[part]
+        """index: columns of this part's records, as `read_index` gives them."""
         self.sources = names
-        self.lengths = index["lengths"][rows]
-        self.trained = index["trained"][rows]
-        self.source_ids = index["source_ids"][rows]
-        self.control = index["control"][rows]
+        self.lengths = index["lengths"]
+        self.trained = index["trained"]
+        self.source_ids = index["source_ids"]
+        self.control = index["control"]
         self.fingerprint = f"{folder.name}-{part}"
         self._numbers = index["numbers"]
-        self._sources_of_file = index["source_ids"]
-        self._rows = rows
+        self._rows = index[ROWS]
         self.folder = folder
         self._opened: _Columns | None = None
 
@@ -82,14 +80,14 @@ class StoredRecords:
 
     def place(self, index: int) -> str:
         """Where the record came from: source and row (line of a JSONL file), for messages."""
-        return f"{self.sources[int(self.source_ids[index])]}:{self._numbers[self._rows[index]]}"
+        return f"{self.sources[int(self.source_ids[index])]}:{self._numbers[index]}"
 
     def part_of_row(self, index: int) -> tuple[int, int]:
         """The record's number among the records of its row, from 1, and how many there are."""
-        row = self._row(index)
-        of_row = np.flatnonzero(self._numbers == self._numbers[row])
-        of_row = of_row[self._sources_of_file[of_row] == self._sources_of_file[row]]
-        return int(np.searchsorted(of_row, row)) + 1, len(of_row)
+        # those of a row are all of one part: a row is held out as a whole
+        of_row = np.flatnonzero(self._numbers == self._numbers[index])
+        of_row = of_row[self.source_ids[of_row] == self.source_ids[index]]
+        return int(np.searchsorted(of_row, index)) + 1, len(of_row)
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Tokens, labels and source of a record."""
@@ -133,8 +131,8 @@ class PairDataset(StoredRecords):
 
     def __init__(self, folder: Path, index: Mapping[str, np.ndarray], names: list[str], part: str) -> None:
         super().__init__(folder, index, names, part)
-        self.chosen_lengths = index["chosen_lengths"][self._rows]
-        self.margins = index["margins"][self._rows]
+        self.chosen_lengths = index["chosen_lengths"]
+        self.margins = index["margins"]
 
     def __getitem__(self, index: int) -> TokenizedPair:
         ids, labels, source = self._read(index)
@@ -165,32 +163,39 @@ class PromptDataset(StoredRecords):
 
 
 class _Columns:
-    """The columns of the file, mapped into memory; tokens and labels are views, without a copy."""
+    """The columns of the file, mapped into memory; tokens and labels are views, without a copy.
+
+    Only where the columns of a block lie is remembered: objects for each of them would be the largest part of
+    what a rank holds of ten million records.
+    """
 
     def __init__(self, path: Path) -> None:
         import pyarrow
 
-        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-        batches = [reader.get_batch(number).columns for number in range(reader.num_record_batches)]
-        self._batches = [
-            tuple((_numbers(column.offsets), _numbers(column.values)) for column in columns[:TOKEN_COLUMNS])
-            for columns in batches
-        ]
-        self._texts = [columns[TOKEN_COLUMNS:] for columns in batches]
+        self._file = pyarrow.memory_map(str(path))
+        self._reader = pyarrow.ipc.open_file(self._file)
+        self._all = np.frombuffer(self._file.read_buffer(), np.uint8)
+        self._places = np.zeros((self._reader.num_record_batches, TOKEN_COLUMNS, 2), np.int64)
+        """byte in the file at which offsets and values of each column of tokens begin; 0: not looked up"""
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         batch, within = divmod(row, CHUNK_ROWS)
-        ids, labels = (
-            values[offsets[within] : offsets[within + 1]] for offsets, values in self._batches[batch]
-        )
+        if not self._places[batch].all():
+            self._places[batch] = self._places_of(batch)
+        ids, labels = (self._tokens(offsets, values, within) for offsets, values in self._places[batch])
         return ids, labels
 
     def texts(self, row: int) -> list[str]:
         """The values of a record's text columns."""
         batch, within = divmod(row, CHUNK_ROWS)
-        return [column[within].as_py() for column in self._texts[batch]]
+        return [column[within].as_py() for column in self._reader.get_batch(batch).columns[TOKEN_COLUMNS:]]
 
+    def _tokens(self, offsets: int, values: int, within: int) -> np.ndarray:
+        first, last = np.frombuffer(self._all, np.int32, 2, offsets + INT32 * within)
+        return np.frombuffer(self._all, np.int32, last - first, values + INT32 * first)
 
-def _numbers(array: pyarrow.Array) -> np.ndarray:
-    """An int32 array as a view; pyarrow's own `to_numpy` imports pandas, half a second of every start."""
-    return np.frombuffer(array.buffers()[1], np.int32, len(array), 4 * array.offset)
+    def _places_of(self, batch: int) -> list[list[int]]:
+        begin = self._all.ctypes.data
+        columns = self._reader.get_batch(batch).columns[:TOKEN_COLUMNS]
+        parts = [(column.offsets, column.values) for column in columns]
+        return [[part.buffers()[1].address + INT32 * part.offset - begin for part in pair] for pair in parts]

@@ -27,6 +27,7 @@ from common.config import DataConfig
 from common.data import cache
 from common.data.blocks import WHO
 from common.data.dataset_types import DEMONSTRATIONS
+from common.data.index import read_index
 from common.data.ledger import Ledger
 from common.data.reader import Reader, named_sources
 from common.data.stages import StageSplit
@@ -54,11 +55,12 @@ class Streaming:
 
     def __init__(self, serve: Callable[[Connection, Connection], None], report: Report) -> None:
         self._report = report
+        self.error: Exception | None = None
         # the pipe of calls is never used: the process ends when this one does, which closes it
         self._pid, self._calls, self._answers = fork(serve)
 
     def look(self) -> None:
-        """Say what it said; raises what ended it."""
+        """Say what it said, and keep what ended it."""
         while not self._answers.closed and self._answers.poll():
             try:
                 said = self._answers.recv()
@@ -66,8 +68,9 @@ class Streaming:
                 self._answers.close()
                 return
             if isinstance(said, Exception):
-                raise said
-            self._report(said)
+                self.error = said
+            else:
+                self._report(said)
 
     @property
     def is_over(self) -> bool:
@@ -89,7 +92,7 @@ class StreamedRows(TokenizedDataset):
     def __init__(self, folder: Path, names: list[str], making: Streaming | None, report: Report) -> None:
         self.sources, self.folder, self.fingerprint = names, folder, folder.name
         self._making, self._report = making, report
-        self.source_ids = _SourceIds(self)
+        self.source_ids = _SourceIds(self)  # type: ignore[assignment]  # one at a time
         self.window = functools.lru_cache(maxsize=4)(self._window)
         self.windows: int | None = None
         self.when_over: Callable[[Ledger], None] = lambda ledger: None
@@ -122,6 +125,8 @@ class StreamedRows(TokenizedDataset):
                 self.when_over(Ledger.from_json(end["ledger"]))
             if self.windows is not None or (self.folder / _name(number)).exists():
                 return self.windows is None or number < self.windows
+            if self._making is not None and self._making.error is not None:
+                raise self._making.error  # of a row behind the windows that are there
             if self._making is not None and self._making.is_over:
                 raise RuntimeError(f"{self.folder}: the process that tokenizes ended without a word")
             if time.monotonic() - began > PATIENCE:
@@ -136,8 +141,7 @@ class StreamedRows(TokenizedDataset):
     def _index(self, number: int) -> dict[str, np.ndarray]:
         if not self.has(number):
             raise IndexError(f"window {number} of {self.windows}")
-        with np.load(self.folder / _name(number) / cache.INDEX_FILE) as stored:
-            return dict(stored)
+        return read_index(self.folder / _name(number) / cache.INDEX_FILE, "train")
 
     def _window(self, number: int) -> TokenizedDataset:
         index, folder = self._index(number), self.folder / _name(number)
@@ -215,7 +219,7 @@ def make_windows(writer: Writer, folder: Path) -> None:
             continue
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        writer.write_window(window, number * WINDOW, unfinished)
+        writer.write_window(window, unfinished)
         hashes = {ROWS_FILE: file_sha256(unfinished / ROWS_FILE)}
         (unfinished / SHA256).write_text(json.dumps(hashes))
         try:
@@ -226,7 +230,6 @@ def make_windows(writer: Writer, folder: Path) -> None:
     if not count:
         reasons = "; ".join(writer.reader.ledger.reasons())
         raise UserError(f"no row is left to train on: {reasons}", hint="see data.max_length, data.truncation")
-    writer.count()
     end = {"windows": count, "ledger": writer.reader.ledger.to_json()}
     partial = folder / f".{END}.{WHO}-{os.getpid()}"
     partial.write_text(json.dumps(end))

@@ -22,7 +22,8 @@ from common.config import SourceConfig
 from common.cores import count_cores
 from common.data import cache, sources
 from common.data.blocks import COLUMNS, DTYPES, IN_EVAL, Event, Made, Maker, is_ours
-from common.data.ledger import Ledger, SourceLedger
+from common.data.index import write_index
+from common.data.ledger import SourceLedger
 from common.data.prompts import SAME
 from common.data.reader import Reader
 from common.data.splits import held_out
@@ -42,7 +43,10 @@ Show = Callable[[float], None]
 """Is told the share of the rows that are tokenized."""
 
 POLL, ELSEWHERE_SECONDS = 0.05, 60.0
-"""Between two looks for a block that another machine makes, and how long it may take."""
+"""Between two looks for a block that another machine makes, and how long it may take; also how long a machine
+that puts all together may be silent."""
+
+NO_ROWS = np.empty(0, np.int64)
 
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
@@ -74,27 +78,65 @@ class Writer:
 
     def fill(self, folder: Path) -> None:
         self._write_rows(self._records(), folder)
-        index = self._index()
-        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
-        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index)
+        parts = self._parts()
+        self._add_up(parts["eval"], len(self.kept["lengths"]))
+        self._count_read()
+        write_index(folder / cache.INDEX_FILE, {name: self.kept[name] for name in self._stored()}, parts)
         (folder / cache.LEDGER_FILE).write_text(json.dumps(self.reader.ledger.to_json(), indent=1))
 
-    def windows(self, size: int) -> Iterator[Records]:
-        """All records, `size` at a time, as soon as they are there."""
-        return _in_chunks(self._records(), size)
+    def is_first(self) -> bool:
+        """Whether no other builder that shares the blocks has said before that it puts them together."""
+        return is_ours(self.spool / "all")
 
-    def write_window(self, window: Records, first: int, folder: Path) -> None:
-        """A folder with some records. first: number of the first among all."""
+    def share(self) -> None:
+        """Make the blocks that nobody else has claimed, for the builder that puts all together."""
+        for number, source, for_eval in self.reader.each_source():
+            maker = Maker(self.reader, self.tokenizer, number, source, for_eval, self.eval_hashes)
+            if for_eval:  # the blocks of the other sources depend on its rows
+                for _, made in self._made(maker, source):
+                    self._noted(made, self.reader.ledger.sources[number])
+            else:
+                for _ in self._kept_blocks(maker, source):
+                    pass
+
+    def windows(self, size: int) -> Iterator[Records]:
+        """All records, `size` at a time, as soon as they are there. Of a window that was used nothing is kept
+        but what it adds to the ledger."""
+        for window in _in_chunks(self._records(), size):
+            yield window
+            count = len(window.lengths)
+            self._add_up(NO_ROWS, count)
+            self.kept.drop(count)
+        self._count_read()
+
+    def write_window(self, window: Records, folder: Path) -> None:
+        """A folder with the window that `windows` gave last."""
         self._write_rows(iter([window]), folder)
         count = len(window.lengths)
-        index = {name: self.kept[name][first : first + count].copy() for name in self._stored()}
-        parts = {"train": np.arange(count), "eval": np.empty(0, np.int64)}
-        np.savez(folder / cache.INDEX_FILE, allow_pickle=False, **index, **parts)
+        index = {name: self.kept[name][:count] for name in self._stored()}
+        write_index(folder / cache.INDEX_FILE, index, {"train": np.arange(count), "eval": NO_ROWS})
 
-    def count(self) -> None:
-        """Fill in the ledger when all windows have been written."""
-        index = {"eval": np.empty(0, np.int64)} | {name: self.kept[name] for name in self._stored()}
-        _count(self.reader.ledger, index, self.kept["truncated"] != 0)
+    def _add_up(self, held_out: np.ndarray, count: int) -> None:
+        """Add the first `count` records to the ledger. held_out: which of them are."""
+        held = np.zeros(count, bool)
+        held[held_out] = True
+        columns = {
+            name: self.kept[name][:count] for name in ("source_ids", "lengths", "trained", "truncated")
+        }
+        for number, entry in enumerate(self.reader.ledger.sources):
+            of_source = columns["source_ids"] == number
+            entry.rows_kept += int(of_source.sum())
+            entry.rows_held_out += int((of_source & held).sum())
+            entry.tokens += int(columns["lengths"][of_source].sum())
+            entry.trained_tokens += int(columns["trained"][of_source].sum())
+            entry.truncated += int(np.count_nonzero(columns["truncated"][of_source]))
+
+    def _count_read(self) -> None:
+        """Fill in how many rows were read, when all that became of them is in the ledger."""
+        for entry in self.reader.ledger.sources:
+            dropped = sum(drop.count for drop in entry.dropped.values())
+            further = entry.further_pairs + entry.further_documents
+            entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - further
 
     def _write_rows(self, records: Iterator[Records], folder: Path) -> None:
         import pyarrow
@@ -127,8 +169,13 @@ class Writer:
                 watch.update(len(block.rows), place, block.done)
 
     def _made(self, maker: Maker, source: SourceConfig) -> Iterator[tuple[sources.Block, Made]]:
+        """The blocks of a source, in order."""
+        for block, found in self._kept_blocks(maker, source):
+            yield block, found if isinstance(found, Made) else self._there(found) or maker.make(block)
+
+    def _kept_blocks(self, maker: Maker, source: SourceConfig) -> Iterator[tuple[sources.Block, Made | Path]]:
         """The blocks of a source, in order. Those behind the first that tells the format are made in as many
-        processes as `data.processes` says."""
+        processes as `data.processes` says, or on another machine, and kept in files."""
         blocks = sources.blocks_of(source, seed=self.reader.seed)
         for block in blocks:
             yield block, maker.make(block)
@@ -144,8 +191,7 @@ class Writer:
         count = self.reader.data.processes or count_cores()
         try:
             for path in in_order(maker.kept, tasks(), count):
-                block = waiting.pop(0)
-                yield block, self._there(path) or maker.make(block)
+                yield waiting.pop(0), path
         except WorkerEnded as error:
             raise UserError(
                 f"one of {count} processes that tokenize was ended: {error}",
@@ -194,19 +240,14 @@ class Writer:
             case _:
                 raise AssertionError(event)
 
-    def _index(self) -> dict[str, np.ndarray]:
-        """The numbers of each record of the file, and which records are for training and which are held
-        out."""
+    def _parts(self) -> dict[str, np.ndarray]:
+        """Which records of the file are for training and which are held out."""
         hashes, source_ids = self.kept["hashes"], self.kept["source_ids"]
         for_eval = self.kept["for_eval"] != 0
         rows = ~for_eval & (self.kept["first"] != 0)  # documents of one row count once
         chosen = held_out(hashes[rows], source_ids[rows], self.reader.data.held_out_fraction())
         for_eval |= np.isin(hashes, np.array(sorted(chosen), np.uint64))
-        return {
-            **{name: self.kept[name] for name in self._stored()},
-            "train": np.flatnonzero(~for_eval),
-            "eval": np.flatnonzero(for_eval),
-        }
+        return {"train": np.flatnonzero(~for_eval), "eval": np.flatnonzero(for_eval)}
 
     def _stored(self) -> tuple[str, ...]:
         return ("lengths", "trained", "source_ids", "numbers", "control", *self.opened.numbers)
@@ -224,6 +265,11 @@ class _Kept:
     def add(self, columns: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
         for name, column in self._columns.items():
             column.frombytes(columns[name][kept].tobytes())
+
+    def drop(self, count: int) -> None:
+        """Forget the first records."""
+        for column in self._columns.values():
+            del column[:count]
 
     def __getitem__(self, name: str) -> np.ndarray:
         # a view, not a copy: with a million rows these numbers are most of the memory in use
@@ -304,19 +350,3 @@ class _Watch:
             left = round((self._last - self._began) * (1 - share) / share) if share else 0
             more = f", {share:.0%}, {left // 60}:{left % 60:02} left" if share else ""
             self._report(f"tokenized {self._rows:,} rows{more}")
-
-
-def _count(ledger: Ledger, index: Mapping[str, np.ndarray], truncated: np.ndarray) -> None:
-    """Fill in the counts that are known only after the last row."""
-    held = np.zeros(len(index["lengths"]), bool)
-    held[index["eval"]] = True
-    for number, entry in enumerate(ledger.sources):
-        of_source = index["source_ids"] == number
-        entry.rows_kept = int(of_source.sum())
-        dropped = sum(drop.count for drop in entry.dropped.values())
-        further = entry.further_pairs + entry.further_documents
-        entry.rows_read = entry.rows_kept + dropped + entry.bad_rows - further
-        entry.rows_held_out = int((of_source & held).sum())
-        entry.tokens = int(index["lengths"][of_source].sum())
-        entry.trained_tokens = int(index["trained"][of_source].sum())
-        entry.truncated = int(truncated[of_source].sum())

@@ -94,6 +94,12 @@ def test_memory_growth_is_counted_from_ten_thousand_rows() -> None:
     assert data_scale.growth_of(records) == 1.25
 
 
+def test_a_rank_s_memory_is_compared_between_the_two_largest_sizes() -> None:
+    sizes = ((1_000, 9.0), (1_000_000, 5.0), (3_000_000, 5.4), (3_000_000, 5.2))
+    records = [{"rows": rows, "rank_own_mb": own} for rows, own in sizes]
+    assert data_scale.bytes_per_row(records) == pytest.approx(0.1)  # 0.2 MB for two million rows
+
+
 def test_a_synthetic_row_is_the_same_each_time() -> None:
     assert data_scale.row(20) == {
         "question": "How is 20 spelled, and what follows?",

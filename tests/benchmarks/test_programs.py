@@ -152,6 +152,7 @@ def test_the_data_path_is_measured(tmp_path: Path) -> None:
     written = run_program(tmp_path, "data_scale", "--sizes", "200", "--threads", "1")
     assert [size["rows"] for size in written["sizes"]] == [200]
     assert all(size["packed_rows"] > 0 and 0.5 < size["fill"] <= 1 for size in written["sizes"])
+    assert all(0 < size["rank_own_mb"] < size["rank_peak_rss_mb"] for size in written["sizes"])
 
 
 @pytest.fixture(autouse=True)

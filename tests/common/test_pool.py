@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from common import limited
 from common.errors import UserError
 from common.pool import AHEAD, WorkerEnded, in_order
 
@@ -71,3 +74,20 @@ def test_who_stops_early_leaves_no_process() -> None:
     results.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def busy(number: int) -> None:
+    limited.each(burn, [0.1])
+
+
+def burn(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+def test_the_time_of_a_worker_s_own_child_is_counted_as_this_process_s_children_s() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    list(in_order(busy, range(4), 2))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime >= 0.39

@@ -146,7 +146,7 @@ KINDS = [
     "a/sft/checkpoints/step_00000012/manifest.json", "a/lineage.json", "a/resolved.yaml",
     "a/sft/state.json", "a/reward/state.json", "a/sft/metrics.jsonl", "a/sft/samples.jsonl",
     "a/sft/ledger.json", "a/sft/tokenizer/tokenizer.json", ".cache/data/*/rows.arrow",
-    ".cache/data/*/index.npz", ".cache/data/*/ledger.json", ".cache/data/*/key.json",
+    ".cache/data/*/index.arrow", ".cache/data/*/ledger.json", ".cache/data/*/key.json",
     ".cache/data/reference/0123.npz",
 ]  # fmt: skip
 

@@ -103,7 +103,7 @@ def test_rows_that_were_replaced_are_whole_and_yet_not_those_of_the_artifact(run
 
 def test_rows_of_which_a_part_is_gone_are_damaged(runs: Path) -> None:
     (folder_of_rows(runs) / cache.INDEX_FILE).unlink()
-    assert "index.npz: missing" in differing(runs / "a")
+    assert "index.arrow: missing" in differing(runs / "a")
     (folder_of_rows(runs) / cache.KEY_FILE).unlink()
     assert "key.json" in differing(runs / "a")
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.data.dataset_types import DEMONSTRATIONS, PREFERENCES, PROMPTS, Data
 from common.data.reader import Reader
 from common.data.stages import StageSplit
 from common.errors import UserError
+from common.limited import fork
 from tests.common.data.built import Said, made, pairs, preferences, write
 from tests.tiny import CHATML, tiny_tokenizer
 
@@ -178,3 +180,59 @@ def test_a_block_whose_maker_is_gone_is_made_here(
     _, kind, here = claimed(tmp_path, owner)
     train, _, _ = made(tmp_path, kind=kind, processes=1)
     assert sorted(here) == [1, 9, 17, 25, 33] and len(train) == 38
+
+
+def claim_of_all(tmp_path: Path, owner: str) -> Path:
+    """Rows whose blocks `owner` has said to put together; the file that says so."""
+    path, _, _ = claimed(tmp_path, "elsewhere 1")
+    path.with_suffix(".claim").unlink()
+    found = path.with_name("all.claim")
+    found.write_text(owner)
+    return found
+
+
+def test_a_second_machine_makes_its_share_and_one_puts_all_together(tmp_path: Path) -> None:
+    claim = claim_of_all(tmp_path, "elsewhere 1")
+    said = tmp_path / "said"
+
+    def second(calls: Any, answers: Any) -> None:
+        lines = Said()
+        train, _, _ = made(tmp_path, said=lines, processes=1)
+        said.write_text("\n".join([*lines, str(len(train))]))
+
+    pid, *_ = fork(second)
+    while len(list(claim.parent.glob("0_*.npz"))) < 4:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    claim.write_text(f"{WHO} {os.getpid()}")  # this process is the first machine
+    here: list[int] = []
+
+    def tokenize(rows: Any, tokenizer: Any) -> Any:
+        here.append(rows[0].place.row)
+        return chat.tokenize(rows, tokenizer)
+
+    train, _, _ = made(tmp_path, kind=replace(DEMONSTRATIONS, tokenize=tokenize), processes=1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert here == [1] and said.read_text().splitlines()[1:] == [
+        "another process puts the rows together; this one tokenizes a share of them",
+        "38",
+    ]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [train.folder.name]
+
+
+def test_where_the_machine_that_puts_all_together_is_silent_another_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.data.writer.ELSEWHERE_SECONDS", 0.1)
+    claim_of_all(tmp_path, "elsewhere 1")
+    said = Said()
+    train, _, _ = made(tmp_path, said=said, processes=1)
+    assert len(train) == 38 and "the other process is silent: the rows are put together here" in said
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [train.folder.name]
+
+
+def test_a_builder_that_was_killed_on_this_machine_is_not_waited_for(tmp_path: Path) -> None:
+    claim_of_all(tmp_path, f"{WHO} 99999999")
+    said = Said()
+    train, _, _ = made(tmp_path, said=said, processes=1)
+    assert len(train) == 38 and not any("process" in line for line in said)

@@ -17,8 +17,12 @@ import torch
 from common.config import DataConfig, OnBadRow, SourceConfig
 from common.data import sources, stream, stream_batches
 from common.data.batches import BatchPlan
+from common.data.dataset_types import DEMONSTRATIONS
+from common.data.reader import Reader
+from common.data.stages import StageSplit
 from common.data.stream import StreamedRows
 from common.data.stream_batches import StreamedBatches, training_batches
+from common.data.writer import Writer
 from common.errors import UserError
 from common.stage import Step
 from common.streaming import check_streaming
@@ -177,6 +181,22 @@ def test_a_window_that_was_changed_is_named(rows: StreamedRows) -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match="00000002: its rows are not those"):
         _ = rows[40]
+
+
+def test_the_process_that_makes_windows_holds_no_more_than_a_window_and_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "rows.jsonl", pairs(COUNT))
+    held: list[int] = []
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, processes=1)
+    reader = Reader(data, DEMONSTRATIONS, StageSplit({}, "sft", 0), 0, Said())
+    writer = Writer(reader, tiny_tokenizer(CHATML), tmp_path / "blocks", streams=True)
+    for window in writer.windows(16):
+        held.append(len(writer.kept["lengths"]))
+        assert len(window.lengths) == (16 if len(held) < 5 else 6)
+    assert max(held) <= 16 + 8 and len(writer.kept["lengths"]) == 0
+    (entry,) = reader.ledger.sources
+    assert (entry.rows_read, entry.rows_kept) == (COUNT, COUNT) and entry.tokens > COUNT
 
 
 def test_rows_that_are_held_out_are_not_in_the_stream(tmp_path: Path) -> None:
