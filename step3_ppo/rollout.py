@@ -26,15 +26,15 @@ from common.config import ModelConfig
 from common.data.types import IGNORE, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
+from common.decoding.sampling import all_gather_completions
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
 from common.decoding.vllm_server import VLLMServers
 from common.model.adapters import ADAPTER
 from common.runtime.distributed import (
     StopSignal,
     World,
-    all_gather_arrays,
-    all_gather_or_raise,
     all_reduce_sum,
+    make_or_raise,
 )
 from common.training.engine import Engine as TrainingEngine
 from common.training.handover import whole_weights
@@ -147,9 +147,10 @@ def roll_out(
         completions = decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
         return completions is not None
 
-    if not all(all_gather_or_raise(decode)):
+    done = make_or_raise(decode)
+    if all_reduce_sum([done]) != [world.size]:
         return None
-    made = _all_gathered(completions or [])
+    made = all_gather_completions(completions or [])
     return [
         _response(prompts, prompt_ids[group], group, completion)
         for group in range(len(prompt_ids))
@@ -165,25 +166,6 @@ def rank_of(group: T, ranks: int) -> T:
 def over_ranks(own: DecodingCounts) -> DecodingCounts:
     """The counts summed over all ranks, which all call it."""
     return DecodingCounts(*map(int, all_reduce_sum([own.steps, own.tokens, own.rows])))
-
-
-def _all_gathered(own: Sequence[Completion]) -> list[list[Completion]]:
-    """The completions of all ranks, by rank."""
-    tokens = np.concatenate([np.empty(0, np.int32), *(completion.tokens for completion in own)])
-    logprobs = np.concatenate([np.empty(0, np.float32), *(completion.logprobs for completion in own)])
-    lengths = np.array([len(completion.tokens) for completion in own], np.int64)
-    stopped = np.array([completion.stopped for completion in own], bool)
-    gathered = all_gather_arrays([tokens.astype(np.int32), logprobs.astype(np.float32), lengths, stopped])
-    return [_completions(*share) for share in gathered]
-
-
-def _completions(
-    tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stopped: np.ndarray
-) -> list[Completion]:
-    """One rank's. tokens, logprobs: [T], of all of them end to end."""
-    ends = np.cumsum(lengths)[:-1]
-    parts = zip(np.split(tokens, ends), np.split(logprobs, ends), stopped.tolist(), strict=False)
-    return [Completion(*part) for part in parts]
 
 
 def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:

@@ -21,7 +21,12 @@ from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
 from common.data.types import Batch
 from common.errors import UserError
-from common.runtime.distributed import World, all_gather_arrays_or_raise, all_gather_objects
+from common.runtime.distributed import (
+    World,
+    all_gather_arrays_or_raise,
+    all_gather_objects,
+    all_reduce_sum,
+)
 from step3_ppo.config import PPOConfig
 from step3_ppo.minibatches import batches_in, per_response
 from step3_ppo.networks import Networks
@@ -204,19 +209,23 @@ class Scoring:
         prompts = [rows[response.prompt_id] for response in own]
         return Texts(
             [prompt.prompt for prompt in prompts],
-            [self._completion(response) for response in own],
+            [self.completion(response) for response in own],
             self._columns([prompt.columns for prompt in prompts]),
             groups[places[rank]],
             places,
             rank,
         )
 
-    def _completion(self, response: Response) -> str:
+    def completion(self, response: Response) -> str:
+        """A response as text, without its terminator."""
         tokens = response.tokens[:-1] if response.stopped else response.tokens
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def _columns(self, rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
-        names = sorted(self._known.union(*all_gather_objects(set().union(*rows))))
+        unknown = set[str]().union(*rows) - self._known
+        if any(all_reduce_sum([len(unknown)])):
+            unknown = unknown.union(*all_gather_objects(unknown))
+        names = sorted(self._known | unknown)
         return {name: [row.get(name) for row in rows] for name in names}
 
 

@@ -35,7 +35,7 @@ from common.files import disk_errors
 from common.https import certificate_error, connection_to, hang_up
 from common.model.architecture import read_config
 from common.redact import redact_text
-from common.runtime.distributed import World, all_gather_or_raise
+from common.runtime.distributed import World, make_or_raise
 from common.vllm_fit import FITTING, fits
 
 API_KEY = "VLLM_API_KEY"
@@ -137,7 +137,7 @@ class VLLMServers:
             for server in self._servers:
                 self._check(server, model, filters)
 
-        all_gather_or_raise(check)
+        make_or_raise(check)
 
     def _check(self, server: Server, model: ModelConfig, filters: bool) -> None:
         said = server.ask("/version")
@@ -179,7 +179,7 @@ class VLLMServers:
         for name, tensor in weights:  # on all ranks: under ZeRO-3 each is a collective
             if is_first:
                 whole[name] = tensor.cpu().contiguous()
-        all_gather_or_raise(lambda: self._hand_over(whole) if is_first else None)
+        make_or_raise(lambda: self._hand_over(whole) if is_first else None)
         whole.clear()
         yield
 

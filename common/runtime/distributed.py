@@ -190,9 +190,7 @@ def all_gather_arrays(own: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 def all_gather_arrays_or_raise(make: Callable[[], Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
     """`all_gather_arrays` of what `make` returns; what `_made` catches on one rank is raised on all."""
-    own: list[np.ndarray] = []
-    all_gather_or_raise(lambda: own.extend(make()))
-    return all_gather_arrays(own)
+    return all_gather_arrays(make_or_raise(make))
 
 
 def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
@@ -237,13 +235,24 @@ def _bytes_of(buffer: bytearray | memoryview) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer(buffer, np.uint8))
 
 
+def make_or_raise(make: Callable[[], T]) -> T:
+    """Run `make` on every rank, for its result here; what `_made` catches on one is raised on all.
+
+    Ranks exchange one number, and only where there is an error more than that.
+    """
+    made = _made(make)
+    (failed,) = all_reduce_sum([isinstance(made, UserError)])
+    if failed:
+        told = all_gather_objects(made if isinstance(made, UserError) else None)
+        raise next(error for error in told if error is not None)
+    assert not isinstance(made, UserError)
+    return made
+
+
 def all_gather_or_raise(make: Callable[[], T]) -> list[T]:
-    """Run `make` on every rank and all-gather the results; what `_made` catches on one is raised on all."""
-    gathered = all_gather_objects(_made(make))
-    for value in gathered:
-        if isinstance(value, UserError):
-            raise value
-    return gathered
+    """Run `make` on every rank and all-gather the results, pickled; what `_made` catches on one is raised on
+    all."""
+    return all_gather_objects(make_or_raise(make))
 
 
 def _made(make: Callable[[], T]) -> T | UserError:
