@@ -14,6 +14,7 @@ from common.stage import Step
 from launch.local import count_gpus
 from pipeline.config import PipelineConfig
 from pipeline.planning import devices, memory, workload
+from pipeline.planning.whole import LAYER_BY_LAYER, SERVERS, sampled_whole
 from pipeline.planning.work import Workload, with_sharding
 
 WORTH_NAMING = 0.97
@@ -85,10 +86,25 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
         yield f"optim@{name}.optim=adamw_8bit", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
+    yield from elsewhere(work, config)
     everything = dataclasses.replace(smallest, checkpointing=True, selective=False)
     parts = [small, recompute]
     for option, other in [("", everything), *sharded(everything)]:
-        yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
+        together = " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""]))
+        yield together, other
+        yield from ((f"{together} {way}".lstrip(), least) for way, least in elsewhere(other, config))
+
+
+def elsewhere(work: Workload, config: PipelineConfig) -> Iterator[tuple[str, Workload]]:
+    """With no whole copy of the actor on a rank: sampled by vLLM servers, which take no adapters; or on
+    ZeRO-3 layer by layer."""
+    if sampled_whole(work) == 0:
+        return
+    if not config.model.lora.enabled:
+        yield SERVERS, dataclasses.replace(work, decoding=None)
+    if work.decoding is not None and work.decoding.gathers:
+        layered = dataclasses.replace(work.decoding, gathers=False)
+        yield LAYER_BY_LAYER, dataclasses.replace(work, decoding=layered)
 
 
 def with_8bit_states(work: Workload) -> Workload:
