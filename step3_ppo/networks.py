@@ -25,7 +25,7 @@ from common.model.adapters import adapters_off
 from common.model.fused_loss import TokenLoss
 from common.model.loading import disable_dropout, load_model
 from common.model.packed import PackedCausalLM, PackedModel, batch_arguments, document_arguments
-from common.model.partition import share_of
+from common.model.partition import node_reading, share_of
 from common.model.probes import Shortcuts, find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
 from common.model.tokenizer import load_tokenizer
@@ -194,6 +194,7 @@ def load_actor(
         device=device,
         max_length=job.ppo.data.max_length,
         share=share_of(job.deepspeed.stage),
+        node=node_reading(job.launch),
     )
     disable_dropout(network)
     return network
@@ -225,6 +226,7 @@ def load_critic(
         device=device,
         max_length=job.ppo.data.max_length,
         share=share_of(job.deepspeed.stage),
+        node=node_reading(job.launch),
     )
     scale, shift = 0.0, 0.0
     if from_reward_model:
@@ -247,6 +249,7 @@ def load_frozen_reward_model(
         seed=job.seed,
         device=world.device,
         share=share_of(job.deepspeed.stage),
+        node=node_reading(job.launch),
     )
     module = PackedScalarModel(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=job.ppo.offload_frozen)
