@@ -180,6 +180,19 @@ def wire_bytes(model: Model, task: Task, ranks: int, stage: int) -> float:
     return per_step * task.networks
 
 
+def _by_servers(model: Model, task: Task, ranks: int, cluster: Cluster) -> str:
+    """What trains, where vLLM servers on other devices sample, if that fits; else, or if nothing is sampled,
+    nothing."""
+    for sharding in SETTINGS.values():
+        work = workload(model, task, ranks, sharding)
+        if work.decoding is None:
+            return ""
+        needed = estimate(replace(work, decoding=None)).device
+        if needed <= cluster.memory:
+            return f"; with servers {needed / GB:.1f} GB"
+    return ""
+
+
 def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome:
     """The lightest setting that fits, and what limits it."""
     ranks = min(devices, task.sequences)  # a sequence is on one device: further ones have nothing to do
@@ -200,7 +213,7 @@ def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome
             None,
             None,
             None,
-            f"memory: {largest.name}",
+            f"memory: {largest.name}{_by_servers(model, task, ranks, cluster)}",
         )
     name, estimated, stage = found
     wire = wire_bytes(model, task, ranks, stage)

@@ -34,6 +34,44 @@ T = TypeVar("T")
 log = logging.getLogger("rlhf.distributed")
 _heartbeat: HeartbeatThreads | None = None
 _sequence_group: dist.ProcessGroup | None = None
+_node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """The ranks of one machine, in their order, as a group of their own. first: of them, which speaks."""
+
+    group: dist.ProcessGroup
+    first: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        return dist.get_rank() == self.first
+
+    def broadcast(
+        self, make: Callable[[], torch.Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The first rank's tensor, in host memory, on all of them; they know its shape and dtype."""
+        whole = make().contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
+        dist.broadcast(_as_bytes(whole), self.first, group=self.group)
+        return whole
+
+    def scatter(self, make: Callable[[], torch.Tensor], size: int, dtype: torch.dtype) -> torch.Tensor:
+        """To each rank its `size` elements of what the first has, [ranks · size] of them at most, end to end;
+        0 where it has fewer."""
+        own, parts = torch.empty(size, dtype=dtype), None
+        if self.is_first:
+            made = make().reshape(-1)
+            filled = torch.cat([made, made.new_zeros(self.size * size - len(made))])
+            parts = [_as_bytes(part) for part in filled.split(size)]
+        dist.scatter(_as_bytes(own), parts, self.first, group=self.group)
+        return own
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory: gloo does not know every dtype."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -105,6 +143,21 @@ def sequence_group() -> dist.ProcessGroup:
     return _sequence_group
 
 
+def node_of() -> Node | None:
+    """The ranks of this machine; None where it has one rank. All ranks call it; the first time they agree."""
+    global _node
+    if _node is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rank = dist.get_rank()
+        own = np.array([rank - int(os.environ.get("LOCAL_RANK", "0"))])
+        firsts = [int(first) for (found,) in all_gather_arrays([own]) for first in found]
+        machines = [
+            [r for r, of_rank in enumerate(firsts) if of_rank == first] for first in sorted(set(firsts))
+        ]
+        group, _ = dist.new_subgroups_by_enumeration(machines)
+        _node = Node(group, firsts[rank], firsts.count(firsts[rank]))
+    return None if _node is None or _node.size == 1 else _node
+
+
 def _limit_every_group(timeout: timedelta) -> None:
     """Also those that others make without naming a timeout: DeepSpeed's would wait for torch's own."""
     from torch.distributed import distributed_c10d
@@ -114,8 +167,8 @@ def _limit_every_group(timeout: timedelta) -> None:
 
 
 def close_world() -> None:
-    global _heartbeat, _sequence_group
-    _sequence_group = None
+    global _heartbeat, _sequence_group, _node
+    _sequence_group = _node = None
     if _heartbeat is not None:
         _heartbeat.stop()
         _heartbeat = None
