@@ -11,6 +11,7 @@ between the passes of another. On ZeRO-3 each is a collective: all ranks run the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import io
 import logging
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, make_or_raise
+from common.training.gradients import FlatGradients, lie_end_to_end
 from common.training.masters import share_masters
 from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
@@ -56,7 +58,10 @@ class Engine:
         self._engine = _initialized(module, optimizer, config)
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._engine.checkpoint_engine.load = read_state
-        share_masters(self._engine.optimizer)
+        zero = self._engine.optimizer
+        share_masters(zero)
+        self._flat_gradients = FlatGradients(zero) if lie_end_to_end(zero) else None
+        self._in_step = False
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
@@ -86,12 +91,16 @@ class Engine:
         """
         if enter("backward"):
             loss_sum = loss_sum * math.nan
+        if self._flat_gradients is not None and not self._in_step:
+            self._flat_gradients.begin()
+        self._in_step = True
         self._engine.backward(loss_sum * (self._world_size / denominator), scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
         """Reduce, clip, update. A gradient that is not finite on any rank skips it on all."""
         enter("update")
         self._engine.step()
+        self._in_step = False
         applied = bool(self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm()
         return StepOutcome(applied, float(norm) if applied and norm is not None else math.nan)
@@ -166,6 +175,15 @@ class Engine:
         if path is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
         return None
+
+    def forget_optimizer(self) -> None:
+        """Free this rank's optimizer state, once training is over and saved: nothing trains after it."""
+        zero = self._engine.optimizer
+        for parameter in self.module.parameters():
+            if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+                mapping.optim_fragment = {}  # views of that state
+        zero.optimizer.state.clear()
+        _return_free_memory()
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The module's whole state dict on rank 0, None elsewhere; all ranks call it."""
@@ -352,6 +370,15 @@ def _initialized(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
     return engine
+
+
+def _return_free_memory() -> None:
+    """Give the system what freed tensors held on the CPU; allocators keep it, tcmalloc and glibc's here."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "MallocExtension_ReleaseFreeMemory"):
+        process.MallocExtension_ReleaseFreeMemory()
+    elif hasattr(process, "malloc_trim"):
+        process.malloc_trim(0)
 
 
 @contextmanager
