@@ -163,7 +163,7 @@ class Stored:
 
     def whole(self) -> torch.Tensor:
         def read() -> torch.Tensor:
-            return self._slices[...].to(self.dtype)  # type: ignore[no-any-return]
+            return self._slices[...].to(self.dtype)
 
         return read() if self._node is None else self._node.broadcast(read, self.shape, self.dtype)
 
@@ -182,7 +182,7 @@ class Stored:
         row = self.shape[1:].numel()
         rows = self._slices[begin // row : -(-end // row)].reshape(-1)
         first = begin // row * row
-        return rows[begin - first : end - first].to(self.dtype)  # type: ignore[no-any-return]
+        return rows[begin - first : end - first].to(self.dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Stored:
         return Stored(self._slices, dtype or self.dtype, self._node)
