@@ -210,7 +210,7 @@ def wire_bytes(model: Model, task: Task, ranks: int, sharing: int, stage: int) -
 
 
 def sharings(task: Task, devices: int, cluster: Cluster) -> list[int]:
-    """How many ranks may share a row: within a node, and as many as give each device work. PPO's do not."""
+    """Ranks that may share a row: within a node, and as many as give each device work. PPO's are short."""
     if task.response:
         return [1]
     most = min(devices, cluster.per_node)
@@ -235,12 +235,26 @@ def lightest(
     return None, *smallest
 
 
+def _by_servers(model: Model, task: Task, ranks: int, sharing: int, cluster: Cluster) -> str:
+    """What trains, where vLLM servers on other devices sample, if that fits; else, or if nothing is sampled,
+    nothing."""
+    for setting in SETTINGS:
+        work = workload(model, task, ranks, sharing, setting)
+        if work.decoding is None:
+            return ""
+        needed = estimate(replace(work, decoding=None)).device
+        if needed <= cluster.memory:
+            return f"; with servers {needed / GB:.1f} GB"
+    return ""
+
+
 def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome:
     """The lightest setting that fits, and what limits it."""
     setting, sharing, ranks, found = lightest(model, task, devices, cluster)
     if setting is None:
         largest = max(found.terms, key=lambda term: term.device)
         limit = "host memory" if found.device <= cluster.memory else f"memory: {largest.name}"
+        limit += _by_servers(model, task, ranks, sharing, cluster)
         nothing = (None, None, None)
         return Outcome(model.name, task.name, devices, sharing, "none fits", found.device, *nothing, limit)
     wire = wire_bytes(model, task, ranks, sharing, setting.sharding.stage)

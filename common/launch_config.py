@@ -89,6 +89,9 @@ class LaunchConfig:
     """HOST:PORT of machine 0, where all meet; PORT + 1 is used as well"""
     sequence_parallel: int = number(1, 1, 1_024)
     """ranks that share each row, consecutive tokens on each; for documents longer than a device holds"""
+    read_once_per_node: bool = False
+    """one rank of each machine reads a model's weights and hands them on, for a disk that is slow or shared;
+    false: each reads what it needs"""
     join_seconds: int = number(600, 1, 1_000_000)
     """how long machines wait for each other at the start"""
     max_restarts: int = number(0, 0, 1_000_000)
@@ -108,6 +111,15 @@ class LaunchConfig:
     def is_elsewhere(self) -> bool:
         """Whether other machines run the steps; one that has its number takes part in it."""
         return self.kind is not Launcher.local and self.node_rank is None
+
+    def check_read_once(self, quantized: bool) -> None:
+        """UserError where the ranks of a machine cannot read for each other."""
+        if self.read_once_per_node and quantized:
+            raise UserError(
+                "launch.read_once_per_node=true hands on tensors as they are, and model.quantize=nf4 rounds "
+                "them while it reads",
+                hint="launch.read_once_per_node=false, or model.quantize=none",
+            )
 
     def data_ranks(self, ranks: int) -> int:
         """How many of so many ranks have rows of their own; the others share theirs."""

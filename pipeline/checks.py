@@ -62,6 +62,7 @@ def check(
     if (quantize := config.model.quantize) is not Quantize.none:
         way_out = "model=lora, or model.quantize=none: adapters alone work anywhere"
         check_bitsandbytes(config.launch, f"model.quantize={quantize.value}", way_out)
+        config.launch.check_read_once(quantized=True)
     for step in wired:
         starts = {taken: start_of(step.stage.name, wired, taken) for taken in step.sources}
         models = {

@@ -78,6 +78,7 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
     config = settle_sources(config, say)
     wired = wire_run(config)
     checks.check(config, own)
+    refuse_what_cannot_fit(config)
     if line is not None:
         say(line)
     config = replace(config, run_name=name)
@@ -90,6 +91,14 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
         status = run_checked(config, wired, folder, own, machines, say)
         machines.leave_with(status)
     return status
+
+
+def refuse_what_cannot_fit(config: PipelineConfig) -> None:
+    """UserError where a GPU of this machine cannot hold what a step needs on it, whatever else it holds."""
+    from pipeline.planning import gpu_memory, refuse_whole_actor
+
+    if count_gpus() > 0:
+        refuse_whole_actor(config, gpu_memory())
 
 
 def run_checked(

@@ -15,7 +15,6 @@ import numpy as np
 
 from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
-from common.runtime.distributed import all_gather_objects
 from step3_ppo.advantages import response_kl
 from step3_ppo.config import MEASURED, EvaluationConfig
 from step3_ppo.data import held_out_sample
@@ -88,24 +87,23 @@ class Evaluation:
         texts: Texts,
         count: int,
     ) -> list[dict[str, object]]:
-        """Rows for samples.jsonl: the first of every `count` responses, from the rank that has its text."""
-        own = {
-            index: {
-                "prompt": shown(prompt),
-                "completion": completion,
+        """Rows for samples.jsonl: the first of every `count` responses. All ranks know them as tokens, and
+        turn into text what they did not score."""
+        scored = dict(zip(texts.own.tolist(), texts.completions, strict=True))
+        return [
+            {
+                "prompt": shown(self.rows[responses[index].prompt_id].prompt),
+                "completion": (
+                    scored[index] if index in scored else self.scoring.completion(responses[index])
+                ),
                 "stopped": responses[index].stopped,
                 "mode": mode,
                 "reward": float(values["reward"][index]),
                 "kl": float(values["kl"][index]) if "kl" in values else None,
                 "scores": {name: float(v[index]) for name, v in values.items() if name not in MEASURED},
             }
-            for index, prompt, completion in zip(
-                texts.own.tolist(), texts.prompts, texts.completions, strict=True
-            )
-            if index % count == 0
-        }
-        found = {index: row for share in all_gather_objects(own) for index, row in share.items()}
-        return [found[index] for index in sorted(found)]
+            for index in range(0, len(responses), count)
+        ]
 
 
 def evaluation_of(

@@ -19,6 +19,7 @@ from common.training.loop import check_length, early_stopping_on_all_ranks, is_d
 from common.training.session import Session, restore
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluate import Evaluation
+from step3_ppo.lengths import ExpectedLengths
 from step3_ppo.loss import UpdateSums
 from step3_ppo.metrics import held_out_line
 from step3_ppo.minibatches import Minibatch
@@ -32,8 +33,8 @@ from step3_ppo.watchdogs import Watchdogs
 class Iterations:
     """Where a run is, with all that a checkpoint holds.
 
-    counters: of iterations and updates. experience: the responses of the iteration that is not finished.
-    learned: the sums of its updates so far, over all ranks.
+    counters: of iterations and updates. lengths: expected of responses. experience: the responses of the
+    iteration that is not finished. learned: the sums of its updates so far, over all ranks.
     """
 
     def __init__(
@@ -44,18 +45,22 @@ class Iterations:
         sampler: Sampler,
         evaluation: Evaluation | None,
         *,
+        prompts: int,
         total_steps: int,
         updates: int,
     ) -> None:
-        """Resumes from the newest checkpoint that verifies. updates: of an iteration, at most."""
+        """Resumes from the newest checkpoint that verifies. prompts: of the data set. updates: of an
+        iteration, at most."""
         self._session, self._ppo, self._networks, self._sampler = session, ppo, networks, sampler
         self._evaluation, self._total_steps, self._updates = evaluation, total_steps, updates
         actor = networks.actor.engine
         self.average = None if ppo.ema_decay is None else ExponentialMovingAverage(actor, ppo.ema_decay)
         self._unfinished = Unfinished(writes=session.world.is_rank0)
+        self.lengths = ExpectedLengths(prompts, writes=session.world.is_rank0)
         critic = None if networks.critic is None else networks.critic.engine
         parts: dict[str, Stateful | None] = {
             "actor": actor, "experience": self._unfinished, "critic": critic, "average": self.average,
+            "lengths": self.lengths,
         }  # fmt: skip
         self._state = StatefulGroup(**{name: part for name, part in parts.items() if part is not None})
         self._checkpoints = session.checkpoints

@@ -123,6 +123,7 @@ def speed(
     if (seconds := clock.seconds("rollout")) is not None:
         metrics["perf/rollout_tokens_per_second"] = experience.num_tokens / seconds
         metrics["perf/slot_utilisation"] = sampler.counts().slot_utilisation
+        metrics["perf/rollout_balance"] = sampler.balance()
     return metrics | performance(flops_per_token, tokens, clock.total, dtype, world)
 
 

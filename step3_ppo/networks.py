@@ -33,7 +33,7 @@ from common.model.packed import (
     document_arguments,
     refuse_unsliced,
 )
-from common.model.partition import share_of
+from common.model.partition import node_reading, share_of
 from common.model.probes import Shortcuts, find_shortcuts
 from common.model.scalar_head import NEW_REWARD_MODEL, REWARD_MODEL, PackedScalarModel, head_weights
 from common.model.tokenizer import load_tokenizer
@@ -251,7 +251,7 @@ def _load(
     """As `load_model`; UserError for a network that cannot share rows where ranks do."""
     network = load_model(
         settings, tokenizer, head, seed=job.seed, device=world.device, max_length=max_length,
-        share=share_of(job.deepspeed.stage),
+        share=share_of(job.deepspeed.stage), node=node_reading(job.launch),
     )  # fmt: skip
     refuse_unsliced(network, job.launch, world.size)
     return network

@@ -2,8 +2,8 @@
 
 Takes the actor's engine, the prompts of the iteration and the sampling settings; returns `Response`s, ordered
 by prompt and then by sample, the same on every rank. One rank samples all responses to a prompt and computes
-the prompt once. Sampling depends only on seed, iteration, the prompt's place and the sample, not on the
-number of ranks or slots.
+the prompt once; which one, expected lengths decide (`lengths.py`). Sampling depends only on seed, iteration,
+the prompt's place and the sample, not on rank, slot or their numbers.
 
 Ranks also share the scoring of an `Experience` and exchange the results, so that advantages and minibatches
 are computed alike everywhere. Nothing is padded: numbers of tokens lie in flat arrays over all response
@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -26,21 +26,21 @@ from common.config import ModelConfig
 from common.data.types import IGNORE, Batch, TokenizedExample, TokenizedPrompt
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, DecodingCounts, Request, SamplingParams
+from common.decoding.sampling import all_gather_completions
 from common.decoding.vllm_decoder import EngineSize, VLLMDecoder
 from common.decoding.vllm_server import VLLMServers
 from common.model.adapters import ADAPTER
 from common.runtime.distributed import (
     StopSignal,
     World,
-    all_gather_arrays,
-    all_gather_or_raise,
     all_reduce_sum,
+    make_or_raise,
 )
 from common.training.engine import Engine as TrainingEngine
 from common.training.handover import whole_weights
 from step3_ppo.config import RolloutConfig
+from step3_ppo.lengths import shared_out
 
-T = TypeVar("T", int, np.ndarray)
 STREAM = 0x70706F
 """Sets the draws of roll-outs apart from other uses of the seed."""
 
@@ -129,6 +129,7 @@ def roll_out(
     *,
     key: tuple[int, ...],
     samples: int = 1,
+    expected: np.ndarray | None = None,
     world: World,
     should_stop: Callable[[], bool] | None = None,
     lockstep: bool = False,
@@ -136,13 +137,15 @@ def roll_out(
     """`samples` responses to each prompt, group-major and sample-minor; None when told to stop.
 
     prompt_ids: the same on every rank; a prompt's place among them is its group. key: all draws derive from
-    it, the group and the sample, not from rank or slot. Every rank calls this; all get None if one was told
-    to stop, and all raise the UserError of one. lockstep: see `Decoder.decode`.
+    it, the group and the sample, not from rank or slot. expected: as of `shared_out`, the same on every rank.
+    Every rank calls this; all get None if one was told to stop, and all raise the UserError of one. lockstep:
+    see `Decoder.decode`.
     """
+    unknown = np.full(len(prompt_ids), np.nan)
+    shares = shared_out(unknown if expected is None else expected, world.size)
     own = [
         Request(prompts[prompt_ids[group]].input_ids, (STREAM, *key, group, sample))
-        for group in range(len(prompt_ids))
-        if rank_of(group, world.size) == world.rank
+        for group in shares[world.rank].tolist()
         for sample in range(samples)
     ]
     completions: list[Completion] | None = None
@@ -152,19 +155,17 @@ def roll_out(
         completions = decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
         return completions is not None
 
-    if not all(all_gather_or_raise(decode)):
+    done = make_or_raise(decode)
+    if all_reduce_sum([done]) != [world.size]:
         return None
-    made = _all_gathered(completions or [])
+    made: dict[int, list[Completion]] = {}
+    for share, found in zip(shares, all_gather_completions(completions or []), strict=True):
+        made |= {group: found[i * samples : (i + 1) * samples] for i, group in enumerate(share.tolist())}
     return [
         _response(prompts, prompt_ids[group], group, completion)
         for group in range(len(prompt_ids))
-        for completion in _of_group(made, group, samples)
+        for completion in made[group]
     ]
-
-
-def rank_of(group: T, ranks: int) -> T:
-    """The rank that samples all responses of a group, decodes them to text and has them scored."""
-    return group % ranks
 
 
 def over_ranks(own: DecodingCounts) -> DecodingCounts:
@@ -172,29 +173,13 @@ def over_ranks(own: DecodingCounts) -> DecodingCounts:
     return DecodingCounts(*map(int, all_reduce_sum([own.steps, own.tokens, own.rows])))
 
 
-def _all_gathered(own: Sequence[Completion]) -> list[list[Completion]]:
-    """The completions of all ranks, by rank."""
-    tokens = np.concatenate([np.empty(0, np.int32), *(completion.tokens for completion in own)])
-    logprobs = np.concatenate([np.empty(0, np.float32), *(completion.logprobs for completion in own)])
-    lengths = np.array([len(completion.tokens) for completion in own], np.int64)
-    stopped = np.array([completion.stopped for completion in own], bool)
-    gathered = all_gather_arrays([tokens.astype(np.int32), logprobs.astype(np.float32), lengths, stopped])
-    return [_completions(*share) for share in gathered]
-
-
-def _completions(
-    tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stopped: np.ndarray
-) -> list[Completion]:
-    """One rank's. tokens, logprobs: [T], of all of them end to end."""
-    ends = np.cumsum(lengths)[:-1]
-    parts = zip(np.split(tokens, ends), np.split(logprobs, ends), stopped.tolist(), strict=False)
-    return [Completion(*part) for part in parts]
-
-
-def _of_group(shares: Sequence[list[Completion]], group: int, samples: int) -> list[Completion]:
-    """The completions of one prompt, from the shares of all ranks."""
-    share, place = shares[rank_of(group, len(shares))], group // len(shares)
-    return share[place * samples : (place + 1) * samples]
+def balance(own: DecodingCounts, world: World) -> float:
+    """Mean forward passes of a rank over those of the rank with most, which all call it; 1: all ended
+    together. 1 with vLLM's servers, whose passes are not seen."""
+    passes = [0.0] * world.size
+    passes[world.rank] = float(own.steps)
+    passes = all_reduce_sum(passes)
+    return sum(passes) / (len(passes) * max(passes)) if any(passes) else 1.0
 
 
 def _response(prompts: PromptSource, prompt_id: int, group: int, completion: Completion) -> Response:
@@ -246,6 +231,7 @@ class Sampler:
         *,
         key: tuple[int, ...],
         samples: int = 1,
+        expected: np.ndarray | None = None,
         greedy: bool = False,
         to_the_end: bool = False,
     ) -> list[Response] | None:
@@ -258,6 +244,7 @@ class Sampler:
                 SamplingParams.of(self._config, self._terminators, greedy=greedy),
                 key=key,
                 samples=samples,
+                expected=expected,
                 world=self._world,
                 should_stop=None if to_the_end else lambda: self._stop.received,
                 lockstep=self._lockstep,
@@ -266,6 +253,10 @@ class Sampler:
     def counts(self) -> DecodingCounts:
         """Of the last call, over all ranks, which all call it."""
         return over_ranks(self._decoder.counts)
+
+    def balance(self) -> float:
+        """Of the last call, see `balance`; all ranks call it."""
+        return balance(self._decoder.counts, self._world)
 
     def _phase(self) -> AbstractContextManager[object]:
         if self._vllm is not None:

@@ -4,8 +4,8 @@ Takes an `Experience` with sampled responses; returns it with the raw scores of 
 each response. Models score and train the sampled token ids; their text is for reward functions, servers and
 people only, and is never tokenized again.
 
-Each rank decodes the responses that it sampled and has them scored; scores are gathered as arrays. A prompt's
-group is on one rank and in one call, whole.
+All ranks know all responses as tokens. Each decodes every R-th group and has it scored; scores are gathered
+as arrays. A prompt's group is on one rank and in one call, whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from common.data.batches import BatchPlan
 from common.data.stored import PromptDataset
 from common.data.types import Batch
 from common.errors import UserError
-from common.runtime.distributed import World, all_gather_arrays_or_raise, all_gather_objects
+from common.runtime.distributed import (
+    World,
+    all_gather_arrays_or_raise,
+    all_gather_objects,
+    all_reduce_sum,
+)
 from step3_ppo.config import PPOConfig
 from step3_ppo.minibatches import batches_in, computed, per_response
 from step3_ppo.networks import Networks
@@ -29,7 +34,7 @@ from step3_ppo.rewards.calls import in_whole_groups
 from step3_ppo.rewards.functions import ScoreFunction, load_functions
 from step3_ppo.rewards.reading import TextReader
 from step3_ppo.rewards.sources import Calibration, RewardSources
-from step3_ppo.rollout import Experience, Response, rank_of
+from step3_ppo.rollout import Experience, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,11 +46,11 @@ ROWS_LOOKED_AT = 100
 
 @dataclass(frozen=True)
 class Texts:
-    """The responses that this rank sampled as reward functions see them: prompts as the rows had them,
+    """The responses that this rank has scored, as reward functions see them: prompts as the rows had them,
     completions without their terminator, and the rows' other columns, None where a row has no such column.
 
-    groups: int64, the responses to one prompt share one. places: int64 each, by rank, which of the responses
-    of all ranks it sampled. rank: this one.
+    groups: int64, the responses to one prompt share one. places: int64 each, by rank, which of all
+    responses it has scored. rank: this one.
     """
 
     prompts: list[Any]
@@ -61,7 +66,7 @@ class Texts:
         return self.places[self.rank]
 
     def placed(self, shares: Sequence[np.ndarray]) -> np.ndarray:
-        """float64 [B], of all responses. shares: by rank, a number for each response that it sampled."""
+        """float64 [B], of all responses. shares: by rank, a number for each response that it has scored."""
         found = np.empty(sum(map(len, self.places)), np.float64)
         for places, share in zip(self.places, shares, strict=True):
             found[places] = share
@@ -199,25 +204,29 @@ class Scoring:
     def texts(self, responses: Sequence[Response], rows: PromptDataset) -> Texts:
         """This rank's responses as text. responses: of all ranks, which all call this."""
         groups = np.array([response.group for response in responses], np.int64)
-        ranks, rank = rank_of(groups, self._world.size), self._world.rank
-        places = [np.flatnonzero(ranks == each) for each in range(self._world.size)]
+        rank, ranks = self._world.rank, self._world.size
+        places = [np.flatnonzero(groups % ranks == each) for each in range(ranks)]
         own = [responses[place] for place in places[rank].tolist()]
         prompts = [rows[response.prompt_id] for response in own]
         return Texts(
             [prompt.prompt for prompt in prompts],
-            [self._completion(response) for response in own],
+            [self.completion(response) for response in own],
             self._columns([prompt.columns for prompt in prompts]),
             groups[places[rank]],
             places,
             rank,
         )
 
-    def _completion(self, response: Response) -> str:
+    def completion(self, response: Response) -> str:
+        """A response as text, without its terminator."""
         tokens = response.tokens[:-1] if response.stopped else response.tokens
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def _columns(self, rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
-        names = sorted(self._known.union(*all_gather_objects(set().union(*rows))))
+        unknown = set[str]().union(*rows) - self._known
+        if any(all_reduce_sum([len(unknown)])):
+            unknown = unknown.union(*all_gather_objects(unknown))
+        names = sorted(self._known | unknown)
         return {name: [row.get(name) for row in rows] for name in names}
 
 

@@ -106,7 +106,10 @@ def train(job: PPOJob, run_dir: Path) -> int:
             scoring, reward_model, sampler, data.train, order.prompts_of(0), networks, folder, world,
             seed=job.seed, samples=ppo.rollout.samples_per_prompt, say=session.say,
         )  # fmt: skip
-    run = Iterations(session, ppo, networks, sampler, evaluation, total_steps=total_steps, updates=updates)
+    run = Iterations(
+        session, ppo, networks, sampler, evaluation,
+        prompts=len(data.train), total_steps=total_steps, updates=updates,
+    )  # fmt: skip
     with run.open():
         # Loop ----------------------------------------------------------------------------------
         while run.goes_on:
@@ -115,12 +118,14 @@ def train(job: PPOJob, run_dir: Path) -> int:
             if run.experience is None:
                 # 1. Sample responses from the actor.
                 enter("rollout")
+                prompt_ids = order.prompts_of(iteration)
                 responses = sampler(
-                    data.train, order.prompts_of(iteration), key=(job.seed, iteration),
-                    samples=ppo.rollout.samples_per_prompt,
+                    data.train, prompt_ids, key=(job.seed, iteration),
+                    samples=ppo.rollout.samples_per_prompt, expected=run.lengths.of(prompt_ids),
                 )  # fmt: skip
                 if responses is None:
                     run.leave()
+                run.lengths.note(responses)
                 experience = Experience(responses)
                 clock.lap("rollout")
                 # 2. Score them, in the micro-batches in which part 6 sees them first.

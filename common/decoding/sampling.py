@@ -17,7 +17,7 @@ from common.config import SamplingConfig
 from common.data.types import IGNORE, TokenizedExample
 from common.decoding.decoder import Decoder
 from common.decoding.requests import Completion, Request, SamplingParams
-from common.runtime.distributed import World, all_gather_objects
+from common.runtime.distributed import World, all_gather_arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,10 +98,30 @@ def sample_completions(
         lockstep=is_partitioned and world.size > 1,
     )
     assert completions is not None  # nobody told it to stop
-    shares = all_gather_objects(
-        [_sample(tokenizer, prompts[i], completion) for i, completion in zip(own, completions, strict=True)]
-    )
-    return [shares[i % world.size][i // world.size] for i in range(len(prompts))]
+    shares = all_gather_completions(completions)
+    return [
+        _sample(tokenizer, prompt, shares[i % world.size][i // world.size])
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def all_gather_completions(own: Sequence[Completion]) -> list[list[Completion]]:
+    """All-gather: the completions of all ranks, by rank, on every rank; they travel as arrays."""
+    tokens = np.concatenate([np.empty(0, np.int32), *(completion.tokens for completion in own)])
+    logprobs = np.concatenate([np.empty(0, np.float32), *(completion.logprobs for completion in own)])
+    lengths = np.array([len(completion.tokens) for completion in own], np.int64)
+    stopped = np.array([completion.stopped for completion in own], bool)
+    gathered = all_gather_arrays([tokens.astype(np.int32), logprobs.astype(np.float32), lengths, stopped])
+    return [_completions(*share) for share in gathered]
+
+
+def _completions(
+    tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stopped: np.ndarray
+) -> list[Completion]:
+    """One rank's. tokens, logprobs: [T], of all of them end to end."""
+    ends = np.cumsum(lengths)[:-1]
+    parts = zip(np.split(tokens, ends), np.split(logprobs, ends), stopped.tolist(), strict=False)
+    return [Completion(*part) for part in parts]
 
 
 def stop_rate(samples: Sequence[Sample]) -> float:

@@ -35,12 +35,14 @@ from common.files import disk_errors
 from common.https import certificate_error, connection_to, hang_up
 from common.model.architecture import read_config
 from common.redact import redact_text
-from common.runtime.distributed import World, all_gather_or_raise
+from common.runtime.distributed import World, make_or_raise
 from common.vllm_fit import FITTING, fits
 
 API_KEY = "VLLM_API_KEY"
 """Variable of the environment with the servers' --api-key, which is sent as a bearer token."""
 KEY = "ppo.rollout.vllm.servers"
+FILE_BYTES = 5_000_000_000
+"""Of a file of weights on its way to servers: when there are so many, the next one begins."""
 SECONDS_BETWEEN_QUESTIONS = 0.5
 """Between two questions whether to stop."""
 
@@ -108,6 +110,44 @@ class Server:
         )
 
 
+class Files:
+    """Weights, written into safetensors files as they come: host memory holds those of one file at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count, self._bytes = folder, 0, 0
+        self._held: dict[str, torch.Tensor] = {}
+        self._refused: UserError | None = None
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Raises nothing: other ranks may be waiting for this one in the next tensor's collective."""
+        if self._refused is not None:
+            return
+        self._held[name] = tensor.cpu().contiguous()
+        self._bytes += tensor.nbytes
+        if self._bytes >= FILE_BYTES:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is left. UserError where the disk refused this, or something before."""
+        if self._refused is None and (self._held or not self._count):
+            self._write()
+        if self._refused is not None:
+            raise self._refused
+
+    def _write(self) -> None:
+        from safetensors.torch import save_file
+
+        self._count += 1
+        name = "model.safetensors" if self._count == 1 else f"model-{self._count}.safetensors"
+        try:
+            with disk_errors(self._folder / name):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                save_file(self._held, self._folder / name, {"format": "pt"})
+        except UserError as error:
+            self._refused = error
+        self._held, self._bytes = {}, 0
+
+
 class VLLMServers:
     """The servers as what samples; all ranks make it together, and call it together."""
 
@@ -137,7 +177,7 @@ class VLLMServers:
             for server in self._servers:
                 self._check(server, model, filters)
 
-        all_gather_or_raise(check)
+        make_or_raise(check)
 
     def _check(self, server: Server, model: ModelConfig, filters: bool) -> None:
         said = server.ask("/version")
@@ -175,22 +215,16 @@ class VLLMServers:
     @contextmanager
     def holding(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """All servers have these weights while the block runs; as `VLLMDecoder.holding`."""
-        is_first, whole = self._world.rank == 0, {}
+        files = Files(self._folder) if self._world.is_rank0 else None
         for name, tensor in weights:  # on all ranks: under ZeRO-3 each is a collective
-            if is_first:
-                whole[name] = tensor.cpu().contiguous()
-        all_gather_or_raise(lambda: self._hand_over(whole) if is_first else None)
-        whole.clear()
+            if files is not None:
+                files.add(name, tensor)
+        make_or_raise(lambda: None if files is None else self._hand_over(files))
         yield
 
-    def _hand_over(self, whole: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        file = self._folder / "model.safetensors"
+    def _hand_over(self, files: Files) -> None:
         try:
-            with disk_errors(file):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                save_file(whole, file, {"format": "pt"})
+            files.close()
             with ThreadPoolExecutor(len(self._servers)) as pool:
                 list(pool.map(self._reload, self._servers))
         finally:

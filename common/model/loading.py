@@ -43,6 +43,7 @@ from common.model.recomputation import recompute_layers
 from common.model.tokenizer import ending_tokens
 from common.notices import notice
 from common.parts import why_whole
+from common.runtime.distributed import Node
 from common.text import told
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ def load_model(
     device: torch.device,
     max_length: int | None = None,
     share: Share | None = None,
+    node: Node | None = None,
 ) -> PreTrainedModel:
     """The network on `device` in `model.dtype`, in training mode, with packed attention.
 
     With adapters it is a PeftModel around it. Everything random comes from `seed` and is the same on every
     rank; the caller's generators are left as they were. `max_length` is checked against the context. share:
-    of this rank, which then holds no other part of the matrices (see `partition.py`); None: the whole.
+    of this rank, which then holds no other part of the matrices (see `partition.py`); None: the whole. node:
+    of which one rank reads the files for the others, which all call this; None: each reads them.
     UserError for whatever the user named wrongly or what packing would train wrongly.
     """
     model = replace(model, dtype=dtype_on(model.dtype, gpu=device.type == "cuda"))
@@ -73,10 +76,10 @@ def load_model(
     loss_kernel.say_without_kernel(device)
     share = _possible(share, model)
     try:
-        return _ready(model, tokenizer, head, seed, device, max_length, share).train()
+        return _ready(model, tokenizer, head, seed, device, max_length, share, node).train()
     except NoMiniature as error:
         _say_whole(f"{error}, and is tried out by running it")
-        return _ready(model, tokenizer, head, seed, device, max_length, None).train()
+        return _ready(model, tokenizer, head, seed, device, max_length, None, node).train()
 
 
 def _ready(
@@ -87,6 +90,7 @@ def _ready(
     device: torch.device,
     max_length: int | None,
     share: Share | None,
+    node: Node | None,
 ) -> PreTrainedModel:
     from transformers.utils import logging as transformers_logging
 
@@ -96,7 +100,7 @@ def _ready(
         if model.config:
             network = _from_config(model, tokenizer, head, seed, device, share)
         else:
-            network = _from_weights(model, device, head, share)
+            network = _from_weights(model, device, head, share, node)
         _check_context(network.config, max_length)
         _cover_vocabulary(network, tokenizer, model, share)
         _set_token_ids(network, tokenizer)
@@ -193,14 +197,15 @@ def make_network(config: PreTrainedConfig, model: ModelConfig, head: HeadSpec) -
 
 
 def _from_weights(
-    model: ModelConfig, device: torch.device, head: HeadSpec, share: Share | None
+    model: ModelConfig, device: torch.device, head: HeadSpec, share: Share | None, node: Node | None
 ) -> PreTrainedModel:
     config, where, commit = located_config(model)
     path, options = str(model.path), dict(head.fields)
     options["attn_implementation"] = attention_for(config, head)
     if model.quantize is Quantize.nf4:
         options |= {"quantization_config": nf4_config(torch_dtype(model.dtype)), "device_map": {"": device}}
-    divided = nullcontext() if share is None else reading_shares(share, device)
+    is_plain = share is None and node is None
+    divided = nullcontext() if is_plain else reading_shares(share, device, node)
     with loading_errors(path, "model.path"), _quiet_report(), divided:
         loaded: Any = head.transformers_class.from_pretrained(
             where,

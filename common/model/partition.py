@@ -3,9 +3,10 @@
 Takes a `Share`, the rank's place among all of them. While `reading_shares` is active, transformers'
 `from_pretrained` reads of each matrix the bytes that belong to this rank, straight from the safetensors
 files; while `drawing_shares` is, its `from_config` keeps of each drawn matrix the same part. Names,
-conversions, dtypes, random numbers and the report of what is missing stay transformers' own. The network has
-its full shapes, but matrices are placeholders: NaN everywhere, one number of storage, and the rank's part
-beside it (`part_of`). The engine makes DeepSpeed's partitions of these parts. Vectors, the rows of a scalar
+conversions, dtypes, random numbers and the report of what is missing stay transformers' own. With a `Node`
+one rank of each machine reads, and hands on to the others what they would have read. The network has its full
+shapes, but matrices are placeholders: NaN everywhere, one number of storage, and the rank's part beside it
+(`part_of`). The engine makes DeepSpeed's partitions of these parts. Vectors, the rows of a scalar
 head and buffers are whole. Does not know of DeepSpeed.
 """
 
@@ -21,6 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from common.launch_config import LaunchConfig
+from common.runtime.distributed import Node, node_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +53,11 @@ class Share:
         """A copy of the part."""
         begin, end = self.bounds(tensor.numel())
         return tensor.reshape(-1)[begin:end].clone()
+
+
+def node_reading(launch: LaunchConfig) -> Node | None:
+    """The ranks that one of them reads for, which all call it; None where each reads for itself."""
+    return node_of() if launch.read_once_per_node else None
 
 
 def share_of(stage: int) -> Share | None:
@@ -145,26 +154,38 @@ class Stored:
     transformers hands it around as a tensor. Whatever its conversions compute with it reads it whole.
     """
 
-    def __init__(self, slices: Any, dtype: torch.dtype | None = None) -> None:
-        """slices: of safetensors' `get_slice`. dtype: what it is to be read as; None: as it is stored."""
-        self._slices = slices
+    def __init__(self, slices: Any, dtype: torch.dtype | None = None, node: Node | None = None) -> None:
+        """slices: of safetensors' `get_slice`. dtype: what it is to be read as; None: as it is stored. node:
+        whose first rank reads for all of it, which then read the same tensors in the same order."""
+        self._slices, self._node = slices, node
         self.shape = torch.Size(slices.get_shape())
         self.dtype = dtype or (slices[:0] if self.shape else slices[...]).dtype
 
     def whole(self) -> torch.Tensor:
-        read: torch.Tensor = self._slices[...]
-        return read.to(self.dtype)
+        def read() -> torch.Tensor:
+            return self._slices[...].to(self.dtype)
+
+        return read() if self._node is None else self._node.broadcast(read, self.shape, self.dtype)
 
     def part(self, share: Share) -> torch.Tensor:
         """The share of it. Without another dtype it stays in the file, mapped, until it is copied."""
-        row = self.shape[1:].numel()
         begin, end = share.bounds(self.shape.numel())
+        if self._node is None:
+            return self._read(begin, end)
+        node, size = self._node, share.size(self.shape.numel())
+        first = min(node.first * size, self.shape.numel())
+        last = min(first + node.size * size, self.shape.numel())
+        return node.scatter(lambda: self._read(first, last), size, self.dtype)[: end - begin].clone()
+
+    def _read(self, begin: int, end: int) -> torch.Tensor:
+        """Of it, laid flat, the stretch from begin to end; the rows that it lies in are read."""
+        row = self.shape[1:].numel()
         rows = self._slices[begin // row : -(-end // row)].reshape(-1)
         first = begin // row * row
         return rows[begin - first : end - first].to(self.dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Stored:
-        return Stored(self._slices, dtype or self.dtype)
+        return Stored(self._slices, dtype or self.dtype, self._node)
 
     def __getitem__(self, index: Any) -> Any:
         return self if index is Ellipsis else self.whole()[index]
@@ -185,15 +206,16 @@ class Stored:
 
 
 @contextmanager
-def reading_shares(share: Share, device: torch.device) -> Iterator[None]:
-    """While the block runs, `from_pretrained` puts placeholders into the model, their parts on `device`."""
+def reading_shares(share: Share | None, device: torch.device, node: Node | None = None) -> Iterator[None]:
+    """While the block runs, `from_pretrained` puts placeholders into the model, their parts on `device`;
+    without a share, whole tensors. node: reads once for its ranks, which all load the same model."""
     from transformers import core_model_loading, modeling_utils
 
     load, put = modeling_utils.convert_and_load_state_dict_in_model, core_model_loading.set_param_for_module
 
     def load_lazily(model: PreTrainedModel, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         lazy = {
-            name: Stored(value) if hasattr(value, "get_shape") else value
+            name: Stored(value, node=node) if hasattr(value, "get_shape") else value
             for name, value in state_dict.items()
         }
         return load(model, lazy, *args, **kwargs)
@@ -214,11 +236,11 @@ def reading_shares(share: Share, device: torch.device) -> Iterator[None]:
             setattr(module, name, old)
 
 
-def _placed(model: PreTrainedModel, name: str, value: Any, share: Share, device: torch.device) -> Any:
+def _placed(model: PreTrainedModel, name: str, value: Any, share: Share | None, device: torch.device) -> Any:
     """What is put into the model for a tensor that was read, or converted, or is still on the disk."""
     owner, _, attribute = name.rpartition(".")
     is_parameter = attribute in model.get_submodule(owner)._parameters
-    if not (is_parameter and is_divided(value)):
+    if share is None or not (is_parameter and is_divided(value)):
         return value.whole() if isinstance(value, Stored) else value
     part = value.part(share) if isinstance(value, Stored) else share.of(value)
     return placeholder(value.shape, part.to(device))

@@ -34,6 +34,44 @@ T = TypeVar("T")
 log = logging.getLogger("rlhf.distributed")
 _heartbeat: HeartbeatThreads | None = None
 _sequence_group: dist.ProcessGroup | None = None
+_node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """The ranks of one machine, in their order, as a group of their own. first: of them, which speaks."""
+
+    group: dist.ProcessGroup
+    first: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        return dist.get_rank() == self.first
+
+    def broadcast(
+        self, make: Callable[[], torch.Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The first rank's tensor, in host memory, on all of them; they know its shape and dtype."""
+        whole = make().contiguous() if self.is_first else torch.empty(shape, dtype=dtype)
+        dist.broadcast(_as_bytes(whole), self.first, group=self.group)
+        return whole
+
+    def scatter(self, make: Callable[[], torch.Tensor], size: int, dtype: torch.dtype) -> torch.Tensor:
+        """To each rank its `size` elements of what the first has, [ranks · size] of them at most, end to end;
+        0 where it has fewer."""
+        own, parts = torch.empty(size, dtype=dtype), None
+        if self.is_first:
+            made = make().reshape(-1)
+            filled = torch.cat([made, made.new_zeros(self.size * size - len(made))])
+            parts = [_as_bytes(part) for part in filled.split(size)]
+        dist.scatter(_as_bytes(own), parts, self.first, group=self.group)
+        return own
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory: gloo does not know every dtype."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -105,6 +143,21 @@ def sequence_group() -> dist.ProcessGroup:
     return _sequence_group
 
 
+def node_of() -> Node | None:
+    """The ranks of this machine; None where it has one rank. All ranks call it; the first time they agree."""
+    global _node
+    if _node is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rank = dist.get_rank()
+        own = np.array([rank - int(os.environ.get("LOCAL_RANK", "0"))])
+        firsts = [int(first) for (found,) in all_gather_arrays([own]) for first in found]
+        machines = [
+            [r for r, of_rank in enumerate(firsts) if of_rank == first] for first in sorted(set(firsts))
+        ]
+        group, _ = dist.new_subgroups_by_enumeration(machines)
+        _node = Node(group, firsts[rank], firsts.count(firsts[rank]))
+    return None if _node is None or _node.size == 1 else _node
+
+
 def _limit_every_group(timeout: timedelta) -> None:
     """Also those that others make without naming a timeout: DeepSpeed's would wait for torch's own."""
     from torch.distributed import distributed_c10d
@@ -114,8 +167,8 @@ def _limit_every_group(timeout: timedelta) -> None:
 
 
 def close_world() -> None:
-    global _heartbeat, _sequence_group
-    _sequence_group = None
+    global _heartbeat, _sequence_group, _node
+    _sequence_group = _node = None
     if _heartbeat is not None:
         _heartbeat.stop()
         _heartbeat = None
@@ -190,9 +243,7 @@ def all_gather_arrays(own: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 def all_gather_arrays_or_raise(make: Callable[[], Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
     """`all_gather_arrays` of what `make` returns; what `_made` catches on one rank is raised on all."""
-    own: list[np.ndarray] = []
-    all_gather_or_raise(lambda: own.extend(make()))
-    return all_gather_arrays(own)
+    return all_gather_arrays(make_or_raise(make))
 
 
 def broadcast_from_rank0(world: World, make: Callable[[], T]) -> T:
@@ -237,13 +288,24 @@ def _bytes_of(buffer: bytearray | memoryview) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer(buffer, np.uint8))
 
 
+def make_or_raise(make: Callable[[], T]) -> T:
+    """Run `make` on every rank, for its result here; what `_made` catches on one is raised on all.
+
+    Ranks exchange one number, and only where there is an error more than that.
+    """
+    made = _made(make)
+    (failed,) = all_reduce_sum([isinstance(made, UserError)])
+    if failed:
+        told = all_gather_objects(made if isinstance(made, UserError) else None)
+        raise next(error for error in told if error is not None)
+    assert not isinstance(made, UserError)
+    return made
+
+
 def all_gather_or_raise(make: Callable[[], T]) -> list[T]:
-    """Run `make` on every rank and all-gather the results; what `_made` catches on one is raised on all."""
-    gathered = all_gather_objects(_made(make))
-    for value in gathered:
-        if isinstance(value, UserError):
-            raise value
-    return gathered
+    """Run `make` on every rank and all-gather the results, pickled; what `_made` catches on one is raised on
+    all."""
+    return all_gather_objects(make_or_raise(make))
 
 
 def _made(make: Callable[[], T]) -> T | UserError:

@@ -38,7 +38,7 @@ from common.background import at_once, in_background
 from common.errors import UserError
 from common.files import commit_folder, disk_errors, set_aside, written_where
 from common.phases import enter
-from common.runtime.distributed import World, all_gather_objects, all_gather_or_raise, broadcast_from_rank0
+from common.runtime.distributed import World, all_gather_or_raise, all_reduce_sum, broadcast_from_rank0
 from common.training.snapshot import Buffers, Open, Snapshot
 
 T = TypeVar("T")
@@ -151,7 +151,7 @@ class Checkpoints:
         enter("save")
         final = self.folder / f"step_{step:08d}"
         partial = _partial(final)
-        if all(all_gather_objects((final / MANIFEST).exists())):
+        if all_reduce_sum([(final / MANIFEST).exists()]) == [self._world.size]:
             return final
         broadcast_from_rank0(self._world, lambda: self._start(partial))
         snapshot = Snapshot(partial, self._buffers)
@@ -221,8 +221,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a committed checkpoint; the same list on every rank."""
-        own = [int(m.group(1)) for p in self.folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]
-        return all_gather_objects(own)[0]
+
+        def own() -> list[int]:
+            return [int(m.group(1)) for p in self.folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]
+
+        return broadcast_from_rank0(self._world, own)
 
     def _start(self, partial: Path) -> None:
         self._remove_unfinished()

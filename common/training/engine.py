@@ -32,7 +32,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.model.tiled_mlp import is_tiled
 from common.phases import enter
-from common.runtime.distributed import all_gather_objects, all_gather_or_raise
+from common.runtime.distributed import all_gather_objects, make_or_raise
 from common.training.eight_bit import encoded
 from common.training.gradients import FlatGradients, lie_end_to_end
 from common.training.masters import share_masters
@@ -159,9 +159,7 @@ class Engine:
         """
         files = sorted(folder.glob(f"{STATE_TAG}/*.pt"))
         own = files[dist.get_rank() :: self._world_size]
-        all_gather_or_raise(
-            lambda: [bool(read_state(path, mmap=True)) for path in own]
-        )  # before any collective
+        make_or_raise(lambda: [bool(read_state(path, mmap=True)) for path in own])  # before any collective
         stored = Layout.read(folder)
         written_by = len(list((folder / STATE_TAG).glob("*_optim_states.pt")))
         if stored is None and written_by != self._world_size:
@@ -265,14 +263,9 @@ class Engine:
 
     def _load_resharded(self, folder: Path, stored: Layout, *, same_dtype: bool) -> None:
         """Restore a state of other ranks, of another stage or of another dtype: its fp32 weights, rounded."""
-        own, refused = self.layout.ranks[dist.get_rank()], None
-        try:
-            held = reshard(stored, own, lambda rank: held_by(folder, rank))
-        except UserError as error:
-            refused = error
-        for refusal in all_gather_objects(refused):  # the ranks that succeeded would wait for the others
-            if refusal is not None:
-                raise refusal
+        own = self.layout.ranks[dist.get_rank()]
+        # the ranks that succeeded would wait for the others
+        held = make_or_raise(lambda: reshard(stored, own, lambda rank: held_by(folder, rank)))
         weights = [values.pop(WEIGHTS) for values in held]
         self._load_buffers(folder)
         scaler = loss_scaler_for(self._world_size, folder, len(stored.ranks)) if same_dtype else None

@@ -28,7 +28,7 @@ from common.config import (
 from common.handoff import model_of
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, refuse_unsliced
-from common.model.partition import share_of
+from common.model.partition import node_reading, share_of
 from common.model.probes import find_shortcuts
 from common.runtime.distributed import World
 from common.training.ds_config import build_frozen_config
@@ -114,7 +114,8 @@ def load_frozen_policy(
 ) -> Frozen:
     """The policy in `job.model.dtype`, without adapters and not quantized: a frozen `PackedCausalLM`."""
     settings, share = frozen_settings(model_of(job.model, policy.path)), share_of(job.deepspeed.stage)
-    network = load_model(settings, tokenizer, seed=job.seed, device=world.device, share=share)
+    node = node_reading(job.launch)
+    network = load_model(settings, tokenizer, seed=job.seed, device=world.device, share=share, node=node)
     refuse_unsliced(network, job.launch, world.size)
     module = PackedCausalLM(network, find_shortcuts(network))
     return Frozen(module, job.deepspeed, dtype=job.model.dtype, world=world, offload=offload)

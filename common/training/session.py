@@ -31,7 +31,7 @@ from common.model.architecture import HeadSpec
 from common.model.compiled import settled
 from common.model.loading import load_model
 from common.model.packed import PackedCausalLM, PackedModel, refuse_unsliced
-from common.model.partition import share_of
+from common.model.partition import node_reading, share_of
 from common.model.router_balance import routers_of
 from common.model.tokenizer import terminators_of
 from common.phases import enter
@@ -175,8 +175,9 @@ class Session:
             model = settled(model, device, self.job.deepspeed.stage)
         share = share_of(self.job.deepspeed.stage)
         network = load_model(
-            model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share
-        )
+            model, tokenizer, head, seed=seed, device=device, max_length=max_length, share=share,
+            node=node_reading(self.job.launch),
+        )  # fmt: skip
         refuse_unsliced(network, self.job.launch, self.world.size)
         if model.router_aux_loss_coef:
             routers_of(unwrapped(network))

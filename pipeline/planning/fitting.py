@@ -14,6 +14,7 @@ from common.stage import Step
 from launch.local import count_gpus
 from pipeline.config import PipelineConfig
 from pipeline.planning import devices, memory, workload
+from pipeline.planning.whole import LAYER_BY_LAYER, SERVERS, sampled_whole
 from pipeline.planning.work import Workload, with_sharding
 
 WORTH_NAMING = 0.97
@@ -90,13 +91,28 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
             yield f"optim@{name}.optim={optimizer}", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
+    yield from elsewhere(work, config)
     everything = in_full(smallest)
     parts = [small, recompute]
     if work.gpu:
         everything = dataclasses.replace(everything, offload_activations=True)
         parts.append("" if work.offload_activations else "model.activation_offload=true")
     for option, other in [("", everything), *sharded(everything)]:
-        yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
+        together = " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""]))
+        yield together, other
+        yield from ((f"{together} {way}".lstrip(), least) for way, least in elsewhere(other, config))
+
+
+def elsewhere(work: Workload, config: PipelineConfig) -> Iterator[tuple[str, Workload]]:
+    """With no whole copy of the actor on a rank: sampled by vLLM servers, which take no adapters; or on
+    ZeRO-3 layer by layer."""
+    if sampled_whole(work) == 0:
+        return
+    if not config.model.lora.enabled:
+        yield SERVERS, dataclasses.replace(work, decoding=None)
+    if work.decoding is not None and work.decoding.gathers:
+        layered = dataclasses.replace(work.decoding, gathers=False)
+        yield LAYER_BY_LAYER, dataclasses.replace(work, decoding=layered)
 
 
 def in_full(work: Workload) -> Workload:

@@ -29,6 +29,7 @@ from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.fitting import rows_that_fit, ways_out_of
+from pipeline.planning.whole import refuse_whole_actor
 from pipeline.planning.work import Workload, with_stage
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
 from pipeline.sources import check_functions, settle_sources
@@ -76,6 +77,7 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
         measured = "" if where.elsewhere else "; `doctor` measures which dtype is faster here"
         in_doubt = [f"{line}{measured}"] if line is not None else []
         checks.check(config, where.ranks, [*where.hosts.values()] or [where.here])
+        refuse_whole_actor(config, devices.gpu_memory() if where.gpu and not where.elsewhere else None)
         run_dir = state.run_folder(config)
         if not where.elsewhere and (status := check_functions(config, wired, run_dir)):
             return status

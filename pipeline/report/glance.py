@@ -24,8 +24,8 @@ SAMPLED = "sampled"
 
 SHARES = {
     "accuracy", "accuracy_chosen_longer", "accuracy_chosen_shorter", "accuracy_same_length", "correct",
-    "mean_token_accuracy", "perf/mfu", "perf/padding_share", "perf/slot_utilisation", "policy/clipfrac_avg",
-    "response/truncated_share", "rewards/accuracies", "stop_rate", "val/clipfrac_avg",
+    "mean_token_accuracy", "perf/mfu", "perf/padding_share", "perf/rollout_balance", "perf/slot_utilisation",
+    "policy/clipfrac_avg", "response/truncated_share", "rewards/accuracies", "stop_rate", "val/clipfrac_avg",
 }  # fmt: skip
 """Metrics, in training, held out or both, that are shown in percent."""
 NAMES = {

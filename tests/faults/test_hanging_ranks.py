@@ -71,7 +71,7 @@ def test_a_rank_in_an_endless_loop_is_told_from_one_that_waits_for_it(base: Base
     assert printed.count("error: ") == 1 and "Traceback" not in printed
     assert f"error: rank {victim} on {HOST} has kept the others waiting for " in printed
     assert "it is in step 2, saving a checkpoint (common/phases.py:" in printed
-    assert "in _happen" in stacks(run_dir, victim) and "all_gather_objects" in stacks(run_dir, 1 - victim)
+    assert "in _happen" in stacks(run_dir, victim) and "all_reduce_sum" in stacks(run_dir, 1 - victim)
 
 
 def test_a_rank_that_keeps_the_interpreters_lock_still_leaves_its_stacks(base: Base) -> None:

@@ -135,6 +135,8 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "nothing to train in four bits"
     if model["quantize"] == "nf4" and model["config"]:
         yield "four bits of weights that are not there yet"
+    if model["quantize"] == "nf4" and launch["read_once_per_node"]:
+        yield "rounded tensors handed on"
     if model["checkpointing_policy"] != "full" and not model["gradient_checkpointing"]:
         yield "a way of recomputing, and nothing to recompute"
     is_whole = model["gradient_checkpointing"] and model["checkpointing_policy"] == "full"

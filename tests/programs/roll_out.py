@@ -1,6 +1,7 @@
 """One rank of a roll-out: writes what it got to FOLDER/rank_R.json.
 
-CASE: shares, lockstep (ranks with unequal work keep step), told (the last rank alone is told to stop),
+CASE: shares, balanced (by expected lengths), lockstep (ranks with unequal work keep step), told (the last
+rank alone is told to stop),
 told_lockstep (both), broken and broken_lockstep (the logits of the last rank alone are not finite).
 """
 
@@ -17,10 +18,12 @@ from common.decoding.decoder import Decoder
 from common.decoding.requests import SamplingParams
 from common.errors import UserError
 from common.runtime.distributed import all_reduce_sum, close_world, init_world
-from step3_ppo.rollout import over_ranks, roll_out
+from step3_ppo.rollout import balance, over_ranks, roll_out
 from tests.common.model.test_attention import CONFIGS, tiny
 
 PROMPT_IDS = [3, 0, 4, 1, 3]  # one twice; with two ranks one has three groups and the other two
+
+EXPECTED = np.array([7.0, np.nan, 2.0, 30.0, 7.0])
 
 
 def prompts() -> list[TokenizedPrompt]:
@@ -54,6 +57,7 @@ def main(folder: str, case: str) -> int:
             SamplingParams(1.0, 12, (1, 2, 3, 4)),
             key=(5, 2),
             samples=3,
+            expected=EXPECTED if case == "balanced" else None,
             world=world,
             should_stop=lambda: case.startswith("told") and is_last,
             lockstep="lockstep" in case,
@@ -67,6 +71,7 @@ def main(folder: str, case: str) -> int:
     result = {"responses": responses, "error": error, "passes": passes[0] - before}
     if found is not None:
         result |= {"own": asdict(decoder.counts), "all": asdict(over_ranks(decoder.counts))}
+        result["balance"] = balance(decoder.counts, world)
     (Path(folder) / f"rank_{world.rank}.json").write_text(json.dumps(result))
     close_world()
     return 0

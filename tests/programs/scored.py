@@ -133,7 +133,7 @@ def _sample(*_: Any, samples: int, **__: Any) -> list[Response]:
 def _counted(scoring: Scoring) -> dict[str, list[str]]:
     """The completions that this rank decodes, and those that it tokenizes for a reward model."""
     found: dict[str, list[str]] = {"decoded": [], "read": []}
-    decode, read = scoring._completion, scoring._reader
+    decode, read = scoring.completion, scoring._reader
 
     def decoding(response: Response) -> str:
         found["decoded"].append(decode(response))
@@ -144,7 +144,7 @@ def _counted(scoring: Scoring) -> dict[str, list[str]]:
         assert read is not None
         return read(prompts, completions, columns)
 
-    scoring._completion = decoding  # type: ignore[method-assign]
+    scoring.completion = decoding  # type: ignore[method-assign]
     scoring._reader = None if read is None else reading  # type: ignore[assignment]
     return found
 

@@ -31,7 +31,8 @@ from tests.step3_ppo.runs import (
 TEMPERATURE = 0.8
 STATE = ("layout.json", "zero/mp_rank_00_model_states.pt", "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt")
 CHECKPOINT = (
-    "counters.json", "manifest.json", *(f"{part}/{name}" for part in ("actor", "critic") for name in STATE),
+    "counters.json", "manifest.json", "lengths/lengths.npy",
+    *(f"{part}/{name}" for part in ("actor", "critic") for name in STATE),
 )  # fmt: skip
 EXPORT = (
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json",
@@ -47,6 +48,7 @@ TRAINING = {
     "rollout/logprob_drift", "rollout/logprob_drift_max", "grad_norm", "critic/grad_norm",
     "learning_rate", "critic/learning_rate", "epoch", "num_tokens", "num_trained_tokens", "num_responses",
     "time/rollout", "time/score", "time/learn", "perf/rollout_tokens_per_second", "perf/slot_utilisation",
+    "perf/rollout_balance",
     "perf/tokens_per_second", "perf/memory_gb", "perf/peak_memory_gb",
 }  # fmt: skip
 EVALUATION = {

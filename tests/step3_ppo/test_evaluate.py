@@ -60,8 +60,8 @@ def test_every_evaluation_draws_alike_and_is_not_cut_short() -> None:
 
 
 def test_every_response_is_turned_into_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    completion, seen = Scoring._completion, []
-    monkeypatch.setattr(Scoring, "_completion", lambda *a: seen.append(a[1]) or completion(*a))
+    completion, seen = Scoring.completion, []
+    monkeypatch.setattr(Scoring, "completion", lambda *a: seen.append(a[1]) or completion(*a))
     evaluated()
     assert len(seen) == 2 * 3  # sampled and greedy
 

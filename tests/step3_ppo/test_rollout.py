@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,12 @@ from common.decoding.decoder import Decoder
 from common.decoding.requests import SamplingParams
 from common.runtime.distributed import World
 from step3_ppo.config import RolloutConfig
+from step3_ppo.lengths import shared_out
 from step3_ppo.rollout import roll_out
 from tests import forked
 from tests.common.model.test_attention import CONFIGS, tiny
 from tests.programs import roll_out as program
-from tests.programs.roll_out import PROMPT_IDS, prompts
+from tests.programs.roll_out import EXPECTED, PROMPT_IDS, prompts
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SAMPLES = 3
@@ -60,6 +62,22 @@ def test_two_ranks_know_the_responses_that_one_rank_samples(
     sums = {name: sum(rank["own"][name] for rank in ranks) for name in ("steps", "tokens", "rows")}
     assert [rank["all"] for rank in ranks] == [sums] * 2
     assert sums["tokens"] == sum(len(tokens) for _, _, _, tokens, *_ in alone["responses"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_is_expected_decides_who_samples_and_not_what(
+    size: int, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    ranks = on_ranks(tmp_path / "ranks", "balanced", size)
+    assert all(rank["responses"] == alone["responses"] for rank in ranks)
+    groups, lengths = zip(
+        *((group, len(tokens)) for _, group, _, tokens, *_ in alone["responses"]), strict=True
+    )
+    by_group = np.bincount(groups, lengths)
+    shares = shared_out(EXPECTED, size)
+    assert [rank["own"]["tokens"] for rank in ranks] == [by_group[share].sum() for share in shares]
+    passes = [rank["own"]["steps"] for rank in ranks]
+    assert [rank["balance"] for rank in ranks] == [pytest.approx(np.mean(passes) / max(passes))] * size
 
 
 @pytest.mark.parametrize("case", ["told", "told_lockstep"])

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import Dtype, ModelConfig
+from common.decoding import vllm_server
 from common.decoding.requests import Request, SamplingParams
 from common.decoding.vllm_decoder import seed_of
 from common.decoding.vllm_server import Server, VLLMServers
@@ -42,12 +43,14 @@ class StandIn:
         }
         self.asked: list[tuple[str, Any, dict[str, str]]] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.files: list[Path] = []
         self.silent = threading.Event()
 
     def answer(self, path: str, body: Any, headers: dict[str, str]) -> tuple[int, Any]:
         self.asked.append((path, body, headers))
         if path == "/collective_rpc":
-            self.weights = load_file(Path(body["kwargs"]["weights_path"], "model.safetensors"))
+            self.files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+            self.weights = {name: each for file in self.files for name, each in load_file(file).items()}
         if path == "/inference/v1/generate" and self.silent.is_set():
             threading.Event().wait(30)
         return self.answers[path]
@@ -126,6 +129,45 @@ def test_it_is_handed_the_weights_and_asked_for_each_response(
         assert each.tokens.tolist() == [7, 2] and each.stopped
         assert each.logprobs.tolist() == [-0.5, -0.25]
     assert len(found or ()) == 3 and servers.counts.tokens == 6
+
+
+def test_weights_are_written_as_they_come_a_file_at_a_time(
+    stand_in: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, url = stand_in
+    monkeypatch.setattr(vllm_server, "FILE_BYTES", 20)
+    written: list[int] = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(5):
+            yield f"weight {number}", torch.full((3,), float(number))  # 12 bytes: two to a file
+            written.append(len(list((tmp_path / "handover").glob("*.safetensors"))))
+
+    with servers_of(tmp_path, url).holding(weights()):
+        pass
+    assert written == [0, 1, 1, 2, 2]
+    assert [file.name for file in server.files] == [
+        "model-2.safetensors",
+        "model-3.safetensors",
+        "model.safetensors",
+    ]
+    assert {name: each.tolist() for name, each in server.weights.items()} == {
+        f"weight {number}": [number] * 3 for number in range(5)
+    }
+    assert not (tmp_path / "handover").exists()
+
+
+def test_a_disk_that_refuses_weights_is_an_error_after_the_last_of_them(
+    stand_in: tuple[StandIn, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "FILE_BYTES", 1)
+    servers = servers_of(tmp_path, stand_in[1])
+    (tmp_path / "handover").write_text("a file, where a folder should be")
+    asked = iter([("a", torch.ones(2)), ("b", torch.ones(2))])
+    with pytest.raises(UserError, match="handover"), servers.holding(asked):
+        pass
+    assert next(asked, None) is None  # other ranks took part in every collective
+    assert not stand_in[0].told("/collective_rpc")
 
 
 def test_several_servers_share_the_requests(stand_in: tuple[StandIn, str], tmp_path: Path) -> None:

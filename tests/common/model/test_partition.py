@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from common.model.partition import Share, Stored
 from tests.common.training.test_engine import runs
-from tests.programs import partitioned
+from tests.programs import partitioned, read_once
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,15 @@ def test_what_is_computed_with_a_stored_tensor_reads_it_whole(tmp_path: Path) ->
 
 def test_every_kind_of_network_has_the_same_numbers_in_parts(folder: Path, tmp_path: Path) -> None:
     runs(partitioned.same_parts, 3, tmp_path, str(folder))  # 3 divides few tensors: there is padding
+
+
+@pytest.mark.parametrize(
+    ("ranks", "names"), [(2, []), (4, ["sharded bf16", "experts fp32", "small_tied fp32"])]
+)
+def test_what_one_rank_of_a_machine_reads_for_the_others_are_the_same_bits(
+    ranks: int, names: list[str], folder: Path, tmp_path: Path
+) -> None:
+    runs(read_once.same_networks, ranks, tmp_path, str(folder), 2, names)  # four are on two machines
 
 
 def test_a_pass_holds_no_gathered_weights_for_its_backward_pass(folder: Path, tmp_path: Path) -> None:
