@@ -12,6 +12,7 @@ L layers, V vocabulary, B = min(reduce_bucket_size, P).
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from pipeline.planning.network import Network
@@ -35,6 +36,10 @@ KERNELS = 100_000_000
 """In half precision on the CPU, at most: kernels that are kept for rows of other lengths (as many as
 `launch.local.KERNELS` says), and the freed memory between them. Taken from experiment=gsm8k, whose process
 had 60 to 95 MB less with none kept."""
+FLASH_WIDTHS, FLASH_WIDEST = 8, 256
+"""As in `common.model.flash_attention`: heads in steps of so many numbers, up to so many."""
+ALIGNED = 32
+"""As in `common.model.efficient_attention`."""
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered weights that ZeRO-3 keeps at once: DeepSpeed's stage3_max_live_parameters."""
 NF4_BYTES = 0.53
@@ -126,11 +131,12 @@ def _moments(work: Workload) -> list[list[Term]]:
     if not work.gpu:
         return [[gradients, reducing, activated, logits]]
     of_loss = Term("activations", max(activations(work, part, recomputed=False) for part in work.networks))
-    of_head = Term("logits", max(_head_gradient(part) for part in work.networks))
+    of_head = Term("logits", max(_head_gradient(work, part) for part in work.networks))
+    attending = Term("attention", max(attention_workspace(work, part.network) for part in work.networks))
     updating = max((update_buffers(work, part) for part in work.networks), key=_total)
     return [
         [gradients, of_loss, logits],
-        [gradients, reducing, activated, of_head],
+        [gradients, reducing, activated, attending, of_head],
         [gradients, updating],
     ]
 
@@ -194,15 +200,17 @@ def buffers(work: Workload, part: Trained) -> Term:
     """DeepSpeed's copies around a reduction and a step, as read in its 0.19.8 and seen in a process:
 
     stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half precision
-    its other optimizer updates in place); one rank alone has the last of them only. Stage 2: one bucket, on a
-    GPU with overlap two, and the share of the newest micro-batch b T / R. Stage 3: a bucket, its
-    concatenation and the reduced share.
+    its other optimizer updates in place); one rank alone has the last of them only, in the update. Stage 2:
+    one bucket, on a GPU with overlap two, and the share of the newest micro-batch b T / R. Stage 3: a bucket,
+    its concatenation and the reduced share.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
     share = trained / sharding.ranks
     if sharding.stage == 1:
-        copies = share if sharding.ranks == 1 and not sharding.offload_optimizer else bucket + 2 * share
+        copies = bucket + 2 * share
+        if sharding.ranks == 1 and not sharding.offload_optimizer:
+            copies = 0 if work.gpu else share
         return Term("buffers", 0.0 if work.half else FP32 * copies)
     if sharding.stage == 2:
         count = 2 if work.gpu and sharding.overlap_comm else 1
@@ -282,11 +290,29 @@ def _chunk_rows(vocabulary: int, *, gpu: bool) -> int:
     return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (FP32 * vocabulary))
 
 
-def _head_gradient(part: Trained) -> float:
+def _head_gradient(work: Workload, part: Trained) -> float:
     """Bytes of the output projection's gradient in the backward pass, rounded to the weights' dtype."""
     if part.head is Head.scalar or part.trained < part.network.parameters:
         return 0.0
-    return 2 * part.network.vocabulary * part.network.hidden
+    return work.weight_bytes * part.network.vocabulary * part.network.hidden
+
+
+def attention_workspace(work: Workload, net: Network) -> float:
+    """Bytes that a GPU's attention takes while its backward pass runs, where flash attention does not apply
+    (`common.model.efficient_attention`; that of dropout, which a config may ask for, is left out).
+
+    4 (d + 1) for each document, head of this rank, d wide, and token of the longest document; and, where
+    query heads share key heads, keys, values and their gradients of all query heads (4 q b for each token).
+    """
+    batch, width = work.batch, -(-net.head_dim // FLASH_WIDTHS) * FLASH_WIDTHS
+    if not work.gpu or (work.half and net.head_dim == width <= FLASH_WIDEST):
+        return 0.0
+    heads = math.ceil(net.heads / work.sharing)
+    rows = -(-batch.longest // ALIGNED) * ALIGNED
+    repeated = (
+        4 * net.query_width * work.weight_bytes * batch.tokens if net.heads > _key_heads(work, net) else 0
+    )
+    return FP32 * (width + 1) * batch.documents * heads * rows + repeated
 
 
 def kv_cache(work: Workload) -> float:
@@ -327,12 +353,18 @@ def _gradients_of_all(work: Workload) -> Term:
 
 
 def _attention_bytes(work: Workload, net: Network) -> int:
-    """Per token: q, k, v and the output as the kernel took them; on the CPU the output end to end, too."""
-    b = work.weight_bytes
+    """Per token: q, k, v and the output as the kernel took them; on the CPU the output end to end, too. Of
+    ranks that share rows each has its own heads of all tokens, which is as much."""
+    b, kept = work.weight_bytes, 2 * (net.query_width + _key_heads(work, net) * net.head_dim)
     if work.gpu:
-        return b * 2 * (net.query_width + net.kv_width)
+        return b * kept
     kernel = FP32 if work.batch.short else b
-    return kernel * 2 * (net.query_width + net.kv_width) + b * net.query_width
+    return kernel * kept + b * net.query_width
+
+
+def _key_heads(work: Workload, net: Network) -> int:
+    """Of a layer, over all ranks that share its rows: repeated until each of them has as many."""
+    return math.lcm(net.kv_heads, work.sharing)
 
 
 def _kept_products(work: Workload, part: Trained) -> int:
