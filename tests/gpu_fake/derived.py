@@ -1,7 +1,8 @@
-"""What torch derived of operations' results, handed from a case's process to those after it.
+"""What torch derives of operations' results: kept, and handed from a case's process to those after it.
 
 FakeTensorMode keeps for each operation and the shapes, strides and dtypes of its arguments what it derived.
-That is most of the time of a small case, and the same in the next one, which is a process of its own.
+Deriving is most of the time of a small case, and the same in the next one, which is a process of its own;
+looking it up is most of the time of a large one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,44 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode, _DispatchCacheKey
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, _DispatchCacheKey
 
 CANNOT_TRAVEL = (TypeError, AttributeError, RuntimeError, pickle.PicklingError)
 Entry = tuple[tuple[Any, ...], Any]
 """What an operation was asked, and what torch keeps of its result."""
+
+
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Mode(FakeTensorMode):
+    """For tensors of known sizes: what an operation was asked is said in fewer words."""
+
+    def _prep_args_for_hash(self, result: Any, args: Any, state: Any, objects: Any) -> None:
+        if type(args) not in (tuple, list):
+            super()._prep_args_for_hash(result, args, state, objects)
+            return
+        result.append((type(args), len(args)))
+        for each in args:
+            if type(each) in PLAIN:
+                result.append((type(each), each))  # 1 is not 1.0
+            elif type(each) is FakeTensor and self._is_simple(each):
+                result.append(_described(each))
+            else:
+                super()._prep_args_for_hash(result, (each,), state, objects)
+
+    def _is_simple(self, tensor: FakeTensor) -> bool:
+        known = tensor.constant is None and not tensor._has_symbolic_sizes_strides
+        return known and tensor.fake_mode is self and tensor.layout is torch.strided
+
+
+def _described(tensor: FakeTensor) -> tuple[Any, ...]:
+    """All that a result can depend on, but for values. Whether it is contiguous follows from it."""
+    return (
+        tensor.dtype, tensor.shape, tensor.stride(), tensor.fake_device, tensor.storage_offset(),
+        tensor.untyped_storage().nbytes(), tensor.requires_grad, tensor.is_conj(), tensor.is_neg(),
+        tensor.is_inference(), tensor.is_quantized,
+    )  # fmt: skip
 
 
 def count() -> int:

@@ -19,13 +19,14 @@ import weakref
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.gpu_fake.answers import answer
 from tests.gpu_fake.contracts import attention_workspace, refuse
+from tests.gpu_fake.derived import Mode
 from tests.gpu_fake.kernels import Kernels
 from tests.gpu_fake.record import Record, is_on_device, site, tensors_in
 
@@ -57,7 +58,7 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.record = Record()
         self.kernels: Kernels | None = None  # None: they are not counted
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = Mode(allow_non_fake_inputs=True)
         self._values = WeakIdKeyDictionary()
         self._storages = WeakIdKeyDictionary()
 
