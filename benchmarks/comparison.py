@@ -19,6 +19,7 @@ from benchmarks.measure import median_of, run_measured, steady_rate, table, thre
 
 WANTED_STEADY, WANTED_WHOLE = 1.5, 0.6
 OURS, BEST, DEFAULT = "ours", "TRL best", "TRL default"
+BRIEF = "ours and TRL's best alone, no TRL's defaults, no warm cache"
 
 Start = Callable[[Path, Path], tuple[list[str], Path]]
 """From a run's folder and its cache to its command and the file that gets a line per step."""
@@ -44,11 +45,16 @@ class Contest:
         return (*rates, "wall_seconds", "cpu_seconds", "peak_rss_mb")
 
 
-def compare(contest: Contest, sides: Mapping[str, Start], repeats: int) -> dict[str, Any]:
+def compare(
+    contest: Contest, sides: Mapping[str, Start], repeats: int, *, brief: bool = False
+) -> dict[str, Any]:
     """All sides in turn, `repeats` times; then ours and TRL's best with a warm cache.
 
-    sides: at least `OURS`, `BEST` and `DEFAULT`, by name.
+    sides: at least `OURS`, `BEST` and `DEFAULT`, by name. brief: ours and TRL's best alone, with a cold cache
+    alone, where a run takes many minutes.
     """
+    if brief:
+        sides = {name: sides[name] for name in (OURS, BEST)}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number in range(repeats):
         for name, start in sides.items():
@@ -56,7 +62,7 @@ def compare(contest: Contest, sides: Mapping[str, Start], repeats: int) -> dict[
             print(f"{name}, run {number + 1}: {_line(contest, runs[name][-1])}", flush=True)
     medians = {name: median_of(records) for name, records in runs.items()}
     warm = {}
-    for name in (OURS, BEST):
+    for name in () if brief else (OURS, BEST):
         last = f"{_folder_of(name)}_{repeats - 1}"
         warm[name] = measure(contest, f"{_folder_of(name)}_warm", sides[name], cache_of=last)
         print(f"{name}, cache warm: {_line(contest, warm[name])}", flush=True)
@@ -115,26 +121,28 @@ def ratios_of(
         if side != OURS:
             for name in contest.names:
                 ratios[f"{name}_to_{_folder_of(side).lower()}"] = medians[OURS][name] / other[name]
-    for name in ("wall_seconds", "cpu_seconds"):
+    for name in ("wall_seconds", "cpu_seconds") if warm else ():
         ratios[f"warm_{name}_to_trl_best"] = warm[OURS][name] / warm[BEST][name]
     return ratios
 
 
 def verdicts(unit: str, ratios: Mapping[str, float]) -> list[str]:
-    """The two bars, one line each, and TRL's defaults.
+    """The two bars, one line each, and TRL's defaults where they were run.
 
     Where TRL has several best settings, each number is compared with the one that is best at it.
     """
     steady = min(_to_best(f"{unit}_per_cpu_second", ratios))
     wall, cpu = max(_to_best("wall_seconds", ratios)), max(_to_best("cpu_seconds", ratios))
-    return [
+    lines = [
         f"steady state: {steady:.2f} x TRL's best in {unit} per CPU-second (wanted {WANTED_STEADY}): "
         + ("met" if steady >= WANTED_STEADY else "not met"),
         f"whole process: {wall:.2f} x TRL's best wall time, {cpu:.2f} x its CPU time "
         f"(wanted {WANTED_WHOLE}): " + ("met" if max(wall, cpu) <= WANTED_WHOLE else "not met"),
-        f"beside TRL's defaults: {ratios[f'{unit}_per_cpu_second_to_trl_default']:.2f} x {unit} per "
-        f"CPU-second, {ratios['wall_seconds_to_trl_default']:.2f} x wall time",
     ]
+    if (rate := ratios.get(f"{unit}_per_cpu_second_to_trl_default")) is not None:
+        seconds = ratios["wall_seconds_to_trl_default"]
+        lines.append(f"beside TRL's defaults: {rate:.2f} x {unit} per CPU-second, {seconds:.2f} x wall time")
+    return lines
 
 
 def _to_best(name: str, ratios: Mapping[str, float]) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import parity, workload
 from benchmarks.measure import run_measured, threads_environment
-from benchmarks.pair_sides import Ours, PairTokens, optimizer_arguments, pair_tokens, trl_command
+from benchmarks.pair_sides import Ours, PairTokens, pair_tokens, trl_command
 from benchmarks.pairs_workload import KINDS, MAX_LENGTH, PairsWorkload
 
 PAIRS_PER_STEP = 32
@@ -91,7 +91,7 @@ def run_trl(
         "save": False,
         "exact_grad_norm": True,
         "arguments": {
-            **optimizer_arguments(trial.step),
+            **workload.optimizer_arguments(trial.made.learning_rate),
             "warmup_steps": warmup_steps(workload.WARMUP_RATIO, total),
             "max_steps": total,
             "per_device_train_batch_size": MICRO_BATCH,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 STEPS = ("reward", "dpo")
 SEED = 42
-LEARNING_RATE = {"reward": 1e-4, "dpo": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Ours:
             f"{step}.train.global_batch_size={self.pairs_per_step}",
             f"{step}.train.micro_batch_size={self.micro_batch}",
             f"{step}.train.epochs=1",
-            f"{step}.optim.lr={LEARNING_RATE[step]}",
+            f"{step}.optim.lr={self.made.learning_rate}",
             f"{step}.optim.betas={list(workload.BETAS)}",
             f"{step}.optim.eps={workload.EPS}",
             f"{step}.optim.warmup_ratio={workload.WARMUP_RATIO}",
@@ -169,8 +168,3 @@ def dpo_columns(pairs: Sequence[PairTokens]) -> dict[str, list[list[int]]]:
         "chosen_ids": [pair.chosen for pair in pairs],
         "rejected_ids": [pair.rejected for pair in pairs],
     }
-
-
-def optimizer_arguments(step: str) -> dict[str, Any]:
-    """Our optimizer and schedule as arguments of TRL's configs, warm-up apart."""
-    return {**workload.optimizer_arguments(), "learning_rate": LEARNING_RATE[step]}

@@ -31,6 +31,9 @@ KINDS = ("gsm8k", "hh")
 MAX_LENGTH = workload.MAX_LENGTH
 WRITERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 
+LEARNING_RATE = 1e-4
+PRETRAINED_LEARNING_RATE = 1e-6
+
 Turns = list[dict[str, str]]
 Row = dict[str, Turns]
 
@@ -41,13 +44,21 @@ class PairsWorkload:
 
     policy: Path  # an artifact, which is a model's folder at the same time
     rows: Path  # JSONL of messages: prompt, chosen and rejected, or chosen and rejected alone
+    learning_rate: float = LEARNING_RATE
 
 
-def prepare(folder: Path, kind: str, pairs: int, seed: int = 0, *, data: Path = DATA) -> PairsWorkload:
-    """Make what is missing. All sides of all pairs fit `MAX_LENGTH` tokens: none is cut or dropped."""
-    made = PairsWorkload(folder / "policy", folder / f"{kind}_{pairs}.jsonl")
+def prepare(
+    folder: Path, kind: str, pairs: int, seed: int = 0, *, data: Path = DATA, model: Path | None = None
+) -> PairsWorkload:
+    """Make what is missing. All sides of all pairs fit `MAX_LENGTH` tokens: none is cut or dropped.
+
+    model: a pretrained model's folder, which is used as it is.
+    """
+    made = PairsWorkload(folder / "policy", path := folder / f"{kind}_{pairs}.jsonl")
+    if model is not None:
+        made = PairsWorkload(model.resolve(), path, PRETRAINED_LEARNING_RATE)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (made.policy / "manifest.json").is_file():
+    if model is None and not (made.policy / "manifest.json").is_file():
         if not (folder / "base" / "model.safetensors").is_file():
             workload.save_base(folder / "base", data / "gsm8k" / "train.jsonl", seed)
         _export_base(folder / "base", made.policy)

@@ -1,9 +1,10 @@
 """A PPO iteration on the CPU, ours beside a straightforward one: `python -m benchmarks.ppo_cpu`.
 
-Both sides train the same 4M-parameter actor and critic (conf/model/llama_4m.yaml, random weights) on the same
-prompts with the same algorithm and settings, each in a process of its own, in turn; ours is the real command,
-the other is ppo_reference.py. How long responses are is a property of the weights (ppo_workload.py), so that
-it is alike on both sides: `tail`, mostly short and a few at the limit, and `uniform`, all at the limit. The
+Both sides train the same actor and critic (conf/model/llama_4m.yaml with random weights, or `--model FOLDER`)
+on the same prompts with the same algorithm and settings, each in a process of its own, in turn; ours is the
+real command, the other is ppo_reference.py. How long responses are is a property of the weights
+(ppo_workload.py), so that it is alike on both sides: `tail`, mostly short and a few at the limit, and
+`uniform`, all at the limit; a pretrained model's responses end where it ends them (`own`). The
 draws differ, so the mean length does too, by a few per cent: the verdict is on tokens per CPU-second, those
 of prompts and of responses. The reference stands there twice: with usual batch sizes, and with those that are
 best for it (`--search` measures them: on one thread, passes over single sequences, which have no padding).
@@ -57,7 +58,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="ppo_cpu_") as temporary:
-        for lengths in arguments.lengths:
+        for lengths in arguments.lengths if arguments.model is None else (ppo_workload.OWN,):
             folder = Path(temporary, lengths)
             load = load_of(folder / "workload", lengths, arguments)
             measure = functools.partial(measured, load, folder, arguments.threads)
@@ -68,9 +69,11 @@ def main() -> int:
                 sides = sides_of(load, OurSettings(arguments.slots, arguments.micro_batch))
                 found[lengths] = compared(sides, measure, arguments.repeats)
             found[lengths]["prompts"] = load.made.source
-    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
+    settings = {name: str(value) if name == "model" else value for name, value in vars(arguments).items()}
+    del settings["results"]
     result = {"settings": settings, "references": {k: vars(v) for k, v in REFERENCES.items()}, **found}
-    name = "ppo_cpu_search" if arguments.search else "ppo_cpu"
+    of_model = "" if arguments.model is None else f"_{arguments.model.resolve().name}"
+    name = f"ppo_cpu{of_model}" + ("_search" if arguments.search else "")
     print(f"written: {write_results(name, result, to=arguments.results)}")
     return 0
 
@@ -89,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=int, default=64, help="ours")
     parser.add_argument("--micro-batch", type=int, default=1, help="ours, in rows of 512 tokens")
     parser.add_argument("--search", action="store_true", help="measure the reference's batch sizes once each")
+    parser.add_argument(
+        "--model", type=Path, help="a pretrained model's folder; its responses end as they do"
+    )
     parser.add_argument("--toy", action="store_true", help="a model of some thousand weights")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     return parser
@@ -97,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 def load_of(folder: Path, lengths: str, arguments: argparse.Namespace) -> Load:
     """The iteration that both sides do."""
     model = dict(ppo_workload.TOY) if arguments.toy else None
-    made = ppo_workload.prepare(folder, 2 * arguments.prompts, lengths, model=model)
+    pretrained = None if arguments.model is None else arguments.model.resolve()
+    made = ppo_workload.prepare(folder, 2 * arguments.prompts, lengths, model=model, pretrained=pretrained)
     return Load(
         made, arguments.iterations, arguments.prompts, arguments.update, arguments.max_new_tokens,
         ppo_workload.MAX_LENGTH, "fp32",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ENDS = {"tail": 1 / 24, "uniform": 1e-9}
 """How likely a response is to end at a position, in the mean; it differs between responses, so that a few are
 much longer than 24 tokens."""
+OWN = "own"
 MAX_LENGTH = workload.MAX_LENGTH
 TOY: Mapping[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -56,14 +57,16 @@ def prepare(
     lengths: str,
     *,
     model: Mapping[str, Any] | None = None,
+    pretrained: Path | None = None,
     data: Path = workload.GSM8K,
     seed: int = 0,
     max_length: int = MAX_LENGTH,
 ) -> PPOWorkload:
     """Make what is missing.
 
-    model: fields of its config; by default those of
-    conf/model/llama_4m.yaml. max_length: of a prompt with its response, for the model's context.
+    lengths: one of `ENDS`, or `OWN` with a pretrained model. model: fields of its config; by default those of
+    conf/model/llama_4m.yaml. pretrained: a model's folder. max_length: of a prompt with its response, for the
+    model's context.
     """
     rows, source = questions(data, prompts, seed)
     if len(rows) < prompts:
@@ -72,8 +75,9 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     made.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[:prompts]))
     if not (made.reward_model / "manifest.json").is_file():
-        save_base(folder / "base", rows, ENDS[lengths], model, seed)
-        export_artifacts(folder / "base", made, max_length)
+        if pretrained is None:
+            save_base(folder / "base", rows, ENDS[lengths], model, seed)
+        export_artifacts(pretrained or folder / "base", made, max_length)
     return made
 
 

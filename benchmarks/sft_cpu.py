@@ -89,6 +89,7 @@ def main() -> int:
         "--model", type=Path, help="a pretrained model's folder; by default one of 4M parameters"
     )
     parser.add_argument("--search", action="store_true", help="measure TRL's candidates once each")
+    parser.add_argument("--brief", action="store_true", help=comparison.BRIEF)
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sft_cpu_") as temporary:
@@ -99,7 +100,7 @@ def main() -> int:
         if arguments.search:
             result = comparison.search(contest, trl_sides(setup, CANDIDATES))
         else:
-            result = comparison.compare(contest, sides_of(setup), arguments.repeats)
+            result = comparison.compare(contest, sides_of(setup), arguments.repeats, brief=arguments.brief)
     result = {**described(setup), **result}
     of_model = "" if arguments.model is None else f"_{arguments.model.resolve().name}"
     name = f"sft_cpu{of_model}_{arguments.dtype}" + ("_search" if arguments.search else "")

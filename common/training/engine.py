@@ -31,6 +31,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.phases import enter
 from common.runtime.distributed import all_gather_objects, all_gather_or_raise
+from common.training.gradients import FlatGradients, lie_end_to_end
 from common.training.masters import share_masters
 from common.training.partitions import fill_partitions, one_by_one
 from common.training.reshard import WEIGHTS, Layout, Piece, Shard, reshard
@@ -56,7 +57,10 @@ class Engine:
         self._engine = _initialized(module, optimizer, config)
         self._engine._copy_recovery_script = lambda folder: None  # a checkpoint holds state, not programs
         self._engine.checkpoint_engine.load = read_state
-        share_masters(self._engine.optimizer)
+        zero = self._engine.optimizer
+        share_masters(zero)
+        self._flat_gradients = FlatGradients(zero) if lie_end_to_end(zero) else None
+        self._in_step = False
         self._world_size = dist.get_world_size()
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.layout = Layout(self.zero_stage, tuple(all_gather_objects(self._shards())))
@@ -86,12 +90,16 @@ class Engine:
         """
         if enter("backward"):
             loss_sum = loss_sum * math.nan
+        if self._flat_gradients is not None and not self._in_step:
+            self._flat_gradients.begin()
+        self._in_step = True
         self._engine.backward(loss_sum * (self._world_size / denominator), scale_wrt_gas=False)
 
     def step(self) -> StepOutcome:
         """Reduce, clip, update. A gradient that is not finite on any rank skips it on all."""
         enter("update")
         self._engine.step()
+        self._in_step = False
         applied = bool(self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm()
         return StepOutcome(applied, float(norm) if applied and norm is not None else math.nan)

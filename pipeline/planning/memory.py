@@ -199,19 +199,17 @@ def gradients(work: Workload, part: Trained) -> Term:
 def buffers(work: Workload, part: Trained) -> Term:
     """DeepSpeed's copies around a reduction and a step, as read in its 0.19.8 and seen in a process:
 
-    stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half precision
-    its other optimizer updates in place); one rank alone has the last of them only, in the update. Stage 2:
-    one bucket, on a GPU with overlap two, and the share of the newest micro-batch b T / R. Stage 3: a bucket,
-    its concatenation and the reduced share.
+    stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half
+    precision its other optimizer updates in place); none of them on one rank alone
+    (`training/gradients.py`). Stage 2: one bucket, on a GPU with overlap two, and the share of the newest
+    micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
     share = trained / sharding.ranks
     if sharding.stage == 1:
-        copies = bucket + 2 * share
-        if sharding.ranks == 1 and not sharding.offload_optimizer:
-            copies = 0 if work.gpu else share
-        return Term("buffers", 0.0 if work.half else FP32 * copies)
+        none = work.half or _alone(work)
+        return Term("buffers", 0.0 if none else FP32 * (bucket + 2 * share))
     if sharding.stage == 2:
         count = 2 if work.gpu and sharding.overlap_comm else 1
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
@@ -222,12 +220,18 @@ def buffers(work: Workload, part: Trained) -> Term:
 
 def update_buffers(work: Workload, part: Trained) -> Term:
     """On a GPU, in the update: stage 1 in half precision sends all gradients at once, rounded to b T, and one
-    rank none in bf16; the others flatten the share in fp32, 4 T / R."""
+    rank none unless in fp16; the others flatten the share in fp32, 4 T / R."""
+    if _alone(work):
+        return Term("buffers", 0.0)
     if work.sharding.stage == 1 and work.half:
-        if work.sharding.ranks == 1 and not work.fp16:
-            return Term("buffers", 0.0)
         return Term("buffers", work.weight_bytes * part.trained)
     return Term("buffers", FP32 * part.trained / work.sharding.ranks)
+
+
+def _alone(work: Workload) -> bool:
+    """One rank of stage 1, whose gradients lie where the optimizer reads them."""
+    sharding = work.sharding
+    return sharding.stage == sharding.ranks == 1 and not sharding.offload_optimizer and not work.fp16
 
 
 def activations(work: Workload, part: Trained, *, recomputed: bool = True) -> float:

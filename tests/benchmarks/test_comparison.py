@@ -83,7 +83,15 @@ def test_sides_are_run_in_turn_and_twice_with_a_warm_cache(tmp_path: Path) -> No
         return command
 
     sides = {OURS: start("a"), BEST: start("b"), DEFAULT: start("c")}
-    result = comparison.compare(contest(tmp_path), sides, repeats=2)
+    result = comparison.compare(contest(tmp_path / "whole"), sides, repeats=2)
     assert started == ["a", "b", "c", "a", "b", "c", "a", "b"]
     assert result["medians"][OURS]["steps"] == 5 and result["medians"][OURS]["tokens"] == 50
     assert result["ratios"].keys() >= {"tokens_per_cpu_second_to_trl_best", "wall_seconds_to_trl_default"}
+
+    started.clear()
+    brief = comparison.compare(contest(tmp_path / "brief"), sides, repeats=1, brief=True)
+    assert started == ["a", "b"]
+    assert brief["ratios"].keys() == {key for key in result["ratios"] if key.endswith("_to_trl_best")} - {
+        "warm_wall_seconds_to_trl_best", "warm_cpu_seconds_to_trl_best",
+    }  # fmt: skip
+    assert len(comparison.verdicts("tokens", brief["ratios"])) == 2

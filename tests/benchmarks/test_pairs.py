@@ -114,6 +114,9 @@ def test_every_candidate_has_the_same_pairs_in_a_step() -> None:
         settings += [chosen for named in program.best.values() for chosen in named.values()]
     sizes = {s["per_device_train_batch_size"] * s["gradient_accumulation_steps"] for s in settings}
     assert sizes == {pair_cpu.PAIRS_PER_STEP}
+    assert pair_cpu.batch_sizes(4, 8) == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="8 pairs per step are no whole number"):
+        pair_cpu.batch_sizes(3, 8)
 
 
 def test_pairs_are_counted_by_steps(tmp_path: Path) -> None:
