@@ -11,6 +11,7 @@ between the passes of another. On ZeRO-3 each is a collective: all ranks run the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import io
 import logging
@@ -176,6 +177,15 @@ class Engine:
         if path is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
         return None
+
+    def forget_optimizer(self) -> None:
+        """Free this rank's optimizer state, once training is over and saved: nothing trains after it."""
+        zero = self._engine.optimizer
+        for parameter in self.module.parameters():
+            if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+                mapping.optim_fragment = {}  # views of that state
+        zero.optimizer.state.clear()
+        _return_free_memory()
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The module's whole state dict on rank 0, None elsewhere; all ranks call it."""
@@ -367,6 +377,15 @@ def _initialized(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
     return engine
+
+
+def _return_free_memory() -> None:
+    """Give the system what freed tensors held on the CPU; allocators keep it, tcmalloc and glibc's here."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "MallocExtension_ReleaseFreeMemory"):
+        process.MallocExtension_ReleaseFreeMemory()
+    elif hasattr(process, "malloc_trim"):
+        process.malloc_trim(0)
 
 
 @contextmanager

@@ -288,6 +288,7 @@ class Session:
         ended. A
         collective; `begin_export` comes before.
         """
+        engine.forget_optimizer()
         engine.eval()
         model: Any = module.model
         probe = ask_live(module, documents)

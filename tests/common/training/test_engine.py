@@ -335,6 +335,46 @@ def test_an_actor_that_is_asked_without_its_adapter_learns_the_same_bits(tmp_pat
     runs(reference_in_between, ranks, tmp_path)
 
 
+def a_forgotten_optimizer() -> int:
+    """One step, then without the optimizer: nothing holds its state, and the weights are the same."""
+    import gc
+    import itertools
+    import weakref
+
+    import torch
+
+    from common.config import Dtype
+    from common.runtime.distributed import init_world
+    from tests.programs import engines
+
+    world = init_world()
+    for stage, dtype in itertools.product((1, 2, 3), (Dtype.fp32, Dtype.bf16)):
+        engine = engines.engine_of(engines.tiny_actor(dtype), stage, world, dtype)
+        engines.alone(engine, engines.actor_losses, world, steps=1)
+        states = engine._engine.optimizer.optimizer.state.values()
+        held = [
+            weakref.ref(tensor.untyped_storage())
+            for state in states
+            for tensor in state.values()
+            if isinstance(tensor, torch.Tensor) and tensor.numel() > 1
+        ]
+        assert held and all(storage() is not None for storage in held)
+        before = engines.weights_of(engine, world)
+        del states
+        engine.forget_optimizer()
+        gc.collect()
+        assert [storage() for storage in held if storage() is not None] == [], (stage, dtype)
+        assert engines.differing(before, engines.weights_of(engine, world)) == []
+    return 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_forgotten_optimizer_leaves_nothing_of_its_state_and_all_weights(
+    tmp_path: Path, ranks: int
+) -> None:
+    runs(a_forgotten_optimizer, ranks, tmp_path)
+
+
 def runs(program: Callable[..., int], ranks: int, folder: Path, *arguments: Any) -> None:
     """The program ends well on every rank."""
     codes = forked.start(program, arguments, ranks, folder / "output.txt").finish()
