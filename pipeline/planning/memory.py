@@ -167,6 +167,9 @@ def states(work: Workload) -> list[Term]:
         # a layer's whole weights, kept until as many are live as DeepSpeed allows
         whole = max(part.network.parameters for part in work.networks)
         terms.append(Term("gathered weights", min(whole, LIVE_PARAMETERS) * work.weight_bytes))
+        if work.gpu:  # each engine has its bucket from the start, as large as it may get
+            buckets = len(work.networks) * sharding.reduce_bucket_size
+            terms.append(Term("buffers", work.weight_bytes * buckets))
     if sharding.stage == 2 and sharding.offload_optimizer and work.gpu:
         # on their way to the host gradients pass through a buffer of the largest weight
         largest = max(min(part.trained, part.network.largest) for part in work.networks)
@@ -202,7 +205,7 @@ def buffers(work: Workload, part: Trained) -> Term:
     stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half
     precision its other optimizer updates in place); none of them on one rank alone
     (`training/gradients.py`). Stage 2: one bucket, on a GPU with overlap two, and the share of the newest
-    micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share.
+    micro-batch b T / R. Stage 3: a bucket (on a GPU in `states`), its concatenation and the reduced share.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
@@ -215,7 +218,8 @@ def buffers(work: Workload, part: Trained) -> Term:
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
     width = work.weight_bytes
     flat = FP32 * share if work.half else 0.0
-    return Term("buffers", width * bucket + max(flat, width * bucket + width * bucket / sharding.ranks))
+    own = 0 if work.gpu else width * bucket  # on a GPU it is among the states
+    return Term("buffers", own + max(flat, width * bucket + width * bucket / sharding.ranks))
 
 
 def update_buffers(work: Workload, part: Trained) -> Term:
