@@ -328,6 +328,8 @@ class SamplingConfig:
     """longest completion"""
     temperature: float = number(0.0, 0.001, 100, zero="greedy")
     """0: greedy"""
+    cuda_graphs: bool = True
+    """on a GPU, decode with CUDA graphs where the model allows it; false if they fail"""
 
 
 @dataclass

@@ -34,6 +34,11 @@ class DataCounts:
     notices: tuple[str, ...] = ()
 
     @property
+    def mean_length(self) -> float | None:
+        """Tokens of a document; None where there is none."""
+        return self.tokens / self.documents if self.tokens and self.documents else None
+
+    @property
     def trained_share(self) -> float:
         """Of the tokens; 1 where nothing says which are trained."""
         return self.trained_tokens / self.tokens if self.trained_tokens and self.tokens else 1.0

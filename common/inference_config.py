@@ -9,7 +9,7 @@ from typing import Dict, List, Optional
 
 from common.config import DataConfig, Dtype
 from common.fields import as_schema, number
-from common.vllm_fit import SamplingEngine, check_vllm_sampling
+from common.vllm_fit import SamplingEngine, check_vllm_graphs, check_vllm_sampling
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,14 @@ class ManySettings(Settings):
     """of the weights; auto: bf16 on a GPU, fp32 on a CPU"""
     engine: SamplingEngine = SamplingEngine.builtin
     """what samples: builtin, or vllm in the same environment (make vllm)"""
+    cuda_graphs: bool = True
+    """on a GPU, decode with CUDA graphs where the model allows it; false if they fail"""
 
     def check(self, at: str) -> None:
         """The engine can do what it is asked for."""
         if self.engine is SamplingEngine.vllm:
             check_vllm_sampling(self.temperature, self.top_p, self.top_k, at)
+            check_vllm_graphs(self.cuda_graphs, at)
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,12 @@ def check_vllm_sampling(temperature: float, top_p: float, top_k: int, at: str) -
             f"{temperature:g} and {at}top_p={top_p:g}, {at}top_k={top_k}",
             hint=f"{at}temperature=1, or {at}top_p=1 and {at}top_k=0, or {at}engine=builtin",
         )
+
+
+def check_vllm_graphs(cuda_graphs: bool, at: str) -> None:
+    """UserError where the builtin decoder's CUDA graphs are switched off, and vLLM samples. at: as above."""
+    if not cuda_graphs:
+        raise UserError(
+            f"{at}cuda_graphs=false has no effect with {at}engine=vllm, which has its own",
+            hint=f"leave {at}cuda_graphs out",
+        )

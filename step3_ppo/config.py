@@ -12,7 +12,7 @@ from common.fields import number
 from common.limits import collective_seconds
 from common.stage import Input, Role, Stage, Step
 from common.training_config import Exported, OptimConfig, TrainConfig
-from common.vllm_fit import SamplingEngine, check_vllm_sampling
+from common.vllm_fit import SamplingEngine, check_vllm_graphs, check_vllm_sampling
 from step3_ppo.rewards.config import RewardSourceConfig, check_reference, longest_wait
 
 MEASURED = ("reward", "kl", "length", "stop_rate")
@@ -152,11 +152,7 @@ class RolloutConfig:
                 "one tensor at a time",
                 hint=f"leave {at}gather_parameters out",
             )
-        if not self.cuda_graphs:
-            raise UserError(
-                f"{at}cuda_graphs=false has no effect with {at}engine=vllm, which has its own",
-                hint=f"leave {at}cuda_graphs out",
-            )
+        check_vllm_graphs(self.cuda_graphs, at)
 
     def notes(self) -> list[str]:
         """What should be known at a run's start: whether not all tokens can be sampled, and what samples."""

@@ -66,8 +66,9 @@ def _documents(batch: Batch, rank: int, ranks: int) -> Batch:
         computed = computed[_is_between(computed, first, end)] - first
     return replace(
         batch,
-        input_ids=batch.input_ids[:, first:end],
-        position_ids=batch.position_ids[:, first:end],
+        # not views: layers that are compiled would ask for the shape of what they are views of
+        input_ids=batch.input_ids[:, first:end].clone(),
+        position_ids=batch.position_ids[:, first:end].clone(),
         trained_positions=batch.trained_positions[is_here] - first,
         targets=batch.targets[is_here],
         source_of_target=batch.source_of_target[is_here],

@@ -74,8 +74,9 @@ def generate(job: GenerateJob) -> int:
     tokenizer = load_tokenizer(model)
     kind = prompts_with_room(settings.max_new_tokens, job.system)
     rows = read_rows(job.data, artifact, tokenizer, kind, whole_context=job.whole_context, say=say)
+    deciding = {key: value for key, value in dataclasses.asdict(settings).items() if key != "cuda_graphs"}
     made_with = {
-        **dataclasses.asdict(settings),
+        **deciding,
         "dtype": model.dtype.value, "device": device.type,
         "model": weights_of(artifact), "prompts": cache.rows_sha256(rows.folder),
         **({} if job.system is None else {"system": job.system}),
@@ -202,7 +203,7 @@ def decoder_of(
     network: the same weights for the builtin decoder. rows: their longest decides the size of vLLM's cache.
     """
     if settings.engine is SamplingEngine.builtin:
-        yield Decoder(network(), slots=settings.slots)
+        yield Decoder(network(), slots=settings.slots, cuda_graphs=settings.cuda_graphs)
         return
     init_world()
     size = EngineSize(settings.slots, int(rows.lengths.max()) + settings.max_new_tokens)

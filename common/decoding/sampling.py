@@ -92,7 +92,8 @@ def sample_completions(
     """
     own = range(world.rank, len(prompts), world.size)
     params = SamplingParams(sampling.temperature, sampling.max_new_tokens, tuple(terminators))
-    completions = Decoder(model, slots=SLOTS).decode(
+    decoder = Decoder(model, slots=SLOTS, cuda_graphs=sampling.cuda_graphs)
+    completions = decoder.decode(
         [Request(prompts[i], (seed, STREAM, i)) for i in own],
         params,
         lockstep=is_partitioned and world.size > 1,

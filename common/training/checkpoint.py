@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step_00000200/` that exists whole or not at all: every rank writes into
 `step_00000200.tmp/` and hashes what it wrote, the manifest is written, all is flushed to disk, the folder
-is renamed. Ranks can write beside training (`snapshot.py`); all else is a collective. On load all ranks vote
+is renamed. Ranks can write beside training (`snapshot.py`); all else is a collective. What all ranks had
+written when they ended, and nobody committed, is committed by the next start. On load all ranks vote
 for the newest one whose files all of them could verify; a broken one is set aside under `quarantine/`, never
 deleted. Retention deletes after a commit, never before.
 
@@ -18,8 +19,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
@@ -31,7 +32,9 @@ from common.artifacts import (
     FileRecord,
     Manifest,
     fault_of,
+    read_json,
     read_manifest,
+    write_json,
     write_manifest,
 )
 from common.background import at_once, in_background
@@ -46,6 +49,8 @@ log = logging.getLogger("rlhf.checkpoint")
 
 COUNTERS = "counters.json"
 QUARANTINE = "quarantine"
+WRITTEN = "written.*.json"
+"""What each rank wrote beside training, until it is committed."""
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -109,14 +114,10 @@ class Resumed:
 class Pending:
     """A checkpoint that is not committed yet. records: this rank's files, once they are written."""
 
-    final: Path
-    step: int
+    partial: Path
+    details: Mapping[str, Any]
     best_step: int | None
     records: Future[dict[str, FileRecord]]
-
-    @property
-    def partial(self) -> Path:
-        return _partial(self.final)
 
 
 class Checkpoints:
@@ -150,15 +151,17 @@ class Checkpoints:
         self.finish()
         enter("save")
         final = self.folder / f"step_{step:08d}"
-        partial = _partial(final)
+        partial = final.with_name(f"{final.name}.tmp")
         if all_reduce_sum([(final / MANIFEST).exists()]) == [self._world.size]:
             return final
         broadcast_from_rank0(self._world, lambda: self._start(partial))
         snapshot = Snapshot(partial, self._buffers)
         self._on_every_rank(partial, lambda: self._write_own(snapshot, state, counters))
         held = self._buffers is not None
-        written = in_background(snapshot.write, "checkpoint") if held else at_once(snapshot.write)
-        self._pending = Pending(final, step, best_step, written)
+        details = {"step": step, **self._details}
+        beside = partial_function(self._write_held, snapshot, details)
+        written = in_background(beside, "checkpoint") if held else at_once(snapshot.write)
+        self._pending = Pending(partial, details, best_step, written)
         if not held:
             self.finish()
         return final
@@ -177,18 +180,25 @@ class Checkpoints:
             return
         self._pending = None
         shares = self._on_every_rank(pending.partial, pending.records.result)
-        records = {name: record for share in shares for name, record in share.items()}
-        broadcast_from_rank0(self._world, lambda: self._commit(pending, records))
+        broadcast_from_rank0(self._world, lambda: self._commit(pending.partial, shares, pending.details))
         broadcast_from_rank0(self._world, lambda: self._forget_old(pending.best_step))
         enter("commit.end")
 
+    def settle(self, seconds: float) -> None:
+        """Wait until this rank has written what it is writing, for so long at most; no collective. For a
+        process that ends without `finish`: the next one then finds it whole."""
+        if self._pending is not None:
+            wait([self._pending.records], seconds)
+
     def resume(self, state: Stateful) -> Resumed | None:
-        """Restore the newest checkpoint that every rank can verify; None when there never was one.
+        """Restore the newest checkpoint that every rank can verify; None when there never was one. One that
+        all ranks of an earlier process had written is committed first.
 
         UserError when there were some and none can be verified, the newest may not be read or has another
         format, or the state cannot be resharded.
         """
         enter("load")
+        broadcast_from_rank0(self._world, self._commit_written)
         broadcast_from_rank0(self._world, self._remove_unfinished)
         faulty: list[str] = []
         for step in sorted(self.steps(), reverse=True):
@@ -257,8 +267,31 @@ class Checkpoints:
             with snapshot.open(snapshot.folder / COUNTERS) as file:
                 file.write(json.dumps(dict(counters), sort_keys=True, indent=2).encode())
 
-    def _commit(self, pending: Pending, records: dict[str, FileRecord]) -> None:
-        partial, details = pending.partial, {"step": pending.step, **self._details}
+    def _write_held(self, snapshot: Snapshot, details: Mapping[str, Any]) -> dict[str, FileRecord]:
+        """Write what is held; and, last, what that was: `_commit_written` may have to know."""
+        records = snapshot.write()
+        own = snapshot.folder / WRITTEN.replace("*", str(self._world.rank))
+        with disk_errors(own):
+            write_json(own, {"files": records, "details": dict(details)})
+        return records
+
+    def _commit_written(self) -> None:
+        """Commit what all ranks of a process had written when it ended."""
+        for partial in sorted(self.folder.glob("step_*.tmp")):
+            try:
+                shares = [read_json(path) for path in partial.glob(WRITTEN)]
+                if shares and len(shares) == shares[0]["details"]["world_size"]:
+                    details = shares[0]["details"]
+                    self._commit(partial, [share["files"] for share in shares], details)
+                    log.info("%s was written when its process ended, and is committed", partial.stem)
+            except (UserError, OSError, ValueError) as error:
+                log.warning("%s was written when its process ended, and is removed: %s", partial.stem, error)
+
+    def _commit(
+        self, partial: Path, shares: Sequence[Mapping[str, FileRecord]], details: Mapping[str, Any]
+    ) -> None:
+        """shares: what each rank wrote."""
+        records = {name: record for share in shares for name, record in share.items()}
         for name, record in records.items():
             if not _is_there(partial / name, record["bytes"]):
                 way_out = (
@@ -267,9 +300,11 @@ class Checkpoints:
                 raise UserError(f"{partial / name} was written, but rank 0 does not find it", hint=way_out)
         with disk_errors(partial):
             enter("commit.manifest")
-            write_manifest(partial, Manifest("checkpoint", None, records, details))
+            for path in partial.glob(WRITTEN):
+                path.unlink()
+            write_manifest(partial, Manifest("checkpoint", None, records, dict(details)))
         enter("commit.rename")
-        commit_folder(partial, pending.final)
+        commit_folder(partial, partial.with_suffix(""))
 
     def _forget_old(self, best_step: int | None) -> None:
         enter("commit.forget")
@@ -329,11 +364,6 @@ def _left_with_a_warning(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("%s cannot be removed: %s; the next save tries again", path, error.strerror)
-
-
-def _partial(final: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
-    return final.with_name(f"{final.name}.tmp")
 
 
 def _is_there(path: Path, size: int) -> bool:

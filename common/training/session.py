@@ -67,6 +67,9 @@ FinalLines = Callable[[Mapping[str, float]], Iterable[str | None]]
 ExtraDetails = Callable[[Mapping[str, float]], Mapping[str, Any]]
 """Makes further details of the manifest from the same metrics."""
 
+WRITING_SECONDS = 60.0
+"""That the end of a step waits for a checkpoint that is being written, when an error ends it."""
+
 
 class SaveClock:
     """When a checkpoint is due because so many minutes went by since the last one (0: never).
@@ -231,7 +234,10 @@ class Session:
         ):  # fmt: skip
             self.stop.deferred = True
             self.save_clock = SaveClock(self.train_config.save_minutes, self.world)
-            yield
+            try:
+                yield
+            finally:
+                self.checkpoints.settle(WRITING_SECONDS)
         close_world()
 
     def sample(

@@ -133,7 +133,10 @@ def with_rows(work: Workload, share: float) -> Workload:
     """With a share of the rows in each pass."""
     batch = work.batch
     fewer = dataclasses.replace(
-        batch, tokens=max(1, round(batch.tokens * share)), trained=max(1, round(batch.trained * share))
+        batch,
+        tokens=max(1, round(batch.tokens * share)),
+        trained=max(1, round(batch.trained * share)),
+        documents=math.ceil(batch.documents * share),
     )
     return dataclasses.replace(work, batch=fewer)
 

@@ -36,6 +36,10 @@ KERNELS = 100_000_000
 """In half precision on the CPU, at most: kernels that are kept for rows of other lengths (as many as
 `launch.local.KERNELS` says), and the freed memory between them. Taken from experiment=gsm8k, whose process
 had 60 to 95 MB less with none kept."""
+FLASH_WIDTHS, FLASH_WIDEST = 8, 256
+"""As in `common.model.flash_attention`: heads in steps of so many numbers, up to so many."""
+ALIGNED = 32
+"""As in `common.model.efficient_attention`."""
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered weights that ZeRO-3 keeps at once: DeepSpeed's stage3_max_live_parameters."""
 NF4_BYTES = 0.53
@@ -133,12 +137,13 @@ def _moments(work: Workload) -> list[list[Term]]:
     if not work.gpu:
         return [[gradients, reducing, activated, logits]]
     of_loss = Term("activations", max(activations(work, part, recomputed=False) for part in work.networks))
-    of_head = Term("logits", max(_head_gradient(part) for part in work.networks))
+    of_head = Term("logits", max(_head_gradient(work, part) for part in work.networks))
+    attending = Term("attention", max(attention_workspace(work, part.network) for part in work.networks))
     updating = max((update_buffers(work, part) for part in work.networks), key=_total)
     return [
         [gradients, of_loss, logits],
         [gradients, of_loss, of_head, max((_to_host(work, part) for part in work.networks), key=_total)],
-        [gradients, reducing, activated, of_head],
+        [gradients, reducing, activated, attending, of_head],
         [gradients, updating],
     ]
 
@@ -169,6 +174,9 @@ def states(work: Workload) -> list[Term]:
         # a layer's whole weights, kept until as many are live as DeepSpeed allows
         whole = max(part.network.parameters for part in work.networks)
         terms.append(Term("gathered weights", min(whole, LIVE_PARAMETERS) * work.weight_bytes))
+        if work.gpu:  # each engine has its bucket from the start, as large as it may get
+            buckets = len(work.networks) * sharding.reduce_bucket_size
+            terms.append(Term("buffers", work.weight_bytes * buckets))
     if sharding.stage == 2 and sharding.offload_optimizer and work.gpu:
         # on their way to the host gradients pass through a buffer of the largest weight
         largest = max(min(part.trained, part.network.largest) for part in work.networks)
@@ -204,8 +212,8 @@ def buffers(work: Workload, part: Trained) -> Term:
     stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half
     precision its other optimizer updates in place); none of them on one rank alone
     (`training/gradients.py`). Stage 2: one bucket, on a GPU with overlap two, and the share of the newest
-    micro-batch b T / R. Stage 3: a bucket, its concatenation and the reduced share, which goes to the host
-    bucket by bucket where the optimizer is there.
+    micro-batch b T / R. Stage 3: a bucket (on a GPU in `states`), its concatenation and the reduced share,
+    which goes to the host bucket by bucket where the optimizer is there.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
@@ -218,7 +226,8 @@ def buffers(work: Workload, part: Trained) -> Term:
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
     width = work.weight_bytes
     flat = FP32 * share if work.half and not sharding.offload_optimizer else 0.0
-    return Term("buffers", width * bucket + max(flat, width * bucket + width * bucket / sharding.ranks))
+    own = 0 if work.gpu else width * bucket  # on a GPU it is among the states
+    return Term("buffers", own + max(flat, width * bucket + width * bucket / sharding.ranks))
 
 
 def _to_host(work: Workload, part: Trained) -> Term:
@@ -230,7 +239,8 @@ def _to_host(work: Workload, part: Trained) -> Term:
     reduced = FP32 if sharding.ranks == 1 else work.weight_bytes
     share = min(part.trained, part.network.largest) / sharding.ranks
     bucket = min(sharding.reduce_bucket_size, part.trained)
-    return Term("buffers", reduced * bucket + (reduced + FP32) * share)
+    held = work.weight_bytes if work.gpu else 0  # of the bucket, among the states
+    return Term("buffers", (reduced - held) * bucket + (reduced + FP32) * share)
 
 
 def update_buffers(work: Workload, part: Trained) -> Term:
@@ -345,11 +355,29 @@ def _chunk_rows(vocabulary: int, *, gpu: bool) -> int:
     return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (FP32 * vocabulary))
 
 
-def _head_gradient(part: Trained) -> float:
+def _head_gradient(work: Workload, part: Trained) -> float:
     """Bytes of the output projection's gradient in the backward pass, rounded to the weights' dtype."""
     if part.head is Head.scalar or part.trained < part.network.parameters:
         return 0.0
-    return 2 * part.network.vocabulary * part.network.hidden
+    return work.weight_bytes * part.network.vocabulary * part.network.hidden
+
+
+def attention_workspace(work: Workload, net: Network) -> float:
+    """Bytes that a GPU's attention takes while its backward pass runs, where flash attention does not apply
+    (`common.model.efficient_attention`; that of dropout, which a config may ask for, is left out).
+
+    4 (d + 1) for each document, head of this rank, d wide, and token of the longest document; and, where
+    query heads share key heads, keys, values and their gradients of all query heads (4 q b for each token).
+    """
+    batch, width = work.batch, -(-net.head_dim // FLASH_WIDTHS) * FLASH_WIDTHS
+    if not work.gpu or (work.half and net.head_dim == width <= FLASH_WIDEST):
+        return 0.0
+    heads = math.ceil(net.heads / work.sharing)
+    rows = -(-batch.longest // ALIGNED) * ALIGNED
+    repeated = (
+        4 * net.query_width * work.weight_bytes * batch.tokens if net.heads > _key_heads(work, net) else 0
+    )
+    return FP32 * (width + 1) * batch.documents * heads * rows + repeated
 
 
 def kv_cache(work: Workload) -> float:
@@ -390,12 +418,18 @@ def _gradients_of_all(work: Workload) -> Term:
 
 
 def _attention_bytes(work: Workload, net: Network) -> int:
-    """Per token: q, k, v and the output as the kernel took them; on the CPU the output end to end, too."""
-    b = work.weight_bytes
+    """Per token: q, k, v and the output as the kernel took them; on the CPU the output end to end, too. Of
+    ranks that share rows each has its own heads of all tokens, which is as much."""
+    b, kept = work.weight_bytes, 2 * (net.query_width + _key_heads(work, net) * net.head_dim)
     if work.gpu:
-        return b * 2 * (net.query_width + net.kv_width)
+        return b * kept
     kernel = FP32 if work.batch.short else b
-    return kernel * 2 * (net.query_width + net.kv_width) + b * net.query_width
+    return kernel * kept + b * net.query_width
+
+
+def _key_heads(work: Workload, net: Network) -> int:
+    """Of a layer, over all ranks that share its rows: repeated until each of them has as many."""
+    return math.lcm(net.kv_heads, work.sharing)
 
 
 def _routing_bytes(work: Workload, net: Network) -> int:

@@ -225,7 +225,7 @@ def memory_lines(
         found = counts[name]
         work = workload_of(
             config, name, where.ranks, gpu=where.gpu, vocabulary=found.vocabulary, longest=found.longest,
-            trained_share=share_read(name, found),
+            mean_length=found.mean_length, trained_share=share_read(name, found),
         )  # fmt: skip
         if work is None:
             lines.append(f"{name.value}: not estimated, for the model's config.json is not here yet")

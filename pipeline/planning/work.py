@@ -21,11 +21,14 @@ class Head(Enum):
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """The largest micro-batch of a rank. short: its documents have at most 256 tokens."""
+    """The largest micro-batch of a rank. short: its documents have at most 256 tokens. documents, longest:
+    their number and the tokens of the longest, also those of the ranks that share its rows."""
 
     tokens: int
     trained: int
     short: bool = True
+    documents: int = 0
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Workload:
     compiled: bool = False  # the decoder's layers
     loaded_whole: bool = False  # also at stage 3
     saves_beside: bool = False  # checkpoints are held in host memory
+    sharing: int = 1  # ranks that share each row
 
     @property
     def weight_bytes(self) -> int:

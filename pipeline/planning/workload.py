@@ -56,9 +56,11 @@ def workload_of(
     gpu: bool,
     vocabulary: int | None = None,
     longest: int | None = None,
+    mean_length: float | None = None,
     trained_share: float = 1.0,
 ) -> Workload | None:
-    """None where the network's sizes are not known. longest: document; trained_share: of the tokens.
+    """None where the network's sizes are not known. longest, mean_length: of documents (None: a row's);
+    trained_share: of the tokens.
 
     Rows are taken to be full, which packed ones nearly are.
     """
@@ -68,13 +70,17 @@ def workload_of(
     part, deepspeed = getattr(config, step.value), config.deepspeed
     pair = PAIR if step in (Step.reward, Step.dpo) else 1
     rows = rows_per_pass(part.train, config.launch.data_ranks(ranks))
-    tokens = math.ceil(rows * part.data.max_length * pair / config.launch.sequence_parallel)
+    sharing, longest = config.launch.sequence_parallel, longest or part.data.max_length
+    of_rows = rows * part.data.max_length * pair
+    tokens = math.ceil(of_rows / sharing)
     return Workload(
         networks=trained_networks(config, step, network, vocabulary),
         batch=MicroBatchShape(
             tokens,
             max(1, math.ceil(tokens * trained_share)),
-            short=(longest or part.data.max_length) <= SHORT_DOCUMENT,
+            short=longest <= SHORT_DOCUMENT,
+            documents=math.ceil(of_rows / (mean_length or longest)),
+            longest=longest,
         ),
         sharding=Sharding(
             stage=deepspeed.stage,
@@ -98,6 +104,7 @@ def workload_of(
         compiled=gpu and compiles(config, step),
         loaded_whole=why_whole(config.model) is not None,
         saves_beside=part.train.saves_beside(gpu=gpu),
+        sharing=sharing,
     )
 
 

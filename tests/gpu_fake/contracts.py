@@ -1,4 +1,4 @@
-"""What kernels of a GPU refuse and torch's derivation of shapes lets pass."""
+"""What kernels of a GPU refuse or take, and torch's derivation of shapes does not tell."""
 
 from __future__ import annotations
 
@@ -64,3 +64,18 @@ def _refuse_attention(
     width = query.shape[2]
     if width % 8 or width > WIDEST_HEAD or any(x.stride(-1) != 1 for x in (query, key, value)):
         raise RuntimeError(f"flash attention: a head of width {width}, or elements that are not side by side")
+
+
+def attention_workspace(func: Any, args: Any) -> int:
+    """Bytes that `common/model/efficient_attention.py` says its kernel takes while it runs; 0 of others."""
+    name = func.overloadpacket.__name__
+    if not name.startswith("efficient_attention"):
+        return 0
+    query, key, bounds, longest = (
+        args[n] for n in ((0, 1, 3, 4) if "backward" not in name else (1, 2, 4, 9))
+    )
+    tokens, heads, width = query.shape
+    padded = 4 * (len(bounds) - 1) * heads * (-(-longest // 32) * 32)
+    passes = 2 if "backward" in name else 1  # repeated keys and values; their gradients
+    repeated = passes * 2 * query.numel() * query.element_size() if heads > key.shape[1] else 0
+    return int(padded * (width + 1 if "backward" in name else 1) + repeated)

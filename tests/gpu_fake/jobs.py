@@ -174,7 +174,10 @@ class Fake:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(case) + "\n")
         process.stdin.flush()
-        return Outcome(**json.loads(process.stdout.readline()))
+        if not (answer := process.stdout.readline()):
+            self._process = None  # the next case has another
+            raise AssertionError((self.folder / "errors.txt").read_text()[-3000:])
+        return Outcome(**json.loads(answer))
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:

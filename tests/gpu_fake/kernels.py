@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from tests.gpu_fake.record import place, site, tensors_in
+from tests.gpu_fake.record import is_on_device, place, site, tensors_in
 
 VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "empty", "empty_like",
@@ -80,7 +80,7 @@ class Kernels:
             return
         given = tensors_in([args, {key: value for key, value in kwargs.items() if key != "out"}])
         made = tensors_in(out) or _written(func, args)
-        if not any(x.is_cuda for x in (*given, *made)) or _are_views(func, made, given):
+        if not any(map(is_on_device, (*given, *made))) or _are_views(func, made, given):
             return
         size = _bytes_of(name, given, made)
         if name == "_varlen_attn" and (used := _used(args)) is not None:

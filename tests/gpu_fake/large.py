@@ -36,7 +36,6 @@ SIZES["30B-A3B"] = {
 }  # fmt: skip
 SIZES["30B-A3B of 16 experts"] = {**SIZES["30B-A3B"], "num_experts": 16}
 SIZES["1B, 2 of 16 layers"] = {**SIZES["1B"], "num_hidden_layers": 2}
-SIZES["70B, 8 of 80 layers"] = {**SIZES["70B"], "num_hidden_layers": 8}
 """Configs of Llama 3.2 1B, Qwen 2.5 7B (as a Llama), Llama 3.1 8B and 70B, and Qwen 3 30B-A3B."""
 OF_DEPTH = " layers of "
 
@@ -48,16 +47,16 @@ def fields_of(name: str) -> dict[str, Any]:
 
 
 DOCUMENT = 512
-"""Tokens of each document of a row."""
+"""Tokens of a document."""
 
 
 def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
     case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
-    checkpointing and, if wanted, policy (of checkpointing), compile and shared. names: sizes of the networks
-    that learn, the first with a head of tokens, the others with a scalar one; frozen: of those that do not
-    learn. shared: ranks that share the tokens.
+    checkpointing and, if wanted, dtype, policy (of checkpointing), compile, shared and documents. names: of
+    the sizes of what learns, the first with a head of tokens, the others with a scalar one; frozen: of what
+    does not. shared: ranks that share the tokens; documents: how many each has (else DOCUMENT).
     """
     from common.data.slices import slice_of
     from common.runtime.distributed import init_world
@@ -67,7 +66,7 @@ def train(case: dict[str, Any]) -> int:
     held = [_module(case, name, False) for name in case.get("frozen", ())]
     for module in held:
         module.requires_grad_(False)
-    batch = _batch(case["tokens"])
+    batch = _batch(documents_of(case))
     if world.sequence_parallel > 1:
         batch = slice_of(batch, world.sequence_rank, world.sequence_parallel)
     batch = batch.to(world.device)
@@ -101,7 +100,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     """The network of this size, as a step makes it."""
     import torch
 
-    from common.config import CheckpointingPolicy, Dtype, LoraConfig, ModelConfig
+    from common.config import CheckpointingPolicy, LoraConfig, ModelConfig
     from common.model import adapters, attention, compiled, loading, recomputation
     from common.model.architecture import CAUSAL_LM, build_config
     from common.model.packed import PackedCausalLM
@@ -115,7 +114,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     config.update(dict(head.fields))
     share, cuda = share_of(case["stage"]), torch.device("cuda")
     with cuda, nullcontext() if share is None else drawing_shares(share, cuda):
-        network = loading.make_network(config, ModelConfig(dtype=Dtype.bf16), head)
+        network = loading.make_network(config, ModelConfig(dtype=_dtype(case)), head)
     if case["checkpointing"]:
         model = ModelConfig(
             gradient_checkpointing=True, checkpointing_policy=CheckpointingPolicy(case.get("policy", "full")),
@@ -134,7 +133,7 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
 
 
 def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
-    from common.config import DeepSpeedConfig, Dtype, Offload
+    from common.config import DeepSpeedConfig, Offload
     from common.training.ds_config import build_ds_config
     from common.training.engine import Engine
     from common.training.optim import build_optimizer
@@ -148,7 +147,7 @@ def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
         offload_param=Offload.cpu if case["offload_param"] else Offload.none,
     )
     config = build_ds_config(
-        settings, dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1, world_size=case["size"],
+        settings, dtype=_dtype(case), max_grad_norm=1.0, micro_batch_size=1, world_size=case["size"],
         num_parameters=sum(parameter.numel() for parameter in module.parameters()), gpu=True,
     )  # fmt: skip
     engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-5), 1e-5), config)
@@ -156,16 +155,28 @@ def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
     return engine
 
 
-def _batch(tokens: int) -> Any:
-    """Documents of DOCUMENT tokens, all but the last of each trained."""
+def _dtype(case: dict[str, Any]) -> Any:
+    from common.config import Dtype
+
+    return Dtype(case.get("dtype", "bf16"))
+
+
+def documents_of(case: dict[str, Any]) -> list[int]:
+    """Tokens of each document."""
+    found: list[int] = case.get("documents") or [DOCUMENT] * (case["tokens"] // DOCUMENT)
+    return found
+
+
+def _batch(lengths: list[int]) -> Any:
+    """Documents of these lengths, all but the last token of each trained."""
     import numpy as np
 
     from common.data.batches import collate
     from common.data.types import IGNORE, TokenizedExample
 
-    labels = np.full(DOCUMENT, 5, np.int32)
-    labels[-1] = IGNORE
-    count = tokens // DOCUMENT
-    return collate(
-        [TokenizedExample(np.full(DOCUMENT, 7, np.int32), labels, "")] * count, range(count), [0] * count
-    )
+    documents = []
+    for length in lengths:
+        labels = np.full(length, 5, np.int32)
+        labels[-1] = IGNORE
+        documents.append(TokenizedExample(np.full(length, 7, np.int32), labels, ""))
+    return collate(documents, range(len(lengths)), [0] * len(lengths))

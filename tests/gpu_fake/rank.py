@@ -1,10 +1,11 @@
 """Run steps on the fake device: `python -m tests.gpu_fake.rank` reads a case per line, prints its outcome.
 
-Torch and the steps are imported once; each case is a fork of that process. A case is JSON: {step, config,
-size, compile, change}, the path of a run's resolved.yaml, the ranks of which this is rank 0, whether layers
-may be compiled, and a function of `mutations` that is called first; or what `large.train` or
-`decoding.decode` takes. Its outcome is JSON: {status, printed, passes}, and what was recorded, as in
-`record.Record.plain`. With `kernels` in the case they are counted too.
+Torch and the steps are imported once; each case is a fork of that process, and leaves what torch derived in
+it to the next (`derived`). A case is JSON: {step, config, size, compile, change}, the path of a run's
+resolved.yaml, the ranks of which this is rank 0, whether layers may be compiled, and a function of
+`mutations` that is called first; or what `large.train` or `decoding.decode` takes. Its outcome is JSON:
+{status, printed, passes}, and what was recorded, as in `record.Record.plain`. With `kernels` in the case they
+are counted too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from typing import Any
 MODULES = {"sft": "step1_sft", "reward": "step2_reward", "dpo": "step2_dpo", "ppo": "step3_ppo"}
 SCHEMAS = {"sft": "SFTJob", "reward": "RewardJob", "dpo": "DPOJob", "ppo": "PPOJob"}
 IMPORTED = (
-    "deepspeed", "peft", "sympy", "torch._dynamo", "torch._inductor.lowering", "omegaconf", "pyarrow.compute",
-    "rich.console", "transformers.generation.utils", "transformers.models.llama.modeling_llama",
+    "common.jit", "common.runtime.entry", "deepspeed", "deepspeed.runtime.zero.muon.original_muon",
+    "omegaconf", "pandas", "peft", "pyarrow.compute", "rich.console", "setuptools", "sympy",
+    "tests.gpu_fake.decoding", "tests.gpu_fake.fused", "tests.gpu_fake.large", "torch._dynamo",
+    "torch._inductor.lowering",
+    "torch.nn.attention.varlen", "torch.utils.cpp_extension", "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama", "transformers.optimization", "transformers.trainer_pt_utils",
 )  # fmt: skip
 """What the first case would import."""
 ENVIRONMENT = {
@@ -53,17 +58,26 @@ def main() -> None:
 
 
 def _in_a_fork(case: dict[str, Any]) -> dict[str, Any]:
+    """What came of the case; what torch derived in it is known to the cases after it."""
+    from tests.gpu_fake import derived
+
     reading, writing = os.pipe()
     if os.fork() == 0:
         os.close(reading)
-        with os.fdopen(writing, "w") as pipe:
-            json.dump(_outcome(case), pipe)
+        known = derived.count()
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(json.dumps(_outcome(case)).encode() + b"\n" + derived.since(known))
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
+    with os.fdopen(reading, "rb") as pipe:
+        text, new = pipe.readline(), pipe.read()
     status = os.wait()[1]
-    return json.loads(text) if text else {"status": status, "printed": f"the process ended with {status}"}
+    if not text:
+        return {"status": status, "printed": f"the process ended with {status}"}
+    derived.take(new)
+    gc.freeze()
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def _outcome(case: dict[str, Any]) -> dict[str, Any]:

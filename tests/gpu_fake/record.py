@@ -6,9 +6,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from common.phases import current
 
@@ -27,19 +29,31 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [tensor for part in tree for tensor in tensors_in(part)]
 
 
+def is_on_device(tensor: torch.Tensor) -> bool:
+    """As `is_cuda`, which asks through torch's dispatcher."""
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+
+
 def site() -> str:
     """`file:line function` of the innermost frame outside of torch; behind <- the project's innermost."""
     frame, first = sys._getframe(1), None
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not any(part in name for part in NOT_ASKING):
-            short = name.split("site-packages/")[-1].removeprefix(ROOT)
+        short, is_ours = _asking(frame.f_code.co_filename)
+        if short and (is_ours or first is None):
             here = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
-            if "site-packages" not in name:
+            if is_ours:
                 return here if first is None else f"{first} <- {here}"
-            first = first or here
+            first = here
         frame = frame.f_back  # type: ignore[assignment]
     return first or "?"
+
+
+@cache
+def _asking(name: str) -> tuple[str, bool]:
+    """A file's short name, empty where it is none that asks; whether it is the project's."""
+    if any(part in name for part in NOT_ASKING):
+        return "", False
+    return name.split("site-packages/")[-1].removeprefix(ROOT), "site-packages" not in name
 
 
 class Record:
@@ -74,7 +88,7 @@ class Record:
         self.pageable[*place(), site()] += source.numel() * source.element_size()
 
     def collective(self, name: str, arguments: Any) -> None:
-        on_device = [x for x in tensors_in(arguments) if x.is_cuda]
+        on_device = list(filter(is_on_device, tensors_in(arguments)))
         if on_device:
             self.collectives[*place(), name] += 1
             self.sent[*place(), name] += sum(x.numel() * x.element_size() for x in on_device)

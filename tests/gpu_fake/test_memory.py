@@ -11,7 +11,7 @@ from pipeline.planning import memory
 from pipeline.planning.network import Network, from_fields
 from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 from tests.gpu_fake.jobs import Fake
-from tests.gpu_fake.large import fields_of
+from tests.gpu_fake.large import documents_of, fields_of
 
 pytestmark = pytest.mark.gpu_fake
 
@@ -29,17 +29,29 @@ ALONE: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "1B": {},
     "1B, compiled": {"compile": True},
+    "1B, fp32": {"dtype": "fp32"},
+    "2 layers of 1B, fp32, a long document among short ones": {
+        "names": ["2 layers of 1B"], "dtype": "fp32", "documents": [3072] + 64 * [16],
+    },
     "7B, checkpointing": {"names": ["7B"], "checkpointing": True},
     "1B, selective": {"checkpointing": True, "policy": "selective"},
     "1B, selective, compiled": {"checkpointing": True, "policy": "selective", "compile": True},
-    "1B, selective, lora": {"checkpointing": True, "policy": "selective", "lora": 16},
+    "8 layers of 1B, selective, lora": {
+        "names": ["8 layers of 1B"], "checkpointing": True, "policy": "selective", "lora": 16,
+    },
     "1B, zero2, 8 ranks": {"stage": 2, "size": 8},
     "1B, zero3, 8 ranks": {"stage": 3, "size": 8},
-    "1B, zero3, 8 ranks that share rows": {"tokens": 8 * 4096, "stage": 3, "size": 8, "shared": 8},
-    "1B, zero2 offload, 8 ranks": {"stage": 2, "size": 8, "offload_optimizer": True},
-    "1B, zero3 offload, 8 ranks": {"stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True},
-    "70B, 8 of 80 layers, zero3, 64 ranks": {
-        "names": ["70B, 8 of 80 layers"], "stage": 3, "size": 64, "checkpointing": True,
+    "8 layers of 1B, zero3, 8 ranks that share rows": {
+        "names": ["8 layers of 1B"], "tokens": 8 * 4096, "stage": 3, "size": 8, "shared": 8,
+    },
+    "8 layers of 1B, zero2 offload, 8 ranks": {
+        "names": ["8 layers of 1B"], "stage": 2, "size": 8, "offload_optimizer": True,
+    },
+    "8 layers of 1B, zero3 offload, 8 ranks": {
+        "names": ["8 layers of 1B"], "stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True,
+    },
+    "4 layers of 70B, zero3, 64 ranks": {
+        "names": ["4 layers of 70B"], "stage": 3, "size": 64, "checkpointing": True,
     },
     "8B, 4 of 32 layers, 128k untiled, 8 ranks that share rows": {
         **LONG, "tokens": 131_072, "tiled": False, "activation_offload": False,
@@ -67,6 +79,7 @@ def network(name: str, *, scalar: bool = False) -> Network:
 def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
     lora = LoraConfig(enabled=True, r=case["lora"]) if case["lora"] else None
     learning, tokens = [], case["tokens"] // case.get("shared", 1)
+    documents = documents_of(case)
     for number, name in enumerate(case["names"]):
         net = network(name, scalar=number > 0)
         trained = net.adapter_parameters(lora) if lora else net.parameters
@@ -74,9 +87,9 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
     return memory.estimate(
         Workload(
             networks=tuple(learning),
-            batch=MicroBatchShape(tokens, tokens, short=False),
+            batch=MicroBatchShape(tokens, tokens, False, len(documents), max(documents)),
             sharding=Sharding(case["stage"], case["size"], case["offload_optimizer"], case["offload_param"]),
-            half=True,
+            half=case.get("dtype") != "fp32",
             gpu=True,
             checkpointing=case["checkpointing"],
             selective=case.get("policy") == "selective",
@@ -84,6 +97,7 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
             offload_activations=case.get("activation_offload", False),
             compiled=case.get("compile", False),
             frozen=tuple(network(name) for name in case["frozen"]),
+            sharing=case.get("shared", 1),
         )
     )
 

@@ -78,6 +78,14 @@ def test_evaluate_is_greedy_by_default_and_told_both_models_and_the_judge(run: P
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("verb", [["generate", "--prompts"], ["evaluate", "--data"]])
+def test_cuda_graphs_can_be_switched_off(verb: list[str], run: Path, jobs: list[Any]) -> None:
+    typed = [verb[0], "first", verb[1], "prompts.jsonl", "--out", "out"]
+    dispatch(typed)
+    dispatch([*typed, "--cuda-graphs", "false"])
+    assert [told["settings"]["cuda_graphs"] for _, told in jobs] == [True, False]
+
+
 def test_a_step_or_a_run_without_a_policy_means_its_reward_model(run: Path, jobs: list[Any]) -> None:
     artifact(Path("judges") / "reward" / "export", Role.reward_model)
     for named in ("first/reward", "judges"):
@@ -123,6 +131,10 @@ def test_a_published_classifier_is_taken_as_a_reward_model(
         ),
         (["generate", "first", "--prompts", "p", "--out", "o", "data.sources=[{path: q}]"], "are both set"),
         (["generate", "first", "--prompts", "p", "--out", "o", "data.columns={a"], "cannot be read"),
+        (
+            ["evaluate", "first", "--data", "p", "--engine", "vllm", "--cuda-graphs", "false"],
+            "cuda_graphs=false has no effect with engine=vllm",
+        ),
         (["generate", "none", "--prompts", "p", "--out", "o"], "none: no such folder"),
         (
             ["evaluate", "first", "--data", "p", "--out", "prompts.jsonl"],

@@ -77,7 +77,8 @@ def largest_error(world: World, asked: Asked) -> float:
 
 
 def compiled_layers() -> int:
-    """With compiled layers two ranks learn from their slices the same; nothing breaks a graph."""
+    """With compiled layers two ranks learn from their slices the same; nothing breaks a graph. Rows of any
+    documents need as many graphs as whole ones: for the first, for other lengths, with shared prefixes."""
     from torch._dynamo.utils import counters
 
     from common.data.slices import slice_of
@@ -92,11 +93,11 @@ def compiled_layers() -> int:
         ours = copy.deepcopy(plain)
         compiled.compile_layers(ours.base())
         draws = np.random.default_rng(0)
-        for number in range(4):
+        for number in range(6):
             given = slice_of(batch(draws, shared=number % 2 == 0), world.sequence_rank, 2)
             for one, other in zip(learned(ours, given), learned(plain, given), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # sums in another order
-    assert 2 <= counters["stats"]["unique_graphs"] <= 5 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     close_world()
     return 0
 

@@ -161,6 +161,25 @@ def test_other_settings_prompts_and_weights_are_refused_with_what_differs(
     assert Path(given.out).read_bytes() == before
 
 
+def test_cuda_graphs_are_switched_off_and_a_file_goes_on_without_them(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    class Asked(module.Decoder):
+        def __init__(self, model: Any, *, slots: int, cuda_graphs: bool = True) -> None:
+            asked.append(cuda_graphs)
+            super().__init__(model, slots=slots, cuda_graphs=cuda_graphs)
+
+    monkeypatch.setattr(module, "Decoder", Asked)
+    given = job(tmp_path, policy)
+    generate(given)
+    whole = Path(given.out).read_bytes()
+    Path(given.out).write_bytes(whole[: len(whole) // 2])
+    assert generate(job(tmp_path, policy, cuda_graphs=False)) == 0
+    assert asked == [True, False] and Path(given.out).read_bytes() == whole
+
+
 def test_a_system_message_is_for_the_prompts_that_have_none(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

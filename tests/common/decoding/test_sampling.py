@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.config import SamplingConfig
+from common.decoding import sampling
 from common.decoding.sampling import Sample, sample_completions, stop_rate
 from common.model import attention
 from common.runtime.distributed import World
@@ -91,6 +92,22 @@ def test_with_a_temperature_completions_are_drawn_and_the_same_each_time(model: 
     drawn = [complete(model, tokenizer, PROMPTS * 4, temperature=2.0) for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert len({sample.completion for sample in drawn[0][::3]}) > 1
+
+
+def test_samples_are_drawn_without_cuda_graphs_where_that_is_set(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    class Asked(sampling.Decoder):
+        def __init__(self, model: Any, *, slots: int, cuda_graphs: bool = True) -> None:
+            asked.append(cuda_graphs)
+            super().__init__(model, slots=slots, cuda_graphs=cuda_graphs)
+
+    monkeypatch.setattr(sampling, "Decoder", Asked)
+    complete(model, tokenizer, PROMPTS)
+    complete(model, tokenizer, PROMPTS, cuda_graphs=False)
+    assert asked == [True, False]
 
 
 def test_the_stop_rate_is_the_share_that_stopped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from pathlib import Path
@@ -117,6 +118,50 @@ def test_a_process_that_ends_meanwhile_leaves_what_was_committed(tmp_path: Path,
     save(checkpoints, 20)
     value, resumed = resumed_value(Checkpoints(checkpoints.folder, keep=2, world=world_of()))
     assert value == 10.0 and resumed.set_aside == ()
+
+
+def test_what_all_ranks_had_written_when_they_ended_is_committed_by_the_next_start(tmp_path: Path) -> None:
+    whole, ended = Checkpoints(tmp_path / "whole", keep=2, world=world_of()), background(tmp_path)
+    for checkpoints in (whole, ended):
+        save(checkpoints, 10)
+        save(checkpoints, 20)
+    ended.settle(30)  # and no `finish`
+    value, resumed = resumed_value(Checkpoints(ended.folder, keep=2, world=world_of()))
+    assert value == 20.0 and resumed.counters == {"step": 20}
+    assert content(ended.folder) == content(whole.folder)
+
+
+def test_what_one_of_two_ranks_had_not_written_is_removed(tmp_path: Path) -> None:
+    ended = background(tmp_path)
+    save(ended, 10)
+    save(ended, 20)
+    ended.settle(30)
+    written = ended.folder / "step_00000020.tmp" / "written.0.json"
+    of_two = json.loads(written.read_text())
+    of_two["details"]["world_size"] = 2
+    written.write_text(json.dumps(of_two))
+    assert resumed_value(Checkpoints(ended.folder, keep=2, world=world_of()))[0] == 10.0
+    assert [path.name for path in ended.folder.iterdir()] == ["step_00000010"]
+
+
+def test_what_was_damaged_between_two_starts_is_removed(tmp_path: Path) -> None:
+    ended = background(tmp_path)
+    save(ended, 10)
+    save(ended, 20)
+    ended.settle(30)
+    (ended.folder / "step_00000020.tmp" / "counters.json").unlink()
+    assert resumed_value(Checkpoints(ended.folder, keep=2, world=world_of()))[0] == 10.0
+    assert [path.name for path in ended.folder.iterdir()] == ["step_00000010"]
+
+
+def test_the_end_waits_for_its_own_writing_and_not_for_ever(tmp_path: Path, gate: Gate) -> None:
+    ended = background(tmp_path)
+    save(ended, 10)
+    ended.settle(0.01)
+    assert not ended.is_written
+    gate.opened.set()
+    ended.settle(30)
+    assert ended.is_written
 
 
 def test_a_run_on_a_gpu_saves_beside_training_and_the_setting_decides_elsewhere(tmp_path: Path) -> None:
