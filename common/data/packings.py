@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,10 +67,10 @@ class Packings:
                     write(made, file)
                     found = read(file)
         except OSError as error:
-            log.warning(
-                "%s: the order of %s documents cannot be kept there (%s): every rank holds it in memory",
-                self._folder, f"{documents:,}", error.strerror,
-            )  # fmt: skip
+            _warn(
+                f"{self._folder}: the packing of {documents:,} documents cannot be kept there "
+                f"({error.strerror}): every rank holds it in memory"
+            )
         return found or made or make()
 
 
@@ -94,6 +96,13 @@ def read(file: Path) -> Packing | None:
             begin = head["rows"] + 1
             return Packing(np.asarray(numbers[:begin]), np.asarray(numbers[begin:]))
     return None
+
+
+def _warn(said: str) -> None:
+    """To the rank's log, and by rank 0 to the terminal, which logs do not reach."""
+    log.warning(said)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {said}", file=sys.stderr, flush=True)
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ def test_one_that_was_killed_while_it_wrote_leaves_nothing(
 
 
 def test_where_the_disk_refuses_it_is_held_in_memory_and_that_is_said(
-    rows: TokenizedDataset, caplog: pytest.LogCaptureFixture
+    rows: TokenizedDataset, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = steps_of(rows)
     folder = kept(rows)[0].parent
@@ -156,7 +156,7 @@ def test_where_the_disk_refuses_it_is_held_in_memory_and_that_is_said(
     with caplog.at_level(logging.WARNING):
         assert steps_of(rows) == expected
     assert (
-        f"{folder}: the order of 90 documents cannot be kept there (File exists): every rank" in caplog.text
+        f"{folder}: the packing of 90 documents cannot be kept there (File exists): every rank" in caplog.text
     )
 
 
