@@ -136,7 +136,7 @@ class RouterBalance:
         tokens = counts.sum(1, keepdim=True) / self._chosen
         share = counts / tokens
         pull = self._coefficient * scale * experts / layers * share / tokens
-        self._pull = pull.to(device, torch.float32)
+        self._pull = pull.float().to(device, non_blocking=True)
         loss = experts * (share * mass / tokens).sum(1).mean()
         return {"aux_loss": float(loss), "max_expert_load": float(share.max()) * experts / self._chosen}
 

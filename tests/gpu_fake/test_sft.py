@@ -54,3 +54,14 @@ def test_more_micro_batches_wait_no_more_often(fake: Fake) -> None:
     job = fake.job("sft", Shape())
     job.sft.train.micro_batch_size = 1
     assert_waits(fake.run("sft", job=job), expected("sft", Shape()))
+
+
+@pytest.mark.parametrize("dtype", [Dtype.bf16, Dtype.fp16], ids=lambda dtype: dtype.value)
+def test_a_mixture_is_balanced(fake: Fake, dtype: Dtype) -> None:
+    """Counting tells the host once a step which experts were taken: a wait that the loss is worth."""
+    job = fake.job("sft", Shape(model=tuple(MOE.items()), dtype=dtype))
+    job.model.router_aux_loss_coef = 0.01
+    outcome = fake.run("sft", job=job)
+    assert outcome.status == 0, outcome.printed[-3000:]
+    counting = [at for at in outcome.syncs_of(STEPS) if "router_balance" in at]
+    assert len(counting) == 1, counting
