@@ -131,9 +131,9 @@ REMARKS = {
 NOT_OFFERED = {
     "nvme": NO_NVME,
     "zenflow": "ZenFlow updates most weights later than their gradients come: other numbers than AdamW's; "
-    "deepspeed=zero2_offload is exact",
+    "deepspeed=zero2_offload runs AdamW itself",
     "superoffload": "SuperOffload keeps AdamW's moments in a process that writes no checkpoint: "
-    "deepspeed=zero3_offload resumes bit for bit",
+    "deepspeed=zero3_offload saves them",
     "bf16optimizerstates": "there they are rounded to nearest, with weights in bf16 alone: "
     "optim.name=adamw_bf16 rounds stochastically and keeps fp32 weights",
 }
