@@ -155,8 +155,8 @@ def roll_out(
         completions = decoder.decode(own, params, should_stop=should_stop, lockstep=lockstep)
         return completions is not None
 
-    done = make_or_raise(decode)
-    if all_reduce_sum([done]) != [world.size]:
+    (told,) = all_reduce_sum([not make_or_raise(decode)])
+    if told:
         return None
     made: dict[int, list[Completion]] = {}
     for share, found in zip(shares, all_gather_completions(completions or []), strict=True):

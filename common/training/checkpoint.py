@@ -152,7 +152,7 @@ class Checkpoints:
         enter("save")
         final = self.folder / f"step_{step:08d}"
         partial = final.with_name(f"{final.name}.tmp")
-        if all_reduce_sum([(final / MANIFEST).exists()]) == [self._world.size]:
+        if all_reduce_sum([not (final / MANIFEST).exists()]) == [0.0]:
             return final
         broadcast_from_rank0(self._world, lambda: self._start(partial))
         snapshot = Snapshot(partial, self._buffers)
