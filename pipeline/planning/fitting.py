@@ -20,6 +20,7 @@ WORTH_NAMING = 0.97
 """A way out needs less than this share of what the run needs."""
 
 
+OFFLOAD = "model.activation_offload=true"
 FULL, EIGHT_BIT = 8.0, 2.0
 """Bytes of AdamW's states for each weight."""
 GPUS = {"H100 (85.5 GB)": 81_559 * 2**20, "H200 (151 GB)": 143_771 * 2**20}
@@ -81,25 +82,28 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
         recompute = "model.checkpointing_policy=full" if work.selective else ""
     if recompute:
         yield recompute, in_full(work)
+    moved = ""
     if work.gpu and not work.offload_activations:
-        moved = f"{recompute} model.activation_offload=true".lstrip()
-        yield moved, dataclasses.replace(in_full(work), offload_activations=True)
+        moved = f"{OFFLOAD} model.compile=false" if config.model.compile else OFFLOAD
+        yield f"{recompute} {moved}".lstrip(), offloaded(work)
     if work.gpu and (smaller := with_8bit_states(work)) != work:
         yield f"optim@{name}.optim=adamw_8bit", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
-    everything = in_full(smallest)
-    parts = [small, recompute]
-    if work.gpu:
-        everything = dataclasses.replace(everything, offload_activations=True)
-        parts.append("" if work.offload_activations else "model.activation_offload=true")
+    everything = offloaded(smallest) if work.gpu else in_full(smallest)
+    parts = [small, recompute, moved]
     for option, other in [("", everything), *sharded(everything)]:
         yield " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""])), other
 
 
 def in_full(work: Workload) -> Workload:
-    """With layers that are recomputed in full, feed-forward networks in tiles and nothing compiled."""
-    return dataclasses.replace(work, checkpointing=True, selective=False, tiled=True, compiled=False)
+    """With layers that are recomputed in full; feed-forward networks are in tiles where none is compiled."""
+    return dataclasses.replace(work, checkpointing=True, selective=False, tiled=not work.compiled)
+
+
+def offloaded(work: Workload) -> Workload:
+    """With the inputs of recomputed layers in host memory; none is compiled then."""
+    return dataclasses.replace(in_full(work), offload_activations=True, tiled=True, compiled=False)
 
 
 def with_8bit_states(work: Workload) -> Workload:
