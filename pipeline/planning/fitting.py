@@ -21,6 +21,7 @@ WORTH_NAMING = 0.97
 """A way out needs less than this share of what the run needs."""
 
 
+OFFLOAD = "model.activation_offload=true"
 FULL = 8.0
 SMALLER_STATES = {"adamw_bf16": 4.0, "adamw_8bit": 2.0}
 """Bytes of AdamW's states for each weight."""
@@ -83,20 +84,18 @@ def variants(work: Workload, step: Step, config: PipelineConfig) -> Iterator[tup
         recompute = "model.checkpointing_policy=full" if work.selective else ""
     if recompute:
         yield recompute, in_full(work)
+    moved = ""
     if work.gpu and not work.offload_activations:
-        moved = f"{recompute} model.activation_offload=true".lstrip()
-        yield moved, dataclasses.replace(in_full(work), offload_activations=True)
+        moved = f"{OFFLOAD} model.compile=false" if config.model.compile else OFFLOAD
+        yield f"{recompute} {moved}".lstrip(), offloaded(work)
     for optimizer, state_bytes in SMALLER_STATES.items():
         if work.gpu and (smaller := with_states(work, state_bytes)) != work:
             yield f"optim@{name}.optim={optimizer}", smaller
     for option, other in sharded(work):
         yield f"deepspeed={option}", other
     yield from elsewhere(work, config)
-    everything = in_full(smallest)
-    parts = [small, recompute]
-    if work.gpu:
-        everything = dataclasses.replace(everything, offload_activations=True)
-        parts.append("" if work.offload_activations else "model.activation_offload=true")
+    everything = offloaded(smallest) if work.gpu else in_full(smallest)
+    parts = [small, recompute, moved]
     for option, other in [("", everything), *sharded(everything)]:
         together = " ".join(filter(None, [*parts, f"deepspeed={option}" if option else ""]))
         yield together, other
@@ -116,8 +115,13 @@ def elsewhere(work: Workload, config: PipelineConfig) -> Iterator[tuple[str, Wor
 
 
 def in_full(work: Workload) -> Workload:
-    """With layers that are recomputed in full, feed-forward networks in tiles and nothing compiled."""
-    return dataclasses.replace(work, checkpointing=True, selective=False, tiled=True, compiled=False)
+    """With layers that are recomputed in full; feed-forward networks are in tiles where none is compiled."""
+    return dataclasses.replace(work, checkpointing=True, selective=False, tiled=not work.compiled)
+
+
+def offloaded(work: Workload) -> Workload:
+    """With the inputs of recomputed layers in host memory; none is compiled then."""
+    return dataclasses.replace(in_full(work), offload_activations=True, tiled=True, compiled=False)
 
 
 def with_states(work: Workload, state_bytes: float) -> Workload:

@@ -139,11 +139,17 @@ def _moments(work: Workload) -> list[list[Term]]:
     of_loss = Term("activations", max(activations(work, part, recomputed=False) for part in work.networks))
     of_head = Term("logits", max(_head_gradient(work, part) for part in work.networks))
     attending = Term("attention", max(attention_workspace(work, part.network) for part in work.networks))
+    # on stage 3 the head's gradient is reduced before the last layer is run again
+    handed_on = work.sharding.stage == 3 and work.checkpointing and not work.selective and not work.compiled
+    through = [
+        max((_to_host(work, part) for part in work.networks), key=_total),
+        *([reducing] if handed_on else []),
+    ]
     updating = max((update_buffers(work, part) for part in work.networks), key=_total)
     return [
         [gradients, of_loss, logits],
-        [gradients, of_loss, of_head, max((_to_host(work, part) for part in work.networks), key=_total)],
-        [gradients, reducing, activated, attending, of_head],
+        [gradients, of_loss, of_head, *through],
+        [gradients, reducing, activated, attending, *([] if handed_on else [of_head])],
         [gradients, updating],
     ]
 

@@ -24,9 +24,29 @@ def test_traffic_is_that_of_the_zero_paper() -> None:
     model = models()[0]
     size = 2 * model.network.parameters * 7 / 8
     passes = 512 // 8
-    sent = [scale.wire_bytes(model, SFT_8K, 8, stage) for stage in (1, 2, 3)]
+    sent = [scale.wire_bytes(model, SFT_8K, 8, 1, stage) for stage in (1, 2, 3)]
     assert sent == [3 * size, (passes + 1) * size, 3 * passes * size]
-    assert scale.wire_bytes(model, SFT_8K, 1, 3) == 0
+    assert (
+        scale.wire_bytes(model, SFT_8K, 8, 4, 3) == 4 * 3 * passes * size
+    )  # four ranks to a row: more passes
+    assert scale.wire_bytes(model, SFT_8K, 1, 1, 3) == 0
+
+
+def test_ranks_that_share_a_row_send_what_attention_takes_and_gives() -> None:
+    """Of 8B a token has 4,096 numbers of queries and of results, 1,024 of keys and of values; 3 of 4 go."""
+    per_token = 2 * (4096 + 1024) * 2 * 3 / 4
+    passes, tokens = 512 * 4 // 8, 8192 / 4
+    sent = scale.exchanged_bytes(models()[0], SFT_8K, 8, 4)
+    assert sent == 3 * passes * 32 * per_token * tokens
+    assert scale.exchanged_bytes(models()[0], SFT_8K, 8, 1) == 0
+
+
+def test_rows_are_shared_within_a_node_by_as_many_as_give_devices_work_but_not_in_ppo() -> None:
+    cluster = Cluster()
+    assert scale.sharings(SFT_8K, 512, cluster) == [1, 2, 4, 8]
+    assert scale.sharings(SFT_8K, 2048, cluster) == [4, 8]
+    assert scale.sharings(TASKS[1], 2, cluster) == [1, 2]
+    assert scale.sharings(TASKS[2], 512, cluster) == [1]
 
 
 def test_operations_are_counted_per_weight_token_and_key() -> None:
@@ -45,8 +65,9 @@ def test_no_cell_claims_what_does_not_fit_and_devices_without_a_sequence_are_nam
     for each in found:
         assert (each.seconds is None) is (each.memory > 80 * GB), each
         assert each.seconds is not None or each.breaks_first.startswith("memory")
-    idle = [each for each in found if each.devices == 4096 and each.task == "SFT, 8k" and each.seconds]
-    assert idle and all(each.breaks_first == "512 sequences for 4,096 devices" for each in idle)
+    idle = [each for each in found if each.devices == 4096 and each.task == "SFT, 128k" and each.seconds]
+    assert idle and all(each.breaks_first == "32 sequences for 4,096 devices" for each in idle)
+    assert all(each.sharing == 8 for each in idle)
 
 
 def test_checkpoints_are_as_far_apart_as_youngs_formula_says() -> None:
