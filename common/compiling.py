@@ -15,5 +15,5 @@ ALONE = (Step.sft, Step.reward)
 def why_not_compiled(model: ModelConfig, zero_stage: int) -> str | None:
     """Why a GPU's layers are left as they are; None where they are compiled."""
     if (setting := model.needs_plain_layers) is not None:
-        return f"model.{setting}=true"
+        return f"model.{setting}"
     return "ZeRO-3 fetches weights while a layer runs" if zero_stage == 3 else None

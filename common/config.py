@@ -218,8 +218,10 @@ class ModelConfig:
 
     @property
     def needs_plain_layers(self) -> str | None:
-        """The setting for which layers are not compiled; None: there is none."""
-        return next((name for name in ("tiled_mlp", "activation_offload") if getattr(self, name)), None)
+        """The setting for which layers are not compiled, as `name=value`; None: there is none."""
+        names = ("tiled_mlp", "activation_offload", "router_aux_loss_coef")
+        settings = ((name, getattr(self, name)) for name in names)
+        return next((f"{name}={str(value).lower()}" for name, value in settings if value), None)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
+from pipeline.planning.activations import TILE, activations
 from pipeline.planning.fitting import ways_out_of
 from pipeline.planning.network import from_fields
 from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
@@ -22,7 +23,7 @@ TOKENS = 65_536
 
 
 def work(tokens: int = TOKENS, experts: int = 0, **settings: bool) -> Workload:
-    network = from_fields({**FIELDS, "num_experts": experts})
+    network = from_fields({**FIELDS, "num_experts": experts, "num_experts_per_tok": 1})
     assert network is not None
     return Workload(
         (Trained(network, network.parameters, Head.tokens),), MicroBatchShape(tokens, tokens, short=False),
@@ -31,13 +32,13 @@ def work(tokens: int = TOKENS, experts: int = 0, **settings: bool) -> Workload:
 
 
 def of_activations(of: Workload) -> float:
-    return memory.activations(of, of.networks[0])
+    return activations(of, of.networks[0])
 
 
 def test_sizes_are_those_of_the_code() -> None:
     from common.model import activation_offload, tiled_mlp
 
-    assert (memory.TILE, memory.PINNED_BLOCK) == (tiled_mlp.TILE, activation_offload.CHUNK)
+    assert (TILE, memory.PINNED_BLOCK) == (tiled_mlp.TILE, activation_offload.CHUNK)
 
 
 def test_by_hand_a_layer_in_tiles_is_bounded_by_the_norm_before_its_network() -> None:
@@ -62,7 +63,7 @@ def test_blocks_of_host_memory_are_rounded_up_to_powers_of_two() -> None:
     assert memory.inputs_on_host(moved).host == 10 * (2**26 + 2**24)
 
 
-@pytest.mark.parametrize("whole", [{"tokens": memory.TILE}, {"experts": 4}])
+@pytest.mark.parametrize("whole", [{"tokens": TILE}, {"experts": 4}])
 def test_short_passes_and_experts_are_counted_whole(whole: dict[str, int]) -> None:
     assert of_activations(work(**whole, tiled=True)) == of_activations(work(**whole))
 

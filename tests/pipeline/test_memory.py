@@ -20,6 +20,7 @@ from common.model.fused_loss import chunk_rows_for
 from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
+from pipeline.planning.activations import activations, chunk_rows
 from pipeline.planning.fitting import largest_rows, rows_that_fit, ways_out, ways_out_of, with_rows
 from pipeline.planning.network import from_fields, network_of
 from pipeline.planning.work import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
@@ -87,14 +88,14 @@ def test_activations_are_what_autograd_keeps(half: bool, length: int) -> None:
     """Within 6 %: rotary tables, token ids and logsumexp are left out of the formula."""
     kept, batch = bytes_kept(half, length)
     work = work_of(batch=batch, half=half)
-    assert memory.activations(work, work.networks[0]) == pytest.approx(kept, rel=0.06)
+    assert activations(work, work.networks[0]) == pytest.approx(kept, rel=0.06)
 
 
 def test_recomputation_leaves_the_input_of_each_layer_and_one_whole_layer() -> None:
     """600 tokens in fp32 by hand: three layers' inputs, a layer without the shortcut, norm and selection."""
     work = work_of(checkpointing=True)
     inputs, layer = 3 * 48 * 4, 4 * (6 * 48 + 3 * 48 + 2 * 24 + 4 * 112)
-    assert memory.activations(work, work.networks[0]) == 600 * (inputs + layer + 12 * 48) + 2 * 400 * 48 * 4
+    assert activations(work, work.networks[0]) == 600 * (inputs + layer + 12 * 48) + 2 * 400 * 48 * 4
 
 
 def bytes_kept(half: bool, length: int) -> tuple[int, MicroBatchShape]:
@@ -317,7 +318,7 @@ def test_on_a_gpu_the_worst_moment_counts_not_all_of_them() -> None:
     logits = 6 * chunk + 4 * vocabulary * hidden  # more than 6 * vocabulary * hidden, after it
     of_loss = memory.estimate(work)
     assert of_loss.of("logits") == logits and of_loss.of("buffers") == 0
-    assert of_loss.of("activations") == memory.activations(work, part)
+    assert of_loss.of("activations") == activations(work, part)
     few = memory.estimate(replace(work, batch=MicroBatchShape(4, 4), sharding=Sharding(1, 2)))
     assert few.of("buffers") == 2 * part.trained and few.of("activations") == few.of("logits") == 0
 
@@ -335,7 +336,7 @@ def test_a_chunk_of_logits_has_as_many_rows_as_the_loss_makes_at_once() -> None:
     for vocabulary in (300, 32_000, 49_152, 128_256, 248_320, 2_000_000):
         for device, gpu in (("cuda", True), ("cpu", False)):
             rows = chunk_rows_for(torch.device(device), vocabulary)
-            assert memory._chunk_rows(vocabulary, gpu=gpu) == rows
+            assert chunk_rows(vocabulary, gpu=gpu) == rows
             assert not gpu or (rows % 256 == 0 and (rows == 256 or 4 * rows * vocabulary <= 2**30))
 
 
@@ -344,7 +345,7 @@ def test_frozen_norms_keep_no_normalised_input() -> None:
     (part,) = full.networks
     adapted = replace(full, networks=(replace(part, trained=100),))
     norms = 2 * 3 + 1  # two in each layer, and the last one
-    saved = memory.activations(full, part) - memory.activations(adapted, adapted.networks[0])
+    saved = activations(full, part) - activations(adapted, adapted.networks[0])
     assert saved == norms * 600 * 2 * 48
 
 

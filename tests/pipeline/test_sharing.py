@@ -11,7 +11,7 @@ from common.launch_config import LaunchConfig
 from common.stage import Step
 from pipeline import checks
 from pipeline.config import PipelineConfig
-from pipeline.planning import memory
+from pipeline.planning.activations import activations
 from pipeline.planning.work import Workload
 from pipeline.planning.workload import workload_of
 from tests.pipeline.checking import config_in, error_of
@@ -64,16 +64,16 @@ def test_the_global_batch_is_shared_by_groups_of_ranks(config: PipelineConfig) -
 
 
 def test_a_rank_has_a_share_of_the_activations(config: PipelineConfig) -> None:
-    def activations(shared: int) -> float:
+    def bytes_of_share(shared: int) -> float:
         config.launch.sequence_parallel = shared
         work = workload_of(config, Step.sft, 9, gpu=True)
         assert work is not None and work.sharding.ranks == 9
-        return memory.activations(work, work.networks[0])
+        return activations(work, work.networks[0])
 
     config.sft.data.max_length, config.sft.train.global_batch_size = 252, 9
     config.sft.train.micro_batch_size = 1
-    assert activations(3) == pytest.approx(activations(1) / 3)
-    assert activations(9) == pytest.approx(activations(1) / 9)
+    assert bytes_of_share(3) == pytest.approx(bytes_of_share(1) / 3)
+    assert bytes_of_share(9) == pytest.approx(bytes_of_share(1) / 9)
 
 
 def test_ranks_of_ppo_share_activations_and_no_caches(config: PipelineConfig) -> None:
@@ -88,6 +88,6 @@ def test_ranks_of_ppo_share_activations_and_no_caches(config: PipelineConfig) ->
 
     whole, slices = work(1), work(9)
     for network in range(2):  # actor and critic
-        kept = [memory.activations(each, each.networks[network]) for each in (whole, slices)]
+        kept = [activations(each, each.networks[network]) for each in (whole, slices)]
         assert kept[1] == pytest.approx(kept[0] / 9)
     assert slices.decoding == whole.decoding is not None
