@@ -72,7 +72,7 @@ def since(first: int) -> bytes:
 
 def take(packed: bytes) -> None:
     """Know what another process derived. packed: of `since`."""
-    for asked, found in pickle.loads(packed):  # noqa: S301  (of a process of ours)
+    for asked, found in pickle.loads(packed):  # noqa: S301 - of a process of ours
         FakeTensorMode.cache.setdefault(_DispatchCacheKey(asked), found)
 
 

@@ -173,7 +173,8 @@ def test_a_machine_that_is_told_to_stop_between_jobs_stops_the_run(
             process.send_signal(number)
             outcomes: list[Outcome] = []
             machines.begin("sft")
-            while not outcomes:
+            end = time.monotonic() + 60
+            while not outcomes and time.monotonic() < end:
                 outcomes = machines.ended()
             assert (outcomes[0].status, outcomes[0].stopped, outcomes[0].lost) == (143, True, None)
             assert not machines.is_running()
