@@ -284,7 +284,7 @@ class Checkpoints:
                     details = shares[0]["details"]
                     self._commit(partial, [share["files"] for share in shares], details)
                     log.info("%s was written when its process ended, and is committed", partial.stem)
-            except (UserError, OSError, ValueError) as error:
+            except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.warning("%s was written when its process ended, and is removed: %s", partial.stem, error)
 
     def _commit(

@@ -144,6 +144,19 @@ def test_what_one_of_two_ranks_had_not_written_is_removed(tmp_path: Path) -> Non
     assert [path.name for path in ended.folder.iterdir()] == ["step_00000010"]
 
 
+@pytest.mark.parametrize(
+    "written", ["{}", '{"details": 1}', '{"details": {"world_size": 1}, "files": 1}', "["]
+)
+def test_a_record_of_nonsense_commits_nothing(tmp_path: Path, written: str) -> None:
+    ended = background(tmp_path)
+    save(ended, 10)
+    save(ended, 20)
+    ended.settle(30)
+    (ended.folder / "step_00000020.tmp" / "written.0.json").write_text(written)
+    assert resumed_value(Checkpoints(ended.folder, keep=2, world=world_of()))[0] == 10.0
+    assert [path.name for path in ended.folder.iterdir()] == ["step_00000010"]
+
+
 def test_what_was_damaged_between_two_starts_is_removed(tmp_path: Path) -> None:
     ended = background(tmp_path)
     save(ended, 10)
