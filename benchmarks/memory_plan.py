@@ -81,11 +81,11 @@ def baseline(threads: int) -> int:
 
 def rank_environment(threads: int) -> dict[str, str]:
     """torchrun's contract for a lone rank."""
-    from launch.local import KERNELS, free_port
+    from launch.local import KERNELS
 
     return {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(threads),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": str(threads),
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu", **KERNELS,
     }  # fmt: skip

@@ -168,7 +168,8 @@ def environment(job: Job) -> dict[str, str]:
     values |= {name: value for name, value in _interfaces(job.meeting).items() if name not in os.environ}
     if job.is_one_process:
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        # 0: torch takes one that is free when it listens; one chosen here could be taken by then
+        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return values
 
 
@@ -227,13 +228,6 @@ def _busy_and_all() -> tuple[int, int] | None:
     except (OSError, ValueError, IndexError):  # not Linux
         return None
     return sum(counts) - idle - waiting_for_disk, sum(counts)
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _gpus_present() -> int:

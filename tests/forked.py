@@ -7,6 +7,7 @@ and waited for. A start costs tenths of a second instead of the eight that the i
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -36,6 +37,9 @@ ENVIRONMENT = {
 }
 SECONDS = 120.0
 """After which a rank is taken to hang."""
+
+FIRST_PORT, PORTS, WORKERS = 10_240, 1_400, 16
+_ports = itertools.count(os.getpid())  # two suites at a time begin at different ones
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(IMPORTED))
@@ -77,7 +81,7 @@ def start(program: Callable[..., int], arguments: Sequence[Any], size: int, outp
     """Start `program(*arguments)` on every rank; it must be importable by name, and returns an exit code."""
     _start_server()
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port() if size > 1 else 0)}
     processes = []
     for rank in range(size):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -94,10 +98,21 @@ def run(program: Callable[..., int], arguments: Sequence[Any], size: int, output
 
 
 def free_port() -> int:
-    """One that nothing listens at on loopback."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """One that nothing listens at on loopback, and that nobody is given until it is listened at.
+
+    The system hands out ports from 32768 on, to whoever connects or asks for any: these lie below, in a range
+    for each of pytest's workers, and none comes twice in `PORTS` calls.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = FIRST_PORT + PORTS * (worker % WORKERS) + next(_ports) % PORTS
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def sft(config: str, *extra: str) -> int:

@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import free_port
+
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 PATIENCE_SECONDS = 240.0
 
@@ -87,7 +89,7 @@ def cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
     """Run a cluster for as long as the context is open."""
     (folder / "state").mkdir(parents=True)
     host = socket.gethostname()
-    ports = free_ports(nodes + 1)
+    ports = [free_port() for _ in range(nodes + 1)]
     lines = []
     for number, port in enumerate(ports[1:], 1):
         (folder / f"spool_n{number}").mkdir()
@@ -119,12 +121,3 @@ def is_up(made: Cluster, nodes: int) -> bool:
         ["sinfo", "--noheader", "--Node", "--format=%T"], env=made.environment, capture_output=True, text=True
     )
     return done.stdout.split() == ["idle"] * nodes
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports that are free now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in sockets]

@@ -86,7 +86,7 @@ def test_one_rank_is_started_directly_with_the_whole_environment(monkeypatch: py
     assert {name: values[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
     }  # fmt: skip
-    assert values["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(values["MASTER_PORT"]) <= 65535
+    assert values["MASTER_ADDR"] == "127.0.0.1" and values["MASTER_PORT"] == "0"  # torch finds one
     assert values["OMP_NUM_THREADS"] == "6"
 
 

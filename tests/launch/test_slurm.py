@@ -17,7 +17,8 @@ from common.launch_config import LaunchConfig, SlurmConfig
 from launch import slurm
 from launch.command import machine_arguments, override
 from tests import tiny_run
-from tests.launch.slurm_cluster import Cluster, cluster, free_ports, is_possible
+from tests.forked import free_port
+from tests.launch.slurm_cluster import Cluster, cluster, is_possible
 
 RUN_DIR = Path("/shared/runs/a b")
 
@@ -305,7 +306,7 @@ def test_a_job_that_is_told_to_leave_is_queued_again_and_ends_as_if_nothing_had_
     overrides = tiny_run.sft(tmp_path, steps=150)
     ranks = ["launch.nproc_per_node=1"] if nnodes == 2 else ["launch.nproc_per_node=2"]
     whole = tiny_run.finish([*overrides, "launch.nproc_per_node=2", "run_name=whole"])
-    port = free_ports(1)[0]
+    port = free_port()
     submitted = tiny_run.finish(
         [*overrides, *ranks, "run_name=in parts", "launch=slurm", f"launch.nnodes={nnodes}",
          f"launch.rdzv_endpoint=127.0.0.1:{port}"],

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.launch_config import LaunchConfig
 from launch import ssh
 from tests import tiny_run
-from tests.launch.slurm_cluster import free_ports
+from tests.forked import free_port
 
 STEPS = 150
 
@@ -364,7 +364,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     if program is None or os.geteuid() != 0:
         pytest.skip("needs root and openssh-server (make faults installs it)")
     folder = tmp_path_factory.mktemp("sshd")
-    port = free_ports(1)[0]
+    port = free_port()
     Path("/run/sshd").mkdir(exist_ok=True)
     for name in ("host", "me"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)

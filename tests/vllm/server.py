@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
+from tests.forked import free_port
+
 SECONDS = 600
 """Until it must answer: it compiles nothing, and imports for minutes where the cores are shared."""
 
@@ -19,9 +20,7 @@ SECONDS = 600
 @contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
     """Its address. options: in the place of defaults."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-scale-out",
