@@ -67,6 +67,8 @@ def main() -> int:
                 found[lengths] = searched(load, measure)
             else:
                 sides = sides_of(load, OurSettings(arguments.slots, arguments.micro_batch))
+                if arguments.brief:
+                    del sides[USUAL]
                 found[lengths] = compared(sides, measure, arguments.repeats)
             found[lengths]["prompts"] = load.made.source
     settings = {name: str(value) if name == "model" else value for name, value in vars(arguments).items()}
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", type=Path, help="a pretrained model's folder; its responses end as they do"
     )
+    parser.add_argument("--brief", action="store_true", help="ours and the reference's best batches alone")
     parser.add_argument("--toy", action="store_true", help="a model of some thousand weights")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     return parser
