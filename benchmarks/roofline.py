@@ -160,9 +160,10 @@ def layer_of(size: str, way: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return more_of(rows_of(few), rows_of(more))
 
 
-def more_of(few: Iterable[Row], more: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """What the second has more than the first: kernels, bytes and the time of moving them, by kind."""
+def more_of(few: Sequence[Row], more: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What the second has more than the first: kernels and bytes, by kind and by kernel."""
     before = {row.kernel: row for row in few}
+    assert before.keys() <= {row.kernel for row in more}
     found: dict[str, dict[str, Any]] = {
         kind: {"kernels": 0, "bytes": 0.0, "by_kernel": {}} for kind in ("small", "products")
     }
