@@ -1,11 +1,17 @@
 """The time that an optimizer step takes at least, by what its kernels move and multiply: no GPU is needed.
 
     python -m benchmarks.roofline            two minutes; writes results/roofline.json
+    python -m benchmarks.roofline --layers   a decoder layer as it is, compiled, and with Liger's kernels
+                                             where they are found; writes results/roofline_layers.json
 
 Runs the learner's own code on the fake device of `tests/gpu_fake` and counts, for each kernel, bytes and
 floating-point operations. A kernel takes as long as the slower of the two; nothing is added for launches or
 for the host. Two times are given: at the H200's peaks, and at the shares of them that good kernels reach. MFU
 is by 6 operations per weight and token. Nothing here is a measured time.
+
+A layer is what a pass of three layers has more than one of two, without recomputation. Liger is nothing that
+the project needs: pip install --no-deps --target FOLDER liger-kernel 'triton>=3,<4', and PYTHONPATH=FOLDER.
+How its kernels are counted is said in `tests/gpu_fake/liger.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +25,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.measure import PROJECT, machine, table, write_results
 from pipeline.planning.network import from_fields
+from tests.gpu_fake.large import OF_DEPTH, SIZES
 
 PEAK, PEAK_FP32, BANDWIDTH = 989e12, 67e12, 4.8e12
 """Of an H200: operations per second in bf16 and fp32, bytes per second."""
@@ -42,6 +51,14 @@ CASES: dict[str, dict[str, Any]] = {
     "1B, compiled": {"names": ["1B"], "compile": True},
     "7B, compiled": {"names": ["7B"], "checkpointing": True, "compile": True},
 }
+WAYS: dict[str, dict[str, Any]] = {
+    "as it is": {}, "compiled": {"compile": True}, "Liger's kernels": {"liger": True},
+}  # fmt: skip
+LIGER = ("liger_kernel", "triton")
+LAYERS = (2, 3)
+"""Of the two passes whose difference is a layer: the last layer of each may be another than those before."""
+LEFT_ALONE = ("mm", "addmm", "_varlen_attn", "_varlen_attn_backward")
+"""Kernels that nothing here replaces."""
 
 
 @dataclass
@@ -69,9 +86,10 @@ def run(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What came of each case of `tests/gpu_fake/large.py`. RuntimeError with what a case that failed said."""
     command = [sys.executable, "-m", "tests.gpu_fake.rank"]
     lines = "\n".join(json.dumps({**PLAIN, **case}) for case in cases)
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        command, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, input=lines, text=True,
-        stdout=subprocess.PIPE, check=True,
+        command, cwd=PROJECT, env={**os.environ, "PYTHONPATH": path},
+        input=lines, text=True, stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     outcomes: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()[1:]]
     for outcome in outcomes:
@@ -91,8 +109,6 @@ def rows_of(kernels: Sequence[Sequence[Any]], step: int = 2) -> list[Row]:
 
 def account(case: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
     """MFU, time, memory and kernels of a case."""
-    from tests.gpu_fake.large import SIZES
-
     network = from_fields(SIZES[case["names"][0]])
     assert network is not None
     looked_up = 0 if network.is_tied else network.vocabulary * network.hidden
@@ -134,13 +150,68 @@ def rendered(name: str, found: dict[str, Any]) -> str:
     )
 
 
+def layer_of(size: str, way: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Kernels and bytes of a layer, forward and backward: small operations', and products and attention's."""
+    cases = [
+        {"names": [f"{layers}{OF_DEPTH}{size}"], "micro_batches": 1, "checkpointing": False, **way}
+        for layers in LAYERS
+    ]
+    few, more = ([kernel for kernel in found["kernels"] if kernel[0] != "update"] for found in run(cases))
+    return more_of(rows_of(few), rows_of(more))
+
+
+def more_of(few: Sequence[Row], more: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """What the second has more than the first: kernels and bytes, by kind and by kernel."""
+    before = {row.kernel: row for row in few}
+    assert before.keys() <= {row.kernel for row in more}
+    found: dict[str, dict[str, Any]] = {
+        kind: {"kernels": 0, "bytes": 0.0, "by_kernel": {}} for kind in ("small", "products")
+    }
+    for row in more:
+        was = before.get(row.kernel, Row(row.kernel))
+        kind = found["products" if row.kernel in LEFT_ALONE else "small"]
+        calls, size = row.calls - was.calls, row.bytes - was.bytes
+        kind["kernels"] += calls
+        kind["bytes"] += size
+        if calls:
+            kind["by_kernel"][row.kernel] = {"calls": calls, "bytes": size}
+    return found
+
+
+def compare_layers(name: str, *, writes: bool) -> None:
+    """A layer of each size in each way: count, print, write."""
+    ways = dict(WAYS)
+    if not all(map(find_spec, LIGER)):
+        print(f"{' and '.join(LIGER)} are not both found: a layer with Liger's kernels is left out")
+        del ways["Liger's kernels"]
+    found = {size: {way: layer_of(size, case) for way, case in ways.items()} for size in ("1B", "7B")}
+    head = ("a layer", "kernels", "of them small", "GB", "GB by small kernels")
+    rows = [
+        (
+            f"{size}, {way}", sum(kind["kernels"] for kind in kinds.values()), kinds["small"]["kernels"],
+            f"{sum(kind['bytes'] for kind in kinds.values()) / 1e9:.2f}",
+            f"{kinds['small']['bytes'] / 1e9:.2f}",
+        )
+        for size, by_way in found.items()
+        for way, kinds in by_way.items()
+    ]  # fmt: skip
+    print(table(head, rows))
+    if writes:
+        versions = {"liger-kernel": metadata.version("liger-kernel")} if len(ways) == len(WAYS) else {}
+        write_results(name, {"machine": machine(), "tokens": TOKENS, "packages": versions, "layers": found})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--name", default="roofline", help="of the file under results/")
+    parser.add_argument("--layers", action="store_true", help="a layer, in each way to compute it")
+    parser.add_argument("--name", help="of the file under results/")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args(arguments)
+    if args.layers:
+        compare_layers(args.name or "roofline_layers", writes=not args.no_write)
+        return 0
     cases = {name: CASES[name] for name in args.cases}
     found = {
         name: account(case, outcome)
@@ -151,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.no_write:
         peaks = {"operations": PEAK, "operations_fp32": PEAK_FP32, "bandwidth": BANDWIDTH}
         shares = {"operations": REACHED_OPERATIONS, "bandwidth": REACHED_BANDWIDTH}
-        write_results(args.name, {"machine": machine(), "peaks": peaks, "reached": shares, "runs": found})
+        write_results(
+            args.name or "roofline", {"machine": machine(), "peaks": peaks, "reached": shares, "runs": found}
+        )
     return 0
 
 

@@ -335,7 +335,7 @@ def train_ours(run: Run, device: torch.device) -> tuple[Any, list[float], list[f
                 engine.backward(result.loss_sum, trained)
                 sums.add(result)
             assert engine.step().applied
-        losses.append(sums.means(trained)["loss"])
+        losses.append(sums.means(trained, with_entropy=True)["loss"])
         ends.append(_now(device))
     close_world()
     return model, losses, ends

@@ -169,7 +169,11 @@ def _train_ours(
             sums.add(result)
         norm = engine.step().grad_norm
         logged.append(
-            {"loss": sums.means(trained)["loss"], "grad_norm": norm, "learning_rate": learning_rate}
+            {
+                "loss": sums.means(trained, with_entropy=False)["loss"],
+                "grad_norm": norm,
+                "learning_rate": learning_rate,
+            }
         )
     return logged
 

@@ -58,6 +58,8 @@ class TrainConfig:
     """steps between checkpoints; 0: only at the end, when told to stop, and by save_minutes"""
     save_minutes: float = number(30.0, 0, 1_000_000)
     """and one after so many minutes without; 0: never"""
+    entropy_every: int = number(1, 0, 10**9)
+    """steps between those that log the entropy of the predicted tokens; 0: never (not in reward)"""
     async_save: Optional[bool] = None
     """write checkpoints from host memory while training goes on; null: on a GPU"""
     keep_checkpoints: int = number(2, 1, 1_000_000)

@@ -23,7 +23,7 @@ from common.training_config import OptimConfig, SchedulerName
 from pipeline.config import PipelineConfig
 from pipeline.state import differing, shown
 
-MEASURED = ("eval_every", "save_every", "micro_batch_size")
+MEASURED = ("eval_every", "save_every", "entropy_every", "micro_batch_size")
 """Of a step's loop: they decide when is measured and saved, and the order of sums."""
 LENGTH = ("max_steps", "epochs")
 WAY_OUT = "a new run_name, or runs with a constant scheduler, which can be made longer"

@@ -38,11 +38,14 @@ class TokenSums:
         self.correct = self.correct + result.correct.double()
         self.entropy = self.entropy + result.entropy_sum.double()
 
-    def means(self, tokens: float) -> dict[str, float]:
-        """Token means over all ranks; `tokens` is the global number of trained tokens."""
+    def means(self, tokens: float, *, with_entropy: bool) -> dict[str, float]:
+        """Token means over all ranks; `tokens` is the global number of trained tokens.
+
+        with_entropy: as the losses were asked for; without it there is no `entropy`.
+        """
         loss, correct, entropy = all_reduce_sum(on_host([self.loss, self.correct, self.entropy]))
         return {
             "loss": loss / tokens,
             "mean_token_accuracy": correct / tokens,
-            "entropy": entropy / tokens,
+            **({"entropy": entropy / tokens} if with_entropy else {}),
         }

@@ -19,7 +19,7 @@ from common.model.architecture import CAUSAL_LM
 from common.model.packed import PackedCausalLM
 from common.model.probes import find_shortcuts
 from common.stage import Step
-from common.training.loop import Loop
+from common.training.loop import Loop, is_due
 from common.training.session import Session, probe_of
 from step1_sft.config import SFTJob
 from step1_sft.data import count_tokens, load_sft_tokenizer
@@ -64,12 +64,13 @@ def train(job: SFTJob, run_dir: Path) -> int:
             micro_batches = loop.begin()
             tokens, trained, padding = loop.all_reduce(count_tokens(micro_batches))
             sums = TokenSums()
+            with_entropy = is_due(loop.counters.step + 1, train_config.entropy_every)
             for batch in micro_batches:
-                result = compute_loss(engine, batch, world.device, with_entropy=True)
+                result = compute_loss(engine, batch, world.device, with_entropy=with_entropy)
                 engine.backward(result.loss_sum, trained)
                 sums.add(result)
             loop.update(tokens, trained)
-            loop.log(sums.means(trained), padding=padding)
+            loop.log(sums.means(trained, with_entropy=with_entropy), padding=padding)
             loop.evaluate_and_save()
 
         # Export --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ MEASURED = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "entropy", "mean_token_accuracy",
 )  # fmt: skip
-"""What every evaluation measures, and every training step."""
+"""What every evaluation measures, and every training step, which may leave the entropy out."""
 
 
 class LossType(Enum):

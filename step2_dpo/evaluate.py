@@ -33,5 +33,5 @@ def evaluate(
         sums.add(compute_loss(engine, batch, known, objective, device, with_entropy=True), objective)
         counted += StepCounts.of([batch])
     engine.train()
-    metrics = sums.metrics(objective, StepCounts(*all_reduce_sum(counted.tolist())))
+    metrics = sums.metrics(objective, StepCounts(*all_reduce_sum(counted.tolist())), with_entropy=True)
     return {f"eval/{name}": value for name, value in metrics.items()}

@@ -202,11 +202,12 @@ class PairSums:
         self.correct_tokens += result.tokens.correct.double()
         self.entropy += result.tokens.entropy_sum.detach().double()
 
-    def metrics(self, objective: Objective, counts: StepCounts) -> dict[str, float]:
+    def metrics(self, objective: Objective, counts: StepCounts, *, with_entropy: bool) -> dict[str, float]:
         """Means over all ranks. Ties count half in `rewards/accuracies`, so it is 1/2 at the reference.
 
         Rewards are implicit, β (log π − log π_ref), never divided by lengths. `entropy` and
-        `mean_token_accuracy` are over the tokens of both answers.
+        `mean_token_accuracy` are over the tokens of both answers. with_entropy: as the losses were asked for;
+        without it there is no `entropy`.
         """
         total = PairSums(*all_reduce_sum(on_host(list(vars(self).values()))))
         preference = objective.at_reference() + total.above_reference / counts.pairs
@@ -214,6 +215,7 @@ class PairSums:
         chosen, rejected = (
             objective.beta * ratio / counts.pairs for ratio in (total.chosen_ratio, total.rejected_ratio)
         )
+        entropy = {"entropy": float(total.entropy / counts.response_tokens)} if with_entropy else {}
         return {
             "loss": float(preference + objective.sft_weight * nll),
             "rewards/chosen": float(chosen),
@@ -222,6 +224,6 @@ class PairSums:
             "rewards/margins": float(chosen - rejected),
             "logps/chosen": float(total.chosen_logp / counts.pairs),
             "logps/rejected": float(total.rejected_logp / counts.pairs),
-            "entropy": float(total.entropy / counts.response_tokens),
+            **entropy,
             "mean_token_accuracy": float(total.correct_tokens / counts.response_tokens),
         }

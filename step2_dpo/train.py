@@ -24,7 +24,7 @@ from common.model.probes import find_shortcuts
 from common.model.tokenizer import load_tokenizer
 from common.stage import Input, Step
 from common.training.frozen import frozen_settings
-from common.training.loop import Loop
+from common.training.loop import Loop, is_due
 from common.training.session import Session, probe_of
 from common.training.step_data import cache_dir
 from step2_dpo.config import DPOJob
@@ -97,13 +97,17 @@ def train(job: DPOJob, run_dir: Path) -> int:
                 [*count_pairs(micro_batches), *StepCounts.of(micro_batches)]
             )
             counts, sums = StepCounts(*counted), PairSums()
+            with_entropy = is_due(loop.counters.step + 1, train_config.entropy_every)
             for batch in micro_batches:
                 known = reference.of_train(batch)
-                result = compute_loss(engine, batch, known, objective, world.device, with_entropy=True)
+                result = compute_loss(
+                    engine, batch, known, objective, world.device, with_entropy=with_entropy
+                )
                 engine.backward(step_loss(result, objective, counts), 1.0)
                 sums.add(result, objective)
             loop.update(tokens, counts.response_tokens)
-            loop.log(sums.metrics(objective, counts), padding=padding, computed=computed)
+            metrics = sums.metrics(objective, counts, with_entropy=with_entropy)
+            loop.log(metrics, padding=padding, computed=computed)
             loop.evaluate_and_save()
 
         # Export --------------------------------------------------------------------------------

@@ -247,8 +247,8 @@ class PPOConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """prompts; max_length is that of a prompt with its response"""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """the loop: global_batch_size counts responses per update, max_steps, eval_every and save_every count
-    iterations, epochs passes over the prompts"""
+    """the loop: global_batch_size counts responses per update, max_steps, eval_every, save_every and
+    entropy_every count iterations, epochs passes over the prompts"""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """the actor's optimizer and schedule"""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -276,7 +276,7 @@ class PPOConfig:
     reward_clip: float = number(10.0, 0, 1_000_000, above=True)
     """largest calibrated reward, either way"""
     entropy_coef: float = number(0.0, 0, 1_000)
-    """weight of the entropy bonus"""
+    """weight of the entropy bonus, for which every update computes the entropy: train.entropy_every=1"""
     ptx_weight: float = number(0.0, 0, 1_000)
     """weight of the SFT loss on ptx_data, mixed into every update of the actor"""
     ptx_data: DataConfig = field(default_factory=DataConfig)
@@ -314,6 +314,12 @@ class PPOConfig:
                 f"{at}train.stop_when.metric={self.train.stop_when.metric} watches evaluations, and with "
                 f"{at}evaluation.num_prompts=0 there are none",
                 hint=f"{at}evaluation.num_prompts=256",
+            )
+        if self.entropy_coef and self.train.entropy_every != 1:
+            raise UserError(
+                f"{at}train.entropy_every={self.train.entropy_every} saves nothing with "
+                f"{at}entropy_coef={self.entropy_coef:g}, whose bonus every update computes the entropy for",
+                hint=f"{at}train.entropy_every=1, or {at}entropy_coef=0",
             )
         if self.ptx_data.eval_path is not None:
             raise UserError(

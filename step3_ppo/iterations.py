@@ -69,7 +69,7 @@ class Iterations:
         )
         self.counters = PPOCounters.of(restored or {"kl_coef": ppo.kl.coef})
         check_length(self.counters.step, total_steps, session.step, unit="iterations")
-        self.learned = UpdateSums(**self.counters.sums)
+        self.learned = UpdateSums.of(self.counters.sums)
         self._watchdogs = Watchdogs(ppo, session.job.model.dtype, self.counters.watchdogs)
 
     @property

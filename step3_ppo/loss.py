@@ -34,7 +34,7 @@ class PolicySums(NamedTuple):
     surrogate: the part of the loss that PPO clips. ratio: ρ. ratio_abs_error: |ρ − 1|. clipped: tokens
     whose clipped term is the larger one; it is constant, so they have no gradient. approxkl: KL of the old
     policy to this one, by (ρ − 1) − log ρ, never below 0 (k3 on tokens of the old policy). entropy: of the
-    predicted distributions, 0 when not given. kl: k3 to the reference, 0 when not given. tokens: M.
+    predicted distributions, None when not given. kl: k3 to the reference, 0 when not given. tokens: M.
     """
 
     loss: torch.Tensor
@@ -43,7 +43,7 @@ class PolicySums(NamedTuple):
     ratio_abs_error: torch.Tensor
     clipped: torch.Tensor
     approxkl: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None
     kl: torch.Tensor
     tokens: int
 
@@ -85,9 +85,9 @@ def policy_loss(
     unclipped, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     of_tokens = torch.maximum(unclipped, clipped_loss)
     loss = surrogate = (of_tokens if importance is None else of_tokens * importance).sum()
-    entropy = loss.new_zeros(()) if entropies is None else entropies.sum()
+    entropy = None if entropies is None else entropies.sum()
     kl = loss.new_zeros(()) if ref is None else _k3(_clamped(logprobs - ref)).sum()
-    if entropy_coef:
+    if entropy is not None and entropy_coef:
         loss = loss - entropy_coef * entropy
     if kl_coef:
         loss = loss + kl_coef * kl
@@ -99,7 +99,7 @@ def policy_loss(
             ratio_abs_error=(ratio - 1).abs().double().sum(),
             clipped=(clipped_loss > unclipped).double().sum(),
             approxkl=_k3(-log_ratio.double()).sum(),
-            entropy=_detached(entropy),
+            entropy=None if entropy is None else _detached(entropy),
             kl=_detached(kl),
             tokens=len(logprobs),
         )
@@ -138,6 +138,7 @@ class UpdateSums:
     ratio_abs_error: torch.Tensor | float = 0.0
     clipped: torch.Tensor | float = 0.0
     approxkl: torch.Tensor | float = 0.0
+    entropy_tokens: torch.Tensor | float = 0.0
     entropy: torch.Tensor | float = 0.0
     kl: torch.Tensor | float = 0.0
     value_tokens: torch.Tensor | float = 0.0
@@ -145,6 +146,11 @@ class UpdateSums:
     value_clipped: torch.Tensor | float = 0.0
     demonstration_tokens: torch.Tensor | float = 0.0
     demonstration_loss: torch.Tensor | float = 0.0
+
+    @classmethod
+    def of(cls, stored: Mapping[str, float]) -> UpdateSums:
+        """What `state` wrote; an earlier version asked for the entropy of every token of the policy."""
+        return cls(**{"entropy_tokens": stored.get("policy_tokens", 0.0), **stored})
 
     def add_policy(self, sums: PolicySums) -> None:
         """Add one micro-batch of the actor; nothing waits for the device here."""
@@ -154,7 +160,9 @@ class UpdateSums:
         self.ratio_abs_error += sums.ratio_abs_error
         self.clipped += sums.clipped
         self.approxkl += sums.approxkl
-        self.entropy += sums.entropy
+        if sums.entropy is not None:
+            self.entropy_tokens += sums.tokens
+            self.entropy += sums.entropy
         self.kl += sums.kl
 
     def add_value(self, sums: ValueSums) -> None:
@@ -174,7 +182,7 @@ class UpdateSums:
             setattr(self, name, getattr(self, name) + value)
 
     def state(self) -> dict[str, float]:
-        """What `UpdateSums(**state)` continues from, exactly; JSON keeps float64 as it is."""
+        """What `UpdateSums.of` continues from, exactly; JSON keeps float64 as it is."""
         return dict(zip(vars(self), on_host(list(vars(self).values())), strict=True))
 
     def all_reduced(self) -> UpdateSums:
@@ -182,17 +190,16 @@ class UpdateSums:
         return UpdateSums(*all_reduce_sum(list(self.state().values())))
 
     def means(self) -> dict[str, float]:
-        """Means over the tokens of these sums; absent without tokens (no critic, no demonstrations).
+        """Means over the tokens of these sums; absent without tokens (no critic, no entropies, no
+        demonstrations).
 
         `val/ratio_off` is the mean of |ρ − 1|, in which deviations to both sides do not cancel out as in
-        `val/ratio`. `policy/ref_kl_avg` is 0 where the loss has no reference, `policy/entropy_avg` where no
-        entropies were given.
+        `val/ratio`. `policy/ref_kl_avg` is 0 where the loss has no reference.
         """
         of_policy = {
             "loss/policy_avg": self.surrogate,
             "policy/approxkl_avg": self.approxkl,
             "policy/clipfrac_avg": self.clipped,
-            "policy/entropy_avg": self.entropy,
             "policy/ref_kl_avg": self.kl,
             "val/ratio": self.ratio,
             "val/ratio_off": self.ratio_abs_error,
@@ -200,6 +207,7 @@ class UpdateSums:
         of_critic = {"loss/value_avg": self.value_loss, "val/clipfrac_avg": self.value_clipped}
         return {
             **_means(of_policy, self.policy_tokens),
+            **_means({"policy/entropy_avg": self.entropy}, self.entropy_tokens),
             **_means(of_critic, self.value_tokens),
             **_means({"loss/ptx_avg": self.demonstration_loss}, self.demonstration_tokens),
         }

@@ -65,7 +65,8 @@ def update(
     actor = critic = None
     learning_rates = {}
     if counters.step >= ppo.critic.warmup_iterations:
-        _actor_gradient(networks, minibatch, experience, ppo, counters.kl_coef, sums)
+        with_entropy = loop.is_due(counters.step + 1, ppo.train.entropy_every)
+        _actor_gradient(networks, minibatch, experience, ppo, counters.kl_coef, sums, with_entropy)
         if demonstrations is not None:
             _add_demonstrations(networks, demonstrations, counters.of_actor().step, ppo.ptx_weight, sums)
         learning_rates["learning_rate"] = networks.actor.learning_rate(counters.applied)
@@ -115,10 +116,11 @@ def _actor_gradient(
     ppo: PPOConfig,
     kl_coef: float,
     sums: UpdateSums,
+    with_entropy: bool,
 ) -> None:
     in_loss = ppo.kl.placement is KLPlacement.loss and experience.ref_logprobs is not None
     for batch in minibatch.micro_batches:
-        scored = networks.score_tokens(batch, with_entropy=True)
+        scored = networks.score_tokens(batch, with_entropy=with_entropy)
         result = policy_loss(
             -scored.token_losses,
             _part(experience, experience.old_logprobs, batch, networks.device),

@@ -22,7 +22,7 @@ from step3_ppo.config import KLController, PPOConfig
 REPEAT_AFTER = 20
 """Iterations before a warning of the same kind is repeated."""
 FIRST_ITERATIONS = 3
-"""Number of first iterations, whose mean later ones are compared with."""
+"""Number of first iterations with a number, whose mean later ones are compared with."""
 COMPARED = ("response/length_mean", "response/truncated_share", "policy/entropy_avg")
 """Metrics whose first values are remembered."""
 
@@ -61,13 +61,20 @@ class Watchdogs:
         remembered = copy.deepcopy(dict(state or {}))
         self._looks: int = remembered.get("looks", 0)
         self._first: dict[str, float] = remembered.get("first", {})
+        self._counted: dict[str, int] = remembered.get("counted", dict.fromkeys(self._first, self._looks))
         self._before: dict[str, float] = remembered.get("before", {})
         self._said: dict[str, int] = remembered.get("said", {})
 
     def state(self) -> dict[str, Any]:
         """All that it remembers, as plain data for JSON."""
         return copy.deepcopy(
-            {"looks": self._looks, "first": self._first, "before": self._before, "said": self._said}
+            {
+                "looks": self._looks,
+                "first": self._first,
+                "counted": self._counted,
+                "before": self._before,
+                "said": self._said,
+            }  # fmt: skip
         )
 
     def look(self, iteration: int, metrics: Metrics) -> list[str]:
@@ -110,16 +117,17 @@ class Watchdogs:
         return True
 
     def _remember(self, metrics: Metrics) -> None:
-        """Add to the mean of the first iterations."""
-        if self._looks < FIRST_ITERATIONS:
-            for name in COMPARED:
-                if math.isfinite(metrics.get(name, math.nan)):
-                    self._first[name] = self._first.get(name, 0.0) + metrics[name] / FIRST_ITERATIONS
+        """Add to the means of the first iterations: of each number, of those that have it."""
+        for name in COMPARED:
+            counted = self._counted.get(name, 0)
+            if counted < FIRST_ITERATIONS and math.isfinite(metrics.get(name, math.nan)):
+                self._first[name] = self._first.get(name, 0.0) + metrics[name] / FIRST_ITERATIONS
+                self._counted[name] = counted + 1
         self._looks += 1
 
     def _since_the_first(self, name: str, metrics: Metrics) -> tuple[float, float] | None:
         """Mean of the first iterations, and now; None while these are not over."""
-        if self._looks < FIRST_ITERATIONS or name not in self._first or name not in metrics:
+        if self._counted.get(name, 0) < FIRST_ITERATIONS or name not in self._first or name not in metrics:
             return None
         return self._first[name], metrics[name]
 

@@ -24,8 +24,9 @@ ALWAYS = ("global_batch_size", "max_length", "epochs", "scheduler", "warmup_rati
 """Settings that are recorded even at their default."""
 NOT_TOLD = (
     "sampling", "evaluation", "micro_batch_size", "eval_every", "save_every", "save_minutes",
-    "async_save", "keep_checkpoints", "export", "max_bad_rows", "compile", "gradient_checkpointing",
-    "checkpointing_policy", "tiled_mlp", "activation_offload", "trust_remote_code", "offload_frozen", "slots",
+    "entropy_every", "async_save", "keep_checkpoints", "export", "max_bad_rows", "compile",
+    "gradient_checkpointing", "checkpointing_policy", "tiled_mlp", "activation_offload", "trust_remote_code",
+    "offload_frozen", "slots",
 )  # fmt: skip
 """Settings that change measurements or speed, but not the trained model."""
 

@@ -54,9 +54,10 @@ def train(case: dict[str, Any]) -> int:
     """Two optimizer steps, the second of `micro_batches` passes; returns 0.
 
     case: names, frozen, tokens, micro_batches, stage, size, offload_optimizer, offload_param, hpz, lora,
-    checkpointing and, if wanted, dtype, policy (of checkpointing), compile, shared and documents. names: of
-    the sizes of what learns, the first with a head of tokens, the others with a scalar one; frozen: of what
-    does not. shared: ranks that share the tokens; documents: how many each has (else DOCUMENT).
+    checkpointing and, if wanted, dtype, policy (of checkpointing), compile, liger (with its kernels), entropy
+    (false: not computed), shared and documents. names: of the sizes of what learns, the first with a head of
+    tokens, the others with a scalar one; frozen: of what does not. shared: ranks that share the tokens;
+    documents: how many each has (else DOCUMENT).
     """
     from common.data.slices import slice_of
     from common.runtime.distributed import init_world
@@ -73,11 +74,11 @@ def train(case: dict[str, Any]) -> int:
     for step in (1, 2):
         for number, engine in enumerate(learning):
             passes = 1 if step == 1 else case["micro_batches"]  # the first makes the optimizer's state
-            _step(engine, batch, passes, number > 0, step)
+            _step(engine, batch, passes, number > 0, step, case.get("entropy", True))
     return 0
 
 
-def _step(engine: Any, batch: Any, micro_batches: int, is_scalar: bool, step: int) -> None:
+def _step(engine: Any, batch: Any, micro_batches: int, is_scalar: bool, step: int, entropy: bool) -> None:
     from common.model.packed import batch_arguments, document_arguments
     from common.phases import enter
 
@@ -90,7 +91,7 @@ def _step(engine: Any, batch: Any, micro_batches: int, is_scalar: bool, step: in
             }
             loss = engine(**document_arguments(batch), **positions).sum()
         else:
-            loss = engine(**batch_arguments(batch), with_entropy=True).loss_sum
+            loss = engine(**batch_arguments(batch), with_entropy=entropy).loss_sum
         engine.backward(loss, 1000.0)
         del loss
     engine.step()
@@ -129,7 +130,12 @@ def _module(case: dict[str, Any], name: str, is_scalar: bool) -> Any:
         network = adapters.add_adapters(network, lora, head.task_type)
     network.train()
     kind = PackedScalarModel if is_scalar else PackedCausalLM
-    return kind(network, find_shortcuts(network))
+    module = kind(network, find_shortcuts(network))
+    if case.get("liger"):
+        from tests.gpu_fake import liger
+
+        liger.put_into(network)
+    return module
 
 
 def _learner(case: dict[str, Any], name: str, is_scalar: bool) -> Any:

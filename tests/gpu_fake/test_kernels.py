@@ -81,6 +81,19 @@ def test_adamw_reads_four_fp32_numbers_of_a_weight_and_writes_three(plain: dict[
     assert plain["bytes"]["_fused_adamw_"] == pytest.approx(numbers, rel=1e-6)
 
 
+def test_without_the_entropy_the_heads_kernel_writes_a_number_a_token_less_and_nothing_sums_them(
+    fake: Fake, plain: dict[str, Counter[str]]
+) -> None:
+    without = counted(fake, entropy=False)
+    saved = {name: size - without["bytes"][name] for name, size in plain["bytes"].items()}
+    # what the kernel is given to write into counts as read, too
+    written, summed = 2 * 4 * TRAINED, 4 * TRAINED + 4
+    assert {name: size for name, size in saved.items() if size} == {
+        "score_rows": written, "head: sum": summed,
+    }  # fmt: skip
+    assert without["operations"] == plain["operations"]
+
+
 def test_compiled_layers_multiply_the_same_and_move_less(
     plain: dict[str, Counter[str]], compiled: dict[str, Counter[str]]
 ) -> None:

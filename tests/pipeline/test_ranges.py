@@ -49,6 +49,7 @@ REFUSED = [  # what is written, the key and value that are named, and what is al
     ("sft.train.micro_batch_size=99999999999", "sft.train.micro_batch_size=99999999999", UP_TO_A_MILLION),
     ("sft.train.epochs=inf", "sft.train.epochs=inf", "allowed: above 0, up to 10,000"),
     ("sft.train.epochs=1e15", "sft.train.epochs=1000000000000000.0", "allowed: above 0, up to 10,000"),
+    ("sft.train.entropy_every=-1", "sft.train.entropy_every=-1", "allowed: 0 to 1,000,000,000"),
     ("sft.sampling.temperature=1e-320", "sft.sampling.temperature=1e-320", "0 (greedy), or 0.001 to 100"),
     ("sft.sampling.max_new_tokens=0", "sft.sampling.max_new_tokens=0", "allowed: 1 to 10,000,000"),
     ("sft.sampling.num_prompts=-1", "sft.sampling.num_prompts=-1", "allowed: 0 to 1,000,000"),
@@ -97,6 +98,7 @@ INVALID = [  # the same for what has another type
     ("model.config.hidden_size=???", "model.config.hidden_size: invalid value '???'", "expected"),
     ("sft.data.max_length=null", "sft.data.max_length: invalid value null", "expected a whole number, 2 to"),
     ("sft.train.max_steps=1.5", "sft.train.max_steps: invalid value 1.5", "expected a whole number, 1 to"),
+    ("dpo.train.entropy_every=0.5", "dpo.train.entropy_every: invalid value 0.5", "a whole number, 0 to"),
     ("sft.train.epochs=true", "sft.train.epochs: invalid value True", "expected a number, above 0"),
     ("launch.ssh_options=[1,[2]]", "launch.ssh_options[1]: invalid value [2]", "expected text"),
     ("model.lora.targets=[null]", "model.lora.targets[0]: invalid value null", "expected text"),
@@ -136,6 +138,13 @@ def test_a_value_of_another_type_is_told_what_the_key_takes(
     error = refused(override)
     assert error.message == message
     assert expected in (error.hint or "")
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_a_reward_model_has_no_entropy_that_could_be_logged_less_often(every: int) -> None:
+    error = refused(f"reward.train.entropy_every={every}")
+    assert error.message.startswith(f"reward.train.entropy_every={every} has no effect: a reward model")
+    assert error.hint == "leave it out"
 
 
 def test_a_key_that_is_a_number_is_unknown_as_any_other() -> None:

@@ -41,12 +41,12 @@ def between(old: dict[str, Any], new: dict[str, Any], folder: Path, *, ended: bo
 
 
 def test_what_is_measured_and_saved_and_the_micro_batch_may_change(tmp_path: Path) -> None:
-    new = part(eval_every=5, save_every=3, micro_batch_size=4)
+    new = part(eval_every=5, save_every=3, entropy_every=0, micro_batch_size=4)
     new["sft"]["sampling"]["num_prompts"] = 2
     found = between(part(), new, at(tmp_path, 4))
     assert found.refused == () and not found.is_work
     assert found.taken == (
-        "sft.sampling.num_prompts: 8 -> 2", "sft.train.eval_every: 2 -> 5",
+        "sft.sampling.num_prompts: 8 -> 2", "sft.train.entropy_every: 1 -> 0", "sft.train.eval_every: 2 -> 5",
         "sft.train.micro_batch_size: 1 -> 4", "sft.train.save_every: 0 -> 3",
     )  # fmt: skip
 

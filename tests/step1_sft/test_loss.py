@@ -16,7 +16,10 @@ def test_sums_of_micro_batches_are_divided_once_by_all_tokens() -> None:
     sums.add(result([1.0, 2.0, 3.0], 1, 6.0))
     sums.add(result([8.0], 1, 2.0))
     # a mean of the two means would be 5
-    assert sums.means(4) == {"loss": 3.5, "mean_token_accuracy": 0.5, "entropy": 2.0}
+    means = {"loss": 3.5, "mean_token_accuracy": 0.5, "entropy": 2.0}
+    assert sums.means(4, with_entropy=True) == means
+    del means["entropy"]  # not 0, which is what the losses have when they were not asked for it
+    assert sums.means(4, with_entropy=False) == means
 
 
 def test_sums_keep_no_graph() -> None:

@@ -109,7 +109,7 @@ def train_step(
         engine.backward(step_loss(result, objective, counts), 1.0)
         sums.add(result, objective)
     assert engine.step().applied
-    return sums.metrics(objective, counts)
+    return sums.metrics(objective, counts, with_entropy=True)
 
 
 def gradient(world: World, point: Point) -> tuple[Any, dict[str, float]]:

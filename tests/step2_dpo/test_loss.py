@@ -164,7 +164,7 @@ def test_the_sft_term_is_a_mean_over_chosen_tokens_and_the_rest_a_mean_over_pair
     sums = PairSums()
     sums.add(one, objective)
     sums.add(two, objective)
-    assert sums.metrics(objective, counts)["loss"] == pytest.approx(loss)
+    assert sums.metrics(objective, counts, with_entropy=True)["loss"] == pytest.approx(loss)
 
 
 def test_metrics_by_hand() -> None:
@@ -173,7 +173,7 @@ def test_metrics_by_hand() -> None:
     result = pair_losses(tokens, pair_batch([2, 1, 1, 1]), reference([-5.0, -8.0], [-4.0, -4.0]), HALF)
     sums = PairSums()
     sums.add(result, HALF)
-    metrics = sums.metrics(HALF, StepCounts(2, 5, 3))
+    metrics = sums.metrics(HALF, StepCounts(2, 5, 3), with_entropy=True)
     assert metrics == pytest.approx(
         {
             "loss": (-math.log(1 / (1 + math.exp(-1))) + math.log(2)) / 2,
@@ -188,6 +188,8 @@ def test_metrics_by_hand() -> None:
         }
     )
     assert isinstance(sums.above_reference, torch.Tensor) and not sums.above_reference.requires_grad
+    without = sums.metrics(HALF, StepCounts(2, 5, 3), with_entropy=False)
+    assert without == {name: value for name, value in metrics.items() if name != "entropy"}
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 29, 128, 599])
@@ -205,7 +207,7 @@ def test_a_policy_that_is_its_reference_has_a_loss_of_exactly_log_2(
     )
     sums = PairSums()
     sums.add(result, objective)
-    metrics = sums.metrics(objective, StepCounts(pairs, 2 * pairs, pairs))
+    metrics = sums.metrics(objective, StepCounts(pairs, 2 * pairs, pairs), with_entropy=False)
     # (1 − ε) log 2 + ε log 2 may be rounded; without smoothing nothing is
     rounding = 1e-15 if label_smoothing else 0.0
     assert abs(metrics["loss"] - math.log(2)) <= rounding

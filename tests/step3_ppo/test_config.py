@@ -48,6 +48,17 @@ def test_demonstrations_are_not_evaluated_on_rows_of_their_own() -> None:
         as_schema(PPOConfig, {"ptx_data": {"path": "a.jsonl", "eval_path": "b.jsonl"}}, "ppo.")
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_an_entropy_bonus_is_computed_in_every_update(every: int) -> None:
+    written = {"entropy_coef": 0.01, "train": {"entropy_every": every}}
+    with pytest.raises(UserError) as caught:
+        as_schema(PPOConfig, written, "ppo.")
+    assert f"ppo.train.entropy_every={every} saves nothing with ppo.entropy_coef=0.01" in str(caught.value)
+    assert "ppo.train.entropy_every=1, or ppo.entropy_coef=0" in str(caught.value)
+    assert as_schema(PPOConfig, {**written, "entropy_coef": 0}, "ppo.").train.entropy_every == every
+    assert as_schema(PPOConfig, {"entropy_coef": 0.01}, "ppo.").train.entropy_every == 1
+
+
 @pytest.mark.parametrize(("retries", "pauses"), [(0, 0), (1, 1), (4, 15), (6, 63), (8, 183)])
 def test_the_longest_wait_is_that_of_a_server_that_asks_for_time_and_then_hangs(
     retries: int, pauses: float

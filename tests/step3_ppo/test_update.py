@@ -14,6 +14,7 @@ from common.data.batches import BatchPlan
 from common.errors import UserError
 from common.model.fused_loss import TokenLoss
 from common.training.engine import StepOutcome
+from common.training_config import TrainConfig
 from step3_ppo.config import CriticConfig, PPOConfig
 from step3_ppo.loss import UpdateSums
 from step3_ppo.minibatches import minibatches_of
@@ -56,20 +57,20 @@ class Networks:
         self.logprob, self.value = (torch.zeros((), requires_grad=True) for _ in range(2))
 
     def score_tokens(self, batch: Any, *, with_entropy: bool) -> TokenLoss:
-        assert with_entropy
         losses, zero = -self.logprob.expand(len(batch.targets)), torch.zeros(())
-        return TokenLoss(losses.sum(), zero, zero, losses, torch.ones(len(batch.targets)))
+        entropies = torch.ones(len(batch.targets)) if with_entropy else None
+        return TokenLoss(losses.sum(), zero, zero, losses, entropies)
 
     def values(self, batch: Any) -> torch.Tensor:
         return self.value.expand(len(batch.targets))
 
 
-def updated(step: int, has_critic: bool = True) -> tuple[Outcome, Networks, UpdateSums]:
+def updated(step: int, has_critic: bool = True, **settings: Any) -> tuple[Outcome, Networks, UpdateSums]:
     """A first minibatch of four responses in iteration `step`, with two iterations of warm-up."""
     plan, networks, sums = BatchPlan(MAX_LENGTH, False, 4, 1, 0), Networks(has_critic), UpdateSums()
     minibatch = minibatches_of(some_experience(), plan, iteration=step, epoch=0)[0]
     ppo, counters = (
-        PPOConfig(critic=CriticConfig(warmup_iterations=2)),
+        PPOConfig(critic=CriticConfig(warmup_iterations=2), **settings),
         PPOCounters(step=step, applied=5, critic_applied=6),
     )
     outcome = update(networks, minibatch, some_experience(), ppo, counters, sums, None)  # type: ignore[arg-type]
@@ -90,6 +91,22 @@ def test_in_the_warm_up_only_the_critic_learns(step: int, learns: bool) -> None:
     of_critic = {"critic/grad_norm": 2.0, "critic/learning_rate": pytest.approx(0.6)}
     assert outcome.metrics() == {**of_actor, **of_critic}
     assert ("loss/policy_avg" in sums.means()) is learns and "loss/value_avg" in sums.means()
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, [2, 3, 4, 5, 6, 7]), (3, [2, 5]), (0, [])])
+def test_the_entropy_is_computed_in_every_nth_iteration(every: int, due: list[int]) -> None:
+    train = TrainConfig(entropy_every=every)
+    found = {step: updated(step, train=train)[2].means() for step in range(2, 8)}
+    # iterations are counted from 1 in the metrics
+    assert [step for step, means in found.items() if "policy/entropy_avg" in means] == due
+    assert all(means.get("policy/entropy_avg", 1.0) == 1.0 for means in found.values())
+    assert all("policy/approxkl_avg" in means for means in found.values())
+
+
+def test_an_entropy_bonus_is_never_left_out_in_silence() -> None:
+    updated(2, entropy_coef=0.1, train=TrainConfig(entropy_every=3))  # due
+    with pytest.raises(ValueError, match="nothing to multiply"):  # which the settings refuse before
+        updated(3, entropy_coef=0.1, train=TrainConfig(entropy_every=3))
 
 
 LOST, DONE = StepOutcome(False, math.nan), StepOutcome(True, 1.0)

@@ -120,6 +120,37 @@ def test_the_first_iterations_are_compared_with_nothing() -> None:
     assert len(dogs.look(4, HEALTHY | {"response/length_mean": 45.0})) == 1
 
 
+@pytest.mark.parametrize("first", [0, 1, 4])  # iterations without: the actor waits for its critic
+@pytest.mark.parametrize("every", [1, 5])
+def test_an_entropy_that_is_seldom_measured_is_compared_with_its_own_first_values(
+    first: int, every: int
+) -> None:
+    def seen(iteration: int, entropy: float) -> dict[str, float]:
+        left_out = iteration < first or (iteration - first) % every
+        return {
+            name: value
+            for name, value in (HEALTHY | {"policy/entropy_avg": entropy}).items()
+            if not (left_out and name == "policy/entropy_avg")
+        }
+
+    dogs, last = watchdogs(), first + 3 * every
+    for iteration in range(last):
+        # of one of the three this is less than a tenth of their mean
+        entropy = 0.1 if iteration == first else 2.95
+        assert dogs.look(iteration, seen(iteration, entropy)) == []
+        dogs = watchdogs(json.loads(json.dumps(dogs.state())))
+    assert dogs.look(last, seen(last, 0.21)) == []
+    (warning,) = dogs.look(last + every, seen(last + every, 0.19))
+    assert "0.19 nats per token, 2 at first" in warning
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_its_first_iterations() -> None:
+    state = begun().state()
+    del state["counted"]
+    (warning,) = watchdogs(state).look(7, HEALTHY | {"response/length_mean": 41.0})
+    assert "20.0 at first" in warning
+
+
 def test_a_warning_is_repeated_only_after_a_while_and_hides_no_other() -> None:
     dogs = begun()
     long = HEALTHY | {"response/length_mean": 100.0}

@@ -207,6 +207,29 @@ def test_the_summed_loss_has_a_temperature_too() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_entropy_changes_no_bit_of_losses_and_gradients(dtype: torch.dtype, per_token: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(*size).to(dtype).requires_grad_() for size in ((40, 16), (50, 16), (50,))]
+    hidden, weight, bias = inputs
+    targets = torch.randint(0, 50, (40,))
+    both = [
+        token_cross_entropy(
+            hidden, weight, targets, 7, bias=bias, with_entropy=asked, per_token=per_token, temperature=0.7
+        )
+        for asked in (False, True)
+    ]
+    without, asked = both
+    assert asked.entropy_sum > 0 == without.entropy_sum and without.token_entropies is None
+    assert torch.equal(without.token_losses, asked.token_losses) and without.correct == asked.correct
+    assert torch.equal(without.loss_sum, asked.loss_sum)
+    sums = [each.token_losses.sum() if per_token else each.loss_sum for each in both]
+    gradients = [torch.autograd.grad(each, inputs) for each in sums]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other) and one.abs().sum() > 0
+
+
 def test_bf16_logits_are_divided_by_the_temperature_in_fp32() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(300, 16).bfloat16().requires_grad_()

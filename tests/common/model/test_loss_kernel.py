@@ -94,6 +94,20 @@ def test_losses_and_entropies_of_tokens_have_the_gradients_of_fp64(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_entropy_changes_no_bit_of_losses_and_gradients(per_token: bool) -> None:
+    torch.manual_seed(2)
+    inputs = [torch.randn(5, 8).requires_grad_(), torch.randn(50, 8).requires_grad_()]
+    targets, found = torch.randint(0, 50, (5,)), []
+    for asked in (False, True):
+        scored = token_cross_entropy(*inputs, targets, 3, with_entropy=asked, per_token=per_token)
+        assert bool(scored.entropy_sum) is asked
+        total = scored.token_losses.sum() if per_token else scored.loss_sum
+        found.append([scored.token_losses, *torch.autograd.grad(total, inputs)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and one.abs().sum() > 0
+
+
 def test_gradients_of_bf16_are_those_of_fp32_shortened_once() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(6, 50), torch.randint(0, 50, (6,))

@@ -224,6 +224,22 @@ def test_every_model_is_scored_at_the_temperature(name: str, temperature: float)
     assert compared > 10
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_entropy_changes_no_bit_of_losses_and_gradients(name: str, per_token: bool) -> None:
+    found = []
+    for asked in (False, True):
+        model = tiny(MODELS[name])
+        scored = packed_lm(model)(**batch_arguments(BATCH), with_entropy=asked, per_token=per_token)
+        assert bool(scored.entropy_sum) is asked
+        (scored.token_losses.sum() if per_token else scored.loss_sum).backward()
+        gradients = {key: weight.grad for key, weight in model.named_parameters()}
+        found.append({"losses": scored.token_losses.detach(), **gradients})
+    for key, one in found[0].items():
+        assert torch.equal(one, found[1][key]), key
+    assert sum(bool(one.abs().sum() > 0) for one in found[0].values()) > 10
+
+
 def test_entropies_are_not_asked_for_in_vain() -> None:
     packed = packed_lm(tiny(LLAMA))
     assert packed(**batch_arguments(BATCH), per_token=True).token_entropies is None
