@@ -65,8 +65,8 @@ class Offload(Enum):
 
 
 NO_NVME = (
-    "DeepSpeed 0.19.8 resumes without the optimizer's step and small tensors, and copies its files past the "
-    "checkpoint's hashes: deepspeed=zero3_offload, or optim.name=adamw_bf16 or adamw_8bit"
+    "DeepSpeed 0.19.8 resumes without AdamW's moments and without small tensors, and copies its files past "
+    "the checkpoint's hashes: deepspeed=zero3_offload, or optim.name=adamw_bf16 or adamw_8bit"
 )
 """Why there is no third."""
 WITHOUT_NVME = f"allowed: none, cpu; with nvme {NO_NVME}"

@@ -130,11 +130,11 @@ REMARKS = {
 
 NOT_OFFERED = {
     "nvme": NO_NVME,
-    "zenflow": "ZenFlow updates most weights later than their gradients come: other numbers than AdamW's; "
+    "zenflow": "ZenFlow begins with other weights than the model's, and applies most gradients late: "
     "deepspeed=zero2_offload runs AdamW itself",
-    "superoffload": "SuperOffload keeps AdamW's moments in a process that writes no checkpoint: "
-    "deepspeed=zero3_offload saves them",
-    "bf16optimizerstates": "there they are rounded to nearest, with weights in bf16 alone: "
+    "superoffload": "SuperOffload learns nothing from steps of several passes and saves no moments of AdamW: "
+    "deepspeed=zero3_offload does both",
+    "bf16optimizerstates": "with them master weights are bf16, rounded to nearest, and at small steps most stay: "
     "optim.name=adamw_bf16 rounds stochastically and keeps fp32 weights",
 }
 """What DeepSpeed has and no run takes, by its name without signs, and why (docs/performance.md)."""

@@ -116,11 +116,11 @@ def test_an_unknown_option_of_a_group_lists_the_options() -> None:
 @pytest.mark.parametrize(
     ("typed", "why"),
     [
-        ("deepspeed=zero3_nvme", "resumes without the optimizer's step"),
-        ("deepspeed.offload_optimizer=nvme", "resumes without the optimizer's step"),
+        ("deepspeed=zero3_nvme", "resumes without AdamW's moments"),
+        ("deepspeed.offload_optimizer=nvme", "resumes without AdamW's moments"),
         ("deepspeed.nvme_path=/nvme", "deepspeed=zero3_offload"),
-        ("+deepspeed.zenflow.topk_ratio=0.1", "ZenFlow updates most weights later"),
-        ("+deepspeed.super_offload=true", "writes no checkpoint"),
+        ("+deepspeed.zenflow.topk_ratio=0.1", "begins with other weights than the model's"),
+        ("+deepspeed.super_offload=true", "learns nothing from steps of several passes"),
         ("deepspeed.bf16_optimizer_states=true", "optim.name=adamw_bf16"),
     ],
 )
