@@ -217,7 +217,7 @@ def stream_first(folder: Path, processes: int) -> None:
 
     from common.config import DataConfig
     from common.data.batches import BatchPlan
-    from common.data.stream import stream
+    from common.data.stream import folder_of, stream
     from common.data.stream_batches import StreamedBatches
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -227,7 +227,8 @@ def stream_first(folder: Path, processes: int) -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         began = time.perf_counter()
-        rows = stream(data, tokenizer, stage="sft", seed=0, cache_dir=Path(cache), report=print)
+        windows = folder_of(data, tokenizer, stage="sft", seed=0, cache_dir=Path(cache))
+        rows = stream(data, tokenizer, windows, stage="sft", seed=0, report=print)
         batches = StreamedBatches(rows, BatchPlan(MAX_LENGTH, True, 8, 8, seed=0))
         tokens = sum(int(batch.input_ids.numel()) for batch in batches.micro_batches(0))
         record = {"first_batch_seconds": time.perf_counter() - began, "tokens_of_first_step": tokens}

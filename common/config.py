@@ -186,6 +186,12 @@ class ModelConfig:
                 hint=f"add {at}gradient_checkpointing=true",
             )
         self._check_recomputation(at)
+        if self.compile and self.router_aux_loss_coef:
+            raise UserError(
+                f"{at}router_aux_loss_coef={self.router_aux_loss_coef:g} does not go with {at}compile=true: "
+                "the graph of a layer breaks at its router, or passes by what looks at it",
+                hint=f"{at}compile=null, or {at}router_aux_loss_coef=0",
+            )
         check_sizes(self.config, f"{at}config.")
 
     def _check_recomputation(self, at: str) -> None:

@@ -92,6 +92,8 @@ class LaunchConfig:
     read_once_per_node: bool = False
     """one rank of each machine reads a model's weights and hands them on, for a disk that is slow or shared;
     false: each reads what it needs"""
+    check_memory: bool = True
+    """refuse a step whose weights and optimizer need more memory than a rank has, by `plan`'s estimate"""
     join_seconds: int = number(600, 1, 1_000_000)
     """how long machines wait for each other at the start"""
     max_restarts: int = number(0, 0, 1_000_000)
@@ -131,15 +133,24 @@ class LaunchConfig:
         heads: of the network's attention; None: not known.
         """
         asked = self.sequence_parallel
-        for count, things in ((ranks, "rank(s)"), (heads, "attention heads")):
+        for count, things in ((heads, "attention heads"), (ranks, "rank(s)")):
             if count is not None and count % asked:
-                fits = [n for n in range(1, ranks + 1) if ranks % n == 0 and (heads or 0) % n == 0]
-                nearest = min(fits, key=lambda n: (abs(n - asked), n))
-                heads_too = "" if heads is None else f" and the {heads} attention heads"
                 raise UserError(
                     f"launch.sequence_parallel={asked} does not divide the {count} {things}",
-                    hint=f"launch.sequence_parallel={nearest}, or another divisor of the ranks{heads_too}",
+                    hint=self._ways_to_share(ranks, heads),
                 )
+
+    def _ways_to_share(self, ranks: int, heads: int | None) -> str:
+        """What divides ranks and heads, the nearest first; and how many ranks take what was asked for."""
+        asked = self.sequence_parallel
+        fits = [n for n in range(1, ranks + 1) if ranks % n == 0 and (heads or 0) % n == 0]
+        nearest, *others = sorted(fits, key=lambda n: (abs(n - asked), n))
+        heads_too = "" if heads is None else f" and the {heads} attention heads"
+        also = f", and so do {', '.join(map(str, others))}" if others else ""
+        line = f"launch.sequence_parallel={nearest} divides the {ranks} rank(s){heads_too}{also}"
+        if (heads or 0) % asked == 0:
+            line += f"; {asked} takes a multiple of {asked} ranks: launch.nproc_per_node, launch.nnodes"
+        return line
 
     def check(self, at: str) -> None:
         """Of so many machines this is one."""

@@ -78,7 +78,8 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
     config = settle_sources(config, say)
     wired = wire_run(config)
     checks.check(config, own)
-    refuse_what_cannot_fit(config)
+    if config.launch.nnodes == 1:
+        refuse_what_cannot_fit(config, own, own)
     if line is not None:
         say(line)
     config = replace(config, run_name=name)
@@ -88,17 +89,19 @@ def run_as_machine(config: PipelineConfig, say: Say) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     with gather(config.launch, greeting, folder, say) as machines:
         checks.check(config, sum(machines.ranks), machines.ranks)
+        refuse_what_cannot_fit(config, sum(machines.ranks), own)
         status = run_checked(config, wired, folder, own, machines, say)
         machines.leave_with(status)
     return status
 
 
-def refuse_what_cannot_fit(config: PipelineConfig) -> None:
-    """UserError where a GPU of this machine cannot hold what a step needs on it, whatever else it holds."""
-    from pipeline.planning import gpu_memory, refuse_whole_actor
+def refuse_what_cannot_fit(config: PipelineConfig, ranks: int, ranks_here: int) -> None:
+    """UserError where a rank of this machine cannot hold what a step needs, whatever its rows are."""
+    from pipeline.planning import gpu_memory, refuse_unfit, refuse_whole_actor
 
     if count_gpus() > 0:
         refuse_whole_actor(config, gpu_memory())
+    refuse_unfit(config, ranks, ranks_here, gpu=count_gpus() > 0)
 
 
 def run_checked(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
@@ -36,7 +37,7 @@ ENVIRONMENT = {
     "WANDB_MODE": "disabled",
 }
 SECONDS = 120.0
-"""After which a rank is taken to hang."""
+"""After which a rank is taken to hang; those that it had to wait for a core are not counted."""
 
 FIRST_PORT, PORTS, WORKERS = 10_240, 1_400, 16
 _ports = itertools.count(os.getpid())  # two suites at a time begin at different ones
@@ -69,12 +70,42 @@ class Ranks:
             process.join()
 
     def finish(self) -> list[int]:
-        """Wait for all; exit codes by rank. One that hangs is killed, and so has -9."""
-        end = time.monotonic() + SECONDS
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+        """Wait for all; exit codes by rank. One that hangs is killed, and so has -9; the output says it."""
+        has_time = self.patience()
+        while running := [process for process in self.processes if process.is_alive()]:
+            if not has_time():
+                hang = [rank for rank, process in enumerate(self.processes) if process in running]
+                with self.output.open("a") as output:
+                    print(f"ranks {hang} did not end within {SECONDS:.0f} s and were killed", file=output)
+                break
+            multiprocessing.connection.wait([process.sentinel for process in running], 0.5)
         self.kill()
         return [process.exitcode for process in self.processes]
+
+    def patience(self) -> Callable[[], bool]:
+        """Tells, asked now and then, whether `SECONDS` from now on are not over."""
+        began, before, most = time.monotonic(), self._without_core(), 0.0
+
+        def has_time() -> bool:
+            nonlocal most
+            for rank, seconds in self._without_core().items():
+                most = max(most, seconds - before.get(rank, 0.0))
+            return time.monotonic() - began < SECONDS + most
+
+        return has_time
+
+    def _without_core(self) -> dict[int, float]:
+        """Of each rank that runs, `seconds_without_core`."""
+        alive = ((rank, process.pid) for rank, process in enumerate(self.processes) if process.is_alive())
+        return {rank: seconds_without_core(number) for rank, number in alive}
+
+
+def seconds_without_core(process: int) -> float:
+    """In which its first thread waited for a core; 0 where it has ended, or the kernel does not say."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def start(program: Callable[..., int], arguments: Sequence[Any], size: int, output: Path) -> Ranks:

@@ -1,7 +1,7 @@
 """Folders of tokenized rows, each named by a hash of everything that decides its rows.
 
-A folder appears under its name only when it is whole; one process fills it while others wait on the file
-system. Knows what a folder depends on and when it is whole, not what its files say.
+A folder appears under its name only when it is whole; one process fills it while those of other machines wait
+on the file system. Knows what a folder depends on and when it is whole, not what its files say.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from common.artifacts import file_sha256, read_json
 from common.config import DataConfig, SourceConfig
 from common.data import encoder, sources
 from common.data.stored import ROWS_FILE
-from common.errors import UserError
 from common.files import disk_errors
 
 if TYPE_CHECKING:
@@ -35,19 +34,6 @@ Report = Callable[[str], None]
 
 NOT_OF_ROWS = {"__init__.py", "batches.py", "packing.py", "packings.py", "stream_batches.py"}
 """Modules of this folder that do not decide tokenized rows."""
-
-
-def wait_for(folder: Path, *, report: Report = print, silence: float = 1800.0, poll: float = 0.2) -> None:
-    """Return once `folder` is whole, built by another process that shares the file system.
-
-    No collective is involved, so nothing times out while a builder makes progress. Raises UserError
-    when for `silence` seconds there was neither the folder nor a sign of a builder at work.
-    """
-    if not comes(folder, report=report, silence=silence, poll=poll):
-        raise UserError(
-            f"{folder}: waited {silence:.0f} s for another process to tokenize the data, and none did",
-            hint="see the log of the first rank on this machine; data.cache_dir must be shared",
-        )
 
 
 def comes(folder: Path, *, report: Report, silence: float, poll: float = 0.2) -> bool:

@@ -48,17 +48,35 @@ def build(
     seed: int,
     cache_dir: Path | str,
     report: Report = print,
-    wait: bool = False,
     show: Callable[[float], None] | None = None,
 ) -> tuple[Opened, Opened | None, Ledger]:
     """Training records, held-out records (None when there are none) and the ledger.
 
+    The arguments are those of `prepare`. Raises UserError for bad data, and when no row is left to train on.
+    """
+    folder = prepare(
+        data, tokenizer, kind, stage=stage, seed=seed, cache_dir=cache_dir, report=report, show=show
+    )
+    return records(folder, data, kind)
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: DatasetType[Opened],
+    *,
+    stage: str | None = None,
+    seed: int,
+    cache_dir: Path | str,
+    report: Report = print,
+    show: Callable[[float], None] | None = None,
+) -> Path:
+    """The folder with the records; reads all rows, and all that is in the cache of them.
+
     kind: DEMONSTRATIONS, PREFERENCES or PROMPTS. stage: the step's name, whose rows are wanted when
     `data.stage_split` shares them out. They are taken from the cache when the cache key is unchanged and the
-    files still have their hashes; otherwise they are made, and a line says what changed. With `wait` this
-    process waits for the one that builds (see `cache.wait_for`). show: is told the share of rows that are
-    tokenized, in place of lines. Raises UserError for bad data, and when no
-    row is left to train on.
+    files still have their hashes; otherwise they are made, and a line says what changed. show: is told the
+    share of rows that are tokenized, in place of lines. Raises UserError for bad data.
     """
     if not data.all_sources():
         raise UserError("no data is named", hint="set data.path, or data.sources")
@@ -76,12 +94,20 @@ def build(
     )
     folder = root / cache.digest(key)
     reader = functools.partial(Reader, data, kind, split, seed, report)
-    if wait:
-        cache.wait_for(folder, report=report)
-    elif not cache.is_intact(folder):
+    if not cache.is_intact(folder):
         report(cache.why_missed(root, key))
         _make(folder, key, lambda: Writer(reader(), tokenizer, cache.spool_of(folder), show), report)
     limited.end()  # in which the rows were rendered
+    return folder
+
+
+def records(
+    folder: Path, data: DataConfig, kind: DatasetType[Opened]
+) -> tuple[Opened, Opened | None, Ledger]:
+    """What is in a folder that `prepare` gave, here or to another rank of this machine; reads no rows.
+
+    Raises UserError when no row is left to train on, or none of `data.eval_path` to evaluate on.
+    """
     train, held_out, ledger = load(folder, kind)
     if data.eval_path is not None and held_out is None:
         raise UserError(

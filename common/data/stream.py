@@ -164,25 +164,31 @@ class _SourceIds:
         return int(self._rows.window(number).source_ids[within])
 
 
+def folder_of(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, stage: str, seed: int, cache_dir: Path
+) -> Path:
+    """Where the windows lie; reads all sources."""
+    key = cache.cache_key(
+        data, named_sources(data), tokenizer, kind=DEMONSTRATIONS.name, room=0, stage=stage, seed=seed
+    )
+    return cache_dir / f"{cache.digest(key)}.stream"
+
+
 def stream(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
     *,
     stage: str,
     seed: int,
-    cache_dir: Path,
     report: Report,
     wait: bool = False,
 ) -> StreamedRows:
-    """The demonstrations of the sources, from the first one on. The arguments are those of `dataset.build`.
+    """The demonstrations of the sources, from the first one on. folder: that of `folder_of`.
 
     With `wait` another process on this machine makes the windows.
     """
     named, split = named_sources(data), StageSplit(data.stage_split, stage, seed)
-    key = cache.cache_key(
-        data, named, tokenizer, kind=DEMONSTRATIONS.name, room=0, stage=stage, seed=seed
-    )  # fmt: skip
-    folder = cache_dir / f"{cache.digest(key)}.stream"
     names = [name for name, _ in named]
     if wait or (folder / END).exists():
         return StreamedRows(folder, names, None, report)

@@ -340,6 +340,25 @@ def wait_for_rank0(world: World, name: str) -> None:
     barrier()  # rank 0 may hold the store: it leaves after all have looked
 
 
+def from_first_of_machine(world: World, name: str, make: Callable[[], str]) -> str:
+    """What `make` returns on the first rank of this machine; its others wait for that, however long it takes.
+
+    name: used once in a run. In a collective the others would give it up after `collective_seconds()`; here
+    the watch does, when it is silent, and where it fails, its machine's agent ends them.
+    """
+    if world.size == 1:
+        return make()
+    store = dist.distributed_c10d._get_default_store()
+    told = f"{name} on the machine of rank {world.rank - world.local_rank}"
+    if world.local_rank == 0:
+        made = make()
+        store.set(told, made)
+        return made
+    while not store.check([told]):
+        time.sleep(0.2)
+    return bytes(store.get(told)).decode()
+
+
 class StopSignal:
     """SIGTERM and SIGUSR1: leave at once where nothing can be lost, else set a flag.
 

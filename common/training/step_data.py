@@ -1,6 +1,7 @@
 """From a step's settings to rows on disk, and how they become this rank's batches; alike for all steps.
 
-The first rank of each machine tokenizes once, while the others wait on the file system.
+The first rank of each machine tokenizes, or compares the hashes of what the cache has, while the others wait;
+then they map the same files: rows are read once on each machine, not by every rank.
 `common/data/prompt_rule.py` decides the loss mask, `common/data/batches.py` which rows make a step.
 """
 
@@ -12,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from common.artifacts import VARIABLES, Artifact, write_json
-from common.config import DataConfig, JobConfig
+from common.artifacts import VARIABLES, Artifact, content_sha256, write_json
+from common.config import DataConfig, JobConfig, to_plain
 from common.data import cache, dataset
 from common.data.batches import BatchPlan
 from common.data.dataset_types import DatasetType
 from common.data.ledger import Ledger
 from common.data.reader import named_sources
 from common.data.stored import PairDataset, PromptDataset, TokenizedDataset
-from common.data.stream import WINDOW, StreamedRows, stream
+from common.data.stream import WINDOW, StreamedRows, folder_of, stream
 from common.errors import with_step
 from common.phases import enter
-from common.runtime.distributed import World
+from common.runtime.distributed import World, from_first_of_machine
 from common.runtime.progress import Progress, console
 from common.stage import Step
 from common.training_config import TrainConfig
@@ -71,18 +72,30 @@ def build_data(
     tokenizer: PreTrainedTokenizerFast,
     say: Say,
     *,
-    wait: bool = False,
+    world: World | None = None,
 ) -> StepData[Rows]:
-    """Tokenize the sources, or find them in the cache. wait: another process on this machine does it."""
+    """Tokenize the sources, or find them in the cache. world: of the ranks that want them; None: one process.
+
+    All of a machine's ranks call it with the same arguments.
+    """
     if data.streaming:
-        return _streamed(job, step, data, kind, tokenizer, say, wait=wait)
+        return _streamed(job, step, data, kind, tokenizer, say, world)
     with _bar() as show:
-        train, held_out, ledger = dataset.build(
+        folder = _by_one(world, kind.name, data, lambda: dataset.prepare(
             data, tokenizer, kind=kind, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data),
-            report=say, wait=wait, show=show,
-        )  # fmt: skip
+            report=say, show=show,
+        ))  # fmt: skip
+    train, held_out, ledger = dataset.records(folder, data, kind)
     weights, split = dataset.source_weights(data), _stage_split(job, data)
     return StepData(train, held_out, ledger, weights, split, data.chat_template_kwargs)
+
+
+def _by_one(world: World | None, name: str, data: DataConfig, make: Callable[[], Path]) -> Path:
+    """The folder that the first rank of this machine makes, on each of its ranks."""
+    if world is None:
+        return make()
+    asked = f"{name} of {content_sha256(to_plain(data))}"
+    return Path(from_first_of_machine(world, asked, lambda: str(make())))
 
 
 def _stage_split(job: JobConfig, data: DataConfig) -> dict[str, Any] | None:
@@ -97,23 +110,24 @@ def _streamed(
     kind: DatasetType[Rows],
     tokenizer: PreTrainedTokenizerFast,
     say: Say,
-    *,
-    wait: bool,
+    world: World | None,
 ) -> StepData[Rows]:
     """The rows from the first one on, while those behind are tokenized; of held-out rows all."""
-    held_out, ledger, folder = None, Ledger(), cache_dir(job, data)
+    held_out, ledger = None, Ledger()
     if data.eval_path is not None:
         (*_, (_, source)) = named_sources(data)
         alone = replace(data, path=None, sources=[source], eval_path=None, eval_fraction=0.0, streaming=False)
-        held_out = build_data(job, step, alone, kind, tokenizer, say, wait=wait)
+        held_out = build_data(job, step, alone, kind, tokenizer, say, world=world)
         ledger = held_out.ledger
     say(
         "streaming: rows are tokenized while they are trained on, and packed and shuffled"
         f" {WINDOW:,} at a time; what became of them is said when the last is read"
     )
-    rows: Any = stream(
-        data, tokenizer, stage=step.value, seed=job.seed, cache_dir=folder, report=say, wait=wait
-    )
+    folder = _by_one(world, "stream", data, lambda: folder_of(
+        data, tokenizer, stage=step.value, seed=job.seed, cache_dir=cache_dir(job, data)
+    ))  # fmt: skip
+    wait = world is not None and world.local_rank > 0
+    rows: Any = stream(data, tokenizer, folder, stage=step.value, seed=job.seed, report=say, wait=wait)
     weights, split = dict.fromkeys(rows.sources, 1.0), _stage_split(job, data)
     evaluated = None if held_out is None else held_out.train
     return StepData(rows, evaluated, ledger, weights, split, data.chat_template_kwargs)
@@ -157,7 +171,7 @@ def load_data(
     another way, or rendered its chat template with other variables.
     """
     enter("data")
-    built = build_data(job, step, data, kind, tokenizer, say, wait=world.local_rank > 0)
+    built = build_data(job, step, data, kind, tokenizer, say, world=world)
 
     def account(ledger: Ledger) -> None:
         if world.is_rank0:

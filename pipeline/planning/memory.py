@@ -95,8 +95,11 @@ def estimate(work: Workload) -> MemoryEstimate:
     terms = (base, kernels, *states(work), held(work), inputs_on_host(work), *training, *sampling)
     found = MemoryEstimate(terms, work.gpu)
     loaded = MemoryEstimate((base, loading(work)), work.gpu)
-    largest = max(found, loaded, key=lambda each: each.device)
-    return dataclasses.replace(largest, host_to_load=loaded.host)
+    host_to_load = loaded.host
+    if loaded.device > found.device:  # then host memory is fullest at another moment
+        others = Term("later in host memory", 0.0, max(0.0, found.host - loaded.host))
+        found = dataclasses.replace(loaded, terms=(*loaded.terms, others))
+    return dataclasses.replace(found, host_to_load=host_to_load)
 
 
 def loading(work: Workload) -> Term:

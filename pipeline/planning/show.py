@@ -29,6 +29,7 @@ from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
 from pipeline.planning.fitting import rows_that_fit, ways_out_of
+from pipeline.planning.unfit import refuse_unfit
 from pipeline.planning.whole import refuse_whole_actor
 from pipeline.planning.work import Workload, with_stage
 from pipeline.planning.workload import accumulation, rows_per_pass, workload_of
@@ -64,7 +65,8 @@ class Where:
 def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) -> int:
     """Print the plan; of a job of Kubernetes its launch only, for its paths are those in the container.
 
-    Returns 0; UserError for what a run would refuse, or its status where that is the user's own code.
+    Returns 0; UserError for what a run would refuse, or its status where that is the user's own code. What
+    has no room is refused last, below the table that shows what would have.
     """
     wired = wire_run(config)
     if config.launch.kind is Launcher.k8s:
@@ -94,6 +96,8 @@ def plan(config: PipelineConfig, overrides: Sequence[str], *, say: Say = print) 
         say(name)
         for line in lines:
             say(f"  {line}".rstrip())
+    if config.launch.kind is not Launcher.k8s and not where.elsewhere:
+        refuse_unfit(config, where.ranks, where.here, gpu=where.gpu)
     return 0
 
 

@@ -47,6 +47,13 @@ def test_a_loss_of_routers_is_not_asked_of_a_network_without_any(tmp_path: Path)
         check_balanced(ModelConfig(path=dense, router_aux_loss_coef=0.01))
 
 
+def test_routers_in_compiled_layers_are_not_looked_at() -> None:
+    with pytest.raises(UserError, match="does not go with model.compile=true") as caught:
+        ModelConfig(router_aux_loss_coef=0.01, compile=True).check("model.")
+    assert caught.value.hint == "model.compile=null, or model.router_aux_loss_coef=0"
+    ModelConfig(router_aux_loss_coef=0.01, compile=False).check("model.")
+
+
 def test_ppo_says_that_its_updates_do_not_balance_experts(config: PipelineConfig) -> None:
     config.steps = [Step.sft, Step.reward, Step.ppo]
     config.reward.data = DataConfig(path="rows.jsonl", max_length=256)

@@ -37,8 +37,19 @@ def test_a_number_that_ranks_or_heads_cannot_be_divided_by_is_refused_with_the_n
     launch = LaunchConfig(sequence_parallel=asked)
     with pytest.raises(UserError, match=f"launch.sequence_parallel={asked} does not divide the") as caught:
         launch.check_sequence_parallel(ranks, heads)
-    assert str(caught.value.hint).startswith(f"launch.sequence_parallel={nearest},")
+    hint = str(caught.value.hint)
+    assert hint.startswith(f"launch.sequence_parallel={nearest} divides the {ranks} rank(s)")
     LaunchConfig(sequence_parallel=nearest).check_sequence_parallel(ranks, heads)
+    # more ranks are named where they would do
+    assert (f"{asked} takes a multiple of {asked} ranks" in hint) == ((heads or 0) % asked == 0)
+
+
+def test_all_numbers_that_go_are_named() -> None:
+    with pytest.raises(UserError) as caught:
+        LaunchConfig(sequence_parallel=5).check_sequence_parallel(12, 8)
+    assert caught.value.message == "launch.sequence_parallel=5 does not divide the 8 attention heads"
+    line = "launch.sequence_parallel=4 divides the 12 rank(s) and the 8 attention heads, and so do 2, 1"
+    assert caught.value.hint == line
 
 
 def test_heads_in_a_config_are_looked_at_before_anything_starts(config: PipelineConfig) -> None:

@@ -58,12 +58,13 @@ def test_servers_are_no_way_out_of_adapters() -> None:
 
 def test_a_run_refuses_it_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of("70B")
+    config.launch.check_memory = False  # all that a rank holds is another question
     monkeypatch.setattr("pipeline.planning.gpu_memory", lambda: H100)
     monkeypatch.setattr(run, "count_gpus", lambda: 0)
-    run.refuse_what_cannot_fit(config)  # on the CPU it is a question of all that a rank holds
+    run.refuse_what_cannot_fit(config, 8, 8)
     monkeypatch.setattr(run, "count_gpus", lambda: 8)
     with pytest.raises(UserError, match="PPO holds the whole actor"):
-        run.refuse_what_cannot_fit(config)
+        run.refuse_what_cannot_fit(config, 8, 8)
 
 
 def test_70b_on_64_gpus_fits_with_servers_and_plan_says_so() -> None:

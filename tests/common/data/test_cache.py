@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,8 @@ import pytest
 
 from common.config import DataConfig, SourceConfig, TrainOn, Truncation
 from common.data import cache, chat
-from common.data.cache import wait_for
-from common.data.dataset import build
 from common.data.dataset_types import DEMONSTRATIONS
 from common.data.ledger import Ledger
-from common.data.stored import TokenizedDataset
 from common.data.types import IGNORE
 from common.errors import UserError
 from common.fields import as_schema
@@ -263,7 +259,6 @@ def overwrite(folder: Path) -> None:
     """Other token ids in place of the cached ones, in a file of the same size."""
     (file,) = folder.glob(f"cache/*/{cache.ROWS_FILE}")
     content = bytearray(file.read_bytes())
-    (folder / "kept").write_bytes(content)
     middle = content.index(np.array(made(folder)[0][0].input_ids[:4]).tobytes())
     content[middle : middle + 4] = np.array([7], np.int32).tobytes()
     file.unlink()  # those who have it open go on reading the old one
@@ -280,47 +275,11 @@ def test_rows_that_were_overwritten_in_the_same_size_are_built_again(tmp_path: P
     assert texts(after) == before
 
 
-def test_who_waits_does_not_take_rows_that_were_overwritten(tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", pairs(40))
-    first, _, _ = made(tmp_path)
-    overwrite(tmp_path)
-    with pytest.raises(UserError, match="waited"):
-        wait_for(first.folder, report=Said(), silence=0.05, poll=0.01)
-    made(tmp_path)
-    wait_for(first.folder, report=Said(), silence=0.05, poll=0.01)
-    (again,) = (tmp_path / "cache").glob(f"*/{cache.ROWS_FILE}")
-    assert again.read_bytes() == (tmp_path / "kept").read_bytes()
-
-
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", pairs(40))
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot write .*cache/.*: a file is in .*\n.*data.cache_dir"):
         made(tmp_path)
-
-
-def test_others_wait_for_the_builder_without_building(tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", pairs(40))
-    data, tokenizer = DataConfig(path=str(tmp_path / "rows.jsonl")), tiny_tokenizer(CHATML)
-    options: dict[str, Any] = {
-        "kind": DEMONSTRATIONS,
-        "seed": 0,
-        "cache_dir": tmp_path / "cache",
-        "report": Said(),
-    }
-    found: list[TokenizedDataset] = []
-    waiter = threading.Thread(target=lambda: found.append(build(data, tokenizer, wait=True, **options)[0]))
-    waiter.start()
-    waiter.join(0.3)
-    assert waiter.is_alive() and not (tmp_path / "cache").exists()
-    train, _, _ = build(data, tiny_tokenizer(CHATML), **options)
-    waiter.join(10)
-    assert not waiter.is_alive() and found[0].fingerprint == train.fingerprint
-
-
-def test_waiting_ends_with_an_error_when_nobody_builds(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none did"):
-        wait_for(tmp_path / "never", report=Said(), silence=0.05, poll=0.01)
 
 
 def test_a_miss_is_explained_by_the_last_data_set_of_the_same_kind(tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(folder: Path, said: Said | None = None, wait: bool = False, **options: Any) -> StreamedRows:
     data = DataConfig(**{"path": str(folder / "rows.jsonl"), "eval_fraction": 0.0, "processes": 2, **options})
-    return stream.stream(
-        data, tiny_tokenizer(CHATML), stage="sft", seed=0, cache_dir=folder / "cache",
-        report=Said() if said is None else said, wait=wait,
-    )  # fmt: skip
+    tokenizer = tiny_tokenizer(CHATML)
+    windows = stream.folder_of(data, tokenizer, stage="sft", seed=0, cache_dir=folder / "cache")
+    report = Said() if said is None else said
+    return stream.stream(data, tokenizer, windows, stage="sft", seed=0, report=report, wait=wait)
 
 
 def steps_of(batches: StreamedBatches, count: int) -> list[list[list[int]]]:
