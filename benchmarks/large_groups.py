@@ -68,7 +68,7 @@ def planned(network: Network, case: dict[str, Any]) -> float:
         Workload(
             networks=(Trained(network, network.parameters, Head.tokens),),
             batch=MicroBatchShape(TOKENS, TOKENS, short=False),
-            sharding=Sharding(3, case["size"]),
+            sharding=Sharding(3, case["size"], hpz=case["hpz"]),
             half=True,
             gpu=True,
             checkpointing=True,

@@ -6,9 +6,12 @@ that of its weights alone. Measured on each rank: the peak of its own memory (Rs
 the mapped files (RssFile), which the system takes back when it needs them, and CPU-seconds. The bar of a
 rank: model / ranks + two largest tensors + 0.5 GB. The whole network on n ranks takes n times its memory, by
 default it is loaded by one. With `--export 2` the network is also exported from an engine on two ranks,
-tensor by tensor and whole, with `--merge 2` under adapters on all linear layers; there the memory counts that
-comes on top of the engine's, on rank 0. Writes `results/partitioned_loading.json`, `partitioned_export.json`
-or `partitioned_merge.json`; exit status 1 when a rank that loads its part is above its bar.
+tensor by tensor and whole; there the memory counts that comes on top of the engine's, on rank 0. With
+`--merge 2` it is exported under adapters on all linear layers and without them, tensor by tensor and, where
+`--whole` has 2, whole. Exports run with the allocator that the launcher gives to ranks, from an engine that
+trains one norm or the adapters alone, and are compared in fp32 module by module. Writes
+`results/partitioned_loading.json`, `partitioned_export.json` or `partitioned_merge.json`; exit status 1 when
+a rank that loads its part is above its bar.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import PROJECT, table, threads_environment, write_results
+from launch.local import allocator
 
 SHAPE = {
     "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -55,7 +59,9 @@ def main() -> int:
         return 0
     sides = [("parts", ranks) for ranks in arguments.ranks] + [("whole", ranks) for ranks in arguments.whole]
     sides += [(side, ranks) for ranks in arguments.export for side in ("export", "export whole")]
-    sides += [(side, ranks) for ranks in arguments.merge for side in ("merge", "merge whole")]
+    for ranks in arguments.merge:
+        kinds = ("export", "merge", *(["merge whole"] if ranks in arguments.whole else []))
+        sides += [(side, ranks) for side in kinds]
     with tempfile.TemporaryDirectory(prefix="loading_", dir=PROJECT / "benchmarks") as temporary:
         sizes = write_model(Path(temporary))
         runs = []
@@ -91,6 +97,8 @@ def measured(folder: Path, ranks: int, side: str, sizes: dict[str, float]) -> di
     """One start of all ranks; the largest number of each kind over them."""
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(29_600 + ranks), **threads_environment(1)}
+    if side not in ("parts", "whole"):
+        common |= allocator()
     command = [
         sys.executable,
         "-m",
@@ -152,12 +160,17 @@ def export(folder: str, *, streamed: bool, adapted: bool = False) -> dict[str, f
     from common.config import DeepSpeedConfig, Dtype, ModelConfig
     from common.model.tokenizer import load_tokenizer
     from common.runtime.distributed import close_world, init_world, wait_for_rank0
+    from common.training import export_check
     from common.training.ds_config import build_ds_config
-    from common.training.engine import Engine
+    from common.training.engine import Engine, return_free_memory
     from common.training.export import ask_live, export_model
     from common.training.export_stream import stream_weights
 
+    export_check._free_memory = lambda: 0  # else the comparison takes what happens to be free
     world, module = init_world(), _module(folder, True, adapted)
+    if not adapted:  # else the machine would need twelve bytes more for each weight; no export touches them
+        module.requires_grad_(False)
+        module.model.model.norm.requires_grad_(True)
     config = build_ds_config(
         DeepSpeedConfig(stage=3), dtype=Dtype.bf16, max_grad_norm=1.0, micro_batch_size=1,
         world_size=world.size, num_parameters=1_000_000,
@@ -168,9 +181,11 @@ def export(folder: str, *, streamed: bool, adapted: bool = False) -> dict[str, f
         for master in engine.master_weights():
             master.add_(1e-3)
         engine.publish_master_weights()
+    engine.forget_optimizer()
     engine.eval()
     tokenizer, out = load_tokenizer(ModelConfig(path=folder)), Path(folder) / "out" / "export"
     probe = ask_live(module, [torch.arange(3, 35)])
+    return_free_memory()  # what loading left in the allocator would be taken for the engine's
     with taken() as found:
         written = stream_weights(engine, module.model, out, writes=world.is_rank0) if streamed else None
         weights = None if streamed else engine.full_state_dict()

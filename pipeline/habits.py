@@ -134,7 +134,7 @@ NOT_OFFERED = {
     "deepspeed=zero2_offload runs AdamW itself",
     "superoffload": "SuperOffload learns nothing from steps of several passes and saves no moments of AdamW: "
     "deepspeed=zero3_offload does both",
-    "bf16optimizerstates": "with them master weights are bf16, rounded to nearest, and at small steps most stay: "
+    "bf16optimizerstates": "with them weights are bf16 alone, rounded to nearest, and small steps move few: "
     "optim.name=adamw_bf16 rounds stochastically and keeps fp32 weights",
 }
 """What DeepSpeed has and no run takes, by its name without signs, and why (docs/performance.md)."""

@@ -146,6 +146,12 @@ class Networks:
         for trained in filter(None, [self.actor, self.critic]):
             trained.engine.eval()
 
+    def end_training(self) -> None:
+        """Nothing learns any more: as `eval`, and the optimizers' states are freed."""
+        self.eval()
+        for trained in filter(None, [self.actor, self.critic]):
+            trained.engine.forget_optimizer()
+
     def _token_losses(self, run: Callable[..., TokenLoss], batch: Batch, with_entropy: bool) -> TokenLoss:
         arguments = batch_arguments(batch.to(self.device))
         return run(**arguments, temperature=self.temperature, with_entropy=with_entropy, per_token=True)

@@ -174,7 +174,7 @@ def train(job: PPOJob, run_dir: Path) -> int:
 
         # Export --------------------------------------------------------------------------------
         session.begin_export()
-        networks.eval()
+        networks.end_training()
         with swapped_in(run.average):
             session.export(
                 networks.module, actor, tokenizer, probe_of(data.train[0], world.device),

@@ -241,7 +241,7 @@ def _merged(layer: Any) -> torch.Tensor:
     """W + scale * (B @ A) in the base's layout; with DoRA its rows are scaled to the learned lengths."""
     scale = layer.scaling[ADAPTER]
     if hasattr(layer, "parameter_name"):
-        return layer.get_param() + scale * _stacked_product(layer)
+        return layer.get_param() + _stacked_product(layer).mul_(scale)
     base = layer.get_base_layer()
     if ADAPTER in layer.lora_embedding_A:
         product, is_transposed = layer.lora_embedding_B[ADAPTER] @ layer.lora_embedding_A[ADAPTER], True
@@ -250,7 +250,7 @@ def _merged(layer: Any) -> torch.Tensor:
         is_transposed = layer.fan_in_fan_out
     if is_transposed:
         product = product.T
-    merged = base.weight + scale * product
+    merged = base.weight + product.mul_(scale)  # a copy less: of embeddings it is a large one
     if ADAPTER not in layer.lora_magnitude_vector:
         return cast(torch.Tensor, merged)
     per_output = merged.norm(dim=0 if is_transposed else 1)

@@ -110,7 +110,7 @@ def _ready(
         isolate_documents(network)
         say_what_differs(network.config, model)
         if model.gradient_checkpointing:
-            recompute_layers(network, model, device, max_length)
+            recompute_layers(network, model, device)
         if model.compile:
             compile_layers(network)
         if model.lora.enabled:

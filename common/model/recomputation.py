@@ -28,14 +28,11 @@ KEPT = {
 """What selective recomputation keeps, by name: all of a layer's matrix products, and its attention."""
 
 
-def recompute_layers(
-    network: PreTrainedModel, model: ModelConfig, device: torch.device, max_length: int | None = None
-) -> None:
-    """As the settings say. device: on which it trains; max_length: tokens of a row. UserError for an
-    architecture that cannot."""
+def recompute_layers(network: PreTrainedModel, model: ModelConfig, device: torch.device) -> None:
+    """As the settings say. device: on which it trains. UserError for an architecture that cannot."""
     enable_checkpointing(network, model.checkpointing_policy)
     if model.tiles_feed_forward:
-        tile_feed_forward(network, insisted=bool(model.tiled_mlp), max_length=max_length)
+        tile_feed_forward(network, insisted=bool(model.tiled_mlp))
     if model.activation_offload and device.type == "cpu":
         notice("model.activation_offload moves nothing", "this rank trains on the CPU")
     elif model.activation_offload:

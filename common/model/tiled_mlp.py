@@ -41,23 +41,40 @@ Draws = tuple[torch.Tensor, list[int], list[torch.Tensor]]
 """States of the generators, of the host and of devices."""
 
 
-def tile_feed_forward(network: PreTrainedModel, *, insisted: bool, max_length: int | None = None) -> None:
-    """From now on. A notice says which networks of a long pass are not tiled; where none can be and that is
-    insisted on, UserError. max_length: tokens of a row; None: not known."""
+def tile_feed_forward(network: PreTrainedModel, *, insisted: bool) -> None:
+    """From now on. A notice says which networks are not tiled: where that is insisted on at once, else in the
+    first pass of more tokens than a tile. UserError where none can be and that is insisted on."""
     layers = list(getattr(decoder_of(network), "layers", ()))
     per_token = _kinds_per_token(network)
     tiled = [layer.mlp for layer in layers if type(getattr(layer, "mlp", None)) in per_token]
     for module in tiled:
         module.forward = _Tiles(module)
         module.register_forward_pre_hook(_with_gradient)
-    others = f"{len(layers) - len(tiled)} of {len(layers)} layers of model_type={network.config.model_type}"
+    whole = [layer for layer in layers if not is_tiled(getattr(layer, "mlp", layer))]
+    others = f"{len(whole)} of {len(layers)} layers of model_type={network.config.model_type}"
     if not tiled and insisted:
         raise UserError(
             f"model.tiled_mlp=true: {others} have experts, or mix tokens, and cannot be tiled",
             hint="model.tiled_mlp=null",
         )
-    if len(tiled) < len(layers) and (insisted or (max_length or 0) > TILE):
-        notice(NOT_TILED, f"{others} have experts, or mix tokens", COST)
+    why = f"{others} have experts, or mix tokens"
+    if whole and insisted:
+        notice(NOT_TILED, why, COST)
+    elif whole:
+        _say_in_a_long_pass(whole[0], why)
+
+
+def _say_in_a_long_pass(layer: nn.Module, why: str) -> None:
+    """Once. How long passes are is decided by rows, their length and their number, and by ranks that share
+    them: the layer sees it."""
+
+    def look(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = arguments[0] if arguments else named["hidden_states"]
+        if torch.is_grad_enabled() and hidden.shape[-2] > TILE:
+            handle.remove()
+            notice(NOT_TILED, why, COST)
+
+    handle = layer.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def is_tiled(module: nn.Module) -> bool:

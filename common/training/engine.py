@@ -188,7 +188,7 @@ class Engine:
             if (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
                 mapping.optim_fragment = {}  # views of that state
         zero.optimizer.state.clear()
-        _return_free_memory()
+        return_free_memory()
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The module's whole state dict on rank 0, None elsewhere; all ranks call it."""
@@ -379,7 +379,7 @@ def _initialized(
     return engine
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give the system what freed tensors held on the CPU; allocators keep it, tcmalloc and glibc's here."""
     process = ctypes.CDLL(None)
     if hasattr(process, "MallocExtension_ReleaseFreeMemory"):

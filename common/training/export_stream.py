@@ -30,7 +30,7 @@ from common.model.adapters import (
     unwrapped,
 )
 from common.notices import notice
-from common.training.engine import Engine
+from common.training.engine import Engine, return_free_memory
 from common.training.export_model import plain_config, tied_names, with_adapters
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ SHARD_SIZE = "5GB"
 
 BASE = "base.safetensors"
 """File of the tensors that adapters were merged into."""
+
+KEPT = 256 << 20
+"""Bytes of tensors after which what the allocator kept of them, and of their merges, goes back to the system:
+between tensors of several sizes gaps stay that no other fits, and they would grow with every layer."""
 
 WHOLE = "rank 0 gathers all weights before it exports them"
 
@@ -150,7 +154,7 @@ def stream_weights(engine: Engine, model: PreTrainedModel, folder: Path, *, writ
     order = {name: tensors[name] for names in files.values() for name in names}
     writer = _Writer(partial_of(folder), files, tensors) if writes else None
     base = _base_writer(folder, merging, order) if writes and merging is not None else None
-    for name, tensor in engine.whole_weights(order):
+    for name, tensor in _giving_back(engine.whole_weights(order)):
         if writer is None:
             continue
         if base is not None and merging is not None and name in merging.layers:
@@ -197,6 +201,18 @@ def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters, which ZeRO-3 knows, and buffers that are saved, by name."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers())
+
+
+def _giving_back(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same; between them, and behind the last, what the allocator kept goes back to the system."""
+    kept = 0
+    for name, tensor in named:
+        yield name, tensor
+        kept += tensor.nbytes
+        if kept > KEPT:
+            return_free_memory()
+            kept = 0
+    return_free_memory()
 
 
 def _names_in_files(names: Iterable[str]) -> dict[str, str]:

@@ -172,7 +172,11 @@ def states(work: Workload) -> list[Term]:
         terms.append(Term("gathered weights", min(whole, LIVE_PARAMETERS) * work.weight_bytes))
         if work.gpu:  # each engine has its bucket from the start, as large as it may get
             buckets = len(work.networks) * sharding.reduce_bucket_size
-            terms.append(Term("buffers", work.weight_bytes * buckets))
+            terms.append(Term("buffers", _reduced_bytes(work) * buckets))
+        if sharding.hpz > 1:  # ZeRO++'s second share, among so many ranks (arXiv 2306.10209)
+            every = sum(_weights(work, part) for part in work.networks)
+            every += sum(network.parameters for network in work.frozen) * work.weight_bytes
+            terms.append(Term("second shares", every / sharding.hpz))
     if sharding.stage == 2 and sharding.offload_optimizer and work.gpu:
         # on their way to the host gradients pass through a buffer of the largest weight
         largest = max(min(part.trained, part.network.largest) for part in work.networks)
@@ -208,8 +212,9 @@ def buffers(work: Workload, part: Trained) -> Term:
     stage 1: a bucket g B, the share in the partition g T / R, flattened 4 T / R (fp32 only; in half
     precision its other optimizer updates in place); none of them on one rank alone
     (`training/gradients.py`). Stage 2: one bucket, on a GPU with overlap two, and the share of the newest
-    micro-batch b T / R. Stage 3: a bucket (on a GPU in `states`), its concatenation and the reduced share,
-    which goes to the host bucket by bucket where the optimizer is there.
+    micro-batch b T / R; in half precision on a GPU the buckets alone, b B each. Stage 3: a bucket (on a GPU
+    in `states`), its concatenation and the reduced share, which goes to the host bucket by bucket where the
+    optimizer is there.
     """
     sharding, trained = work.sharding, part.trained
     bucket = min(sharding.reduce_bucket_size, trained)
@@ -219,6 +224,8 @@ def buffers(work: Workload, part: Trained) -> Term:
         return Term("buffers", 0.0 if none else FP32 * (bucket + 2 * share))
     if sharding.stage == 2:
         count = 2 if work.gpu and sharding.overlap_comm else 1
+        if work.gpu and work.half:
+            return Term("buffers", count * work.weight_bytes * bucket)
         return Term("buffers", count * FP32 * bucket + work.weight_bytes * share)
     width = work.weight_bytes
     flat = FP32 * share if work.half and not sharding.offload_optimizer else 0.0
@@ -227,16 +234,19 @@ def buffers(work: Workload, part: Trained) -> Term:
 
 
 def _to_host(work: Workload, part: Trained) -> Term:
-    """On stage 3, where the optimizer is in host memory, the gradient of the largest weight on its way there:
-    a bucket, the rank's share as it was reduced and in fp32. One rank alone reduces in fp32."""
+    """On a GPU and stage 3, where the optimizer is in host memory, the gradient of the largest weight on its
+    way there: the rank's share as it was reduced and in fp32, which are one where one rank alone reduces."""
     sharding = work.sharding
     if sharding.stage < 3 or not sharding.offload_optimizer:
         return Term("buffers", 0.0)
-    reduced = FP32 if sharding.ranks == 1 else work.weight_bytes
     share = min(part.trained, part.network.largest) / sharding.ranks
-    bucket = min(sharding.reduce_bucket_size, part.trained)
-    held = work.weight_bytes if work.gpu else 0  # of the bucket, among the states
-    return Term("buffers", (reduced - held) * bucket + (reduced + FP32) * share)
+    copies = FP32 if sharding.ranks == 1 else work.weight_bytes + FP32
+    return Term("buffers", copies * share)
+
+
+def _reduced_bytes(work: Workload) -> int:
+    """Of a number in a bucket of stage 3: one rank alone reduces in fp32."""
+    return FP32 if work.sharding.ranks == 1 else work.weight_bytes
 
 
 def update_buffers(work: Workload, part: Trained) -> Term:

@@ -261,8 +261,8 @@ def memory_lines(
     return [
         *lines,
         "states: the optimizer's and fp32 masters; kept: activations, for the backward pass",
-        "others: frozen models, gathered weights, an average, a checkpoint that is written beside training,",
-        "  on GPUs at ZeRO-3 a network as it is loaded;",
+        "others: frozen models, gathered weights, hpZ's shares, an average, a checkpoint that is written",
+        "  beside training, on GPUs at ZeRO-3 a network as it is loaded;",
         f"  {loaded} ({gigabytes(base)} GB)",
         *([] if where.gpu else [left_out]),
     ]

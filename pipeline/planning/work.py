@@ -33,7 +33,7 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What of the DeepSpeed settings decides memory."""
+    """What of the DeepSpeed settings decides memory. hpz: ranks that hold each weight once more (hpZ)."""
 
     stage: int
     ranks: int
@@ -41,6 +41,7 @@ class Sharding:
     offload_param: bool = False
     reduce_bucket_size: int = 200_000_000
     overlap_comm: bool = True
+    hpz: int = 1
 
 
 @dataclass(frozen=True)

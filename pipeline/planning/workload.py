@@ -89,6 +89,7 @@ def workload_of(
             offload_param=deepspeed.offload_param is not Offload.none,
             reduce_bucket_size=deepspeed.reduce_bucket_size,
             overlap_comm=deepspeed.overlap_comm,
+            hpz=deepspeed.hpz_partition_size,
         ),
         half=config.model.dtype is not Dtype.fp32,
         gpu=gpu,

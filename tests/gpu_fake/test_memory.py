@@ -50,6 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
     "8 layers of 1B, zero3 offload, 8 ranks": {
         "names": ["8 layers of 1B"], "stage": 3, "size": 8, "offload_optimizer": True, "offload_param": True,
     },
+    "8 layers of 1B, zero3 offload, one rank, short rows": {
+        "names": ["8 layers of 1B"], "tokens": 512, "stage": 3,
+        "offload_optimizer": True, "offload_param": True,
+    },
+    "8 layers of 1B, zero3, 16 ranks, hpZ over 2": {
+        "names": ["8 layers of 1B"], "stage": 3, "size": 16, "hpz": 2,
+    },
     "4 layers of 70B, zero3, 64 ranks": {
         "names": ["4 layers of 70B"], "stage": 3, "size": 64, "checkpointing": True,
     },
@@ -58,6 +65,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "1B, lora": {"lora": 16},
     "2 of 48 layers of 30B-A3B": {"names": ["2 layers of 30B-A3B"]},
+    "2 of 48 layers of 30B-A3B, zero2, 8 ranks, checkpointing": {
+        "names": ["2 layers of 30B-A3B"], "stage": 2, "size": 8, "checkpointing": True,
+    },
+    "4 layers of 1B, 16k, zero2, 8 ranks, checkpointing": {
+        "names": ["4 layers of 1B"], "tokens": 16_384, "stage": 2, "size": 8, "checkpointing": True,
+    },
     "3 of 48 layers of 30B-A3B, 32k, checkpointing": {
         "names": ["3 layers of 30B-A3B"], "tokens": 32_768, "checkpointing": True,
     },
@@ -88,7 +101,9 @@ def planned(case: dict[str, Any]) -> memory.MemoryEstimate:
         Workload(
             networks=tuple(learning),
             batch=MicroBatchShape(tokens, tokens, False, len(documents), max(documents)),
-            sharding=Sharding(case["stage"], case["size"], case["offload_optimizer"], case["offload_param"]),
+            sharding=Sharding(
+                case["stage"], case["size"], case["offload_optimizer"], case["offload_param"], hpz=case["hpz"]
+            ),
             half=case.get("dtype") != "fp32",
             gpu=True,
             checkpointing=case["checkpointing"],

@@ -148,6 +148,17 @@ def test_states_are_those_of_zero_and_are_shared_by_the_ranks_as_its_stages_say(
     assert found[3] == [500, 3000, 1000, 2000]
 
 
+def test_hpz_holds_every_weight_once_more_among_the_ranks_of_a_group() -> None:
+    """1,000 weights that learn and 1,000 frozen ones in half precision, 16 ranks in groups of 4."""
+    network = from_fields(LLAMA)
+    assert network is not None
+    network = replace(network, parameters=1000)
+    work = work_of(networks=(Trained(network, 1000, Head.tokens),), half=True, gpu=True, frozen=(network,))
+    plain, shared = (memory.estimate(replace(work, sharding=Sharding(3, 16, hpz=hpz))) for hpz in (1, 4))
+    assert (plain.of("second shares"), shared.of("second shares")) == (0, 2 * 2000 / 4)
+    assert shared.device - plain.device == 1000
+
+
 def test_a_network_is_loaded_in_parts_on_stage_3_unless_it_has_to_be_whole() -> None:
     """1,000 weights in half precision on 4 ranks: 2,000 bytes whole, 500 of a rank; 100 in one tensor."""
     network = from_fields(LLAMA)
@@ -326,9 +337,7 @@ def test_on_a_gpu_the_worst_moment_counts_not_all_of_them() -> None:
 def test_on_a_gpu_the_backward_pass_has_the_buckets_and_no_logits() -> None:
     work = work_of(half=True, gpu=True, batch=MicroBatchShape(600, 1), sharding=Sharding(2, 1))
     found, size = memory.estimate(work), work.networks[0].trained
-    assert (
-        found.of("buffers") == 2 * 4 * size + 2 * size
-    )  # two buckets, and the newest micro-batch's gradients
+    assert found.of("buffers") == 2 * 2 * size  # two buckets of rounded gradients
     assert found.of("logits") == 2 * 320 * 48  # the projection's gradient, rounded
 
 

@@ -15,10 +15,12 @@ from common.model.partition import share_of
 from common.model.scalar_head import NEW_REWARD_MODEL
 from common.runtime.distributed import World, init_world, wait_for_rank0
 from common.training import export_stream
+from common.training.engine import return_free_memory
 from common.training.export import ask_live, export_model
 from common.training.export_stream import Streamed, partial_of, stream_weights
 from tests.packed import packed_lm, packed_scorer
 from tests.programs import engines
+from tests.programs.partitioned import WIDE
 from tests.tiny import CHATML, tiny_tokenizer
 
 NAMES = ("untied", "tied", "bias")
@@ -83,6 +85,33 @@ def adapters_are_merged(models: str, out: str, names: list[str], dtype: Dtype) -
             assert not list(Path(out).glob("*.tmp"))
         wait_for_rank0(world, name)
     return 0
+
+
+LAYERS, KEPT = 8, 30e6
+"""Of a model whose merges would leave more than that in the allocator, and what may be left."""
+
+
+def memory_goes_back(out: str) -> int:
+    """What merges left in the allocator is the system's again before the export is made."""
+    world, folder = init_world(), Path(out) / "export"
+    shape = {**WIDE, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": LAYERS}
+    export_stream.KEPT = 32 << 20
+    config = ModelConfig(config={"model_type": "llama", **shape}, dtype=Dtype.bf16, lora=LORA)
+    engine, network = _trained(config, world)
+    return_free_memory()
+    before = _own_memory()
+    written = stream_weights(engine, network, folder, writes=world.is_rank0)
+    assert (
+        written is not None and written.merged is not None and len(written.merged.differences) == 7 * LAYERS
+    )
+    assert _own_memory() - before < KEPT, (before, _own_memory())
+    return 0
+
+
+def _own_memory() -> int:
+    """Bytes of this process that no file is behind."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
+    return 1024 * int(line.split()[1])
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -90,6 +90,10 @@ def test_a_run_leaves_exactly_these_files(run_dir: Path) -> None:
     assert found == {*kept, *plain, *(f"export/{name}" for name in EXPORT)}
 
 
+def test_neither_actor_nor_critic_has_an_optimizers_state_in_the_export(run_dir: Path) -> None:
+    assert watched(run_dir)["states"] == [0, 0]
+
+
 def test_every_line_has_the_metrics_that_users_know(run_dir: Path) -> None:
     assert [line["step"] for line in lines_of(run_dir)] == [1, 2, 3]
     for line in lines_of(run_dir):

@@ -163,16 +163,19 @@ def ppo_watched(config: str) -> int:
     experiences: of each iteration, filled in. updates: (iteration, update, actor, critic) of each, with
     this rank's fp32 master weights after it. scored, learned: the responses of each micro-batch that this
     rank computed, for the log-probabilities of an iteration and for an update. probe, logits: what the live
-    model gave when it was exported.
+    model gave when it was exported. states: how many tensors of the networks had an optimizer's state then.
     """
     import os
 
+    from common.training import session
     from step3_ppo import networks as networks_of_ppo
     from step3_ppo import train
 
     fill, update = train.with_advantages, train.update
     tell = networks_of_ppo.Networks.with_token_numbers
-    seen: dict[str, Any] = {"experiences": [], "updates": [], "scored": [], "learned": []}
+    ask = session.ask_live
+    seen: dict[str, Any] = {"experiences": [], "updates": [], "scored": [], "learned": [], "states": []}
+    learners: list[Any] = []
 
     def telling(networks: Any, experience: Any, batches: Any, **kwargs: Any) -> Any:
         if not kwargs:  # in an iteration
@@ -187,10 +190,16 @@ def ppo_watched(config: str) -> int:
         outcome, counters = update(networks, *args), args[3]
         seen["learned"].append([batch.row_ids for batch in args[0].micro_batches])
         both = (networks.actor, networks.critic)
+        learners[:] = filter(None, both)
         weights = [None if it is None else [w.clone() for w in it.engine.master_weights()] for it in both]
         seen["updates"].append((counters.step, counters.update, *weights))
         return outcome
 
+    def asking(*args: Any) -> Any:
+        seen["states"] += [len(it.engine._engine.optimizer.optimizer.state) for it in learners]
+        return ask(*args)
+
+    session.ask_live = asking
     train.with_advantages, train.update = filling, updating
     networks_of_ppo.Networks.with_token_numbers = telling
     if int(os.environ["RANK"]) == 0:

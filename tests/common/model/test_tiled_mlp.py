@@ -27,6 +27,7 @@ from tests.packed import packed_lm
 TOKENS = 17
 BOUNDARIES = torch.tensor([0, 5, 12, TOKENS], dtype=torch.int32)
 CPU = torch.device("cpu")
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 FP32 = 1e-6
 """Relative, of a gradient's norm: sums of 17 products in another order."""
 
@@ -185,11 +186,11 @@ def test_a_weights_gradient_is_summed_in_fp32() -> None:
 
 
 def test_experts_are_left_whole_and_that_is_said(said: list[str]) -> None:
-    fields = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-    model = model_of("qwen3_moe", **fields)
-    tiled_mlp.tile_feed_forward(model, insisted=False, max_length=6)
+    model = recomputed(model_of("qwen3_moe", **EXPERTS), None)
     assert not any(map(tiled_mlp.is_tiled, model.modules()))
-    assert "2 of 2 layers of model_type=qwen3_moe have experts" in said[0]
+    for _ in range(2):
+        gradients(whole_rows(model))
+    assert len(said) == 1 and "2 of 2 layers of model_type=qwen3_moe have experts" in said[0]
     with pytest.raises(UserError, match="2 of 2 layers .* have experts"):
         tiled_mlp.tile_feed_forward(model, insisted=True)
 
@@ -203,10 +204,20 @@ def test_a_network_that_mixes_tokens_is_left_whole(monkeypatch: pytest.MonkeyPat
     assert not any(map(tiled_mlp.is_tiled, model.modules()))
 
 
-def test_short_rows_say_nothing_of_networks_that_cannot_be_tiled(said: list[str]) -> None:
-    fields = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
-    tiled_mlp.tile_feed_forward(model_of("qwen3_moe", **fields), insisted=False, max_length=5)
+def test_short_passes_say_nothing_of_networks_that_cannot_be_tiled(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do those without gradients, which keep nothing. All tokens of a pass count, not those of a row."""
+    model = recomputed(model_of("qwen3_moe", **EXPERTS), None)
+    ids, rows = (torch.arange(TOKENS) * 7 % 50)[None], torch.arange(TOKENS - 1)
+    with torch.no_grad():
+        whole_rows(model)(ids, positions_within(BOUNDARIES, TOKENS), BOUNDARIES, 7, rows, rows)
+    monkeypatch.setattr(tiled_mlp, "TILE", TOKENS)
+    gradients(whole_rows(model))
     assert not said
+    monkeypatch.setattr(tiled_mlp, "TILE", TOKENS - 1)
+    gradients(whole_rows(model))
+    assert len(said) == 1
 
 
 def test_selective_recomputation_is_not_tiled() -> None:

@@ -51,3 +51,8 @@ def test_what_cannot_be_written_tensor_by_tensor_is_left_to_the_whole_export(
 def test_a_full_disk_hangs_no_rank_and_a_flipped_bit_is_found(models: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     runs(streamed.a_full_disk_and_a_flipped_bit, 2, tmp_path, str(models), str(tmp_path / "out"))
+
+
+def test_what_merges_leave_in_the_allocator_goes_back_to_the_system(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    runs(streamed.memory_goes_back, 1, tmp_path, str(tmp_path / "out"))
