@@ -56,12 +56,11 @@ _TENSORS = {
 def join(rank: int, size: int) -> None:
     """Let `init_process_group` give a group whose other ranks are names: collectives return at once."""
     import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     real = dist.init_process_group
 
     def init(backend: str, *, timeout: Any = None, **_: Any) -> None:
-        store: Any = dist.HashStore() if size == 1 else FakeStore()
+        store = dist.HashStore()  # of this rank alone
         backends = "cpu:gloo,cuda:fake" if size == 1 else "cpu:fake,cuda:fake"
         real(backends, rank=rank, world_size=size, store=store, timeout=timeout)
 
