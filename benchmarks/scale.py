@@ -10,13 +10,15 @@ writes `results/scale.json`.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.measure import table, write_results
+from benchmarks.measure import RESULTS, table, write_results
+from pipeline.planning.fitting import Room
 from pipeline.planning.memory import MemoryEstimate, estimate
 from pipeline.planning.network import Network, from_fields
 from pipeline.planning.work import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
@@ -42,11 +44,19 @@ class Cluster:
     hours_to_failure: float = (
         50_700  # of one device: 419 interruptions in 54 days on 16,384 (arXiv 2407.21783)
     )
-    restart_seconds: float = 60  # assumed beside reading the checkpoint
+    from_disk: float = 2 * GB  # assumed, bytes per second and node
+    restart_seconds: float = field(default_factory=lambda: restart_measured())
+    noticed_later: float = 30  # assumed, on GPUs: seconds until ranks that wait for one are ended
 
     def wire(self, ranks: int) -> float:
         """Bytes per second that a rank sends in a ring through all of them."""
         return self.in_node if ranks <= self.per_node else self.between_nodes
+
+
+def restart_measured() -> float:
+    """Seconds from the death of a rank to the end of the next step; see `restart_time`."""
+    found = json.loads((RESULTS / "restart_time.json").read_text())
+    return float(found["medians"]["all"])
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One cell of the tables; memory and wire in bytes per rank and step, None where nothing fits."""
+    """One cell of the tables; memory, host and wire in bytes per rank and step. Where nothing fits, the last
+    numbers are None, and memory and host those of the setting that comes nearest: with the least host memory
+    of those that the device has room for, or else the least of the device."""
 
     model: str
     task: str
@@ -84,6 +96,7 @@ class Outcome:
     sharing: int  # ranks that share a row
     setting: str
     memory: float
+    host: float
     wire: float | None
     seconds: float | None
     dollars_per_step: float | None
@@ -222,17 +235,30 @@ def lightest(
     model: Model, task: Task, devices: int, cluster: Cluster
 ) -> tuple[Setting | None, int, int, MemoryEstimate]:
     """(the setting, None if none fits; ranks that share a row; ranks that have work; their memory)"""
+    room = Room(cluster.memory, cluster.host)
     smallest: tuple[int, int, MemoryEstimate] | None = None
     for setting in SETTINGS:
         for sharing in sharings(task, devices, cluster):
             ranks = min(devices, task.sequences * sharing)  # further ones have nothing to do
             found = estimate(workload(model, task, ranks, sharing, setting))
-            if found.device <= cluster.memory and found.host <= cluster.host:
+            if room.takes(found):
                 return setting, sharing, ranks, found
-            if smallest is None or found.device < smallest[2].device:
+            if smallest is None or _distance(found, room) < _distance(smallest[2], room):
                 smallest = sharing, ranks, found
     assert smallest is not None
     return None, *smallest
+
+
+def _distance(found: MemoryEstimate, room: Room) -> tuple[float, float]:
+    """How far a setting that does not fit is from fitting: by the device, then by host memory."""
+    return max(found.device, room.device), found.host_at_most
+
+
+def _too_little(found: MemoryEstimate, cluster: Cluster) -> str:
+    """What a setting that does not fit takes too much of."""
+    if found.device <= cluster.memory:
+        return f"host memory: {found.host_at_most / GB:.0f} GB"
+    return f"memory: {max(found.terms, key=lambda term: term.device).name}"
 
 
 def _by_servers(model: Model, task: Task, ranks: int, sharing: int, cluster: Cluster) -> str:
@@ -242,9 +268,9 @@ def _by_servers(model: Model, task: Task, ranks: int, sharing: int, cluster: Clu
         work = workload(model, task, ranks, sharing, setting)
         if work.decoding is None:
             return ""
-        needed = estimate(replace(work, decoding=None)).device
-        if needed <= cluster.memory:
-            return f"; with servers {needed / GB:.1f} GB"
+        needed = estimate(replace(work, decoding=None))
+        if Room(cluster.memory, cluster.host).takes(needed):
+            return f"; with servers {needed.device / GB:.1f} GB"
     return ""
 
 
@@ -252,11 +278,11 @@ def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome
     """The lightest setting that fits, and what limits it."""
     setting, sharing, ranks, found = lightest(model, task, devices, cluster)
     if setting is None:
-        largest = max(found.terms, key=lambda term: term.device)
-        limit = "host memory" if found.device <= cluster.memory else f"memory: {largest.name}"
-        limit += _by_servers(model, task, ranks, sharing, cluster)
-        nothing = (None, None, None)
-        return Outcome(model.name, task.name, devices, sharing, "none fits", found.device, *nothing, limit)
+        limit = _too_little(found, cluster) + _by_servers(model, task, ranks, sharing, cluster)
+        return Outcome(
+            model.name, task.name, devices, sharing, "none fits", found.device, found.host_at_most,
+            None, None, None, limit,
+        )  # fmt: skip
     wire = wire_bytes(model, task, ranks, sharing, setting.sharding.stage)
     exchanged = exchanged_bytes(model, task, ranks, sharing)
     computing = operations(model, task) / (ranks * cluster.operations * cluster.reached)
@@ -274,8 +300,8 @@ def outcome(model: Model, task: Task, devices: int, cluster: Cluster) -> Outcome
         breaks = "computation"
     cost = seconds * devices * cluster.dollars_per_hour / 3600
     return Outcome(
-        model.name, task.name, devices, sharing, setting.name, found.device, wire + exchanged, seconds, cost,
-        breaks,
+        model.name, task.name, devices, sharing, setting.name, found.device, found.host_at_most,
+        wire + exchanged, seconds, cost, breaks,
     )  # fmt: skip
 
 
@@ -287,18 +313,36 @@ class Survival:
     devices: int
     hours_to_failure: float
     checkpoint_seconds: float
+    restart_seconds: float  # from a failure to the end of the first step after it, without work done again
     interval_minutes: float  # of Young's formula, the square root of 2 C M
     lost: float  # share of the time: writing, work done again, restarts
+    lost_hourly: float  # the same with an hour between checkpoints
+
+
+CHECKPOINT = 14
+"""Bytes per weight: the weight, its master, AdamW's two states."""
 
 
 def survival(model: Model, devices: int, cluster: Cluster) -> Survival:
-    """A checkpoint holds weights, masters and AdamW's state: 14 bytes per weight, written by all nodes."""
+    """All nodes write a checkpoint, each its share."""
     mean = cluster.hours_to_failure / devices * 3600
-    nodes = math.ceil(devices / cluster.per_node)
-    writing = 14 * model.network.parameters / (nodes * cluster.to_disk)
-    interval = math.sqrt(2 * writing * mean)
-    lost = writing / interval + (interval / 2 + cluster.restart_seconds + writing) / mean
-    return Survival(model.name, devices, mean / 3600, writing, interval / 60, lost)
+    share = CHECKPOINT * model.network.parameters / math.ceil(devices / cluster.per_node)
+    writing, restarting = share / cluster.to_disk, restart(model, share, cluster)
+
+    def lost(interval: float) -> float:
+        return writing / interval + (interval / 2 + restarting) / mean
+
+    best = math.sqrt(2 * writing * mean)
+    return Survival(
+        model.name, devices, mean / 3600, writing, restarting, best / 60, lost(best), lost(3600.0)
+    )  # fmt: skip
+
+
+def restart(model: Model, share: float, cluster: Cluster) -> float:
+    """What was measured with a small model, and what grows: each node reads the network that training began
+    with, whole, and its share of the checkpoint (bytes)."""
+    read = HALF * model.network.parameters + share
+    return cluster.noticed_later + cluster.restart_seconds + read / cluster.from_disk
 
 
 def outcomes(cluster: Cluster) -> Iterator[Outcome]:
@@ -348,11 +392,15 @@ def main() -> int:
     survivals = [survival(model, devices, cluster) for model in models() for devices in DEVICES[1:]]
     for task in TASKS:
         print(f"\n{task.name}: {task.tokens:,} tokens per step\n{rendered(found, task)}")
-    head = ["model", "devices", "h to a failure", "s of a checkpoint", "min between them", "% of time lost"]
+    head = ["model", "devices", "h to a failure", "s of a checkpoint", "s of a restart"]
+    head += ["min between checkpoints", "% of time lost", "% if they are hourly"]
     lost = [
-        [s.model, s.devices, s.hours_to_failure, s.checkpoint_seconds, s.interval_minutes, 100 * s.lost]
+        [
+            s.model, s.devices, s.hours_to_failure, s.checkpoint_seconds, s.restart_seconds,
+            s.interval_minutes, 100 * s.lost, 100 * s.lost_hourly,
+        ]
         for s in survivals
-    ]
+    ]  # fmt: skip
     print(f"\nfailures\n{table(head, lost)}")
     result = {
         "cluster": asdict(cluster),

@@ -47,6 +47,13 @@ def gpu_memory() -> int | None:
         return None
 
 
+def host_memory_per_rank(gpu: bool, ranks_here: int) -> float | None:
+    """A rank's share of host memory beside its GPU; None where that cannot be seen, and on the CPU, where
+    it is `memory_per_rank`."""
+    total = host_memory() if gpu else None
+    return None if total is None else total / ranks_here
+
+
 def memory_per_rank(gpu: bool, ranks_here: int) -> int | None:
     """What a rank may use: a GPU, or its share of this machine."""
     if gpu:

@@ -69,6 +69,11 @@ class MemoryEstimate:
         """Bytes of host memory per rank, beside a GPU."""
         return sum(term.host for term in self.terms) if self.gpu else 0.0
 
+    @property
+    def host_at_most(self) -> float:
+        """Bytes of host memory per rank beside a GPU, also while a network is loaded."""
+        return max(self.host, self.host_to_load)
+
     def of(self, name: str) -> float:
         """Bytes of a term, wherever they are."""
         return sum(term.device + term.host for term in self.terms if term.name == name)

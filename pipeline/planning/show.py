@@ -28,7 +28,7 @@ from pipeline import checks, state
 from pipeline.config import PipelineConfig
 from pipeline.plan import EXPORT, Wired, wire_run
 from pipeline.planning import counting, devices, memory
-from pipeline.planning.fitting import rows_that_fit, ways_out_of
+from pipeline.planning.fitting import Room, rows_that_fit, ways_out_of
 from pipeline.planning.unfit import refuse_unfit
 from pipeline.planning.whole import refuse_whole_actor
 from pipeline.planning.work import Workload, with_stage
@@ -221,6 +221,7 @@ def memory_lines(
 ) -> list[str]:
     """Per step a table: one line for each ZeRO stage, the chosen one marked."""
     available = None if where.elsewhere else devices.memory_per_rank(where.gpu, where.here)
+    room = None if available is None else Room.here(where.gpu, where.here)
     has = "" if available is None else f"; a rank has {gigabytes(available)} GB"
     has += "; what a rank has there is not known here" if where.elsewhere else ""
     lines = [f"estimated peak per rank in GB (10^9 bytes){has}"]
@@ -242,6 +243,8 @@ def memory_lines(
             mark = "<- chosen" if stage == work.sharding.stage else ""
             if available is not None and of_stage.device > available:
                 mark = f"{mark}, does not fit".lstrip(", ")
+            if room is not None and of_stage.host_at_most > room.host:
+                mark = f"{mark}, no room in host memory".lstrip(", ")
             if of_stage.host:
                 mark = f"{mark} + {gigabytes(of_stage.host)} GB of host memory".lstrip()
             if of_stage.host_to_load > of_stage.host:
@@ -251,9 +254,9 @@ def memory_lines(
             rows.append([str(stage), *map(gigabytes, sizes), mark])
         lines += [f"  {line}" for line in table(rows, right=range(1, len(COLUMNS) + 3))]
         if where.gpu:
-            lines.append(f"  {rows_that_fit(work, name, config, where.ranks, available)}")
-        if available is not None and memory.estimate(work).device > available:
-            ways = ways_out_of(work, name, config, available)
+            lines.append(f"  {rows_that_fit(work, name, config, where.ranks, room)}")
+        if room is not None and not room.takes(memory.estimate(work)):
+            ways = ways_out_of(work, name, config, room)
             lines += [f"  does not fit; {way}" for way in ways] or ["  does not fit, whatever is set"]
     base = memory.GPU_BASE if where.gpu else memory.CPU_BASE
     loaded = "the CUDA context and workspaces" if where.gpu else "a process with torch and DeepSpeed loaded"

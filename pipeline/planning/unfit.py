@@ -8,13 +8,12 @@ estimate may be wrong: only what is beyond memory by more than its error is refu
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from common.errors import UserError
 from pipeline.config import PipelineConfig
-from pipeline.planning import devices, memory
-from pipeline.planning.fitting import variants
-from pipeline.planning.work import MicroBatchShape, Workload
+from pipeline.planning import memory
+from pipeline.planning.fitting import Room, settings_that_fit
+from pipeline.planning.work import MicroBatchShape
 from pipeline.planning.workload import workload_of
 
 ERROR = 1.1
@@ -31,7 +30,7 @@ def refuse_unfit(config: PipelineConfig, ranks: int, ranks_here: int, *, gpu: bo
     """
     if not config.launch.check_memory:
         return
-    available, host = devices.memory_per_rank(gpu, ranks_here), devices.host_memory()
+    room = Room.here(gpu, ranks_here)
     for step in config.steps:
         work = workload_of(config, step, ranks, gpu=gpu)
         if work is None:
@@ -39,30 +38,20 @@ def refuse_unfit(config: PipelineConfig, ranks: int, ranks_here: int, *, gpu: bo
         bare = dataclasses.replace(
             work, batch=MicroBatchShape(1, 1, short=True), decoding=None, saves_beside=False
         )
-        needed, on_host = _device_and_host(bare)
-        # on the CPU the device is the host
-        room, host_room = available or math.inf, (host or math.inf) / ranks_here if gpu else math.inf
-        if needed <= ERROR * room and on_host <= ERROR * host_room:
+        needed = memory.estimate(bare)
+        if Room(ERROR * room.device, ERROR * room.host).takes(needed):
             continue
         fits = [
-            f"{override}: about {size[0] / 1e9:,.1f} GB"
-            for override, other in variants(bare, step, config)
-            if (size := _device_and_host(other))[0] <= room and size[1] <= host_room
+            f"{override}: about {found.device / 1e9:,.1f} GB"
+            for override, found in settings_that_fit(bare, step, config, room)
         ]
-        what = (
-            f"about {needed / 1e9:,.1f} GB besides what its rows take, and {'a GPU' if gpu else 'its share'}"
-        )
-        there = f"here has {room / 1e9:,.1f} GB"
-        if needed <= ERROR * room:
-            what = f"about {on_host / 1e9:,.1f} GB of host memory, and its share of that"
-            there = f"here is {host_room / 1e9:,.1f} GB"
+        device = "a GPU" if gpu else "its share"
+        what = f"about {needed.device / 1e9:,.1f} GB besides what its rows take, and {device}"
+        there = f"here has {room.device / 1e9:,.1f} GB"
+        if needed.device <= ERROR * room.device:
+            what = f"about {needed.host_at_most / 1e9:,.1f} GB of host memory, and its share of that"
+            there = f"here is {room.host / 1e9:,.1f} GB"
         raise UserError(
             f"{step.value}: a rank needs {what} {there}",
             hint="\n  ".join([*(fits[:WAYS] or ["no setting makes it fit: more ranks"]), ALL_THE_SAME]),
         )
-
-
-def _device_and_host(work: Workload) -> tuple[float, float]:
-    """Bytes that a rank needs of its device, and of host memory beside a GPU, also while it loads."""
-    found = memory.estimate(work)
-    return found.device, max(found.host, found.host_to_load)

@@ -10,7 +10,7 @@ from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
 from pipeline.planning.activations import TILE, activations
-from pipeline.planning.fitting import ways_out_of
+from pipeline.planning.fitting import Room, ways_out_of
 from pipeline.planning.network import from_fields
 from pipeline.planning.work import Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.workload import workload_of
@@ -76,7 +76,7 @@ def test_host_memory_is_named_where_a_row_does_not_fit(compile: bool | None) -> 
     found = workload_of(config, Step.sft, 1, gpu=True)
     assert found is not None
     found = replace(found, batch=MicroBatchShape(1_000_000, 1_000_000, short=False))
-    ways = ways_out_of(found, Step.sft, config, 0)
+    ways = ways_out_of(found, Step.sft, config, Room(0))
     named = [way.partition(":")[0] for way in ways if "model.activation_offload=true" in way]
     assert named[0].startswith("model.gradient_checkpointing=true model.activation_offload=true")
     given = ["model.compile=true"] if compile else []

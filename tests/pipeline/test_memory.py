@@ -21,7 +21,7 @@ from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.planning import memory
 from pipeline.planning.activations import activations, chunk_rows
-from pipeline.planning.fitting import largest_rows, rows_that_fit, ways_out, ways_out_of, with_rows
+from pipeline.planning.fitting import Room, largest_rows, rows_that_fit, ways_out, ways_out_of, with_rows
 from pipeline.planning.network import from_fields, network_of
 from pipeline.planning.work import Decoding, Head, MicroBatchShape, Sharding, Trained, Workload
 from pipeline.planning.workload import compiles, workload_of
@@ -266,7 +266,7 @@ def test_a_way_out_names_overrides_that_fit_and_leaves_out_what_does_not_help() 
     assert work is not None
     work = replace(work, batch=MicroBatchShape(8 * 100_000, 8 * 50_000))
     needed = memory.estimate(work).device
-    ways = ways_out_of(work, Step.sft, config, needed / 3)
+    ways = ways_out_of(work, Step.sft, config, Room(needed / 3))
     assert any(way.startswith("sft.train.micro_batch_size=1: about ") for way in ways)
     assert not any(way.startswith("sft.train.micro_batch_size=4: ") for way in ways)  # still half of it
     assert not any(way.startswith("deepspeed=zero2:") for way in ways)  # one rank shards nothing
@@ -316,7 +316,7 @@ def test_a_way_out_is_named_once() -> None:
     work = workload_of(config, Step.sft, 1, gpu=False)
     assert work is not None
     work = replace(work, batch=MicroBatchShape(100_000, 50_000))
-    ways = ways_out_of(work, Step.sft, config, 0)
+    ways = ways_out_of(work, Step.sft, config, Room(0))
     assert ways and len(ways) == len(set(ways))
 
 
@@ -362,14 +362,14 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     work = work_of(half=True, gpu=True)  # of two rows
     sizes = [memory.estimate(with_rows(work, number / 2)).device for number in range(1, 6)]
     assert sizes == sorted(sizes) and len(set(sizes)) == 5
-    assert [largest_rows(work, 2, size, 9) for size in sizes] == [1, 2, 3, 4, 5]
-    assert largest_rows(work, 2, sizes[0] - 1, 9) == 0 and largest_rows(work, 2, sizes[4], 3) == 3
+    assert [largest_rows(work, 2, Room(size), 9) for size in sizes] == [1, 2, 3, 4, 5]
+    assert largest_rows(work, 2, Room(sizes[0] - 1), 9) == 0 and largest_rows(work, 2, Room(sizes[4]), 3) == 3
 
 
 def test_plan_names_it_for_the_gpus_here_and_for_others() -> None:
     config = compose(prepare(["steps=[sft]", "sft.data.path=x", "sft.train.global_batch_size=64"]).overrides)
     work = replace(work_of(half=True, gpu=True))
-    line = rows_that_fit(work, Step.sft, config, 2, 1e6)
+    line = rows_that_fit(work, Step.sft, config, 2, Room(1e6))
     assert line.startswith(
         "largest sft.train.micro_batch_size that fits, up to 32: none here, 32 on an H100 "
     )

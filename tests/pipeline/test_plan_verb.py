@@ -148,6 +148,7 @@ def test_counts_of_a_sample_are_marked_as_estimates() -> None:
 
 def test_a_stage_that_does_not_fit_is_marked_and_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.planning.devices.gpu_memory", lambda: 24_000_000_000)
+    monkeypatch.setattr("pipeline.planning.devices.host_memory", lambda: 2_000_000_000_000)
     fields = (
         "{model_type: llama, hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32, "
         "num_attention_heads: 32, num_key_value_heads: 8, vocab_size: 128256, max_position_embeddings: 8192}"

@@ -12,7 +12,7 @@ from pipeline import run
 from pipeline.compose import compose, prepare
 from pipeline.config import PipelineConfig
 from pipeline.planning import memory
-from pipeline.planning.fitting import ways_out_of
+from pipeline.planning.fitting import Room, ways_out_of
 from pipeline.planning.whole import SERVERS, refuse_whole_actor
 from pipeline.planning.workload import workload_of
 
@@ -71,7 +71,7 @@ def test_70b_on_64_gpus_fits_with_servers_and_plan_says_so() -> None:
     config = config_of("70B", "model.gradient_checkpointing=true", "ppo.train.micro_batch_size=1")
     work = workload_of(config, Step.ppo, 64, gpu=True)
     assert work is not None and memory.estimate(work).device > H100
-    ways = ways_out_of(work, Step.ppo, config, H100)
+    ways = ways_out_of(work, Step.ppo, config, Room(H100))
     assert any(way.startswith(f"{SERVERS}: about ") for way in ways), ways
     elsewhere = workload_of(
         config_of("70B", "model.gradient_checkpointing=true", "ppo.train.micro_batch_size=1", *BY_SERVERS),
