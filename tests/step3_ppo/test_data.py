@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed import HashStore
 
 from common.data.stored import PromptDataset
 from common.errors import UserError
@@ -19,6 +20,13 @@ from common.training_config import TrainConfig
 from step3_ppo.config import PPOConfig, PPOJob, RolloutConfig
 from step3_ppo.data import PromptOrder, dataset_type_of, held_out_sample
 from tests.tiny import CHATML, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two ranks tell each other by, in one process."""
+    shared = HashStore()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: shared)
 
 
 def loaded(
