@@ -17,6 +17,7 @@ from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.plan import STAGES
 from pipeline.rows import settle_rows
+from pipeline.sources import settle_sources
 from pipeline.state import differing, step_config, write_state
 from tests import fake_data_hub
 from tests.fake_data_hub import NAME
@@ -129,3 +130,20 @@ def test_a_streamed_data_set_of_the_hub_is_settled_as_the_commit_that_the_run_be
         UserError, match=r"sft\.data\.sources\[0\]\.path=me/other: no such file here, and the hub"
     ):
         settled_rows(tmp_path, said, *typed, "sft.data.path=me/other")
+
+
+@pytest.mark.parametrize("key", ["dpo.data", "reward.data", "ppo.data", "ppo.ptx_data"])
+def test_streaming_of_another_step_is_refused_before_a_model_or_the_hub_is_looked_for(
+    tmp_path: Path, key: str
+) -> None:
+    step = key.partition(".")[0]
+    typed = [
+        f"steps=[{step}]",
+        f"{step}.policy=no/model",
+        f"{key}.streaming=true",
+        f"{step}.data.path=no/rows",
+    ]
+    typed += ["ppo.reward_model=no/other"] if step == "ppo" else []
+    config = compose(prepare([*typed, f"output_dir={tmp_path}/runs"]).overrides)
+    with pytest.raises(UserError, match=rf"{key}.streaming=true .*\n.*{key}.streaming=false"):
+        settle_sources(config)
