@@ -1,21 +1,26 @@
 """Rows that lie elsewhere (https://, s3://, gs://, hf://), settled as files here before anything reads them.
 
 Takes a configuration; returns it with the files in place of the paths, kept by content under
-`<output_dir>/.cache/rows`: ranks need no network, and another content is another configuration.
+`<output_dir>/.cache/rows`: ranks need no network, and another content is another configuration. Data sets of
+the hub that are streamed are settled as commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from common.config import DataConfig, SourceConfig
 from common.errors import UserError
+from common.hub_data import commit_of, is_name
 from common.paths import is_remote
 from common.redact import redact_text
+from common.stage import Step
 from pipeline.checks import DATA_SUFFIXES
 from pipeline.config import PipelineConfig
-from pipeline.state import data_of
+from pipeline.state import data_of, read_state, run_folder
 
 Say = Callable[[str], None]
 
@@ -41,9 +46,41 @@ def settle_rows(config: PipelineConfig, say: Say = print) -> PipelineConfig:
                 data = replace(data, sources=sources)
             if data.eval_path is not None:
                 data = replace(data, eval_path=here(data.eval_path, f"{key}.eval_path"))
+            if data.streaming:
+                data = with_commits(data, _begun_with(config, step, key), key, say)
             part = replace(getattr(config, step.value), **{key.partition(".")[2]: data})
             config = replace(config, **{step.value: part})
     return config
+
+
+def with_commits(data: DataConfig, begun: list[SourceConfig], key: str, say: Say) -> DataConfig:
+    """The settings with a commit for every data set of the hub: that with which the run has begun, or else
+    where its branch is now. begun: the sources as the run has recorded them."""
+    if not any(map(_is_on_hub, data.all_sources())):
+        return data
+    pinned = []
+    for at, source in enumerate(data.all_sources()):
+        if _is_on_hub(source):
+            same = [old for old in begun if replace(old, revision=None) == source]
+            revision = same[0].revision if same else source.revision
+            source = replace(source, revision=commit_of(source.path, revision, f"{key}.sources[{at}].path"))
+            why = ", with which this run began" if same else ""
+            say(f"{key}: {source.path} is streamed at its commit {source.revision}{why}")
+        pinned.append(source)
+    return replace(data, path=None, sources=pinned)
+
+
+def _is_on_hub(source: SourceConfig) -> bool:
+    return not source.path.endswith(DATA_SUFFIXES) and not Path(source.path).exists() and is_name(source.path)
+
+
+def _begun_with(config: PipelineConfig, step: Step, key: str) -> list[SourceConfig]:
+    """The sources as the step's state has them; none where it starts over or has not begun."""
+    with suppress(UserError, KeyError, TypeError, AttributeError):  # said where the step is run
+        state = None if config.force else read_state(run_folder(config) / step.value)
+        recorded = state["config"][step.value][key.partition(".")[2]]["sources"] if state else []
+        return [SourceConfig(**source) for source in recorded]
+    return []
 
 
 def fetched_rows(path: str, key: str, cache: Path, say: Say) -> str:

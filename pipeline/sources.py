@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.files import OUTPUT_DIR, disk_errors, written_where, written_with
 from common.handoff import check_same_tokens, load_named, scores_text, similar
 from common.stage import Input, Role, Step
+from common.streaming import check_streaming
 from launch.agent import STOPPED
 from launch.local import Job
 from launch.supervise import supervise
@@ -28,7 +29,7 @@ from pipeline.config import PipelineConfig
 from pipeline.options import Options
 from pipeline.plan import EXPORT, STAGES, Wired, named_sources, start_of, wire_run
 from pipeline.rows import settle_rows
-from pipeline.state import fingerprint, run_name, write_resolved
+from pipeline.state import data_of, fingerprint, run_name, write_resolved
 from step3_ppo.config import CriticStart
 
 IMPORTER = "common.training.import_model"
@@ -45,6 +46,9 @@ def settle_sources(
     Those that meet in a step must read text alike, also where one of them is what another is made from.
     can_lack: see `plan.wire`. UserError naming the key where there is nothing that fits.
     """
+    for step in config.steps:  # before a model is imported
+        for key, data in data_of(config, step).items():
+            check_streaming(data, getattr(config, step.value).train, step, key.partition(".")[2])
     models = models_below(config.output_dir)
     config = replace(config, run_name=run_name(config))  # of what was typed, on all machines
     options = ["--trust-remote-code"] if config.model.trust_remote_code else []

@@ -33,6 +33,8 @@ def named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
     every = data.all_sources()
     if data.eval_path is not None:
         every.append(_eval_source(data, data.eval_path))
+    if data.streaming or any(isinstance(source, sources.StreamedSource) for source in every):
+        every = [sources.streamed(source) for source in every]
     named: list[tuple[str, SourceConfig]] = []
     for source in every:
         name = sources.source_name(source)

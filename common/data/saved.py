@@ -1,6 +1,8 @@
 """Data sets saved to disk with the `datasets` library, or on the hub -> their rows.
 
 Pictures, sound and the like are left as they are stored. Files without that library are read in `files.py`.
+A data set of the hub is fetched whole, or (`streamed_records`) while its rows are read, a part of a file at a
+time: the rows and their order are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from common.config import SourceConfig
 from common.data.files import Records, check_row, checked_columns, in_blocks
 from common.data.types import Place
 from common.errors import UserError
+from common.hub_data import reason_of, unreachable
 
 
 def saved_records(dataset: Any, name: str) -> Records:
@@ -71,16 +74,70 @@ def load_saved(path: Path, split: str) -> Any:
 
 
 def load_hub(source: SourceConfig) -> Any:
+    """The data set, fetched whole."""
+    return _asked_of_hub(source)
+
+
+def _asked_of_hub(source: SourceConfig, **options: Any) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(
-            source.path, name=source.subset, split=source.split, revision=source.revision
+            source.path, name=source.subset, split=source.split, revision=source.revision, **options
         )
     except Exception as error:  # the library raises a dozen kinds for "not there" and "no network"
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"data.path={source.path}: no such file here, and the hub data set could not be loaded: {reason}",
-            hint="check the name, subset, revision and split; without a network, download it first and give"
-            " data.path its folder",
-        ) from error
+        raise unreachable(source.path, "data.path", error) from error
+
+
+PART_ROWS = 1024
+"""Rows of a streamed data set that are read at once."""
+
+
+def streamed_records(source: SourceConfig) -> Records:
+    """The rows of a hub data set, each file asked for when its first row is wanted. source: with its commit.
+
+    UserError where it breaks off: the library asks again for some minutes before.
+    """
+    return Records(lambda: _streamed_rows(source), check_row, columnar=True)
+
+
+def _streamed_rows(source: SourceConfig) -> Iterator[tuple[Place, object]]:
+    dataset, count = _asked_of_hub(source, streaming=True), 0
+    parts = _parts(dataset)
+    while (part := _next(parts, source, count)) is not None:
+        for _, row in saved_records(part, source.path).rows():
+            count += 1
+            yield Place(source.path, count), row
+    known = (dataset.info.splits or {}).get(source.split)
+    if known is not None and known.num_examples and known.num_examples != count:
+        raise _broken_off(source, count, f"its card says {known.num_examples:,} rows")
+
+
+def _next(parts: Iterator[Any], source: SourceConfig, count: int) -> Any:
+    try:
+        return next(parts, None)
+    except Exception as error:  # of the network, of the hub, of a format: each of its own library
+        raise _broken_off(source, count, reason_of(error)) from error
+
+
+def _broken_off(source: SourceConfig, count: int, why: str) -> UserError:
+    return UserError(
+        f"data.path={source.path}: the hub data set ended after {count:,} rows: {why}",
+        hint="the same command goes on from what is tokenized; data.streaming=false fetches all first",
+    )
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """The rows as data sets in memory, of the types that the library gives all of them where it fetches them
+    first: those it knows, or else those of the first rows."""
+    import datasets
+    from datasets.table import InMemoryTable, table_cast
+
+    features = dataset.features
+    # tables of unknown types may differ, and are not put together by the library
+    tables = dataset.with_format("arrow").iter(PART_ROWS if features is not None else 1)
+    for table in tables:
+        features = features or datasets.Features.from_arrow_schema(table.schema)
+        info = datasets.DatasetInfo(features=features)
+        cast = InMemoryTable(table_cast(table, features.arrow_schema))
+        yield datasets.Dataset(cast, info=info, fingerprint="part")

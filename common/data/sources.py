@@ -8,18 +8,19 @@ is `formats.py`.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common.config import SourceConfig
 from common.data.files import SUFFIXES, Records, file_records, opened
 from common.data.outcomes import RowError
-from common.data.saved import load_hub, load_saved, saved_records
+from common.data.saved import load_hub, load_saved, saved_records, streamed_records
 from common.data.types import Place, RawExample
 from common.errors import UserError
+from common.hub_data import commit_of, is_name
 from common.paths import check_pattern, files_of, is_glob, name_of
 from common.text import nearest
 
@@ -104,6 +105,8 @@ def _unparsed(source: SourceConfig, seed: int) -> Iterator[tuple[Records, Place,
                 if keep is None or index in keep:
                     yield records, place, row, read / total if total else None
                 read += len(row) if isinstance(row, bytes) else 0
+                if isinstance(source, StreamedSource) and index + 1 == source.max_rows:
+                    return
     except OSError as error:  # of a disk or a server; it must not be taken for one of what is being written
         raise UserError(f"data.path={source.path} cannot be read: {error}") from error
     if index < 0:
@@ -115,9 +118,27 @@ def source_name(source: SourceConfig) -> str:
     return source.name or name_of(source.path)
 
 
+@dataclass
+class StreamedSource(SourceConfig):
+    """A hub data set that is fetched while it is read. With `max_rows` its first rows."""
+
+
+def streamed(source: SourceConfig) -> SourceConfig:
+    """The source, to be fetched while it is read if it is on the hub."""
+    return StreamedSource(**vars(source)) if _is_on_hub(source) else source
+
+
+def _is_on_hub(source: SourceConfig) -> bool:
+    return not Path(source.path).exists() and is_hub_name(source.path)
+
+
 def content_hash(source: SourceConfig) -> str:
-    """Hash of everything the rows are read from: file bytes, or the hub data set's fingerprint."""
-    if not Path(source.path).exists() and is_hub_name(source.path):
+    """Hash of everything the rows are read from: file bytes, or the hub data set's fingerprint; of one
+    that is streamed the commit."""
+    if isinstance(source, StreamedSource):
+        commit = commit_of(source.path, source.revision)
+        return f"hub:{source.path}@{commit}:{source.split}:streamed by {version('datasets')}"
+    if _is_on_hub(source):
         dataset = load_hub(source)
         return f"hub:{source.path}@{source.revision}:{source.split}:{dataset._fingerprint}"
     total = hashlib.blake2b(digest_size=16)
@@ -132,16 +153,16 @@ def content_hash(source: SourceConfig) -> str:
 
 def is_hub_name(path: str) -> bool:
     """Whether `path` can only be a hub data set: `name` or `owner/name`, and no such file or folder."""
-    if path.endswith(SUFFIXES) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        return False
-    # `demo/data` with a folder `demo` here is a misspelt folder, not somebody's data set
-    return "/" not in path or not Path(path).parent.exists()
+    return not path.endswith(SUFFIXES) and is_name(path)
 
 
 def open_source(source: SourceConfig) -> list[Records]:
     """The files of a source, each ready to be read; nothing is read yet except what says what they are."""
     path = Path(source.path)
-    if not path.exists() and is_hub_name(source.path):
+    if isinstance(source, StreamedSource):
+        at = replace(source, revision=commit_of(source.path, source.revision))
+        return [streamed_records(at)]
+    if _is_on_hub(source):
         return [saved_records(load_hub(source), source.path)]
     _check_is_there(source.path)
     if path.is_file() or is_glob(source.path):
@@ -167,6 +188,8 @@ def _sampled_rows(source: SourceConfig, seed: int) -> set[int] | None:
     """Indices of the rows that `max_rows` keeps; None keeps all. Costs a counting pass."""
     if source.max_rows is None:
         return None
+    if isinstance(source, StreamedSource):
+        return set(range(source.max_rows))
     import numpy as np
 
     count = count_rows(source)

@@ -103,17 +103,37 @@ def to_read(job: JobConfig, data: DataConfig) -> Reading:
             f"rows are packed and shuffled {WINDOW:,} at a time, in the order of their files",
             "data.streaming tokenizes them while they are trained on",
         )
+        data = dataclasses.replace(data, path=None, sources=[*map(_first_rows, data.all_sources())])
     data = dataclasses.replace(data, streaming=False)  # all that are counted have to be there
     if size_of(data.all_sources()) <= LARGE_BYTES:
         return Reading(data, (1.0,) * len(data.all_sources()))
     every = data.all_sources()
-    wanted = [min(count := sources.count_rows(source), source.max_rows or count) for source in every]
+    wanted = [_count(source) for source in every]
     taken = [min(count, SAMPLED_ROWS) for count in wanted]
     sampled = [dataclasses.replace(source, max_rows=rows) for source, rows in zip(every, taken, strict=True)]
     folder = Path(job.output_dir) / ".cache" / "plan"
     reading = dataclasses.replace(data, path=None, sources=sampled, cache_dir=str(folder))
     factors = tuple(rows / max(read, 1) for rows, read in zip(wanted, taken, strict=True))
     return Reading(reading, factors, sum(wanted) / max(sum(taken), 1))
+
+
+def _first_rows(source: SourceConfig) -> SourceConfig:
+    """The source; of a data set of the hub, which is fetched while training runs, its first rows."""
+    streamed = sources.streamed(source)
+    if streamed is source:
+        return source
+    notice(
+        f"of {source.path} the first {SAMPLED_ROWS:,} rows are counted, as if it had no others",
+        "data.streaming fetches it while it is trained on",
+    )
+    return dataclasses.replace(streamed, max_rows=SAMPLED_ROWS)
+
+
+def _count(source: SourceConfig) -> int:
+    """The rows of a source that are wanted."""
+    if isinstance(source, sources.StreamedSource) and source.max_rows is not None:
+        return source.max_rows
+    return min(count := sources.count_rows(source), source.max_rows or count)
 
 
 def size_of(every: Sequence[SourceConfig]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common import hub_data
 from common.data.dataset_types import DEMONSTRATIONS
 from common.data.reader import Reader
 from common.data.stages import StageSplit
@@ -16,7 +17,10 @@ from common.stage import Step
 from pipeline.compose import compose, prepare
 from pipeline.plan import STAGES
 from pipeline.rows import settle_rows
-from pipeline.state import differing, step_config
+from pipeline.sources import settle_sources
+from pipeline.state import differing, step_config, write_state
+from tests import fake_data_hub
+from tests.fake_data_hub import NAME
 from tests.files_server import serving
 
 
@@ -90,3 +94,56 @@ def test_the_ledger_says_where_fetched_rows_are_from(tmp_path: Path) -> None:
     reader = Reader(config.sft.data, DEMONSTRATIONS, StageSplit({}, "sft", 0), 0, report=lambda line: None)
     assert len(list(reader.rows())) == 2
     assert [entry.path for entry in reader.ledger.sources] == [f"{served.url}/rows.jsonl"]
+
+
+def test_a_streamed_data_set_of_the_hub_is_settled_as_the_commit_that_the_run_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ("run_name=r", "sft.data.streaming=true", "sft.data.eval_fraction=0", "sft.train.max_steps=3")
+    said: list[str] = []
+    with fake_data_hub.asked(monkeypatch, tmp_path) as hub:
+        hub.files["rows.jsonl"] = row("b")
+        first = hub.commit()
+        config = settled_rows(tmp_path, said, *typed, f"sft.data.path={NAME}")
+        (source,) = config.sft.data.sources
+        assert (source.path, source.revision, config.sft.data.path) == (NAME, first, None)
+        assert said == [f"sft.data: {NAME} is streamed at its commit {first}"]
+        state = {"status": "running", "config": step_config(config, STAGES[Step.sft]), "inputs": {}}
+        write_state(tmp_path / "runs" / "r" / "sft", state)
+        hub.files["rows.jsonl"] = row("other")
+        hub_data.commit_of.cache_clear()
+        again = settled_rows(tmp_path, said, *typed, f"sft.data.path={NAME}")
+        assert again.sft.data == config.sft.data and said[-1].endswith(", with which this run began")
+        # another run, one that starts over, and a branch that is named take what is there now
+        branch = f"sft.data.sources=[{{path: {NAME}, revision: main}}]"
+        for other in (("run_name=s",), ("force=true",), ()):
+            named = branch if not other else f"sft.data.path={NAME}"
+            (moved,) = settled_rows(tmp_path, said, *typed, named, *other).sft.data.sources
+            assert moved.revision == hub.commit() != first
+        before = hub.requests
+        pinned = f"sft.data.sources=[{{path: {NAME}, revision: {first}}}]"
+        assert settled_rows(tmp_path, said, *typed, pinned).sft.data == config.sft.data
+        assert settled_rows(tmp_path, said, f"sft.data.path={NAME}").sft.data.path == NAME
+        assert hub.requests == before
+    with pytest.raises(
+        UserError, match=r"sft\.data\.sources\[0\]\.path=me/other: no such file here, and the hub"
+    ):
+        settled_rows(tmp_path, said, *typed, "sft.data.path=me/other")
+
+
+@pytest.mark.parametrize("key", ["dpo.data", "reward.data", "ppo.data", "ppo.ptx_data"])
+def test_streaming_of_another_step_is_refused_before_a_model_or_the_hub_is_looked_for(
+    tmp_path: Path, key: str
+) -> None:
+    step = key.partition(".")[0]
+    typed = [
+        f"steps=[{step}]",
+        f"{step}.policy=no/model",
+        f"{key}.streaming=true",
+        f"{step}.data.path=no/rows",
+    ]
+    typed += ["ppo.reward_model=no/other"] if step == "ppo" else []
+    config = compose(prepare([*typed, f"output_dir={tmp_path}/runs"]).overrides)
+    with pytest.raises(UserError, match=rf"{key}.streaming=true .*\n.*{key}.streaming=false"):
+        settle_sources(config)
