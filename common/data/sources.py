@@ -68,13 +68,17 @@ def blocks_of(source: SourceConfig, *, seed: int = 0) -> Iterator[Block]:
     name, size = source_name(source), 0
     block: Block | None = None
     for records, place, row, share in _unparsed(source, seed):
-        if block is None or block.file != place.file or len(block.rows) == BLOCK_ROWS or size > BLOCK_BYTES:
-            if block is not None:
-                yield block
+        if block is not None and block.file != place.file:
+            yield block
+            block = None
+        if block is None:
             block, size = Block(name, place.file, records.parse, records.columnar, [], [], share), 0
         block.numbers.append(place.row)
         block.rows.append(row)
         size += len(row) if isinstance(row, bytes) else 0
+        if len(block.rows) == BLOCK_ROWS or size > BLOCK_BYTES:
+            yield block  # at once: the next row may be long in coming
+            block = None
     if block is not None:
         yield block
 

@@ -30,7 +30,7 @@ from common.data.splits import held_out
 from common.data.stored import CHUNK_ROWS, ROWS_FILE
 from common.data.types import Place
 from common.errors import UserError
-from common.pool import WorkerEnded, in_order
+from common.pool import Fetched, WorkerEnded, in_order
 
 if TYPE_CHECKING:
     import pyarrow
@@ -181,6 +181,10 @@ class Writer:
             yield block, maker.make(block)
             if maker.known.format is not None:
                 break
+        is_there = None
+        if isinstance(source, sources.StreamedSource):
+            blocks = Fetched(blocks)
+            is_there = blocks.is_there
         waiting: list[sources.Block] = []
 
         def tasks() -> Iterator[tuple[sources.Block, Path]]:
@@ -190,7 +194,7 @@ class Writer:
 
         count = self.reader.data.processes or count_cores()
         try:
-            for path in in_order(maker.kept, tasks(), count):
+            for path in in_order(maker.kept, tasks(), count, is_there):
                 yield waiting.pop(0), path
         except WorkerEnded as error:
             raise UserError(

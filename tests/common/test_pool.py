@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from common import limited
 from common.errors import UserError
-from common.pool import AHEAD, WorkerEnded, in_order
+from common.pool import AHEAD, Fetched, WorkerEnded, in_order
 
 
 def work(number: int) -> tuple[int, int]:
@@ -54,6 +55,39 @@ def test_an_error_is_raised_here_in_its_turn() -> None:
     with pytest.raises(UserError, match="a thousand\n.*less") as error:
         next(results)
     assert "in work" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_what_is_made_is_given_while_the_next_item_is_long_in_coming(processes: int) -> None:
+    released = threading.Event()
+
+    def slow() -> Iterator[int]:
+        yield from range(9)
+        assert released.wait(60)
+        yield from range(9, 12)
+
+    items = Fetched(slow())
+    results = in_order(work, items, processes, items.is_there)
+    assert [next(results)[0] for _ in range(9)] == [number * number for number in range(9)]
+    assert not released.is_set()
+    released.set()
+    assert [square for square, _ in results] == [81, 100, 121]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fetched", [False, True])
+def test_what_reading_an_item_raises_comes_behind_the_results_of_those_before_it(
+    processes: int, fetched: bool
+) -> None:
+    def breaks_off() -> Iterator[int]:
+        yield from range(5)
+        raise UserError("cut off", hint="again")
+
+    items = Fetched(breaks_off()) if fetched else breaks_off()
+    results = in_order(work, items, processes, items.is_there if isinstance(items, Fetched) else None)
+    assert [next(results)[0] for _ in range(5)] == [0, 1, 4, 9, 16]
+    with pytest.raises(UserError, match="cut off"):
+        next(results)
 
 
 def children() -> set[str]:
