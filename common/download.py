@@ -68,16 +68,19 @@ def fetch(
     """
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    kept = Kept(cache, path, key, say, sleep)
+    names = named_files(path, key)
+    files = [Kept(cache, name, key, say, sleep).file() for name in names]
+    return files[0] if names == [path] else _folder(cache, path, files)
+
+
+def named_files(path: str, key: str) -> list[str]:
+    """The files that a path elsewhere names: itself, or what a pattern or a folder of a store holds."""
     try:
-        names = names_below(path, key)
+        return names_below(path, key)
     except Transient as failure:
         raise UserError(
             f"{key}={redact_text(path)}: {failure}", hint="see to the network, or download it first"
         ) from None
-    if names == [path]:
-        return kept.file()
-    return _folder(cache, path, [Kept(cache, name, key, say, sleep).file() for name in names])
 
 
 def _folder(cache: Path, path: str, files: list[Path]) -> Path:
@@ -130,6 +133,28 @@ class Kept:
                 return before
             return self._fetched(remote, version)
 
+    def version(self) -> Version:
+        """What the file is now; where it cannot be asked about, what it was when it was fetched last."""
+        try:
+            return self._look(remote_file(self.path, self.key))
+        except UserError as error:
+            if (before := self._record().get("version")) is None:
+                raise
+            self.say(printable(f"notice: {error.message}; taken as it was before"))
+            return Version(**before)
+
+    def pinned(self, version: Version, watch: Callable[[Path], None]) -> Path:
+        """The file, if it is still this version; nobody is asked where it is here already.
+
+        watch: is told where its bytes are, of which there are more each time; what it raises ends it.
+        """
+        with self._alone():
+            before = self._before()
+            if before is not None and self._record().get("version") == asdict(version):
+                watch(before)
+                return before
+            return self._fetched(remote_file(self.path, self.key), version, watch)
+
     def _look(self, remote: RemoteFile) -> Version:
         failures: list[Transient] = []
         while True:
@@ -145,7 +170,9 @@ class Kept:
                 raise UserError(f"{self._named} has {_size(version.size)}", hint=f"at most {_size(LARGEST)}")
             return version
 
-    def _fetched(self, remote: RemoteFile, version: Version) -> Path:
+    def _fetched(
+        self, remote: RemoteFile, version: Version, watch: Callable[[Path], None] | None = None
+    ) -> Path:
         partial = self._place(".partial")
         if version.size > LARGE:
             self.say(f"{self._named}: fetching {_size(version.size)}")
@@ -153,9 +180,11 @@ class Kept:
         while True:
             have = self._begun(partial, version)
             self._check_room(version.size - have)
+            if watch is not None:
+                watch(partial)
             try:
                 if have < version.size:
-                    self._append(remote, version, partial, have)
+                    self._append(remote, version, partial, have, watch)
                 if partial.stat().st_size == version.size:
                     return self._keep(partial, version)
                 raise Transient(f"it broke off after {partial.stat().st_size:,} of {version.size:,} bytes")
@@ -164,6 +193,11 @@ class Kept:
                 failures = [failure] if went_on else [*failures, failure]
                 self._wait(failures)
             except Changed:
+                if watch is not None:
+                    raise UserError(
+                        f"{self._named} is another file than when this run began",
+                        hint="begin another run: run_name=NAME, or force=true",
+                    ) from None
                 failures.append(Transient("it changes while it is fetched"))
                 self._wait(failures)
                 version = self._look(remote)
@@ -182,7 +216,14 @@ class Kept:
             partial.touch()
         return 0
 
-    def _append(self, remote: RemoteFile, version: Version, partial: Path, start: int) -> None:
+    def _append(
+        self,
+        remote: RemoteFile,
+        version: Version,
+        partial: Path,
+        start: int,
+        watch: Callable[[Path], None] | None,
+    ) -> None:
         have = start
         with disk_errors(partial), open(partial, "ab") as file:
             for block in remote.blocks(version, start):
@@ -191,6 +232,9 @@ class Kept:
                     partial.unlink()
                     raise UserError(f"{self._named} is longer than it says", hint="download it first")
                 file.write(block)
+                if watch is not None:
+                    file.flush()
+                    watch(partial)
             file.flush()
             os.fsync(file.fileno())
 
@@ -244,6 +288,7 @@ class Kept:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open, too
             os.close(lock)
 
     def _check_room(self, missing: int) -> None:

@@ -1,8 +1,8 @@
 """Rows that lie elsewhere (https://, s3://, gs://, hf://), settled as files here before anything reads them.
 
 Takes a configuration; returns it with the files in place of the paths, kept by content under
-`<output_dir>/.cache/rows`: ranks need no network, and another content is another configuration. Data sets of
-the hub that are streamed are settled as commits.
+`<output_dir>/.cache/rows`: ranks need no network, and another content is another configuration. Rows that are
+streamed are settled as what they are now: files as a listing of them, data sets of the hub as commits.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ Say = Callable[[str], None]
 def settle_rows(config: PipelineConfig, say: Say = print) -> PipelineConfig:
     """The configuration with a file here for every https://, s3://, gs:// or hf:// path of rows, fetched once
     and kept by content. UserError naming the key where that cannot be."""
-    fetched: dict[str, str] = {}
+    fetched: dict[tuple[str, bool], str] = {}
 
-    def here(path: str, key: str) -> str:
-        if is_remote(path) and path not in fetched:
-            fetched[path] = fetched_rows(path, key, rows_below(config.output_dir), say)
-        return fetched.get(path, path)
+    def here(path: str, key: str, streaming: bool = False) -> str:
+        if is_remote(path) and (path, streaming) not in fetched:
+            settled = fetched_rows(path, key, rows_below(config.output_dir), say, streaming=streaming)
+            fetched[path, streaming] = settled
+        return fetched.get((path, streaming), path)
 
     for step in config.steps:
         for key, data in data_of(config, step).items():
             paths = data.all_sources()
             if data.path is not None:
-                data = replace(data, path=here(data.path, f"{key}.path"))
+                data = replace(data, path=here(data.path, f"{key}.path", data.streaming))
             else:
-                named = [here(source.path, f"{key}.sources[{at}].path") for at, source in enumerate(paths)]
+                keys = [f"{key}.sources[{at}].path" for at in range(len(paths))]
+                named = [here(each.path, at, data.streaming) for each, at in zip(paths, keys, strict=True)]
                 sources = [replace(source, path=path) for source, path in zip(paths, named, strict=True)]
                 data = replace(data, sources=sources)
             if data.eval_path is not None:
@@ -83,9 +85,11 @@ def _begun_with(config: PipelineConfig, step: Step, key: str) -> list[SourceConf
     return []
 
 
-def fetched_rows(path: str, key: str, cache: Path, say: Say) -> str:
-    """Where the rows of a place elsewhere lie now."""
+def fetched_rows(path: str, key: str, cache: Path, say: Say, *, streaming: bool = False) -> str:
+    """Where the rows of a place elsewhere lie now; with `streaming` the listing of its files where it can
+    be, which are fetched later."""
     from common.download import fetch, file_name  # what it takes to ask a server is loaded where one is asked
+    from common.listing import list_files
 
     name = file_name(path)
     if "." in name and not name.endswith(DATA_SUFFIXES):
@@ -93,7 +97,8 @@ def fetched_rows(path: str, key: str, cache: Path, say: Say) -> str:
             f"{key}={redact_text(path)}: {name} is not a known kind of file",
             hint=f"expected one of {', '.join(DATA_SUFFIXES)}",
         )
-    return str(fetch(path, key, cache, say))
+    listing = list_files(path, key, cache, say) if streaming else None
+    return str(listing or fetch(path, key, cache, say))
 
 
 def rows_below(output_dir: str) -> Path:

@@ -52,8 +52,7 @@ def file_records(path: Path) -> Records:
         raise UserError(f"{path}: the file is empty", hint="expected at least one row")
     name = path.name
     if name.endswith(JSONL_SUFFIXES):
-        size = path.stat().st_size if name.endswith(".jsonl") else 0
-        return Records(lambda: _jsonl_rows(path), _parse_json_row, size=size)
+        return line_records(str(path), functools.partial(opened, path), path.stat().st_size)
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
     for suffix, reader in readers.items():
         if name.endswith(suffix):
@@ -71,38 +70,44 @@ def opened(path: Path) -> BinaryIO:
 # JSONL
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[Place, object]]:
+def line_records(name: str, open_it: Callable[[], BinaryIO], size: int) -> Records:
+    """The lines of a file, which is read as its bytes come. name: with its suffix, by which it is unpacked;
+    stands in the places. size: its bytes."""
+    return Records(
+        lambda: _jsonl_rows(name, open_it), _parse_json_row, size=size if name.endswith(".jsonl") else 0
+    )
+
+
+def _jsonl_rows(name: str, open_it: Callable[[], BinaryIO]) -> Iterator[tuple[Place, object]]:
     """Lines that are not blank, numbered from 1 as an editor does."""
     number = 0
     try:
-        for number, line in enumerate(_lines(path), start=1):
+        for number, line in enumerate(_lines(name, open_it), start=1):
             if number == 1 and isinstance(line, bytes):
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line and not (isinstance(line, bytes) and line.isspace()):
-                yield Place(str(path), number), line
+                yield Place(name, number), line
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(
-            f"{path}: cannot be read after line {number}: {error}", hint="the file is damaged or cut off"
+            f"{name}: cannot be read after line {number}: {error}", hint="the file is damaged or cut off"
         ) from error
 
 
-def _lines(path: Path) -> Iterator[object]:
+def _lines(name: str, open_it: Callable[[], BinaryIO]) -> Iterator[object]:
     """The lines as bytes. A line that is too long is reported first; the rest of it is then read and
     dropped."""
-    with opened(path) as stream, _unpacked(path, stream) as text:
+    with open_it() as stream, _unpacked(name, stream) as text:
         while line := text.readline(LONGEST_ROW):
             yield line if len(line) < LONGEST_ROW else Faulty(f"the line is {TOO_LONG}")
             while len(line) == LONGEST_ROW and not line.endswith(b"\n"):
                 line = text.readline(LONGEST_ROW)
 
 
-def _unpacked(path: Path, stream: BinaryIO) -> BinaryIO:
-    if path.name.endswith(".gz"):
+def _unpacked(name: str, stream: BinaryIO) -> BinaryIO:
+    if name.endswith(".gz"):
         return cast(BinaryIO, gzip.open(stream))
     return (
-        cast(BinaryIO, io.BufferedReader(_ZstdStream(stream), 1 << 16))
-        if path.name.endswith(".zst")
-        else stream
+        cast(BinaryIO, io.BufferedReader(_ZstdStream(stream), 1 << 16)) if name.endswith(".zst") else stream
     )
 
 

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from common.config import SourceConfig
-from common.data.files import SUFFIXES, Records, file_records, opened
+from common.data.files import (
+    COLUMNAR_SUFFIXES,
+    JSONL_SUFFIXES,
+    SUFFIXES,
+    Records,
+    check_row,
+    file_records,
+    line_records,
+    opened,
+)
 from common.data.outcomes import RowError
 from common.data.saved import load_hub, load_saved, saved_records, streamed_records
 from common.data.types import Place, RawExample
 from common.errors import UserError
 from common.hub_data import commit_of, is_name
+from common.listing import Listed, is_listing, listed
 from common.paths import check_pattern, files_of, is_glob, name_of
 from common.text import nearest
 
@@ -124,12 +134,14 @@ def source_name(source: SourceConfig) -> str:
 
 @dataclass
 class StreamedSource(SourceConfig):
-    """A hub data set that is fetched while it is read. With `max_rows` its first rows."""
+    """A hub data set, or a listing of files elsewhere: fetched while it is read. With `max_rows` its first
+    rows."""
 
 
 def streamed(source: SourceConfig) -> SourceConfig:
-    """The source, to be fetched while it is read if it is on the hub."""
-    return StreamedSource(**vars(source)) if _is_on_hub(source) else source
+    """The source, to be fetched while it is read if it is on the hub or elsewhere."""
+    is_here = not _is_on_hub(source) and not is_listing(Path(source.path))
+    return source if is_here else StreamedSource(**vars(source))
 
 
 def _is_on_hub(source: SourceConfig) -> bool:
@@ -139,7 +151,7 @@ def _is_on_hub(source: SourceConfig) -> bool:
 def content_hash(source: SourceConfig) -> str:
     """Hash of everything the rows are read from: file bytes, or the hub data set's fingerprint; of one
     that is streamed the commit."""
-    if isinstance(source, StreamedSource):
+    if isinstance(source, StreamedSource) and not is_listing(Path(source.path)):
         commit = commit_of(source.path, source.revision)
         return f"hub:{source.path}@{commit}:{source.split}:streamed by {version('datasets')}"
     if _is_on_hub(source):
@@ -163,6 +175,8 @@ def is_hub_name(path: str) -> bool:
 def open_source(source: SourceConfig) -> list[Records]:
     """The files of a source, each ready to be read; nothing is read yet except what says what they are."""
     path = Path(source.path)
+    if is_listing(path):
+        return [_listed_records(file) for file in listed(path)]
     if isinstance(source, StreamedSource):
         at = replace(source, revision=commit_of(source.path, source.revision))
         return [streamed_records(at)]
@@ -181,6 +195,18 @@ def open_source(source: SourceConfig) -> list[Records]:
             hint=f"expected files ending in {', '.join(SUFFIXES)}, or a data set saved with save_to_disk",
         )
     return [file_records(file) for file in files]
+
+
+def _listed_records(file: Listed) -> Records:
+    """The rows of a file elsewhere: of one of lines as they come, of another when it is here."""
+    if file.path.endswith(JSONL_SUFFIXES):
+        return line_records(file.path, file.opened, file.version.size)
+
+    def rows() -> Iterator[tuple[Place, object]]:
+        for place, row in file_records(file.fetched()).rows():
+            yield replace(place, file=file.path), row
+
+    return Records(rows, check_row, file.path.endswith(COLUMNAR_SUFFIXES))
 
 
 def count_rows(source: SourceConfig) -> int:
