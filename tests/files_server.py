@@ -7,6 +7,7 @@ import re
 import shutil
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,8 @@ class Files:
     """What is served. asked: (path, Range) of every request so far.
 
     whole: ranges are not heeded. cuts: after so many bytes of a body the connection ends, once for each
-    entry; not of the answer to a look. statuses: answered in turn before anything else. redirects: path to
+    entry; not of the answer to a look. holds: so many bytes of a body (by path) are sent, the others when
+    `released` is set. statuses: answered in turn before anything else. redirects: path to
     address. headers: replace or (None) leave out those of an answer.
     """
 
@@ -36,6 +38,8 @@ class Files:
     marks: bool = True
     whole: bool = False
     cuts: list[int] = field(default_factory=list)
+    holds: dict[str, int] = field(default_factory=dict)
+    released: threading.Event = field(default_factory=threading.Event)
     statuses: list[int] = field(default_factory=list)
     redirects: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str | None] = field(default_factory=dict)
@@ -77,6 +81,10 @@ class Answer(BaseHTTPRequestHandler):
             body = body[: served.cuts.pop(0)]
             self.close_connection = True
         with contextlib.suppress(OSError):  # the client has gone
+            if self.path in served.holds and served.asked[-1][1] != LOOK:
+                first, body = body[: served.holds[self.path]], body[served.holds[self.path] :]
+                self.wfile.write(first)
+                served.released.wait(60)
             self.wfile.write(body)
 
     def _head(self, status: int, headers: dict[str, str]) -> None:
