@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from common.config import DataConfig, JobConfig
+from common.errors import UserError
 from common.fields import number
 from common.stage import Input, Role, Stage, Step
 from common.training_config import OptimConfig, TrainConfig
@@ -35,6 +36,15 @@ class RewardConfig:
     """weight of the mean squared sum of a pair's rewards, which draws rewards towards 0 (0.01 is usual)"""
     warn_below_accuracy: float = number(0.6, 0, 1)
     """say so when fewer held-out pairs than this share are ordered as people ordered them"""
+
+    def check(self, at: str) -> None:
+        """A reward model predicts no tokens."""
+        if self.train.entropy_every != TrainConfig.entropy_every:
+            raise UserError(
+                f"{at}train.entropy_every={self.train.entropy_every} has no effect: a reward model predicts "
+                "no tokens, so that there is no entropy",
+                hint="leave it out",
+            )
 
     def measured(self) -> list[str]:
         """Names of what an evaluation can give; `{source}` stands for the name of a source."""

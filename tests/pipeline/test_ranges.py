@@ -140,6 +140,13 @@ def test_a_value_of_another_type_is_told_what_the_key_takes(
     assert expected in (error.hint or "")
 
 
+@pytest.mark.parametrize("every", [0, 5])
+def test_a_reward_model_has_no_entropy_that_could_be_logged_less_often(every: int) -> None:
+    error = refused(f"reward.train.entropy_every={every}")
+    assert error.message.startswith(f"reward.train.entropy_every={every} has no effect: a reward model")
+    assert error.hint == "leave it out"
+
+
 def test_a_key_that_is_a_number_is_unknown_as_any_other() -> None:
     with pytest.raises(UserError, match=r"unknown key optim\.1"):
         as_schema(SFTConfig, {"optim": {1: 2}})
