@@ -32,6 +32,7 @@ from common.data.dataset_types import PREFERENCES
 from common.data.packing import pack
 from common.data.stored import PromptDataset, TokenizedDataset
 from common.data.stream import WINDOW
+from common.download import origin_of
 from common.errors import UserError
 from common.model.tokenizer import load_tokenizer
 from common.notices import listen, notice
@@ -122,8 +123,9 @@ def _first_rows(source: SourceConfig) -> SourceConfig:
     streamed = sources.streamed(source)
     if streamed is source:
         return source
+    named = origin_of(source.path) or source.path
     notice(
-        f"of {source.path} the first {SAMPLED_ROWS:,} rows are counted, as if it had no others",
+        f"of {named} the first {SAMPLED_ROWS:,} rows are counted, as if it had no others",
         "data.streaming fetches it while it is trained on",
     )
     return dataclasses.replace(streamed, max_rows=SAMPLED_ROWS)

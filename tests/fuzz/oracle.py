@@ -127,6 +127,8 @@ def without_sense(settings: Mapping[str, Any]) -> Iterator[str]:
     """What does not go together in settings of which each is allowed."""
     model, launch, zero = settings["model"], settings["launch"], settings["deepspeed"]
     trained = model["tokenizer"]["train_vocab_size"] is not None
+    if settings["reward"]["train"]["entropy_every"] != 1:
+        yield "the entropy of a model that predicts no tokens"
     if model["path"] is not None and (model["config"] or trained):
         yield "weights and a new model"
     if trained and model["tokenizer"]["path"] is not None:

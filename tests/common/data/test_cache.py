@@ -191,7 +191,7 @@ def test_all_code_that_decides_tokens_is_known_by_its_hash(monkeypatch: pytest.M
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common"):
                 names = [alias.name for alias in node.names] if node.module == "common" else [node.module[7:]]
                 found |= {name for name in names if not name.startswith("data")}
-    bounds = {"artifacts", "config", "download", "errors", "files", "hub_data", "limited", "paths"}
+    bounds = {"artifacts", "config", "download", "errors", "files", "hub_data", "limited", "listing", "paths"}
     spreads = {"cores", "pool"}
     decides = found - bounds - spreads
     assert decides == {"chat_template", "text"}
