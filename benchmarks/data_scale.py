@@ -11,7 +11,8 @@ The rows come from a counter, so they are the same on every machine. Writes `res
 does so N times in turn with TRL's `num_proc=2` on the same rows, each process with one thread, and gives the
 medians of their wall times and CPU-seconds (`results/data_speed.json`): other work on the machine spoils the
 former. `--streaming` measures the time to the first batch of a stream instead
-(`results/data_streaming.json`).
+(`results/data_streaming.json`); with `--served MB` of one whose rows a server sends, so many megabytes in a
+second (`results/data_streaming_served.json`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +53,7 @@ def main() -> int:
     )
     parser.add_argument("--speed", type=int, default=0, metavar="N", help="rounds beside TRL, of one size")
     parser.add_argument("--streaming", action="store_true", help="the time to the first batch of a stream")
+    parser.add_argument("--served", type=float, default=0, metavar="MB", help="per second, by a server")
     parser.add_argument("--results", type=Path, help="folder of the JSON; by default benchmarks/results")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -62,13 +69,21 @@ def main() -> int:
         folder = Path(temporary)
         save_tokenizer(folder / "tokenizer")
         records = [
-            measure(folder, size, arguments.threads, processes, streaming=arguments.streaming)
+            measure(
+                folder,
+                size,
+                arguments.threads,
+                processes,
+                streaming=arguments.streaming,
+                served=arguments.served,
+            )  # fmt: skip
             for size in arguments.sizes
             for processes in arguments.processes
         ]
     if arguments.streaming:
         result = {"threads": arguments.threads, "streams": records}
-        print(f"written: {write_results('data_streaming', result, to=arguments.results)}")
+        name = "data_streaming_served" if arguments.served else "data_streaming"
+        print(f"written: {write_results(name, result, to=arguments.results)}")
         return 0
     growth, peak = growth_of(records), records[-1]["peak_rss_mb"]
     print(rendered(records))
@@ -140,11 +155,19 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def measure(
-    folder: Path, size: int, threads: int, processes: int = 1, *, streaming: bool = False
+    folder: Path,
+    size: int,
+    threads: int,
+    processes: int = 1,
+    streaming: bool = False,
+    served: float = 0,
 ) -> dict[str, Any]:
-    """One size, in a process of its own. processes: that tokenize."""
+    """One size, in a process of its own. processes: that tokenize. served: MB in a second; 0: rows here."""
     write_rows(folder / "rows.jsonl", size)
-    usage, inside = child("stream" if streaming else "build", folder, threads, processes)
+    with serving(folder, served) if served else nullcontext():
+        usage, inside = child("stream" if streaming else "build", folder, threads, processes)
+    if served:
+        inside |= {"served_mb_per_second": served, "file_mb": (folder / "rows.jsonl").stat().st_size / 1e6}
     if streaming:
         took = f"first batch after {inside['first_batch_seconds']:.1f} s"
     else:
@@ -161,6 +184,28 @@ def measure(
         "cpu_seconds": usage.cpu_seconds,
         "peak_rss_mb": usage.peak_rss_mb,
     }
+
+
+@contextmanager
+def serving(folder: Path, megabytes: float) -> Iterator[None]:
+    """A server of the folder's files on this machine, which sends so much in a second; `address` is there."""
+
+    class Slow(SimpleHTTPRequestHandler):
+        def copyfile(self, source: Any, out: Any) -> None:
+            while block := source.read(round(megabytes * 1e4)):
+                out.write(block)
+                time.sleep(0.01)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, directory=str(folder))) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who has enough hangs up
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (folder / "address").write_text(f"http://127.0.0.1:{server.server_port}/rows.jsonl")
+        yield
+        server.shutdown()
 
 
 def child(name: str, folder: Path, threads: int, processes: int = 1) -> tuple[Usage, dict[str, Any]]:
@@ -224,14 +269,19 @@ def stream_first(folder: Path, processes: int) -> None:
     from common.data.batches import BatchPlan
     from common.data.stream import folder_of, stream
     from common.data.stream_batches import StreamedBatches
+    from common.listing import list_files
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    data = DataConfig(
-        path=str(folder / "rows.jsonl"), max_length=MAX_LENGTH, eval_fraction=0.0, streaming=True,
-        processes=processes,
-    )  # fmt: skip
+    address = folder / "address"
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        began = time.perf_counter()
+        began, path = time.perf_counter(), folder / "rows.jsonl"
+        if address.exists():
+            listing = list_files(address.read_text(), "data.path", Path(cache) / "rows", print)
+            assert listing is not None
+            path = listing
+        data = DataConfig(
+            path=str(path), max_length=MAX_LENGTH, eval_fraction=0.0, streaming=True, processes=processes
+        )
         windows = folder_of(data, tokenizer, stage="sft", seed=0, cache_dir=Path(cache))
         rows = stream(data, tokenizer, windows, stage="sft", seed=0, report=print)
         batches = StreamedBatches(rows, BatchPlan(MAX_LENGTH, True, 8, 8, seed=0))

@@ -155,6 +155,14 @@ def test_the_data_path_is_measured(tmp_path: Path) -> None:
     assert all(0 < size["rank_own_mb"] < size["rank_peak_rss_mb"] for size in written["sizes"])
 
 
+@pytest.mark.slow
+def test_the_first_batch_of_rows_that_a_server_sends_is_measured(tmp_path: Path) -> None:
+    typed = ["--streaming", "--served", "1", "--sizes", "400", "--threads", "1"]
+    (stream,) = run_program(tmp_path, "data_scale", *typed)["streams"]
+    assert stream["rows"] == 400 and stream["tokens_of_first_step"] > 0
+    assert stream["file_mb"] > 0 and stream["served_mb_per_second"] == 1
+
+
 @pytest.fixture(autouse=True)
 def quiet_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in threads_environment(1).items():
