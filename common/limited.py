@@ -153,9 +153,13 @@ def _leave_alone(files: set[int]) -> None:
     """Touch nothing of the parent's: its objects, its files but these and the standard ones, its signals."""
     gc.freeze()
     faulthandler.disable()
-    for number in set(map(int, os.listdir("/proc/self/fd"))) - files - {0, 1, 2}:
+    # the numbers stay taken: an object of the parent's that is closed here later closes its own, none of ours
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in set(map(int, os.listdir("/proc/self/fd"))) - files - {0, 1, 2, nothing}:
         with contextlib.suppress(OSError):
-            os.close(number)
+            os.fstat(number)  # the folder that was listed is closed again
+            os.dup2(nothing, number, inheritable=False)
+    os.close(nothing)
     # a group's signals are for the parent, with which this process ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

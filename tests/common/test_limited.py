@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from common import limited
-from common.limited import LimitError, each, end
+from common.limited import LimitError, each, end, fork
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,11 +45,12 @@ def use_up(what: str) -> object:
 
 
 def open_files(_: object) -> list[str]:
-    """What is open beside the standard files, once the signals of a group have come."""
+    """What is open beside the standard files and nothing, once the signals of a group have come."""
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
     links = [Path(f"/proc/self/fd/{number}") for number in range(3, 100)]
-    return [os.readlink(link).partition(":")[0] for link in links if link.is_symlink()]
+    opened = [os.readlink(link).partition(":")[0] for link in links if link.is_symlink()]
+    return [name for name in opened if name != os.devnull]
 
 
 def test_results_come_in_order_from_one_other_process() -> None:
@@ -112,6 +114,32 @@ def test_files_of_the_parent_are_closed_and_signals_to_its_group_ignored(tmp_pat
     end()
     with open(tmp_path / "a file", "w"):
         assert each(open_files, [0]) == [["pipe", "pipe"]]
+
+
+def test_an_object_of_the_parent_that_is_closed_there_closes_none_of_its_own_files(tmp_path: Path) -> None:
+    of_parent = [open(tmp_path / f"{number}", "w") for number in range(9)]  # noqa: SIM115 - closed below
+
+    def serve(calls: Connection, answers: Connection) -> None:
+        own = [open(tmp_path / f"own {number}", "w") for number in range(9)]  # noqa: SIM115 - closed below
+        for file in of_parent:
+            file.write("nothing")  # comes nowhere
+            file.close()
+        try:
+            for file in own:
+                file.write("all")
+                file.close()
+            answers.send("")
+        except OSError as error:
+            answers.send(str(error))
+
+    pid, calls, answers = fork(serve)
+    assert answers.recv() == ""
+    calls.close()
+    os.waitpid(pid, 0)
+    for file in of_parent:
+        file.close()
+    assert {path.read_text() for path in tmp_path.glob("own *")} == {"all"}
+    assert {path.read_text() for path in tmp_path.glob("?")} == {""}
 
 
 def pid_of_child() -> int:
