@@ -69,14 +69,7 @@ def main() -> int:
         folder = Path(temporary)
         save_tokenizer(folder / "tokenizer")
         records = [
-            measure(
-                folder,
-                size,
-                arguments.threads,
-                processes,
-                streaming=arguments.streaming,
-                served=arguments.served,
-            )  # fmt: skip
+            measure(folder, size, arguments.threads, processes, arguments.streaming, arguments.served)
             for size in arguments.sizes
             for processes in arguments.processes
         ]
@@ -155,12 +148,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def measure(
-    folder: Path,
-    size: int,
-    threads: int,
-    processes: int = 1,
-    streaming: bool = False,
-    served: float = 0,
+    folder: Path, size: int, threads: int, processes: int = 1, streaming: bool = False, served: float = 0
 ) -> dict[str, Any]:
     """One size, in a process of its own. processes: that tokenize. served: MB in a second; 0: rows here."""
     write_rows(folder / "rows.jsonl", size)

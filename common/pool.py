@@ -38,7 +38,7 @@ class WorkerEnded(Exception):
 class Fetched(Generic[Item]):
     """The items of an iterator that may wait for a network: the next one is read in a thread.
 
-    No thread is at work when an item was just taken, so that a process may be forked then.
+    The thread has ended when an item is given, so that a fork for that item does not meet it in a read.
     """
 
     def __init__(self, items: Iterator[Item]) -> None:
